@@ -1,0 +1,110 @@
+"""Stage 8, swap: the slots on disk. Receives an accepted candidate, hands on which artifact serves.
+
+::
+
+    <state>/artifacts/     OCI layout: blobs of all slots, shared by digest
+    <state>/slots.json     which artifact is active, candidate, previous; good, bad or unknown
+
+``slots.json`` is replaced durably and in one step (:func:`edgefleet_shared.atomic.write`), so at every instant it names
+one consistent set. Order of an install (RAUC's ``install.c``): mark the candidate bad, write its blobs, fsync, accept,
+flip, soak, mark good; only then may blobs that no slot names be collected. The runtime reads this file at its start
+and serves ``active`` with no agent alive.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+from pathlib import Path
+
+import msgspec
+from edgefleet_shared import atomic
+from edgefleet_shared.artifact import Layout
+from edgefleet_shared.errors import ArtifactError, NotFoundError
+
+
+class SlotStatus(str, Enum):
+    GOOD = "good"  # accepted, soaked, committed
+    BAD = "bad"  # being written, refused, or failed while serving
+    UNKNOWN = "unknown"  # accepted but not yet soaked
+
+
+class Slot(msgspec.Struct, frozen=True):
+    """One artifact on the board: its manifest's digest, what it is for people, how far it is trusted."""
+
+    manifest: str
+    model: str
+    version: str
+    status: SlotStatus
+
+
+class Slots(msgspec.Struct, frozen=True, kw_only=True):
+    """The three slots. ``serving`` is what the runtime should serve after a restart."""
+
+    active: Slot | None = None
+    candidate: Slot | None = None
+    previous: Slot | None = None
+
+    @property
+    def serving(self) -> Slot | None:
+        """The active artifact, or the previous one when the active one is bad."""
+        for slot in (self.active, self.previous):
+            if slot is not None and slot.status is not SlotStatus.BAD:
+                return slot
+        return None
+
+    def flipped(self) -> Slots:
+        """The candidate is active with status unknown, the old active one is previous, the old previous one forgotten."""
+        if self.candidate is None:
+            raise ValueError("no candidate to flip to")
+        active = msgspec.structs.replace(self.candidate, status=SlotStatus.UNKNOWN)
+        return Slots(active=active, previous=self.active)
+
+    def returned(self) -> Slots:
+        """The previous artifact is active again and the failed one forgotten. Without a previous one nothing is active."""
+        return Slots(active=self.previous)
+
+
+def artifacts(state: Path) -> Layout:
+    """The board's OCI layout."""
+    return Layout(state / "artifacts")
+
+
+def read(state: Path) -> Slots:
+    """The slots as they are on disk; an absent file is a board that never had an artifact.
+
+    Raises:
+        ArtifactError: the file is damaged.
+    """
+    path = state / "slots.json"
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        return Slots()
+    try:
+        return msgspec.json.decode(content, type=Slots)
+    except msgspec.DecodeError as exc:
+        raise ArtifactError(f"{path} is damaged: {exc}", hint="run fleet-agent doctor") from exc
+
+
+def write(state: Path, slots: Slots) -> None:
+    """Replace the slots durably and in one step."""
+    atomic.write(state / "slots.json", msgspec.json.encode(slots))
+
+
+def collect_garbage(state: Path, slots: Slots) -> list[str]:
+    """Remove every blob that no slot names. Call only after a commit; returns the digests that went."""
+    layout = artifacts(state)
+    keep: set[str] = set()
+    for slot in (slots.active, slots.candidate, slots.previous):
+        if slot is None:
+            continue
+        keep.add(slot.manifest)
+        try:
+            keep.update(blob.digest for blob in layout.manifest(slot.manifest).blobs())
+        except (NotFoundError, ArtifactError):
+            if slot is not slots.candidate:
+                return []  # a slot that can't be read may name any blob: keep everything
+    gone = [digest for digest in layout.digests() if digest not in keep]
+    for digest in gone:
+        layout.remove(digest)
+    return gone

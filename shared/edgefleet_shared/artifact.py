@@ -1,0 +1,330 @@
+"""Stages 3-6: the artifact, an OCI image layout. Read, write, check by digest.
+
+One artifact is one OCI manifest (``artifactType`` :data:`ARTIFACT_TYPE`) whose config is a :class:`ModelConfig` and whose
+layers are the compiled model, labels, golden pictures with their float reference, quality report, provenance and ML-BOM.
+The controller's blob store, a board's disk, a relay's cache and a USB bundle are all this same layout, so any OCI tool
+can hold or copy it. Source: OCI image-spec v1.1, ``image-layout.md`` and ``manifest.md``.
+
+Not handled here: who signed what (:mod:`edgefleet_shared.trust`), how bytes travel.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+import msgspec
+
+from edgefleet_shared import atomic
+from edgefleet_shared.contract import AcceptanceContract, PictureEncoding, TensorSpec
+from edgefleet_shared.errors import ArtifactError, NotFoundError
+from edgefleet_shared.fingerprint import Requirement
+
+ARTIFACT_TYPE = "application/vnd.edgefleet.model.v1+json"
+MANIFEST_TYPE = "application/vnd.oci.image.manifest.v1+json"
+INDEX_TYPE = "application/vnd.oci.image.index.v1+json"
+CONFIG_TYPE = "application/vnd.edgefleet.model.config.v1+json"
+
+# Layer media types. The compiled model's own format is named by ModelConfig.engine.
+MODEL_LAYER = "application/vnd.edgefleet.model.compiled.v1"
+LABELS_LAYER = "application/vnd.edgefleet.labels.v1+json"
+GOLDEN_LAYER = "application/vnd.edgefleet.golden.v1+safetensors"
+QUALITY_LAYER = "application/vnd.edgefleet.quality.v1+json"
+PROVENANCE_LAYER = "application/vnd.in-toto+json"
+MLBOM_LAYER = "application/vnd.cyclonedx+json"
+
+SCHEMA = 1
+CHUNK_BYTES = 256 * 1024  # what one MQTT message carries; boards hold one in memory
+MAX_MANIFEST_BYTES = 64 * 1024
+MAX_CONFIG_BYTES = 4 * 1024 * 1024  # chunk hashes of a 10 GB model fit
+
+
+class Descriptor(msgspec.Struct, frozen=True, rename="camel", omit_defaults=True):
+    """A reference to a blob: media type, ``sha256:<hex>``, size in bytes."""
+
+    media_type: str
+    digest: str
+    size: int
+    annotations: dict[str, str] = {}
+
+
+class Manifest(msgspec.Struct, frozen=True, rename="camel", kw_only=True, omit_defaults=True):
+    """An OCI image manifest as edgefleet writes it."""
+
+    schema_version: int
+    media_type: str
+    artifact_type: str
+    config: Descriptor
+    layers: tuple[Descriptor, ...]
+    annotations: dict[str, str] = {}
+
+    def layer(self, media_type: str) -> Descriptor:
+        """The one layer of ``media_type``.
+
+        Raises:
+            ArtifactError: there is none, or more than one.
+        """
+        found = [entry for entry in self.layers if entry.media_type == media_type]
+        if len(found) != 1:
+            raise ArtifactError(f"the artifact has {len(found)} layers of type {media_type}, expected 1")
+        return found[0]
+
+    def blobs(self) -> tuple[Descriptor, ...]:
+        """Config and layers: every blob but the manifest itself."""
+        return (self.config, *self.layers)
+
+
+class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """The config blob: what the artifact is, what it needs, how it is accepted, and the hash of every chunk of every layer.
+
+    ``chunks`` maps a layer's digest to the sha256 (hex) of its consecutive pieces of ``chunk_bytes``; the last may be
+    shorter. A board checks each chunk as it comes, so one flipped byte costs one chunk.
+    """
+
+    schema: int
+    model: str
+    version: str
+    device_class: str
+    engine: str
+    precision: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    requires: Requirement
+    contract: AcceptanceContract
+    encoding: PictureEncoding | None = None
+    swap: str = "auto"
+    chunk_bytes: int = CHUNK_BYTES
+    chunks: dict[str, tuple[str, ...]] = {}
+
+
+def digest_of(content: bytes | memoryview) -> str:
+    """``sha256:<hex>`` of ``content``."""
+    return "sha256:" + hashlib.sha256(content).hexdigest()
+
+
+def digest_file(path: Path) -> str:
+    """``sha256:<hex>`` of a file, read piece by piece."""
+    state = hashlib.sha256()
+    with path.open("rb") as stream:
+        while piece := stream.read(1 << 20):
+            state.update(piece)
+    return "sha256:" + state.hexdigest()
+
+
+def hex_of(digest: str) -> str:
+    """The hex part of ``sha256:<hex>``, checked: digests come from outside and become file names and topics.
+
+    Raises:
+        ArtifactError: not a sha256 digest.
+    """
+    algorithm, _, value = digest.partition(":")
+    if algorithm != "sha256" or len(value) != 64 or not set(value) <= set("0123456789abcdef"):
+        raise ArtifactError(f"not a sha256 digest: {digest[:80]!r}")
+    return value
+
+
+def chunk_hashes(stream: BinaryIO, chunk_bytes: int = CHUNK_BYTES) -> tuple[str, ...]:
+    """The sha256 (hex) of consecutive pieces of ``chunk_bytes``."""
+    hashes = []
+    while piece := stream.read(chunk_bytes):
+        hashes.append(hashlib.sha256(piece).hexdigest())
+    return tuple(hashes)
+
+
+def chunk_count(size: int, chunk_bytes: int = CHUNK_BYTES) -> int:
+    """How many chunks a blob of ``size`` bytes has; an empty blob has none."""
+    return -(-size // chunk_bytes)
+
+
+class Layout:
+    """A folder that is an OCI image layout.
+
+    Args:
+        root: the folder; made when missing.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self._blobs = root / "blobs" / "sha256"
+        atomic.make_folder(self._blobs)
+        marker = root / "oci-layout"
+        if not marker.exists():
+            atomic.write(marker, b'{"imageLayoutVersion":"1.0.0"}')
+
+    def path(self, digest: str) -> Path:
+        """Where a blob lies or would lie."""
+        return self._blobs / hex_of(digest)
+
+    def has(self, digest: str) -> bool:
+        return self.path(digest).is_file()
+
+    def put(self, content: bytes) -> Descriptor:
+        """Store a blob; what is there already is left alone. The descriptor's media type is left empty."""
+        digest = digest_of(content)
+        if not self.has(digest):
+            atomic.write(self.path(digest), content)
+        return Descriptor("", digest, len(content))
+
+    def put_file(self, source: Path) -> Descriptor:
+        """Store a copy of a file as a blob, without holding it in memory."""
+        state, size = hashlib.sha256(), 0
+        temporary = self._blobs / f".in-{os.getpid()}-{source.name}"
+        with atomic.disk_errors(temporary):
+            try:
+                with source.open("rb") as stream, temporary.open("wb") as target:
+                    while piece := stream.read(1 << 20):
+                        state.update(piece)
+                        target.write(piece)
+                        size += len(piece)
+                digest = "sha256:" + state.hexdigest()
+                atomic.adopt(temporary, self.path(digest))
+            finally:
+                temporary.unlink(missing_ok=True)
+        return Descriptor("", digest, size)
+
+    def read(self, digest: str, limit_bytes: int) -> bytes:
+        """A blob's bytes, checked against its digest.
+
+        Raises:
+            NotFoundError: no such blob.
+            ArtifactError: larger than ``limit_bytes``, or not what its digest says.
+        """
+        path = self.path(digest)
+        try:
+            size = path.stat().st_size
+        except FileNotFoundError as exc:
+            raise NotFoundError(f"no blob {digest} in {self.root}") from exc
+        if size > limit_bytes:
+            raise ArtifactError(f"blob {digest} has {size} bytes, more than the {limit_bytes} allowed here")
+        content = path.read_bytes()
+        if digest_of(content) != digest:
+            raise ArtifactError(f"blob {digest} was changed on disk: its bytes hash to {digest_of(content)}")
+        return content
+
+    def check(self, descriptor: Descriptor) -> None:
+        """Check a blob on disk against size and digest, without holding it in memory.
+
+        Raises:
+            NotFoundError: no such blob.
+            ArtifactError: other size or other bytes.
+        """
+        path = self.path(descriptor.digest)
+        if not path.is_file():
+            raise NotFoundError(f"no blob {descriptor.digest} in {self.root}")
+        if path.stat().st_size != descriptor.size:
+            raise ArtifactError(
+                f"blob {descriptor.digest} has {path.stat().st_size} bytes on disk, {descriptor.size} were signed"
+            )
+        actual = digest_file(path)
+        if actual != descriptor.digest:
+            raise ArtifactError(f"blob {descriptor.digest} was changed on disk: its bytes hash to {actual}")
+
+    def manifest(self, digest: str) -> Manifest:
+        """The manifest of that digest: bytes checked, then parsed, then its shape checked.
+
+        Raises:
+            NotFoundError, ArtifactError
+        """
+        return parse_manifest(self.read(digest, MAX_MANIFEST_BYTES))
+
+    def config(self, manifest: Manifest) -> ModelConfig:
+        """The config of a manifest: bytes checked, then parsed, then its contract checked."""
+        return parse_config(self.read(manifest.config.digest, MAX_CONFIG_BYTES))
+
+    def digests(self) -> Iterator[str]:
+        """Every blob that is here."""
+        for entry in self._blobs.iterdir():
+            if not entry.name.startswith("."):
+                yield f"sha256:{entry.name}"
+
+    def remove(self, digest: str) -> None:
+        self.path(digest).unlink(missing_ok=True)
+
+    def write_index(self, manifests: Iterable[Descriptor]) -> None:
+        """Write ``index.json``, so that any OCI tool finds the artifacts."""
+        index = {"schemaVersion": 2, "mediaType": INDEX_TYPE, "manifests": list(manifests)}
+        atomic.write(self.root / "index.json", msgspec.json.encode(index))
+
+
+def parse_manifest(content: bytes) -> Manifest:
+    """Parse a manifest whose bytes are already checked.
+
+    Raises:
+        ArtifactError: not an edgefleet artifact's manifest.
+    """
+    try:
+        manifest = msgspec.json.decode(content, type=Manifest)
+    except msgspec.DecodeError as exc:
+        raise ArtifactError(f"not an OCI manifest: {exc}") from exc
+    if manifest.artifact_type != ARTIFACT_TYPE or manifest.schema_version != 2:
+        raise ArtifactError(f"artifact type {manifest.artifact_type!r} is not {ARTIFACT_TYPE}")
+    for descriptor in manifest.blobs():
+        hex_of(descriptor.digest)
+        if descriptor.size < 0:
+            raise ArtifactError(f"blob {descriptor.digest} has a negative size")
+    manifest.layer(MODEL_LAYER)
+    manifest.layer(GOLDEN_LAYER)
+    return manifest
+
+
+def parse_config(content: bytes) -> ModelConfig:
+    """Parse a config whose bytes are already checked, and check that its contract can fail.
+
+    Raises:
+        ArtifactError
+    """
+    try:
+        config = msgspec.json.decode(content, type=ModelConfig)
+    except msgspec.DecodeError as exc:
+        raise ArtifactError(f"not a model config: {exc}") from exc
+    if config.schema != SCHEMA:
+        raise ArtifactError(f"artifact format {config.schema} is not known here, this program knows {SCHEMA}")
+    if not config.inputs or not config.outputs:
+        raise ArtifactError("the model config names no input or no output")
+    if not 4096 <= config.chunk_bytes <= 4 * 1024 * 1024:
+        raise ArtifactError(f"chunks of {config.chunk_bytes} bytes are outside 4 KiB to 4 MiB")
+    config.contract.check()
+    return config
+
+
+def build(layout: Layout, config: ModelConfig, layers: Iterable[tuple[str, bytes | Path]]) -> Descriptor:
+    """Write an artifact: each layer's blob, the config with its chunk hashes, the manifest.
+
+    Args:
+        config: everything but ``chunks``, which is filled in here.
+        layers: (media type, content or file) in the order they will have; order and content decide the digest.
+
+    Returns:
+        the manifest's descriptor: its digest *is* the artifact's.
+
+    Raises:
+        ArtifactError: the contract is empty, or a layer is missing or double.
+    """
+    descriptors, chunks = [], {}
+    for media_type, content in layers:
+        stored = layout.put(content) if isinstance(content, bytes) else layout.put_file(content)
+        descriptors.append(Descriptor(media_type, stored.digest, stored.size))
+        with layout.path(stored.digest).open("rb") as stream:
+            chunks[stored.digest] = chunk_hashes(stream, config.chunk_bytes)
+    encoded = msgspec.json.encode(msgspec.structs.replace(config, chunks=chunks))
+    parse_config(encoded)
+    stored = layout.put(encoded)
+    manifest = Manifest(
+        schema_version=2,
+        media_type=MANIFEST_TYPE,
+        artifact_type=ARTIFACT_TYPE,
+        config=Descriptor(CONFIG_TYPE, stored.digest, stored.size),
+        layers=tuple(descriptors),
+        annotations={
+            "vnd.edgefleet.model": config.model,
+            "vnd.edgefleet.version": config.version,
+            "vnd.edgefleet.device-class": config.device_class,
+        },
+    )
+    content = msgspec.json.encode(manifest)
+    parse_manifest(content)
+    stored = layout.put(content)
+    return Descriptor(MANIFEST_TYPE, stored.digest, stored.size)

@@ -1,0 +1,189 @@
+"""Stage 7, accept: the acceptance contract and its verdict. Pure: receives figures, hands on a judged report.
+
+The contract is part of the signed artifact. It says what a board must measure before a candidate may serve:
+golden pictures answered like the float model, in time, in memory, by the engine that was meant, cool enough.
+
+Verdicts are four different things and only ``passed`` advances (Argo Rollouts' ``analysis``): *failed* is the model's fault,
+*inconclusive* means this board could not tell now (busy, throttling), *error* means the measuring itself broke.
+A contract that would measure nothing is refused: there is no vacuous pass.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import Literal
+
+import msgspec
+
+from edgefleet_shared.errors import ArtifactError
+
+
+class Verdict(str, Enum):
+    PASSED = "passed"
+    FAILED = "failed"
+    INCONCLUSIVE = "inconclusive"
+    ERROR = "error"
+
+
+# When several checks disagree the first in this order wins: a proven fault outweighs a doubt.
+_GRAVITY = (Verdict.FAILED, Verdict.ERROR, Verdict.INCONCLUSIVE, Verdict.PASSED)
+
+
+class TensorSpec(msgspec.Struct, frozen=True):
+    """One input or output as it is served. ``datatype`` is the Open Inference Protocol's name (FP32, UINT8, INT64, ...);
+    ``shape`` has -1 where any size is served."""
+
+    name: str
+    datatype: str
+    shape: tuple[int, ...]
+
+
+class PictureEncoding(msgspec.Struct, frozen=True):
+    """How stored pictures become the input tensor: ``x = (u8 - mean) / std``, then the layout.
+
+    Golden pictures are stored as uint8, N x H x W x C, a quarter of their float size. ``mean`` and ``std`` have one value per
+    channel of the picture or a single one for all; ``colour`` says which order the *network* wants (stored pictures are RGB).
+    """
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    layout: Literal["NCHW", "NHWC"] = "NCHW"
+    colour: Literal["RGB", "BGR", "GREY"] = "RGB"
+
+
+class AcceptanceContract(msgspec.Struct, frozen=True, kw_only=True):
+    """What a candidate must show on the board.
+
+    ``agreement`` is the share of golden pictures with the same top-1 class as the float reference (``kind``
+    classification) or the share of outputs within ``tolerance_abs + tolerance_rel * |reference|`` (``kind`` raw).
+    ``min_cosine`` is the smallest allowed mean cosine between outputs and reference. Times in ms, memory in bytes (the peak
+    of the child that holds engine and model), temperature in degrees Celsius.
+    """
+
+    kind: Literal["classification", "raw"]
+    min_agreement: float
+    latency_p95_ms: float
+    peak_memory_bytes: int
+    allowed_providers: tuple[str, ...]
+    min_cosine: float = 0.0
+    tolerance_abs: float = 0.0
+    tolerance_rel: float = 0.0
+    max_celsius: float | None = None
+    min_golden: int = 8
+    warmup_runs: int = 5
+    timed_runs: int = 40
+    time_limit_s: float = 120.0
+
+    def check(self) -> None:
+        """Refuse a contract that could not fail.
+
+        Raises:
+            ArtifactError: a limit is missing, out of range, or would let everything pass.
+        """
+        problems = []
+        if not 0.0 < self.min_agreement <= 1.0:
+            problems.append("min_agreement must lie in (0, 1]")
+        if not self.latency_p95_ms > 0:
+            problems.append("latency_p95_ms must be above 0")
+        if self.peak_memory_bytes <= 0:
+            problems.append("peak_memory_bytes must be above 0")
+        if not self.allowed_providers:
+            problems.append("allowed_providers must name at least one")
+        if self.min_golden < 1 or self.timed_runs < 10 or self.warmup_runs < 1:
+            problems.append("at least 1 golden picture, 10 timed runs and 1 warm-up run")
+        if self.kind == "raw" and self.tolerance_abs <= 0 and self.tolerance_rel <= 0:
+            problems.append("kind raw needs a tolerance")
+        if not self.time_limit_s > 0:
+            problems.append("time_limit_s must be above 0")
+        if problems:
+            raise ArtifactError("the acceptance contract is not usable: " + "; ".join(problems))
+
+
+class AcceptanceFigures(msgspec.Struct, frozen=True, kw_only=True):
+    """What the accepting child measured on the board. ``None`` means: could not be measured."""
+
+    golden_count: int
+    agreement: float
+    cosine: float
+    load_ms: float
+    first_ms: float
+    p50_ms: float
+    p95_ms: float
+    peak_memory_bytes: int
+    providers: tuple[str, ...]
+    # CPU time over wall time of the timed runs, 1.0 when the child had its core to itself; None where not measured.
+    cpu_share: float | None = None
+    throttled: bool | None = None
+    celsius_before: float | None = None
+    celsius_after: float | None = None
+
+
+class Measurement(msgspec.Struct, frozen=True):
+    """One judged figure. ``value`` and ``limit`` are in ``unit``; ``detail`` is for people."""
+
+    name: str
+    verdict: Verdict
+    value: float
+    limit: float
+    unit: str
+    detail: str
+
+
+class AcceptanceReport(msgspec.Struct, frozen=True, kw_only=True):
+    """The verdict over one candidate on one board, with every measurement behind it."""
+
+    verdict: Verdict
+    measurements: tuple[Measurement, ...] = ()
+    figures: AcceptanceFigures | None = None
+    reason: str = ""
+
+
+def judge(contract: AcceptanceContract, figures: AcceptanceFigures) -> AcceptanceReport:
+    """Hold measured figures against the contract.
+
+    A latency that misses its limit is *inconclusive*, not failed, when the board was throttling or when the child did not have
+    a core for most of the time: then the board, not the model, was slow.
+
+    Returns:
+        the report; its verdict is the gravest of its measurements.
+    """
+    busy = bool(figures.throttled) or (figures.cpu_share is not None and figures.cpu_share < 0.75)
+    rows = [
+        _row("golden_count", figures.golden_count >= contract.min_golden, figures.golden_count, contract.min_golden,
+             "pictures", "golden pictures answered"),
+        _row("agreement", figures.agreement >= contract.min_agreement, figures.agreement, contract.min_agreement,
+             "share", "same answer as the float model"),
+        _row("cosine", figures.cosine >= contract.min_cosine, figures.cosine, contract.min_cosine,
+             "cosine", "mean cosine with the float model's output"),
+        _row("latency_p95", figures.p95_ms <= contract.latency_p95_ms, figures.p95_ms, contract.latency_p95_ms,
+             "ms", "the board was busy or throttling" if busy else "95th percentile after warm-up",
+             otherwise=Verdict.INCONCLUSIVE if busy else Verdict.FAILED),
+        _row("peak_memory", figures.peak_memory_bytes <= contract.peak_memory_bytes, figures.peak_memory_bytes,
+             contract.peak_memory_bytes, "bytes", "peak of engine and model"),
+    ]  # fmt: skip
+    strangers = [p for p in figures.providers if p not in contract.allowed_providers]
+    rows.append(
+        _row("providers", bool(figures.providers) and not strangers, len(strangers), 0, "providers",
+             f"used {', '.join(figures.providers) or 'none'}; allowed {', '.join(contract.allowed_providers)}")
+    )  # fmt: skip
+    if contract.max_celsius is not None:
+        if figures.celsius_after is None:
+            rows.append(Measurement("temperature", Verdict.INCONCLUSIVE, float("nan"), contract.max_celsius, "celsius",
+                                    "the contract has a ceiling but this board has no sensor"))  # fmt: skip
+        else:
+            rows.append(_row("temperature", figures.celsius_after <= contract.max_celsius, figures.celsius_after,
+                             contract.max_celsius, "celsius", "after the timed runs"))  # fmt: skip
+    verdict = next(v for v in _GRAVITY if any(r.verdict is v for r in rows))
+    reason = "; ".join(
+        f"{r.name} {r.value:.4g} against {r.limit:.4g} {r.unit}: {r.detail}" for r in rows if r.verdict is verdict
+    )
+    return AcceptanceReport(
+        verdict=verdict, measurements=tuple(rows), figures=figures, reason="" if verdict is Verdict.PASSED else reason
+    )
+
+
+def _row(
+    name: str, met: bool, value: float, limit: float, unit: str, detail: str, otherwise: Verdict = Verdict.FAILED
+) -> Measurement:
+    # NaN compares false with everything, so a figure that is not a number never passes.
+    return Measurement(name, Verdict.PASSED if met else otherwise, float(value), float(limit), unit, detail)

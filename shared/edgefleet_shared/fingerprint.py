@@ -1,0 +1,86 @@
+"""Stage 6, verify: what a board is and what an artifact needs of it. Pure: receives two descriptions, hands on the differences.
+
+Both the controller (before it assigns) and the agent (before it downloads) call :func:`mismatches`, so that they refuse alike.
+Reading the real board is :mod:`edgefleet_agent.board`'s work.
+"""
+
+from __future__ import annotations
+
+import re
+
+import msgspec
+
+
+class Fingerprint(msgspec.Struct, frozen=True, kw_only=True):
+    """What a board is. ``engines`` maps engine name to its version, for engines that load on this board;
+    ``cpu_features`` are the kernel's names (avx2, avx512_vnni, asimddp, ...); memory in bytes."""
+
+    arch: str
+    cpu_features: tuple[str, ...] = ()
+    engines: dict[str, str] = {}
+    memory_bytes: int = 0
+    agent_version: str = ""
+
+
+class Requirement(msgspec.Struct, frozen=True, kw_only=True):
+    """What an artifact needs. Signed with it. ``engine_version`` is a comma-separated list of bounds such as
+    ``>=1.20,<2``; empty means any. ``contract_schema`` is the artifact format that the agent must understand."""
+
+    arch: str
+    engine: str
+    engine_version: str = ""
+    cpu_features: tuple[str, ...] = ()
+    memory_bytes: int = 0
+
+
+_BOUND = re.compile(r"^(>=|<=|==|!=|>|<)\s*([0-9][0-9A-Za-z.+-]*)$")
+
+
+def mismatches(need: Requirement, board: Fingerprint) -> list[str]:
+    """Say why ``board`` can't run an artifact that needs ``need``; an empty list means that it can."""
+    reasons = []
+    if need.arch != board.arch:
+        reasons.append(f"needs architecture {need.arch}, the board is {board.arch}")
+    missing = sorted(set(need.cpu_features) - set(board.cpu_features))
+    if missing:
+        reasons.append(f"needs CPU features {', '.join(missing)}")
+    have = board.engines.get(need.engine)
+    if have is None:
+        reasons.append(f"needs engine {need.engine}, the board has {', '.join(sorted(board.engines)) or 'none'}")
+    elif not version_within(have, need.engine_version):
+        reasons.append(f"needs {need.engine} {need.engine_version}, the board has {have}")
+    if board.memory_bytes and need.memory_bytes > board.memory_bytes:
+        reasons.append(f"needs {need.memory_bytes} bytes of memory, the board has {board.memory_bytes}")
+    return reasons
+
+
+def version_within(version: str, bounds: str) -> bool:
+    """Whether ``version`` satisfies every bound in ``bounds`` (``>=1.20,<2``). An unreadable bound is not satisfied."""
+    for part in filter(None, (p.strip() for p in bounds.split(","))):
+        match = _BOUND.match(part)
+        if match is None:
+            return False
+        operator, wanted = match.groups()
+        a, b = _numbers(version), _numbers(wanted)
+        width = max(len(a), len(b))
+        order = _compare(a + (0,) * (width - len(a)), b + (0,) * (width - len(b)))
+        accepted = {
+            ">=": order >= 0,
+            "<=": order <= 0,
+            "==": order == 0,
+            "!=": order != 0,
+            ">": order > 0,
+            "<": order < 0,
+        }
+        if not accepted[operator]:
+            return False
+    return True
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    leading = re.match(r"[0-9.]*", version)
+    return tuple(int(n) for n in (leading.group() if leading else "").split(".") if n)
+
+
+def _compare(a: tuple[int, ...], b: tuple[int, ...]) -> int:
+    return (a > b) - (a < b)
