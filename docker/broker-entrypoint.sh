@@ -7,7 +7,8 @@ until [ -s "$settings/mosquitto.conf" ]; do
   echo "waiting for $settings/mosquitto.conf from the controller"
   sleep 2
 done
-state() { cat "$settings"/* | sha256sum; }
+# Not the whole folder: mosquitto keeps its own store there.
+state() { find "$settings" -type f \( -name '*.pem' -o -name '*.crl' -o -name acl -o -name mosquitto.conf \) -print0 | sort -z | xargs -0r sha256sum; }
 seen=$(state)
 mosquitto -c "$settings/mosquitto.conf" &
 broker=$!
