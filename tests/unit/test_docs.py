@@ -83,3 +83,10 @@ def test_the_glossary_defines_each_word_once():
         "device class", "device", "site", "model", "version", "artifact", "rollout", "wave", "gate", "assignment", "slot",
         "acceptance", "shadow", "soak", "commit", "rollback", "outcome",
     } <= set(words)  # fmt: skip
+
+
+@pytest.mark.xfail(reason="some stages are not built yet; take this mark away with the last of them", strict=True)
+def test_every_place_that_the_flow_names_exists():
+    named = re.findall(r"`((?:shared|agent|controller)/[^`]+)`", (ROOT / "docs/flow.md").read_text())
+    assert named
+    assert [place for place in named if not (ROOT / place).exists()] == []
