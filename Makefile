@@ -13,8 +13,7 @@ BIN := .venv/bin
 PYTHON ?= $(shell scripts/find-python)
 
 help: ## list the targets
-	@grep -hE '^[a-zA-Z0-9%_-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([^:]+):.*## (.*)/  make \1|\2/' | column -t -s '|' 2>/dev/null \
-	  || grep -hE '^[a-zA-Z0-9%_-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([^:]+):.*## (.*)/  make \1: \2/'
+	@awk -F ':.*## ' '/^[a-zA-Z0-9%_-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(READY) ## install what the demo needs: mosquitto, and .venv with everything at its locked hash
 	@scripts/setup-system demo $(BIN)/python
