@@ -13,7 +13,6 @@ from edgefleet_agent.runtime.engines.port import Engine
 from edgefleet_shared import golden
 from edgefleet_shared.contract import TensorSpec
 from edgefleet_shared.errors import EngineError
-
 from support import artifacts
 
 SEED = 3

@@ -1,12 +1,14 @@
 """Engine adapter: receives an ONNX file, hands on an onnxruntime session.
 
 The board's CPU provider is used unless the contract allows others that this build of onnxruntime has; onnxruntime falls back
-to the CPU silently, so :attr:`OnnxruntimeSession.providers` reports what the session really got.
+to the CPU silently, so :attr:`OnnxruntimeSession.providers` reports what the session really got. Builds since 1.32 send telemetry from Linux
+too; it is switched off before the library loads.
 Source: onnxruntime's Python API, ``InferenceSession`` and ``SessionOptions``.
 """
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,7 @@ class OnnxruntimeEngine:
         return "" if self.available() else "the Python package onnxruntime is not installed"
 
     def load(self, path: Path, config: ModelConfig, threads: int) -> OnnxruntimeSession:
+        os.environ["ORT_DISABLE_TELEMETRY"] = "1"
         try:
             import onnxruntime
         except ImportError as exc:
@@ -44,7 +47,7 @@ class OnnxruntimeEngine:
         wanted = [p for p in config.contract.allowed_providers if p in have] or ["CPUExecutionProvider"]
         try:
             session = onnxruntime.InferenceSession(str(path), sess_options=options, providers=wanted)
-        except Exception as exc:  # noqa: BLE001  onnxruntime's exceptions have no public base but Exception
+        except Exception as exc:
             raise EngineError(f"onnxruntime can't load the model: {_first_line(exc)}") from exc
         return OnnxruntimeSession(session, config)
 
@@ -71,7 +74,7 @@ class OnnxruntimeSession:
     def _run(self, inputs: dict[str, Array]) -> dict[str, Array]:
         try:
             values = self._session.run(self._outputs, inputs)
-        except Exception as exc:  # noqa: BLE001  see load
+        except Exception as exc:
             raise EngineError(f"onnxruntime failed: {_first_line(exc)}") from exc
         return dict(zip(self._outputs, values, strict=True))
 

@@ -1,13 +1,14 @@
 """Engine adapter: receives an OpenVINO model as one blob, hands on a compiled model on the CPU.
 
 OpenVINO's IR is two files; the blob is a ZIP archive that stores (does not compress) ``model.xml`` and ``model.bin``, read
-into memory here: nothing is unpacked to disk. Telemetry is never started: only ``openvino``'s runtime is imported, not its tools.
+into memory here: nothing is unpacked to disk. Importing ``openvino`` starts its telemetry package if it finds one, writing to the
+home folder and calling out; it is kept from finding it (OpenVINO then takes its own stub).
 Source: OpenVINO's Python API, ``Core.read_model(model=, weights=)`` and ``Core.compile_model``.
 """
 
 from __future__ import annotations
 
-import os
+import sys
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ class OpenvinoEngine:
         return "" if self.available() else "the Python package openvino is not installed"
 
     def load(self, path: Path, config: ModelConfig, threads: int) -> OpenvinoSession:
-        os.environ.setdefault("OPENVINO_TELEMETRY_OPT_OUT", "1")
+        sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # None: "import" fails
         try:
             import openvino
         except ImportError as exc:

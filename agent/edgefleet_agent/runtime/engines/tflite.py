@@ -83,12 +83,13 @@ class _Port:
         np.rint(scaled, out=scaled)
         scaled += np.float32(self.zero)
         np.clip(scaled, limits.min, limits.max, out=scaled)
-        return scaled.astype(self.dtype)
+        return np.asarray(scaled.astype(self.dtype))
 
     def from_file(self, values: Array) -> Array:
         if self.dtype == self.served:
             return values
-        return ((values.astype(np.float32) - np.float32(self.zero)) * np.float32(self.scale)).astype(self.served)
+        real = (values.astype(np.float32) - np.float32(self.zero)) * np.float32(self.scale)
+        return np.asarray(real.astype(self.served))
 
 
 class TfliteSession:
