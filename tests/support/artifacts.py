@@ -27,7 +27,7 @@ ENCODING = PictureEncoding(mean=(127.5,), std=(127.5,), layout="NHWC", colour="R
 
 # good      answers like its reference
 # wrong     loads and runs, but its weights are not those that the reference was computed with
-# crash     every inference divides an integer by zero: SIGFPE kills the process (x86)
+# crash     every inference divides an integer as no x86 CPU can: SIGFPE kills the process
 # poison    good, but a picture whose first value is exactly 1.0 (a pixel of 255) kills the process
 # corrupt   the model file is no model
 Behaviour = Literal["good", "wrong", "crash", "poison", "corrupt"]
@@ -88,11 +88,11 @@ def onnx_model(seed: int, behaviour: Behaviour = "good", batch: int | str = "n",
             h.make_node("Gather", ["all", "zero"], ["first"]),
             h.make_node("Equal", ["first", "trigger"], ["hit"]),
         ]
-        if behaviour == "poison":
-            nodes.append(h.make_node("Not", ["hit"], ["safe"]))
+        # The one integer division that a CPU can't do and onnxruntime does not guard: the smallest number by -1.
+        hit, miss = ("minus_1", "plus_1") if behaviour == "poison" else ("plus_1", "minus_1")
         nodes += [
-            h.make_node("Cast", ["safe" if behaviour == "poison" else "hit"], ["divisor"], to=T.INT32),
-            h.make_node("Div", ["one", "divisor"], ["quotient"]),
+            h.make_node("Where", ["hit", hit, miss], ["divisor"]),
+            h.make_node("Div", ["smallest", "divisor"], ["quotient"]),
             h.make_node("Cast", ["quotient"], ["as_float"], to=T.FLOAT),
             h.make_node("Mul", ["as_float", "nothing"], ["added"]),
             h.make_node("Add", ["logits", "added"], ["y"]),
@@ -101,7 +101,9 @@ def onnx_model(seed: int, behaviour: Behaviour = "good", batch: int | str = "n",
             nh.from_array(np.array([-1], np.int64), "minus_one"),
             nh.from_array(np.array([0], np.int64), "zero"),
             nh.from_array(np.array([1.0 if behaviour == "poison" else 1e9], np.float32), "trigger"),
-            nh.from_array(np.array([1], np.int32), "one"),
+            nh.from_array(np.array([-1], np.int32), "minus_1"),
+            nh.from_array(np.array([1], np.int32), "plus_1"),
+            nh.from_array(np.array([np.iinfo(np.int32).min], np.int32), "smallest"),
             nh.from_array(np.array([0.0], np.float32), "nothing"),
         ]
         last = "y"

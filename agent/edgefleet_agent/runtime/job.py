@@ -20,7 +20,7 @@ class Job:
         version: the version that the client pinned, or None for the one that serves.
     """
 
-    __slots__ = ("answer", "arrived_ns", "attempts", "failure", "model", "request", "sent_ns", "version")
+    __slots__ = ("answer", "arrived_ns", "attempts", "failure", "fell_back", "model", "request", "sent_ns", "version")
 
     def __init__(
         self, model: str, version: str | None, request: InferRequest, answer: Answer, failure: Failure
@@ -29,4 +29,5 @@ class Job:
         self.answer, self.failure = answer, failure
         self.arrived_ns = time.perf_counter_ns()
         self.sent_ns = 0
+        self.fell_back = False  # the serving version refused it, the standby has it
         self.attempts = 0  # how many workers died while computing it

@@ -146,6 +146,16 @@ class Switchboard:
                 job.failure(exc)
         self._pump()
 
+    def _refused(self, version: Version, job: Job, error: RequestError) -> None:
+        """What the new version can't answer, the one before it may still; the new one's counter keeps the failure."""
+        standby = self._standby
+        if job.version is not None or job.fell_back or standby is None or standby is version:
+            job.failure(error)
+            return
+        job.fell_back = True
+        standby.waiting.append(job)
+        self._pump()
+
     def tick(self) -> None:
         """Fail requests that waited too long and kill workers that hang. Call a few times a second."""
         horizon = time.perf_counter_ns() - int(WAIT_LIMIT_S * 1e9)
@@ -293,7 +303,14 @@ class Switchboard:
         parsed = self._layout.manifest(manifest)
         config = self._layout.config(parsed)
         return Version(
-            manifest, parsed, config, self._layout, self._threads, on_room=self._pump, on_orphans=self._orphans
+            manifest,
+            parsed,
+            config,
+            self._layout,
+            self._threads,
+            on_room=self._pump,
+            on_orphans=self._orphans,
+            on_refused=self._refused,
         )
 
     def _choose_mode(self, config: ModelConfig, mode: SwapMode) -> tuple[Literal["blue-green", "in-place"], str]:

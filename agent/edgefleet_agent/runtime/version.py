@@ -46,6 +46,7 @@ class Version:
         manifest_digest: which one.
         on_room: called when it can take another job, or none any more.
         on_orphans: jobs whose worker died, oldest first, to be placed again.
+        on_refused: a job that the engine refused, and why.
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class Version:
         *,
         on_room: Callable[[], None],
         on_orphans: Callable[[list[Job]], None],
+        on_refused: Callable[[Version, Job, RequestError], None],
     ) -> None:
         self.manifest, self.config = manifest_digest, config
         self.state = VersionState.STOPPED
@@ -65,7 +67,7 @@ class Version:
         self.waiting: deque[Job] = deque()  # jobs pinned to this version
         self.last_problem = ""
         self.ready: Ready | None = None
-        self._on_room, self._on_orphans = on_room, on_orphans
+        self._on_room, self._on_orphans, self._on_refused = on_room, on_orphans, on_refused
         self._worker: WorkerProcess | None = None
         self._restart: asyncio.Task[None] | None = None
         self._crashes_in_row = 0
@@ -170,7 +172,7 @@ class Version:
 
     def _refused(self, job: Job, message: str) -> None:
         self.figures.refused()
-        job.failure(RequestError(500, message))
+        self._on_refused(self, job, RequestError(500, message))
 
     def _ended(self, worker: WorkerProcess, problem: str, unanswered: list[Job]) -> None:
         if problem:

@@ -20,6 +20,8 @@ from edgefleet_agent.runtime.protocol import InputTensor, OutputTensor, RequestE
 from edgefleet_agent.runtime.tensors import NUMPY, element_count
 from edgefleet_agent.sandbox import child_environment, describe_exit
 
+EXIT_GRACE_S = 0.5  # between the end of a worker's channel and the end of the worker
+
 
 class WorkerProcess:
     """A worker process and the shared memory that leads to it.
@@ -177,9 +179,9 @@ class WorkerProcess:
             except OSError:
                 packet = b""
             if not packet:
-                # Its end of the channel is closed: whatever it still does, nobody can hear it.
+                # It is ending, and its exit status will say how; or it closed the channel, and nobody can hear it any more.
                 self._close_link()
-                self.kill("closed its channel")
+                self._loop.call_later(EXIT_GRACE_S, self.kill, "closed its channel")
                 return
             try:
                 self._take(channel.decode_from_worker(packet))

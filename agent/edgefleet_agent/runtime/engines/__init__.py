@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib.metadata
+from typing import TYPE_CHECKING
 
 from edgefleet_shared.errors import EngineError
 
-from edgefleet_agent.runtime.engines.port import Engine
+if TYPE_CHECKING:  # the port imports numpy; asking for names must not
+    from edgefleet_agent.runtime.engines.port import Engine
 
 GROUP = "edgefleet.engines"
 

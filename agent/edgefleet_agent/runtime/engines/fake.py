@@ -34,6 +34,9 @@ class FakeEngine:
     def missing(self) -> str:
         return ""
 
+    def load_library(self) -> None:
+        """There is none."""
+
     def load(self, path: Path, config: ModelConfig, threads: int) -> FakeSession:
         try:
             model = msgspec.json.decode(path.read_bytes(), type=FakeModel)

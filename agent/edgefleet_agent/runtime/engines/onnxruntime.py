@@ -30,12 +30,16 @@ class OnnxruntimeEngine:
     def missing(self) -> str:
         return "" if self.available() else "the Python package onnxruntime is not installed"
 
-    def load(self, path: Path, config: ModelConfig, threads: int) -> OnnxruntimeSession:
+    def load_library(self) -> Any:
         os.environ["ORT_DISABLE_TELEMETRY"] = "1"
         try:
             import onnxruntime
         except ImportError as exc:
             raise EngineError(f"onnxruntime does not load on this board: {exc}", hint=self.missing()) from exc
+        return onnxruntime
+
+    def load(self, path: Path, config: ModelConfig, threads: int) -> OnnxruntimeSession:
+        onnxruntime = self.load_library()
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1

@@ -32,12 +32,16 @@ class OpenvinoEngine:
     def missing(self) -> str:
         return "" if self.available() else "the Python package openvino is not installed"
 
-    def load(self, path: Path, config: ModelConfig, threads: int) -> OpenvinoSession:
+    def load_library(self) -> Any:
         sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # None: "import" fails
         try:
             import openvino
         except ImportError as exc:
             raise EngineError(f"openvino does not load on this board: {exc}", hint=self.missing()) from exc
+        return openvino
+
+    def load(self, path: Path, config: ModelConfig, threads: int) -> OpenvinoSession:
+        openvino = self.load_library()
         xml, weights = _members(path)
         core = openvino.Core()
         options = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": 1}

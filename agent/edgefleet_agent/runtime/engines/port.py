@@ -1,6 +1,6 @@
 """The engine port: receives a model file and its config, hands on a session that answers.
 
-An adapter is one file behind the entry point group ``edgefleet.engines``. It imports its library inside :meth:`Engine.load`, so
+An adapter is one file behind the entry point group ``edgefleet.engines``. It imports its library in :meth:`Engine.load_library`, so
 that asking which engines a board has costs nothing, and only worker and accepting child, never the resident agent, pay
 for one. Foreign exceptions become :class:`~edgefleet_shared.errors.EngineError` in the adapter.
 """
@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib.metadata
 from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from edgefleet_shared.artifact import ModelConfig
@@ -53,6 +53,14 @@ class Engine(Protocol):
 
     def missing(self) -> str:
         """What this board lacks for the engine, for people; empty when it has it."""
+        ...
+
+    def load_library(self) -> Any:
+        """Import the library and return what :meth:`load` uses of it. Repeating it costs nothing.
+
+        Raises:
+            EngineError: it is missing, or does not load on this board.
+        """
         ...
 
     def load(self, path: Path, config: ModelConfig, threads: int) -> Session:

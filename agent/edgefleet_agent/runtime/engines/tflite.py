@@ -29,27 +29,24 @@ class TfliteEngine:
     def missing(self) -> str:
         return "" if self.available() else "neither the Python package ai-edge-litert nor tflite-runtime is installed"
 
+    def load_library(self) -> Any:
+        try:
+            from ai_edge_litert.interpreter import Interpreter
+        except ImportError:
+            try:
+                from tflite_runtime.interpreter import Interpreter
+            except ImportError as exc:
+                raise EngineError(f"no TFLite interpreter loads on this board: {exc}", hint=self.missing()) from exc
+        return Interpreter
+
     def load(self, path: Path, config: ModelConfig, threads: int) -> TfliteSession:
-        interpreter_class = _interpreter_class()
+        interpreter_class = self.load_library()
         try:
             interpreter = interpreter_class(model_path=str(path), num_threads=threads)
             interpreter.allocate_tensors()
         except (RuntimeError, ValueError, SystemError) as exc:
             raise EngineError(f"the .tflite file can't be loaded: {exc}") from exc
         return TfliteSession(interpreter, config)
-
-
-def _interpreter_class() -> Any:
-    try:
-        from ai_edge_litert.interpreter import Interpreter
-    except ImportError:
-        try:
-            from tflite_runtime.interpreter import Interpreter
-        except ImportError as exc:
-            raise EngineError(
-                f"no TFLite interpreter loads on this board: {exc}", hint=TfliteEngine().missing()
-            ) from exc
-    return Interpreter
 
 
 class _Port:
