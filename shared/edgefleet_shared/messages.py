@@ -6,7 +6,7 @@ metadata) are not here: they travel verbatim and are read only after they are ve
 
 from __future__ import annotations
 
-from typing import TypeVar, Union
+from typing import TypeVar
 
 import msgspec
 
@@ -116,7 +116,7 @@ class Refused(msgspec.Struct, frozen=True, kw_only=True, tag="refused"):
     reason: str
 
 
-Body = Union[Progress, OutcomeTold, Health, Dropped, Refused]
+Body = Progress | OutcomeTold | Health | Dropped | Refused
 
 
 class Event(msgspec.Struct, frozen=True, kw_only=True):

@@ -42,6 +42,11 @@ class Row(NamedTuple):
     message: str
     what: str
 
+    @property
+    def from_device(self) -> bool:
+        """Whether the board publishes it and the controller reads it; else the other way round."""
+        return self.by.startswith("agent")
+
 
 TABLE = (
     Row(Kind.DESIRED, "d/<device>/desired", "controller", True, 1, "TUF Targets metadata", "the signed assignment"),
