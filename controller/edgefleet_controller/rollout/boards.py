@@ -27,6 +27,9 @@ from edgefleet_controller.rollout.views import (
 S = Standing
 Fleet = Mapping[str, BoardView]
 
+# A board keeps the time limit by itself; its own word is better than the controller's guess, and needs a moment to arrive.
+GRACE_S = 10.0
+
 # Standings in which a board may still have something to say about the assignment that it was given.
 _HEARD = frozenset({S.IN_FLIGHT, S.AWAY, S.TOOK, S.FAILED})
 # Standings in which a board that left the fleet has no further part; what it did before stays told.
@@ -75,7 +78,12 @@ def _assignment(rollout: str, progress: Progress) -> str:
 
 def deadline(rollout: Rollout, progress: Progress) -> float:
     """When a board's silence about its assignment ends the waiting."""
-    return progress.since + rollout.spec.timeout_s + rollout.spec.soak_s
+    return progress.since + board_time_s(rollout) + GRACE_S
+
+
+def board_time_s(rollout: Rollout) -> float:
+    """What a board is given for the whole deployment, its soak included."""
+    return rollout.spec.timeout_s + rollout.spec.soak_s
 
 
 # -------------------------------------------------------------------------------------------------------- what boards say
@@ -155,7 +163,7 @@ def _in_flight(rollout: Rollout, progress: Progress, board: BoardView, now: floa
     told = _word(rollout, progress, board, now)
     if told is not None or now < deadline(rollout, progress):
         return told
-    waited = rollout.spec.timeout_s + rollout.spec.soak_s
+    waited = board_time_s(rollout)
     if board.reachable(now, rollout.spec.reach_window_s):
         return msgspec.structs.replace(
             progress, standing=S.FAILED, outcome=Outcome.TIMED_OUT, since=now, reason=f"no outcome within {waited:g} s"

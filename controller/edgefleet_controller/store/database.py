@@ -22,6 +22,8 @@ from edgefleet_controller.store.tables import SCHEMA_VERSION
 BUSY_TIMEOUT_MS = 15_000  # a writer waits so long for the one before it
 _MIGRATION_LOCK = 0x6566_7631  # PostgreSQL advisory lock: "efv1"
 
+_SERIAL_LOCK = 0x6566_7632
+
 # From version n to n+1, statements for a database that exists already; a new one is made as tables.py says.
 MIGRATIONS: dict[int, tuple[str, ...]] = {}
 
@@ -85,6 +87,12 @@ class Database:
             yield session
             if writes:
                 session.commit()
+
+    def serialise(self, session: Session) -> None:
+        """Let only one transaction at a time go on from here, for checks that look at many rows before they add one. SQLite's
+        write lock does that already."""
+        if not self.is_sqlite:
+            session.connection().execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _SERIAL_LOCK})
 
     def migrate(self) -> None:
         """Bring the database to this program's schema; a new one is created.

@@ -166,6 +166,13 @@ def intend(session: Session, name: str, kind: IntentKind, by: str = "") -> Inten
 
 # ------------------------------------------------------------------------------------------------------------- assignments
 
+_PUT_ASSIGNMENT = """
+INSERT INTO assignment (id, device, version, manifest, rollout, payload, payload_digest, created_at, published)
+VALUES (:id, :device, :version, :manifest, :rollout, :payload, :payload_digest, :created_at, :published)
+ON CONFLICT (id) DO UPDATE SET version = excluded.version, manifest = excluded.manifest, payload = excluded.payload,
+payload_digest = excluded.payload_digest, created_at = excluded.created_at, published = excluded.published
+"""
+
 
 def next_version(session: Session, device: str) -> int:
     """The next assignment version of a board. It only rises, and counts in the session's transaction.
@@ -185,14 +192,16 @@ def next_version(session: Session, device: str) -> int:
     return int(version)
 
 
-def put_assignment(session: Session, assignment: Assignment) -> None:
-    """Store a signed assignment and put it in force. Signing one anew (before it expires) replaces its bytes."""
-    session.merge(assignment)
-    session.flush()
-    session.connection().execute(
-        text("UPDATE device SET assignment = :id WHERE name = :device"),
-        {"id": assignment.id, "device": assignment.device},
-    )
+def put_assignments(session: Session, assignments: Iterable[Assignment]) -> None:
+    """Store signed assignments and put them in force. Signing one anew, before it expires, replaces its bytes and version."""
+    given = [row.model_dump() for row in assignments]
+    if given:
+        connection = session.connection()
+        connection.execute(text(_PUT_ASSIGNMENT), given)
+        connection.execute(
+            text("UPDATE device SET assignment = :id WHERE name = :device"),
+            [{"id": row["id"], "device": row["device"]} for row in given],
+        )
 
 
 def get_assignment(session: Session, assignment: str) -> Assignment:
@@ -200,17 +209,6 @@ def get_assignment(session: Session, assignment: str) -> Assignment:
     if row is None:
         raise NotFoundError(f"no assignment {assignment!r}")
     return row
-
-
-def in_force(session: Session, devices: Iterable[str] | None = None) -> dict[str, tuple[str, str, str]]:
-    """For every board with an assignment in force: its id, manifest and the sha256 digest of its bytes."""
-    found = session.connection().execute(
-        text(
-            "SELECT a.device, a.id, a.manifest, a.payload_digest FROM assignment a JOIN device d ON d.assignment = a.id"
-        )
-    )
-    wanted = None if devices is None else set(devices)
-    return {device: (a, m, p) for device, a, m, p in found if wanted is None or device in wanted}
 
 
 def unpublished(session: Session, limit: int = 1000) -> list[Assignment]:

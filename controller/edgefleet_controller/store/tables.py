@@ -77,7 +77,8 @@ class ModelVersion(SQLModel, table=True):
 
 
 class Artifact(SQLModel, table=True):
-    """What a model version was compiled to for a class. ``state`` is compiled or signed; the rest is JSON."""
+    """What a model version was compiled to for a class. ``state`` is compiled or signed; ``manifest_bytes`` the size of the
+    manifest itself, ``size_bytes`` of everything that a board fetches; the rest is JSON."""
 
     __tablename__ = "artifact"
     __table_args__ = (UniqueConstraint("model", "version", "device_class"),)
@@ -85,7 +86,9 @@ class Artifact(SQLModel, table=True):
     model: str = Field(index=True)
     version: str
     device_class: str = Field(foreign_key="device_class.name")
+    manifest_bytes: int
     size_bytes: int = Field(sa_type=BigInteger)
+    swap: str = "auto"
     state: str
     requirement: str = Field(sa_type=Text)
     quality: str = Field(default="{}", sa_type=Text)
