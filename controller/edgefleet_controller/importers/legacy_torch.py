@@ -11,7 +11,7 @@ The bytes are checked against a pinned hash by the caller before they come here.
 from __future__ import annotations
 
 import io
-import pickle  # noqa: S403 - see the module's docstring: restricted to data, on bytes of a pinned hash
+import pickle  # see the module's docstring: restricted to data, on bytes of a pinned hash
 from collections import OrderedDict
 from typing import Any
 
@@ -52,7 +52,8 @@ class _Tensor:
         if min((self.offset, *self.stride)) < 0 or min(self.size, default=1) < 1 or last >= len(flat):
             raise ModelError("the weights file describes a tensor outside its storage")
         strides = [s * flat.itemsize for s in self.stride]
-        return np.lib.stride_tricks.as_strided(flat[self.offset :], self.size, strides).copy()
+        view: npt.NDArray[Any] = np.lib.stride_tricks.as_strided(flat[self.offset :], self.size, strides)
+        return view.copy()
 
 
 class _Plain(pickle.Unpickler):
