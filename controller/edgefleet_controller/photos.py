@@ -17,11 +17,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 
 from edgefleet_shared.errors import EnvironmentProblem
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, ImageStat, UnidentifiedImageError
 
 from edgefleet_controller import packages
 
 SHORTEST_SIDE = 288  # pixels: leaves room around the 224 x 224 crop that networks of this kind take
+MIN_CONTRAST = 12.0  # standard deviation of grey levels: below it the picture is all but blank
 CROPS = 4  # whole picture, then three mirrored corners
 
 _OPENCV = re.compile(
@@ -135,8 +136,8 @@ def _read(content: bytes) -> Image.Image | None:
             picture: Image.Image = opened
     except (UnidentifiedImageError, OSError):
         return None
-    if min(picture.size) < 96:
-        return None
+    if min(picture.size) < 96 or max(picture.size) > 2 * min(picture.size):
+        return None  # icons, and strips of which a square crop shows little
     if picture.mode in {"RGBA", "LA", "P"}:
         picture = picture.convert("RGBA")
         ground = Image.new("RGBA", picture.size, (255, 255, 255, 255))
@@ -144,7 +145,9 @@ def _read(content: bytes) -> Image.Image | None:
     picture = picture.convert("RGB")
     scale = SHORTEST_SIDE / min(picture.size)
     size = (max(round(picture.width * scale), SHORTEST_SIDE), max(round(picture.height * scale), SHORTEST_SIDE))
-    return picture.resize(size, Image.Resampling.BICUBIC)
+    picture = picture.resize(size, Image.Resampling.BICUBIC)
+    centre = ImageOps.fit(picture, (SHORTEST_SIDE // 2, SHORTEST_SIDE // 2)).convert("L")
+    return picture if ImageStat.Stat(centre).stddev[0] > MIN_CONTRAST else None
 
 
 def _crop(picture: Image.Image, crop: int) -> Image.Image:

@@ -53,7 +53,7 @@ class _Tensor:
             raise ModelError("the weights file describes a tensor outside its storage")
         strides = [s * flat.itemsize for s in self.stride]
         view: npt.NDArray[Any] = np.lib.stride_tricks.as_strided(flat[self.offset :], self.size, strides)
-        return view.copy()
+        return np.array(view)
 
 
 class _Plain(pickle.Unpickler):
