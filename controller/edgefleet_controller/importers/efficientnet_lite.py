@@ -108,7 +108,7 @@ class _Writer:
             raise ModelError(f"the weights file lacks {name}") from exc
 
     def constant(self, name: str, array: npt.NDArray[Any]) -> str:
-        self._constants.append(numpy_helper.from_array(np.ascontiguousarray(array, np.float32), name))
+        self._constants.append(numpy_helper.from_array(np.asarray(array, np.float32), name))
         return name
 
     def node(self, op: str, inputs: list[str], name: str, **attributes: Any) -> str:
