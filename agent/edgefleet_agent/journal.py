@@ -19,6 +19,7 @@ class Journal(msgspec.Struct, frozen=True, kw_only=True):
     Args:
         life: state, restarts and pending outcome.
         assignment: what is being worked on, or was last.
+        pending: a verified assignment that waits until this one is done with.
         reason: why the pending outcome is what it is.
         acceptance: the last verdict on this assignment.
         ended: how the last assignment ended.
@@ -28,6 +29,7 @@ class Journal(msgspec.Struct, frozen=True, kw_only=True):
 
     life: Life = Life()
     assignment: Assignment | None = None
+    pending: Assignment | None = None
     reason: str = ""
     acceptance: AcceptanceReport | None = None
     ended: Ended | None = None
