@@ -47,6 +47,7 @@ class Writer:
         self._users: dict[str, list[onnx.NodeProto]] = {}
         self._results = {output.name for output in model.graph.output}
         self._fused: set[str] = set()
+        self.convolutions: list[str] = []
         for node in model.graph.node:
             for name in node.input:
                 self._users.setdefault(name, []).append(node)
@@ -73,8 +74,8 @@ class Writer:
             value = self.plain(result.name)
             # The served name belongs to a tensor of its own, and an output may not also be an input.
             index = self.graph.tensor(result.name, value.shape, value.dtype)
-            shape = self.graph.constant(f"{result.name}/shape", np.array(value.shape, np.int32))
-            self.graph.operator("RESHAPE", [value.tensor, shape], [index], "ReshapeOptions", newShape=list(value.shape))
+            form = self.graph.constant(f"{result.name}/shape", np.array(value.shape, np.int32))
+            self.graph.operator("RESHAPE", [value.tensor, form], [index], "ReshapeOptions", newShape=list(value.shape))
             outputs[result.name] = index
         return self.graph.finish(inputs, outputs)
 
@@ -136,7 +137,7 @@ class Writer:
         """Append an operator with one output; ``name`` is the ONNX value it makes, ``shape`` in ONNX's order."""
         value = Value(-1, shape, nhwc, dtype)
         value = value._replace(
-            index=self.graph.tensor(f"{name}/out" if name in self._results else name, value.stored, dtype)
+            tensor=self.graph.tensor(f"{name}/out" if name in self._results else name, value.stored, dtype)
         )
         self.graph.operator(op, inputs, [value.tensor], options, **fields)
         self._values[name] = value
@@ -160,13 +161,14 @@ class Writer:
         return _ACTIVATION.NONE, name
 
 
-def convert(model: onnx.ModelProto) -> bytes:
-    """A float .tflite with ONNX's inputs and outputs.
+def convert(model: onnx.ModelProto) -> tuple[bytes, list[str]]:
+    """(a float .tflite with ONNX's inputs and outputs, names of the tensors that its convolutions make, in order).
 
     Raises:
         Refused: an operator, or a use of one, that TFLite or this writer lacks; names node and operator.
     """
-    return Writer(model).write()
+    writer = Writer(model)
+    return writer.write(), writer.convolutions
 
 
 def refused(node: onnx.NodeProto, why: str) -> job.Refused:
@@ -201,7 +203,7 @@ class _Window(NamedTuple):
     dilations: tuple[int, int]
     pads: tuple[int, int, int, int]  # top, left, bottom, right
 
-    def out(self, size: tuple[int, int]) -> tuple[int, int]:
+    def out(self, size: tuple[int, int]) -> tuple[int, ...]:
         return tuple(
             (size[i] + self.pads[i] + self.pads[i + 2] - (self.kernel[i] - 1) * self.dilations[i] - 1)
             // self.strides[i]
@@ -235,7 +237,7 @@ def _window(node: onnx.NodeProto, kernel: tuple[int, ...], size: tuple[int, int]
         totals = [_same_total(size[i], kernel[i], strides[i], dilations[i]) for i in (0, 1)]
         small, large = [t // 2 for t in totals], [t - t // 2 for t in totals]
         pads = tuple(small + large if auto == "SAME_UPPER" else large + small)
-    return _Window(kernel, strides, dilations, pads)  # type: ignore[arg-type]
+    return _Window(kernel, strides, dilations, pads)
 
 
 def _padded(writer: Writer, node: onnx.NodeProto, x: Value, window: _Window, fill: float) -> tuple[Value, int]:
@@ -270,6 +272,7 @@ def _conv(writer: Writer, node: onnx.NodeProto) -> None:
     shape = (x.shape[0], out_channels, *window.out((x.shape[2], x.shape[3])))
     x, padding = _padded(writer, node, x, window, 0.0)
     fused, name = writer.activation(node)
+    writer.convolutions.append(name)
     common = {
         "padding": padding, "strideH": window.strides[0], "strideW": window.strides[1],
         "dilationHFactor": window.dilations[0], "dilationWFactor": window.dilations[1], "fusedActivationFunction": fused,
