@@ -33,15 +33,15 @@ def compile_model(request: job.Request, progress: job.Progress) -> dict[str, Any
     """Request: ``simplified``, ``calibration``, ``compiled`` and ``float`` (files to write), ``precision``,
     ``options``."""
     progress("converting", 0, 1)
-    content, convolutions = convert(onnx.load(request["simplified"]))
+    converted = convert(onnx.load(request["simplified"]))
+    content = converted.content
     with open(request["float"], "wb") as stream:
         stream.write(content)
     progress("converting", 1, 1)
     if request["precision"] == "int8":
         progress("quantizing", 0, 1)
-        content = _quantize(
-            content, SampleFile(request["calibration"]), convolutions[: request["options"]["float_first"]]
-        )
+        in_float = converted.convolutions[: request["options"]["float_first"]] + converted.whole
+        content = _quantize(content, SampleFile(request["calibration"]), in_float)
         progress("quantizing", 1, 1)
     with open(request["compiled"], "wb") as stream:
         stream.write(content)
@@ -49,7 +49,7 @@ def compile_model(request: job.Request, progress: job.Progress) -> dict[str, Any
 
 
 def _quantize(content: bytes, samples: SampleFile, in_float: list[str]) -> bytes:
-    """Full int8 but for the convolutions that make the tensors named ``in_float``."""
+    """Full int8 but for the operators that make the tensors named ``in_float``."""
     from ai_edge_quantizer import algorithm_manager, qtyping, quantizer, recipe_manager
 
     recipe = recipe_manager.RecipeManager()

@@ -161,14 +161,23 @@ class Writer:
         return _ACTIVATION.NONE, name
 
 
-def convert(model: onnx.ModelProto) -> tuple[bytes, list[str]]:
-    """(a float .tflite with ONNX's inputs and outputs, names of the tensors that its convolutions make, in order).
+class Converted(NamedTuple):
+    """A float .tflite, and names of tensors by which its quantizer is steered: those that convolutions make, in order, and those
+    of whole numbers, whose operators must be left alone."""
+
+    content: bytes
+    convolutions: list[str]
+    whole: list[str]
+
+
+def convert(model: onnx.ModelProto) -> Converted:
+    """A float .tflite with ONNX's inputs and outputs.
 
     Raises:
         Refused: an operator, or a use of one, that TFLite or this writer lacks; names node and operator.
     """
     writer = Writer(model)
-    return writer.write(), writer.convolutions
+    return Converted(writer.write(), writer.convolutions, writer.graph.whole)
 
 
 def refused(node: onnx.NodeProto, why: str) -> job.Refused:
@@ -330,7 +339,10 @@ def _global_average(writer: Writer, node: onnx.NodeProto) -> None:
     )
 
 
-def _reduce_mean(writer: Writer, node: onnx.NodeProto) -> None:
+_REDUCE = {"ReduceMean": "MEAN", "ReduceMax": "REDUCE_MAX", "ReduceMin": "REDUCE_MIN", "ReduceSum": "SUM"}
+
+
+def _reduce(writer: Writer, node: onnx.NodeProto) -> None:
     given, x = attributes(node), writer.value(node.input[0])
     axes = given.get("axes")
     if axes is None:
@@ -343,7 +355,10 @@ def _reduce_mean(writer: Writer, node: onnx.NodeProto) -> None:
     stored = [TO_NHWC.index(a) for a in axes] if x.nhwc else list(axes)
     shape = tuple(1 if i in axes else n for i, n in enumerate(x.shape) if keep or i not in axes)
     constant = writer.graph.constant(f"{node.output[0]}/axes", np.array(stored, np.int32))
-    writer.emit(node.output[0], "MEAN", [x.tensor, constant], shape, "ReducerOptions", nhwc=x.nhwc, keepDims=keep)
+    writer.emit(
+        node.output[0], _REDUCE[node.op_type], [x.tensor, constant], shape, "ReducerOptions",
+        nhwc=x.nhwc, dtype=x.dtype, keepDims=keep,
+    )  # fmt: skip
 
 
 # --- element by element -----------------------------------------------------------------------------------------------
@@ -405,7 +420,9 @@ def _unary(writer: Writer, node: onnx.NodeProto) -> None:
 
 
 def _scalar(writer: Writer, name: str, op: str, x: Value, number: float, options: str = "") -> Value:
-    constant = writer.graph.constant(f"scalar/{number}", np.array([number], np.float32))
+    constant = writer.graph.constant(
+        f"scalar/{number}/{len(x.shape)}", np.full((1,) * len(x.shape), number, np.float32)
+    )
     return writer.emit(name, op, [x.tensor, constant], x.shape, options, nhwc=x.nhwc)
 
 
@@ -585,7 +602,7 @@ OPERATORS: dict[str, Callable[[Writer, onnx.NodeProto], None]] = {
     "MaxPool": _pool,
     "AveragePool": _pool,
     "GlobalAveragePool": _global_average,
-    "ReduceMean": _reduce_mean,
+    **dict.fromkeys(_REDUCE, _reduce),
     **dict.fromkeys(_BINARY, _binary),
     **dict.fromkeys(_UNARY, _unary),
     "Clip": _clip,
