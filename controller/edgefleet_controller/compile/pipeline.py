@@ -58,6 +58,7 @@ Progress = Callable[[str, int, int], None]
 
 MAX_BLOB_BYTES = 4 * 1024**3
 PREPARE = ("onnxruntime", "ort")  # toolchain and module that simplify and answer for the float reference
+HOST_OVERHEAD_BYTES = 128 * 1024 * 1024  # samples, outputs and the float model beside the compiled one while timing
 _CHILDREN = Path(__file__).parent / "children"
 
 
@@ -193,7 +194,13 @@ class _Job:
                 "references": [str(staged / "holdout.safetensors"), str(staged / "golden.safetensors")],
             }
             self._toolchains.run(
-                toolchain, PREPARE[1], request, self._work, limit_s=self._limits.prepare_s, progress=self._progress
+                toolchain,
+                PREPARE[1],
+                request,
+                self._work,
+                self._log(request),
+                limit_s=self._limits.prepare_s,
+                progress=self._progress,
             )
 
         _once(folder, fill)
@@ -215,7 +222,7 @@ class _Job:
                 "options": self._options,
             }
             self._toolchains.run(
-                self._toolchain, self._target.module, request, self._work, limit_s=self._limits.compile_s,
+                self._toolchain, self._target.module, request, self._work, self._log(request), limit_s=self._limits.compile_s,
                 progress=self._progress,
             )  # fmt: skip
 
@@ -242,12 +249,12 @@ class _Job:
         )
         try:
             measured = self._toolchains.run(
-                self._toolchain, self._target.module, request, self._work, limit_s=self._limits.measure_s,
-                progress=self._progress,
+                self._toolchain, self._target.module, request, self._work, self._log(request), limit_s=self._limits.measure_s,
+                memory_bytes=self._class.spec.budgets.memory_bytes + HOST_OVERHEAD_BYTES, progress=self._progress,
             )  # fmt: skip
         except ChildDied as exc:
             missing = ("agreement", "latency", "memory")
-            return msgspec.structs.replace(base, unmeasured=missing), [f"engine died: {exc.signal_name}"]
+            return msgspec.structs.replace(base, unmeasured=missing), [f"engine died: {exc.how}"]
         references = load_file(prepared / "holdout.safetensors")
         found = quality.compare(load_file(outputs), references, self._version) | {
             "peak_memory_bytes": measured["peak_memory_bytes"]
@@ -312,6 +319,10 @@ class _Job:
             encoding=version.encoding,
             swap=spec.swap,
         )
+
+    def _log(self, request: dict[str, Any]) -> Path:
+        name = f"{self._version.model}-{self._version.version}-{self._class.name}-{request['action']}.log"
+        return self._cache / "logs" / name
 
     @property
     def _here(self) -> bool:

@@ -33,6 +33,7 @@ from edgefleet_shared.errors import ToolchainError
 Progress = Callable[[str, int, int], None]
 
 INSTALL_LIMIT_S = 1200
+POLL_S = 0.05  # how often cancel, time and memory are looked at
 _FOLDER = Path(__file__).parent
 # onnxruntime, openvino and nncf report usage to their makers unless told not to. Hashes and threads are fixed so that the
 # same inputs give the same bytes.
@@ -51,13 +52,13 @@ class Cancelled(ToolchainError):
 
 
 class ChildDied(ToolchainError):
-    """A child was killed by a signal that was not ours: a crash, or the kernel out of memory."""
+    """A child crashed, or was killed because it outgrew its memory limit; ``how`` is for people."""
 
     code = "child_died"
 
-    def __init__(self, name: str, number: int, log: str) -> None:
-        self.signal_name = _signal_name(number)
-        super().__init__(f"the {name} process died: {self.signal_name}", hint=log)
+    def __init__(self, name: str, how: str, log: str) -> None:
+        self.how = how
+        super().__init__(f"the {name} process died: {how}", hint=log)
 
 
 class Toolchain(msgspec.Struct, frozen=True):
@@ -101,26 +102,31 @@ class Toolchains:
         module: str,
         request: dict[str, Any],
         work: Path,
+        log_file: Path,
         *,
         limit_s: float,
+        memory_bytes: int | None = None,
         progress: Progress = lambda *_: None,
     ) -> dict[str, Any]:
         """Run one job in a toolchain's environment.
 
         Args:
             module: of :mod:`edgefleet_controller.compile.children`.
-            work: folder for the request and the log.
+            work: folder for the request; the child's working folder.
+            log_file: receives what the child and its libraries print; outlives the job.
             limit_s: the child is killed after so many seconds.
+            memory_bytes: the child is killed when more than this is resident.
 
         Raises:
             EdgefleetError: what the child refused, as it said it.
-            ChildDied: a signal killed it.
+            ChildDied: it crashed or outgrew ``memory_bytes``.
             Cancelled: by the event given to this object.
             ToolchainError: it broke or ran past its limit; the message ends with the log's last line.
         """
         work.mkdir(parents=True, exist_ok=True)
         action = request["action"]
-        request_file, log_file = work / f"{action}.request.json", work / f"{action}.log"
+        request_file = work / f"{action}.request.json"
+        log_file.parent.mkdir(parents=True, exist_ok=True)
         request_file.write_text(json.dumps(request))
         name = f"{toolchain.name} {action}"
         command = [toolchain.python, "-I", "-c", _RUN, str(_FOLDER), module, str(request_file)]
@@ -137,9 +143,9 @@ class Toolchains:
                 answers.append(message)
 
         environment = {k: v for k, v in os.environ.items() if k in _KEPT} | _JOB_ENVIRONMENT
-        code = self._watch(command, environment, work, log_file, limit_s, name, line)
+        code = self._watch(command, environment, work, log_file, limit_s, name, line, memory_bytes)
         if code < 0:
-            raise ChildDied(name, -code, f"see {log_file}")
+            raise ChildDied(name, _signal_name(-code), f"see {log_file}")
         if code != 0 or not answers:
             raise ToolchainError(f"{name} failed: {_last_line(log_file)}", hint=f"see {log_file}")
         if "error" in answers[-1]:
@@ -149,7 +155,7 @@ class Toolchains:
 
     def _watch(
         self, command: list[str], environment: dict[str, str], folder: Path, log_file: Path, limit_s: float, name: str,
-        line: Callable[[bytes], None],
+        line: Callable[[bytes], None], memory_bytes: int | None = None,
     ) -> int:  # fmt: skip
         """Run a command in a session of its own; returns its exit status, negative for a signal."""
         deadline = time.monotonic() + limit_s
@@ -177,7 +183,10 @@ class Toolchains:
                         raise ToolchainError(
                             f"{name} ran past its limit of {limit_s:.0f} s and was stopped", hint=f"see {log_file}"
                         )
-                    if selector.select(timeout=0.1):
+                    if memory_bytes is not None and _resident_bytes(process.pid) > memory_bytes:
+                        how = f"over its memory limit of {memory_bytes} bytes (SIGKILL)"
+                        raise ChildDied(name, how, f"see {log_file}")
+                    if selector.select(timeout=POLL_S):
                         piece = process.stdout.read(65536)
                         if not piece:
                             break
@@ -258,6 +267,14 @@ def _waiting_lock(path: Path) -> Iterator[None]:
 def _last_line(log: Path) -> str:
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
     return lines[-1] if lines else "no output"
+
+
+def _resident_bytes(pid: int) -> int:
+    try:
+        pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+    except (OSError, IndexError):
+        return 0  # it has just ended
+    return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 def _signal_name(number: int) -> str:

@@ -30,9 +30,9 @@ class SampleFile:
     """Samples in a safetensors file, one tensor per input, first axis N; handed out one by one with a batch axis of 1."""
 
     def __init__(self, path: str) -> None:
-        self._file: Any = safe_open(path, "np")
-        self.names = list(self._file.keys())
-        self._slices = {name: self._file.get_slice(name) for name in self.names}
+        file: Any = safe_open(path, "np")
+        self.names = list(file.keys())
+        self._slices = {name: file.get_slice(name) for name in self.names}
 
     def __len__(self) -> int:
         return int(self._slices[self.names[0]].get_shape()[0])

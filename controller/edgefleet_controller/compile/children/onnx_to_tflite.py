@@ -47,6 +47,7 @@ class Writer:
         self._users: dict[str, list[onnx.NodeProto]] = {}
         self._results = {output.name for output in model.graph.output}
         self._fused: set[str] = set()
+        self.convolutions: list[str] = []
         for node in model.graph.node:
             for name in node.input:
                 self._users.setdefault(name, []).append(node)
@@ -73,8 +74,8 @@ class Writer:
             value = self.plain(result.name)
             # The served name belongs to a tensor of its own, and an output may not also be an input.
             index = self.graph.tensor(result.name, value.shape, value.dtype)
-            shape = self.graph.constant(f"{result.name}/shape", np.array(value.shape, np.int32))
-            self.graph.operator("RESHAPE", [value.tensor, shape], [index], "ReshapeOptions", newShape=list(value.shape))
+            form = self.graph.constant(f"{result.name}/shape", np.array(value.shape, np.int32))
+            self.graph.operator("RESHAPE", [value.tensor, form], [index], "ReshapeOptions", newShape=list(value.shape))
             outputs[result.name] = index
         return self.graph.finish(inputs, outputs)
 
@@ -136,7 +137,7 @@ class Writer:
         """Append an operator with one output; ``name`` is the ONNX value it makes, ``shape`` in ONNX's order."""
         value = Value(-1, shape, nhwc, dtype)
         value = value._replace(
-            index=self.graph.tensor(f"{name}/out" if name in self._results else name, value.stored, dtype)
+            tensor=self.graph.tensor(f"{name}/out" if name in self._results else name, value.stored, dtype)
         )
         self.graph.operator(op, inputs, [value.tensor], options, **fields)
         self._values[name] = value
@@ -160,13 +161,23 @@ class Writer:
         return _ACTIVATION.NONE, name
 
 
-def convert(model: onnx.ModelProto) -> bytes:
+class Converted(NamedTuple):
+    """A float .tflite, and names of tensors by which its quantizer is steered: those that convolutions make, in order, and those
+    of whole numbers, whose operators must be left alone."""
+
+    content: bytes
+    convolutions: list[str]
+    whole: list[str]
+
+
+def convert(model: onnx.ModelProto) -> Converted:
     """A float .tflite with ONNX's inputs and outputs.
 
     Raises:
         Refused: an operator, or a use of one, that TFLite or this writer lacks; names node and operator.
     """
-    return Writer(model).write()
+    writer = Writer(model)
+    return Converted(writer.write(), writer.convolutions, writer.graph.whole)
 
 
 def refused(node: onnx.NodeProto, why: str) -> job.Refused:
@@ -201,7 +212,7 @@ class _Window(NamedTuple):
     dilations: tuple[int, int]
     pads: tuple[int, int, int, int]  # top, left, bottom, right
 
-    def out(self, size: tuple[int, int]) -> tuple[int, int]:
+    def out(self, size: tuple[int, int]) -> tuple[int, ...]:
         return tuple(
             (size[i] + self.pads[i] + self.pads[i + 2] - (self.kernel[i] - 1) * self.dilations[i] - 1)
             // self.strides[i]
@@ -235,7 +246,7 @@ def _window(node: onnx.NodeProto, kernel: tuple[int, ...], size: tuple[int, int]
         totals = [_same_total(size[i], kernel[i], strides[i], dilations[i]) for i in (0, 1)]
         small, large = [t // 2 for t in totals], [t - t // 2 for t in totals]
         pads = tuple(small + large if auto == "SAME_UPPER" else large + small)
-    return _Window(kernel, strides, dilations, pads)  # type: ignore[arg-type]
+    return _Window(kernel, strides, dilations, pads)
 
 
 def _padded(writer: Writer, node: onnx.NodeProto, x: Value, window: _Window, fill: float) -> tuple[Value, int]:
@@ -270,6 +281,7 @@ def _conv(writer: Writer, node: onnx.NodeProto) -> None:
     shape = (x.shape[0], out_channels, *window.out((x.shape[2], x.shape[3])))
     x, padding = _padded(writer, node, x, window, 0.0)
     fused, name = writer.activation(node)
+    writer.convolutions.append(name)
     common = {
         "padding": padding, "strideH": window.strides[0], "strideW": window.strides[1],
         "dilationHFactor": window.dilations[0], "dilationWFactor": window.dilations[1], "fusedActivationFunction": fused,
@@ -327,7 +339,10 @@ def _global_average(writer: Writer, node: onnx.NodeProto) -> None:
     )
 
 
-def _reduce_mean(writer: Writer, node: onnx.NodeProto) -> None:
+_REDUCE = {"ReduceMean": "MEAN", "ReduceMax": "REDUCE_MAX", "ReduceMin": "REDUCE_MIN", "ReduceSum": "SUM"}
+
+
+def _reduce(writer: Writer, node: onnx.NodeProto) -> None:
     given, x = attributes(node), writer.value(node.input[0])
     axes = given.get("axes")
     if axes is None:
@@ -340,7 +355,10 @@ def _reduce_mean(writer: Writer, node: onnx.NodeProto) -> None:
     stored = [TO_NHWC.index(a) for a in axes] if x.nhwc else list(axes)
     shape = tuple(1 if i in axes else n for i, n in enumerate(x.shape) if keep or i not in axes)
     constant = writer.graph.constant(f"{node.output[0]}/axes", np.array(stored, np.int32))
-    writer.emit(node.output[0], "MEAN", [x.tensor, constant], shape, "ReducerOptions", nhwc=x.nhwc, keepDims=keep)
+    writer.emit(
+        node.output[0], _REDUCE[node.op_type], [x.tensor, constant], shape, "ReducerOptions",
+        nhwc=x.nhwc, dtype=x.dtype, keepDims=keep,
+    )  # fmt: skip
 
 
 # --- element by element -----------------------------------------------------------------------------------------------
@@ -402,7 +420,9 @@ def _unary(writer: Writer, node: onnx.NodeProto) -> None:
 
 
 def _scalar(writer: Writer, name: str, op: str, x: Value, number: float, options: str = "") -> Value:
-    constant = writer.graph.constant(f"scalar/{number}", np.array([number], np.float32))
+    constant = writer.graph.constant(
+        f"scalar/{number}/{len(x.shape)}", np.full((1,) * len(x.shape), number, np.float32)
+    )
     return writer.emit(name, op, [x.tensor, constant], x.shape, options, nhwc=x.nhwc)
 
 
@@ -582,7 +602,7 @@ OPERATORS: dict[str, Callable[[Writer, onnx.NodeProto], None]] = {
     "MaxPool": _pool,
     "AveragePool": _pool,
     "GlobalAveragePool": _global_average,
-    "ReduceMean": _reduce_mean,
+    **dict.fromkeys(_REDUCE, _reduce),
     **dict.fromkeys(_BINARY, _binary),
     **dict.fromkeys(_UNARY, _unary),
     "Clip": _clip,

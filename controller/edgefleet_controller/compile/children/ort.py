@@ -69,6 +69,7 @@ def compile_model(request: job.Request, progress: job.Progress) -> dict[str, Any
         return {}
     progress("quantizing", 0, 1)
     options = request["options"]
+    convolutions = [node.name for node in onnx.load(request["simplified"]).graph.node if node.op_type == "Conv"]
     quantize_static(
         request["simplified"],
         request["compiled"],
@@ -78,6 +79,7 @@ def compile_model(request: job.Request, progress: job.Progress) -> dict[str, Any
         reduce_range=bool(options["reduce_range"]),
         weight_type=QuantType.QInt8,
         activation_type=QuantType.QUInt8,
+        nodes_to_exclude=convolutions[: options["float_first"]],
         calibrate_method=_METHODS[request["method"]],
         extra_options={"QDQDisableWeightAdjustForInt32Bias": True},
     )

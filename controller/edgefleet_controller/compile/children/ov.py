@@ -69,7 +69,8 @@ def compile_model(request: job.Request, progress: job.Progress) -> dict[str, Any
             preset=nncf.QuantizationPreset(request["options"]["preset"]),
             subset_size=len(samples),
             fast_bias_correction=True,
-            advanced_parameters=_ranges(nncf, request["method"]),
+            ignored_scope=nncf.IgnoredScope(names=_convolutions(model)[: request["options"]["float_first"]]),
+            advanced_parameters=_advanced(nncf, request["method"], request["options"]),
         )
         progress("quantizing", 1, 1)
     with tempfile.TemporaryDirectory() as folder:
@@ -81,13 +82,22 @@ def compile_model(request: job.Request, progress: job.Progress) -> dict[str, Any
     return {}
 
 
-def _ranges(nncf: Any, method: str) -> Any:
-    """NNCF's way of saying how activation ranges are estimated; it has no entropy method (refused by the target)."""
-    estimator = {
-        "minmax": nncf.quantization.range_estimator.RangeEstimatorParametersSet.MINMAX,
-        "percentile": nncf.quantization.range_estimator.RangeEstimatorParametersSet.MEAN_QUANTILE,
-    }[method]
-    return nncf.AdvancedQuantizationParameters(activations_range_estimator_params=estimator)
+def _advanced(nncf: Any, method: str, options: dict[str, Any]) -> Any:
+    """How activation ranges are estimated (NNCF has no entropy method; the target refuses it), and whether weights keep to 7
+    bits, without which pairs of products overflow on x86 before VNNI."""
+    ranges = nncf.quantization.range_estimator.RangeEstimatorParametersSet
+    overflow = nncf.quantization.advanced_parameters.OverflowFix
+    return nncf.AdvancedQuantizationParameters(
+        activations_range_estimator_params={"minmax": ranges.MINMAX, "percentile": ranges.MEAN_QUANTILE}[method],
+        overflow_fix=overflow.ENABLE if options["reduce_range"] else overflow.DISABLE,
+    )
+
+
+def _convolutions(model: Any) -> list[str]:
+    kinds = {"Convolution", "GroupConvolution"}
+    return [
+        operation.get_friendly_name() for operation in model.get_ordered_ops() if operation.get_type_name() in kinds
+    ]
 
 
 def _keep_names(model: Any) -> None:

@@ -29,11 +29,14 @@ class Graph:
         self._subgraph = schema.SubGraphT()
         self._subgraph.tensors, self._subgraph.operators = [], []
         self._buffers = [schema.BufferT()]  # buffer 0 is the empty one, by convention
+        self.whole: list[str] = []  # names of computed tensors that are not float
         self._codes: dict[int, int] = {}
         self._constants: dict[tuple[str, tuple[int, ...], bytes], int] = {}
 
     def tensor(self, name: str, shape: tuple[int, ...], dtype: Any = np.float32) -> int:
         """A tensor that an operator or the caller fills; returns its index."""
+        if np.dtype(dtype) != np.float32:
+            self.whole.append(name)
         return self._add(name, shape, np.dtype(dtype), 0)
 
     def constant(self, name: str, values: Array) -> int:

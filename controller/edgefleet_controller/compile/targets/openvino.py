@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from edgefleet_controller.compile.port import Options, known_options
+from edgefleet_controller.compile.port import Options, chosen_options, overflows
 from edgefleet_controller.manifests import DeviceClassSpec
 from edgefleet_controller.source import ModelVersion
 
@@ -18,6 +18,11 @@ class OpenvinoTarget:
     providers = ("CPU",)
 
     def options(self, device_class: DeviceClassSpec, version: ModelVersion) -> Options:
-        """``preset``: NNCF's ``mixed`` (asymmetric activations) or ``performance`` (symmetric)."""
-        known_options(self.name, device_class.options, ["preset"])
-        return {"preset": device_class.options.get("preset", "mixed")}
+        """``preset``: NNCF's ``mixed`` (asymmetric activations) or ``performance`` (symmetric). ``reduce_range``: weights keep to 7
+        bits. ``float_first``: so many leading convolutions stay in float."""
+        return chosen_options(
+            self.name,
+            device_class,
+            version,
+            {"preset": "mixed", "reduce_range": overflows(device_class), "float_first": 0},
+        )

@@ -5,7 +5,7 @@ ONNX is written as a float .tflite directly and quantized by ai-edge-quantizer: 
 
 from __future__ import annotations
 
-from edgefleet_controller.compile.port import Options, known_options
+from edgefleet_controller.compile.port import Options, chosen_options
 from edgefleet_controller.manifests import DeviceClassSpec
 from edgefleet_controller.source import ModelVersion
 
@@ -21,5 +21,5 @@ class TfliteTarget:
     providers = ("CPU",)
 
     def options(self, device_class: DeviceClassSpec, version: ModelVersion) -> Options:
-        known_options(self.name, device_class.options, [])
-        return {}
+        """``float_first``: so many leading convolutions stay in float. XNNPACK widens products, so nothing overflows."""
+        return chosen_options(self.name, device_class, version, {"float_first": 0})
