@@ -15,7 +15,14 @@ from edgefleet_controller.store import catalog, devices, events, rollouts
 from edgefleet_controller.store.database import Database
 from edgefleet_controller.store.devices import PresenceRow
 from edgefleet_controller.store.tables import Artifact, Assignment, CompileJob
-from edgefleet_shared.errors import ConflictError, EnvironmentProblem, InputError, NotFoundError, TrustError
+from edgefleet_shared.errors import (
+    ConflictError,
+    EdgefleetError,
+    EnvironmentProblem,
+    InputError,
+    NotFoundError,
+    TrustError,
+)
 from edgefleet_shared.messages import Ack, Dropped, Event, Health
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -63,12 +70,12 @@ def test_a_database_of_a_newer_program_is_refused(database: Database) -> None:
 
 def test_two_programs_that_start_at_once_make_one_schema(url: str) -> None:
     found = [Database(url) for _ in range(4)]
-    failed: list[BaseException] = []
+    failed: list[EdgefleetError] = []
 
     def migrate(database: Database) -> None:
         try:
             database.migrate()
-        except BaseException as exc:
+        except EdgefleetError as exc:
             failed.append(exc)
 
     threads = [threading.Thread(target=migrate, args=(database,)) for database in found]
@@ -84,10 +91,14 @@ def test_two_programs_that_start_at_once_make_one_schema(url: str) -> None:
 
 
 def test_a_block_that_raises_leaves_nothing_behind(database: Database) -> None:
-    with pytest.raises(RuntimeError), database.write() as session:
-        devices.put_class(session, "x86", "{}", 1.0)
-        session.flush()
-        raise RuntimeError
+    def half() -> None:
+        with database.write() as session:
+            devices.put_class(session, "x86", "{}", 1.0)
+            session.flush()
+            devices.get_device(session, "b1")
+
+    with pytest.raises(NotFoundError):
+        half()
     with database.read() as session:
         assert devices.list_classes(session) == []
 
