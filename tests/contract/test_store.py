@@ -23,7 +23,7 @@ from edgefleet_shared.errors import (
     NotFoundError,
     TrustError,
 )
-from edgefleet_shared.messages import Ack, Dropped, Event, Health
+from edgefleet_shared.messages import Ack, Dropped, Event, Health, Refused
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sqlalchemy import text
@@ -272,6 +272,14 @@ def test_what_comes_back_is_what_was_put_in_and_old_ones_can_be_purged(database:
     with database.write() as session:
         assert events.purge(session, before=101.0) == 2
     assert insert(database, event(2)) == {"b1": [Ack("boot1", 2)]}, "the floor outlives the events"
+
+
+def test_text_that_a_board_made_up_comes_back_as_it_was(database: Database) -> None:
+    body = Refused(desired="x", check="\x00", reason='a\x00b \u2028 "quoted" \\u0000')
+    insert(database, Event(device="b1", boot="boot1", sequence=1, at=1.0, body=body))
+    with database.read() as session:
+        row = events.recent(session)[0]
+    assert (row.kind, msgspec.json.decode(row.body, type=Refused)) == ("refused", body)
 
 
 # -------------------------------------------------------------------------------------------------------------- catalog

@@ -9,7 +9,7 @@ from edgefleet_controller.health import Intake, Kept, follow
 from edgefleet_controller.store import devices
 from edgefleet_controller.store.database import Database
 from edgefleet_shared.clock import ManualClock
-from edgefleet_shared.messages import Ack, Event, Health, Presence
+from edgefleet_shared.messages import Ack, Dropped, Event, Health, Presence, Refused
 from sqlalchemy import event
 
 
@@ -98,3 +98,21 @@ def test_a_stale_last_will_and_a_retained_report_do_not_change_who_is_online(tmp
     found.presence("b1", Presence(online=False, boot="two"))
     assert not device().online
     assert device().last_seen == 1000.0, "going away is no sign of life"
+
+
+def test_what_no_database_can_hold_is_passed_over_and_costs_nothing_else(tmp_path: Path) -> None:
+    _, found, _ = intake(tmp_path)
+    hostile = [
+        health(2**63, 1),
+        health(-1, 1),
+        health(1, 10**30),
+        health(1, 1, boot="a\x00b"),
+        health(1, 1, boot=""),
+        health(1, 1, boot="x" * 10_000),
+        Event(device="b1", boot="a", sequence=1, at=1.0, body=Dropped(count=1, up_to=2**70)),
+    ]
+    told = Event(device="b1", boot="a", sequence=2, at=1.0, body=Refused(desired="x\x00", check="c", reason="\x00"))
+    assert found.events([*hostile, health(1, 5), told]) == [("b1", Ack("a", 2))]
+    found.presence("b1", Presence(online=True, boot="a\x00"))
+    found.flush()
+    assert found.unsound == len(hostile) + 1
