@@ -7,13 +7,14 @@ repeats. Reports and presence are state, not history: of many from one board bet
 from __future__ import annotations
 
 import logging
+import re
 import threading
 from collections.abc import Sequence
 
 import msgspec
 from edgefleet_shared.clock import Clock
 from edgefleet_shared.errors import EnvironmentProblem
-from edgefleet_shared.messages import Ack, Event, Health, Presence, Reported
+from edgefleet_shared.messages import Ack, Dropped, Event, Health, Presence, Reported
 
 from edgefleet_controller.rollout.views import Figures
 from edgefleet_controller.store import devices, events
@@ -21,6 +22,11 @@ from edgefleet_controller.store.database import Database
 from edgefleet_controller.store.devices import PresenceRow, ReportedRow
 
 log = logging.getLogger(__name__)
+
+
+# What a database column holds and a person reads. A board that sends other things is broken or hostile: counted, passed over.
+_MAX_COUNT = 2**63 - 1
+_BOOT = re.compile(r"[\x21-\x7e]{1,64}")
 
 
 class Kept(msgspec.Struct, frozen=True, kw_only=True):
@@ -61,6 +67,15 @@ def follow(kept: Kept | None, event: Event, health: Health) -> Kept | None:
     )  # fmt: skip
 
 
+def _countable(event: Event) -> bool:
+    numbers = [event.sequence]
+    if isinstance(event.body, Health):
+        numbers += [event.body.requests, event.body.failed, event.body.crashes]
+    elif isinstance(event.body, Dropped):
+        numbers.append(event.body.up_to)
+    return all(0 <= number <= _MAX_COUNT for number in numbers)
+
+
 def _difference(now: int, before: int) -> int:
     # A counter that went down began anew: what it shows has all happened since.
     return now - before if now >= before else now
@@ -77,6 +92,7 @@ class Intake:
     def __init__(self, database: Database, clock: Clock) -> None:
         self._database, self._clock = database, clock
         self._lock = threading.Lock()
+        self.unsound = 0
         self._reported: dict[str, ReportedRow] = {}
         self._presence: dict[str, PresenceRow] = {}
         self._seen: dict[str, float] = {}
@@ -91,6 +107,8 @@ class Intake:
 
     def reported(self, device: str, message: Reported) -> None:
         """A board's state. It is retained: one of a board that is offline says nothing about now."""
+        if not self._sound(message.boot):
+            return
         now, content = self._clock.now(), msgspec.json.encode(message).decode()
         with self._lock:
             self._reported[device] = ReportedRow(device, message.boot, content, now)
@@ -99,6 +117,8 @@ class Intake:
 
     def presence(self, device: str, message: Presence) -> None:
         """Online or offline. The last will of an earlier session may come after the new session's ``online``: passed over."""
+        if not self._sound(message.boot):
+            return
         now = self._clock.now()
         with self._lock:
             known = self._boot.get(device, "")
@@ -120,6 +140,7 @@ class Intake:
             empty: boards send again what is not acknowledged.
         """
         acks: dict[tuple[str, str], tuple[str, Ack]] = {}
+        given = [event for event in given if self._sound(event.boot) and self._sound_counts(event)]
         for begin in range(0, len(given), events.BATCH):
             try:
                 for device, found in self._store(given[begin : begin + events.BATCH]).items():
@@ -148,6 +169,17 @@ class Intake:
         """The board's last health event."""
         kept = self._kept.get(device)
         return kept.last if kept is not None else None
+
+    def _sound(self, boot: str) -> bool:
+        if _BOOT.fullmatch(boot):
+            return True
+        self.unsound += 1
+        return False
+
+    def _sound_counts(self, event: Event) -> bool:
+        countable = _countable(event)
+        self.unsound += not countable
+        return countable
 
     def _store(self, batch: Sequence[Event]) -> dict[str, list[Ack]]:
         now = self._clock.now()

@@ -15,8 +15,15 @@ from edgefleet_controller.store import catalog, devices, events, rollouts
 from edgefleet_controller.store.database import Database
 from edgefleet_controller.store.devices import PresenceRow
 from edgefleet_controller.store.tables import Artifact, Assignment, CompileJob
-from edgefleet_shared.errors import ConflictError, EnvironmentProblem, InputError, NotFoundError, TrustError
-from edgefleet_shared.messages import Ack, Dropped, Event, Health
+from edgefleet_shared.errors import (
+    ConflictError,
+    EdgefleetError,
+    EnvironmentProblem,
+    InputError,
+    NotFoundError,
+    TrustError,
+)
+from edgefleet_shared.messages import Ack, Dropped, Event, Health, Refused
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sqlalchemy import text
@@ -63,12 +70,12 @@ def test_a_database_of_a_newer_program_is_refused(database: Database) -> None:
 
 def test_two_programs_that_start_at_once_make_one_schema(url: str) -> None:
     found = [Database(url) for _ in range(4)]
-    failed: list[BaseException] = []
+    failed: list[EdgefleetError] = []
 
     def migrate(database: Database) -> None:
         try:
             database.migrate()
-        except BaseException as exc:
+        except EdgefleetError as exc:
             failed.append(exc)
 
     threads = [threading.Thread(target=migrate, args=(database,)) for database in found]
@@ -84,10 +91,14 @@ def test_two_programs_that_start_at_once_make_one_schema(url: str) -> None:
 
 
 def test_a_block_that_raises_leaves_nothing_behind(database: Database) -> None:
-    with pytest.raises(RuntimeError), database.write() as session:
-        devices.put_class(session, "x86", "{}", 1.0)
-        session.flush()
-        raise RuntimeError
+    def half() -> None:
+        with database.write() as session:
+            devices.put_class(session, "x86", "{}", 1.0)
+            session.flush()
+            devices.get_device(session, "b1")
+
+    with pytest.raises(NotFoundError):
+        half()
     with database.read() as session:
         assert devices.list_classes(session) == []
 
@@ -261,6 +272,14 @@ def test_what_comes_back_is_what_was_put_in_and_old_ones_can_be_purged(database:
     with database.write() as session:
         assert events.purge(session, before=101.0) == 2
     assert insert(database, event(2)) == {"b1": [Ack("boot1", 2)]}, "the floor outlives the events"
+
+
+def test_text_that_a_board_made_up_comes_back_as_it_was(database: Database) -> None:
+    body = Refused(desired="x", check="\x00", reason='a\x00b \u2028 "quoted" \\u0000')
+    insert(database, Event(device="b1", boot="boot1", sequence=1, at=1.0, body=body))
+    with database.read() as session:
+        row = events.recent(session)[0]
+    assert (row.kind, msgspec.json.decode(row.body, type=Refused)) == ("refused", body)
 
 
 # -------------------------------------------------------------------------------------------------------------- catalog
