@@ -104,6 +104,7 @@ class CompileJob(SQLModel, table=True):
     model: str
     version: str
     device_class: str = Field(foreign_key="device_class.name")
+    ship_despite_quality: bool = False
     state: str = Field(index=True)
     step: str = ""
     progress: float = 0.0
