@@ -14,6 +14,8 @@ from edgefleet_shared.artifact import Layout
 from edgefleet_shared.errors import NotFoundError, TransportError, from_dict
 
 Progress = Callable[[str, int, int], None]
+# What the API answers, as JSON gives it.
+Json = Any
 TIMEOUT_S = 60.0
 PIECE_BYTES = 1 << 20
 
@@ -47,13 +49,13 @@ class FleetClient:
     def close(self) -> None:
         self._http.close()
 
-    def status(self) -> dict[str, Any]:
+    def status(self) -> Json:
         return self._call("GET", "/v1/status")
 
-    def classes(self) -> list[dict[str, Any]]:
+    def classes(self) -> Json:
         return self._call("GET", "/v1/classes")
 
-    def put_class(self, manifest: dict[str, Any]) -> dict[str, Any]:
+    def put_class(self, manifest: dict[str, Any]) -> Json:
         return self._call("PUT", "/v1/classes", json=manifest)
 
     def metadata(self, name: str) -> bytes:
@@ -80,17 +82,17 @@ class FleetClient:
             sent += path.stat().st_size
         return sent
 
-    def add_model(self, digest: str) -> dict[str, Any]:
+    def add_model(self, digest: str) -> Json:
         return self._call("POST", "/v1/models", json={"digest": digest})
 
-    def models(self, model: str = "", version: str = "") -> list[dict[str, Any]]:
+    def models(self, model: str = "", version: str = "") -> Json:
         return self._call("GET", "/v1/models", params={"model": model, "version": version})
 
     def compile(self, model: str, version: str, device_class: str, *, despite_quality: bool) -> str:
         wish = {"device_class": device_class, "ship_despite_quality": despite_quality}
         return str(self._call("POST", f"/v1/models/{model}/{version}/compile", json=wish)["job"])
 
-    def job(self, job: str) -> dict[str, Any]:
+    def job(self, job: str) -> Json:
         return self._call("GET", f"/v1/jobs/{job}")
 
     def cancel_job(self, job: str) -> None:
@@ -100,25 +102,25 @@ class FleetClient:
         wish = {"device_class": device_class, "site": site, "device": device, "ttl_s": ttl_s}
         return str(self._call("POST", "/v1/tokens", json=wish)["token"])
 
-    def devices(self) -> list[dict[str, Any]]:
+    def devices(self) -> Json:
         return self._call("GET", "/v1/devices")
 
-    def device(self, name: str) -> dict[str, Any]:
+    def device(self, name: str) -> Json:
         return self._call("GET", f"/v1/devices/{name}")
 
-    def create_rollout(self, manifest: dict[str, Any]) -> dict[str, Any]:
+    def create_rollout(self, manifest: dict[str, Any]) -> Json:
         return self._call("POST", "/v1/rollouts", json={"manifest": manifest})
 
-    def plan_rollout(self, manifest: dict[str, Any]) -> list[dict[str, Any]]:
+    def plan_rollout(self, manifest: dict[str, Any]) -> Json:
         return self._call("POST", "/v1/rollouts/plan", json={"manifest": manifest})
 
-    def rollouts(self) -> list[dict[str, Any]]:
+    def rollouts(self) -> Json:
         return self._call("GET", "/v1/rollouts")
 
-    def rollout(self, name: str) -> dict[str, Any]:
+    def rollout(self, name: str) -> Json:
         return self._call("GET", f"/v1/rollouts/{name}")
 
-    def intend(self, name: str, kind: str) -> dict[str, Any]:
+    def intend(self, name: str, kind: str) -> Json:
         return self._call("POST", f"/v1/rollouts/{name}/{kind}")
 
     def _call(self, method: str, path: str, **options: Any) -> Any:
