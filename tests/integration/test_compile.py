@@ -81,6 +81,7 @@ def test_int8_comes_out_whole_small_and_the_same_each_time(bench: Bench, engine:
     assert figures.p50_ms > 0
     assert figures.float_p50_ms > 0
     assert figures.unmeasured == ()
+    assert 20e6 < figures.peak_memory_bytes < 400e6
 
     manifest = bench.layout.manifest(result.artifact.digest)
     config = bench.layout.config(manifest)
@@ -159,7 +160,7 @@ def test_twice_normalised_calibration_is_caught_and_ships_only_by_force(bench: B
     assert any("agreement" in miss for miss in forced.misses)
     right = bench.compile(sound, class_here(engine), ship_despite_quality=True).figures
     assert forced.figures.agreement < right.agreement - 0.1
-    assert forced.figures.sqnr_db < right.sqnr_db - 10
+    assert forced.figures.sqnr_db < right.sqnr_db - 3
 
 
 def test_a_model_that_outgrows_its_memory_budget_is_killed_and_ships_only_by_force(bench: Bench) -> None:
