@@ -1,0 +1,168 @@
+"""The board's life cycle: one table. Pure: receives a life and an event, hands on the new life and the effects.
+
+Two rules. (1) A missing key *is* the illegal transition: there is no default. (2) Persist, then act: the first effect of every
+transition is the journal write, and every state has a ``RESTARTED`` row here, so resuming has no logic of its own.
+
+``ASSIGNED`` comes only after the assignment was verified and found to fit the board (:mod:`edgefleet_shared.trust`), whatever
+the state: unverified bytes move nothing. The agent executes the effects, ``fleet simulate`` runs the same table on a
+virtual clock, ``docs/generated/states.md`` is drawn from it. Modelled on h11's ``_state.py`` and Mender's state machine.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+
+import msgspec
+
+from edgefleet_shared.outcomes import Outcome
+
+
+class State(str, Enum):
+    IDLE = "idle"
+    FETCHING = "fetching"
+    VERIFYING = "verifying"
+    ACCEPTING = "accepting"
+    SWAPPING = "swapping"
+    SOAKING = "soaking"
+    COMMITTING = "committing"
+    ROLLING_BACK = "rolling_back"
+
+
+class Event(str, Enum):
+    ASSIGNED = "assigned"  # a verified assignment that is not what is being done
+    ALREADY_SERVED = "already_served"  # a verified assignment of what is active and good
+    FETCHED = "fetched"
+    FETCH_FAILED = "fetch_failed"
+    TIMED_OUT = "timed_out"
+    VERIFIED = "verified"
+    NOT_VERIFIED = "not_verified"
+    ACCEPTED = "accepted"
+    NOT_ACCEPTED = "not_accepted"
+    SWAPPED = "swapped"
+    LOAD_FAILED = "load_failed"  # the runtime could not start the candidate; the old artifact never stopped serving
+    SWAP_FAILED = "swap_failed"  # the switch itself went wrong
+    HEALTHY = "healthy"  # the soak ended and the runtime served well
+    UNHEALTHY = "unhealthy"
+    COMMITTED = "committed"
+    RETURNED = "returned"
+    RETURN_FAILED = "return_failed"
+    RESTARTED = "restarted"  # the agent came up in this state
+    LOOPING = "looping"  # it came up in this state too often (made by step, never sent)
+
+
+class Effect(str, Enum):
+    PERSIST = "persist"
+    FETCH = "fetch"
+    VERIFY = "verify"
+    ACCEPT = "accept"
+    SWAP = "swap"
+    SOAK = "soak"
+    COMMIT = "commit"
+    RETURN = "return"  # serve the previous artifact again
+    DISCARD = "discard"  # forget the candidate
+    STOP_FETCH = "stop_fetch"
+    SERVE = "serve"  # make sure that the runtime serves the active slot
+    REPORT = "report"  # tell the outcome
+
+
+class Row(msgspec.Struct, frozen=True):
+    """Where a transition leads. ``outcome`` is noted when it becomes known and told by the next ``REPORT``."""
+
+    to: State
+    effects: tuple[Effect, ...] = ()
+    outcome: Outcome | None = None
+
+
+S, E, F, O = State, Event, Effect, Outcome  # noqa: E741 - the table below must stay readable
+P = F.PERSIST
+
+TABLE: dict[tuple[State, Event], Row] = {
+    (S.IDLE, E.ASSIGNED): Row(S.FETCHING, (P, F.FETCH)),
+    (S.IDLE, E.ALREADY_SERVED): Row(S.IDLE, (P, F.REPORT), O.SUCCEEDED),
+    (S.IDLE, E.UNHEALTHY): Row(S.ROLLING_BACK, (P, F.RETURN), O.LATE_REGRESSION),
+    (S.IDLE, E.RESTARTED): Row(S.IDLE, (P, F.SERVE)),
+    (S.IDLE, E.LOOPING): Row(S.IDLE, (P, F.SERVE)),
+    #
+    (S.FETCHING, E.FETCHED): Row(S.VERIFYING, (P, F.VERIFY)),
+    (S.FETCHING, E.FETCH_FAILED): Row(S.IDLE, (P, F.STOP_FETCH, F.DISCARD, F.REPORT), O.FAILED_NO_CHANGE),
+    (S.FETCHING, E.TIMED_OUT): Row(S.IDLE, (P, F.STOP_FETCH, F.DISCARD, F.REPORT), O.TIMED_OUT),
+    (S.FETCHING, E.ASSIGNED): Row(S.IDLE, (P, F.STOP_FETCH, F.DISCARD, F.REPORT), O.SUPERSEDED),
+    (S.FETCHING, E.RESTARTED): Row(S.FETCHING, (P, F.FETCH)),
+    (S.FETCHING, E.LOOPING): Row(S.IDLE, (P, F.DISCARD, F.REPORT), O.FAILED_NO_CHANGE),
+    #
+    (S.VERIFYING, E.VERIFIED): Row(S.ACCEPTING, (P, F.ACCEPT)),
+    (S.VERIFYING, E.NOT_VERIFIED): Row(S.IDLE, (P, F.DISCARD, F.REPORT), O.REJECTED),
+    (S.VERIFYING, E.RESTARTED): Row(S.VERIFYING, (P, F.VERIFY)),
+    (S.VERIFYING, E.LOOPING): Row(S.IDLE, (P, F.DISCARD, F.REPORT), O.FAILED_NO_CHANGE),
+    #
+    (S.ACCEPTING, E.ACCEPTED): Row(S.SWAPPING, (P, F.SWAP)),
+    (S.ACCEPTING, E.NOT_ACCEPTED): Row(S.IDLE, (P, F.DISCARD, F.REPORT), O.FAILED_NO_CHANGE),
+    (S.ACCEPTING, E.RESTARTED): Row(S.ACCEPTING, (P, F.ACCEPT)),
+    (S.ACCEPTING, E.LOOPING): Row(S.IDLE, (P, F.DISCARD, F.REPORT), O.FAILED_NO_CHANGE),
+    #
+    (S.SWAPPING, E.SWAPPED): Row(S.SOAKING, (P, F.SOAK)),
+    (S.SWAPPING, E.LOAD_FAILED): Row(S.IDLE, (P, F.DISCARD, F.REPORT), O.FAILED_NO_CHANGE),
+    (S.SWAPPING, E.SWAP_FAILED): Row(S.ROLLING_BACK, (P, F.RETURN), O.FAILED_ROLLED_BACK),
+    (S.SWAPPING, E.RESTARTED): Row(S.SWAPPING, (P, F.SWAP)),
+    (S.SWAPPING, E.LOOPING): Row(S.ROLLING_BACK, (P, F.RETURN), O.FAILED_ROLLED_BACK),
+    #
+    (S.SOAKING, E.HEALTHY): Row(S.COMMITTING, (P, F.COMMIT)),
+    (S.SOAKING, E.UNHEALTHY): Row(S.ROLLING_BACK, (P, F.RETURN), O.FAILED_ROLLED_BACK),
+    (S.SOAKING, E.ASSIGNED): Row(S.ROLLING_BACK, (P, F.RETURN), O.SUPERSEDED),
+    (S.SOAKING, E.RESTARTED): Row(S.SOAKING, (P, F.SERVE, F.SOAK)),
+    (S.SOAKING, E.LOOPING): Row(S.ROLLING_BACK, (P, F.RETURN), O.FAILED_ROLLED_BACK),
+    #
+    (S.COMMITTING, E.COMMITTED): Row(S.IDLE, (P, F.REPORT), O.SUCCEEDED),
+    (S.COMMITTING, E.RESTARTED): Row(S.COMMITTING, (P, F.COMMIT)),
+    (S.COMMITTING, E.LOOPING): Row(S.ROLLING_BACK, (P, F.RETURN), O.FAILED_ROLLED_BACK),
+    #
+    (S.ROLLING_BACK, E.RETURNED): Row(S.IDLE, (P, F.REPORT)),
+    (S.ROLLING_BACK, E.RETURN_FAILED): Row(S.IDLE, (P, F.REPORT), O.FAILED_UNABLE_TO_ROLL_BACK),
+    (S.ROLLING_BACK, E.RESTARTED): Row(S.ROLLING_BACK, (P, F.RETURN)),
+    (S.ROLLING_BACK, E.LOOPING): Row(S.IDLE, (P, F.REPORT), O.FAILED_UNABLE_TO_ROLL_BACK),
+} | {
+    # Not interrupted: what is wanted is looked at again when the board is idle (level-triggered).
+    (state, E.ASSIGNED): Row(state, ())
+    for state in (S.VERIFYING, S.ACCEPTING, S.SWAPPING, S.COMMITTING, S.ROLLING_BACK)
+}
+
+# A state that is entered by restart more often than this in a row is left by its LOOPING row.
+MAX_RESTARTS = 3
+
+
+class Life(msgspec.Struct, frozen=True):
+    """Where a board stands: state, restarts in it so far, the outcome that is known but not yet told."""
+
+    state: State = State.IDLE
+    restarts: int = 0
+    outcome: Outcome | None = None
+
+
+class IllegalTransition(Exception):
+    """An event that its state has no row for: our own bug, not a user's."""
+
+
+def step(life: Life, event: Event) -> tuple[Life, tuple[Effect, ...]]:
+    """One transition.
+
+    Returns:
+        the new life and the effects to carry out in order.
+
+    Raises:
+        IllegalTransition: the table has no such row.
+    """
+    restarts = 0
+    if event is Event.RESTARTED and life.state is not State.IDLE:
+        restarts = life.restarts + 1
+        if restarts > MAX_RESTARTS:
+            event, restarts = Event.LOOPING, 0
+    row = TABLE.get((life.state, event))
+    if row is None:
+        raise IllegalTransition(f"{life.state.value} has no row for {event.value}")
+    if not row.effects:
+        return life, ()
+    started_anew = life.state is State.IDLE and row.to is not State.IDLE
+    outcome = row.outcome or (None if started_anew else life.outcome)
+    if row.to is State.IDLE and event in (Event.RESTARTED, Event.LOOPING) and life.state is State.IDLE:
+        outcome = life.outcome
+    return Life(row.to, restarts, outcome), row.effects

@@ -1,0 +1,290 @@
+"""Stage 5, transport: one MQTT 5 connection. Receives what to publish and to subscribe, hands on messages to a callback.
+
+One thread owns paho's client; every other thread only queues work and wakes it (paho's own loop uses ``select()``, which fails
+silently from file descriptor 1024 on, and publishing from two threads is not safe with an external loop). Callbacks run on that
+thread and must only put into an inbox. Reconnects by itself with jittered back-off, because a broker takes only some 200 TLS
+connects per second. paho is imported here, so import this module where it is used.
+
+Not handled here: durability. A PUBACK is none; outboxes and acknowledgements are the caller's.
+"""
+
+from __future__ import annotations
+
+import collections
+import random
+import selectors
+import socket
+import ssl
+import threading
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import paho.mqtt.client as paho
+from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode
+from paho.mqtt.packettypes import PacketTypes
+from paho.mqtt.properties import Properties
+from paho.mqtt.subscribeoptions import SubscribeOptions
+
+from edgefleet_shared.errors import TransportError
+
+SESSION_LIFE_S = 14 * 24 * 3600  # the broker keeps a silent board's session that long
+KEEPALIVE_S = 20
+CONNECT_TIMEOUT_S = 10.0
+BACKOFF_FIRST_S = 0.5
+BACKOFF_LAST_S = 60.0
+OUTBOX_LIMIT = 20_000
+IN_FLIGHT = 64
+
+
+class Endpoint(msgspec.Struct, frozen=True, kw_only=True):
+    """Where the broker is and who we are: PEM files for mutual TLS."""
+
+    host: str
+    port: int
+    ca: Path
+    certificate: Path
+    key: Path
+
+    def tls(self) -> ssl.SSLContext:
+        """A context that trusts only the fleet's CA and shows our certificate.
+
+        Raises:
+            TransportError: a file is missing or no PEM.
+        """
+        try:
+            context = ssl.create_default_context(ssl.Purpose.SERVER_AUTH, cafile=str(self.ca))
+            context.load_cert_chain(str(self.certificate), str(self.key))
+        except (OSError, ssl.SSLError) as exc:
+            raise TransportError(f"the certificates for {self.host} can't be used: {exc}") from exc
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+        return context
+
+
+class Will(msgspec.Struct, frozen=True):
+    """What the broker publishes, retained, when this connection dies."""
+
+    topic: str
+    payload: bytes
+
+
+class Link:
+    """One connection, kept up.
+
+    Args:
+        name: the client id; the broker enforces that it is the certificate's name.
+        on_message: (topic, payload). Runs on the link's thread: put and return.
+        on_up, on_down: the connection came or went (the reason in words).
+        receive_maximum: how many unacknowledged QoS 1 messages the broker may send at once; bounds memory.
+    """
+
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        name: str,
+        *,
+        on_message: Callable[[str, bytes], None],
+        on_up: Callable[[], None] = lambda: None,
+        on_down: Callable[[str], None] = lambda reason: None,
+        will: Will | None = None,
+        receive_maximum: int = 16,
+        max_packet_bytes: int = 1024 * 1024,
+    ) -> None:
+        self._endpoint = endpoint
+        self._on_message, self._on_up, self._on_down = on_message, on_up, on_down
+        self._work: collections.deque[Callable[[], None]] = collections.deque()
+        self._filters: dict[str, int] = {}
+        self._awaited: set[int] = set()
+        self._wake_r, self._wake_w = socket.socketpair()
+        self._wake_r.setblocking(False)
+        self._wake_w.setblocking(False)
+        self._stopping = threading.Event()
+        self._idle = threading.Event()
+        self.connected = threading.Event()
+        self._reason = "never connected"
+        self.sent_bytes = 0  # payload bytes handed to the broker since the start
+        self._thread = threading.Thread(target=self._run, name=f"mqtt-{name}", daemon=True)
+        self._connect_properties = Properties(PacketTypes.CONNECT)  # type: ignore[no-untyped-call]
+        self._connect_properties.SessionExpiryInterval = SESSION_LIFE_S
+        self._connect_properties.ReceiveMaximum = receive_maximum
+        self._connect_properties.MaximumPacketSize = max_packet_bytes
+        client = paho.Client(CallbackAPIVersion.VERSION2, client_id=name, protocol=paho.MQTTv5)
+        client.tls_set_context(endpoint.tls())
+        client.max_inflight_messages_set(IN_FLIGHT)
+        client.connect_timeout = CONNECT_TIMEOUT_S
+        if will is not None:
+            client.will_set(will.topic, will.payload, qos=1, retain=True)
+        client.on_connect = self._connected
+        client.on_disconnect = self._disconnected
+        client.on_message = lambda c, u, m: self._on_message(m.topic, bytes(m.payload))
+        client.on_publish = lambda c, u, mid, code, props: self._awaited.discard(mid)
+        self._client = client
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self, farewell: Iterable[tuple[str, bytes, bool]] = (), timeout_s: float = 5.0) -> None:
+        """Publish last words (topic, payload, retained), wait until they are out, disconnect, end the thread."""
+        if self.connected.is_set():
+            for topic, payload, retain in farewell:
+                self.publish(topic, payload, retain=retain)
+            self.drain(timeout_s)
+        self._stopping.set()
+        self._wake()
+        self._thread.join(timeout_s)
+
+    @property
+    def backlog(self) -> int:
+        """Messages that the broker has not acknowledged yet, queued ones included."""
+        return len(self._work) + len(self._awaited)
+
+    @property
+    def reason(self) -> str:
+        """Why the connection is down, in words."""
+        return self._reason
+
+    def drain(self, timeout_s: float) -> bool:
+        """Wait until nothing is queued or unacknowledged."""
+        deadline = time.monotonic() + timeout_s
+        while self.backlog and time.monotonic() < deadline:
+            self._idle.clear()
+            self._wake()
+            self._idle.wait(0.05)
+        return not self.backlog
+
+    def publish(self, topic: str, payload: bytes, *, retain: bool = False, qos: int = 1) -> None:
+        """Queue a message. While the connection is down it waits here.
+
+        Raises:
+            TransportError: more than OUTBOX_LIMIT messages wait already.
+        """
+        if len(self._work) >= OUTBOX_LIMIT:
+            raise TransportError(f"{len(self._work)} messages wait for the broker already")
+
+        def go() -> None:
+            info = self._client.publish(topic, payload, qos=qos, retain=retain)
+            self.sent_bytes += len(payload)
+            if qos:
+                self._awaited.add(info.mid)
+
+        self._work.append(go)
+        self._wake()
+
+    def subscribe(self, *filters: str, qos: int = 1) -> None:
+        """Subscribe now and after every reconnect. Retained messages come anew each time: level-triggered."""
+        for one in filters:
+            self._filters[one] = qos
+        self._work.append(lambda: self._send_subscribe(filters, qos))
+        self._wake()
+
+    def unsubscribe(self, *filters: str) -> None:
+        known = [one for one in filters if self._filters.pop(one, None) is not None]
+        if known:
+            self._work.append(lambda: self._send_unsubscribe(known))
+            self._wake()
+
+    # -- on the link's thread ------------------------------------------------------------------------------------------
+
+    def _send_subscribe(self, filters: Iterable[str], qos: int) -> None:
+        wanted = [(one, SubscribeOptions(qos=qos)) for one in filters if one in self._filters]
+        if wanted and self.connected.is_set():
+            self._client.subscribe(wanted)
+
+    def _send_unsubscribe(self, filters: list[str]) -> None:
+        gone = [one for one in filters if one not in self._filters]
+        if gone and self.connected.is_set():
+            self._client.unsubscribe(gone)
+
+    def _wake(self) -> None:
+        try:
+            self._wake_w.send(b"\0")
+        except (BlockingIOError, OSError):
+            return  # full: it is awake already; closed: it has ended
+
+    def _connected(self, client: Any, userdata: Any, flags: Any, code: Any, properties: Any) -> None:
+        if code.is_failure:
+            self._reason = f"the broker refused the connection: {code}"
+            return
+        self.connected.set()
+        for qos in sorted(set(self._filters.values())):
+            self._send_subscribe([one for one, level in self._filters.items() if level == qos], qos)
+        self._on_up()
+
+    def _disconnected(self, client: Any, userdata: Any, flags: Any, code: Any, properties: Any) -> None:
+        if self.connected.is_set():
+            self._reason = f"the connection was lost: {code}"
+
+    def _run(self) -> None:
+        backoff = BACKOFF_FIRST_S
+        while not self._stopping.is_set():
+            try:
+                self._client.connect(
+                    self._endpoint.host,
+                    self._endpoint.port,
+                    KEEPALIVE_S,
+                    clean_start=False,
+                    properties=self._connect_properties,
+                )
+                self._reason = "the broker closed the connection without an answer; is our certificate valid there?"
+                self._serve()
+            except (OSError, ssl.SSLError, ValueError) as exc:
+                self._reason = f"can't reach the broker at {self._endpoint.host}:{self._endpoint.port}: {exc}"
+            if self.connected.is_set():
+                backoff = BACKOFF_FIRST_S
+            self.connected.clear()
+            if not self._stopping.is_set():
+                self._on_down(self._reason)
+            # Full jitter: after a power cut a whole hall of boards comes back at once.
+            self._stopping.wait(random.uniform(0, backoff))  # noqa: S311 - no secret hangs on it
+            backoff = min(backoff * 2, BACKOFF_LAST_S)
+        self._wake_r.close()
+        self._wake_w.close()
+
+    def _serve(self) -> None:
+        """Until the connection is gone: read, write, do queued work."""
+        with selectors.DefaultSelector() as selector:
+            sock = self._client.socket()
+            if sock is None:
+                return
+            selector.register(self._wake_r, selectors.EVENT_READ)
+            events = selectors.EVENT_READ
+            selector.register(sock, events)
+            begun = time.monotonic()
+            while self._client.socket() is sock:
+                wanted = selectors.EVENT_READ | (selectors.EVENT_WRITE if self._client.want_write() else 0)
+                if wanted != events:
+                    events = wanted
+                    selector.modify(sock, events)
+                ready = {key.fileobj for key, _ in selector.select(0.0 if _pending(sock) else 0.5)}
+                if self._wake_r in ready:
+                    try:
+                        self._wake_r.recv(4096)
+                    except BlockingIOError:
+                        continue
+                if (sock in ready or _pending(sock)) and self._client.loop_read() != MQTTErrorCode.MQTT_ERR_SUCCESS:
+                    break
+                if self.connected.is_set():
+                    while self._work and len(self._awaited) < 4 * IN_FLIGHT:
+                        self._work.popleft()()
+                elif time.monotonic() - begun > CONNECT_TIMEOUT_S:
+                    self._reason = "the broker did not answer the connection request"
+                    break
+                if self._client.want_write() and self._client.loop_write() != MQTTErrorCode.MQTT_ERR_SUCCESS:
+                    break
+                if self._client.loop_misc() != MQTTErrorCode.MQTT_ERR_SUCCESS:
+                    break
+                if not self.backlog:
+                    self._idle.set()
+                if self._stopping.is_set():
+                    self._client.disconnect()
+                    self._client.loop_write()
+                    break
+            leftover = self._client.socket()
+            if leftover is not None and not self._stopping.is_set():
+                leftover.close()
+
+
+def _pending(sock: Any) -> bool:
+    return isinstance(sock, ssl.SSLSocket) and sock.fileno() >= 0 and sock.pending() > 0

@@ -1,0 +1,85 @@
+"""The units as systemd itself reads them, without systemd running."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+UNITS = sorted(ROOT.glob("*/edgefleet_*/systemd/*.service"))
+# What `systemd-analyze security` may say at most; Debian's own units of this kind stand at 9.6.
+EXPOSURE = {"fleet-agent.service": 1.5, "fleet-runtime.service": 0.6, "fleet-controller.service": 1.5}
+
+pytestmark = pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd-analyze is not installed")
+
+
+def analyze(*arguments: str | Path) -> tuple[str, str]:
+    """systemd-analyze's stdout and stderr; a warning is no error to it, so its status says little."""
+    done = subprocess.run(["systemd-analyze", *map(str, arguments)], capture_output=True, text=True, timeout=60)
+    return done.stdout, done.stderr
+
+
+@pytest.fixture
+def installed(tmp_path: Path) -> Path:
+    """Every unit in one folder, its program replaced by one that exists here."""
+    program = tmp_path / "program"
+    program.write_text("#!/bin/sh\n")
+    program.chmod(0o755)
+    for source in ROOT.glob("*/edgefleet_*/systemd/*.*"):
+        text = source.read_text()
+        (tmp_path / source.name).write_text(
+            re.sub(r"^ExecStart=/usr/bin/\S+", f"ExecStart={program}", text, flags=re.M)
+        )
+    return tmp_path
+
+
+def test_the_three_services_are_there():
+    assert {unit.name for unit in UNITS} == set(EXPOSURE)
+
+
+@pytest.mark.parametrize("name", [*EXPOSURE, "fleet-runtime.socket"])
+def test_systemd_reads_the_unit_without_a_word(installed, name):
+    _, complaints = analyze("verify", "--man=no", installed / name)
+    assert complaints == ""
+
+
+def test_a_misspelt_key_would_be_noticed(installed):
+    unit = installed / "fleet-agent.service"
+    unit.write_text(unit.read_text().replace("WatchdogSec=", "WatchDogSec="))
+    assert "WatchDogSec" in analyze("verify", "--man=no", unit)[1]
+
+
+@pytest.mark.parametrize(("name", "limit"), EXPOSURE.items())
+def test_exposure_stays_low(installed, name, limit):
+    out, _ = analyze("security", "--offline=true", "--no-pager", installed / name)
+    found = re.search(r"Overall exposure level for \S+: ([0-9.]+)", out)
+    assert found is not None, out
+    assert float(found.group(1)) <= limit, out
+
+
+@pytest.mark.parametrize("name", ["fleet-agent.service", "fleet-runtime.service"])
+def test_a_board_service_notifies_is_watched_and_comes_back(name):
+    text = (ROOT / "agent/edgefleet_agent/systemd" / name).read_text()
+    for line in ("Type=notify", "Restart=always", "StartLimitIntervalSec=0", "User=edgefleet"):
+        assert line in text.splitlines()
+    assert re.search(r"^WatchdogSec=\d+$", text, flags=re.M)
+
+
+@pytest.mark.parametrize(
+    ("name", "other"), [("fleet-agent.service", "fleet-runtime"), ("fleet-runtime.service", "fleet-agent")]
+)
+def test_neither_service_of_a_board_stops_the_other(name, other):
+    text = (ROOT / "agent/edgefleet_agent/systemd" / name).read_text()
+    tying = re.compile(rf"^(Requires|Requisite|BindsTo|PartOf|Conflicts|Upholds)=.*{other}\.", flags=re.M)
+    assert not tying.search(text)
+
+
+def test_the_runtime_is_reached_from_the_board_only():
+    lines = (ROOT / "agent/edgefleet_agent/systemd/fleet-runtime.socket").read_text().splitlines()
+    addresses = [line.partition("=")[2] for line in lines if line.startswith("ListenStream=")]
+    assert addresses
+    assert all(address.startswith(("127.0.0.1:", "%t/")) for address in addresses)

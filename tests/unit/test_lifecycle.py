@@ -1,0 +1,104 @@
+"""The board's life cycle as a table: its two rules, and the paths that matter."""
+
+from __future__ import annotations
+
+import pytest
+from edgefleet_shared.lifecycle import (
+    MAX_RESTARTS,
+    TABLE,
+    Effect,
+    Event,
+    IllegalTransition,
+    Life,
+    State,
+    step,
+)
+from edgefleet_shared.outcomes import Outcome
+from hypothesis import given
+from hypothesis import strategies as st
+
+
+def walk(*events: Event, life: Life | None = None) -> Life:
+    life = life or Life()
+    for event in events:
+        life, _ = step(life, event)
+    return life
+
+
+def test_every_transition_that_acts_persists_first() -> None:
+    for (state, event), row in TABLE.items():
+        if row.effects:
+            assert row.effects[0] is Effect.PERSIST, (state, event)
+        else:
+            assert row.to is state, "only staying as it is needs no journal"
+
+
+@pytest.mark.parametrize("state", list(State))
+def test_every_state_has_a_row_for_a_restart_and_for_looping(state: State) -> None:
+    assert (state, Event.RESTARTED) in TABLE
+    assert (state, Event.LOOPING) in TABLE
+
+
+@pytest.mark.parametrize("state", list(State))
+def test_every_state_answers_a_new_assignment(state: State) -> None:
+    assert (state, Event.ASSIGNED) in TABLE
+
+
+def test_a_good_candidate_is_committed_and_told() -> None:
+    life = walk(
+        Event.ASSIGNED, Event.FETCHED, Event.VERIFIED, Event.ACCEPTED, Event.SWAPPED, Event.HEALTHY, Event.COMMITTED
+    )
+    assert life == Life(State.IDLE, 0, Outcome.SUCCEEDED)
+
+
+def test_a_candidate_that_is_not_accepted_changes_nothing() -> None:
+    life, effects = step(Life(State.ACCEPTING), Event.NOT_ACCEPTED)
+    assert life.outcome is Outcome.FAILED_NO_CHANGE
+    assert Effect.SWAP not in effects
+    assert Effect.RETURN not in effects
+
+
+def test_an_unhealthy_soak_returns_and_says_so() -> None:
+    life = walk(Event.UNHEALTHY, life=Life(State.SOAKING))
+    assert life.state is State.ROLLING_BACK
+    assert walk(Event.RETURNED, life=life) == Life(State.IDLE, 0, Outcome.FAILED_ROLLED_BACK)
+    assert walk(Event.RETURN_FAILED, life=life).outcome is Outcome.FAILED_UNABLE_TO_ROLL_BACK
+
+
+def test_a_regression_after_commit_is_told_as_late() -> None:
+    assert walk(Event.UNHEALTHY, Event.RETURNED).outcome is Outcome.LATE_REGRESSION
+
+
+def test_a_new_assignment_begins_without_the_old_outcome() -> None:
+    life = walk(Event.ASSIGNED, life=Life(State.IDLE, 0, Outcome.FAILED_NO_CHANGE))
+    assert life == Life(State.FETCHING, 0, None)
+
+
+def test_an_event_without_a_row_is_illegal() -> None:
+    with pytest.raises(IllegalTransition):
+        step(Life(State.IDLE), Event.SWAPPED)
+
+
+@pytest.mark.parametrize("state", [s for s in State if s is not State.IDLE])
+def test_restarting_in_one_state_for_ever_ends(state: State) -> None:
+    life = Life(state)
+    for _ in range(MAX_RESTARTS):
+        life, _ = step(life, Event.RESTARTED)
+        assert life.state is state
+    life, _ = step(life, Event.RESTARTED)
+    assert life.state in (State.IDLE, State.ROLLING_BACK)
+    assert life.outcome is not None
+
+
+@given(st.lists(st.sampled_from(list(Event)), max_size=60))
+def test_whatever_happens_a_finished_deployment_has_an_outcome(events: list[Event]) -> None:
+    life = Life()
+    for event in events:
+        before = life
+        try:
+            life, effects = step(life, event)
+        except IllegalTransition:
+            continue
+        if Effect.REPORT in effects:
+            assert life.state is State.IDLE
+            assert life.outcome is not None, (before, event)
