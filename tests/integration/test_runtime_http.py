@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import signal
 import socket
 import struct
 import zlib
@@ -320,6 +321,21 @@ def test_a_port_that_is_taken_is_said_so(tmp_path: Path) -> None:
         taken.listen()
         with pytest.raises(AssertionError, match="can't listen at"):
             runtime.start("--http", f"127.0.0.1:{taken.getsockname()[1]}")
+
+
+def test_sockets_that_systemd_holds_outlive_a_restart_of_the_runtime(tmp_path: Path) -> None:
+    port, unix = socket.create_server(("127.0.0.1", 0)), socket.socket(socket.AF_UNIX)
+    with port, unix, running(tmp_path) as runtime:
+        unix.bind(f"\0edgefleet-held-{os.getpid()}")
+        unix.listen()
+        runtime.install(runtime.add("1"))
+        for _ in range(2):
+            runtime.start("--http", "127.0.0.1:9", held=(port, unix))
+            assert runtime.address == port.getsockname()
+            assert runtime.infer(X)[0] == 200
+            runtime.stop(signal.SIGKILL)
+            with socket.create_connection(port.getsockname(), timeout=5):
+                pass  # the backlog takes a client while nobody runs
 
 
 def test_it_tells_the_service_manager_that_it_is_ready_alive_and_stopping(tmp_path: Path) -> None:
