@@ -19,8 +19,9 @@ from pathlib import Path
 import msgspec
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from edgefleet_shared import atomic, trust
+from edgefleet_shared import atomic
 from edgefleet_shared.artifact import Descriptor, hex_of
+from edgefleet_shared.assignment import DIRECTOR, Assignment, class_role, target_path
 from edgefleet_shared.clock import Clock, utc
 from edgefleet_shared.errors import ConflictError, EnvironmentProblem, NotFoundError, TrustError
 from edgefleet_shared.fingerprint import Requirement
@@ -140,9 +141,7 @@ class ReleaseSigner:
         targets.delegations = Delegations(
             keys={key.keyid: key},
             roles={
-                trust.DIRECTOR: DelegatedRole(
-                    trust.DIRECTOR, [key.keyid], threshold=1, terminating=True, paths=["assignments/*"]
-                )
+                DIRECTOR: DelegatedRole(DIRECTOR, [key.keyid], threshold=1, terminating=True, paths=["assignments/*"])
             },
         )
         return {
@@ -159,7 +158,7 @@ class ReleaseSigner:
         """
         metadata: Metadata[Targets] = Metadata.from_bytes(targets)
         delegations = metadata.signed.delegations
-        role = trust.class_role(device_class)
+        role = class_role(device_class)
         if delegations is None or delegations.roles is None:
             raise TrustError("targets", "the targets metadata delegates no director")
         if role in delegations.roles:
@@ -197,7 +196,7 @@ class ReleaseSigner:
             file name -> signed bytes.
         """
         metadata: Metadata[Targets] = Metadata.from_bytes(current)
-        path = trust.target_path(device_class, model, version)
+        path = target_path(device_class, model, version)
         metadata.signed.targets[path] = TargetFile(
             manifest.size,
             {"sha256": hex_of(manifest.digest)},
@@ -206,7 +205,7 @@ class ReleaseSigner:
         )
         metadata.signed.version += 1
         metadata.signed.expires = utc(self._clock.now()) + RELEASE_LIFE
-        role = trust.class_role(device_class)
+        role = class_role(device_class)
         return {f"{role}.json": _signed(metadata, [read_key(self.keys / f"{role}.pem")])}
 
 
@@ -292,7 +291,7 @@ class Repository:
                 role = name.removesuffix(".json")
                 if name == "targets.json" or name.endswith(".root.json"):
                     continue
-                if role not in known or role == trust.DIRECTOR:
+                if role not in known or role == DIRECTOR:
                     raise TrustError("class_role", f"{name} belongs to no delegated device class")
                 metadata: Metadata[Targets] = Metadata.from_bytes(content)
                 targets.signed.verify_delegate(role, metadata.signed_bytes, metadata.signatures)
@@ -338,11 +337,11 @@ class Repository:
 
     def released(self, device_class: str, model: str, version: str) -> str | None:
         """The manifest digest that the release signers signed for that path, or None."""
-        content = self.read(f"{trust.class_role(device_class)}.json")
+        content = self.read(f"{class_role(device_class)}.json")
         if content is None:
             return None
         metadata: Metadata[Targets] = Metadata.from_bytes(content)
-        target = metadata.signed.targets.get(trust.target_path(device_class, model, version))
+        target = metadata.signed.targets.get(target_path(device_class, model, version))
         return f"sha256:{target.hashes['sha256']}" if target else None
 
 
@@ -357,13 +356,13 @@ class DirectorSigner:
         self._key = key
         self._clock = clock
 
-    def sign(self, assignment: trust.Assignment, version: int) -> bytes:
+    def sign(self, assignment: Assignment, version: int) -> bytes:
         """The bytes that travel as ``desired``: TUF Targets metadata with exactly one target.
 
         Args:
             version: above every version that this device was ever sent; the caller persists it first.
         """
-        path = trust.target_path(assignment.device_class, assignment.model, assignment.version)
+        path = target_path(assignment.device_class, assignment.model, assignment.version)
         target = TargetFile(
             assignment.size,
             {"sha256": hex_of(assignment.manifest)},

@@ -144,11 +144,14 @@ class Layout:
 
     Args:
         root: the folder; made when missing.
+        read_only: leave the folder as it is; for confined readers.
     """
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, *, read_only: bool = False) -> None:
         self.root = root
         self._blobs = root / "blobs" / "sha256"
+        if read_only:
+            return
         atomic.make_folder(self._blobs)
         marker = root / "oci-layout"
         if not marker.exists():

@@ -130,12 +130,14 @@ class Measurement(msgspec.Struct, frozen=True):
 
 
 class AcceptanceReport(msgspec.Struct, frozen=True, kw_only=True):
-    """The verdict over one candidate on one board, with every measurement behind it."""
+    """The verdict over one candidate on one board, with every measurement behind it. ``unconfined`` names the layers of the
+    sandbox that the board's kernel could not give, each with its reason."""
 
     verdict: Verdict
     measurements: tuple[Measurement, ...] = ()
     figures: AcceptanceFigures | None = None
     reason: str = ""
+    unconfined: tuple[str, ...] = ()
 
 
 def judge(contract: AcceptanceContract, figures: AcceptanceFigures) -> AcceptanceReport:

@@ -30,6 +30,7 @@ class State(str, Enum):
 
 class Event(str, Enum):
     ASSIGNED = "assigned"  # a verified assignment that is not what is being done
+    ALREADY_SERVED = "already_served"  # a verified assignment of what is active and good
     FETCHED = "fetched"
     FETCH_FAILED = "fetch_failed"
     TIMED_OUT = "timed_out"
@@ -77,6 +78,7 @@ P = F.PERSIST
 
 TABLE: dict[tuple[State, Event], Row] = {
     (S.IDLE, E.ASSIGNED): Row(S.FETCHING, (P, F.FETCH)),
+    (S.IDLE, E.ALREADY_SERVED): Row(S.IDLE, (P, F.REPORT), O.SUCCEEDED),
     (S.IDLE, E.UNHEALTHY): Row(S.ROLLING_BACK, (P, F.RETURN), O.LATE_REGRESSION),
     (S.IDLE, E.RESTARTED): Row(S.IDLE, (P, F.SERVE)),
     (S.IDLE, E.LOOPING): Row(S.IDLE, (P, F.SERVE)),

@@ -46,81 +46,24 @@ from tuf.ngclient._internal.trusted_metadata_set import TrustedMetadataSet
 from tuf.ngclient.config import EnvelopeType
 
 from edgefleet_shared.artifact import digest_of
+from edgefleet_shared.assignment import (
+    DIRECTOR,
+    MAX_ASSIGNMENT_BYTES,
+    Admission,
+    Assignment,
+    Floors,
+    Incomplete,
+    class_role,
+    target_path,
+)
 from edgefleet_shared.clock import utc
-from edgefleet_shared.errors import EdgefleetError, TrustError
+from edgefleet_shared.errors import TrustError
 from edgefleet_shared.fingerprint import Fingerprint, Requirement, mismatches
 
-DIRECTOR = "director"
 MAX_METADATA_BYTES = 8 * 1024 * 1024
-MAX_ASSIGNMENT_BYTES = 64 * 1024
 MAX_ROOT_ROTATIONS = 64
 
-
-class Incomplete(EdgefleetError):
-    """The metadata at hand is not one complete, consistent publication yet."""
-
-    code = "metadata_incomplete"
-
-
-def class_role(device_class: str) -> str:
-    """The name of a device class's delegated role; its file is ``<role>.json``."""
-    return f"class-{device_class}"
-
-
-def metadata_files(device_class: str, root_version: int) -> tuple[str, ...]:
-    """The metadata files that a board of the class needs, the next root first."""
-    return (
-        f"{root_version + 1}.root.json",
-        f"{class_role(device_class)}.json",
-        "targets.json",
-        "snapshot.json",
-        "timestamp.json",
-    )
-
-
-def target_path(device_class: str, model: str, version: str) -> str:
-    """The path of an artifact in the image repository."""
-    return f"{device_class}/{model}/{version}"
-
-
-class Floors(msgspec.Struct, frozen=True, kw_only=True):
-    """What a board has already accepted, below which nothing is accepted again. ``clock`` is UTC seconds."""
-
-    versions: dict[str, int] = {}
-    assignment_version: int = 0
-    assignment_digest: str = ""
-    clock: float = 0.0
-
-
-class Assignment(msgspec.Struct, frozen=True, kw_only=True):
-    """What the director wants of one board: the signed ``custom`` field of its one target, and what the target says.
-
-    Whole numbers, because canonical JSON has no others. ``soak_s``: how long the runtime must serve well before commit. ``timeout_s``: for the whole deployment, 0 is no limit.
-    ``swap``: auto, blue-green or in-place.
-    """
-
-    id: str
-    device: str
-    device_class: str
-    rollout: str
-    model: str
-    version: str
-    manifest: str
-    size: int
-    issued_at: int
-    soak_s: int = 10
-    timeout_s: int = 0
-    swap: str = "auto"
-
-
-class Admission(msgspec.Struct, frozen=True, kw_only=True):
-    """A verified assignment and the floors that hold from now on."""
-
-    assignment: Assignment
-    desired: str  # digest of the assignment's bytes
-    requires: Requirement
-    floors: Floors
-    root: bytes  # the newest trusted root, to be kept
+__all__ = ["Admission", "Assignment", "Floors", "ImageRepository", "Incomplete", "admit", "check_assignment"]
 
 
 class ImageRepository:

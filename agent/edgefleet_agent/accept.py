@@ -1,0 +1,146 @@
+"""Stage 7, accept: receives a candidate slot that is good to the byte, hands on a measured verdict on this very board.
+
+The parent's half: it starts one sandboxed child (:mod:`edgefleet_agent.accept_child`), holds the child's figures against the signed
+contract (:func:`edgefleet_shared.contract.judge`), and tells whose fault it was when there are none. A model that crashes,
+hangs or eats memory has *failed*; measuring that broke is an *error*. Imports stay lean: this runs in the resident agent.
+"""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+from edgefleet_shared.contract import AcceptanceContract, AcceptanceFigures, AcceptanceReport, Verdict, judge
+from edgefleet_shared.errors import ArtifactError, NotFoundError
+
+from edgefleet_agent import sandbox, slots
+from edgefleet_agent.sandbox import Ended, Limits
+
+# The child is stopped a little above the contract's peak, so that a small overrun is a measured figure, not a kill.
+MEMORY_SLACK = 1.25
+MEMORY_SLACK_BYTES = 64 * 1024 * 1024
+
+
+class AcceptRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """parent -> child, on its stdin. ``address_space_bytes`` is what it may map beyond the engine's libraries."""
+
+    layout: str
+    manifest: str
+    threads: int
+    address_space_bytes: int
+
+
+class Stage(msgspec.Struct, frozen=True, tag="stage"):
+    """child -> parent: what it does now; the last one is what it died of."""
+
+    doing: str
+
+
+class Confined(msgspec.Struct, frozen=True, tag="confined"):
+    """child -> parent: which layers of the confinement this kernel lacks."""
+
+    missing: tuple[str, ...]
+
+
+class Measured(msgspec.Struct, frozen=True, tag="measured"):
+    """child -> parent: the end of a complete run."""
+
+    figures: AcceptanceFigures
+
+
+class Broke(msgspec.Struct, frozen=True, tag="broke"):
+    """child -> parent: an error, and whether the artifact or the measuring is to blame."""
+
+    blame: Literal["model", "measuring"]
+    message: str
+
+
+ChildReport = Stage | Confined | Measured | Broke
+_decode = msgspec.json.Decoder(ChildReport).decode
+
+
+def accept(state: Path, manifest_digest: str, *, threads: int = 1) -> AcceptanceReport:
+    """Run the candidate against its contract on this board.
+
+    Args:
+        state: the agent's state folder; the artifact lies in its layout.
+        threads: how many threads one inference may use, as the runtime will.
+
+    Returns:
+        the report. ``unconfined`` names what this kernel could not enforce.
+
+    Raises:
+        OSError: a child could not be started at all.
+    """
+    layout = slots.artifacts(state)
+    try:
+        contract = layout.config(layout.manifest(manifest_digest)).contract
+    except (ArtifactError, NotFoundError) as exc:
+        return AcceptanceReport(verdict=Verdict.FAILED, reason=exc.message)
+    limits = Limits(
+        memory_bytes=int(contract.peak_memory_bytes * MEMORY_SLACK) + MEMORY_SLACK_BYTES, time_s=contract.time_limit_s
+    )
+    request = AcceptRequest(
+        layout=str(layout.root.resolve()),
+        manifest=manifest_digest,
+        threads=threads,
+        # Allocators reserve more than they touch; resident memory is watched by the parent, this only bounds a burst.
+        address_space_bytes=limits.memory_bytes * 2 + (512 << 20),
+    )
+    ended = sandbox.run("edgefleet_agent.accept_child", msgspec.json.encode(request), limits)
+    return _report(contract, ended)
+
+
+def _report(contract: AcceptanceContract, ended: Ended) -> AcceptanceReport:
+    doing, missing = "starting", tuple[str, ...]()
+    figures: AcceptanceFigures | None = None
+    broke: Broke | None = None
+    try:
+        for line in ended.reports:
+            match _decode(line):
+                case Stage(doing):
+                    pass
+                case Confined(missing):
+                    pass
+                case Measured(figures):
+                    pass
+                case Broke() as broke:
+                    pass
+    except msgspec.DecodeError as exc:
+        return AcceptanceReport(
+            verdict=Verdict.ERROR, reason=f"the accepting child reported nonsense: {exc}", unconfined=missing
+        )
+    if broke is not None:
+        verdict = Verdict.FAILED if broke.blame == "model" else Verdict.ERROR
+        return AcceptanceReport(verdict=verdict, reason=f"{broke.message} (while {doing})", unconfined=missing)
+    if ended.problem:
+        return AcceptanceReport(
+            verdict=_blame(ended, doing),
+            reason=f"{ended.problem} while {doing}{_last_words(ended)}",
+            unconfined=missing,
+        )
+    if figures is None:
+        return AcceptanceReport(
+            verdict=Verdict.ERROR, reason="the accepting child ended without figures", unconfined=missing
+        )
+    # What the parent saw counts too: a child can't report less memory than the kernel measured.
+    peak = max(figures.peak_memory_bytes, ended.peak_memory_bytes)
+    report = judge(contract, msgspec.structs.replace(figures, peak_memory_bytes=peak))
+    return msgspec.structs.replace(report, unconfined=missing)
+
+
+def _blame(ended: Ended, doing: str) -> Verdict:
+    """Whose fault an early end is. Before the model was touched, or killed from outside: not the model's."""
+    if doing == "starting":
+        return Verdict.ERROR
+    if ended.over_limit or ended.signal not in (0, signal.SIGKILL, signal.SIGTERM):
+        return Verdict.FAILED
+    # SIGKILL that this parent did not send is the kernel's out-of-memory killer or a person; a plain exit status is our bug.
+    return Verdict.ERROR
+
+
+def _last_words(ended: Ended) -> str:
+    lines = [line.strip() for line in ended.output.splitlines() if line.strip()]
+    return f": {lines[-1][:300]}" if lines else ""

@@ -1,0 +1,211 @@
+"""Stage 7, accept: the sandboxed child: receives a candidate, hands on its figures, measured on this board.
+
+``python -m edgefleet_agent.accept_child REPORT_FD`` with an :class:`~edgefleet_agent.accept.AcceptRequest` on stdin. It confines
+itself, loads engine and model, answers every golden picture, then times inferences one after the other, as the runtime
+will run them. Each stage is reported before it begins, so that a crash can be told by what caused it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import msgspec
+from edgefleet_shared.artifact import GOLDEN_LAYER, MODEL_LAYER, Layout, ModelConfig
+from edgefleet_shared.contract import AcceptanceContract, AcceptanceFigures
+from edgefleet_shared.errors import ArtifactError, EdgefleetError, EngineError, NotFoundError
+
+from edgefleet_agent import confinement, sensors
+from edgefleet_agent.accept import AcceptRequest, Broke, ChildReport, Confined, Measured, Stage
+from edgefleet_agent.sandbox import memory_of
+
+if TYPE_CHECKING:
+    from edgefleet_agent.runtime.engines.port import Engine, Session
+    from edgefleet_agent.runtime.tensors import Array
+
+MAX_GOLDEN_BYTES = 1 << 30
+
+
+class _MeasuringBrokeError(Exception):
+    """This board can't measure: no fault of the artifact."""
+
+
+def main() -> int:
+    report_fd = int(sys.argv[1])
+
+    def report(message: ChildReport) -> None:
+        os.write(report_fd, msgspec.json.encode(message) + b"\n")
+
+    request = msgspec.json.decode(sys.stdin.buffer.read(), type=AcceptRequest)
+    confinement.die_with_parent()
+    report(Confined(confinement.confine(confinement.Policy(readable=(request.layout,)))))
+    try:
+        report(Measured(measure(request, lambda doing: report(Stage(doing)))))
+    except (EngineError, ArtifactError, NotFoundError) as exc:
+        report(Broke("model", exc.message))
+    except MemoryError:
+        report(Broke("model", "out of memory"))
+    except (_MeasuringBrokeError, EdgefleetError) as exc:
+        report(Broke("measuring", str(exc)))
+    return 0
+
+
+def measure(request: AcceptRequest, stage: Callable[[str], None]) -> AcceptanceFigures:
+    """Everything between a candidate and its figures.
+
+    Raises:
+        EngineError, ArtifactError, NotFoundError: the artifact's fault.
+        _MeasuringBrokeError: this board's.
+    """
+    stage("reading the artifact")
+    layout = Layout(Path(request.layout))
+    manifest = layout.manifest(request.manifest)
+    config = layout.config(manifest)
+    model = manifest.layer(MODEL_LAYER)
+    layout.check(model)
+
+    stage(f"loading the engine {config.engine}")
+    engine = _engine(config)
+    from edgefleet_shared import golden
+
+    inputs, references = golden.unpack(
+        layout.read(manifest.layer(GOLDEN_LAYER).digest, MAX_GOLDEN_BYTES), config.encoding
+    )
+    samples = _samples(config, inputs, references)
+    celsius_before = sensors.hottest_celsius()
+
+    stage("loading the model")
+    confinement.limit_address_space(request.address_space_bytes)
+    began = time.perf_counter()
+    session = engine.load(layout.path(model.digest), config, request.threads)
+    load_ms = (time.perf_counter() - began) * 1e3
+
+    stage("running the first inference")
+    began = time.perf_counter()
+    session.run(samples[0])
+    first_ms = (time.perf_counter() - began) * 1e3
+
+    answers = []
+    for number, sample in enumerate(samples):
+        stage(f"running golden picture {number}")
+        answers.append(session.run(sample))
+    agreement, cosine = compare(config.contract, answers, references)
+
+    stage("timing inferences")
+    times_ms, cpu_share = _time(session, samples, config.contract, request.threads)
+    ordered = sorted(times_ms)
+    return AcceptanceFigures(
+        golden_count=len(samples),
+        agreement=agreement,
+        cosine=cosine,
+        load_ms=load_ms,
+        first_ms=first_ms,
+        p50_ms=ordered[len(ordered) // 2],
+        p95_ms=ordered[min(len(ordered) - 1, int(len(ordered) * 0.95))],
+        peak_memory_bytes=memory_of(os.getpid())[1],
+        providers=session.providers,
+        cpu_share=cpu_share,
+        throttled=sensors.throttled(),
+        celsius_before=celsius_before,
+        celsius_after=sensors.hottest_celsius(),
+    )
+
+
+def _engine(config: ModelConfig) -> Engine:
+    """The adapter, its library loaded already, so that the address space it takes does not count as the model's."""
+    from edgefleet_agent.runtime import engines
+
+    engine = engines.find(config.engine)
+    if engine.available() is None:
+        raise _MeasuringBrokeError(f"this board can't run {config.engine}: {engine.missing()}")
+    try:
+        engine.load_library()
+    except EngineError as exc:
+        raise _MeasuringBrokeError(str(exc)) from exc
+    return engine
+
+
+def _samples(config: ModelConfig, inputs: dict[str, Array], references: dict[str, Array]) -> list[dict[str, Array]]:
+    """Golden inputs one by one, checked against what the artifact says it serves."""
+    import numpy as np
+
+    from edgefleet_agent.runtime.tensors import NUMPY
+
+    promised, known = {spec.name: spec for spec in config.inputs}, {spec.name for spec in config.outputs}
+    if set(inputs) != set(promised) or not set(references) <= known:
+        raise ArtifactError(
+            f"golden pictures are for {sorted(inputs)} -> {sorted(references)}, the model has {sorted(promised)} -> {sorted(known)}"
+        )
+    for name, values in inputs.items():
+        spec = promised[name]
+        row = values.shape[1:]
+        if len(row) + 1 != len(spec.shape) or any(m not in (-1, n) for n, m in zip(row, spec.shape[1:], strict=True)):
+            raise ArtifactError(f"golden pictures of {name} are {list(row)}, the model takes {list(spec.shape)}")
+    count = len(next(iter(inputs.values())))
+    return [
+        {
+            name: np.ascontiguousarray(values[i : i + 1], dtype=NUMPY[promised[name].datatype])
+            for name, values in inputs.items()
+        }
+        for i in range(count)
+    ]
+
+
+def compare(
+    contract: AcceptanceContract, answers: list[dict[str, Array]], references: dict[str, Array]
+) -> tuple[float, float]:
+    """(agreement, mean cosine) of answers with the float model's references.
+
+    Args:
+        answers: one per golden picture; each output has first axis 1.
+        references: float32, first axis the golden pictures.
+
+    Raises:
+        ArtifactError: an output's size differs from its reference's.
+    """
+    import numpy as np
+
+    same, cosines = [], []
+    for number, answer in enumerate(answers):
+        top, within = True, []
+        for name, reference in references.items():
+            wanted = reference[number].astype(np.float64).ravel()
+            got = answer[name].astype(np.float64).ravel()
+            if got.size != wanted.size:
+                raise ArtifactError(f"output {name} has {got.size} values, its reference has {wanted.size}")
+            # NaN and infinity agree with nothing.
+            finite = bool(np.isfinite(got).all())
+            top = top and finite and int(got.argmax()) == int(wanted.argmax())
+            within.append(np.abs(got - wanted) <= contract.tolerance_abs + contract.tolerance_rel * np.abs(wanted))
+            length = float(np.linalg.norm(got) * np.linalg.norm(wanted))
+            alike = float(np.array_equal(got, wanted)) if length == 0.0 else float(got @ wanted / length)
+            cosines.append(alike if finite else float("nan"))
+        same.append(float(top) if contract.kind == "classification" else float(np.concatenate(within).mean()))
+    return float(np.mean(same)), float(np.mean(cosines))
+
+
+def _time(
+    session: Session, samples: list[dict[str, Array]], contract: AcceptanceContract, threads: int
+) -> tuple[list[float], float]:
+    """(times in ms, CPU share) of the contract's timed runs after its warm-up."""
+    cycle = itertools.cycle(samples)
+    for _ in range(contract.warmup_runs):
+        session.run(next(cycle))
+    times_ms = []
+    cpu_began, began = time.process_time(), time.perf_counter()
+    for _ in range(contract.timed_runs):
+        one = time.perf_counter()
+        session.run(next(cycle))
+        times_ms.append((time.perf_counter() - one) * 1e3)
+    wall = time.perf_counter() - began
+    share = (time.process_time() - cpu_began) / wall if wall > 0 else 1.0
+    return times_ms, min(1.0, share)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,91 @@
+"""Stage 6, verify: receives the machine it runs on, hands on the board's fingerprint, which artifacts are held against.
+
+Engines are proven by loading each in a one-shot child of its own: an installed library that does not load on this CPU
+(illegal instruction, missing driver) is no engine, and the resident agent imports none of them.
+"""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import msgspec
+from edgefleet_shared.fingerprint import Fingerprint
+
+from edgefleet_agent import __version__
+from edgefleet_agent.runtime import engines
+from edgefleet_agent.sandbox import child_environment, describe_exit
+
+PROBE_LIMIT_S = 60.0
+
+
+class EngineProbe(msgspec.Struct, frozen=True):
+    """What one engine is on this board: its version when it loads, else what is missing."""
+
+    name: str
+    version: str | None
+    missing: str
+
+
+def read_fingerprint() -> Fingerprint:
+    """What this board is. Takes about a second per installed engine: call once per start, not per message."""
+    return Fingerprint(
+        arch=platform.machine(),
+        cpu_features=cpu_features(),
+        engines={p.name: p.version for p in probe_engines() if p.version is not None},
+        memory_bytes=memory_bytes(),
+        agent_version=__version__,
+    )
+
+
+def cpu_features(cpuinfo: Path = Path("/proc/cpuinfo")) -> tuple[str, ...]:
+    """The kernel's names of what the CPU can do (``flags`` on x86, ``Features`` on Arm), sorted; empty when it shows none."""
+    try:
+        lines = cpuinfo.read_text(errors="replace").splitlines()
+    except OSError:
+        return ()
+    for line in lines:
+        name, _, value = line.partition(":")
+        if name.strip() in ("flags", "Features"):
+            return tuple(sorted(value.split()))
+    return ()
+
+
+def memory_bytes(meminfo: Path = Path("/proc/meminfo")) -> int:
+    """The board's memory; 0 when the kernel does not show it."""
+    try:
+        lines = meminfo.read_text().splitlines()
+    except OSError:
+        return 0
+    fields = [line.split() for line in lines if line.startswith("MemTotal:")]
+    return int(fields[0][1]) * 1024 if fields else 0
+
+
+def probe_engines() -> tuple[EngineProbe, ...]:
+    """Every engine that an adapter is installed for, each loaded once in a child."""
+    return tuple(_probe(name) for name in engines.names())
+
+
+def _probe(name: str) -> EngineProbe:
+    try:
+        child = subprocess.run(
+            [sys.executable, "-m", "edgefleet_agent.runtime.engines.probe", name],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            timeout=PROBE_LIMIT_S,
+            cwd="/",
+            env=child_environment(),
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return EngineProbe(name, None, f"did not load within {PROBE_LIMIT_S:g} s")
+    if child.returncode:
+        return EngineProbe(name, None, f"its library {describe_exit(child.returncode)} when it was loaded")
+    # The library may print on its own; the report is the last line.
+    lines = child.stdout.splitlines() or [b""]
+    try:
+        return msgspec.json.decode(lines[-1], type=EngineProbe)
+    except msgspec.DecodeError:
+        return EngineProbe(name, None, "the probe reported nonsense")

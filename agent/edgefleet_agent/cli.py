@@ -1,0 +1,138 @@
+"""``fleet-agent``: the board's command line. A face, no logic."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+import msgspec
+from edgefleet_shared.errors import EdgefleetError
+
+from edgefleet_agent import __version__
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+state_option = click.option(
+    "--state",
+    type=click.Path(path_type=Path, file_okay=False),
+    envvar="EDGEFLEET_STATE",
+    default=Path("/var/lib/edgefleet"),
+    show_default=True,
+    help="The board's state folder.",
+)
+json_option = click.option("--json", "as_json", is_flag=True, help="One JSON document on standard output.")
+
+
+def _errors(command: F) -> F:
+    """Errors that a user can act on: message and hint on stderr, a status of their own, no traceback."""
+
+    @wraps(command)
+    def run(*args: Any, **options: Any) -> Any:
+        try:
+            return command(*args, **options)
+        except EdgefleetError as exc:
+            if options.get("as_json"):
+                click.echo(msgspec.json.encode({"error": exc.as_dict()}).decode())
+            else:
+                click.echo(f"error: {exc.message}", err=True)
+                if exc.hint:
+                    click.echo(f"hint: {exc.hint}", err=True)
+            sys.exit(exc.exit_status)
+
+    return run  # type: ignore[return-value]
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="fleet-agent")
+def main() -> None:
+    """The edgefleet agent of one board.
+
+    It reconciles the board to its signed assignment: fetch, verify, accept on this very board, swap, soak, commit or roll
+    back. Models are served by fleet-runtime, which goes on without the agent.
+    """
+
+
+@main.command()
+@click.option("--url", envvar="EDGEFLEET_URL", required=True, help="The controller, https://host:port.")
+@click.option("--token", envvar="EDGEFLEET_TOKEN", help="The one-time enrolment token.")
+@click.option("--token-file", type=click.Path(path_type=Path, dir_okay=False), help="A file that holds the token.")
+@click.option("--name", default="", help="The board's name; not needed when the token fixes it.")
+@click.option("--threads", default=1, show_default=True, help="CPU threads that one inference may use.")
+@click.option("--health-period", default=10.0, show_default=True, help="Seconds between two health reports.")
+@state_option
+@json_option
+@_errors
+def enroll(
+    url: str,
+    token: str | None,
+    token_file: Path | None,
+    name: str,
+    threads: int,
+    health_period: float,
+    state: Path,
+    as_json: bool,
+) -> None:
+    """Enrol this board: a key is made here, the controller certifies it."""
+    from edgefleet_agent.enroll import enroll as enrol_board
+
+    if token_file is not None:
+        token = token_file.read_text() if token_file.is_file() else None
+    if not token:
+        raise click.UsageError("give the enrolment token by --token, --token-file or EDGEFLEET_TOKEN")
+    settings = enrol_board(state, url, token, name, threads=threads, health_period_s=health_period)
+    if as_json:
+        click.echo(msgspec.json.encode(settings).decode())
+    else:
+        click.echo(f"enrolled as {settings.device}, class {settings.device_class}; start it: fleet-agent run")
+
+
+@main.command()
+@state_option
+@_errors
+def run(state: Path) -> None:
+    """Run the agent until it is stopped."""
+    from edgefleet_agent.app import run as run_agent
+
+    run_agent(state)
+
+
+@main.command()
+@state_option
+@json_option
+@_errors
+def status(state: Path, as_json: bool) -> None:
+    """Say what this board serves and what it is doing."""
+    from edgefleet_agent.doctor import describe
+
+    told = describe(state)
+    if as_json:
+        click.echo(msgspec.json.encode(told).decode())
+        return
+    for key, value in told.items():
+        click.echo(f"{key:18} {value if value not in (None, '') else '-'}")
+
+
+@main.command()
+@state_option
+@json_option
+@_errors
+def doctor(state: Path, as_json: bool) -> None:
+    """Check this board: state, certificates, engines, runtime, broker, disk. Ends with 1 when something is wrong."""
+    from edgefleet_agent.doctor import examine
+
+    findings = examine(state)
+    if as_json:
+        click.echo(msgspec.json.encode(findings).decode())
+    else:
+        for finding in findings:
+            click.echo(f"{'ok  ' if finding.ok else 'BAD '} {finding.what}: {finding.detail}")
+    if not all(finding.ok for finding in findings):
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,229 @@
+"""Confinement from inside: receives a policy, hands on a process that can compute and little else.
+
+Worker and accepting child call :func:`confine` before they touch a model, so that native code reached through a bad model has no
+network, no new processes, no files but those it needs, and no way to signal others. Three layers: rlimits, Landlock
+(kernel 5.13+) and a seccomp filter. What a kernel lacks is returned, never dropped in silence.
+Source: kernel ``Documentation/userspace-api/landlock.rst`` and ``seccomp_filter.rst``; numbers from each ``unistd.h``.
+
+Not handled here: limits that only a parent can watch (wall time, resident memory): :mod:`edgefleet_agent.sandbox`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import platform
+import resource
+import signal
+import struct
+import sys
+from pathlib import Path
+
+import msgspec
+
+_PR_SET_PDEATHSIG, _PR_SET_SECCOMP, _PR_SET_NO_NEW_PRIVS, _PR_SET_DUMPABLE = 1, 22, 38, 4
+_LANDLOCK_CREATE, _LANDLOCK_ADD, _LANDLOCK_RESTRICT = 444, 445, 446  # the same on every architecture
+
+# Landlock file rights by ABI: 13 bits in ABI 1, then REFER, TRUNCATE, (network), IOCTL_DEV.
+_FS_EXECUTE, _FS_WRITE_FILE, _FS_READ_FILE, _FS_READ_DIR = 1, 2, 4, 8
+_FS_TRUNCATE, _FS_IOCTL_DEV = 1 << 14, 1 << 15
+_FS_ON_FILES = _FS_EXECUTE | _FS_WRITE_FILE | _FS_READ_FILE | _FS_TRUNCATE | _FS_IOCTL_DEV
+_FS_ALL_BY_ABI = {1: (1 << 13) - 1, 2: (1 << 14) - 1, 3: (1 << 15) - 1, 4: (1 << 15) - 1, 5: (1 << 16) - 1}
+
+# What Python and the engines read: code, the loader's cache, what the machine is. Not /etc, not other processes.
+_SYSTEM_READABLE = (
+    "/usr", "/lib", "/lib64", "/etc/ld.so.cache", "/etc/localtime", "/etc/os-release", "/sys",
+    "/proc/self", "/proc/cpuinfo", "/proc/meminfo", "/proc/stat", "/proc/sys/vm", "/proc/sys/kernel",
+    "/dev/urandom", "/dev/random", "/dev/zero",
+)  # fmt: skip
+
+
+class Policy(msgspec.Struct, frozen=True, kw_only=True):
+    """What a confined process may still do.
+
+    Args:
+        readable: files and folders it may read, beside Python, its libraries and ``/sys``.
+        writable: folders or device files it may also write.
+        file_bytes: largest file it may write.
+        open_files: how many descriptors it may hold.
+        cpu_s: CPU seconds after which the kernel kills it; 0 for no limit.
+    """
+
+    readable: tuple[str, ...] = ()
+    writable: tuple[str, ...] = ()
+    file_bytes: int = 0
+    open_files: int = 256
+    cpu_s: int = 0
+
+
+def die_with_parent() -> None:
+    """Have the kernel kill this process when its parent's thread ends, whatever it is doing then."""
+    parent = os.getppid()
+    _libc().prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:  # it died before the call
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def confine(policy: Policy) -> tuple[str, ...]:
+    """Give up every right outside ``policy``, for good. Call while the process has one thread.
+
+    Returns:
+        the layers that this kernel does not have, each with its reason; empty when all hold.
+    """
+    _limits(policy)
+    missing = []
+    libc = _libc()
+    if libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) != 0:
+        missing.append(f"no_new_privs: {os.strerror(ctypes.get_errno())}")
+    for name, layer in (("landlock", _landlock), ("seccomp", _seccomp)):
+        try:
+            layer(policy)
+        except OSError as exc:
+            missing.append(f"{name}: {exc.strerror}")
+    return tuple(missing)
+
+
+def limit_address_space(more_bytes: int) -> None:
+    """Allow ``more_bytes`` of address space beyond what is mapped now: call after the engine's libraries are loaded, because
+    some of them reserve gigabytes that they never touch."""
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    limit = pages * resource.getpagesize() + more_bytes
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+
+
+def _libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None, use_errno=True)
+
+
+def _limits(policy: Policy) -> None:
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (policy.file_bytes, policy.file_bytes))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (policy.open_files, policy.open_files))
+    if policy.cpu_s:
+        # SIGXCPU at the soft limit, SIGKILL a second later.
+        resource.setrlimit(resource.RLIMIT_CPU, (policy.cpu_s, policy.cpu_s + 1))
+
+
+def _landlock(policy: Policy) -> None:
+    libc = _libc()
+    abi = libc.syscall(_LANDLOCK_CREATE, None, 0, 1)
+    if abi < 1:
+        raise OSError(ctypes.get_errno(), "this kernel has no Landlock")
+    handled = _FS_ALL_BY_ABI[min(abi, 5)]
+    attribute = struct.pack("Q", handled)
+    if abi >= 4:
+        attribute += struct.pack("Q", 0b11)  # no TCP bind, no TCP connect
+    if abi >= 6:
+        attribute += struct.pack("Q", 0b11)  # no abstract Unix sockets, no signals to processes outside
+    ruleset = libc.syscall(_LANDLOCK_CREATE, attribute, len(attribute), 0)
+    if ruleset < 0:
+        raise OSError(ctypes.get_errno(), "the ruleset was refused")
+    try:
+        read = _FS_EXECUTE | _FS_READ_FILE | _FS_READ_DIR
+        write = handled & ~_FS_EXECUTE
+        allowed = [(path, read) for path in (*_SYSTEM_READABLE, *_code_folders(), *policy.readable)]
+        allowed += [(path, write) for path in (*policy.writable, "/dev/null")]
+        for path, rights in allowed:
+            _allow(libc, ruleset, path, rights & handled)
+        if libc.syscall(_LANDLOCK_RESTRICT, ruleset, 0) != 0:
+            raise OSError(ctypes.get_errno(), "the ruleset could not be applied")
+    finally:
+        os.close(ruleset)
+
+
+def _allow(libc: ctypes.CDLL, ruleset: int, path: str, rights: int) -> None:
+    try:
+        fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
+    except OSError:
+        return  # not on this board: nothing to allow
+    try:
+        if not os.path.isdir(path):
+            rights &= _FS_ON_FILES
+        rule = struct.pack("=Qi", rights, fd)
+        if libc.syscall(_LANDLOCK_ADD, ruleset, 1, rule, 0) != 0:
+            raise OSError(ctypes.get_errno(), f"{path} could not be allowed")
+    finally:
+        os.close(fd)
+
+
+def _code_folders() -> list[str]:
+    folders = {sys.prefix, sys.base_prefix, os.path.dirname(os.path.realpath(sys.executable)), *sys.path}
+    return [folder for folder in folders if folder and os.path.realpath(folder) != "/"]
+
+
+# --- seccomp ---------------------------------------------------------------------------------------------------------
+
+# Refused with "permission denied": new connections, other programs, other processes, the kernel's rarely guarded corners.
+_REFUSED: dict[str, dict[str, int]] = {
+    "x86_64": {
+        "socket": 41, "connect": 42, "accept": 43, "bind": 49, "listen": 50, "socketpair": 53, "accept4": 288,
+        "fork": 57, "vfork": 58, "execve": 59, "execveat": 322, "setsid": 112, "setpgid": 109, "tkill": 200,
+        "rt_sigqueueinfo": 129, "rt_tgsigqueueinfo": 297, "ptrace": 101, "process_vm_readv": 310,
+        "process_vm_writev": 311, "pidfd_send_signal": 424, "pidfd_getfd": 438, "unshare": 272, "setns": 308,
+        "mount": 165, "umount2": 166, "chroot": 161, "pivot_root": 155, "bpf": 321, "perf_event_open": 298,
+        "userfaultfd": 323, "keyctl": 250, "add_key": 248, "request_key": 249, "io_uring_setup": 425,
+        "init_module": 175, "finit_module": 313, "reboot": 169,
+    },
+    "aarch64": {
+        "socket": 198, "connect": 203, "accept": 202, "bind": 200, "listen": 201, "socketpair": 199, "accept4": 242,
+        "execve": 221, "execveat": 281, "setsid": 157, "setpgid": 154, "tkill": 130,
+        "rt_sigqueueinfo": 138, "rt_tgsigqueueinfo": 240, "ptrace": 117, "process_vm_readv": 270,
+        "process_vm_writev": 271, "pidfd_send_signal": 424, "pidfd_getfd": 438, "unshare": 97, "setns": 268,
+        "mount": 40, "umount2": 39, "chroot": 51, "pivot_root": 41, "bpf": 280, "perf_event_open": 241,
+        "userfaultfd": 282, "keyctl": 219, "add_key": 217, "request_key": 218, "io_uring_setup": 425,
+        "init_module": 105, "finit_module": 273, "reboot": 142,
+    },
+    "armv7l": {
+        "socket": 281, "connect": 283, "accept": 285, "bind": 282, "listen": 284, "socketpair": 288, "accept4": 366,
+        "fork": 2, "vfork": 190, "execve": 11, "execveat": 387, "setsid": 66, "setpgid": 57, "tkill": 238,
+        "rt_sigqueueinfo": 178, "rt_tgsigqueueinfo": 363, "ptrace": 26, "process_vm_readv": 376,
+        "process_vm_writev": 377, "pidfd_send_signal": 424, "pidfd_getfd": 438, "unshare": 337, "setns": 375,
+        "mount": 21, "umount2": 52, "chroot": 61, "pivot_root": 218, "bpf": 386, "perf_event_open": 364,
+        "userfaultfd": 388, "keyctl": 311, "add_key": 309, "request_key": 310, "io_uring_setup": 425,
+        "init_module": 128, "finit_module": 379, "reboot": 88,
+    },
+}  # fmt: skip
+# (AUDIT_ARCH, clone, kill, tgkill); clone3 is 435 everywhere.
+_ARCHITECTURES = {
+    "x86_64": (0xC000003E, 56, 62, 234),
+    "aarch64": (0xC00000B7, 220, 129, 131),
+    "armv7l": (0x40000028, 120, 37, 268),
+}
+_CLONE3, _CLONE_THREAD = 435, 0x10000
+_LOAD, _JUMP_EQUAL, _JUMP_ABOVE, _JUMP_BITS, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
+_NR, _ARCH, _ARGUMENT_0 = 0, 4, 16  # offsets in struct seccomp_data (little-endian low word of the argument)
+_ALLOW, _KILL, _ERRNO = 0x7FFF0000, 0x80000000, 0x00050000
+
+
+class _Program(ctypes.Structure):
+    _fields_ = (("length", ctypes.c_ushort), ("filter", ctypes.c_char_p))
+
+
+def _seccomp(policy: Policy) -> None:
+    machine = platform.machine()
+    if machine not in _ARCHITECTURES or (sys.maxsize < 2**32 and machine != "armv7l"):
+        raise OSError(errno.ENOSYS, f"no filter for {machine} in a {8 * struct.calcsize('P')}-bit process")
+    audit, clone, kill, tgkill = _ARCHITECTURES[machine]
+    code = [(_LOAD, 0, 0, _ARCH), (_JUMP_EQUAL, 1, 0, audit), (_RETURN, 0, 0, _KILL), (_LOAD, 0, 0, _NR)]
+    if machine == "x86_64":  # the x32 calls are the same calls under other numbers
+        code += [(_JUMP_ABOVE, 0, 1, 0x40000000), (_RETURN, 0, 0, _ERRNO | errno.EPERM)]
+    for number in sorted(_REFUSED[machine].values()):
+        code += [(_JUMP_EQUAL, 0, 1, number), (_RETURN, 0, 0, _ERRNO | errno.EACCES)]
+    # libc tries clone3, whose flags a filter can't see, and then falls back to clone, whose flags it can: threads only.
+    code += [(_JUMP_EQUAL, 0, 1, _CLONE3), (_RETURN, 0, 0, _ERRNO | errno.ENOSYS)]
+    code += [
+        (_JUMP_EQUAL, 0, 4, clone), (_LOAD, 0, 0, _ARGUMENT_0), (_JUMP_BITS, 0, 1, _CLONE_THREAD),
+        (_RETURN, 0, 0, _ALLOW), (_RETURN, 0, 0, _ERRNO | errno.EACCES),
+    ]  # fmt: skip
+    # abort() signals its own process; nothing else may be signalled.
+    for number in (kill, tgkill):
+        code += [
+            (_JUMP_EQUAL, 0, 4, number), (_LOAD, 0, 0, _ARGUMENT_0), (_JUMP_EQUAL, 0, 1, os.getpid()),
+            (_RETURN, 0, 0, _ALLOW), (_RETURN, 0, 0, _ERRNO | errno.EACCES),
+        ]  # fmt: skip
+    code.append((_RETURN, 0, 0, _ALLOW))
+    packed = b"".join(struct.pack("=HBBI", *instruction) for instruction in code)
+    program = _Program(len(code), packed)
+    if _libc().prctl(_PR_SET_SECCOMP, 2, ctypes.byref(program), 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), f"the filter was refused: {os.strerror(ctypes.get_errno())}")

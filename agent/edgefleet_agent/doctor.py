@@ -1,0 +1,135 @@
+"""``fleet-agent status`` and ``doctor``: receive a state folder, hand on what it says and what is wrong with it. Read only."""
+
+from __future__ import annotations
+
+import socket
+import ssl
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from edgefleet_shared.clock import SystemClock, iso
+from edgefleet_shared.errors import EdgefleetError
+
+from edgefleet_agent import board, journal, slots
+from edgefleet_agent import settings as board_settings
+from edgefleet_agent.fetch import SPARE_BYTES
+from edgefleet_agent.health import disk_free_bytes
+from edgefleet_agent.runtime.control import RuntimeClient, socket_path
+from edgefleet_agent.slots import Slot
+
+CONNECT_TIMEOUT_S = 5.0
+CERTIFICATE_SPARE_S = 14 * 24 * 3600.0
+
+
+class Finding(msgspec.Struct, frozen=True):
+    """One check and what it found."""
+
+    what: str
+    ok: bool
+    detail: str
+
+
+def describe(state: Path) -> dict[str, Any]:
+    """What the board serves and does, from its files and its runtime.
+
+    Raises:
+        EnvironmentProblem: not enrolled. ArtifactError: a damaged file.
+    """
+    settings, current, on_disk = board_settings.read(state), journal.read(state), slots.read(state)
+    try:
+        runtime = RuntimeClient(socket_path(state)).status()
+        serving = next((f"{v.model} {v.version}" for v in runtime.versions if v.serving), "nothing")
+    except EdgefleetError as exc:
+        serving = f"unknown: {exc.message}"
+    ended = current.ended
+    return {
+        "device": settings.device,
+        "class": settings.device_class,
+        "site": settings.site,
+        "state": current.life.state.value,
+        "serving": serving,
+        "active": _words(on_disk.active),
+        "candidate": _words(on_disk.candidate),
+        "previous": _words(on_disk.previous),
+        "last_outcome": ended.outcome.value if ended else "",
+        "last_reason": ended.reason if ended else "",
+        "last_ended_at": iso(ended.at) if ended else "",
+        "refusal": current.refusal,
+    }
+
+
+def _words(slot: Slot | None) -> str:
+    return f"{slot.model} {slot.version} ({slot.status.value}) {slot.manifest[:19]}" if slot else ""
+
+
+def examine(state: Path) -> list[Finding]:
+    """Every check, in the order in which a broken board is best looked at."""
+    checks: list[tuple[str, Callable[[Path], str]]] = [
+        ("enrolment", lambda s: f"{board_settings.read(s).device}, class {board_settings.read(s).device_class}"),
+        ("journal", lambda s: journal.read(s).life.state.value),
+        ("active artifact", _active),
+        ("certificate", _certificate),
+        ("disk", _disk),
+        ("engines", _engines),
+        ("runtime", _runtime),
+        ("broker", _broker),
+    ]
+    findings = []
+    for what, check in checks:
+        try:
+            findings.append(Finding(what, True, check(state)))
+        except (EdgefleetError, OSError) as exc:
+            findings.append(Finding(what, False, str(exc)))
+    return findings
+
+
+def _active(state: Path) -> str:
+    slot = slots.read(state).serving
+    if slot is None:
+        return "none yet"
+    layout = slots.artifacts(state)
+    for blob in layout.manifest(slot.manifest).blobs():
+        layout.check(blob)
+    return f"{slot.model} {slot.version}, every byte as signed"
+
+
+def _certificate(state: Path) -> str:
+    endpoint = board_settings.endpoint(state, board_settings.read(state))
+    endpoint.tls()
+    # A private decoder, but the standard library has no other and cryptography is too heavy for a status line.
+    fields = ssl._ssl._test_decode_cert(str(endpoint.certificate))  # type: ignore[attr-defined]
+    ends = ssl.cert_time_to_seconds(fields["notAfter"])
+    if ends - SystemClock().now() < CERTIFICATE_SPARE_S:
+        raise OSError(f"it ends at {iso(ends)}: enrol again soon")
+    return f"valid until {iso(ends)}"
+
+
+def _disk(state: Path) -> str:
+    free = disk_free_bytes(state)
+    if free < SPARE_BYTES:
+        raise OSError(f"{free} bytes are free, less than the {SPARE_BYTES} that an update leaves untouched")
+    return f"{free} bytes free"
+
+
+def _engines(state: Path) -> str:
+    probes = board.probe_engines()
+    loaded = [f"{p.name} {p.version}" for p in probes if p.version is not None]
+    if not loaded:
+        raise OSError("; ".join(f"{p.name}: {p.missing}" for p in probes) or "no engine is installed")
+    return ", ".join(loaded)
+
+
+def _runtime(state: Path) -> str:
+    status = RuntimeClient(socket_path(state)).status()
+    return f"pid {status.pid}, {status.requests} requests, {status.failed} failed"
+
+
+def _broker(state: Path) -> str:
+    endpoint = board_settings.endpoint(state, board_settings.read(state))
+    with (
+        socket.create_connection((endpoint.host, endpoint.port), CONNECT_TIMEOUT_S) as plain,
+        endpoint.tls().wrap_socket(plain, server_hostname=endpoint.host) as secured,
+    ):
+        return f"{endpoint.host}:{endpoint.port}, {secured.version()}"

@@ -1,0 +1,247 @@
+"""Stage 5, transport: chunks into a candidate. Receives chunks from whichever transport, hands on blobs that hash to their digest.
+
+Three rounds: the manifest (its size and digest are signed), the config (named by the manifest), the layers (whose every chunk's
+hash stands in the config). Each layer chunk is checked as it comes, so a flipped byte costs one chunk; a blob gets its name
+only when it is whole. What was fetched before a power cut is found again by hashing it. Blobs that another slot has are not
+fetched at all.
+
+Memory: one chunk. Owned by the runner's thread; not handled here: connections.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from edgefleet_shared import atomic
+from edgefleet_shared.artifact import (
+    CHUNK_BYTES,
+    MAX_CONFIG_BYTES,
+    MAX_MANIFEST_BYTES,
+    Descriptor,
+    Layout,
+    chunk_count,
+    parse_config,
+    parse_manifest,
+)
+from edgefleet_shared.clock import Clock
+from edgefleet_shared.errors import ArtifactError, EnvironmentProblem
+from edgefleet_shared.messages import Want, ranges
+
+WANT_AGAIN_S = 2.0  # silence after which the missing chunks are asked for again
+WANT_AGAIN_LAST_S = 30.0
+FALLBACK_S = 8.0  # silence after which HTTP is tried
+SPARE_BYTES = 16 * 1024 * 1024  # what must stay free beside the artifact
+
+
+class _Blob:
+    """One blob on its way: a file that is filled chunk by chunk, and which chunks are missing."""
+
+    def __init__(self, layout: Layout, blob: Descriptor, hashes: tuple[str, ...] | None, chunk_bytes: int) -> None:
+        self.blob, self.hashes, self.chunk_bytes = blob, hashes, chunk_bytes
+        self.count = chunk_count(blob.size, chunk_bytes)
+        if hashes is not None and len(hashes) != self.count:
+            raise ArtifactError(f"blob {blob.digest} has {self.count} chunks, {len(hashes)} hashes were signed")
+        self.final = layout.path(blob.digest)
+        self.part = self.final.with_name(f".part-{self.final.name}")
+        self.missing = set(range(self.count))
+        self._find_again()
+
+    def length(self, number: int) -> int:
+        return min(self.chunk_bytes, self.blob.size - number * self.chunk_bytes)
+
+    def _find_again(self) -> None:
+        """Chunks that an interrupted fetch left behind, by hashing them. Without chunk hashes there is nothing to go by."""
+        if self.hashes is None or not self.part.is_file():
+            return
+        with self.part.open("rb") as stream:
+            for number in range(self.count):
+                piece = stream.read(self.length(number))
+                if len(piece) == self.length(number) and self._good(number, piece):
+                    self.missing.discard(number)
+
+    def _good(self, number: int, piece: bytes) -> bool:
+        return self.hashes is None or hashlib.sha256(piece).hexdigest() == self.hashes[number]
+
+    def take(self, number: int, piece: bytes) -> bool:
+        """Store a chunk if it is missing and right; returns whether it was."""
+        if number not in self.missing or len(piece) != self.length(number) or not self._good(number, piece):
+            return False
+        with atomic.disk_errors(self.part):
+            fd = os.open(self.part, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            try:
+                os.pwrite(fd, piece, number * self.chunk_bytes)
+            finally:
+                os.close(fd)
+        self.missing.discard(number)
+        return True
+
+    def finish(self, layout: Layout) -> bool:
+        """All chunks are there: give the blob its name, if its bytes are what its digest says; else begin again."""
+        if self.blob.size == 0:
+            layout.put(b"")
+            return True
+        whole = hashlib.sha256()
+        with self.part.open("rb") as stream:
+            while piece := stream.read(1 << 18):
+                whole.update(piece)
+        if whole.hexdigest() != self.final.name or self.part.stat().st_size != self.blob.size:
+            self.part.unlink()
+            self.missing = set(range(self.count))
+            return False
+        atomic.adopt(self.part, self.final)
+        return True
+
+
+class Fetcher:
+    """Brings one artifact onto the board.
+
+    Args:
+        layout: where it goes.
+        want: says which chunks are missing, to whoever sends.
+        listen, unlisten: subscribe to a digest's chunks.
+        fallback: (digest, size, chunk_bytes, missing chunk numbers): fetch these another way; None where there is none. Results come
+            in through :meth:`chunk` too.
+    """
+
+    def __init__(
+        self,
+        layout: Layout,
+        *,
+        want: Callable[[Want], None],
+        listen: Callable[[str], None],
+        unlisten: Callable[[str], None],
+        fallback: Callable[[str, int, int, list[int]], None] | None,
+        clock: Clock,
+    ) -> None:
+        self._layout, self._want, self._listen, self._unlisten = layout, want, listen, unlisten
+        self._fallback, self._clock = fallback, clock
+        self._target: Descriptor | None = None
+        self._blobs: dict[str, _Blob] = {}
+        self._round = 0
+        self._quiet_since = self._asked_at = 0.0
+        self._pause_s = WANT_AGAIN_S
+        self.finished = False
+        self.done_bytes = self.total_bytes = 0
+        self.bad_chunks = 0
+
+    @property
+    def busy(self) -> bool:
+        return self._target is not None and not self.finished
+
+    def begin(self, manifest: str, size: int) -> None:
+        """Start on an artifact.
+
+        Raises:
+            ArtifactError: it can't be one. EnvironmentProblem: no space.
+        """
+        self.stop()
+        if not 0 < size <= MAX_MANIFEST_BYTES:
+            raise ArtifactError(f"a manifest of {size} bytes is not accepted")
+        self._target = Descriptor("", manifest, size)
+        self.finished, self._round = False, 0
+        self.done_bytes, self.total_bytes, self.bad_chunks = 0, size, 0
+        self._open([(self._target, None, CHUNK_BYTES)])
+        self._go_on()
+
+    def stop(self) -> None:
+        """Give up what is under way; what was fetched stays for the next time."""
+        for digest in self._blobs:
+            self._unlisten(digest)
+        self._blobs = {}
+        self._target = None
+
+    def chunk(self, digest: str, number: int, piece: bytes) -> bool:
+        """Take a chunk; one that is not wanted or not what was signed is dropped. Returns whether it helped.
+
+        Raises:
+            ArtifactError: the artifact contradicts itself. EnvironmentProblem: disk full or read-only.
+        """
+        blob = self._blobs.get(digest)
+        if blob is None:
+            return False
+        if not blob.take(number, piece):
+            self.bad_chunks += number in blob.missing
+            return False
+        self.done_bytes += len(piece)
+        self._quiet_since = self._clock.monotonic()
+        self._pause_s = WANT_AGAIN_S
+        if not blob.missing:
+            self._go_on()
+        return True
+
+    def tick(self) -> None:
+        """Ask again after silence; fall back to HTTP after more of it."""
+        if not self.busy:
+            return
+        now = self._clock.monotonic()
+        if now - max(self._quiet_since, self._asked_at) >= self._pause_s:
+            self._pause_s = min(self._pause_s * 1.5, WANT_AGAIN_LAST_S)
+            self._ask()
+        if self._fallback is not None and now - self._quiet_since >= FALLBACK_S:
+            self._quiet_since = now
+            for digest, blob in self._blobs.items():
+                self._fallback(digest, blob.blob.size, blob.chunk_bytes, sorted(blob.missing))
+                break  # one at a time: this is the slow way
+
+    def _open(self, blobs: list[tuple[Descriptor, tuple[str, ...] | None, int]]) -> None:
+        for descriptor, hashes, chunk_bytes in blobs:
+            if descriptor.digest in self._blobs:
+                continue
+            if self._layout.has(descriptor.digest):
+                self.done_bytes += descriptor.size
+                continue
+            blob = _Blob(self._layout, descriptor, hashes, chunk_bytes)
+            self.done_bytes += descriptor.size - sum(blob.length(n) for n in blob.missing)
+            self._blobs[descriptor.digest] = blob
+            self._listen(descriptor.digest)
+        self._ask()
+
+    def _ask(self) -> None:
+        self._asked_at = self._clock.monotonic()
+        for blob in self._blobs.values():
+            if blob.missing:
+                wanted = ranges(sorted(blob.missing))
+                self._want(Want(digest=blob.blob.digest, chunk_bytes=blob.chunk_bytes, missing=wanted))
+
+    def _go_on(self) -> None:
+        """Name what is whole; when a round is whole, open the next one."""
+        while True:
+            for digest, blob in list(self._blobs.items()):
+                if not blob.missing:
+                    if blob.finish(self._layout):
+                        self._unlisten(digest)
+                        del self._blobs[digest]
+                    else:
+                        self.bad_chunks += 1
+                        self._ask()
+            if self._blobs or self._target is None or self.finished:
+                return
+            self._round += 1
+            self._next_round(self._target)
+
+    def _next_round(self, target: Descriptor) -> None:
+        self._quiet_since = self._clock.monotonic()
+        manifest = parse_manifest(self._layout.read(target.digest, MAX_MANIFEST_BYTES))
+        if self._round == 1:
+            self.total_bytes = target.size + sum(blob.size for blob in manifest.blobs())
+            if manifest.config.size > MAX_CONFIG_BYTES:
+                raise ArtifactError(f"a config of {manifest.config.size} bytes is not accepted")
+            self._need_space(self._layout.root, self.total_bytes - self.done_bytes)
+            self._open([(manifest.config, None, CHUNK_BYTES)])
+        elif self._round == 2:
+            config = parse_config(self._layout.read(manifest.config.digest, MAX_CONFIG_BYTES))
+            self._open([(b, config.chunks.get(b.digest, ()), config.chunk_bytes) for b in manifest.layers])
+        else:
+            self.finished = True
+
+    def _need_space(self, folder: Path, wanted: int) -> None:
+        stat = os.statvfs(folder)
+        free = stat.f_bavail * stat.f_frsize
+        if free < wanted + SPARE_BYTES:
+            raise EnvironmentProblem(
+                f"the artifact needs {wanted} bytes and {SPARE_BYTES} to spare, {free} are free on the disk",
+                hint="free some space on the board; the rollout can be tried again",
+            )

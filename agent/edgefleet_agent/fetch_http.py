@@ -1,0 +1,43 @@
+"""Stage 5, transport: the second way. Receives missing chunk numbers, hands on chunks by HTTPS with byte ranges (RFC 9110, 14)."""
+
+from __future__ import annotations
+
+import http.client
+from collections.abc import Callable
+
+from edgefleet_shared.errors import TransportError
+from edgefleet_shared.mqtt import Endpoint
+
+TIMEOUT_S = 15.0
+
+
+def fetch_chunks(
+    endpoint: Endpoint,
+    host: str,
+    port: int,
+    digest: str,
+    size: int,
+    chunk_bytes: int,
+    numbers: list[int],
+    take: Callable[[str, int, bytes], None],
+) -> None:
+    """Fetch chunks of one blob over one connection, in order, each handed to ``take`` as it is complete.
+
+    Raises:
+        TransportError: the controller can't be reached, refuses, or sends something else.
+    """
+    link = http.client.HTTPSConnection(host, port, timeout=TIMEOUT_S, context=endpoint.tls())
+    try:
+        for number in numbers:
+            first = number * chunk_bytes
+            last = min(first + chunk_bytes, size) - 1
+            link.request("GET", f"/v1/blobs/{digest}", headers={"Range": f"bytes={first}-{last}"})
+            answer = link.getresponse()
+            piece = answer.read(chunk_bytes + 1)
+            if answer.status != 206 or len(piece) != last - first + 1:
+                raise TransportError(f"the controller answered {answer.status} to a range of {digest}")
+            take(digest, number, piece)
+    except (OSError, http.client.HTTPException) as exc:
+        raise TransportError(f"can't fetch from {host}:{port}: {exc}") from exc
+    finally:
+        link.close()

@@ -1,0 +1,180 @@
+"""``fleet-runtime``: the composition root of the board's inference server. Receives a state folder, serves what its slots name."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import socket
+import sys
+import time
+from pathlib import Path
+
+import click
+import uvloop
+from edgefleet_shared import atomic
+from edgefleet_shared.errors import ArtifactError, EdgefleetError, EnvironmentProblem, InputError
+
+from edgefleet_agent import notify, slots
+from edgefleet_agent.runtime import control
+from edgefleet_agent.runtime.control_server import bind_unix, serve_control
+from edgefleet_agent.runtime.front import Front
+from edgefleet_agent.runtime.http import Server
+from edgefleet_agent.runtime.switchboard import Switchboard
+
+log = logging.getLogger("edgefleet.runtime")
+
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+TICK_S = 0.25
+DRAIN_LIMIT_S = 10.0
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.option(
+    "--state", required=True, type=click.Path(path_type=Path, file_okay=False), help="The agent's state folder."
+)
+@click.option(
+    "--http",
+    default="127.0.0.1:8000",
+    show_default=True,
+    help="Loopback HOST:PORT of the Open Inference Protocol; port 0 picks a free one, 'off' serves none.",
+)
+@click.option(
+    "--socket", "socket_path", type=click.Path(path_type=Path), help="Its Unix socket; default STATE/run/infer.sock."
+)
+@click.option("--threads", default=1, show_default=True, type=click.IntRange(1, 256), help="Threads of one inference.")
+def main(state: Path, http: str, socket_path: Path | None, threads: int) -> None:
+    """Serve the board's model over the Open Inference Protocol (KServe v2)."""
+    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(levelname)s %(name)s %(message)s")
+    try:
+        run_folder = state.resolve() / "run"
+        with atomic.lock(run_folder, "fleet-runtime"):
+            uvloop.install()
+            asyncio.run(serve(state.resolve(), parse_address(http), socket_path or run_folder / "infer.sock", threads))
+    except EdgefleetError as exc:
+        click.echo(f"fleet-runtime: {exc}", err=True)
+        sys.exit(exc.exit_status)
+
+
+def parse_address(text: str) -> tuple[str, int] | None:
+    """``HOST:PORT`` on loopback, or None for ``off``.
+
+    Raises:
+        InputError: not an address, or one that other machines could reach: requests are not authenticated.
+    """
+    if text == "off":
+        return None
+    host, _, port = text.rpartition(":")
+    host = host.strip("[]")
+    if not port.isdigit() or int(port) > 65535:
+        raise InputError(f"--http takes HOST:PORT, not {text!r}")
+    if host not in LOOPBACK:
+        raise InputError(
+            f"{host!r} is not loopback", hint="requests carry no identity: put a proxy that checks one in front"
+        )
+    return host, int(port)
+
+
+async def serve(state: Path, address: tuple[str, int] | None, socket_path: Path, threads: int) -> None:
+    """Serve until SIGTERM or SIGINT.
+
+    Raises:
+        EnvironmentProblem: port or socket can't be taken.
+    """
+    loop = asyncio.get_running_loop()
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    switchboard = Switchboard(slots.artifacts(state), threads)
+    server: Server
+    front = Front(switchboard, lambda: _gauges(switchboard, server))
+    server = Server(front.handle)
+
+    servers = [await serve_control(bind_unix(control.socket_path(state), 0o600), switchboard)]
+    servers.append(await loop.create_unix_server(server.connection, sock=_unix(socket_path)))
+    where = str(socket_path)
+    if address is not None:
+        listener = _tcp(*address)
+        servers.append(await loop.create_server(server.connection, sock=listener))
+        host, port = listener.getsockname()[:2]
+        atomic.write(state / "run" / "http.addr", f"{host}:{port}\n".encode())
+        where += f" and http://{host}:{port}"
+    log.info("listening at %s", where)
+    notify.ready(f"listening at {where}")
+
+    starting = loop.create_task(switchboard.serve_at_start(_serving(state)))
+    ticking = loop.create_task(_tick(switchboard, server))
+    await stop.wait()
+
+    notify.stopping()
+    ticking.cancel()
+    starting.cancel()
+    for listening in servers:
+        listening.close()
+    server.close()
+    try:
+        await asyncio.wait_for(switchboard.close(), DRAIN_LIMIT_S)
+    except asyncio.TimeoutError:
+        log.warning("stopped before every request was answered")
+
+
+def _serving(state: Path) -> list[str]:
+    """The artifacts to try at start, best first."""
+    try:
+        found = slots.read(state)
+    except ArtifactError as exc:
+        log.error("slots_damaged: %s", exc)
+        return []
+    wanted = [found.serving, found.active, found.previous]
+    return list(dict.fromkeys(slot.manifest for slot in wanted if slot is not None))
+
+
+async def _tick(switchboard: Switchboard, server: Server) -> None:
+    period = notify.watchdog_period_s()
+    fed = 0.0
+    while True:
+        await asyncio.sleep(TICK_S)
+        switchboard.tick()
+        server.tick()
+        if period is not None and time.monotonic() - fed >= period / 2:
+            fed = time.monotonic()
+            notify.alive()
+
+
+def _gauges(switchboard: Switchboard, server: Server) -> dict[str, float]:
+    return {
+        "waiting_requests": switchboard.waiting,
+        "connections": len(server.connections),
+        "held_body_bytes": server.held_bytes,
+        "refused_connections": server.refused,
+        "swaps": switchboard.swaps,
+    }
+
+
+def _unix(path: Path) -> socket.socket:
+    if len(str(path).encode()) > 107:
+        log.warning("the path of %s is too long for most clients' connect(); use --socket", path)
+    try:
+        return bind_unix(path, 0o660)
+    except OSError as exc:
+        raise EnvironmentProblem(f"can't listen at {path}: {exc.strerror or exc}") from exc
+
+
+def _tcp(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+        listener.listen(128)
+    except OSError as exc:
+        listener.close()
+        raise EnvironmentProblem(
+            f"can't listen at {host}:{port}: {exc.strerror}", hint="choose another with --http HOST:PORT"
+        ) from exc
+    listener.setblocking(False)
+    return listener
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,73 @@
+"""What front and worker say to each other: small messages over a SOCK_SEQPACKET pair, tensors in shared memory.
+
+One message is one packet, so there is no framing to get wrong, and the end of either process is an end of file.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+# The kernel's default send buffer is 208 KiB; a model's config without its chunk hashes is a few KiB.
+MAX_MESSAGE_BYTES = 128 * 1024
+
+
+class Start(msgspec.Struct, tag=1, array_like=True):
+    """front -> worker: what to load. ``config`` is the ModelConfig as JSON, without chunk hashes."""
+
+    layout: str
+    model_digest: str
+    model_size: int
+    golden_digest: str
+    config: bytes
+    threads: int
+    slot_count: int
+    slot_bytes: int
+
+
+class Run(msgspec.Struct, tag=2, array_like=True):
+    """front -> worker: compute what lies in ``slot``; one shape per input of the config."""
+
+    number: int
+    slot: int
+    shapes: list[tuple[int, ...]]
+
+
+class Ready(msgspec.Struct, tag=3, array_like=True):
+    """worker -> front: loaded and warm. Times in ms."""
+
+    providers: tuple[str, ...]
+    load_ms: float
+    first_ms: float
+    unconfined: tuple[str, ...]
+
+
+class Failed(msgspec.Struct, tag=4, array_like=True):
+    """worker -> front: can't load; an error as :meth:`EdgefleetError.as_dict` gives it. The worker ends after it."""
+
+    error: dict[str, str]
+
+
+class Done(msgspec.Struct, tag=5, array_like=True):
+    """worker -> front: computed. Outputs lie in the slot from ``offset``, each aligned, one shape per output."""
+
+    number: int
+    slot: int
+    offset: int
+    shapes: list[tuple[int, ...]]
+    compute_ns: int
+
+
+class Refused(msgspec.Struct, tag=6, array_like=True):
+    """worker -> front: the engine refused or failed this request; the worker goes on."""
+
+    number: int
+    slot: int
+    message: str
+
+
+ToWorker = Start | Run
+FromWorker = Ready | Failed | Done | Refused
+
+encode = msgspec.msgpack.Encoder().encode
+decode_to_worker = msgspec.msgpack.Decoder(ToWorker).decode
+decode_from_worker = msgspec.msgpack.Decoder(FromWorker).decode

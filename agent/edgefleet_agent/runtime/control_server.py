@@ -1,0 +1,75 @@
+"""The runtime's side of the control socket: receives the agent's orders, hands them to the switchboard, answers what came of them."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+from pathlib import Path
+
+import msgspec
+from edgefleet_shared.errors import EdgefleetError, InputError
+
+from edgefleet_agent.runtime import control
+from edgefleet_agent.runtime.control import Load, Ping, Pong, Refused, Reply, Request, Retire, Status, Switch
+from edgefleet_agent.runtime.switchboard import Switchboard
+
+
+def bind_unix(path: Path, mode: int) -> socket.socket:
+    """A listening Unix socket at ``path`` with ``mode`` from its first instant; a stale one is replaced.
+
+    Call only while holding the lock of the folder's owner: two runtimes must not take each other's sockets.
+    """
+    path.unlink(missing_ok=True)
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    old = os.umask(0o777 & ~mode)
+    try:
+        with control.short_path(path) as address:
+            listener.bind(address)
+    finally:
+        os.umask(old)
+    listener.listen(128)
+    listener.setblocking(False)
+    return listener
+
+
+async def serve_control(listener: socket.socket, switchboard: Switchboard) -> asyncio.AbstractServer:
+    """Answer the control socket until the returned server is closed."""
+
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            while line := await reader.readline():
+                reply = await _answer(line, switchboard)
+                writer.write(msgspec.json.encode(reply) + b"\n")
+                await writer.drain()
+        except (ValueError, ConnectionError):
+            pass  # a line without end, or an agent that went away: its connection is all that is lost
+        finally:
+            writer.close()
+
+    return await asyncio.start_unix_server(talk, sock=listener, limit=control.MAX_LINE_BYTES)
+
+
+async def _answer(line: bytes, switchboard: Switchboard) -> Reply:
+    try:
+        request = msgspec.json.decode(line, type=Request)
+    except msgspec.DecodeError as exc:
+        return Refused(InputError(f"not a control request: {exc}").as_dict())
+    try:
+        return await _carry_out(request, switchboard)
+    except EdgefleetError as exc:
+        return Refused(exc.as_dict())
+
+
+async def _carry_out(request: Request, switchboard: Switchboard) -> Reply:
+    match request:  # mypy proves that every request is handled
+        case Load(manifest, mode):
+            return await switchboard.load(manifest, mode)
+        case Switch(manifest):
+            return await switchboard.switch(manifest)
+        case Retire(manifest):
+            return await switchboard.retire(manifest)
+        case Status():
+            return switchboard.status()
+        case Ping():
+            return Pong(os.getpid())

@@ -1,0 +1,113 @@
+"""Engine adapter: receives an OpenVINO model as one blob, hands on a compiled model on the CPU.
+
+OpenVINO's IR is two files; the blob is a ZIP archive that stores (does not compress) ``model.xml`` and ``model.bin``, read
+into memory here: nothing is unpacked to disk. Importing ``openvino`` starts its telemetry package if it finds one, writing to the
+home folder and calling out; it is kept from finding it (OpenVINO then takes its own stub).
+Source: OpenVINO's Python API, ``Core.read_model(model=, weights=)`` and ``Core.compile_model``.
+"""
+
+from __future__ import annotations
+
+import sys
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from edgefleet_shared.artifact import ModelConfig
+from edgefleet_shared.errors import EngineError
+
+from edgefleet_agent.runtime.engines.port import installed_version, row_by_row
+from edgefleet_agent.runtime.tensors import Array
+
+MEMBERS = ("model.xml", "model.bin")
+
+
+class OpenvinoEngine:
+    name = "openvino"
+
+    def available(self) -> str | None:
+        return installed_version("openvino")
+
+    def missing(self) -> str:
+        return "" if self.available() else "the Python package openvino is not installed"
+
+    def load_library(self) -> Any:
+        sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # None: "import" fails
+        try:
+            import openvino
+        except ImportError as exc:
+            raise EngineError(f"openvino does not load on this board: {exc}", hint=self.missing()) from exc
+        return openvino
+
+    def load(self, path: Path, config: ModelConfig, threads: int) -> OpenvinoSession:
+        openvino = self.load_library()
+        xml, weights = _members(path)
+        core = openvino.Core()
+        options = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": 1}
+        try:
+            model = core.read_model(model=xml, weights=openvino.Tensor(weights))
+            compiled = core.compile_model(model, "CPU", options)
+        except RuntimeError as exc:
+            raise EngineError(f"openvino can't load the model: {_last_line(exc)}") from exc
+        return OpenvinoSession(compiled, config)
+
+
+def _members(path: Path) -> tuple[bytes, Array]:
+    """Topology and weights out of the blob."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for name in MEMBERS:
+                info = archive.getinfo(name)
+                # A stored member can't be larger than the file, so no archive bomb gets through.
+                if info.compress_type != zipfile.ZIP_STORED:
+                    raise EngineError(f"{name} in the OpenVINO blob is compressed; it must be stored")
+            return archive.read(MEMBERS[0]), np.frombuffer(archive.read(MEMBERS[1]), np.uint8)
+    except (zipfile.BadZipFile, KeyError, OSError) as exc:
+        raise EngineError(f"not an OpenVINO blob (a ZIP of {' and '.join(MEMBERS)}): {exc}") from exc
+
+
+class OpenvinoSession:
+    def __init__(self, compiled: Any, config: ModelConfig) -> None:
+        self._compiled = compiled
+        self._request = compiled.create_infer_request()
+        inputs = {name: port for port in compiled.inputs for name in port.names}
+        outputs = {name: port for port in compiled.outputs for name in port.names}
+        lacking = [s.name for s in config.inputs if s.name not in inputs]
+        lacking += [s.name for s in config.outputs if s.name not in outputs]
+        if lacking or len(compiled.inputs) != len(config.inputs):
+            raise EngineError(
+                f"the OpenVINO model has {sorted(inputs)} -> {sorted(outputs)}; the artifact promises"
+                f" {[s.name for s in config.inputs]} -> {[s.name for s in config.outputs]}"
+            )
+        self._outputs = [(spec.name, outputs[spec.name]) for spec in config.outputs]
+        self._fixed_one = any(
+            spec.shape and spec.shape[0] == -1 and _first_axis(inputs[spec.name]) == 1 for spec in config.inputs
+        )
+
+    @property
+    def providers(self) -> tuple[str, ...]:
+        return tuple(self._compiled.get_property("EXECUTION_DEVICES"))
+
+    def run(self, inputs: dict[str, Array]) -> dict[str, Array]:
+        return row_by_row(self._run, inputs) if self._fixed_one else self._run(inputs)
+
+    def _run(self, inputs: dict[str, Array]) -> dict[str, Array]:
+        try:
+            self._request.infer(inputs, share_inputs=True)
+            # A copy: the request's output memory is used again by the next inference.
+            return {name: self._request.get_tensor(port).data.copy() for name, port in self._outputs}
+        except RuntimeError as exc:
+            raise EngineError(f"openvino failed: {_last_line(exc)}") from exc
+
+
+def _first_axis(port: Any) -> int:
+    shape = port.partial_shape
+    if shape.rank.is_dynamic or not len(shape) or shape[0].is_dynamic:
+        return -1
+    return int(shape[0].get_length())
+
+
+def _last_line(exc: Exception) -> str:
+    lines = [line.strip() for line in str(exc).splitlines() if line.strip()]
+    return lines[-1][:400] if lines else type(exc).__name__

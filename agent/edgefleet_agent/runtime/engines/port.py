@@ -1,0 +1,106 @@
+"""The engine port: receives a model file and its config, hands on a session that answers.
+
+An adapter is one file behind the entry point group ``edgefleet.engines``. It imports its library in :meth:`Engine.load_library`, so
+that asking which engines a board has costs nothing, and only worker and accepting child, never the resident agent, pay
+for one. Foreign exceptions become :class:`~edgefleet_shared.errors.EngineError` in the adapter.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from edgefleet_shared.artifact import ModelConfig
+from edgefleet_shared.errors import EngineError
+
+from edgefleet_agent.runtime.tensors import Array
+
+
+class Session(Protocol):
+    """One loaded model. Used by one thread."""
+
+    @property
+    def providers(self) -> tuple[str, ...]:
+        """What really computes (CPUExecutionProvider, CPU, XNNPACK, ...), as the library tells after loading."""
+        ...
+
+    def run(self, inputs: dict[str, Array]) -> dict[str, Array]:
+        """Compute one request.
+
+        Args:
+            inputs: every input of ``ModelConfig.inputs`` by name, C-contiguous, of its datatype and a shape it serves.
+
+        Returns:
+            every output of ``ModelConfig.outputs`` by name, of its datatype.
+
+        Raises:
+            EngineError: the library refused or failed.
+        """
+        ...
+
+
+class Engine(Protocol):
+    """An inference library."""
+
+    name: str
+
+    def available(self) -> str | None:
+        """The library's version when this board has it, else None. Imports nothing."""
+        ...
+
+    def missing(self) -> str:
+        """What this board lacks for the engine, for people; empty when it has it."""
+        ...
+
+    def load_library(self) -> Any:
+        """Import the library and return what :meth:`load` uses of it. Repeating it costs nothing.
+
+        Raises:
+            EngineError: it is missing, or does not load on this board.
+        """
+        ...
+
+    def load(self, path: Path, config: ModelConfig, threads: int) -> Session:
+        """Load the compiled model at ``path``.
+
+        Args:
+            config: what is served: names, datatypes and shapes of inputs and outputs.
+            threads: how many threads one request may use, 1 or more.
+
+        Raises:
+            EngineError: library missing, file not loadable, or its inputs and outputs differ from ``config``.
+        """
+        ...
+
+
+def installed_version(*distributions: str) -> str | None:
+    """The version of the first of ``distributions`` that is installed here."""
+    for name in distributions:
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return None
+
+
+def row_by_row(run_one: Callable[[dict[str, Array]], dict[str, Array]], inputs: dict[str, Array]) -> dict[str, Array]:
+    """Answer a batch on a model whose file has a fixed batch of 1.
+
+    Args:
+        run_one: computes inputs whose first axis is 1.
+        inputs: all with one and the same first axis N.
+
+    Raises:
+        EngineError: the first axes differ, or N is 0.
+    """
+    counts = {a.shape[0] if a.ndim else 0 for a in inputs.values()}
+    if len(counts) != 1 or counts == {0}:
+        raise EngineError(f"a batch needs one and the same first axis above 0 in every input, not {sorted(counts)}")
+    (count,) = counts
+    if count == 1:
+        return run_one(inputs)
+    rows = [run_one({k: np.ascontiguousarray(v[i : i + 1]) for k, v in inputs.items()}) for i in range(count)]
+    return {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}

@@ -1,0 +1,99 @@
+"""Stage 9, health, the runtime's part: receives each request's times, hands on counters, percentiles and Prometheus text.
+
+Source: Prometheus text exposition format 0.0.4. Latency is what the front sees: from the parsed request to the answer.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+
+RECENT = 1024  # requests that the percentiles look back on
+BUCKETS_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+
+
+class Figures:
+    """Counters of one model version since the runtime started."""
+
+    def __init__(self) -> None:
+        self.requests = 0
+        self.failed = 0
+        self.crashes = 0
+        self.retried = 0
+        self.compute_ns = 0
+        self.queue_ns = 0
+        self.latency_ns = 0
+        self._buckets = [0] * (len(BUCKETS_S) + 1)
+        self._recent: deque[int] = deque(maxlen=RECENT)
+
+    def answered(self, latency_ns: int, queue_ns: int, compute_ns: int) -> None:
+        self.requests += 1
+        self.latency_ns += latency_ns
+        self.queue_ns += queue_ns
+        self.compute_ns += compute_ns
+        self._buckets[bisect_left(BUCKETS_S, latency_ns / 1e9)] += 1
+        self._recent.append(latency_ns)
+
+    def refused(self) -> None:
+        self.requests += 1
+        self.failed += 1
+
+    def percentiles_ms(self) -> tuple[float, float] | None:
+        """(p50, p95) of the last :data:`RECENT` answers in ms; None before the first."""
+        if not self._recent:
+            return None
+        ordered = sorted(self._recent)
+        return ordered[len(ordered) // 2] / 1e6, ordered[min(len(ordered) - 1, int(len(ordered) * 0.95))] / 1e6
+
+    def buckets(self) -> Iterator[tuple[str, int]]:
+        """Cumulative histogram: (upper bound in seconds, answers up to it)."""
+        total = 0
+        for bound, count in zip((*map(str, BUCKETS_S), "+Inf"), self._buckets, strict=True):
+            total += count
+            yield bound, total
+
+
+def exposition(versions: Iterable[tuple[str, str, bool, Figures]], gauges: dict[str, float]) -> bytes:
+    """Prometheus text.
+
+    Args:
+        versions: (model, version, whether it serves, its figures).
+        gauges: values of the whole runtime, by name without prefix.
+    """
+    rows = list(versions)
+    lines = []
+    counters: tuple[tuple[str, str, Callable[[Figures], float]], ...] = (
+        ("requests_total", "Requests that ended, answered or failed", lambda f: f.requests),
+        ("failed_total", "Requests that ended without an answer", lambda f: f.failed),
+        ("crashes_total", "Worker processes that ended by themselves", lambda f: f.crashes),
+        ("retried_total", "Requests computed again after their worker died", lambda f: f.retried),
+        ("compute_seconds_total", "Time inside the engine", lambda f: f.compute_ns / 1e9),
+        ("queue_seconds_total", "Time waiting for the worker", lambda f: f.queue_ns / 1e9),
+    )
+    for name, text, value in counters:
+        lines += [f"# HELP edgefleet_runtime_{name} {text}", f"# TYPE edgefleet_runtime_{name} counter"]
+        lines += [f"edgefleet_runtime_{name}{{{_labels(m, v)}}} {value(f)}" for m, v, _, f in rows]
+    name = "edgefleet_runtime_request_seconds"
+    lines += [f"# HELP {name} From the parsed request to the answer", f"# TYPE {name} histogram"]
+    for model, version, _, figures in rows:
+        labels = _labels(model, version)
+        lines += [f'{name}_bucket{{{labels},le="{bound}"}} {count}' for bound, count in figures.buckets()]
+        lines += [f"{name}_sum{{{labels}}} {figures.latency_ns / 1e9}"]
+        lines += [f"{name}_count{{{labels}}} {figures.requests - figures.failed}"]
+    lines += [
+        "# HELP edgefleet_runtime_serving 1 for the version that serves",
+        "# TYPE edgefleet_runtime_serving gauge",
+    ]
+    lines += [f"edgefleet_runtime_serving{{{_labels(m, v)}}} {int(serving)}" for m, v, serving, _ in rows]
+    for gauge, number in gauges.items():
+        lines += [f"# TYPE edgefleet_runtime_{gauge} gauge", f"edgefleet_runtime_{gauge} {number:g}"]
+    return ("\n".join(lines) + "\n").encode()
+
+
+def _labels(model: str, version: str) -> str:
+    return f'model="{_escape(model)}",version="{_escape(version)}"'
+
+
+def _escape(text: str) -> str:
+    return text.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")

@@ -1,0 +1,395 @@
+"""Stage 8, swap: receives requests and the agent's orders, hands each request to the version that serves.
+
+Blue-green: the new version's worker is loaded and warm before one pointer moves; the old one stays as *standby* until it is
+retired, and answers at once when the new one's worker dies. In-place, for boards that can't hold both: requests are parked
+while the old worker stops and the new one starts; when the new one fails, the old one is started again.
+A request is an inference, so it is idempotent: one whose worker died is computed again, by whichever version can.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import time
+from collections import deque
+from pathlib import Path
+from typing import Literal
+
+from edgefleet_shared.artifact import MODEL_LAYER, Layout, ModelConfig
+from edgefleet_shared.errors import ConflictError, EdgefleetError, NotFoundError
+
+from edgefleet_agent.runtime import protocol
+from edgefleet_agent.runtime.control import Loaded, Retired, StatusReport, SwapMode, Switched, VersionStatus
+from edgefleet_agent.runtime.job import Job
+from edgefleet_agent.runtime.protocol import RequestError
+from edgefleet_agent.runtime.version import Version, VersionState
+from edgefleet_agent.sandbox import memory_of
+
+log = logging.getLogger("edgefleet.runtime")
+
+MAX_WAITING = 1024  # requests without a worker; their bodies are bounded by the front
+WAIT_LIMIT_S = 60.0  # how long a request may wait for one
+MEMORY_MARGIN = 1.1  # blue-green needs the new model's peak and a little
+MEMORY_RESERVE_BYTES = 32 * 1024 * 1024
+
+
+class Switchboard:
+    """Which versions are loaded and which one serves.
+
+    Args:
+        layout: the board's artifacts.
+        threads: threads of one inference.
+    """
+
+    def __init__(self, layout: Layout, threads: int) -> None:
+        self._layout, self._threads = layout, threads
+        self._loaded: dict[str, Version] = {}
+        self._serving: Version | None = None
+        self._standby: Version | None = None
+        self._waiting: deque[Job] = deque()
+        self._parked = False
+        self._order = asyncio.Lock()  # one load, switch or retire at a time
+        self._began = time.monotonic()
+        self.requests = 0
+        self.failed = 0
+        self.swaps = 0
+
+    # --- requests
+
+    @property
+    def ready(self) -> bool:
+        """Whether a request for the model would be answered now."""
+        return self._target() is not None
+
+    @property
+    def waiting(self) -> int:
+        return len(self._waiting) + sum(len(v.waiting) for v in self._loaded.values())
+
+    def versions(self) -> list[Version]:
+        """Every loaded version, the serving one first."""
+        return sorted(self._loaded.values(), key=lambda v: v is not self._serving)
+
+    def is_serving(self, version: Version) -> bool:
+        return version is self._serving
+
+    def find(self, model: str, version: str | None) -> Version:
+        """The version that answers for a model: the pinned one, or the one that serves.
+
+        Raises:
+            RequestError: 404 when this runtime does not have it.
+        """
+        if version is None:
+            if self._serving is not None and self._serving.config.model == model:
+                return self._serving
+        else:
+            for loaded in self.versions():
+                if loaded.config.model == model and loaded.config.version == version:
+                    return loaded
+        name = model[:200] if version is None else f"{model[:200]} version {version[:200]}"
+        raise RequestError(404, f"model {name!r} is not served here")
+
+    def submit(self, job: Job) -> None:
+        """Take a request; exactly one of ``job.answer`` and ``job.failure`` is called, now or later.
+
+        Raises:
+            RequestError: it can't be taken: unknown model, bad tensors, or too many are waiting.
+        """
+        version = self.find(job.model, job.version)
+        if not self._place(job):
+            protocol.plan(job.request, version.config)  # a bad request need not wait to be told so
+            if self.waiting >= MAX_WAITING:
+                raise RequestError(503, f"{MAX_WAITING} requests are waiting for this model already")
+            (self._waiting if job.version is None else version.waiting).append(job)
+        self.requests += 1
+
+    def _place(self, job: Job) -> bool:
+        if job.version is not None:
+            version = self.find(job.model, job.version)
+            return not version.waiting and version.submit(job)
+        target = self._target()
+        return not self._waiting and target is not None and target.submit(job)
+
+    def _target(self) -> Version | None:
+        """The version that computes requests without a pin just now."""
+        if self._parked or self._serving is None:
+            return None
+        if self._serving.state is VersionState.READY:
+            return self._serving
+        standby = self._standby
+        if (
+            standby is not None
+            and standby.state is VersionState.READY
+            and standby.config.model == self._serving.config.model
+        ):
+            return standby
+        return None
+
+    def _pump(self) -> None:
+        for version in list(self._loaded.values()):
+            while version.waiting and version.has_room:
+                version.submit(version.waiting.popleft())
+        while self._waiting:
+            target = self._target()
+            if target is None or not target.has_room:
+                return
+            target.submit(self._waiting.popleft())
+
+    def _orphans(self, jobs: list[Job]) -> None:
+        for job in reversed(jobs):
+            if job.version is None:
+                self._waiting.appendleft(job)
+                continue
+            try:
+                self.find(job.model, job.version).waiting.appendleft(job)
+            except RequestError as exc:
+                job.failure(exc)
+        self._pump()
+
+    def _refused(self, version: Version, job: Job, error: RequestError) -> None:
+        """What the new version can't answer, the one before it may still; the new one's counter keeps the failure."""
+        standby = self._standby
+        if job.version is not None or job.fell_back or standby is None or standby is version:
+            job.failure(error)
+            return
+        job.fell_back = True
+        standby.waiting.append(job)
+        self._pump()
+
+    def tick(self) -> None:
+        """Fail requests that waited too long and kill workers that hang. Call a few times a second."""
+        horizon = time.perf_counter_ns() - int(WAIT_LIMIT_S * 1e9)
+        for queue in (self._waiting, *(v.waiting for v in self._loaded.values())):
+            while queue and queue[0].arrived_ns < horizon:
+                queue.popleft().failure(
+                    RequestError(503, f"no worker was there for this request within {WAIT_LIMIT_S:g} s")
+                )
+        for version in self._loaded.values():
+            version.check_hang()
+
+    # --- orders
+
+    async def load(self, manifest: str, mode: SwapMode = "auto") -> Loaded:
+        """Check an artifact's bytes and, when memory holds both, start and warm its worker. What serves is not touched.
+
+        Raises:
+            EdgefleetError: bytes missing or changed, engine refused, the worker died or was too slow.
+        """
+        async with self._order:
+            present = self._loaded.get(manifest)
+            if present is not None and present.state is not VersionState.PREPARED:
+                if present.state is not VersionState.READY or present.ready is None:
+                    raise ConflictError(
+                        f"{present.config.model} {present.config.version} is loaded but {present.state.value}: {present.last_problem}"
+                    )
+                return _loaded(present, "blue-green", "it was loaded already")
+            version = self._open(manifest)
+            chosen, why = self._choose_mode(version.config, mode)
+            if chosen == "in-place":
+                await asyncio.to_thread(self._layout.check, self._layout.manifest(manifest).layer(MODEL_LAYER))
+                version.state = VersionState.PREPARED
+                self._loaded[manifest] = version
+                return Loaded(manifest=manifest, mode="in-place", why=why)
+            await version.start()
+            self._loaded[manifest] = version
+            return _loaded(version, "blue-green", why)
+
+    async def switch(self, manifest: str) -> Switched:
+        """Let a loaded artifact serve.
+
+        Raises:
+            NotFoundError: not loaded.
+            EdgefleetError: in-place only: the new one did not start; the old one serves again.
+        """
+        async with self._order:
+            version = self._loaded.get(manifest)
+            if version is None:
+                raise NotFoundError(f"{manifest} is not loaded", hint="load it first")
+            old = self._serving
+            previous = old.manifest if old is not None else None
+            if version is old:
+                return Switched(manifest=manifest, previous=previous, mode="blue-green")
+            if version.state is VersionState.PREPARED:
+                parked_ms = await self._switch_in_place(version, old)
+                return Switched(manifest=manifest, previous=previous, mode="in-place", parked_ms=parked_ms)
+            if version.state is not VersionState.READY:
+                raise ConflictError(f"{version.config.version} is {version.state.value}: {version.last_problem}")
+            forgotten = self._standby
+            self._serving = version
+            # Going back to the standby means that what served was not good enough to fall back on.
+            self._standby = None if version is forgotten else old
+            self.swaps += 1
+            self._pump()
+            if forgotten is not None and forgotten is not version:
+                await self._drop(forgotten)
+            return Switched(manifest=manifest, previous=previous, mode="blue-green")
+
+    async def retire(self, manifest: str) -> Retired:
+        """Drain and stop a version that does not serve.
+
+        Raises:
+            ConflictError: it serves.
+        """
+        async with self._order:
+            version = self._loaded.get(manifest)
+            if version is not None:
+                if version is self._serving:
+                    raise ConflictError(f"{version.config.version} is serving", hint="switch to another version first")
+                await self._drop(version)
+            return Retired(manifest)
+
+    async def serve_at_start(self, manifests: list[str]) -> None:
+        """Serve the first of ``manifests`` that loads; when none does, keep trying the first that is readable."""
+        stubborn: Version | None = None
+        for manifest in manifests:
+            try:
+                async with self._order:
+                    version = self._open(manifest)
+                    stubborn = stubborn or version
+                    await version.start()
+                    self._loaded[manifest] = self._serving = version
+                    self._pump()
+                log.info("serving", extra={"digest": manifest, "version": version.config.version})
+                return
+            except EdgefleetError as exc:
+                log.error("start_failed", extra={"digest": manifest, "problem": exc.message})
+        if stubborn is not None:
+            self._loaded[stubborn.manifest] = self._serving = stubborn
+            stubborn.restart_soon()
+
+    async def close(self) -> None:
+        """Stop every worker, answering what is in flight."""
+        for version in list(self._loaded.values()):
+            await version.stop()
+        while self._waiting:
+            self._waiting.popleft().failure(RequestError(503, "the runtime is stopping"))
+
+    async def _switch_in_place(self, version: Version, old: Version | None) -> float:
+        self._parked = True
+        began = time.monotonic()
+        try:
+            for other in [v for v in self._loaded.values() if v is not version]:
+                await other.stop()
+            try:
+                await version.start()
+            except EdgefleetError:
+                self._loaded.pop(version.manifest, None)
+                if old is not None:
+                    await self._bring_back(old)
+                raise
+            for other in [v for v in self._loaded.values() if v is not version]:
+                self._loaded.pop(other.manifest)
+            self._serving, self._standby = version, None
+            self.swaps += 1
+        finally:
+            self._parked = False
+            self._pump()
+        return (time.monotonic() - began) * 1e3
+
+    async def _bring_back(self, old: Version) -> None:
+        try:
+            await old.start()
+        except EdgefleetError as exc:
+            log.error("old_version_did_not_return", extra={"digest": old.manifest, "problem": exc.message})
+            old.restart_soon()
+
+    async def _drop(self, version: Version) -> None:
+        self._loaded.pop(version.manifest, None)
+        if version is self._standby:
+            self._standby = None
+        await version.stop()
+
+    def _open(self, manifest: str) -> Version:
+        parsed = self._layout.manifest(manifest)
+        config = self._layout.config(parsed)
+        return Version(
+            manifest,
+            parsed,
+            config,
+            self._layout,
+            self._threads,
+            on_room=self._pump,
+            on_orphans=self._orphans,
+            on_refused=self._refused,
+        )
+
+    def _choose_mode(self, config: ModelConfig, mode: SwapMode) -> tuple[Literal["blue-green", "in-place"], str]:
+        if self._serving is None:
+            return "blue-green", "nothing serves yet"
+        for wanted, by in ((mode, "the caller"), (config.swap, "the device class")):
+            if wanted == "in-place":
+                return "in-place", f"{by} wants it"
+            if wanted == "blue-green":
+                return "blue-green", f"{by} wants it"
+        needed = int(config.contract.peak_memory_bytes * MEMORY_MARGIN) + MEMORY_RESERVE_BYTES
+        free = available_memory_bytes()
+        if free >= needed:
+            return "blue-green", f"{free} bytes are free, {needed} are needed"
+        return "in-place", f"only {free} bytes are free, {needed} are needed"
+
+    # --- status
+
+    def status(self) -> StatusReport:
+        rows = []
+        for version in self.versions():
+            p50, p95 = version.figures.percentiles_ms() or (None, None)
+            rows.append(
+                VersionStatus(
+                    manifest=version.manifest,
+                    model=version.config.model,
+                    version=version.config.version,
+                    engine=version.config.engine,
+                    state=version.state.value,
+                    serving=version is self._serving,
+                    standby=version is self._standby,
+                    requests=version.figures.requests,
+                    failed=version.figures.failed,
+                    crashes=version.figures.crashes,
+                    retried=version.figures.retried,
+                    p50_ms=p50,
+                    p95_ms=p95,
+                    in_flight=version.in_flight,
+                    pid=version.pid,
+                    memory_bytes=memory_of(version.pid)[0] if version.pid else 0,
+                    providers=version.ready.providers if version.ready else (),
+                    unconfined=version.ready.unconfined if version.ready else (),
+                    last_problem=version.last_problem,
+                )
+            )
+        return StatusReport(
+            serving=self._serving.manifest if self._serving else None,
+            standby=self._standby.manifest if self._standby else None,
+            versions=tuple(rows),
+            waiting=self.waiting,
+            requests=self.requests,
+            failed=self.failed,
+            swaps=self.swaps,
+            pid=os.getpid(),
+            memory_bytes=memory_of(os.getpid())[0],
+            uptime_s=time.monotonic() - self._began,
+        )
+
+
+def _loaded(version: Version, mode: Literal["blue-green", "in-place"], why: str) -> Loaded:
+    assert version.ready is not None
+    return Loaded(
+        manifest=version.manifest,
+        mode=mode,
+        why=why,
+        providers=version.ready.providers,
+        load_ms=version.ready.load_ms,
+        first_ms=version.ready.first_ms,
+    )
+
+
+def available_memory_bytes() -> int:
+    """Memory that a new process could use: the machine's, or what the control group leaves when that is less."""
+    fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+    free = int(fields["MemAvailable"].split()[0]) * 1024
+    try:
+        group = Path("/proc/self/cgroup").read_text().strip().rpartition(":")[2]
+        folder = Path("/sys/fs/cgroup") / group.lstrip("/")
+        limit, used = (folder / "memory.max").read_text().strip(), (folder / "memory.current").read_text()
+    except OSError:
+        return free
+    return free if limit == "max" else min(free, max(0, int(limit) - int(used)))

@@ -1,0 +1,225 @@
+"""One model version over the lives of its workers: receives jobs, hands on answers; restarts a worker that died, with back-off."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import deque
+from collections.abc import Callable
+from enum import Enum
+
+import msgspec
+from edgefleet_shared.artifact import GOLDEN_LAYER, MODEL_LAYER, Layout, Manifest, ModelConfig
+from edgefleet_shared.errors import EdgefleetError
+
+from edgefleet_agent.runtime import protocol
+from edgefleet_agent.runtime.channel import Ready, Start
+from edgefleet_agent.runtime.job import Job
+from edgefleet_agent.runtime.metrics import Figures
+from edgefleet_agent.runtime.protocol import OutputTensor, RequestError
+from edgefleet_agent.runtime.tensors import NUMPY, element_count
+from edgefleet_agent.runtime.worker_process import WorkerProcess
+
+log = logging.getLogger("edgefleet.runtime")
+
+SLOTS = 4  # one is computed, the others are filled meanwhile
+SLOT_ROWS = 16  # a request may be a batch of that many pictures
+MIN_SLOT_BYTES, MAX_SLOT_BYTES = 256 * 1024, 64 * 1024 * 1024
+BACKOFF_FIRST_S, BACKOFF_LAST_S = 0.05, 10.0
+HEALTHY_AFTER_S = 30.0  # a worker that lived this long starts the back-off anew
+MAX_ATTEMPTS = 3  # a request that killed this many workers is not given to another
+
+
+class VersionState(str, Enum):
+    PREPARED = "prepared"  # bytes checked, no process: waits for an in-place switch
+    STARTING = "starting"
+    READY = "ready"
+    RESTARTING = "restarting"  # its worker died; a new one comes
+    STOPPED = "stopped"
+
+
+class Version:
+    """A loaded artifact.
+
+    Args:
+        manifest_digest: which one.
+        on_room: called when it can take another job, or none any more.
+        on_orphans: jobs whose worker died, oldest first, to be placed again.
+        on_refused: a job that the engine refused, and why.
+    """
+
+    def __init__(
+        self,
+        manifest_digest: str,
+        manifest: Manifest,
+        config: ModelConfig,
+        layout: Layout,
+        threads: int,
+        *,
+        on_room: Callable[[], None],
+        on_orphans: Callable[[list[Job]], None],
+        on_refused: Callable[[Version, Job, RequestError], None],
+    ) -> None:
+        self.manifest, self.config = manifest_digest, config
+        self.state = VersionState.STOPPED
+        self.figures = Figures()
+        self.waiting: deque[Job] = deque()  # jobs pinned to this version
+        self.last_problem = ""
+        self.ready: Ready | None = None
+        self._on_room, self._on_orphans, self._on_refused = on_room, on_orphans, on_refused
+        self._worker: WorkerProcess | None = None
+        self._restart: asyncio.Task[None] | None = None
+        self._crashes_in_row = 0
+        self._started_at = 0.0
+        model, golden = manifest.layer(MODEL_LAYER), manifest.layer(GOLDEN_LAYER)
+        plain = msgspec.json.encode(msgspec.structs.replace(config, chunks={}))
+        self._start = Start(
+            str(layout.root.resolve()), model.digest, model.size, golden.digest, plain, threads, SLOTS, _slot_bytes(config)
+        )  # fmt: skip
+        # A model's own acceptance says how slow it may be; the rest is a loaded board's.
+        self.hang_limit_s = max(10.0, config.contract.latency_p95_ms * 20 / 1000)
+
+    @property
+    def pid(self) -> int:
+        return self._worker.pid if self._worker is not None else 0
+
+    @property
+    def in_flight(self) -> int:
+        return self._worker.in_flight if self._worker is not None else 0
+
+    @property
+    def has_room(self) -> bool:
+        return self.state is VersionState.READY and self._worker is not None and self._worker.has_room
+
+    async def start(self) -> Ready:
+        """Start a worker and wait until it is warm.
+
+        Raises:
+            EdgefleetError: it could not load; nothing is left running.
+        """
+        self.state = VersionState.STARTING
+        try:
+            self.ready = await self._launch()
+        except EdgefleetError as exc:
+            self.state, self.last_problem = VersionState.STOPPED, exc.message
+            raise
+        self._up()
+        return self.ready
+
+    def submit(self, job: Job) -> bool:
+        """Give a job to the worker; False when it has no room or is not ready. A job that can't be served here is failed here."""
+        if not self.has_room:
+            return False
+        assert self._worker is not None
+        try:
+            tensors = protocol.plan(job.request, self.config)
+            return self._worker.submit(job, tensors)
+        except RequestError as exc:
+            job.failure(exc)
+            return True
+
+    def check_hang(self) -> None:
+        """Kill the worker when a job has been computed for too long; the job is placed again like after any crash."""
+        if self._worker is not None and self._worker.oldest_age_s() > self.hang_limit_s:
+            self._worker.kill(f"did not answer within {self.hang_limit_s:g} s")
+
+    def restart_soon(self) -> None:
+        """Bring the worker back after a failed start, with back-off."""
+        self.state = VersionState.RESTARTING
+        self._restart = asyncio.get_running_loop().create_task(self._restart_with_backoff())
+
+    async def stop(self) -> None:
+        """Answer what is in flight, then end the worker. Idempotent."""
+        self.state = VersionState.STOPPED
+        if self._restart is not None:
+            self._restart.cancel()
+            self._restart = None
+        worker, self._worker = self._worker, None
+        if worker is not None:
+            await worker.stop()
+        while self.waiting:
+            self.waiting.popleft().failure(
+                RequestError(404, f"{self.config.model} version {self.config.version} is not loaded any more")
+            )
+
+    async def _launch(self) -> Ready:
+        worker = WorkerProcess(
+            self.config,
+            self._start,
+            on_done=self._done,
+            on_refused=self._refused,
+            on_free=self._on_room,
+            on_end=lambda problem, jobs: self._ended(worker, problem, jobs),
+        )
+        self._worker = worker
+        try:
+            return await worker.start(self.config.contract.time_limit_s)
+        except BaseException:
+            self._worker = None
+            raise
+
+    def _up(self) -> None:
+        self.state, self._started_at = VersionState.READY, time.monotonic()
+        if self.ready is not None and self.ready.unconfined:
+            log.warning("worker_not_confined", extra={"digest": self.manifest, "missing": self.ready.unconfined})
+        self._on_room()
+
+    def _done(self, job: Job, outputs: list[OutputTensor], compute_ns: int) -> None:
+        now = time.perf_counter_ns()
+        self.figures.answered(now - job.arrived_ns, max(0, now - job.arrived_ns - compute_ns), compute_ns)
+        job.answer(self.config.model, self.config.version, outputs)
+
+    def _refused(self, job: Job, message: str) -> None:
+        self.figures.refused()
+        self._on_refused(self, job, RequestError(500, message))
+
+    def _ended(self, worker: WorkerProcess, problem: str, unanswered: list[Job]) -> None:
+        if problem:
+            log.error(
+                "worker_ended", extra={"digest": self.manifest, "problem": problem, "unanswered": len(unanswered)}
+            )
+        if unanswered:
+            # Only the oldest was being computed; the others merely stood behind it.
+            unanswered[0].attempts += 1
+            self.figures.retried += len(unanswered)
+            if unanswered[0].attempts >= MAX_ATTEMPTS:
+                self.figures.refused()
+                job = unanswered.pop(0)
+                job.failure(
+                    RequestError(500, f"the model's process died {job.attempts} times on this request ({problem})")
+                )
+        if worker is self._worker:
+            self._worker = None
+            if self.state is VersionState.READY:
+                self.figures.crashes += 1
+                self.last_problem = problem
+                if time.monotonic() - self._started_at > HEALTHY_AFTER_S:
+                    self._crashes_in_row = 0
+                self.restart_soon()
+        self._on_orphans(unanswered)
+
+    async def _restart_with_backoff(self) -> None:
+        while True:
+            delay = min(BACKOFF_FIRST_S * 2**self._crashes_in_row, BACKOFF_LAST_S)
+            self._crashes_in_row = min(self._crashes_in_row + 1, 16)
+            await asyncio.sleep(delay)
+            try:
+                self.ready = await self._launch()
+            except EdgefleetError as exc:
+                self.figures.crashes += 1
+                self.last_problem = exc.message
+                log.error("worker_restart_failed", extra={"digest": self.manifest, "problem": exc.message})
+                continue
+            self._up()
+            return
+
+
+def _slot_bytes(config: ModelConfig) -> int:
+    """Memory for one request: :data:`SLOT_ROWS` pictures and their answers, or the most there is when sizes are open."""
+    total = 0
+    for spec in (*config.inputs, *config.outputs):
+        if any(n < 0 for n in spec.shape[1:]):
+            return MAX_SLOT_BYTES // 4
+        total += element_count([abs(n) for n in spec.shape]) * NUMPY[spec.datatype].itemsize + 64
+    return max(MIN_SLOT_BYTES, min(total * SLOT_ROWS, MAX_SLOT_BYTES)) // 4096 * 4096

@@ -1,0 +1,246 @@
+"""One life of one worker process, seen from the front: receives jobs, hands on their outputs, or how the process ended."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable
+
+from edgefleet_shared.artifact import ModelConfig
+from edgefleet_shared.errors import EngineError, from_dict
+
+from edgefleet_agent.runtime import channel, shm
+from edgefleet_agent.runtime.channel import Done, Failed, Ready, Refused, Run, Start
+from edgefleet_agent.runtime.job import Job
+from edgefleet_agent.runtime.protocol import InputTensor, OutputTensor, RequestError
+from edgefleet_agent.runtime.tensors import NUMPY, element_count
+from edgefleet_agent.sandbox import child_environment, describe_exit
+
+EXIT_GRACE_S = 0.5  # between the end of a worker's channel and the end of the worker
+
+
+class WorkerProcess:
+    """A worker process and the shared memory that leads to it.
+
+    Args:
+        start: what it loads.
+        on_done: a job's outputs and the engine's time in ns.
+        on_refused: the engine refused a job; the process goes on.
+        on_free: a slot became free.
+        on_end: the process ended: how, and the jobs that it did not answer, oldest first.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        start: Start,
+        *,
+        on_done: Callable[[Job, list[OutputTensor], int], None],
+        on_refused: Callable[[Job, str], None],
+        on_free: Callable[[], None],
+        on_end: Callable[[str, list[Job]], None],
+    ) -> None:
+        self._config, self._start = config, start
+        self._on_done, self._on_refused, self._on_free, self._on_end = on_done, on_refused, on_free, on_end
+        self._loop = asyncio.get_running_loop()
+        self._jobs: dict[int, Job] = {}
+        self._free = list(range(start.slot_count))
+        self._number = 0
+        self._input_types = [NUMPY[spec.datatype] for spec in config.inputs]
+        self._output_types = [NUMPY[spec.datatype] for spec in config.outputs]
+        self._process: asyncio.subprocess.Process | None = None
+        self._link: socket.socket | None = None
+        self._arena: shm.Arena | None = None
+        self._ready: asyncio.Future[Ready] = self._loop.create_future()
+        self._stopping = False
+        self._verdict = ""  # why this side killed it, if it did
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid if self._process is not None else 0
+
+    @property
+    def in_flight(self) -> int:
+        return len(self._jobs)
+
+    @property
+    def has_room(self) -> bool:
+        return bool(self._free)
+
+    async def start(self, limit_s: float) -> Ready:
+        """Start the process and wait until its model is loaded and warm.
+
+        Raises:
+            EngineError or another EdgefleetError: how it failed; the process is gone.
+        """
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        arena_fd = shm.create(self._start.slot_count, self._start.slot_bytes)
+        try:
+            self._arena = shm.Arena(arena_fd, self._start.slot_count, self._start.slot_bytes)
+            self._process = await asyncio.create_subprocess_exec(
+                sys.executable, "-m", "edgefleet_agent.runtime.worker", str(theirs.fileno()), str(arena_fd),
+                stdin=asyncio.subprocess.DEVNULL, pass_fds=(theirs.fileno(), arena_fd), cwd="/",
+                env=child_environment(),
+            )  # fmt: skip
+        except OSError as exc:
+            ours.close()
+            raise EngineError(f"the worker could not be started: {exc}") from exc
+        finally:
+            theirs.close()
+            os.close(arena_fd)
+        ours.setblocking(False)
+        self._link = ours
+        self._loop.add_reader(ours.fileno(), self._readable)
+        watch = self._loop.create_task(self._watch(self._process))
+        ours.send(channel.encode(self._start))
+        try:
+            return await asyncio.wait_for(asyncio.shield(self._ready), limit_s)
+        except asyncio.TimeoutError:
+            self.kill(f"did not finish loading within {limit_s:g} s")
+            await watch
+            raise EngineError(f"the worker {self._verdict}") from None
+        except asyncio.CancelledError:
+            self.kill("was not wanted any more")
+            raise
+
+    def submit(self, job: Job, tensors: list[InputTensor]) -> bool:
+        """Hand a job to the process.
+
+        Args:
+            tensors: the job's inputs in the config's order, already checked against it.
+
+        Returns:
+            False when every slot is taken; try again at ``on_free``.
+
+        Raises:
+            RequestError: 413, the inputs do not fit one request's memory.
+        """
+        if not self._free or self._link is None or self._arena is None:
+            return False
+        offset, places = 0, []
+        for tensor in tensors:
+            end = offset + len(tensor.data)
+            places.append((offset, end))
+            offset = shm.aligned(end)
+        if offset > self._start.slot_bytes:
+            raise RequestError(413, f"the inputs have {offset} bytes, one request may have {self._start.slot_bytes}")
+        index = self._free.pop()
+        slot = self._arena.slots[index]
+        for tensor, (begin, end) in zip(tensors, places, strict=True):
+            slot[begin:end] = tensor.data
+        self._number += 1
+        self._jobs[self._number] = job
+        job.sent_ns = time.perf_counter_ns()
+        try:
+            self._link.send(channel.encode(Run(self._number, index, [t.shape for t in tensors])))
+        except OSError:
+            # It is dying: the watcher finds this job among the unanswered ones.
+            self._free.clear()
+        return True
+
+    def oldest_age_s(self) -> float:
+        """How long the job that is being computed has been there; 0 when there is none."""
+        for job in self._jobs.values():
+            return (time.perf_counter_ns() - job.sent_ns) / 1e9
+        return 0.0
+
+    def kill(self, why: str) -> None:
+        """Kill the process; ``why`` completes "the worker ..."."""
+        self._verdict = self._verdict or why
+        if self._process is not None and self._process.returncode is None:
+            self._process.send_signal(signal.SIGKILL)
+
+    async def stop(self, limit_s: float = 5.0) -> None:
+        """End the process in peace once its jobs are answered; kill it when it takes longer than ``limit_s``."""
+        self._stopping = True
+        if self._process is None:
+            return
+        deadline = self._loop.time() + limit_s
+        while self._jobs and self._loop.time() < deadline and self._process.returncode is None:
+            await asyncio.sleep(0.005)
+        self._close_link()
+        try:
+            await asyncio.wait_for(self._process.wait(), max(0.5, deadline - self._loop.time()))
+        except asyncio.TimeoutError:
+            self.kill("did not stop")
+            await self._process.wait()
+
+    def _readable(self) -> None:
+        link = self._link
+        while link is not None:
+            try:
+                packet = link.recv(channel.MAX_MESSAGE_BYTES)
+            except BlockingIOError:
+                return
+            except OSError:
+                packet = b""
+            if not packet:
+                # It is ending, and its exit status will say how; or it closed the channel, and nobody can hear it any more.
+                self._close_link()
+                self._loop.call_later(EXIT_GRACE_S, self.kill, "closed its channel")
+                return
+            try:
+                self._take(channel.decode_from_worker(packet))
+            except (ValueError, KeyError, IndexError) as exc:  # msgspec's errors are ValueErrors
+                self.kill(f"sent a message that makes no sense ({exc})")
+                return
+            link = self._link
+
+    def _take(self, message: channel.FromWorker) -> None:
+        match message:
+            case Done(number, slot, offset, shapes, compute_ns):
+                outputs = self._outputs(slot, offset, shapes)
+                job = self._jobs.pop(number)
+                self._free.append(slot)
+                self._on_done(job, outputs, compute_ns)
+                self._on_free()
+            case Refused(number, slot, text):
+                job = self._jobs.pop(number)
+                self._free.append(slot)
+                self._on_refused(job, text)
+                self._on_free()
+            case Ready():
+                if not self._ready.done():
+                    self._ready.set_result(message)
+            case Failed(error):
+                if not self._ready.done():
+                    self._ready.set_exception(from_dict(error))
+
+    def _outputs(self, index: int, offset: int, shapes: list[tuple[int, ...]]) -> list[OutputTensor]:
+        """Copy the outputs out of a slot, so that it is free at once; a worker's numbers are not trusted."""
+        assert self._arena is not None
+        slot = self._arena.slots[index]
+        outputs = []
+        for spec, dtype, shape in zip(self._config.outputs, self._output_types, shapes, strict=True):
+            end = offset + element_count(shape) * dtype.itemsize
+            if not 0 <= offset <= end <= len(slot):
+                raise ValueError(f"output {spec.name} of shape {shape} lies outside its slot")
+            outputs.append(OutputTensor(spec.name, spec.datatype, shape, bytes(slot[offset:end])))
+            offset = shm.aligned(end)
+        return outputs
+
+    async def _watch(self, process: asyncio.subprocess.Process) -> None:
+        code = await process.wait()
+        if self._link is not None:
+            self._readable()  # answers that it gave before it died
+        self._close_link()
+        problem = self._verdict or describe_exit(code)
+        if not self._ready.done():
+            self._ready.set_exception(EngineError(f"the worker {problem or 'ended'} while loading the model"))
+            self._ready.exception()  # seen: start() may have given up waiting
+        unanswered, self._jobs = list(self._jobs.values()), {}
+        self._free.clear()
+        if self._arena is not None:
+            self._arena.close()
+            self._arena = None
+        self._on_end("" if self._stopping and not unanswered else problem or "ended by itself", unanswered)
+
+    def _close_link(self) -> None:
+        if self._link is not None:
+            self._loop.remove_reader(self._link.fileno())
+            self._link.close()
+            self._link = None

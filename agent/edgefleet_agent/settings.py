@@ -1,0 +1,71 @@
+"""What the board was told at its enrolment: receives the state folder, hands on one frozen record.
+
+::
+
+    <state>/agent.json         this record; written once, by ``fleet-agent enroll``
+    <state>/identity/          agent.key, agent.pem, ca.pem
+    <state>/trust/             root.json and the doubled floors (verify.py)
+    <state>/metadata/          the image repository's files as they arrived, unverified
+    <state>/journal.json       where the life cycle stands (journal.py)
+    <state>/slots.json         what serves (slots.py)
+    <state>/artifacts/         OCI layout
+    <state>/run/               sockets
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+from edgefleet_shared import atomic
+from edgefleet_shared.errors import EnvironmentProblem
+from edgefleet_shared.mqtt import Endpoint
+
+
+class Settings(msgspec.Struct, frozen=True, kw_only=True):
+    """The board's enrolment and its limits. ``api`` is host:port of the controller's HTTPS, empty for none."""
+
+    device: str
+    device_class: str
+    site: str
+    broker_host: str
+    broker_port: int
+    api_host: str = ""
+    api_port: int = 0
+    health_period_s: float = 10.0
+    spool_events: int = 2000
+    threads: int = 1
+
+
+def read(state: Path) -> Settings:
+    """The record in a state folder.
+
+    Raises:
+        EnvironmentProblem: the board is not enrolled, or the record is damaged.
+    """
+    path = state / "agent.json"
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=Settings)
+    except FileNotFoundError as exc:
+        raise EnvironmentProblem(
+            f"{state} is not enrolled", hint="run fleet-agent enroll with a token from the controller"
+        ) from exc
+    except msgspec.DecodeError as exc:
+        raise EnvironmentProblem(f"{path} is damaged: {exc}", hint="enrol again with a new token") from exc
+
+
+def write(state: Path, settings: Settings) -> None:
+    """Keep the record, durably."""
+    atomic.write(state / "agent.json", msgspec.json.encode(settings), 0o600)
+
+
+def endpoint(state: Path, settings: Settings) -> Endpoint:
+    """The broker as this board reaches it."""
+    identity = state / "identity"
+    return Endpoint(
+        host=settings.broker_host,
+        port=settings.broker_port,
+        ca=identity / "ca.pem",
+        certificate=identity / "agent.pem",
+        key=identity / "agent.key",
+    )

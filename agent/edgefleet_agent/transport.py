@@ -1,0 +1,201 @@
+"""Stage 5, transport: the board's end of MQTT. Receives messages, puts them into the one inbox; hands on what the runner publishes."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from typing import Protocol
+
+import msgspec
+from edgefleet_shared import topics
+from edgefleet_shared.errors import TransportError
+from edgefleet_shared.messages import Ack, Presence, Reported, Want, decode, encode
+from edgefleet_shared.mqtt import Endpoint, Link, Will
+from edgefleet_shared.topics import Kind
+
+from edgefleet_agent.fetch_http import fetch_chunks
+
+log = logging.getLogger(__name__)
+
+# The inbox is bounded and putting blocks: a slow board slows the broker down instead of filling its memory with chunks.
+RECEIVE_MAXIMUM = 8
+
+
+class Desired(msgspec.Struct, frozen=True):
+    """Inbox: an assignment's bytes, unverified."""
+
+    content: bytes
+
+
+class MetadataFile(msgspec.Struct, frozen=True):
+    """Inbox: a file of the image repository, unverified."""
+
+    name: str
+    content: bytes
+
+
+class Chunk(msgspec.Struct, frozen=True):
+    """Inbox: chunk ``number`` of a blob, unverified."""
+
+    digest: str
+    number: int
+    piece: bytes
+
+
+class Acked(msgspec.Struct, frozen=True):
+    """Inbox: the controller stored our events."""
+
+    ack: Ack
+
+
+class Up(msgspec.Struct, frozen=True):
+    """Inbox: the connection is there."""
+
+
+class Down(msgspec.Struct, frozen=True):
+    """Inbox: the connection is gone, and why."""
+
+    reason: str
+
+
+Arrival = Desired | MetadataFile | Chunk | Acked | Up | Down
+
+
+class Uplink(Protocol):
+    """The port: how a board talks to its controller. MQTT is one adapter; a fleet simulation is another."""
+
+    def start(self) -> None: ...
+
+    def stop(self) -> None: ...
+
+    def came_up(self) -> None:
+        """Called after each connect, before anything else is published."""
+        ...
+
+    def follow_metadata(self, files: tuple[str, ...]) -> None:
+        """Have these files of the image repository arrive, now and whenever they change."""
+        ...
+
+    def listen(self, digest: str) -> None:
+        """Have chunks of this blob arrive."""
+        ...
+
+    def unlisten(self, digest: str) -> None: ...
+
+    def want(self, want: Want) -> None: ...
+
+    def report(self, reported: Reported) -> None: ...
+
+    def event(self, content: bytes) -> None: ...
+
+    def fetch(self, digest: str, size: int, chunk_bytes: int, numbers: list[int]) -> None:
+        """Get these chunks another way, in the background; they arrive like the others."""
+        ...
+
+
+class MqttUplink:
+    """The MQTT adapter, with HTTPS ranges as its second way.
+
+    Args:
+        put: the inbox; may block.
+        api_host, api_port: the controller's HTTPS; an empty host for none.
+    """
+
+    def __init__(
+        self,
+        device: str,
+        boot: str,
+        endpoint: Endpoint,
+        put: Callable[[Arrival], None],
+        api_host: str,
+        api_port: int,
+    ) -> None:
+        self._device, self._boot, self._endpoint, self._put = device, boot, endpoint, put
+        self._api = (api_host, api_port)
+        self._fetching = threading.Lock()
+        self._metadata: set[str] = set()
+        offline = Presence(online=False, boot=boot)
+        self._link = Link(
+            endpoint,
+            device,
+            on_message=self._take,
+            on_up=lambda: put(Up()),
+            on_down=lambda reason: put(Down(reason)),
+            will=Will(topics.of_device(device, Kind.PRESENCE), encode(offline)),
+            receive_maximum=RECEIVE_MAXIMUM,
+        )
+
+    def start(self) -> None:
+        self._link.subscribe(topics.of_device(self._device, Kind.DESIRED), topics.of_device(self._device, Kind.ACK))
+        self._publish_presence(online=True)
+        self._link.start()
+
+    def stop(self) -> None:
+        offline = encode(Presence(online=False, boot=self._boot))
+        self._link.stop(farewell=[(topics.of_device(self._device, Kind.PRESENCE), offline, True)])
+
+    def came_up(self) -> None:
+        """After each connect: the broker may have published our last will meanwhile."""
+        self._publish_presence(online=True)
+
+    def _publish_presence(self, *, online: bool) -> None:
+        content = encode(Presence(online=online, boot=self._boot))
+        self._link.publish(topics.of_device(self._device, Kind.PRESENCE), content, retain=True)
+
+    def follow_metadata(self, files: tuple[str, ...]) -> None:
+        wanted = {topics.metadata(name) for name in files}
+        self._link.unsubscribe(*(self._metadata - wanted))
+        # In the order given: what is referred to arrives before what refers to it.
+        self._link.subscribe(*(t for t in map(topics.metadata, files) if t not in self._metadata))
+        self._metadata = wanted
+
+    def listen(self, digest: str) -> None:
+        self._link.subscribe(topics.chunks(digest))
+
+    def unlisten(self, digest: str) -> None:
+        self._link.unsubscribe(topics.chunks(digest))
+
+    def want(self, want: Want) -> None:
+        if self._link.connected.is_set():  # a want that waits for the line would be stale when it goes out
+            self._link.publish(topics.of_device(self._device, Kind.WANT), encode(want))
+
+    def report(self, reported: Reported) -> None:
+        self._link.publish(topics.of_device(self._device, Kind.REPORTED), encode(reported), retain=True)
+
+    def event(self, content: bytes) -> None:
+        self._link.publish(topics.of_device(self._device, Kind.EVENTS), content)
+
+    def fetch(self, digest: str, size: int, chunk_bytes: int, numbers: list[int]) -> None:
+        host, port = self._api
+        if not host or not self._fetching.acquire(blocking=False):
+            return
+
+        def run() -> None:
+            try:
+                fetch_chunks(
+                    self._endpoint, host, port, digest, size, chunk_bytes, numbers,
+                    lambda name, number, piece: self._put(Chunk(name, number, piece)),
+                )  # fmt: skip
+            except TransportError as exc:
+                log.warning("HTTP fallback failed", extra={"digest": digest, "reason": str(exc)})
+            finally:
+                self._fetching.release()
+
+        threading.Thread(target=run, name="fetch-http", daemon=True).start()
+
+    def _take(self, topic: str, payload: bytes) -> None:
+        match topics.parse(topic):
+            case topics.Topic(Kind.DESIRED, self._device):
+                self._put(Desired(payload))
+            case topics.Topic(Kind.ACK, self._device):
+                try:
+                    self._put(Acked(decode(payload, Ack)))
+                except TransportError as exc:
+                    log.warning("malformed message", extra={"topic": topic, "reason": str(exc)})
+            case topics.Topic(Kind.REPO, _, name):
+                self._put(MetadataFile(name, payload))
+            case topics.Topic(Kind.BLOB, _, digest, number):
+                self._put(Chunk(digest, number, payload))
+            case _:
+                log.warning("unexpected topic", extra={"topic": topic})

@@ -1,0 +1,100 @@
+"""Stage 6, verify: the one-shot child. Receives one request on stdin, hands one answer back, then ends.
+
+Run as ``python -m edgefleet_agent.verify_child REPORT_FD`` by :mod:`edgefleet_agent.verify`. It confines itself before it parses
+anything: it can read the code and the one folder in question, write nothing, and has no network.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import msgspec
+from edgefleet_shared import trust
+from edgefleet_shared.artifact import GOLDEN_LAYER, MODEL_LAYER, Descriptor, Layout
+from edgefleet_shared.assignment import Incomplete
+from edgefleet_shared.errors import ArtifactError, EdgefleetError, TrustError
+from edgefleet_shared.topics import check_name
+
+from edgefleet_agent import confinement
+from edgefleet_agent.verify import AdmitRequest, Admitted, Answer, Checked, CheckRequest, NotVerified
+
+
+def main() -> int:
+    report_fd = int(sys.argv[1])
+    request = msgspec.json.decode(sys.stdin.buffer.read(), type=AdmitRequest | CheckRequest)
+    confinement.die_with_parent()
+    folder = request.metadata if isinstance(request, AdmitRequest) else request.layout
+    confinement.confine(confinement.Policy(readable=(folder,)))
+    try:
+        answer: Answer = _admit(request) if isinstance(request, AdmitRequest) else _check(request)
+    except Incomplete as exc:
+        answer = NotVerified(exc.as_dict(), waits=True)
+    except EdgefleetError as exc:
+        answer = NotVerified(exc.as_dict(), assignment=_named(request))
+    os.write(report_fd, msgspec.json.encode(answer) + b"\n")
+    return 0
+
+
+def _admit(request: AdmitRequest) -> Admitted:
+    folder = Path(request.metadata)
+
+    def read(name: str) -> bytes | None:
+        path = folder / name
+        return path.read_bytes() if path.is_file() else None
+
+    repository = trust.ImageRepository(request.root, read, request.device_class, request.floors, request.now)
+    return Admitted(
+        trust.admit(
+            repository,
+            request.desired,
+            device=request.device,
+            device_class=request.device_class,
+            board=request.board,
+            floors=request.floors,
+            now=request.now,
+        )
+    )
+
+
+def _named(request: AdmitRequest | CheckRequest) -> str:
+    """The assignment's id, if the director's signature on it is good; it may be named in the outcome then."""
+    if isinstance(request, CheckRequest):
+        return request.assignment.id
+    folder = Path(request.metadata)
+    try:
+        repository = trust.ImageRepository(
+            request.root,
+            lambda name: (folder / name).read_bytes() if (folder / name).is_file() else None,
+            request.device_class,
+            request.floors,
+            request.now,
+        )
+        assignment, _ = trust.check_assignment(repository.targets, request.desired, now=request.now)
+    except EdgefleetError:
+        return ""
+    return assignment.id if assignment.device == request.device else ""
+
+
+def _check(request: CheckRequest) -> Checked:
+    layout = Layout(Path(request.layout), read_only=True)
+    assignment = request.assignment
+    layout.check(Descriptor("", assignment.manifest, assignment.size))
+    manifest = layout.manifest(assignment.manifest)
+    blobs = manifest.blobs()
+    for blob in blobs:
+        layout.check(blob)
+    config = layout.config(manifest)
+    named = (config.model, config.version, config.device_class)
+    if named != (assignment.model, assignment.version, assignment.device_class):
+        raise TrustError("agreement", f"the artifact is {' '.join(named)}, another one was assigned")
+    for layer in (MODEL_LAYER, GOLDEN_LAYER):
+        if manifest.layer(layer).digest not in config.chunks:
+            raise ArtifactError(f"the config has no chunk hashes for its {layer} layer")
+    check_name(config.model, "model")
+    return Checked(len(blobs) + 1, sum(blob.size for blob in blobs) + assignment.size)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,122 @@
+"""Stages 1 to 3 as the operator drives them: receives a Model manifest, hands on a version, its artifacts, their signatures."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from edgefleet_shared.artifact import Layout
+from edgefleet_shared.clock import SystemClock
+from edgefleet_shared.errors import EdgefleetError, InputError, NotFoundError, from_dict
+
+from edgefleet_controller import release, source
+from edgefleet_controller.client import FleetClient
+from edgefleet_controller.manifests import Model, load_manifests, of_kind
+from edgefleet_controller.settings import default_cache
+from edgefleet_controller.sign import ReleaseSigner
+
+POLL_S = 0.3
+Show = Callable[[str, str, float], None]
+
+
+def add_model(home: Path, path: Path, version: str, progress: source.Progress) -> dict[str, Any]:
+    """Import a model on this machine, upload what the controller lacks, register the version.
+
+    Args:
+        path: a file with one Model manifest.
+        version: in place of the manifest's own; empty to keep that.
+
+    Raises:
+        ManifestError, ModelError, DataError: what is wrong with it. ConflictError: the version is something else already.
+    """
+    found = of_kind(load_manifests(path), Model)
+    if len(found) != 1:
+        raise InputError(f"{path} holds {len(found)} Model manifests, expected 1")
+    manifest = found[0]
+    if version:
+        manifest = manifest.model_copy(update={"spec": manifest.spec.model_copy(update={"version": version})})
+    client = FleetClient(home)
+    with tempfile.TemporaryDirectory(prefix="edgefleet-add-") as staging:
+        layout = Layout(Path(staging))
+        imported = source.import_model(
+            manifest, path.parent if path.is_file() else path, layout, cache=default_cache(), progress=progress
+        )
+        client.upload(layout, [*source.blobs(imported), imported.digest], progress)
+    added: dict[str, Any] = client.add_model(imported.digest)
+    client.close()
+    return added
+
+
+def compile_and_sign(
+    home: Path,
+    model: str,
+    version: str,
+    classes: tuple[str, ...],
+    *,
+    despite_quality: bool,
+    keys: Path | None,
+    show: Show,
+) -> dict[str, Any]:
+    """Compile for every class, wait, sign.
+
+    Args:
+        classes: empty for every registered class that is built on the controller.
+        keys: folder of the release keys; None to leave it unsigned.
+
+    Raises:
+        EdgefleetError: the first class that failed, after all have ended; what did compile is kept, and signed.
+    """
+    client = FleetClient(home)
+    wanted = classes or tuple(c["metadata"]["name"] for c in client.classes() if c["spec"]["build"] == "controller")
+    if not wanted:
+        raise NotFoundError("no device class is registered", hint="fleet apply -f manifests/")
+    jobs = {c: client.compile(model, version, c, despite_quality=despite_quality) for c in wanted}
+    failure: EdgefleetError | None = None
+    try:
+        while jobs:
+            time.sleep(POLL_S)
+            for device_class, job in list(jobs.items()):
+                told = client.job(job)
+                show(device_class, told["step"] or told["state"], told["progress"])
+                if told["state"] in ("queued", "running"):
+                    continue
+                del jobs[device_class]
+                if told["state"] == "failed":
+                    failure = failure or from_dict(told["error"])
+                elif told["state"] == "cancelled":
+                    failure = failure or InputError(f"compiling for {device_class} was cancelled")
+    except KeyboardInterrupt:
+        for job in jobs.values():
+            client.cancel_job(job)
+        raise
+    if keys is not None:
+        sign_compiled(home, model, version, keys)
+    if failure is not None:
+        raise failure
+    (shown,) = client.models(model, version)
+    shown["artifacts"] = [a for a in shown["artifacts"] if a["class"] in wanted]
+    client.close()
+    return dict(shown)
+
+
+def sign_compiled(home: Path, model: str, version: str, keys: Path) -> list[str]:
+    """Sign every artifact of a version that is not signed yet; returns the classes.
+
+    Raises:
+        NotFoundError: no such version, or a class's release key is not in ``keys``.
+    """
+    client = FleetClient(home)
+    found = client.models(model, version)
+    if not found:
+        raise NotFoundError(f"no model {model} {version}", hint="fleet model list shows them")
+    signer = ReleaseSigner(keys, SystemClock())
+    signed = []
+    for artifact in found[0]["artifacts"]:
+        if artifact["state"] != "signed":
+            release.sign(client, signer, model, version, artifact)
+            signed.append(str(artifact["class"]))
+    client.close()
+    return signed

@@ -1,0 +1,268 @@
+"""The HTTP API: a face, no logic. Receives requests, hands them to the parts of the controller, turns errors into statuses.
+
+Who may what: operators (``Authorization: Bearer``) everything; boards, by the certificate of their enrolment, the blobs of what
+they are assigned and the metadata; strangers the CA certificate and, with a one-time token, an enrolment.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import hmac
+import tempfile
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+from edgefleet_shared import atomic, errors
+from edgefleet_shared.artifact import hex_of
+from edgefleet_shared.errors import ConflictError, EdgefleetError, InputError, NotFoundError, TrustError
+from fastapi import Depends, FastAPI, Request
+from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, Response
+from pydantic import BaseModel
+
+from edgefleet_controller import __version__, source
+from edgefleet_controller.api import views
+from edgefleet_controller.manifests import DeviceClass, Rollout, parse_value
+from edgefleet_controller.rollout.views import IntentKind
+from edgefleet_controller.store import catalog, devices, rollouts
+
+if TYPE_CHECKING:
+    from edgefleet_controller.app import Controller
+
+MAX_VERSION_BYTES = 16 * 1024 * 1024
+_STATUS: dict[type[EdgefleetError], int] = {
+    InputError: 422,
+    NotFoundError: 404,
+    ConflictError: 409,
+    TrustError: 403,
+    errors.ArtifactError: 422,
+    errors.QualityError: 422,
+    errors.EnvironmentProblem: 503,
+    errors.TransportError: 503,
+}
+
+
+class TokenWish(BaseModel):
+    device_class: str
+    site: str = ""
+    device: str = ""
+    ttl_s: float = 3600.0
+
+
+class EnrolWish(BaseModel):
+    token: str
+    device: str = ""
+    request: str
+
+
+class VersionWish(BaseModel):
+    digest: str
+
+
+class CompileWish(BaseModel):
+    device_class: str
+    ship_despite_quality: bool = False
+
+
+class RolloutWish(BaseModel):
+    manifest: dict[str, Any]
+
+
+def build_api(controller: Controller) -> FastAPI:
+    """The application."""
+    api = FastAPI(title="edgefleet", version=__version__, docs_url=None, redoc_url=None)
+
+    @api.exception_handler(EdgefleetError)
+    async def _failed(request: Request, exc: EdgefleetError) -> JSONResponse:
+        status = next((_STATUS[kind] for kind in type(exc).__mro__ if kind in _STATUS), 500)
+        return JSONResponse(exc.as_dict(), status)
+
+    @api.middleware("http")
+    async def _count(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
+        response = await call_next(request)
+        body: AsyncIterator[bytes] = response.body_iterator  # type: ignore[attr-defined]
+
+        async def counted() -> AsyncIterator[bytes]:
+            async for piece in body:
+                controller.http_sent_bytes += len(piece)
+                yield piece
+
+        response.body_iterator = counted()  # type: ignore[attr-defined]
+        return response
+
+    def operator(request: Request) -> str:
+        kind, _, token = request.headers.get("authorization", "").partition(" ")
+        shown = hashlib.sha256(token.encode()).hexdigest()
+        if kind.lower() != "bearer" or not hmac.compare_digest(shown, controller.settings.operator_sha256):
+            raise TrustError("operator", "the operator's token is missing or wrong", hint="see operator.yaml")
+        return "operator"
+
+    def reader(request: Request, digest: str = "") -> str:
+        """An operator, or a board that may have what it asks for."""
+        device = request.scope.get("extensions", {}).get("edgefleet.client", {}).get("name", "")
+        if device and (not digest or controller.may_have(device, digest)):
+            return str(device)
+        return operator(request)
+
+    by_operator, by_reader = [Depends(operator)], [Depends(reader)]
+
+    @api.get("/v1/ca")
+    def ca() -> PlainTextResponse:
+        return PlainTextResponse(controller.ca.pem.decode())
+
+    @api.post("/v1/enroll")
+    def enroll(wish: EnrolWish) -> Any:
+        return msgspec.to_builtins(controller.enrolment.enroll(wish.token, wish.device, wish.request))
+
+    @api.post("/v1/tokens", dependencies=by_operator)
+    def token(wish: TokenWish) -> dict[str, str]:
+        return {
+            "token": controller.enrolment.token(wish.device_class, site=wish.site, device=wish.device, ttl_s=wish.ttl_s)
+        }
+
+    @api.get("/v1/status", dependencies=by_operator)
+    def status() -> dict[str, Any]:
+        return views.status(controller)
+
+    # -- blobs and metadata
+
+    @api.head("/v1/blobs/{digest}", dependencies=by_operator)
+    def has_blob(digest: str) -> Response:
+        return Response(status_code=200 if controller.layout.has(digest) else 404)
+
+    @api.get("/v1/blobs/{digest}", dependencies=by_reader)
+    def get_blob(digest: str) -> FileResponse:
+        if not controller.layout.has(digest):
+            raise NotFoundError(f"no blob {digest}")
+        return FileResponse(controller.layout.path(digest), media_type="application/octet-stream")
+
+    @api.put("/v1/blobs/{digest}", dependencies=by_operator)
+    async def put_blob(digest: str, request: Request) -> dict[str, Any]:
+        """Streamed to a file beside its place; it gets its name only when its bytes hash to it."""
+        target = controller.layout.path(digest)
+        state, size = hashlib.sha256(), 0
+        with atomic.disk_errors(target), tempfile.NamedTemporaryFile(dir=target.parent, prefix=".put-") as file:
+            async for piece in request.stream():
+                size += len(piece)
+                if size > controller.settings.max_blob_bytes:
+                    raise InputError(f"a blob may have {controller.settings.max_blob_bytes} bytes")
+                state.update(piece)
+                file.write(piece)
+            if state.hexdigest() != hex_of(digest):
+                raise InputError(f"the bytes hash to sha256:{state.hexdigest()}, not to {digest}")
+            file.flush()
+            kept = Path(file.name).with_suffix(".whole")
+            kept.hardlink_to(file.name)
+        atomic.adopt(kept, target)
+        return {"digest": digest, "size": size}
+
+    @api.get("/v1/repo/{name}", dependencies=by_reader)
+    def get_metadata(name: str) -> Response:
+        content = controller.repository.read(name)
+        if content is None:
+            raise NotFoundError(f"no metadata file {name}")
+        return Response(content, media_type="application/json")
+
+    @api.post("/v1/repo", dependencies=by_operator)
+    def put_metadata(files: dict[str, str]) -> dict[str, Any]:
+        controller.publish_metadata({name: base64.b64decode(content) for name, content in files.items()})
+        views.mark_signed(controller)
+        return {"taken": sorted(files)}
+
+    # -- classes, models, compiling
+
+    @api.get("/v1/classes", dependencies=by_operator)
+    def classes() -> list[dict[str, Any]]:
+        with controller.database.read() as session:
+            return [msgspec.json.decode(row.spec) for row in devices.list_classes(session)]
+
+    @api.put("/v1/classes", dependencies=by_operator)
+    def put_class(value: dict[str, Any]) -> dict[str, str]:
+        manifest = parse_value(value)
+        if not isinstance(manifest, DeviceClass):
+            raise InputError(f"a {manifest.kind} is no DeviceClass")
+        spec = msgspec.json.encode(manifest.model_dump(mode="json")).decode()
+        with controller.database.write() as session:
+            devices.put_class(session, manifest.name, spec, controller.clock.now())
+        return {"name": manifest.name}
+
+    @api.get("/v1/models", dependencies=by_operator)
+    def models(model: str = "", version: str = "") -> list[dict[str, Any]]:
+        return views.models(controller, model, version)
+
+    @api.post("/v1/models", dependencies=by_operator)
+    def add_model(wish: VersionWish) -> dict[str, str]:
+        version = source.decode(controller.layout.read(wish.digest, MAX_VERSION_BYTES))
+        missing = [digest for digest in source.blobs(version) if not controller.layout.has(digest)]
+        if missing:
+            raise InputError(f"blobs are missing: {', '.join(missing)}", hint="upload them first")
+        with controller.database.write() as session:
+            catalog.add_version(
+                session, version.model, version.version, wish.digest, version.encode().decode(), controller.clock.now()
+            )
+        return {"model": version.model, "version": version.version, "digest": wish.digest}
+
+    @api.post("/v1/models/{model}/{version}/compile", dependencies=by_operator)
+    def compile_model(model: str, version: str, wish: CompileWish) -> dict[str, str]:
+        job = controller.compiling.submit(
+            model, version, wish.device_class, ship_despite_quality=wish.ship_despite_quality
+        )
+        return {"job": job}
+
+    @api.get("/v1/jobs/{job}", dependencies=by_operator)
+    def get_job(job: str) -> dict[str, Any]:
+        with controller.database.read() as session:
+            return views.job(catalog.get_job(session, job))
+
+    @api.delete("/v1/jobs/{job}", dependencies=by_operator)
+    def cancel_job(job: str) -> dict[str, str]:
+        controller.compiling.cancel(job)
+        return {"job": job, "state": "cancelled"}
+
+    # -- boards
+
+    @api.get("/v1/devices", dependencies=by_operator)
+    def list_devices() -> list[dict[str, Any]]:
+        return views.boards(controller)
+
+    @api.get("/v1/devices/{name}", dependencies=by_operator)
+    def get_device(name: str) -> dict[str, Any]:
+        return views.board(controller, name)
+
+    # -- rollouts
+
+    def wished(value: dict[str, Any]) -> Rollout:
+        manifest = parse_value(value)
+        if not isinstance(manifest, Rollout):
+            raise InputError(f"a {manifest.kind} is no Rollout")
+        return manifest
+
+    @api.post("/v1/rollouts", dependencies=by_operator)
+    def create(wish: RolloutWish) -> dict[str, Any]:
+        manifest = wished(wish.manifest)
+        return views.rollout(controller.rollouts.create(manifest.name, views.rollout_spec(manifest)))
+
+    @api.post("/v1/rollouts/plan", dependencies=by_operator)
+    def plan(wish: RolloutWish) -> Any:
+        manifest = wished(wish.manifest)
+        return msgspec.to_builtins(controller.rollouts.plan(manifest.name, views.rollout_spec(manifest)))
+
+    @api.get("/v1/rollouts", dependencies=by_operator)
+    def list_rollouts() -> list[dict[str, Any]]:
+        with controller.database.read() as session:
+            return [views.rollout_row(row) for row in rollouts.rows(session)]
+
+    @api.get("/v1/rollouts/{name}", dependencies=by_operator)
+    def get_rollout(name: str) -> dict[str, Any]:
+        return views.rollout(controller.rollouts.get(name))
+
+    @api.post("/v1/rollouts/{name}/{kind}", dependencies=by_operator)
+    def intend(name: str, kind: IntentKind) -> dict[str, Any]:
+        if kind is IntentKind.NONE:
+            raise InputError("pause, resume, abort or rollback?")
+        controller.rollouts.intend(name, kind, "operator")
+        return views.rollout(controller.rollouts.get(name))
+
+    return api

@@ -1,0 +1,186 @@
+"""What the API shows: receives rows and engine state, hands on plain JSON values. Reading only, but for the mark "signed"."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+from edgefleet_shared.messages import Reported
+
+from edgefleet_controller import __version__, source
+from edgefleet_controller.manifests import Rollout as RolloutManifest
+from edgefleet_controller.rollout.views import ENDED, GateSpec, Rollout, RolloutSpec, Selector, Wave
+from edgefleet_controller.store import catalog, devices, rollouts
+from edgefleet_controller.store.tables import Artifact, CompileJob, Device, RolloutRow
+
+if TYPE_CHECKING:
+    from edgefleet_controller.app import Controller
+
+
+def status(controller: Controller) -> dict[str, Any]:
+    """The controller's own state."""
+    return {
+        "version": __version__,
+        "broker_connected": controller.gateway.link.connected.is_set(),
+        "broker_restarts": controller.broker.restarts if controller.broker else None,
+        "broker_pid": controller.broker.pid if controller.broker else None,
+        "sent_bytes": controller.sent_bytes(),
+        "blob_bytes": controller.sender.sent_bytes,
+        "refused_wants": controller.sender.refused_wants,
+        "malformed_messages": controller.gateway.malformed,
+        "cache": str(controller.settings.cache_folder),
+    }
+
+
+def rollout_spec(manifest: RolloutManifest) -> RolloutSpec:
+    """The engine's spec out of what an operator wrote."""
+    spec = manifest.spec
+    gate = spec.gate
+    return RolloutSpec(
+        model=spec.model,
+        version=spec.version,
+        selector=Selector(
+            classes=tuple(spec.selector.classes),
+            sites=tuple(spec.selector.sites),
+            labels=spec.selector.labels,
+            devices=tuple(spec.selector.devices),
+        ),
+        waves=tuple(
+            Wave(name=w.name, per_class=w.per_class, count=w.count, percent=w.percent, devices=tuple(w.devices or ()))
+            for w in spec.waves
+        ),
+        soak_s=spec.soak_s,
+        timeout_s=spec.timeout_s,
+        reach_window_s=spec.reach_window_s,
+        max_in_flight=spec.max_in_flight or 0,
+        gate=GateSpec(
+            min_sample=gate.min_sample,
+            max_failed_share=gate.max_failed_share,
+            max_error_rate=gate.max_error_rate,
+            max_latency_ratio=gate.max_latency_ratio,
+        ),
+    )
+
+
+def rollout(state: Rollout) -> dict[str, Any]:
+    """A rollout with its boards and gates."""
+    boards = []
+    for progress in sorted(state.boards.values(), key=lambda p: (p.wave if p.wave >= 0 else 999, p.device)):
+        shown = msgspec.to_builtins(progress)
+        boards.append(shown | {"wave": state.wave_name(progress.wave), "touched": bool(progress.tries)})
+    gates = [msgspec.to_builtins(gate) | {"wave": state.wave_name(gate.wave)} for gate in state.gates]
+    return {
+        "name": state.name,
+        "model": state.spec.model,
+        "version": state.spec.version,
+        "phase": state.phase.value,
+        "ended": state.phase in ENDED,
+        "reason": state.reason,
+        "waves": [wave.name for wave in state.waves],
+        "boards": boards,
+        "gates": gates,
+        "created_at": state.created_at,
+        "ended_at": state.ended_at,
+    }
+
+
+def rollout_row(row: RolloutRow) -> dict[str, Any]:
+    return row.model_dump(include={"name", "model", "version", "phase", "reason", "created_at", "ended_at"})
+
+
+def models(controller: Controller, model: str, version: str) -> list[dict[str, Any]]:
+    """Model versions with what they were compiled to."""
+    with controller.database.read() as session:
+        versions = [v for v in catalog.list_versions(session, model) if not version or v.version == version]
+        artifacts = catalog.list_artifacts(session, model, version)
+        jobs = catalog.list_jobs(session, model, version, unfinished=True)
+        classes = {c.name: msgspec.json.decode(c.spec)["spec"] for c in devices.list_classes(session)}
+        out = []
+        for row in versions:
+            spec = source.decode(row.spec.encode())
+            mine = [a for a in artifacts if (a.model, a.version) == (row.model, row.version)]
+            out.append(
+                {
+                    "model": row.model,
+                    "version": row.version,
+                    "digest": row.source_digest,
+                    "created_at": row.created_at,
+                    "inputs": msgspec.to_builtins(spec.inputs),
+                    "outputs": msgspec.to_builtins(spec.outputs),
+                    "artifacts": [artifact(a, classes) for a in mine],
+                    "compiling": [job(j) for j in jobs if (j.model, j.version) == (row.model, row.version)],
+                }
+            )
+        return out
+
+
+def artifact(row: Artifact, classes: dict[str, Any]) -> dict[str, Any]:
+    spec = classes.get(row.device_class, {})
+    return {
+        "manifest": row.manifest,
+        "manifest_bytes": row.manifest_bytes,
+        "class": row.device_class,
+        "engine": spec.get("engine", ""),
+        "arch": spec.get("arch", ""),
+        "state": row.state,
+        "size_bytes": row.size_bytes,
+        "quality": msgspec.json.decode(row.quality),
+        "timings": msgspec.json.decode(row.timings),
+    }
+
+
+def mark_signed(controller: Controller) -> None:
+    """Mark the artifacts that the published image repository names by now."""
+    with controller.database.write() as session:
+        for row in catalog.list_artifacts(session, state="compiled"):
+            if controller.repository.released(row.device_class, row.model, row.version) == row.manifest:
+                catalog.mark_signed(session, row.manifest)
+
+
+def job(row: CompileJob) -> dict[str, Any]:
+    shown = row.model_dump(exclude={"error"})
+    return shown | {"error": msgspec.json.decode(row.error) if row.error else None}
+
+
+def boards(controller: Controller) -> list[dict[str, Any]]:
+    controller.intake.flush()
+    with controller.database.read() as session:
+        return [_board(row) for row in devices.list_devices(session)]
+
+
+def board(controller: Controller, name: str) -> dict[str, Any]:
+    """One board with its last report and figures in full."""
+    controller.intake.flush()
+    with controller.database.read() as session:
+        row = devices.get_device(session, name)
+        held = rollouts.holders(session).get(name, "")
+        shown = _board(row)
+        last = controller.intake.last(name)
+        return shown | {
+            "labels": msgspec.json.decode(row.labels),
+            "certificate_serial": row.certificate_serial,
+            "enrolled_at": row.enrolled_at,
+            "rollout": held,
+            "report": msgspec.json.decode(row.reported) if row.reported else None,
+            "health": msgspec.to_builtins(last) if last else None,
+        }
+
+
+def _board(row: Device) -> dict[str, Any]:
+    reported = msgspec.json.decode(row.reported, type=Reported) if row.reported else None
+    active = reported.active if reported else None
+    ended = reported.ended if reported else None
+    return {
+        "name": row.name,
+        "class": row.device_class,
+        "site": row.site,
+        "online": row.online,
+        "revoked": row.revoked,
+        "last_seen": row.last_seen,
+        "state": reported.state.value if reported else "",
+        "model": active.model if active else "",
+        "version": active.version if active else "",
+        "outcome": ended.outcome.value if ended else "",
+        "reason": ended.reason if ended else "",
+        "refusal": reported.refusal if reported else "",
+    }

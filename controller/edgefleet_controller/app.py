@@ -1,0 +1,201 @@
+"""``fleet serve``'s composition root: the only module that knows every adapter. Receives settings, hands on a running controller."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import threading
+from collections import OrderedDict
+from typing import Any
+
+from edgefleet_shared import logs
+from edgefleet_shared.artifact import Layout
+from edgefleet_shared.clock import SystemClock
+from edgefleet_shared.errors import EdgefleetError
+from edgefleet_shared.mqtt import Endpoint
+
+from edgefleet_controller import notify
+from edgefleet_controller.compile.jobs import CompileQueue
+from edgefleet_controller.enrolment import Enrolment
+from edgefleet_controller.health import Intake
+from edgefleet_controller.pki import CertificateAuthority
+from edgefleet_controller.rollout.service import RolloutService
+from edgefleet_controller.settings import Settings
+from edgefleet_controller.sign import DirectorSigner, Repository, read_key
+from edgefleet_controller.store import devices, rollouts
+from edgefleet_controller.store.database import Database
+from edgefleet_controller.transport.broker import CONTROLLER, Broker, BrokerFiles
+from edgefleet_controller.transport.gateway import Gateway
+from edgefleet_controller.transport.sender import BlobSender
+
+log = logging.getLogger(__name__)
+
+RENEW_EVERY_S = 3600.0
+FLUSH_EVERY_S = 1.0
+REMEMBERED_ARTIFACTS = 256
+
+
+class Controller:
+    """Every part, wired. The HTTP API is a face on this.
+
+    Raises:
+        EdgefleetError: home incomplete, port taken, broker missing, database out of reach.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.clock = SystemClock()
+        home = settings.home
+        self.ca = CertificateAuthority(home / "ca", self.clock)
+        online = home / "keys" / "online"
+        self.repository = Repository(
+            home / "repository", read_key(online / "snapshot.pem"), read_key(online / "timestamp.pem"), self.clock
+        )
+        self.layout = Layout(home / "artifacts")
+        self.database = Database(settings.database)
+        self.database.migrate()
+        self.intake = Intake(self.database, self.clock)
+        self.enrolment = Enrolment(self.database, self.ca, self.repository, settings, self.clock)
+        self.compiling = CompileQueue(
+            self.database, self.layout, settings.cache_folder, self.clock, settings.compile_workers
+        )
+        host, port = settings.broker_address
+        self.broker: Broker | None = None
+        if settings.broker == "embedded":
+            files = BrokerFiles(
+                folder=home / "broker", ca=home / "ca" / "ca.pem",
+                certificate=home / "ca" / "server.pem", key=home / "ca" / "server.key",
+            )  # fmt: skip
+            self.broker = Broker(files, host, port)
+        endpoint = Endpoint(
+            host=host, port=port, ca=home / "ca" / "ca.pem",
+            certificate=home / "ca" / f"{CONTROLLER}.pem", key=home / "ca" / f"{CONTROLLER}.key",
+        )  # fmt: skip
+        self.gateway = Gateway(endpoint, self.intake, lambda d, w: self.sender.want(d, w), self._came_up)
+        self.sender = BlobSender(
+            self.layout, self.gateway.publish_chunk, lambda: self.gateway.link.backlog, self.may_have, self.clock,
+            bytes_per_s=settings.blob_bytes_per_s,
+        )  # fmt: skip
+        director = DirectorSigner(read_key(online / "director.pem"), self.clock)
+        self.rollouts = RolloutService(self.database, director, self.gateway, self.intake, self.clock)
+        self.http_sent_bytes = 0
+        self._blobs_of: OrderedDict[str, frozenset[str]] = OrderedDict()
+        self._stopping = threading.Event()
+        self._threads = [
+            threading.Thread(target=self.rollouts.run, args=(self._stopping,), name="rollouts", daemon=True),
+            threading.Thread(target=self._keep_fresh, name="keep-fresh", daemon=True),
+        ]
+
+    def start(self) -> None:
+        if self.broker is not None:
+            self.broker.start()
+        self.gateway.start()
+        self.sender.start()
+        self.compiling.start()
+        for thread in self._threads:
+            thread.start()
+
+    def stop(self) -> None:
+        self._stopping.set()
+        self.rollouts.wake()
+        self.compiling.stop()
+        for thread in self._threads:
+            thread.join(10)
+        self.sender.stop()
+        self.gateway.stop()
+        self.intake.flush()
+        if self.broker is not None:
+            self.broker.stop()
+        self.database.close()
+
+    def publish_metadata(self, new: dict[str, bytes]) -> None:
+        """Check and take signed metadata, and tell every board.
+
+        Raises:
+            TrustError: it was not taken.
+        """
+        self.gateway.publish_metadata(self.repository.publish(new))
+
+    def may_have(self, device: str, digest: str) -> bool:
+        """Whether a board may fetch a blob: it is part of what it was assigned."""
+        with self.database.read() as session:
+            try:
+                row = devices.get_device(session, device)
+                if row.revoked or not row.assignment:
+                    return False
+                manifest = rollouts.get_assignment(session, row.assignment).manifest
+            except EdgefleetError:
+                return False
+        blobs = self._blobs_of.get(manifest)
+        if blobs is None:
+            try:
+                blobs = frozenset({manifest, *(b.digest for b in self.layout.manifest(manifest).blobs())})
+            except EdgefleetError as exc:
+                log.error("assigned artifact unreadable", extra={"digest": manifest, "reason": str(exc)})
+                return False
+            self._blobs_of[manifest] = blobs
+            if len(self._blobs_of) > REMEMBERED_ARTIFACTS:
+                self._blobs_of.popitem(last=False)
+        return digest in blobs
+
+    def sent_bytes(self) -> int:
+        """Payload bytes that left this process, over MQTT and HTTP."""
+        return self.gateway.link.sent_bytes + self.http_sent_bytes
+
+    def _came_up(self) -> None:
+        """A broker that was killed has lost what it acknowledged: publish everything that must be retained again."""
+        self.gateway.publish_metadata(self.repository.files())
+        self.rollouts.publish_all_again()
+        self.rollouts.wake()
+
+    def _keep_fresh(self) -> None:
+        renew_at = self.clock.monotonic()
+        while not self._stopping.wait(FLUSH_EVERY_S):
+            try:
+                self.intake.flush()
+                if self.clock.monotonic() >= renew_at:
+                    renew_at = self.clock.monotonic() + RENEW_EVERY_S
+                    self.gateway.publish_metadata(self.repository.renew())
+            except EdgefleetError as exc:
+                log.error("upkeep failed", extra={"code": exc.code, "reason": str(exc)})
+            notify.send("WATCHDOG=1")
+
+
+def serve(settings: Settings) -> None:
+    """Run the controller until SIGTERM or SIGINT.
+
+    Raises:
+        EdgefleetError: it could not start; everything that was started is stopped again.
+    """
+    from edgefleet_controller.api.server import ApiServer
+
+    logs.configure()
+    # A dead thread must not leave a controller that is half alive: systemd starts a whole one.
+    threading.excepthook = _fatal
+    controller = Controller(settings)
+    server = ApiServer(controller)
+    server.refuse_taken_port()
+    try:
+        controller.start()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: server.stop())
+        server.run(lambda: _ready(settings))
+    finally:
+        notify.send("STOPPING=1")
+        controller.stop()
+
+
+def _ready(settings: Settings) -> None:
+    notify.send("READY=1")
+    log.info(
+        "controller ready", extra={"url": settings.public_url, "broker": ":".join(map(str, settings.broker_address))}
+    )
+
+
+def _fatal(args: Any) -> None:
+    log.critical(
+        "thread died", exc_info=(args.exc_type, args.exc_value, args.exc_traceback),
+        extra={"thread": args.thread.name if args.thread else ""},
+    )  # fmt: skip
+    os._exit(70)

@@ -1,0 +1,81 @@
+"""``fleet device token | list | show``. A face, no logic."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import click
+
+from edgefleet_controller.cli.output import document, home_option, json_option, table, told
+from edgefleet_controller.client import FleetClient
+
+
+@click.group()
+def device() -> None:
+    """Boards: enrol, look at."""
+
+
+@device.command()
+@home_option
+@click.option("--class", "device_class", required=True, help="The board's device class.")
+@click.option("--site", default="", help="Where it stands.")
+@click.option("--name", default="", help="The board's name; without it the board may choose.")
+@click.option("--ttl", default=3600.0, show_default=True, help="Seconds that the token is valid.")
+@json_option
+@told
+def token(home: Path, device_class: str, site: str, name: str, ttl: float, as_json: bool) -> None:
+    """Make a one-time enrolment token for one board."""
+    made = FleetClient(home).token(device_class, site=site, device=name, ttl_s=ttl)
+    if as_json:
+        document({"token": made})
+    else:
+        click.echo(made)
+
+
+@device.command("list")
+@home_option
+@json_option
+@told
+def list_devices(home: Path, as_json: bool) -> None:
+    """List boards: what they serve, how their last assignment ended."""
+    boards = FleetClient(home).devices()
+    if as_json:
+        document(boards)
+        return
+    rows = [
+        (b["name"], b["class"], b["site"], "online" if b["online"] else f"offline {_ago(b['last_seen'])}",
+         f"{b['model']} {b['version']}".strip(), b["state"], b["outcome"], b["refusal"] or b["reason"])
+        for b in boards
+    ]  # fmt: skip
+    table("devices", ("device", "class", "site", "line", "serves", "state", "outcome", "why"), rows)
+
+
+@device.command()
+@home_option
+@click.argument("name")
+@json_option
+@told
+def show(home: Path, name: str, as_json: bool) -> None:
+    """Show one board: slots, fingerprint, last acceptance, health."""
+    board = FleetClient(home).device(name)
+    if as_json:
+        document(board)
+        return
+    report, health = board.pop("report") or {}, board.pop("health") or {}
+    rows = [(key, value) for key, value in board.items()]
+    rows += [(slot, f"{s['model']} {s['version']} ({s['status']})") for slot in ("active", "candidate", "previous") if (s := report.get(slot))]  # fmt: skip
+    fingerprint = report.get("fingerprint") or {}
+    rows += [
+        (key, fingerprint[key]) for key in ("arch", "engines", "memory_bytes", "agent_version") if key in fingerprint
+    ]
+    for row in ((report.get("ended") or {}).get("acceptance") or {}).get("measurements", ()):
+        rows.append(
+            (f"acceptance {row['name']}", f"{row['verdict']}: {row['value']} against {row['limit']} {row['unit']}")
+        )
+    rows += [(f"health {key}", value) for key, value in health.items() if key != "type"]
+    table(name, ("what", "value"), rows)
+
+
+def _ago(at: float) -> str:
+    return f"for {time.time() - at:.0f} s" if at else "never seen"

@@ -1,0 +1,27 @@
+"""``fleet``: the operator's command line."""
+
+from __future__ import annotations
+
+import click
+
+from edgefleet_controller import __version__
+from edgefleet_controller.cli import fleet
+from edgefleet_controller.cli.device import device
+from edgefleet_controller.cli.model import model
+from edgefleet_controller.cli.rollout import rollout
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="fleet")
+def main() -> None:
+    """edgefleet: compile a model per device class, sign it, roll it out in waves, prove it on every board.
+
+    Begin with: fleet init, fleet serve, fleet apply, fleet model add, fleet model compile, fleet device token, fleet rollout create.
+    """
+
+
+for command in (fleet.init, fleet.serve, fleet.apply, fleet.doctor, fleet.demo, model, device, rollout):
+    main.add_command(command)
+
+if __name__ == "__main__":
+    main()

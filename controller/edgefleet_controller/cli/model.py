@@ -1,0 +1,144 @@
+"""``fleet model add | compile | sign | list | show``. A face, no logic."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from edgefleet_controller.cli.output import console, document, home_option, json_option, number, progress, table, told
+
+
+@click.group()
+def model() -> None:
+    """Model versions: add, compile, sign, look at."""
+
+
+keys_option = click.option("--keys", type=click.Path(path_type=Path), help="Offline keys; default HOME/keys/offline.")
+
+
+@model.command()
+@home_option
+@click.option("-f", "--file", "path", required=True, type=click.Path(path_type=Path), help="The Model manifest.")
+@click.option("--version", "version", default="", help="Add it as this version, instead of the manifest's.")
+@json_option
+@told
+def add(home: Path, path: Path, version: str, as_json: bool) -> None:
+    """Add a model version: check the network and its data here, upload them. Versions never change."""
+    from edgefleet_controller.adding import add_model
+
+    with progress() as show:
+        added = add_model(home, path, version, lambda doing, done, total: show(path.name, doing, done / (total or 1)))
+    if as_json:
+        document(added)
+    else:
+        console.print(f"{added['model']} {added['version']} added; compile it: fleet model compile {added['model']} {added['version']}")  # fmt: skip
+
+
+@model.command("compile")
+@home_option
+@click.argument("name")
+@click.argument("version")
+@click.option("--class", "classes", multiple=True, help="For this device class; default: every registered one.")
+@click.option("--ship-despite-quality", is_flag=True, help="Pack and sign it although it misses its budgets.")
+@click.option("--no-sign", is_flag=True, help="Only compile; `fleet model sign` can follow elsewhere.")
+@keys_option
+@json_option
+@told
+def compile_model(
+    home: Path,
+    name: str,
+    version: str,
+    classes: tuple[str, ...],
+    ship_despite_quality: bool,
+    no_sign: bool,
+    keys: Path | None,
+    as_json: bool,
+) -> None:
+    """Compile a version per device class, measure each result, sign it with the class's release key."""
+    from edgefleet_controller.adding import compile_and_sign
+
+    with progress() as show:
+        shown = compile_and_sign(
+            home, name, version, classes, despite_quality=ship_despite_quality,
+            keys=None if no_sign else keys or home / "keys" / "offline", show=show,
+        )  # fmt: skip
+    if as_json:
+        document(shown)
+    else:
+        _artifacts(f"{name} {version}", shown["artifacts"])
+
+
+@model.command()
+@home_option
+@click.argument("name")
+@click.argument("version")
+@keys_option
+@json_option
+@told
+def sign(home: Path, name: str, version: str, keys: Path | None, as_json: bool) -> None:
+    """Sign what was compiled and not signed yet, after checking that it is what was meant."""
+    from edgefleet_controller.adding import sign_compiled
+
+    signed = sign_compiled(home, name, version, keys or home / "keys" / "offline")
+    if as_json:
+        document({"signed": signed})
+    else:
+        console.print(f"signed for: {', '.join(signed) or 'nothing was left to sign'}")
+
+
+@model.command("list")
+@home_option
+@json_option
+@told
+def list_models(home: Path, as_json: bool) -> None:
+    """List model versions."""
+    from edgefleet_controller.client import FleetClient
+
+    models = FleetClient(home).models()
+    if as_json:
+        document(models)
+    else:
+        rows = [
+            (m["model"], m["version"], ", ".join(f"{a['class']} ({a['state']})" for a in m["artifacts"]))
+            for m in models
+        ]
+        table("models", ("model", "version", "artifacts"), rows)
+
+
+@model.command()
+@home_option
+@click.argument("name")
+@click.argument("version", required=False, default="")
+@json_option
+@told
+def show(home: Path, name: str, version: str, as_json: bool) -> None:
+    """Show a model's versions with every artifact's figures."""
+    from edgefleet_shared.errors import NotFoundError
+
+    from edgefleet_controller.client import FleetClient
+
+    models = FleetClient(home).models(name, version)
+    if not models:
+        raise NotFoundError(f"no model {name} {version}".rstrip(), hint="fleet model list shows them")
+    if as_json:
+        document(models)
+        return
+    for one in models:
+        _artifacts(f"{one['model']} {one['version']}  {one['digest'][:19]}", one["artifacts"])
+
+
+def _artifacts(title: str, artifacts: list[dict[str, Any]]) -> None:
+    rows = []
+    for a in artifacts:
+        q, t = a["quality"], a["timings"]
+        low, high = number(q.get("agreement_low"), 3), number(q.get("agreement_high"), 3)
+        agreement = f"{q['agreement']:.3f} [{low}, {high}]" if q.get("agreement") is not None else None
+        rows.append((
+            a["class"], a["engine"], a["arch"], q["float_bytes"], q["compiled_bytes"], agreement,
+            number(t.get("p50_ms")), number(t.get("p95_ms")), number(t.get("float_p50_ms")),
+            "; ".join(q["misses"]) or q["verdict"], a["state"],
+        ))  # fmt: skip
+    columns = ("class", "engine", "arch", "float bytes", "bytes", "agreement", "p50 ms", "p95 ms", "float p50", "quality", "state")  # fmt: skip
+    table(title, columns, rows)

@@ -1,0 +1,150 @@
+"""The operator's side of the HTTP API: receives ``operator.yaml``, hands on typed calls. Used by the command line and the demo."""
+
+from __future__ import annotations
+
+import base64
+import ssl
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import yaml
+from edgefleet_shared.artifact import Layout
+from edgefleet_shared.errors import NotFoundError, TransportError, from_dict
+
+Progress = Callable[[str, int, int], None]
+# What the API answers, as JSON gives it.
+Json = Any
+TIMEOUT_S = 60.0
+PIECE_BYTES = 1 << 20
+
+
+class FleetClient:
+    """Calls one controller; trusts only the fleet's CA.
+
+    Args:
+        home: holds ``operator.yaml``.
+
+    Raises:
+        NotFoundError: there is no ``operator.yaml``.
+    """
+
+    def __init__(self, home: Path) -> None:
+        try:
+            told = yaml.safe_load((home / "operator.yaml").read_text())
+        except FileNotFoundError as exc:
+            raise NotFoundError(
+                f"there is no operator.yaml in {home}", hint="fleet init makes it; or name --home"
+            ) from exc
+        self.url: str = told["url"]
+        self._http = httpx.Client(
+            base_url=self.url,
+            headers={"Authorization": f"Bearer {told['token']}"},
+            verify=ssl.create_default_context(cafile=told["ca"]),
+            timeout=TIMEOUT_S,
+            trust_env=False,
+        )
+
+    def close(self) -> None:
+        self._http.close()
+
+    def status(self) -> Json:
+        return self._call("GET", "/v1/status")
+
+    def classes(self) -> Json:
+        return self._call("GET", "/v1/classes")
+
+    def put_class(self, manifest: dict[str, Any]) -> Json:
+        return self._call("PUT", "/v1/classes", json=manifest)
+
+    def metadata(self, name: str) -> bytes:
+        """A file of the image repository. Raises NotFoundError."""
+        return self._request("GET", f"/v1/repo/{name}").content
+
+    def publish(self, files: dict[str, bytes]) -> None:
+        """Hand in signed metadata; all of it is taken or none."""
+        if files:
+            self._call("POST", "/v1/repo", json={n: base64.b64encode(c).decode() for n, c in files.items()})
+
+    def blob(self, digest: str) -> bytes:
+        return self._request("GET", f"/v1/blobs/{digest}").content
+
+    def upload(self, layout: Layout, digests: list[str], progress: Progress = lambda *_: None) -> int:
+        """Send the blobs that the controller lacks; returns how many bytes went."""
+        sent = 0
+        for number, digest in enumerate(digests):
+            progress("uploading", number, len(digests))
+            if self._http.head(f"/v1/blobs/{digest}").status_code == 200:
+                continue
+            path = layout.path(digest)
+            self._call("PUT", f"/v1/blobs/{digest}", content=_pieces(path))
+            sent += path.stat().st_size
+        return sent
+
+    def add_model(self, digest: str) -> Json:
+        return self._call("POST", "/v1/models", json={"digest": digest})
+
+    def models(self, model: str = "", version: str = "") -> Json:
+        return self._call("GET", "/v1/models", params={"model": model, "version": version})
+
+    def compile(self, model: str, version: str, device_class: str, *, despite_quality: bool) -> str:
+        wish = {"device_class": device_class, "ship_despite_quality": despite_quality}
+        return str(self._call("POST", f"/v1/models/{model}/{version}/compile", json=wish)["job"])
+
+    def job(self, job: str) -> Json:
+        return self._call("GET", f"/v1/jobs/{job}")
+
+    def cancel_job(self, job: str) -> None:
+        self._call("DELETE", f"/v1/jobs/{job}")
+
+    def token(self, device_class: str, *, site: str = "", device: str = "", ttl_s: float = 3600.0) -> str:
+        wish = {"device_class": device_class, "site": site, "device": device, "ttl_s": ttl_s}
+        return str(self._call("POST", "/v1/tokens", json=wish)["token"])
+
+    def devices(self) -> Json:
+        return self._call("GET", "/v1/devices")
+
+    def device(self, name: str) -> Json:
+        return self._call("GET", f"/v1/devices/{name}")
+
+    def create_rollout(self, manifest: dict[str, Any]) -> Json:
+        return self._call("POST", "/v1/rollouts", json={"manifest": manifest})
+
+    def plan_rollout(self, manifest: dict[str, Any]) -> Json:
+        return self._call("POST", "/v1/rollouts/plan", json={"manifest": manifest})
+
+    def rollouts(self) -> Json:
+        return self._call("GET", "/v1/rollouts")
+
+    def rollout(self, name: str) -> Json:
+        return self._call("GET", f"/v1/rollouts/{name}")
+
+    def intend(self, name: str, kind: str) -> Json:
+        return self._call("POST", f"/v1/rollouts/{name}/{kind}")
+
+    def _call(self, method: str, path: str, **options: Any) -> Any:
+        return self._request(method, path, **options).json()
+
+    def _request(self, method: str, path: str, **options: Any) -> httpx.Response:
+        try:
+            answer = self._http.request(method, path, **options)
+        except httpx.HTTPError as exc:
+            raise TransportError(
+                f"can't reach the controller at {self.url}: {exc}", hint="is fleet serve running?"
+            ) from exc
+        if answer.is_success:
+            return answer
+        try:
+            told = answer.json()
+        except ValueError:
+            told = {}
+        if isinstance(told, dict) and "code" in told:
+            raise from_dict(told)
+        raise TransportError(f"the controller answered {answer.status_code} to {method} {path}: {answer.text[:300]}")
+
+
+def _pieces(path: Path) -> Iterator[bytes]:
+    with path.open("rb") as stream:
+        while piece := stream.read(PIECE_BYTES):
+            yield piece

@@ -1,0 +1,134 @@
+"""Stage 2, compile: the port that compile targets are adapters of, and what a compile returns.
+
+A target is found through the entry point group ``edgefleet.targets`` and is mostly data: which engine it compiles for,
+which toolchain's environment it needs, which module of :mod:`.children` works there, and what it can make.
+"""
+
+from __future__ import annotations
+
+from importlib.metadata import entry_points
+from typing import Protocol
+
+import msgspec
+from edgefleet_shared.artifact import Descriptor
+from edgefleet_shared.errors import ManifestError, ToolchainError
+
+from edgefleet_controller.manifests import DeviceClassSpec
+from edgefleet_controller.source import ModelVersion
+
+ENTRY_POINTS = "edgefleet.targets"
+
+Options = dict[str, str | int | float | bool]
+
+
+class Target(Protocol):
+    """What the pipeline asks of a compile target."""
+
+    name: str
+    engine: str  # on the board
+    toolchain: str  # name of a lock
+    module: str  # of edgefleet_controller.compile.children, run in that toolchain; has the actions compile and measure
+    engine_package: str  # the package whose version is the engine's, as installed in the toolchain
+    precisions: frozenset[str]
+    methods: frozenset[str]  # calibration methods
+    providers: tuple[str, ...]  # what may compute on the board, unless the class says otherwise
+
+    def options(self, device_class: DeviceClassSpec, version: ModelVersion) -> Options:
+        """Every choice of this target that changes the compiled bytes; part of the cache key.
+
+        Raises:
+            ManifestError: an option that this target does not know.
+        """
+        ...
+
+
+class Figures(msgspec.Struct, frozen=True, kw_only=True):
+    """What was measured of one compiled model, on this host. ``None``: could not be measured here.
+
+    Agreement is the share of held-out samples with the float model's answer, with its 95 % Wilson interval; times in ms on
+    one thread, float and compiled interleaved in one process on the class's engine; ``sqnr_db`` is the signal-to-quantization-noise
+    ratio of the outputs, memory the peak of the process that held engine and model.
+    """
+
+    engine: str
+    engine_version: str
+    float_bytes: int
+    compiled_bytes: int
+    samples: int
+    agreement: float | None = None
+    agreement_low: float | None = None
+    agreement_high: float | None = None
+    cosine: float | None = None
+    sqnr_db: float | None = None
+    p50_ms: float | None = None
+    p95_ms: float | None = None
+    float_p50_ms: float | None = None
+    float_p95_ms: float | None = None
+    peak_memory_bytes: int | None = None
+    unmeasured: tuple[str, ...] = ()
+
+
+class CompileResult(msgspec.Struct, frozen=True, kw_only=True):
+    """One compiled, judged and packed model.
+
+    ``quality`` is ``passed``, or ``forced`` where it missed what ``misses`` says and was shipped by an explicit flag.
+    """
+
+    artifact: Descriptor
+    model: str
+    version: str
+    device_class: str
+    arch: str
+    key: str
+    cached: bool
+    quality: str
+    misses: tuple[str, ...]
+    figures: Figures
+    seconds: float
+
+
+def target_named(name: str) -> Target:
+    """The installed compile target of that name.
+
+    Raises:
+        ToolchainError: there is none, or it can't be imported.
+    """
+    found = {entry.name: entry for entry in entry_points(group=ENTRY_POINTS)}
+    if name not in found:
+        raise ToolchainError(
+            f"no target {name} installed; have: {', '.join(sorted(found)) or 'none'}",
+            hint="install a package that offers it, or build this class elsewhere (spec.build)",
+        )
+    try:
+        made: Target = found[name].load()()
+    except (ImportError, AttributeError) as exc:
+        raise ToolchainError(f"the target {name} is installed but broken: {exc}") from exc
+    return made
+
+
+def chosen_options(target: str, device_class: DeviceClassSpec, version: ModelVersion, defaults: Options) -> Options:
+    """A target's options: its defaults, over them the class's ``options``, over them the model's named ``<target>.<option>``.
+
+    Raises:
+        ManifestError: an option that the target does not know, or of another type than its default.
+    """
+    prefix = f"{target}."
+    own = {key.removeprefix(prefix): value for key, value in version.options.items() if key.startswith(prefix)}
+    chosen = dict(defaults)
+    for name, value in (*device_class.options.items(), *own.items()):
+        if name not in defaults:
+            raise ManifestError(
+                f"target {target} has no option {name!r}; it has: {', '.join(sorted(defaults)) or 'none'}"
+            )
+        if type(value) is not type(defaults[name]):
+            raise ManifestError(
+                f"option {name!r} of target {target} is {value!r}, expected {type(defaults[name]).__name__}"
+            )
+        chosen[name] = value
+    return chosen
+
+
+def overflows(device_class: DeviceClassSpec) -> bool:
+    """Whether int8 kernels on the class may overflow with 8-bit weights: x86 without VNNI adds pairs of u8 * s8 products in 16
+    bits, which saturate (MobileNetV3 lost 5 points of accuracy on such CPUs). Weights then keep to 7 bits."""
+    return device_class.arch == "x86_64" and not any("vnni" in feature for feature in device_class.cpu_features)

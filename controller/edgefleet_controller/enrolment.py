@@ -1,0 +1,97 @@
+"""Identity: enrolment. Receives a one-time token and a certificate request, hands on a certificate and where to find the fleet.
+
+The class and site of a board come from its token, its name from the token or its wish; of its request only the key is used.
+"""
+
+from __future__ import annotations
+
+import msgspec
+from cryptography.hazmat.primitives import serialization
+from edgefleet_shared.clock import Clock
+from edgefleet_shared.errors import InputError
+from edgefleet_shared.topics import check_name
+
+from edgefleet_controller.pki import CertificateAuthority
+from edgefleet_controller.settings import Settings
+from edgefleet_controller.sign import Repository
+from edgefleet_controller.store import devices
+from edgefleet_controller.store.database import Database
+
+
+class Enrolled(msgspec.Struct, frozen=True, kw_only=True):
+    """What a new board is told. ``root`` is the newest TUF root metadata; certificates are PEM."""
+
+    device: str
+    device_class: str
+    site: str
+    certificate: str
+    ca: str
+    root: str
+    broker_host: str
+    broker_port: int
+    api_host: str
+    api_port: int
+
+
+class Enrolment:
+    """Makes tokens and spends them."""
+
+    def __init__(
+        self, database: Database, ca: CertificateAuthority, repository: Repository, settings: Settings, clock: Clock
+    ) -> None:
+        self._database, self._ca, self._repository = database, ca, repository
+        self._settings, self._clock = settings, clock
+
+    def token(self, device_class: str, *, site: str, device: str, ttl_s: float) -> str:
+        """A one-time token: ``efe.<sha256 of our CA>.<secret>``, so that the board knows whom to meet.
+
+        Args:
+            device: the name that it is for; empty to let the board choose.
+
+        Raises:
+            NotFoundError: no such class. InputError: a name that can't be one.
+        """
+        if device:
+            check_name(device, "device")
+        if site:
+            check_name(site, "site")
+        with self._database.write() as session:
+            secret = devices.new_token(
+                session, device_class, site=site, label=device, ttl_s=ttl_s, now=self._clock.now()
+            )
+        return f"efe.{self._ca.fingerprint}.{secret}"
+
+    def enroll(self, token: str, device: str, request: str) -> Enrolled:
+        """Take a board in. Token and name are spent only when all of it succeeds.
+
+        Raises:
+            TrustError: the token is not valid. ConflictError: the name is taken. InputError: a bad request.
+        """
+        secret = token.rpartition(".")[2]
+        host, port = self._settings.broker_address
+        api = self._settings.public_url.removeprefix("https://").rstrip("/")
+        api_host, _, api_port = api.partition(":")
+        with self._database.write() as session:
+            row = devices.use_token(session, secret, device, self._clock.now())
+            name = row.label or device
+            if not name:
+                raise InputError("the board has no name", hint="give --name, or make the token with --name")
+            if row.label and device and device != row.label:
+                raise InputError(f"the token is for {row.label}, not for {device}")
+            certificate = self._ca.enroll(request.encode(), check_name(name, "device"))
+            devices.enrol(
+                session, name, row.device_class, site=row.site,
+                certificate_serial=f"{certificate.serial_number:x}", now=self._clock.now(),
+            )  # fmt: skip
+            return Enrolled(
+                device=name,
+                device_class=row.device_class,
+                site=row.site,
+                certificate=certificate.public_bytes(serialization.Encoding.PEM).decode(),
+                ca=self._ca.pem.decode(),
+                root=self._repository.root.decode(),
+                broker_host=host,
+                broker_port=port,
+                api_host=api_host,
+                api_port=int(api_port or 443),
+            )

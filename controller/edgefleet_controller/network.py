@@ -1,0 +1,158 @@
+"""Stage 1, source: the network itself. Receives bytes that claim to be ONNX, hands on a checked model with fixed shapes.
+
+Everything here treats the file as hostile: it may not be ONNX, may point at files outside itself (the CVEs of ONNX's
+external data), and may leave sizes open. Operators are not judged here: which of them exist is each engine's matter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+
+import onnx
+from edgefleet_shared.contract import TensorSpec
+from edgefleet_shared.errors import ModelError
+from google.protobuf.message import DecodeError
+
+# ONNX element type -> name in the Open Inference Protocol.
+_DATATYPES = {
+    onnx.TensorProto.FLOAT: "FP32",
+    onnx.TensorProto.FLOAT16: "FP16",
+    onnx.TensorProto.DOUBLE: "FP64",
+    onnx.TensorProto.UINT8: "UINT8",
+    onnx.TensorProto.INT8: "INT8",
+    onnx.TensorProto.INT32: "INT32",
+    onnx.TensorProto.INT64: "INT64",
+    onnx.TensorProto.BOOL: "BOOL",
+}
+MIN_OPSET = 7  # older ones have no converter in the tools behind us
+
+
+def load(content: bytes, origin: str) -> onnx.ModelProto:
+    """Parse and check a network.
+
+    Args:
+        origin: what to call it in errors, usually its path.
+
+    Raises:
+        ModelError: not ONNX, not valid ONNX, external data, or an operator set too old.
+    """
+    try:
+        model = onnx.load_model_from_string(content)
+    except DecodeError as exc:
+        raise ModelError(f"{origin} is not an ONNX model", hint="export the network as .onnx") from exc
+    # Protobuf parses many a foreign file into an empty message.
+    if not model.ir_version or not model.graph.node or not model.graph.output:
+        raise ModelError(f"{origin} is not an ONNX model: no graph in it", hint="export the network as .onnx")
+    for tensor in tensors(model):
+        if tensor.data_location == onnx.TensorProto.EXTERNAL or tensor.external_data:
+            raise ModelError(
+                f"{origin} keeps tensor {tensor.name or '(unnamed)'!r} in another file",
+                hint="save the network as one file: onnx.save(model, path, save_as_external_data=False)",
+            )
+    try:
+        onnx.checker.check_model(content)
+    except (onnx.checker.ValidationError, ValueError, RuntimeError) as exc:
+        raise ModelError(f"{origin} is not valid ONNX: {str(exc).strip().splitlines()[0]}") from exc
+    opset = max((entry.version for entry in model.opset_import if entry.domain in {"", "ai.onnx"}), default=0)
+    if 0 < opset < MIN_OPSET:
+        raise ModelError(f"{origin} has operator set {opset}; at least {MIN_OPSET} is needed")
+    return model
+
+
+def tensors(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
+    """Every tensor anywhere in a model: initializers, sparse ones, attributes, subgraphs, functions, training graphs."""
+    yield from _graph_tensors(model.graph)
+    for function in model.functions:
+        yield from _attribute_tensors(attribute for node in function.node for attribute in node.attribute)
+        yield from _attribute_tensors(function.attribute_proto)
+    for training in model.training_info:
+        yield from _graph_tensors(training.initialization)
+        yield from _graph_tensors(training.algorithm)
+
+
+def _graph_tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
+    yield from graph.initializer
+    for sparse in graph.sparse_initializer:
+        yield from (sparse.values, sparse.indices)
+    yield from _attribute_tensors(attribute for node in graph.node for attribute in node.attribute)
+
+
+def _attribute_tensors(attributes: Iterable[onnx.AttributeProto]) -> Iterator[onnx.TensorProto]:
+    for attribute in attributes:
+        if attribute.HasField("t"):
+            yield attribute.t
+        yield from attribute.tensors
+        for sparse in (
+            *attribute.sparse_tensors,
+            *([attribute.sparse_tensor] if attribute.HasField("sparse_tensor") else []),
+        ):
+            yield from (sparse.values, sparse.indices)
+        for graph in (*attribute.graphs, *([attribute.g] if attribute.HasField("g") else [])):
+            yield from _graph_tensors(graph)
+
+
+def graph_inputs(model: onnx.ModelProto) -> list[onnx.ValueInfoProto]:
+    """The inputs that a caller feeds: those without an initializer."""
+    given = {tensor.name for tensor in model.graph.initializer}
+    return [value for value in model.graph.input if value.name not in given]
+
+
+def fix_shapes(model: onnx.ModelProto, sizes: Mapping[str, int], origin: str) -> onnx.ModelProto:
+    """Give every open dimension its size and infer all shapes.
+
+    Args:
+        sizes: size by the dimension's name; a dimension without a name is called ``<input>.<axis>``.
+
+    Returns:
+        the same model, changed in place.
+
+    Raises:
+        ModelError: an open dimension without a size, a size for no dimension, or shapes that contradict each other.
+    """
+    used: set[str] = set()
+    named: dict[str, int] = {}
+    for value in graph_inputs(model):
+        if not value.type.HasField("tensor_type") or not value.type.tensor_type.HasField("shape"):
+            raise ModelError(f"{origin}: input {value.name!r} is no tensor of known rank")
+        for axis, dim in enumerate(value.type.tensor_type.shape.dim):
+            if dim.HasField("dim_value") and dim.dim_value > 0:
+                continue
+            name = dim.dim_param or f"{value.name}.{axis}"
+            if name not in sizes:
+                raise ModelError(
+                    f"{origin}: dimension {name!r} (axis {axis} of input {value.name!r}) has no fixed size",
+                    hint=f"give it one under spec.sizes, such as {{{name}: 1}}",
+                )
+            used.add(name)
+            named[name] = sizes[name]
+            dim.dim_value = sizes[name]
+    if strangers := sorted(set(sizes) - used):
+        raise ModelError(
+            f"{origin} has no open dimension {strangers[0]!r}", hint=f"open: {', '.join(sorted(used)) or 'none'}"
+        )
+    for value in (*model.graph.output, *model.graph.value_info):
+        for dim in value.type.tensor_type.shape.dim:
+            if dim.dim_param in named:
+                dim.dim_value = named[dim.dim_param]
+    try:
+        inferred = onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True, data_prop=True)
+    except (onnx.shape_inference.InferenceError, RuntimeError, ValueError) as exc:
+        raise ModelError(f"{origin}: shapes contradict each other: {str(exc).strip().splitlines()[0]}") from exc
+    model.CopyFrom(inferred)
+    return model
+
+
+def specs(values: Iterable[onnx.ValueInfoProto], origin: str) -> tuple[TensorSpec, ...]:
+    """Inputs or outputs as they are served; -1 where a size stays open.
+
+    Raises:
+        ModelError: an element type that can't be served.
+    """
+    found = []
+    for value in values:
+        tensor = value.type.tensor_type
+        if tensor.elem_type not in _DATATYPES:
+            raise ModelError(f"{origin}: {value.name!r} has element type {tensor.elem_type}, which can't be served")
+        shape = tuple(d.dim_value if d.HasField("dim_value") and d.dim_value > 0 else -1 for d in tensor.shape.dim)
+        found.append(TensorSpec(value.name, _DATATYPES[tensor.elem_type], shape))
+    return tuple(found)

@@ -1,0 +1,171 @@
+"""Stage 1, source: calibration, held-out and golden data. Receives folders of pictures or tensor files, hands on arrays.
+
+Pictures become uint8, N x H x W x C, as the network will see them: shortest side resized, centre cropped, RGB (or grey).
+Tensor files are safetensors with one float32 tensor per input, first axis the samples. Whatever would make a calibration
+meaningless without anybody noticing is an error here: too few, unreadable, too small, blank, all the same, not finite.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from edgefleet_shared.contract import TensorSpec
+from edgefleet_shared.errors import DataError
+from PIL import Image, ImageOps, UnidentifiedImageError
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
+
+Array = npt.NDArray[Any]
+SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff"}
+MIN_COUNT = 8  # fewer pictures than this can't calibrate, nor tell a damaged model from a sound one
+
+
+class Samples:
+    """One split: arrays by input name, first axis N, and a content hash per sample that tells splits apart."""
+
+    def __init__(self, split: str, origin: str, inputs: dict[str, Array], names: Sequence[str]) -> None:
+        self.split = split
+        self.origin = origin
+        self.inputs = inputs
+        self.names = list(names)
+        self.hashes = [
+            hashlib.sha256(b"".join(inputs[key][i].tobytes() for key in sorted(inputs))).digest()
+            for i in range(len(self.names))
+        ]
+        if len(self.names) > 1 and len(set(self.hashes)) == 1:
+            raise DataError(f"{split}: all {len(self.names)} samples in {origin} are the same")
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+def read_folder(
+    split: str,
+    folder: Path,
+    *,
+    height: int,
+    width: int,
+    grey: bool,
+    resize: int | None,
+    count: int | None,
+    input_name: str,
+    progress: Callable[[int, int], None],
+) -> Samples:
+    """Read a folder's pictures in order of name.
+
+    Args:
+        height, width: of the network's input, in pixels.
+        resize: shortest side before the crop, in pixels; default: crop size / 0.875, as ImageNet networks are evaluated.
+        count: how many; default: all.
+
+    Raises:
+        DataError: the folder is missing or has too few; a picture can't be read, is too small, or is blank.
+    """
+    if not folder.is_dir():
+        raise DataError(f"{split}: no folder {folder}", hint="paths are relative to the manifest's file")
+    files = sorted(f for f in folder.iterdir() if f.suffix.lower() in SUFFIXES and not f.name.startswith("."))
+    wanted = len(files) if count is None else count
+    if len(files) < max(wanted, MIN_COUNT):
+        raise DataError(f"{split}: {folder} has {len(files)} pictures, {max(wanted, MIN_COUNT)} are needed")
+    side = resize or round(max(height, width) / 0.875)
+    arrays = []
+    for done, file in enumerate(files[:wanted]):
+        progress(done, wanted)
+        arrays.append(_read(split, file, height, width, grey, side))
+    progress(wanted, wanted)
+    return Samples(split, str(folder), {input_name: np.stack(arrays)}, [f.name for f in files[:wanted]])
+
+
+def read_tensors(split: str, file: Path, inputs: Sequence[TensorSpec], count: int | None) -> Samples:
+    """Read a safetensors file of input tensors that are already encoded.
+
+    Raises:
+        DataError: missing, not safetensors, other names, shapes or types than the network's, not finite, constant, too few.
+    """
+    if not file.is_file():
+        raise DataError(f"{split}: no file {file}", hint="paths are relative to the manifest's file")
+    try:
+        found = load_file(file)
+    except (SafetensorError, ValueError, KeyError, OSError) as exc:
+        raise DataError(f"{split}: {file} is not a safetensors file: {exc}") from exc
+    wanted_names = sorted(spec.name for spec in inputs)
+    if sorted(found) != wanted_names:
+        raise DataError(
+            f"{split}: {file} holds {', '.join(sorted(found)) or 'nothing'}; the network's inputs are {', '.join(wanted_names)}"
+        )
+    counts = {len(array) if array.ndim else 0 for array in found.values()}
+    available = min(counts)
+    wanted = available if count is None else count
+    if len(counts) != 1 or available < max(wanted, MIN_COUNT):
+        raise DataError(f"{split}: {file} has {available} samples, {max(wanted, MIN_COUNT)} are needed")
+    for spec in inputs:
+        array = found[spec.name]
+        if tuple(array.shape[1:]) != spec.shape[1:]:
+            raise DataError(
+                f"{split}: {spec.name} in {file} has shape {array.shape}, expected N x {' x '.join(map(str, spec.shape[1:]))}"
+            )
+        if array.dtype != np.float32:
+            raise DataError(f"{split}: {spec.name} in {file} is {array.dtype}, expected float32")
+        if not np.isfinite(array).all():
+            raise DataError(f"{split}: {spec.name} in {file} holds values that are not finite")
+        if array.min() == array.max():
+            raise DataError(f"{split}: {spec.name} in {file} is constant, {float(array.min())} everywhere")
+    return Samples(
+        split,
+        str(file),
+        {k: np.ascontiguousarray(a[:wanted]) for k, a in found.items()},
+        [f"sample {i}" for i in range(wanted)],
+    )
+
+
+def keep_apart(splits: Sequence[Samples]) -> None:
+    """Refuse a sample that is in two splits: a model would be judged by what it was tuned on.
+
+    Raises:
+        DataError: names both.
+    """
+    owner: dict[bytes, tuple[Samples, str]] = {}
+    for samples in splits:
+        for name, digest in zip(samples.names, samples.hashes, strict=True):
+            first, first_name = owner.setdefault(digest, (samples, name))
+            if first is not samples:
+                raise DataError(
+                    f"{name} ({samples.split}) is the same picture as {first_name} ({first.split})",
+                    hint="a picture may be in one of calibration, holdout and golden only",
+                )
+
+
+def _read(split: str, file: Path, height: int, width: int, grey: bool, side: int) -> Array:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(file) as opened:
+                picture = ImageOps.exif_transpose(opened).convert("L" if grey else "RGB")
+    except (
+        UnidentifiedImageError,
+        OSError,
+        ValueError,
+        SyntaxError,
+        Image.DecompressionBombError,
+        Image.DecompressionBombWarning,
+    ) as exc:
+        raise DataError(f"{split}: can't read the picture {file}: {exc}") from exc
+    if picture.width < width or picture.height < height:
+        raise DataError(
+            f"{split}: {file} has {picture.width} x {picture.height} pixels, the network takes {width} x {height}",
+            hint="take pictures at least as large as the network's input",
+        )
+    scale = max(side / min(picture.size), width / picture.width, height / picture.height)
+    size = (max(round(picture.width * scale), width), max(round(picture.height * scale), height))
+    picture = picture.resize(size, Image.Resampling.BILINEAR)
+    left, top = (picture.width - width) // 2, (picture.height - height) // 2
+    array = np.asarray(picture.crop((left, top, left + width, top + height)), np.uint8)
+    if array.min() == array.max():
+        raise DataError(f"{split}: {file} is blank: every pixel is {int(array.flat[0])}")
+    return array[..., None] if grey else array

@@ -1,0 +1,110 @@
+"""The controller's settings: receive a home folder and the environment, hand on one frozen record. Read once, by app.py.
+
+::
+
+    <home>/controller.yaml    these settings; every field may be overridden by EDGEFLEET_<FIELD> in the environment
+    <home>/ca/                the fleet's certificate authority, server and gateway certificates
+    <home>/keys/offline/      root, targets and class keys: move them off this machine, the controller never reads them
+    <home>/keys/online/       snapshot, timestamp, director
+    <home>/repository/        TUF metadata            <home>/artifacts/   OCI layout
+    <home>/broker/            mosquitto               <home>/operator.yaml  how the command line reaches the controller
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from urllib.parse import quote, urlsplit
+
+import yaml
+from edgefleet_shared import atomic
+from edgefleet_shared.errors import ManifestError, NotFoundError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+
+class Settings(BaseModel):
+    """Every limit has its unit in its name."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    home: Path
+    listen: str = Field(default="127.0.0.1:8443", description="host:port of the HTTPS API")
+    public_url: str = Field(default="https://127.0.0.1:8443", description="how boards and operators reach the API")
+    broker: str = Field(default="embedded", description="'embedded', or host:port of an external broker")
+    broker_host: str = Field(default="127.0.0.1", description="where the embedded broker listens, and boards find it")
+    broker_port: int = Field(default=8883, ge=1, le=65535)
+    database_url: str = Field(default="", description="empty: SQLite in the home folder")
+    database_password_file: str = ""
+    cache: str = Field(default="", description="toolchains and compiled models; empty: ~/.cache/edgefleet")
+    blob_bytes_per_s: int = Field(default=20_000_000, gt=0)
+    max_blob_bytes: int = Field(default=4_000_000_000, gt=0)
+    compile_workers: int = Field(default=2, ge=1)
+    operator_sha256: str = Field(default="", description="of the operator's token")
+
+    @property
+    def listen_host(self) -> str:
+        return self.listen.rpartition(":")[0]
+
+    @property
+    def listen_port(self) -> int:
+        return int(self.listen.rpartition(":")[2])
+
+    @property
+    def broker_address(self) -> tuple[str, int]:
+        """Where boards and the gateway find the broker."""
+        if self.broker == "embedded":
+            return self.broker_host, self.broker_port
+        host, _, port = self.broker.rpartition(":")
+        return host, int(port)
+
+    @property
+    def cache_folder(self) -> Path:
+        return Path(self.cache) if self.cache else default_cache()
+
+    @property
+    def database(self) -> str:
+        """The database's URL, with the password from its file."""
+        url = self.database_url or f"sqlite:///{self.home / 'edgefleet.db'}"
+        if self.database_password_file:
+            password = Path(self.database_password_file).read_text().strip()
+            parts = urlsplit(url)
+            url = url.replace(f"{parts.username}@", f"{parts.username}:{quote(password, safe='')}@", 1)
+        return url
+
+
+def default_home() -> Path:
+    return Path(os.environ.get("EDGEFLEET_HOME") or Path.home() / ".local" / "share" / "edgefleet")
+
+
+def default_cache() -> Path:
+    return Path(os.environ.get("EDGEFLEET_CACHE") or Path.home() / ".cache" / "edgefleet")
+
+
+def read(home: Path) -> Settings:
+    """The settings of a home folder, environment over file.
+
+    Raises:
+        NotFoundError: no fleet was made there. ManifestError: a wrong field, by name.
+    """
+    path = home / "controller.yaml"
+    try:
+        fields = yaml.safe_load(path.read_text()) or {}
+    except FileNotFoundError as exc:
+        raise NotFoundError(f"there is no fleet in {home}", hint="make one with: fleet init") from exc
+    except yaml.YAMLError as exc:
+        raise ManifestError(f"{path} is not YAML: {exc}") from exc
+    for name in Settings.model_fields:
+        value = os.environ.get(f"EDGEFLEET_{name.upper()}")
+        if value and name not in ("home", "operator_sha256"):
+            fields[name] = value
+    try:
+        return Settings(**(fields | {"home": home.resolve()}))
+    except ValidationError as exc:
+        told = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in exc.errors())
+        raise ManifestError(f"{path}: {told}") from exc
+
+
+def write(settings: Settings) -> None:
+    """Keep what differs from the defaults, so that a newer program's defaults hold."""
+    fields = settings.model_dump(mode="json", exclude_defaults=True, exclude={"home"})
+    atomic.write(settings.home / "controller.yaml", yaml.safe_dump(fields, sort_keys=True).encode(), 0o600)

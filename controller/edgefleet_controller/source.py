@@ -1,0 +1,249 @@
+"""Stage 1, source: receives a Model manifest with its ONNX file and pictures, hands on an immutable model version.
+
+Runs on the operator's side, where the files are. What it hands on is content-addressed: a :class:`ModelVersion` names its
+blobs (network, calibration, held-out and golden data) by digest, and its own digest is the sha256 of its JSON.
+Formats other than ONNX come in through importers (:mod:`edgefleet_controller.importers`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+from edgefleet_shared.artifact import Descriptor, Layout, digest_of
+from edgefleet_shared.contract import PictureEncoding, TensorSpec
+from edgefleet_shared.errors import ArtifactError, DataError, ModelError
+from safetensors.numpy import save
+
+from edgefleet_controller import network, pictures
+from edgefleet_controller.importers import importer
+from edgefleet_controller.manifests import Model, PictureInput, Pictures
+
+SCHEMA = 1
+VERSION_TYPE = "application/vnd.edgefleet.version.v1+json"
+MAX_NETWORK_BYTES = 2**31 - 1  # protobuf's own limit
+
+Progress = Callable[[str, int, int], None]  # (what is being done, how many done, of how many)
+
+
+class Split(msgspec.Struct, frozen=True):
+    """Stored samples: a safetensors blob with one tensor per input (uint8 N x H x W x C pictures, or encoded float32)."""
+
+    digest: str
+    count: int
+
+
+class AcceptanceLimits(msgspec.Struct, frozen=True, kw_only=True):
+    """What every board must show on the golden data; a device class may override (see the Model manifest)."""
+
+    min_agreement: float
+    min_cosine: float
+    tolerance_abs: float
+    tolerance_rel: float
+    min_golden: int
+
+
+class ModelVersion(msgspec.Struct, frozen=True, kw_only=True):
+    """One version of one network with everything that compiling and judging it needs. Immutable."""
+
+    schema: int
+    model: str
+    version: str
+    network: str  # digest of the ONNX with fixed shapes
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    output_kind: Literal["classification", "raw"]
+    encoding: PictureEncoding | None
+    labels: tuple[str, ...]
+    calibration: Split
+    calibration_method: Literal["minmax", "percentile", "entropy"]
+    holdout: Split
+    golden: Split
+    acceptance: AcceptanceLimits
+    options: dict[str, str | int | float | bool] = {}
+
+    def encode(self) -> bytes:
+        """The JSON that is stored; the same version always gives the same bytes."""
+        return msgspec.json.encode(self, order="deterministic")
+
+    @property
+    def digest(self) -> str:
+        return digest_of(self.encode())
+
+
+def decode(content: bytes) -> ModelVersion:
+    """Read a stored version.
+
+    Raises:
+        ArtifactError: not one, or of another schema.
+    """
+    try:
+        version = msgspec.json.decode(content, type=ModelVersion)
+    except msgspec.DecodeError as exc:
+        raise ArtifactError(f"not a model version: {exc}") from exc
+    if version.schema != SCHEMA:
+        raise ArtifactError(f"model version schema {version.schema} is not known here, this program knows {SCHEMA}")
+    return version
+
+
+def store(version: ModelVersion, layout: Layout) -> Descriptor:
+    """Store the version itself; its blobs are already there."""
+    stored = layout.put(version.encode())
+    return Descriptor(VERSION_TYPE, stored.digest, stored.size)
+
+
+def blobs(version: ModelVersion) -> tuple[str, ...]:
+    """Digests of everything a version names: what must be copied to hold it."""
+    return (version.network, version.calibration.digest, version.holdout.digest, version.golden.digest)
+
+
+def import_model(
+    manifest: Model, base: Path, layout: Layout, *, cache: Path, progress: Progress = lambda *_: None
+) -> ModelVersion:
+    """Check the network and its data and store them.
+
+    Args:
+        base: folder that the manifest's relative paths are relative to.
+        layout: where the blobs go, the version's own JSON included.
+        cache: where importers keep what they fetch.
+
+    Raises:
+        ModelError: the network can't be used as it is; says which part.
+        DataError: the pictures can't be used; says which.
+        EnvironmentProblem: an importer can't fetch, or the disk is full.
+    """
+    spec = manifest.spec
+    progress("reading the network", 0, 1)
+    content, origin = _network(manifest, base, cache)
+    model = network.fix_shapes(network.load(content, origin), spec.sizes, origin)
+    inputs = network.specs(network.graph_inputs(model), origin)
+    outputs = network.specs(model.graph.output, origin)
+    for tensor in inputs:
+        if not tensor.shape or tensor.shape[0] != 1:
+            raise ModelError(
+                f"{origin}: input {tensor.name!r} has shape {tensor.shape}; its first dimension must be a batch of 1",
+                hint="give the batch dimension the size 1 under spec.sizes, or export with batch 1",
+            )
+    picture = _picture_input(spec.inputs, inputs, origin)
+    labels = _labels(manifest, base, outputs, origin)
+    progress("reading the network", 1, 1)
+
+    splits = []
+    for name, source in (("calibration", spec.calibration), ("holdout", spec.holdout), ("golden", spec.golden)):
+        splits.append(_samples(name, source, base, picture, inputs, progress))
+    if len(splits[2]) < spec.acceptance.min_golden:
+        raise DataError(f"golden: {len(splits[2])} samples, acceptance.min_golden wants {spec.acceptance.min_golden}")
+    pictures.keep_apart(splits)
+
+    progress("storing", 0, 1)
+    stored = [Split(layout.put(bytes(save(s.inputs))).digest, len(s)) for s in splits]
+    version = ModelVersion(
+        schema=SCHEMA,
+        model=manifest.name,
+        version=spec.version,
+        network=layout.put(model.SerializeToString(deterministic=True)).digest,
+        inputs=inputs,
+        outputs=outputs,
+        output_kind=spec.output.kind,
+        encoding=_encoding(picture),
+        labels=labels,
+        calibration=stored[0],
+        calibration_method=spec.calibration.method,
+        holdout=stored[1],
+        golden=stored[2],
+        acceptance=AcceptanceLimits(**spec.acceptance.model_dump()),
+        options=dict(sorted(spec.options.items())),
+    )
+    store(version, layout)
+    progress("storing", 1, 1)
+    return version
+
+
+def _network(manifest: Model, base: Path, cache: Path) -> tuple[bytes, str]:
+    source = manifest.spec.source
+    if source.importer is not None:
+        return importer(source.importer)(cache), source.importer
+    path = base / (source.path or "")
+    try:
+        if path.stat().st_size > MAX_NETWORK_BYTES:
+            raise ModelError(f"{path} is larger than an ONNX file can be")
+        return path.read_bytes(), str(path)
+    except OSError as exc:
+        raise ModelError(
+            f"can't read {path}: {exc.strerror}", hint="paths are relative to the manifest's file"
+        ) from exc
+
+
+def _picture_input(
+    given: list[PictureInput], inputs: tuple[TensorSpec, ...], origin: str
+) -> tuple[PictureInput, TensorSpec] | None:
+    """The picture input with its tensor, checked against each other; ``None`` where the inputs are plain tensors."""
+    if not given:
+        return None
+    picture = given[0]
+    if [tensor.name for tensor in inputs] != [picture.name]:
+        raise ModelError(
+            f"{origin} has the inputs {', '.join(t.name for t in inputs)}; the manifest names {picture.name!r}"
+        )
+    tensor = inputs[0]
+    channels = 1 if picture.colour == "GREY" else 3
+    axis = 1 if picture.layout == "NCHW" else 3
+    if len(tensor.shape) != 4 or tensor.shape[axis] != channels:
+        raise ModelError(
+            f"{origin}: input {tensor.name!r} has shape {tensor.shape}, which is not {picture.layout} with {channels} channels ({picture.colour})"
+        )
+    if tensor.datatype != "FP32":
+        raise ModelError(f"{origin}: picture input {tensor.name!r} is {tensor.datatype}, expected FP32")
+    return picture, tensor
+
+
+def _encoding(picture: tuple[PictureInput, TensorSpec] | None) -> PictureEncoding | None:
+    if picture is None:
+        return None
+    given, _ = picture
+    return PictureEncoding(mean=tuple(given.mean), std=tuple(given.std), layout=given.layout, colour=given.colour)
+
+
+def _labels(manifest: Model, base: Path, outputs: tuple[TensorSpec, ...], origin: str) -> tuple[str, ...]:
+    output = manifest.spec.output
+    if output.kind == "classification" and (len(outputs) != 1 or len(outputs[0].shape) < 2):
+        raise ModelError(
+            f"{origin} has the outputs {', '.join(f'{o.name} {o.shape}' for o in outputs)}; a classifier has one, batch x classes",
+            hint="use output kind raw",
+        )
+    if output.labels is None:
+        return ()
+    path = base / output.labels
+    try:
+        labels = tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
+    except (OSError, UnicodeDecodeError) as exc:
+        raise DataError(f"can't read the labels {path}: {exc}") from exc
+    if output.kind == "classification" and len(labels) != outputs[0].shape[-1]:
+        raise DataError(f"{path} has {len(labels)} labels, {origin} has {outputs[0].shape[-1]} classes")
+    return labels
+
+
+def _samples(
+    split: str,
+    source: Pictures,
+    base: Path,
+    picture: tuple[PictureInput, TensorSpec] | None,
+    inputs: tuple[TensorSpec, ...],
+    progress: Progress,
+) -> pictures.Samples:
+    path = base / source.path
+    if path.suffix == ".safetensors":
+        return pictures.read_tensors(split, path, inputs, source.count)
+    if picture is None:
+        raise DataError(
+            f"{split}: {path} is a folder of pictures but the manifest describes no picture input",
+            hint="describe it under spec.inputs, or give a .safetensors file",
+        )
+    given, tensor = picture
+    height, width = tensor.shape[2:4] if given.layout == "NCHW" else tensor.shape[1:3]
+    return pictures.read_folder(
+        split, path, height=height, width=width, grey=given.colour == "GREY", resize=given.resize, count=source.count,
+        input_name=tensor.name, progress=lambda done, total: progress(f"reading {split} pictures", done, total),
+    )  # fmt: skip

@@ -1,0 +1,126 @@
+"""One contract for every engine adapter: the same small network must be loaded, answered, and refused alike by all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+from edgefleet_agent.runtime import engines
+from edgefleet_agent.runtime.engines.fake import FakeEngine
+from edgefleet_agent.runtime.engines.port import Engine
+from edgefleet_shared import golden
+from edgefleet_shared.contract import TensorSpec
+from edgefleet_shared.errors import EngineError
+from support import artifacts
+
+SEED = 3
+
+
+class Case:
+    """An adapter, a good model file for it, and what the model must answer."""
+
+    def __init__(self, label: str, engine: Engine, content: bytes, tolerance: float) -> None:
+        self.label, self.engine, self.content, self.tolerance = label, engine, content, tolerance
+        name = engine.name if engine.name in artifacts.PROVIDERS else "onnxruntime"
+        self.config = artifacts.make_config(engine=name)  # type: ignore[arg-type]
+
+    def answer(self, x: np.ndarray) -> np.ndarray:
+        if self.engine.name == "fake":
+            return np.repeat(x.reshape(len(x), -1).mean(axis=1, keepdims=True), artifacts.CLASSES, axis=1)
+        return artifacts.truth(SEED, x)
+
+
+BUILDERS = {
+    "onnxruntime": ("onnxruntime", lambda: artifacts.onnx_model(SEED), 1e-4),
+    "onnxruntime, file with batch 1": ("onnxruntime", lambda: artifacts.onnx_model(SEED, batch=1), 1e-4),
+    "tflite": ("tflite", lambda: artifacts.tflite_model(SEED), 1e-4),
+    "tflite, int8 file": ("tflite", lambda: artifacts.tflite_model(SEED, quantized=True), 0.25),
+    "openvino": ("openvino", lambda: artifacts.openvino_model(SEED), 1e-3),
+    "openvino, file with batch 1": ("openvino", lambda: artifacts.openvino_model(SEED, batch=1), 1e-3),
+    "fake": ("fake", lambda: msgspec.json.encode({"scale": 1.0, "offset": 0.0}), 1e-4),
+}
+
+
+@pytest.fixture(params=BUILDERS, scope="module")
+def case(request: pytest.FixtureRequest) -> Case:
+    name, build, tolerance = BUILDERS[request.param]
+    engine: Engine = FakeEngine() if name == "fake" else engines.find(name)
+    if engine.available() is None:
+        pytest.skip(f"{name}: {engine.missing()}")
+    return Case(request.param, engine, build(), tolerance)
+
+
+@pytest.fixture
+def model_path(case: Case, tmp_path: Path) -> Path:
+    path = tmp_path / "model"
+    path.write_bytes(case.content)
+    return path
+
+
+def encoded(count: int) -> np.ndarray:
+    return golden.encode_pictures(artifacts.pictures(SEED, count), artifacts.ENCODING)
+
+
+def test_an_available_engine_tells_its_version_and_lacks_nothing(case: Case) -> None:
+    assert case.engine.available()
+    assert case.engine.missing() == ""
+
+
+def test_the_answer_is_the_networks_answer_with_the_promised_name_type_and_shape(case: Case, model_path: Path) -> None:
+    session = case.engine.load(model_path, case.config, threads=1)
+    x = encoded(1)
+    outputs = session.run({"x": x})
+    assert list(outputs) == ["y"]
+    assert outputs["y"].dtype == np.float32
+    assert outputs["y"].shape == (1, artifacts.CLASSES)
+    np.testing.assert_allclose(outputs["y"], case.answer(x), atol=case.tolerance)
+
+
+def test_a_batch_is_answered_row_for_row_like_single_pictures(case: Case, model_path: Path) -> None:
+    session = case.engine.load(model_path, case.config, threads=1)
+    x = encoded(5)
+    together = session.run({"x": x})["y"]
+    single = np.concatenate([session.run({"x": x[i : i + 1]})["y"] for i in range(5)])
+    assert together.shape == (5, artifacts.CLASSES)
+    np.testing.assert_allclose(together, single, atol=1e-5)
+
+
+def test_an_answer_is_not_overwritten_by_the_next_inference(case: Case, model_path: Path) -> None:
+    session = case.engine.load(model_path, case.config, threads=1)
+    x = encoded(2)
+    first = session.run({"x": x[:1]})["y"]
+    before = first.copy()
+    session.run({"x": x[1:]})
+    np.testing.assert_array_equal(first, before)
+
+
+def test_a_loaded_session_names_what_really_computes(case: Case, model_path: Path) -> None:
+    session = case.engine.load(model_path, case.config, threads=1)
+    assert session.providers
+    assert set(session.providers) <= {"CPU", "CPUExecutionProvider"}
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 torn", b"\x08\x09" + bytes(400)])
+def test_bytes_that_are_no_model_are_refused(case: Case, tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "broken"
+    path.write_bytes(content)
+    with pytest.raises(EngineError):
+        case.engine.load(path, case.config, threads=1).run({"x": encoded(1)})
+
+
+def test_a_file_whose_tensors_differ_from_the_promise_is_refused(case: Case, model_path: Path) -> None:
+    if case.engine.name == "fake":
+        pytest.skip("the fake has no tensors of its own to differ")
+    promised = msgspec.structs.replace(
+        case.config,
+        inputs=(TensorSpec("other", "FP32", (-1, 8, 8, 3)), TensorSpec("x", "FP32", (-1, 8, 8, 3))),
+    )
+    with pytest.raises(EngineError, match=r"promises|in the artifact"):
+        case.engine.load(model_path, promised, threads=1)
+
+
+def test_an_unknown_engine_is_refused_with_the_known_names() -> None:
+    with pytest.raises(EngineError, match="onnxruntime"):
+        engines.find("abacus")

@@ -1,0 +1,447 @@
+"""What the store promises, on every database it runs on."""
+
+from __future__ import annotations
+
+import random
+import threading
+from pathlib import Path
+
+import msgspec
+import pytest
+from edgefleet_controller.rollout import engine
+from edgefleet_controller.rollout.plan import create
+from edgefleet_controller.rollout.views import Assign, IntentKind, Phase
+from edgefleet_controller.store import catalog, devices, events, rollouts
+from edgefleet_controller.store.database import Database
+from edgefleet_controller.store.devices import PresenceRow
+from edgefleet_controller.store.tables import Artifact, Assignment, CompileJob
+from edgefleet_shared.errors import (
+    ConflictError,
+    EdgefleetError,
+    EnvironmentProblem,
+    InputError,
+    NotFoundError,
+    TrustError,
+)
+from edgefleet_shared.messages import Ack, Dropped, Event, Health, Refused
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from sqlalchemy import text
+from support.simulated_boards import artifacts, fleet_of, spec
+
+
+def enrol(database: Database, *names: str, device_class: str = "x86") -> None:
+    with database.write() as session:
+        devices.put_class(session, device_class, "{}", 1.0)
+        for name in names:
+            devices.enrol(session, name, device_class, site="lab", now=2.0)
+
+
+def event(sequence: int, device: str = "b1", boot: str = "boot1", requests: int = 0) -> Event:
+    return Event(device=device, boot=boot, sequence=sequence, at=float(sequence), body=Health(requests=requests))
+
+
+def insert(database: Database, *given: Event) -> dict[str, list[Ack]]:
+    with database.write() as session:
+        return events.insert(session, given, received_at=100.0)
+
+
+def stored(database: Database) -> int:
+    with database.read() as session:
+        return int(session.connection().execute(text("SELECT count(*) FROM event")).scalar_one())
+
+
+# ------------------------------------------------------------------------------------------------------------- database
+
+
+def test_migrating_twice_changes_nothing(database: Database) -> None:
+    enrol(database, "b1")
+    database.migrate()
+    with database.read() as session:
+        assert devices.get_device(session, "b1").site == "lab"
+
+
+def test_a_database_of_a_newer_program_is_refused(database: Database) -> None:
+    with database.write() as session:
+        session.connection().execute(text("UPDATE schema_version SET version = 99"))
+    with pytest.raises(EnvironmentProblem, match="schema 99"):
+        database.migrate()
+
+
+def test_two_programs_that_start_at_once_make_one_schema(url: str) -> None:
+    found = [Database(url) for _ in range(4)]
+    failed: list[EdgefleetError] = []
+
+    def migrate(database: Database) -> None:
+        try:
+            database.migrate()
+        except EdgefleetError as exc:
+            failed.append(exc)
+
+    threads = [threading.Thread(target=migrate, args=(database,)) for database in found]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert failed == []
+    with found[0].read() as session:
+        assert session.connection().execute(text("SELECT count(*) FROM schema_version")).scalar_one() == 1
+    for database in found:
+        database.close()
+
+
+def test_a_block_that_raises_leaves_nothing_behind(database: Database) -> None:
+    def half() -> None:
+        with database.write() as session:
+            devices.put_class(session, "x86", "{}", 1.0)
+            session.flush()
+            devices.get_device(session, "b1")
+
+    with pytest.raises(NotFoundError):
+        half()
+    with database.read() as session:
+        assert devices.list_classes(session) == []
+
+
+def test_a_row_that_refers_to_nothing_is_refused(database: Database) -> None:
+    with pytest.raises(ConflictError), database.write() as session:
+        session.add(CompileJob(id="j", model="m", version="1", device_class="nowhere", state="queued", created_at=1.0))
+
+
+def test_writers_wait_for_each_other_and_lose_no_count(database: Database) -> None:
+    enrol(database, "b1")
+    seen: list[int] = []
+
+    def count() -> None:
+        for _ in range(10):
+            with database.write() as session:
+                seen.append(rollouts.next_version(session, "b1"))
+
+    threads = [threading.Thread(target=count) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert sorted(seen) == list(range(1, 41))
+
+
+@pytest.mark.parametrize("wrong", ["mysql://x/y", "nonsense", "sqlite://", "sqlite:///:memory:"])
+def test_a_url_that_is_no_database_of_ours_is_refused(wrong: str) -> None:
+    with pytest.raises(InputError):
+        Database(wrong)
+
+
+def test_a_folder_that_does_not_exist_is_told_as_such(tmp_path: Path) -> None:
+    with pytest.raises(EnvironmentProblem, match="folder"):
+        Database(f"sqlite:///{tmp_path}/nowhere/fleet.db").migrate()
+
+
+# --------------------------------------------------------------------------------------------------------------- boards
+
+
+def test_a_board_is_enrolled_once_and_again_only_after_it_was_revoked(database: Database) -> None:
+    enrol(database, "b1")
+    with database.write() as session:
+        assert rollouts.next_version(session, "b1") == 1
+    with pytest.raises(ConflictError, match="enrolled already"):
+        enrol(database, "b1")
+    with database.write() as session:
+        devices.revoke(session, "b1")
+    enrol(database, "b1")
+    with database.write() as session:
+        assert rollouts.next_version(session, "b1") == 2, "signed versions only rise"
+
+
+def test_an_unknown_class_is_told_with_the_known_ones(database: Database) -> None:
+    enrol(database, "b1")
+    with pytest.raises(NotFoundError, match="known: x86"), database.write() as session:
+        devices.enrol(session, "b2", "arm", now=1.0)
+
+
+def test_a_token_is_valid_once_for_its_time_and_not_stored_as_such(database: Database) -> None:
+    enrol(database)
+    with database.write() as session:
+        token = devices.new_token(session, "x86", site="lab", ttl_s=60, now=1000.0)
+    with database.read() as session:
+        assert token not in str([t.model_dump() for t in devices.list_tokens(session)])
+    with pytest.raises(TrustError), database.write() as session:
+        devices.use_token(session, token, "b1", now=1061.0)
+    with database.write() as session:
+        assert devices.use_token(session, token, "b1", now=1059.0).site == "lab"
+    for wrong in (token, token[:-1], "", "x"):
+        with pytest.raises(TrustError), database.write() as session:
+            devices.use_token(session, wrong, "b2", now=1059.0)
+
+
+def test_of_two_boards_with_one_token_one_is_enrolled(database: Database) -> None:
+    enrol(database)
+    with database.write() as session:
+        token = devices.new_token(session, "x86", now=1000.0)
+    results: list[str] = []
+
+    def spend(device: str) -> None:
+        try:
+            with database.write() as session:
+                devices.use_token(session, token, device, now=1001.0)
+            results.append("in")
+        except TrustError:
+            results.append("out")
+
+    threads = [threading.Thread(target=spend, args=(f"b{n}",)) for n in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert sorted(results) == ["in", "out", "out", "out"]
+
+
+def test_the_last_will_of_an_earlier_session_does_not_take_a_board_offline(database: Database) -> None:
+    enrol(database, "b1")
+
+    def tell(boot: str, online: bool) -> bool:
+        with database.write() as session:
+            devices.put_presence(session, [PresenceRow("b1", boot, online, 1.0)])
+        with database.read() as session:
+            return devices.get_device(session, "b1").online
+
+    assert tell("boot1", True)
+    assert tell("boot2", True)
+    assert tell("boot1", False), "boot1 is over since boot2 began"
+    assert not tell("boot2", False)
+
+
+def test_last_seen_never_goes_backwards(database: Database) -> None:
+    enrol(database, "b1")
+    for at in (50.0, 40.0):
+        with database.write() as session:
+            devices.put_seen(session, {"b1": at, "stranger": at})
+    with database.read() as session:
+        assert devices.get_device(session, "b1").last_seen == 50.0
+
+
+# --------------------------------------------------------------------------------------------------------------- events
+
+
+def test_an_event_is_counted_once_however_often_it_comes(database: Database) -> None:
+    batch = [event(n) for n in (1, 2, 3)]
+    assert insert(database, *batch) == {"b1": [Ack("boot1", 3)]}
+    assert insert(database, *batch, event(4), event(4)) == {"b1": [Ack("boot1", 4)]}
+    assert stored(database) == 4
+
+
+def test_a_gap_is_not_acknowledged_and_closes_when_the_missing_one_comes(database: Database) -> None:
+    assert insert(database, event(1), event(3), event(4)) == {"b1": [Ack("boot1", 1)]}
+    assert insert(database, event(6)) == {"b1": [Ack("boot1", 1)]}
+    assert insert(database, event(2)) == {"b1": [Ack("boot1", 4)]}
+    assert insert(database, event(5)) == {"b1": [Ack("boot1", 6)]}
+
+
+def test_events_that_the_agent_gave_up_are_no_gap(database: Database) -> None:
+    insert(database, event(1), event(5))
+    told = Event(device="b1", boot="boot1", sequence=6, at=6.0, body=Dropped(count=3, up_to=4))
+    assert insert(database, told) == {"b1": [Ack("boot1", 6)]}
+
+
+def test_each_boot_and_each_board_counts_for_itself(database: Database) -> None:
+    acks = insert(database, event(1), event(2), event(1, boot="boot2"), event(2, device="b2"))
+    assert acks == {"b1": [Ack("boot1", 2), Ack("boot2", 1)], "b2": [Ack("boot1", 0)]}
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(seed=st.integers(0, 10**9))
+def test_whatever_order_the_network_makes_the_floor_is_right(database: Database, seed: int) -> None:
+    rng = random.Random(seed)
+    boot = f"boot{seed}"
+    sent = [n for n in range(1, 40) for _ in range(rng.choice([1, 1, 2]))]
+    rng.shuffle(sent)
+    have: set[int] = set()
+    while sent:
+        batch, sent = sent[: rng.randint(1, 8)], sent[8:]
+        have |= set(batch)
+        acks = insert(database, *(event(n, boot=boot) for n in batch))
+        expected = next(n for n in range(1, 41) if n not in have) - 1
+        assert acks["b1"] == [Ack(boot, expected)]
+
+
+def test_what_comes_back_is_what_was_put_in_and_old_ones_can_be_purged(database: Database) -> None:
+    insert(database, event(1, requests=7), event(2, device="b2"))
+    with database.read() as session:
+        row = events.recent(session, device="b1", kind="health")[0]
+        assert msgspec.json.decode(row.body, type=Health).requests == 7
+        assert len(events.recent(session)) == 2
+    with database.write() as session:
+        assert events.purge(session, before=101.0) == 2
+    assert insert(database, event(2)) == {"b1": [Ack("boot1", 2)]}, "the floor outlives the events"
+
+
+def test_text_that_a_board_made_up_comes_back_as_it_was(database: Database) -> None:
+    body = Refused(desired="x", check="\x00", reason='a\x00b \u2028 "quoted" \\u0000')
+    insert(database, Event(device="b1", boot="boot1", sequence=1, at=1.0, body=body))
+    with database.read() as session:
+        row = events.recent(session)[0]
+    assert (row.kind, msgspec.json.decode(row.body, type=Refused)) == ("refused", body)
+
+
+# -------------------------------------------------------------------------------------------------------------- catalog
+
+
+def artifact(manifest: str, version: str = "1", state: str = "compiled") -> Artifact:
+    return Artifact(
+        manifest=manifest, model="m", version=version, device_class="x86", manifest_bytes=700, size_bytes=5 << 32,
+        state=state, requirement="{}", created_at=1.0,
+    )  # fmt: skip
+
+
+def test_a_version_is_immutable_and_adding_it_again_is_no_error(database: Database) -> None:
+    with database.write() as session:
+        catalog.add_version(session, "m", "1", "sha256:a", "{}", 1.0)
+        catalog.add_version(session, "m", "1", "sha256:a", "{}", 2.0)
+    with pytest.raises(ConflictError, match="new version"), database.write() as session:
+        catalog.add_version(session, "m", "1", "sha256:b", "{}", 3.0)
+    with pytest.raises(NotFoundError, match="known: 1"), database.read() as session:
+        catalog.get_version(session, "m", "2")
+
+
+def test_what_was_signed_is_not_replaced_by_another_build(database: Database) -> None:
+    enrol(database)
+    with database.write() as session:
+        catalog.put_artifact(session, artifact("sha256:a"))
+        catalog.put_artifact(session, artifact("sha256:b"))
+        assert [a.manifest for a in catalog.list_artifacts(session, "m")] == ["sha256:b"]
+        catalog.mark_signed(session, "sha256:b")
+    with pytest.raises(ConflictError, match="signed"), database.write() as session:
+        catalog.put_artifact(session, artifact("sha256:c"))
+    with database.read() as session:
+        assert catalog.get_artifact(session, "sha256:b").size_bytes == 5 << 32
+
+
+def test_a_job_goes_to_one_worker_and_is_queued_again_after_a_restart(database: Database) -> None:
+    enrol(database)
+    with database.write() as session:
+        for n in range(8):
+            catalog.put_job(
+                session,
+                CompileJob(id=f"j{n}", model="m", version="1", device_class="x86", state="queued", created_at=float(n)),
+            )
+    taken: list[str] = []
+
+    def work() -> None:
+        while True:
+            with database.write() as session:
+                job = catalog.take_job(session, 5.0)
+            if job is None:
+                return
+            taken.append(job.id)
+
+    threads = [threading.Thread(target=work) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert sorted(taken) == [f"j{n}" for n in range(8)]
+    with database.write() as session:
+        assert catalog.requeue_running(session) == 8
+        assert len(catalog.list_jobs(session, unfinished=True)) == 8
+
+
+# -------------------------------------------------------------------------------------------------------------- rollouts
+
+
+def test_a_rollout_comes_back_as_it_was_put_in_at_every_step(database: Database) -> None:
+    fleet = fleet_of({"x86": 4})
+    rollout = create("r2", spec(), artifacts(["x86"]), fleet, 1000.5)
+    with database.write() as session:
+        rollouts.add(session, rollout)
+    with database.read() as session:
+        assert rollouts.load(session, "r2") == (rollout, 0)
+    decisions = engine.decide(rollout, fleet, 1_750_000_000.0)
+    after = engine.apply(rollout, decisions, 1001.25)
+    with database.write() as session:
+        rollouts.save(session, after, 0, [d.progress for d in decisions if isinstance(d, Assign)])
+    with database.read() as session:
+        assert rollouts.load(session, "r2") == (after, 1)
+        assert rollouts.holders(session) == dict.fromkeys(fleet, "r2")
+        assert rollouts.to_work_on(session) == ["r2"]
+
+
+def test_of_two_controllers_that_decided_on_the_same_state_one_is_heard(database: Database) -> None:
+    rollout = create("r2", spec(), artifacts(["x86"]), fleet_of({"x86": 2}), 1000.0)
+    with database.write() as session:
+        rollouts.add(session, rollout)
+    with database.write() as session:
+        rollouts.save(session, rollout, 0, [])
+    with pytest.raises(ConflictError, match="another controller"), database.write() as session:
+        rollouts.save(session, rollout, 0, [])
+    with pytest.raises(ConflictError, match="already"), database.write() as session:
+        rollouts.add(session, rollout)
+
+
+def test_the_operators_word_survives_what_the_engine_writes(database: Database) -> None:
+    rollout = create("r2", spec(), artifacts(["x86"]), fleet_of({"x86": 2}), 1000.0)
+    with database.write() as session:
+        rollouts.add(session, rollout)
+    with database.write() as session:
+        assert rollouts.intend(session, "r2", IntentKind.PAUSE, "ann").number == 1
+    with database.write() as session:
+        rollouts.save(session, rollout, 0, [])  # decided before the word came
+    with database.read() as session:
+        loaded, _ = rollouts.load(session, "r2")
+    assert (loaded.intent.kind, loaded.intent.number, loaded.intent_seen) == (IntentKind.PAUSE, 1, 0)
+
+
+def test_an_ended_rollout_takes_only_a_roll_back_and_holds_no_board(database: Database) -> None:
+    rollout = create("r2", spec(), artifacts(["x86"]), fleet_of({"x86": 2}), 1000.0)
+    ended = msgspec.structs.replace(rollout, phase=Phase.SUCCEEDED, ended_at=1.0)
+    with database.write() as session:
+        rollouts.add(session, rollout)
+        rollouts.save(session, ended, 0, [])
+    with database.read() as session:
+        assert rollouts.holders(session) == {}
+        assert rollouts.to_work_on(session) == []
+    with pytest.raises(ConflictError, match="only rollback"), database.write() as session:
+        rollouts.intend(session, "r2", IntentKind.RESUME)
+    with database.write() as session:
+        rollouts.intend(session, "r2", IntentKind.ROLLBACK)
+        assert rollouts.to_work_on(session) == ["r2"]
+
+
+def assignment(name: str, device: str, version: int) -> Assignment:
+    return Assignment(
+        id=name, device=device, version=version, manifest="sha256:a", payload=b"\x00signed\xff", payload_digest="sha256:p",
+        created_at=float(version),
+    )  # fmt: skip
+
+
+def test_only_the_assignment_in_force_is_published_and_bytes_come_back_verbatim(database: Database) -> None:
+    enrol(database, "b1", "b2")
+    with database.write() as session:
+        rollouts.put_assignments(session, [assignment("r1.b1.1", "b1", 1), assignment("r1.b2.1", "b2", 1)])
+        rollouts.put_assignments(session, [assignment("r2.b1.1", "b1", 2)])
+    with database.read() as session:
+        waiting = rollouts.unpublished(session)
+    assert [(row.id, row.payload) for row in waiting] == [
+        ("r1.b2.1", b"\x00signed\xff"),
+        ("r2.b1.1", b"\x00signed\xff"),
+    ]
+    with database.write() as session:
+        rollouts.mark_published(session, [(row.id, row.version) for row in waiting])
+        assert rollouts.unpublished(session) == []
+        assert rollouts.publish_all_again(session) == 2
+        assert len(rollouts.unpublished(session)) == 2
+
+
+def test_an_assignment_signed_anew_is_published_again_though_its_old_bytes_were(database: Database) -> None:
+    enrol(database, "b1")
+    with database.write() as session:
+        rollouts.put_assignments(session, [assignment("r1.b1.1", "b1", 1)])
+        rollouts.put_assignments(session, [assignment("r1.b1.1", "b1", 2)])
+        rollouts.mark_published(session, [("r1.b1.1", 1)])
+        assert [row.version for row in rollouts.unpublished(session)] == [2]
+
+
+def test_no_two_assignments_of_a_board_have_one_version(database: Database) -> None:
+    enrol(database, "b1")
+    with database.write() as session:
+        rollouts.put_assignments(session, [assignment("r1.b1.1", "b1", 1)])
+    with pytest.raises(ConflictError), database.write() as session:
+        rollouts.put_assignments(session, [assignment("r2.b1.1", "b1", 1)])

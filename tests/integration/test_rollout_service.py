@@ -1,0 +1,342 @@
+"""The rollout service on a real database, with boards that read what is retained and report: killed anywhere, it ends the same."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+import pytest
+from edgefleet_controller.health import Intake
+from edgefleet_controller.rollout.fakes import RetainingPublisher, UnsignedDirector, read_unsigned
+from edgefleet_controller.rollout.service import RolloutService
+from edgefleet_controller.rollout.views import (
+    ENDED,
+    GateSpec,
+    IntentKind,
+    Phase,
+    Rollout,
+    RolloutSpec,
+    Selector,
+    Standing,
+)
+from edgefleet_controller.store import catalog, devices
+from edgefleet_controller.store.database import Database
+from edgefleet_controller.store.tables import Artifact
+from edgefleet_shared.artifact import digest_of
+from edgefleet_shared.clock import ManualClock
+from edgefleet_shared.errors import ConflictError, InputError, NotFoundError, TransportError, TrustError
+from edgefleet_shared.lifecycle import State
+from edgefleet_shared.messages import Ended, Event, Health, Presence, Reported, SlotReport
+from edgefleet_shared.outcomes import Outcome
+from edgefleet_shared.trust import Assignment
+from sqlalchemy import event
+from support.broker import until
+from support.simulated_boards import FINGERPRINT, REQUIREMENT, manifest, spec
+
+
+class Killed(BaseException):
+    """The process ends here. No handler may hold it up."""
+
+
+class Chaos:
+    """Counts the steps between which a controller can be killed, and kills at one of them."""
+
+    def __init__(self) -> None:
+        self.at, self.step = -1, 0
+
+    def between(self) -> None:
+        self.step += 1
+        if self.step == self.at:
+            raise Killed
+
+
+class Director(UnsignedDirector):
+    def __init__(self, chaos: Chaos) -> None:
+        self.chaos, self.refuses = chaos, ""
+
+    def sign(self, assignment: Assignment, version: int) -> bytes:
+        self.chaos.between()
+        if self.refuses:
+            raise TrustError("director", self.refuses)
+        return super().sign(assignment, version)
+
+
+class Broker(RetainingPublisher):
+    def __init__(self, chaos: Chaos) -> None:
+        super().__init__()
+        self.chaos, self.down = chaos, False
+
+    def publish_desired(self, device: str, assignment: bytes) -> None:
+        self.chaos.between()
+        if self.down:
+            raise TransportError("the broker is gone")
+        super().publish_desired(device, assignment)
+        self.chaos.between()
+
+
+class Site:
+    """Controller and boards. Boards outlive the controller."""
+
+    def __init__(self, folder: Path, boards: dict[str, str], bad_versions: tuple[str, ...] = ()) -> None:
+        self.clock, self.chaos = ManualClock(), Chaos()
+        self.director, self.broker = Director(self.chaos), Broker(self.chaos)
+        self.url = f"sqlite:///{folder}/fleet.db"
+        self.bad_versions = bad_versions
+        self.given: dict[str, list[tuple[str, int]]] = {name: [] for name in boards}
+        self.reports: dict[str, Reported] = {}
+        self.kills = 0
+        database = Database(self.url)
+        database.migrate()
+        with database.write() as session:
+            for device_class in sorted(set(boards.values())):
+                devices.put_class(session, device_class, "{}", 1.0)
+                for version in ("1", "2", "3"):
+                    catalog.add_version(session, "m", version, f"sha256:{version}", "{}", 1.0)
+                    catalog.put_artifact(
+                        session,
+                        Artifact(
+                            manifest=manifest(device_class, version), model="m", version=version, device_class=device_class,
+                            manifest_bytes=700, size_bytes=5000, state="signed", created_at=1.0,
+                            requirement=msgspec.json.encode(REQUIREMENT).decode(),
+                        ),
+                    )  # fmt: skip
+            for name, device_class in boards.items():
+                devices.enrol(session, name, device_class, now=1.0)
+        database.close()
+        self.boards = boards
+        self.start()
+        for name, device_class in boards.items():
+            self.reports[name] = Reported(
+                device=name, device_class=device_class, boot="boot1", at=1.0, state=State.IDLE, agent_version="1",
+                fingerprint=FINGERPRINT, active=self.slot(device_class, "1"),
+            )  # fmt: skip
+            self.intake.presence(name, Presence(online=True, boot="boot1"))
+            self.intake.reported(name, self.reports[name])
+
+    def slot(self, device_class: str, version: str) -> SlotReport:
+        return SlotReport(manifest=manifest(device_class, version), model="m", version=version, status="good")
+
+    def start(self) -> None:
+        """A controller process: all that it knows is in the database."""
+        self.database = Database(self.url)
+        event.listen(self.database.engine, "commit", lambda _connection: self.chaos.between())
+        self.intake = Intake(self.database, self.clock)
+        self.service = RolloutService(self.database, self.director, self.broker, self.intake, self.clock)
+
+    def tick(self) -> None:
+        try:
+            self.service.tick()
+            self.chaos.between()
+        except Killed:
+            self.kills += 1
+            self.database.close()
+            self.start()
+            # What the broker retains comes again to a controller that connects.
+            for name, report in self.reports.items():
+                self.intake.presence(name, Presence(online=True, boot="boot1"))
+                self.intake.reported(name, report)
+
+    def work(self) -> None:
+        """Every board looks at what is retained for it, and does it."""
+        for name, payload in self.broker.retained.items():
+            report, device_class = self.reports[name], self.boards[name]
+            if report.desired_seen == digest_of(payload):
+                continue
+            wanted, version = read_unsigned(payload)
+            known = self.given[name]
+            assert wanted.device == name
+            assert not known or version > known[-1][1], "an assignment's version must rise"
+            known.append((wanted.id, version))
+            good = wanted.version not in self.bad_versions
+            active = self.slot(device_class, wanted.version) if good else report.active
+            report = msgspec.structs.replace(
+                report, assignment=wanted.id, desired_seen=digest_of(payload), active=active,
+                ended=Ended(
+                    assignment=wanted.id, manifest=wanted.manifest, reason="" if good else "agreement too low",
+                    outcome=Outcome.SUCCEEDED if good else Outcome.FAILED_NO_CHANGE,
+                ),
+            )  # fmt: skip
+            self.reports[name] = report
+            self.intake.reported(name, report)
+
+    def run(self, name: str, rounds: int = 60) -> Rollout:
+        for _ in range(rounds):
+            self.tick()
+            self.work()
+            self.clock.advance(1)
+            rollout = self.service.get(name)
+            if rollout.phase in ENDED | {Phase.PAUSED}:
+                return rollout
+        return rollout
+
+    def create(self, name: str = "r2", version: str = "2", **fields: object) -> RolloutSpec:
+        wanted = spec(version=version, **fields)
+        self.service.create(name, wanted)
+        return wanted
+
+    def versions(self) -> dict[str, str]:
+        return {name: report.active.version if report.active else "" for name, report in self.reports.items()}
+
+
+BOARDS = {"a1": "x86", "a2": "x86", "a3": "x86", "b1": "arm", "b2": "arm"}
+
+
+def standings(rollout: Rollout) -> dict[str, tuple[Standing, Outcome | None, str]]:
+    return {d: (p.standing, p.outcome, p.assignment) for d, p in rollout.boards.items()}
+
+
+@pytest.mark.parametrize(("bad", "phase"), [((), Phase.SUCCEEDED), (("2",), Phase.ROLLED_BACK)])
+def test_killed_between_any_two_steps_it_goes_on_and_ends_the_same(
+    tmp_path: Path, bad: tuple[str, ...], phase: Phase
+) -> None:
+    def play(folder: Path, kill_at: int) -> tuple[Site, Rollout]:
+        folder.mkdir()
+        site = Site(folder, BOARDS, bad)
+        site.create()
+        site.chaos.step, site.chaos.at = 0, kill_at
+        return site, site.run("r2")
+
+    calm, expected = play(tmp_path / "calm", -1)
+    assert expected.phase is phase
+    steps = calm.chaos.step
+    assert steps > 20, "every signature, publication and commit is a step"
+    for kill_at in range(1, steps + 1):
+        site, rollout = play(tmp_path / str(kill_at), kill_at)
+        assert site.kills == 1
+        assert rollout.phase is phase, kill_at
+        assert standings(rollout) == standings(expected), kill_at
+        assert [g.verdict for g in rollout.gates] == [g.verdict for g in expected.gates]
+        assert site.versions() == calm.versions()
+        assert {d: [name for name, _ in given] for d, given in site.given.items()} == {
+            d: [name for name, _ in given] for d, given in calm.given.items()
+        }, "no board is told anything twice, or anything else"
+        site.database.close()
+
+
+def test_a_broker_that_is_gone_delays_and_loses_nothing(tmp_path: Path) -> None:
+    site = Site(tmp_path, BOARDS)
+    site.create()
+    site.broker.down = True
+    site.run("r2", rounds=5)
+    assert site.broker.retained == {}
+    site.broker.down = False
+    assert site.run("r2").phase is Phase.SUCCEEDED
+
+
+def test_a_director_that_can_not_sign_pauses_with_the_reason_and_costs_no_board(tmp_path: Path) -> None:
+    site = Site(tmp_path, BOARDS)
+    site.create()
+    site.director.refuses = "the key is gone"
+    rollout = site.run("r2")
+    assert rollout.phase is Phase.PAUSED
+    assert "the key is gone" in rollout.reason
+    assert all(p.tries == 0 for p in rollout.boards.values())
+    site.director.refuses = ""
+    site.service.intend("r2", IntentKind.RESUME)
+    assert site.run("r2").phase is Phase.SUCCEEDED
+
+
+def test_two_rollouts_do_not_fight_over_a_board(tmp_path: Path) -> None:
+    site = Site(tmp_path, BOARDS)
+    site.create("r2")
+    with pytest.raises(ConflictError, match="a1 by r2"):
+        site.create("r3", version="3")
+    assert site.run("r2").phase is Phase.SUCCEEDED
+    site.create("r3", version="3")
+    assert site.run("r3").phase is Phase.SUCCEEDED
+    assert set(site.versions().values()) == {"3"}
+
+
+def test_an_ended_rollout_can_be_rolled_back_and_a_later_one_is_not_undone_by_it(tmp_path: Path) -> None:
+    site = Site(tmp_path, BOARDS)
+    site.create("r2")
+    site.run("r2")
+    site.service.intend("r2", IntentKind.ROLLBACK, "ann")
+    assert site.service.get("r2").phase is Phase.SUCCEEDED
+    site.tick()
+    assert site.run("r2").phase is Phase.ROLLED_BACK
+    assert set(site.versions().values()) == {"1"}
+    site.create("r3", version="3")
+    assert site.run("r3").phase is Phase.SUCCEEDED
+
+
+def test_what_can_not_be_rolled_out_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
+    site = Site(tmp_path, {"a1": "x86"})
+    for error, wanted in (
+        (InputError, spec(selector=Selector(classes=("nowhere",)))),
+        (InputError, spec(gate=GateSpec(max_failed_share=float("nan")))),
+        (NotFoundError, spec(version="9")),
+    ):
+        with pytest.raises(error):
+            site.service.create("r2", wanted)
+    with pytest.raises(NotFoundError):
+        site.service.get("r2")
+    assert [row.wave for row in site.service.plan("r2", spec())] == ["canary"]
+    assert site.broker.count == 0
+
+
+def test_an_operators_word_wakes_the_loop(tmp_path: Path) -> None:
+    site = Site(tmp_path, BOARDS)
+    stop = threading.Event()
+    loop = threading.Thread(target=site.service.run, args=(stop, 3600.0))
+    loop.start()
+    try:
+        site.create()
+        until(lambda: len(site.broker.retained) == 2, "both canaries were assigned")
+        site.service.intend("r2", IntentKind.PAUSE)
+        until(lambda: site.service.get("r2").phase is Phase.PAUSED, "the rollout paused")
+    finally:
+        stop.set()
+        site.service.wake()
+        loop.join(20)
+    assert not loop.is_alive()
+
+
+def test_errors_that_boards_measure_while_serving_fail_the_gate(tmp_path: Path) -> None:
+    """The whole way: health events into the database, figures to the gate, the rollout undone."""
+    site = Site(tmp_path, BOARDS)
+    site.create(gate=GateSpec(max_error_rate=0.01))
+    sequence = 0
+
+    def measure(failed_of_new: int) -> None:
+        nonlocal sequence
+        sequence += 1
+        site.intake.events(
+            [
+                Event(
+                    device=name, boot="boot1", sequence=sequence, at=site.clock.now(),
+                    body=Health(model="m", version=version, requests=100 * sequence,
+                                failed=failed_of_new * sequence if version == "2" else 0),
+                )
+                for name, version in site.versions().items()
+            ]
+        )  # fmt: skip
+
+    site.tick()
+    measure(0)
+    work, site.work = site.work, lambda: None  # type: ignore[method-assign]
+    reported: list[Callable[[], None]] = []
+    real, site.intake.reported = site.intake.reported, lambda d, m: reported.append(lambda: real(d, m))  # type: ignore[method-assign]
+    work()  # the canaries serve version 2, but nobody was told yet
+    for _ in range(3):
+        measure(20)
+    for tell in reported:
+        tell()
+    site.intake.reported, site.work = real, work  # type: ignore[method-assign]
+    rollout = site.run("r2")
+    assert rollout.phase is Phase.ROLLED_BACK
+    assert "requests failed" in rollout.reason
+    assert set(site.versions().values()) == {"1"}
+
+
+def test_figures_survive_a_restart_of_the_controller(tmp_path: Path) -> None:
+    site = Site(tmp_path, {"a1": "x86"})
+    for n in (1, 2, 3):
+        body = Health(model="m", version="1", requests=100 * n, failed=n, p95_ms=7.0)
+        site.intake.events([Event(device="a1", boot="boot1", sequence=n, at=float(n), body=body)])
+    before = site.intake.of("a1")
+    assert (before.requests, before.failed, before.p95_ms) == (200, 2, 7.0)
+    site.start()
+    assert site.intake.of("a1") == before

@@ -1,0 +1,294 @@
+"""Hot swaps, crashes and restarts of a real runtime under real load: no request fails, no answer names the wrong version."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from edgefleet_shared.errors import ArtifactError, ConflictError, EdgefleetError, EngineError, NotFoundError
+from support import artifacts
+from support.runtimes import Load, Runtime, running, until
+
+
+@pytest.fixture
+def runtime(tmp_path: Path) -> Iterator[Runtime]:
+    with running(tmp_path) as made:
+        yield made
+
+
+def served(runtime: Runtime, version: str = "1") -> str:
+    digest = runtime.add(version)
+    runtime.install(digest)
+    runtime.start()
+    return digest
+
+
+def clean(load: Load) -> None:
+    assert load.failed == []
+    assert load.wrong == 0
+
+
+def test_many_hot_swaps_under_load_fail_no_request_and_mislabel_no_answer(runtime: Runtime) -> None:
+    current = served(runtime)
+    with Load(runtime) as load:
+        for number in range(2, 7):
+            new = runtime.add(str(number))
+            assert runtime.client.load(new).mode == "blue-green"
+            assert runtime.client.switch(new).previous == current
+            load.seen(str(number))
+            runtime.client.retire(current)
+            current = new
+    clean(load)
+    assert {v.version for v in runtime.status().versions} == {"6"}
+    assert set(load.answers) == {"1", "2", "3", "4", "5", "6"}
+    assert runtime.status().failed == 0
+
+
+def test_after_the_switch_returned_no_request_is_answered_by_the_old_version(runtime: Runtime) -> None:
+    served(runtime)
+    new = runtime.add("2")
+    with Load(runtime) as load:
+        runtime.client.load(new)
+        runtime.client.switch(new)
+        for _ in range(20):
+            assert runtime.infer(np.zeros((1, 8, 8, 3), np.float32))[1]["model_version"] == "2"
+    clean(load)
+
+
+def test_loading_does_not_change_what_serves(runtime: Runtime) -> None:
+    old, new = served(runtime), runtime.add("2")
+    runtime.client.load(new)
+    status = runtime.status()
+    assert status.serving == old
+    assert runtime.infer(np.zeros((1, 8, 8, 3), np.float32))[1]["model_version"] == "1"
+    assert (
+        runtime.infer(np.zeros((1, 8, 8, 3), np.float32), "/v2/models/toy/versions/2/infer")[1]["model_version"] == "2"
+    )
+
+
+def test_a_killed_worker_fails_no_request_and_is_counted(runtime: Runtime) -> None:
+    served(runtime)
+    with Load(runtime) as load:
+        for crash in range(1, 4):
+            os.kill(runtime.version("1").pid, signal.SIGKILL)
+            until(lambda crash=crash: runtime.version("1").crashes == crash, what="the crash being counted")
+            until(lambda: runtime.version("1").state == "ready", what="the worker coming back")
+            load.seen("1")
+    clean(load)
+    assert runtime.version("1").last_problem == "killed by SIGKILL"
+
+
+def test_when_a_new_versions_worker_dies_the_old_one_answers_at_once(runtime: Runtime) -> None:
+    served(runtime)
+    new = runtime.add("2")
+    with Load(runtime) as load:
+        runtime.client.load(new)
+        runtime.client.switch(new)
+        load.seen("2")
+        before = load.answers["1"]
+        os.kill(runtime.version("2").pid, signal.SIGKILL)
+        until(lambda: load.answers["1"] > before, what="the standby answering")
+        until(lambda: runtime.version("2").state == "ready", what="the new version coming back")
+        load.seen("2")
+    clean(load)
+
+
+def test_a_picture_that_kills_the_new_version_is_answered_by_the_standby(runtime: Runtime) -> None:
+    old, new = served(runtime), runtime.add("2", behaviour="poison")
+    runtime.client.load(new)
+    runtime.client.switch(new)
+    poison = np.zeros((1, 8, 8, 3), np.float32)
+    poison[0, 0, 0, 0] = 1.0
+    status, answer = runtime.infer(poison)
+    assert (status, answer["model_version"]) == (200, "1")
+    assert runtime.version("2").crashes == 1
+    assert runtime.version("2").last_problem == "killed by SIGFPE"
+    runtime.client.switch(old)
+    runtime.client.retire(new)
+    assert [v.version for v in runtime.status().versions] == ["1"]
+
+
+def test_a_picture_that_kills_every_worker_fails_alone_after_a_bound(runtime: Runtime) -> None:
+    digest = runtime.add("1", behaviour="poison")
+    runtime.install(digest)
+    runtime.start()
+    with Load(runtime) as load:
+        poison = np.zeros((1, 8, 8, 3), np.float32)
+        poison[0, 0, 0, 0] = 1.0
+        status, answer = runtime.infer(poison)
+        assert status == 500
+        assert "died 3 times" in answer["error"]
+        load.seen("1")
+    clean(load)
+    assert runtime.version("1").failed == 1
+
+
+@pytest.mark.parametrize(("behaviour", "reason"), [("crash", "killed by SIGFPE"), ("corrupt", "can't load the model")])
+def test_a_candidate_that_does_not_load_is_refused_with_the_reason_and_nothing_else_happens(
+    runtime: Runtime, behaviour: artifacts.Behaviour, reason: str
+) -> None:
+    old, bad = served(runtime), runtime.add("2", behaviour=behaviour)
+    with Load(runtime) as load:
+        with pytest.raises(EngineError, match=reason):
+            runtime.client.load(bad)
+        load.seen("1")
+    clean(load)
+    status = runtime.status()
+    assert status.serving == old
+    assert [v.version for v in status.versions] == ["1"]
+    with pytest.raises(NotFoundError):
+        runtime.client.switch(bad)
+
+
+def test_one_changed_byte_on_disk_is_refused_at_load(runtime: Runtime) -> None:
+    served(runtime)
+    new = runtime.add("2")
+    model = runtime.layout.manifest(new).layers[0]
+    path = runtime.layout.path(model.digest)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    for mode in ("blue-green", "in-place"):
+        with pytest.raises(ArtifactError, match="changed on disk"):
+            runtime.client.load(new, mode)  # type: ignore[arg-type]
+    assert runtime.infer(np.zeros((1, 8, 8, 3), np.float32))[0] == 200
+
+
+def test_an_in_place_swap_parks_requests_and_fails_none(runtime: Runtime) -> None:
+    old, new = served(runtime), runtime.add("2")
+    with Load(runtime) as load:
+        loaded = runtime.client.load(new, "in-place")
+        assert loaded.mode == "in-place"
+        assert runtime.status().serving == old
+        switched = runtime.client.switch(new)
+        assert switched.mode == "in-place"
+        assert switched.parked_ms > 0
+        load.seen("2")
+    clean(load)
+    assert [v.version for v in runtime.status().versions] == ["2"]
+
+
+def test_an_in_place_swap_to_a_model_that_kills_its_worker_brings_the_old_one_back(runtime: Runtime) -> None:
+    old, bad = served(runtime), runtime.add("2", behaviour="crash")
+    with Load(runtime) as load:
+        runtime.client.load(bad, "in-place")
+        with pytest.raises(EngineError, match="SIGFPE"):
+            runtime.client.switch(bad)
+        load.seen("1")
+    clean(load)
+    assert runtime.status().serving == old
+    assert [v.version for v in runtime.status().versions] == ["1"]
+
+
+def test_the_device_class_chooses_the_swap_mode_unless_the_caller_does(runtime: Runtime) -> None:
+    served(runtime)
+    new = runtime.add("2", swap="in-place")
+    assert runtime.client.load(new).mode == "in-place"
+    runtime.client.retire(new)
+    assert runtime.client.load(new, "blue-green").mode == "blue-green"
+
+
+def test_a_model_that_does_not_fit_beside_the_old_one_is_swapped_in_place(runtime: Runtime) -> None:
+    served(runtime)
+    new = runtime.add("2", contract=artifacts.make_contract(peak_memory_bytes=1 << 50))
+    loaded = runtime.client.load(new)
+    assert loaded.mode == "in-place"
+    assert "are needed" in loaded.why
+
+
+def test_orders_may_be_repeated_by_an_agent_that_lost_its_place(runtime: Runtime) -> None:
+    old, new = served(runtime), runtime.add("2")
+    runtime.client.load(new)
+    runtime.client.load(new)
+    runtime.client.switch(new)
+    assert runtime.client.switch(new).previous == new
+    runtime.client.retire(old)
+    runtime.client.retire(old)
+    with pytest.raises(ConflictError, match="serving"):
+        runtime.client.retire(new)
+
+
+def test_the_runtime_serves_the_active_artifact_at_its_start_with_no_agent(runtime: Runtime) -> None:
+    served(runtime, "3")
+    assert runtime.stop(signal.SIGKILL) == -signal.SIGKILL
+    runtime.start()
+    x = np.full((1, 8, 8, 3), 0.5, np.float32)
+    _, answer = runtime.infer(x)
+    assert answer["model_version"] == "3"
+    np.testing.assert_allclose(answer["outputs"][0]["data"], artifacts.truth(3, x).ravel(), atol=1e-4)
+
+
+def test_the_previous_artifact_serves_when_the_active_one_does_not_load(runtime: Runtime) -> None:
+    good, bad = runtime.add("1"), runtime.add("2", behaviour="crash")
+    runtime.install(bad, previous=good)
+    runtime.start()
+    assert runtime.status().serving == good
+
+
+def test_without_any_artifact_it_lives_but_is_not_ready_and_takes_the_first_one_later(runtime: Runtime) -> None:
+    runtime.start(ready=False)
+    assert runtime.get("/v2/health/live")[0] == 200
+    assert runtime.get("/v2/health/ready")[0] == 503
+    assert runtime.infer(np.zeros((1, 8, 8, 3), np.float32))[0] == 404
+    digest = runtime.add("1")
+    runtime.client.load(digest)
+    runtime.client.switch(digest)
+    assert runtime.get("/v2/health/ready")[0] == 200
+
+
+def test_damaged_slots_leave_it_alive_and_waiting_for_the_agent(runtime: Runtime) -> None:
+    (runtime.state / "slots.json").write_bytes(b'{"active": ')
+    runtime.start(ready=False)
+    assert runtime.status().serving is None
+
+
+def test_a_worker_does_not_outlive_a_killed_runtime(runtime: Runtime) -> None:
+    served(runtime)
+    pid = runtime.version("1").pid
+    runtime.stop(signal.SIGKILL)
+    until(lambda: not Path(f"/proc/{pid}").exists() or "Z" in Path(f"/proc/{pid}/stat").read_text().split(")")[1][:3])
+
+
+def test_sigterm_answers_what_is_in_flight_and_ends_with_0(runtime: Runtime) -> None:
+    served(runtime)
+    assert runtime.stop() == 0
+
+
+def test_a_second_runtime_on_the_same_state_is_refused(runtime: Runtime, tmp_path: Path) -> None:
+    served(runtime)
+    second = Runtime(tmp_path)
+    with pytest.raises(AssertionError, match="in use by fleet-runtime"):
+        second.start()
+    assert runtime.status().serving is not None
+
+
+def test_the_control_socket_is_for_its_owner_alone_and_survives_rubbish(runtime: Runtime) -> None:
+    served(runtime)
+    path = runtime.state / "run" / "control.sock"
+    assert path.stat().st_mode & 0o777 == 0o600
+    import socket
+
+    from edgefleet_agent.runtime.control import short_path
+
+    for rubbish in (
+        b"\n",
+        b"{}\n",
+        b'{"op": "load"}\n',
+        b'{"op":"load","manifest":"../../etc/passwd"}\n',
+        b"\xff" * 5000 + b"\n",
+    ):
+        with socket.socket(socket.AF_UNIX) as link, short_path(path) as address:
+            link.settimeout(10)
+            link.connect(address)
+            link.sendall(rubbish)
+            reply = json.loads(link.makefile().readline())
+            assert reply["op"] == "refused"
+            assert reply["error"]["message"]
+    with pytest.raises(EdgefleetError):
+        runtime.client.load("sha256:" + "0" * 64)
+    assert runtime.client.ping().pid > 0
