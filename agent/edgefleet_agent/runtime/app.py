@@ -16,7 +16,7 @@ from edgefleet_shared import atomic
 from edgefleet_shared.errors import ArtifactError, EdgefleetError, EnvironmentProblem, InputError
 
 from edgefleet_agent import notify, slots
-from edgefleet_agent.runtime import control
+from edgefleet_agent.runtime import activation, control
 from edgefleet_agent.runtime.control_server import bind_unix, serve_control
 from edgefleet_agent.runtime.front import Front
 from edgefleet_agent.runtime.http import Server
@@ -91,12 +91,12 @@ async def serve(state: Path, address: tuple[str, int] | None, socket_path: Path,
     server = Server(front.handle)
 
     servers = [await serve_control(bind_unix(control.socket_path(state), 0o600), switchboard)]
-    servers.append(await loop.create_unix_server(server.connection, sock=_unix(socket_path)))
-    where = str(socket_path)
-    if address is not None:
-        listener = _tcp(*address)
-        servers.append(await loop.create_server(server.connection, sock=listener))
-        host, port = listener.getsockname()[:2]
+    unix, tcp = _listeners(address, socket_path)
+    servers.append(await loop.create_unix_server(server.connection, sock=unix))
+    where = str(unix.getsockname())
+    if tcp is not None:
+        servers.append(await loop.create_server(server.connection, sock=tcp))
+        host, port = tcp.getsockname()[:2]
         atomic.write(state / "run" / "http.addr", f"{host}:{port}\n".encode())
         where += f" and http://{host}:{port}"
     log.info("listening at %s", where)
@@ -149,6 +149,30 @@ def _gauges(switchboard: Switchboard, server: Server) -> dict[str, float]:
         "refused_connections": server.refused,
         "swaps": switchboard.swaps,
     }
+
+
+def _listeners(address: tuple[str, int] | None, path: Path) -> tuple[socket.socket, socket.socket | None]:
+    """The Unix and the TCP socket: what systemd handed over (ADR 0006), else our own."""
+    handed = activation.inherited()
+    unix = [taken for taken in handed if taken.family == socket.AF_UNIX]
+    tcp = [taken for taken in handed if taken.family != socket.AF_UNIX]
+    if len(unix) > 1 or len(tcp) > 1:
+        raise EnvironmentProblem(
+            f"systemd handed over {len(unix)} Unix and {len(tcp)} TCP sockets",
+            hint="one of each at most: fleet-runtime.socket",
+        )
+    for taken in tcp:
+        if taken.getsockname()[0] not in LOOPBACK:
+            raise EnvironmentProblem(
+                f"systemd listens at {taken.getsockname()[0]}, which is not loopback",
+                hint="requests carry no identity: put a proxy that checks one in front",
+            )
+    for taken in handed:
+        taken.setblocking(False)
+    return (
+        unix[0] if unix else _unix(path),
+        tcp[0] if tcp else _tcp(*address) if address is not None and not handed else None,
+    )
 
 
 def _unix(path: Path) -> socket.socket:
