@@ -42,7 +42,7 @@ def add_model(home: Path, path: Path, version: str, progress: source.Progress) -
     with tempfile.TemporaryDirectory(prefix="edgefleet-add-") as staging:
         layout = Layout(Path(staging))
         imported = source.import_model(
-            manifest, path.parent if path.is_file() else path, layout, cache=default_cache(), progress=progress
+            manifest, (manifest.file or path).parent, layout, cache=default_cache(), progress=progress
         )
         client.upload(layout, [*source.blobs(imported), imported.digest], progress)
     added: dict[str, Any] = client.add_model(imported.digest)

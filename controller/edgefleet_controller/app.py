@@ -7,9 +7,10 @@ import os
 import signal
 import threading
 from collections import OrderedDict
+from contextlib import ExitStack
 from typing import Any
 
-from edgefleet_shared import logs
+from edgefleet_shared import atomic, logs
 from edgefleet_shared.artifact import Layout
 from edgefleet_shared.clock import SystemClock
 from edgefleet_shared.errors import EdgefleetError
@@ -25,7 +26,7 @@ from edgefleet_controller.settings import Settings
 from edgefleet_controller.sign import DirectorSigner, Repository, read_key
 from edgefleet_controller.store import devices, rollouts
 from edgefleet_controller.store.database import Database
-from edgefleet_controller.transport.broker import CONTROLLER, Broker, BrokerFiles
+from edgefleet_controller.transport.broker import CONTROLLER, Broker, BrokerFiles, write_for_another
 from edgefleet_controller.transport.gateway import Gateway
 from edgefleet_controller.transport.sender import BlobSender
 
@@ -68,6 +69,8 @@ class Controller:
                 certificate=home / "ca" / "server.pem", key=home / "ca" / "server.key",
             )  # fmt: skip
             self.broker = Broker(files, host, port)
+        else:
+            write_for_another(home / "broker", home / "ca", port)
         endpoint = Endpoint(
             host=host, port=port, ca=home / "ca" / "ca.pem",
             certificate=home / "ca" / f"{CONTROLLER}.pem", key=home / "ca" / f"{CONTROLLER}.key",
@@ -81,33 +84,36 @@ class Controller:
         self.rollouts = RolloutService(self.database, director, self.gateway, self.intake, self.clock)
         self.http_sent_bytes = 0
         self._blobs_of: OrderedDict[str, frozenset[str]] = OrderedDict()
+        self._running = ExitStack()
         self._stopping = threading.Event()
+        self._publish_again = threading.Event()
         self._threads = [
             threading.Thread(target=self.rollouts.run, args=(self._stopping,), name="rollouts", daemon=True),
             threading.Thread(target=self._keep_fresh, name="keep-fresh", daemon=True),
         ]
 
     def start(self) -> None:
+        """Start every part; each that runs is noted, so that :meth:`stop` undoes exactly that."""
+        stops = self._running
+        stops.callback(self.database.close)
         if self.broker is not None:
+            stops.callback(self.broker.stop)
             self.broker.start()
+        stops.callback(self.intake.flush)
         self.gateway.start()
+        stops.callback(self.gateway.stop)
         self.sender.start()
+        stops.callback(self.sender.stop)
         self.compiling.start()
+        stops.callback(self.compiling.stop)
         for thread in self._threads:
             thread.start()
+            stops.callback(thread.join, 10)
 
     def stop(self) -> None:
         self._stopping.set()
         self.rollouts.wake()
-        self.compiling.stop()
-        for thread in self._threads:
-            thread.join(10)
-        self.sender.stop()
-        self.gateway.stop()
-        self.intake.flush()
-        if self.broker is not None:
-            self.broker.stop()
-        self.database.close()
+        self._running.close()
 
     def publish_metadata(self, new: dict[str, bytes]) -> None:
         """Check and take signed metadata, and tell every board.
@@ -144,15 +150,25 @@ class Controller:
         return self.gateway.link.sent_bytes + self.http_sent_bytes
 
     def _came_up(self) -> None:
-        """A broker that was killed has lost what it acknowledged: publish everything that must be retained again."""
-        self.gateway.publish_metadata(self.repository.files())
-        self.rollouts.publish_all_again()
-        self.rollouts.wake()
+        """A broker that was killed has lost what it acknowledged: publish everything that must be retained again. Not here, on
+        the gateway's thread, which must not wait for the database nor die with it."""
+        self._publish_again.set()
+
+    def _publish_everything(self) -> None:
+        self._publish_again.clear()
+        try:
+            self.gateway.publish_metadata(self.repository.files())
+            self.rollouts.publish_all_again()
+        except EdgefleetError:
+            self._publish_again.set()
+            raise
 
     def _keep_fresh(self) -> None:
         renew_at = self.clock.monotonic()
         while not self._stopping.wait(FLUSH_EVERY_S):
             try:
+                if self._publish_again.is_set():
+                    self._publish_everything()
                 self.intake.flush()
                 if self.clock.monotonic() >= renew_at:
                     renew_at = self.clock.monotonic() + RENEW_EVERY_S
@@ -173,17 +189,19 @@ def serve(settings: Settings) -> None:
     logs.configure()
     # A dead thread must not leave a controller that is half alive: systemd starts a whole one.
     threading.excepthook = _fatal
-    controller = Controller(settings)
-    server = ApiServer(controller)
-    server.refuse_taken_port()
-    try:
-        controller.start()
+    with atomic.lock(settings.home, "fleet serve"):
+        controller = Controller(settings)
+        server = ApiServer(controller)
+        server.refuse_taken_port()
+        # Before anything is started: a signal meanwhile must not leave a broker behind.
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: server.stop())
-        server.run(lambda: _ready(settings))
-    finally:
-        notify.send("STOPPING=1")
-        controller.stop()
+        try:
+            controller.start()
+            server.run(lambda: _ready(settings))
+        finally:
+            notify.send("STOPPING=1")
+            controller.stop()
 
 
 def _ready(settings: Settings) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 import yaml
 from edgefleet_shared.artifact import Layout
-from edgefleet_shared.errors import NotFoundError, TransportError, from_dict
+from edgefleet_shared.errors import EnvironmentProblem, ManifestError, NotFoundError, TransportError, from_dict
 
 Progress = Callable[[str, int, int], None]
 # What the API answers, as JSON gives it.
@@ -27,21 +27,28 @@ class FleetClient:
         home: holds ``operator.yaml``.
 
     Raises:
-        NotFoundError: there is no ``operator.yaml``.
+        NotFoundError: there is no ``operator.yaml``. ManifestError, EnvironmentProblem: it can't be used.
     """
 
     def __init__(self, home: Path) -> None:
+        path = home / "operator.yaml"
         try:
-            told = yaml.safe_load((home / "operator.yaml").read_text())
+            told = yaml.safe_load(path.read_text())
+            url, token, ca = str(told["url"]), str(told["token"]), str(told["ca"])
+            trusted = ssl.create_default_context(cafile=ca)
         except FileNotFoundError as exc:
-            raise NotFoundError(
-                f"there is no operator.yaml in {home}", hint="fleet init makes it; or name --home"
-            ) from exc
-        self.url: str = told["url"]
+            if not path.exists():
+                raise NotFoundError(f"there is no {path}", hint="fleet init makes it; or name --home") from exc
+            raise EnvironmentProblem(f"{path} names a CA certificate that is not there: {ca}") from exc
+        except OSError as exc:  # ssl.SSLError is one
+            raise EnvironmentProblem(f"{path}, or the CA certificate that it names, can't be used: {exc}") from exc
+        except (yaml.YAMLError, KeyError, TypeError, UnicodeDecodeError) as exc:
+            raise ManifestError(f"{path} must give url, token and ca") from exc
+        self.url = url
         self._http = httpx.Client(
-            base_url=self.url,
-            headers={"Authorization": f"Bearer {told['token']}"},
-            verify=ssl.create_default_context(cafile=told["ca"]),
+            base_url=url,
+            headers={"Authorization": f"Bearer {token}"},
+            verify=trusted,
             timeout=TIMEOUT_S,
             trust_env=False,
         )
@@ -70,12 +77,15 @@ class FleetClient:
     def blob(self, digest: str) -> bytes:
         return self._request("GET", f"/v1/blobs/{digest}").content
 
+    def has_blob(self, digest: str) -> bool:
+        return self._send("HEAD", f"/v1/blobs/{digest}").status_code == 200
+
     def upload(self, layout: Layout, digests: list[str], progress: Progress = lambda *_: None) -> int:
         """Send the blobs that the controller lacks; returns how many bytes went."""
         sent = 0
         for number, digest in enumerate(digests):
             progress("uploading", number, len(digests))
-            if self._http.head(f"/v1/blobs/{digest}").status_code == 200:
+            if self.has_blob(digest):
                 continue
             path = layout.path(digest)
             self._call("PUT", f"/v1/blobs/{digest}", content=_pieces(path))
@@ -127,12 +137,7 @@ class FleetClient:
         return self._request(method, path, **options).json()
 
     def _request(self, method: str, path: str, **options: Any) -> httpx.Response:
-        try:
-            answer = self._http.request(method, path, **options)
-        except httpx.HTTPError as exc:
-            raise TransportError(
-                f"can't reach the controller at {self.url}: {exc}", hint="is fleet serve running?"
-            ) from exc
+        answer = self._send(method, path, **options)
         if answer.is_success:
             return answer
         try:
@@ -142,6 +147,14 @@ class FleetClient:
         if isinstance(told, dict) and "code" in told:
             raise from_dict(told)
         raise TransportError(f"the controller answered {answer.status_code} to {method} {path}: {answer.text[:300]}")
+
+    def _send(self, method: str, path: str, **options: Any) -> httpx.Response:
+        try:
+            return self._http.request(method, path, **options)
+        except httpx.HTTPError as exc:
+            raise TransportError(
+                f"can't reach the controller at {self.url}: {exc}", hint="is fleet serve running?"
+            ) from exc
 
 
 def _pieces(path: Path) -> Iterator[bytes]:

@@ -5,6 +5,8 @@ The class and site of a board come from its token, its name from the token or it
 
 from __future__ import annotations
 
+from urllib.parse import urlsplit
+
 import msgspec
 from cryptography.hazmat.primitives import serialization
 from edgefleet_shared.clock import Clock
@@ -69,8 +71,7 @@ class Enrolment:
         """
         secret = token.rpartition(".")[2]
         host, port = self._settings.broker_address
-        api = self._settings.public_url.removeprefix("https://").rstrip("/")
-        api_host, _, api_port = api.partition(":")
+        api = urlsplit(self._settings.public_url)
         with self._database.write() as session:
             row = devices.use_token(session, secret, device, self._clock.now())
             name = row.label or device
@@ -92,6 +93,6 @@ class Enrolment:
                 root=self._repository.root.decode(),
                 broker_host=host,
                 broker_port=port,
-                api_host=api_host,
-                api_port=int(api_port or 443),
+                api_host=api.hostname or "",
+                api_port=api.port or 443,
             )

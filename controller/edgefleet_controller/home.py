@@ -12,6 +12,7 @@ from edgefleet_shared import atomic
 from edgefleet_shared.artifact import Layout
 from edgefleet_shared.clock import Clock
 from edgefleet_shared.errors import ConflictError, InputError
+from pydantic import ValidationError
 
 from edgefleet_controller import settings as controller_settings
 from edgefleet_controller.pki import CertificateAuthority
@@ -25,6 +26,7 @@ def create(
     *,
     listen: str,
     public_url: str,
+    broker: str = "embedded",
     broker_host: str,
     broker_port: int,
     hosts: tuple[str, ...],
@@ -43,15 +45,19 @@ def create(
     """
     if (home / "controller.yaml").exists():
         raise ConflictError(f"there is a fleet in {home} already", hint="choose another --home; nothing was changed")
-    host, _, port = listen.rpartition(":")
-    if not host or not port.isdecimal():
-        raise InputError(f"--listen {listen!r} is not host:port")
-    url = urlsplit(public_url or f"https://{listen}")
-    if url.scheme != "https" or not url.hostname:
-        raise InputError(f"{public_url!r} is not an https address")
+    begun = [str(path) for path in (home / "ca", home / "keys", home / "repository") if path.exists()]
+    if begun:
+        raise ConflictError(
+            f"{', '.join(begun)} is there, but no controller.yaml: a fleet was begun here and not finished",
+            hint="remove it if nobody needs those keys, or choose another --home; nothing was changed",
+        )
+    made = _settings(home, listen, public_url, broker, broker_host, broker_port)
+    if not 1 <= threshold <= signers:
+        raise InputError(f"a threshold of {threshold} can't be met by {signers} keys")
     atomic.make_folder(home, 0o700)
     ca = CertificateAuthority.create(home / "ca", clock)
-    reached = dict.fromkeys((*hosts, host, broker_host, url.hostname, "localhost", "127.0.0.1"))
+    own = (made.listen_host, made.broker_address[0], urlsplit(made.public_url).hostname or "")
+    reached = dict.fromkeys((*hosts, *own, "localhost", "127.0.0.1"))
     ca.issue_server("server", tuple(name for name in reached if name not in ("0.0.0.0", "::", "")))  # noqa: S104
     ca.issue_client(CONTROLLER)
     snapshot, timestamp, director = (
@@ -62,16 +68,22 @@ def create(
     Repository(home / "repository", snapshot, timestamp, clock).publish(first)
     Layout(home / "artifacts")
     token = secrets.token_urlsafe(32)
-    operator = {"url": public_url or f"https://{listen}", "token": token, "ca": str((home / "ca" / "ca.pem").resolve())}
+    operator = {"url": made.public_url, "token": token, "ca": str((home / "ca" / "ca.pem").resolve())}
     atomic.write(home / "operator.yaml", yaml.safe_dump(operator).encode(), 0o600)
-    made = Settings(
-        home=home.resolve(),
-        listen=listen,
-        public_url=operator["url"],
-        broker_host=broker_host,
-        broker_port=broker_port,
-        operator_sha256=hashlib.sha256(token.encode()).hexdigest(),
-    )
+    made = made.model_copy(update={"operator_sha256": hashlib.sha256(token.encode()).hexdigest()})
     # Last: this file says that the rest is there.
     controller_settings.write(made)
     return made
+
+
+def _settings(home: Path, listen: str, public_url: str, broker: str, broker_host: str, broker_port: int) -> Settings:
+    try:
+        return Settings(
+            home=home.resolve(), listen=listen, public_url=public_url or f"https://{listen}", broker=broker,
+            broker_host=broker_host, broker_port=broker_port,
+        )  # fmt: skip
+    except ValidationError as exc:
+        told = "; ".join(
+            f"{'.'.join(map(str, e['loc']))}: {e['msg'].removeprefix('Value error, ')}" for e in exc.errors()
+        )
+        raise InputError(told) from exc

@@ -18,8 +18,8 @@ from urllib.parse import quote, urlsplit
 
 import yaml
 from edgefleet_shared import atomic
-from edgefleet_shared.errors import ManifestError, NotFoundError
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from edgefleet_shared.errors import EnvironmentProblem, ManifestError, NotFoundError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 
 class Settings(BaseModel):
@@ -40,6 +40,27 @@ class Settings(BaseModel):
     max_blob_bytes: int = Field(default=4_000_000_000, gt=0)
     compile_workers: int = Field(default=2, ge=1)
     operator_sha256: str = Field(default="", description="of the operator's token")
+
+    @field_validator("listen")
+    @classmethod
+    def _address(cls, value: str) -> str:
+        host, _, port = value.rpartition(":")
+        if not host or not port.isdecimal() or not 0 < int(port) < 65536:
+            raise ValueError(f"{value!r} is not host:port")
+        return value
+
+    @field_validator("broker")
+    @classmethod
+    def _broker(cls, value: str) -> str:
+        return value if value == "embedded" else cls._address(value)
+
+    @field_validator("public_url")
+    @classmethod
+    def _url(cls, value: str) -> str:
+        url = urlsplit(value)
+        if url.scheme != "https" or not url.hostname:
+            raise ValueError(f"{value!r} is not an https address")
+        return value.rstrip("/")
 
     @property
     def listen_host(self) -> str:
@@ -63,10 +84,17 @@ class Settings(BaseModel):
 
     @property
     def database(self) -> str:
-        """The database's URL, with the password from its file."""
+        """The database's URL, with the password from its file.
+
+        Raises:
+            EnvironmentProblem: the file can't be read.
+        """
         url = self.database_url or f"sqlite:///{self.home / 'edgefleet.db'}"
         if self.database_password_file:
-            password = Path(self.database_password_file).read_text().strip()
+            try:
+                password = Path(self.database_password_file).read_text().strip()
+            except (OSError, UnicodeDecodeError) as exc:
+                raise EnvironmentProblem(f"can't read the database's password: {exc}") from exc
             parts = urlsplit(url)
             url = url.replace(f"{parts.username}@", f"{parts.username}:{quote(password, safe='')}@", 1)
         return url
@@ -91,8 +119,12 @@ def read(home: Path) -> Settings:
         fields = yaml.safe_load(path.read_text()) or {}
     except FileNotFoundError as exc:
         raise NotFoundError(f"there is no fleet in {home}", hint="make one with: fleet init") from exc
-    except yaml.YAMLError as exc:
+    except OSError as exc:
+        raise EnvironmentProblem(f"can't read {path}: {exc.strerror}") from exc
+    except (yaml.YAMLError, UnicodeDecodeError) as exc:
         raise ManifestError(f"{path} is not YAML: {exc}") from exc
+    if not isinstance(fields, dict):
+        raise ManifestError(f"{path}: expected settings by name, found {type(fields).__name__}")
     for name in Settings.model_fields:
         value = os.environ.get(f"EDGEFLEET_{name.upper()}")
         if value and name not in ("home", "operator_sha256"):

@@ -7,10 +7,10 @@ they are assigned and the metadata; strangers the CA certificate and, with a one
 from __future__ import annotations
 
 import base64
+import binascii
 import hashlib
 import hmac
 import tempfile
-from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,11 +19,15 @@ from edgefleet_shared import atomic, errors
 from edgefleet_shared.artifact import hex_of
 from edgefleet_shared.errors import ConflictError, EdgefleetError, InputError, NotFoundError, TrustError
 from fastapi import Depends, FastAPI, Request
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, Response
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
+from starlette.exceptions import HTTPException
+from starlette.types import Scope
 
 from edgefleet_controller import __version__, source
 from edgefleet_controller.api import views
+from edgefleet_controller.api.wire import Wire
 from edgefleet_controller.manifests import DeviceClass, Rollout, parse_value
 from edgefleet_controller.rollout.views import IntentKind
 from edgefleet_controller.store import catalog, devices, rollouts
@@ -32,6 +36,7 @@ if TYPE_CHECKING:
     from edgefleet_controller.app import Controller
 
 MAX_VERSION_BYTES = 16 * 1024 * 1024
+MAX_TOKEN_LIFE_S = 30 * 24 * 3600.0
 _STATUS: dict[type[EdgefleetError], int] = {
     InputError: 422,
     NotFoundError: 404,
@@ -48,7 +53,7 @@ class TokenWish(BaseModel):
     device_class: str
     site: str = ""
     device: str = ""
-    ttl_s: float = 3600.0
+    ttl_s: float = Field(default=3600.0, gt=0, le=MAX_TOKEN_LIFE_S)
 
 
 class EnrolWish(BaseModel):
@@ -79,18 +84,23 @@ def build_api(controller: Controller) -> FastAPI:
         status = next((_STATUS[kind] for kind in type(exc).__mro__ if kind in _STATUS), 500)
         return JSONResponse(exc.as_dict(), status)
 
-    @api.middleware("http")
-    async def _count(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
-        response = await call_next(request)
-        body: AsyncIterator[bytes] = response.body_iterator  # type: ignore[attr-defined]
+    @api.exception_handler(RequestValidationError)
+    async def _malformed(request: Request, exc: RequestValidationError) -> JSONResponse:
+        told = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in exc.errors())
+        return JSONResponse(InputError(f"the request is malformed: {told}").as_dict(), 422)
 
-        async def counted() -> AsyncIterator[bytes]:
-            async for piece in body:
-                controller.http_sent_bytes += len(piece)
-                yield piece
+    @api.exception_handler(HTTPException)
+    async def _unknown(request: Request, exc: HTTPException) -> JSONResponse:
+        kind = NotFoundError if exc.status_code == 404 else InputError
+        return JSONResponse(kind(f"{request.method} {request.url.path}: {exc.detail}").as_dict(), exc.status_code)
 
-        response.body_iterator = counted()  # type: ignore[attr-defined]
-        return response
+    def count(size: int) -> None:
+        controller.http_sent_bytes += size
+
+    def streamed(scope: Scope) -> bool:
+        return bool(scope["method"] == "PUT" and scope["path"].startswith("/v1/blobs/"))
+
+    api.add_middleware(Wire, count=count, streamed=streamed)
 
     def operator(request: Request) -> str:
         kind, _, token = request.headers.get("authorization", "").partition(" ")
@@ -155,7 +165,10 @@ def build_api(controller: Controller) -> FastAPI:
             file.flush()
             kept = Path(file.name).with_suffix(".whole")
             kept.hardlink_to(file.name)
-        atomic.adopt(kept, target)
+        try:
+            atomic.adopt(kept, target)
+        finally:
+            kept.unlink(missing_ok=True)
         return {"digest": digest, "size": size}
 
     @api.get("/v1/repo/{name}", dependencies=by_reader)
@@ -167,7 +180,11 @@ def build_api(controller: Controller) -> FastAPI:
 
     @api.post("/v1/repo", dependencies=by_operator)
     def put_metadata(files: dict[str, str]) -> dict[str, Any]:
-        controller.publish_metadata({name: base64.b64decode(content) for name, content in files.items()})
+        try:
+            new = {name: base64.b64decode(content, validate=True) for name, content in files.items()}
+        except binascii.Error as exc:
+            raise InputError(f"signed metadata travels in base64: {exc}") from exc
+        controller.publish_metadata(new)
         views.mark_signed(controller)
         return {"taken": sorted(files)}
 

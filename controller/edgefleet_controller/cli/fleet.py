@@ -13,10 +13,44 @@ from edgefleet_controller.cli.output import console, document, home_option, json
 
 @click.command()
 @home_option
-@click.option("--listen", default="127.0.0.1:8443", show_default=True, help="host:port of the HTTPS API.")
-@click.option("--public-url", default="", help="How boards reach the API; default https://LISTEN.")
-@click.option("--broker-host", default="127.0.0.1", show_default=True, help="Where boards find the broker.")
-@click.option("--broker-port", default=8883, show_default=True, help="Its TLS port.")
+@click.option(
+    "--listen",
+    envvar="EDGEFLEET_LISTEN",
+    default="127.0.0.1:8443",
+    show_default=True,
+    show_envvar=True,
+    help="host:port of the HTTPS API.",
+)
+@click.option(
+    "--public-url",
+    envvar="EDGEFLEET_PUBLIC_URL",
+    default="",
+    show_envvar=True,
+    help="How boards reach the API; default https://LISTEN.",
+)
+@click.option(
+    "--broker",
+    envvar="EDGEFLEET_BROKER",
+    default="embedded",
+    show_default=True,
+    show_envvar=True,
+    help="Or host:port of a broker that someone else runs.",
+)
+@click.option(
+    "--broker-host",
+    envvar="EDGEFLEET_BROKER_HOST",
+    default="127.0.0.1",
+    show_default=True,
+    help="Where boards find the embedded broker.",
+)
+@click.option(
+    "--broker-port",
+    envvar="EDGEFLEET_BROKER_PORT",
+    default=8883,
+    show_default=True,
+    type=click.IntRange(1, 65535),
+    help="Its TLS port.",
+)
 @click.option("--host", "hosts", multiple=True, help="Another name or address for the server's certificate.")
 @click.option("--signers", default=1, show_default=True, help="How many root and targets keys to make.")
 @click.option("--threshold", default=1, show_default=True, help="How many of them must sign.")
@@ -26,6 +60,7 @@ def init(
     home: Path,
     listen: str,
     public_url: str,
+    broker: str,
     broker_host: str,
     broker_port: int,
     hosts: tuple[str, ...],
@@ -40,8 +75,8 @@ def init(
     from edgefleet_controller.home import create
 
     made = create(
-        home, listen=listen, public_url=public_url, broker_host=broker_host, broker_port=broker_port, hosts=hosts,
-        signers=signers, threshold=threshold, clock=SystemClock(),
+        home, listen=listen, public_url=public_url, broker=broker, broker_host=broker_host, broker_port=broker_port,
+        hosts=hosts, signers=signers, threshold=threshold, clock=SystemClock(),
     )  # fmt: skip
     if as_json:
         document({"home": str(made.home), "url": made.public_url, "broker": ":".join(map(str, made.broker_address))})

@@ -5,6 +5,7 @@ A job that was running when the controller died is queued again at the next star
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import secrets
 import signal
@@ -16,7 +17,7 @@ from pathlib import Path
 import msgspec
 from edgefleet_shared.artifact import Layout
 from edgefleet_shared.clock import Clock
-from edgefleet_shared.errors import ConflictError, EdgefleetError, ToolchainError, from_dict
+from edgefleet_shared.errors import ConflictError, EdgefleetError, EnvironmentProblem, ToolchainError, from_dict
 
 from edgefleet_controller.compile.port import CompileResult
 from edgefleet_controller.compile.worker import Failed, Finished, JobRequest, Line, Step
@@ -27,6 +28,7 @@ from edgefleet_controller.store.tables import Artifact, CompileJob
 log = logging.getLogger(__name__)
 
 CANCEL_PATIENCE_S = 15.0
+END_PATIENCE_S = 5.0
 IDLE_S = 1.0
 
 
@@ -102,20 +104,31 @@ class CompileQueue:
 
     def _work(self) -> None:
         while not self._stopping.is_set():
-            # One taker at a time: SQLite has no row locks to skip.
-            with self._taking, self._database.write() as session:
-                row = catalog.take_job(session, self._clock.now())
-                taken = CompileJob(**row.model_dump()) if row is not None else None
-            if taken is None:
-                self._wake.wait(IDLE_S)
-                self._wake.clear()
-                continue
             try:
-                artifact = self._run(taken)
-            except EdgefleetError as exc:
-                self._end(taken.id, error=exc)
-                continue
-            self._end(taken.id, artifact=artifact)
+                taken = self._take()
+                if taken is None:
+                    self._wake.wait(IDLE_S)
+                    self._wake.clear()
+                else:
+                    self._carry_out(taken)
+            except EnvironmentProblem as exc:
+                # The database can't take it now. A job that ended meanwhile stays "running": the next start runs it again.
+                log.error("compile queue held up", extra={"reason": str(exc)})
+                self._stopping.wait(IDLE_S)
+
+    def _take(self) -> CompileJob | None:
+        # One taker at a time: SQLite has no row locks to skip.
+        with self._taking, self._database.write() as session:
+            row = catalog.take_job(session, self._clock.now())
+            return CompileJob(**row.model_dump()) if row is not None else None
+
+    def _carry_out(self, job: CompileJob) -> None:
+        try:
+            artifact = self._run(job)
+        except EdgefleetError as exc:
+            self._end(job.id, error=exc)
+        else:
+            self._end(job.id, artifact=artifact)
 
     def _run(self, job: CompileJob) -> Artifact:
         with self._database.read() as session:
@@ -127,36 +140,46 @@ class CompileQueue:
                 device_class=devices.get_class(session, job.device_class).spec,
                 ship_despite_quality=job.ship_despite_quality,
             )
-        child = subprocess.Popen(
-            [sys.executable, "-m", "edgefleet_controller.compile.worker"],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True,
-        )  # fmt: skip
+        try:
+            child = subprocess.Popen(
+                [sys.executable, "-m", "edgefleet_controller.compile.worker"],
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True,
+            )  # fmt: skip
+        except OSError as exc:
+            raise ToolchainError(f"no compile worker could be started: {exc.strerror}") from exc
         with self._lock:
             self._running[job.id] = child
         try:
-            assert child.stdin is not None
-            assert child.stdout is not None
-            child.stdin.write(msgspec.json.encode(request))
-            child.stdin.close()
-            result: CompileResult | None = None
-            for text in child.stdout:
-                match msgspec.json.decode(text, type=Line):
-                    case Step(doing, done, total):
-                        self._progress(job.id, doing, done / total if total else 0.0)
-                    case Finished(result):
-                        pass
-                    case Failed(error):
-                        raise from_dict(error)
-            code = child.wait()
-            if result is None:
-                raise ToolchainError(f"the compile worker ended with status {code} and no result", hint="see the log")
-            return self._artifact(result)
+            if self._was_cancelled(job.id):
+                raise ToolchainError("cancelled before it began")
+            return self._artifact(self._converse(job.id, child, request))
+        except (msgspec.DecodeError, BrokenPipeError) as exc:
+            # A worker that was killed leaves half a line, or a pipe that nobody reads.
+            raise ToolchainError(f"the compile worker died: {exc}", hint="was there enough memory?") from exc
         finally:
             with self._lock:
                 del self._running[job.id]
-            if child.poll() is None:
-                child.kill()
-                child.wait()
+            _finish(child)
+
+    def _converse(self, job: str, child: subprocess.Popen[bytes], request: JobRequest) -> CompileResult:
+        assert child.stdin is not None
+        assert child.stdout is not None
+        # The pipe stays open: its end tells the worker that this controller is gone.
+        child.stdin.write(msgspec.json.encode(request) + b"\n")
+        child.stdin.flush()
+        for text in child.stdout:
+            match msgspec.json.decode(text, type=Line):
+                case Step(doing, done, total):
+                    self._progress(job, doing, done / total if total else 0.0)
+                case Finished(result):
+                    return result
+                case Failed(error):
+                    raise from_dict(error)
+        raise ToolchainError(f"the compile worker ended with status {child.wait()} and no result", hint="see the log")
+
+    def _was_cancelled(self, job: str) -> bool:
+        with self._database.read() as session:
+            return catalog.get_job(session, job).state == "cancelled"
 
     def _artifact(self, result: CompileResult) -> Artifact:
         manifest = self._layout.manifest(result.artifact.digest)
@@ -209,6 +232,20 @@ class CompileQueue:
             if artifact is None:
                 raise
             self._end(job, error=exc)
+
+
+def _finish(child: subprocess.Popen[bytes]) -> None:
+    """Let a worker that has said its last word end; one that does not is killed."""
+    assert child.stdin is not None
+    assert child.stdout is not None
+    child.stdout.close()
+    with contextlib.suppress(BrokenPipeError):
+        child.stdin.close()
+    try:
+        child.wait(END_PATIENCE_S)
+    except subprocess.TimeoutExpired:
+        child.kill()
+        child.wait()
 
 
 def _signed(known: list[Artifact], artifact: Artifact) -> Artifact | None:

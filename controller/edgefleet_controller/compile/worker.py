@@ -1,4 +1,4 @@
-"""Stage 2, compile: one job in a process of its own. Receives a request on stdin, hands back lines: progress, then result or error.
+"""Stage 2, compile: one job in a process of its own. Receives a request (one line on stdin), hands back lines: progress, then result or error.
 
 Run as ``python -m edgefleet_controller.compile.worker`` by :mod:`edgefleet_controller.compile.jobs`. A compiler that eats memory or
 crashes takes this process with it and nothing else.
@@ -56,9 +56,10 @@ Line = Step | Finished | Failed
 
 
 def main() -> int:
-    request = msgspec.json.decode(sys.stdin.buffer.read(), type=JobRequest)
+    request = msgspec.json.decode(sys.stdin.buffer.readline(), type=JobRequest)
     cancel = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: cancel.set())
+    threading.Thread(target=_watch_controller, args=(cancel,), name="watch-controller", daemon=True).start()
     # Whatever a library prints must not end up between our lines.
     lines = os.fdopen(os.dup(1), "wb", buffering=0)
     os.dup2(2, 1)
@@ -71,6 +72,14 @@ def main() -> int:
     except EdgefleetError as exc:
         say(Failed(exc.as_dict()))
     return 0
+
+
+def _watch_controller(cancel: threading.Event) -> None:
+    """The controller holds the other end of stdin: when that closes it is gone, and the next one runs this job again. Read from the
+    descriptor, because a thread that waits inside ``sys.stdin`` would block the interpreter's end."""
+    while os.read(0, 4096):
+        pass
+    cancel.set()
 
 
 def _compile(request: JobRequest, cancel: threading.Event, say: Callable[[Line], None]) -> CompileResult:

@@ -7,9 +7,12 @@ speak only below its own name.
 
 from __future__ import annotations
 
+import logging
 import os
 import pwd
+import select
 import shutil
+import signal
 import socket
 import subprocess
 import threading
@@ -20,8 +23,11 @@ import msgspec
 from edgefleet_shared import atomic, topics
 from edgefleet_shared.errors import EnvironmentProblem
 
+log = logging.getLogger(__name__)
+
 CONTROLLER = "edgefleet-controller"  # the certificate name that may read and write everything
 START_TIMEOUT_S = 10.0
+STOP_TIMEOUT_S = 5.0
 
 
 class BrokerFiles(msgspec.Struct, frozen=True, kw_only=True):
@@ -91,12 +97,12 @@ def access_rules() -> str:
 
 
 def configuration(files: BrokerFiles, host: str, port: int) -> str:
-    """mosquitto.conf. Each limit says why it is not the default."""
+    """mosquitto.conf. Each limit says why it is not the default. An empty host listens on every address."""
     user = pwd.getpwuid(os.geteuid()).pw_name
     return f"""# Written by fleet serve at each start: changes here are lost.
 per_listener_settings false
 user {user}
-listener {port} {host}
+listener {port}{" " + host if host else ""}
 cafile {files.ca}
 certfile {files.certificate}
 keyfile {files.key}
@@ -123,6 +129,32 @@ connection_messages false
 """
 
 
+def write_settings(files: BrokerFiles, host: str, port: int) -> None:
+    """Write access rules and configuration; the latter last, because who waits for it may start at once.
+
+    Raises:
+        EnvironmentProblem: the folder can't be written.
+    """
+    atomic.make_folder(files.folder, 0o700)
+    atomic.write(files.folder / "acl", access_rules().encode(), 0o600)
+    atomic.write(files.folder / "mosquitto.conf", configuration(files, host, port).encode(), 0o600)
+
+
+def write_for_another(folder: Path, ca: Path, port: int) -> None:
+    """Write all that a mosquitto which someone else runs needs into ``folder``: certificates, access rules, configuration.
+
+    Args:
+        ca: folder of the fleet's CA, with the server's certificate.
+    """
+    atomic.make_folder(folder, 0o700)
+    for name in ("ca.pem", "server.pem", "server.key"):
+        atomic.write(folder / name, (ca / name).read_bytes(), 0o600)
+    files = BrokerFiles(
+        folder=folder, ca=folder / "ca.pem", certificate=folder / "server.pem", key=folder / "server.key"
+    )
+    write_settings(files, "", port)
+
+
 class Broker:
     """A mosquitto process that is started, watched and restarted.
 
@@ -144,11 +176,8 @@ class Broker:
             EnvironmentProblem: not installed, port taken, or it ends at once (its last words in the message).
         """
         program = find_mosquitto()
-        atomic.make_folder(self._files.folder, 0o700)
-        atomic.write(self._files.folder / "acl", access_rules().encode(), 0o600)
-        atomic.write(
-            self._files.folder / "mosquitto.conf", configuration(self._files, self.host, self.port).encode(), 0o600
-        )
+        write_settings(self._files, self.host, self.port)
+        self._end_orphan()
         self._refuse_taken_port()
         self._launch(program)
         self._wait_until_up()
@@ -161,7 +190,7 @@ class Broker:
         if process is not None and process.poll() is None:
             process.terminate()
             try:
-                process.wait(5)
+                process.wait(STOP_TIMEOUT_S)
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
@@ -177,13 +206,42 @@ class Broker:
         return self._files.folder / "mosquitto.log"
 
     def _launch(self, program: str) -> None:
-        with self.log.open("ab") as log:
+        with self.log.open("ab") as output:
             self._process = subprocess.Popen(
                 [program, "-c", str(self._files.folder / "mosquitto.conf")],
                 stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
+                stdout=output,
+                stderr=output,
             )
+        try:
+            atomic.write(self._pid_file, f"{self._process.pid}\n".encode())
+        except EnvironmentProblem as exc:
+            # The broker runs; only a controller that is killed while the disk is full leaves it to a person to end.
+            log.warning("broker pid not noted", extra={"reason": str(exc)})
+
+    @property
+    def _pid_file(self) -> Path:
+        return self._files.folder / "mosquitto.pid"
+
+    def _end_orphan(self) -> None:
+        """End the broker of a controller that was killed: it holds our port and our store. The caller owns the folder, so no
+        living controller can want it; that the process is ours is known by its command line."""
+        try:
+            pid = int(self._pid_file.read_text())
+            handle = os.pidfd_open(pid)
+        except (OSError, ValueError):
+            return  # no file, or no such process
+        try:
+            line = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+            if str(self._files.folder / "mosquitto.conf").encode() in line:
+                for number in (signal.SIGTERM, signal.SIGKILL):
+                    signal.pidfd_send_signal(handle, number)
+                    if select.select([handle], [], [], STOP_TIMEOUT_S)[0]:
+                        break
+        except (FileNotFoundError, ProcessLookupError):
+            return  # it ended meanwhile
+        finally:
+            os.close(handle)
 
     def _refuse_taken_port(self) -> None:
         with socket.socket() as probe:
