@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 PACE_S = 0.15
-SAME = 0.02  # largest difference relative to the spread of an answer's scores that still counts as the same numbers
+SAME = 1e-6  # relative to the spread of an answer's scores: below it two answers are the same numbers
 
 Floats = npt.NDArray[np.float32]
 
@@ -51,20 +51,22 @@ class Truths:
         self._lock = threading.Lock()
 
     def contradicts(self, device_class: str, photo: int, version: str, scores: Floats) -> bool:
-        """Whether the numbers are another version's, or not those that this version gave before."""
+        """Whether the numbers are another version's rather than those of the version that the answer names."""
         with self._lock:
             known = self._known.setdefault((device_class, photo), {})
-            if version in known:
-                return not _same(known[version], scores)
-            if any(_same(other, scores) for other in known.values()):
-                return True
-            known[version] = scores
-            return False
+            others = [_distance(vector, scores) for name, vector in known.items() if name != version]
+            if version not in known:
+                known[version] = scores
+                return min(others, default=1.0) <= SAME
+            # Two builds of one network answer alike; what gives one away is being nearer to another's numbers than to its own.
+            return min(others, default=1.0) < _distance(known[version], scores)
 
 
-def _same(a: Floats, b: Floats) -> bool:
-    spread = float(a.max() - a.min()) or 1.0
-    return a.shape == b.shape and float(np.abs(a - b).max()) <= SAME * spread
+def _distance(a: Floats, b: Floats) -> float:
+    """The largest difference, relative to the spread of the scores."""
+    if a.shape != b.shape:
+        return 1.0
+    return float(np.abs(a - b).max()) / (float(a.max() - a.min()) or 1.0)
 
 
 @dataclass
