@@ -1,12 +1,9 @@
 #!/bin/sh
-# Gives PostgreSQL's password to libpq, sets the controller up once, then becomes it.
+# Makes the fleet once, writes the broker's settings, then becomes the controller.
 set -eu
-if [ -n "${EDGEFLEET_DATABASE_PASSWORD_FILE:-}" ]; then
-  PGPASSWORD=$(cat "$EDGEFLEET_DATABASE_PASSWORD_FILE")
-  export PGPASSWORD
+if [ ! -e "$EDGEFLEET_HOME/controller.yaml" ]; then
+  # These names stand in the certificate that API and broker show.
+  fleet init --listen "$EDGEFLEET_LISTEN" --public-url "$EDGEFLEET_PUBLIC_URL" --broker-host "${EDGEFLEET_BROKER%:*}"
 fi
-if [ ! -e "$EDGEFLEET_HOME/.initialised" ]; then
-  fleet init
-  touch "$EDGEFLEET_HOME/.initialised"
-fi
+python /opt/broker_settings.py
 exec fleet serve

@@ -13,7 +13,7 @@ RUN /opt/build/bin/pip wheel --no-deps --no-build-isolation --wheel-dir wheels .
 
 FROM python:3.11-slim
 COPY --from=build /opt/edgefleet /opt/edgefleet
-COPY docker/healthcheck.py docker/controller-entrypoint.sh /opt/
+COPY docker/healthcheck.py docker/broker_settings.py docker/controller-entrypoint.sh /opt/
 # The broker has the same number, so that it can read the key that the controller writes for it.
 RUN useradd --system --uid 10001 --user-group edgefleet \
  && install -d -o edgefleet -g edgefleet -m 0700 /var/lib/edgefleet-controller /var/lib/edgefleet-controller/broker

@@ -71,16 +71,15 @@ def confine(policy: Policy) -> tuple[str, ...]:
     Returns:
         the layers that this kernel does not have, each with its reason; empty when all hold.
     """
-    _limits(policy)
     missing = []
     libc = _libc()
     if libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) != 0:
         missing.append(f"no_new_privs: {os.strerror(ctypes.get_errno())}")
-    for name, layer in (("landlock", _landlock), ("seccomp", _seccomp)):
+    for name, layer in (("rlimits", _limits), ("landlock", _landlock), ("seccomp", _seccomp)):
         try:
             layer(policy)
-        except OSError as exc:
-            missing.append(f"{name}: {exc.strerror}")
+        except (OSError, ValueError) as exc:  # setrlimit raises ValueError
+            missing.append(f"{name}: {exc.strerror if isinstance(exc, OSError) else exc}")
     return tuple(missing)
 
 

@@ -10,6 +10,7 @@ A contract that would measure nothing is refused: there is no vacuous pass.
 
 from __future__ import annotations
 
+import math
 from enum import Enum
 from typing import Literal
 
@@ -100,11 +101,12 @@ class AcceptanceContract(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class AcceptanceFigures(msgspec.Struct, frozen=True, kw_only=True):
-    """What the accepting child measured on the board. ``None`` means: could not be measured."""
+    """What the accepting child measured on the board. ``None`` means: could not be measured; a ``cosine`` of None (in JSON, of
+    NaN) means that an output held NaN or infinity."""
 
     golden_count: int
     agreement: float
-    cosine: float
+    cosine: float | None
     load_ms: float
     first_ms: float
     p50_ms: float
@@ -119,11 +121,12 @@ class AcceptanceFigures(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Measurement(msgspec.Struct, frozen=True):
-    """One judged figure. ``value`` and ``limit`` are in ``unit``; ``detail`` is for people."""
+    """One judged figure. ``value`` and ``limit`` are in ``unit``; ``detail`` is for people. ``value`` None: no number came out,
+    or none could be measured (JSON has no NaN, and a report that can't be read back would hide the failure)."""
 
     name: str
     verdict: Verdict
-    value: float
+    value: float | None
     limit: float
     unit: str
     detail: str
@@ -155,8 +158,8 @@ def judge(contract: AcceptanceContract, figures: AcceptanceFigures) -> Acceptanc
              "pictures", "golden pictures answered"),
         _row("agreement", figures.agreement >= contract.min_agreement, figures.agreement, contract.min_agreement,
              "share", "same answer as the float model"),
-        _row("cosine", figures.cosine >= contract.min_cosine, figures.cosine, contract.min_cosine,
-             "cosine", "mean cosine with the float model's output"),
+        _row("cosine", figures.cosine is not None and figures.cosine >= contract.min_cosine, figures.cosine,
+             contract.min_cosine, "cosine", "mean cosine with the float model's output"),
         _row("latency_p95", figures.p95_ms <= contract.latency_p95_ms, figures.p95_ms, contract.latency_p95_ms,
              "ms", "the board was busy or throttling" if busy else "95th percentile after warm-up",
              otherwise=Verdict.INCONCLUSIVE if busy else Verdict.FAILED),
@@ -170,14 +173,16 @@ def judge(contract: AcceptanceContract, figures: AcceptanceFigures) -> Acceptanc
     )  # fmt: skip
     if contract.max_celsius is not None:
         if figures.celsius_after is None:
-            rows.append(Measurement("temperature", Verdict.INCONCLUSIVE, float("nan"), contract.max_celsius, "celsius",
+            rows.append(Measurement("temperature", Verdict.INCONCLUSIVE, None, contract.max_celsius, "celsius",
                                     "the contract has a ceiling but this board has no sensor"))  # fmt: skip
         else:
             rows.append(_row("temperature", figures.celsius_after <= contract.max_celsius, figures.celsius_after,
                              contract.max_celsius, "celsius", "after the timed runs"))  # fmt: skip
     verdict = next(v for v in _GRAVITY if any(r.verdict is v for r in rows))
     reason = "; ".join(
-        f"{r.name} {r.value:.4g} against {r.limit:.4g} {r.unit}: {r.detail}" for r in rows if r.verdict is verdict
+        f"{r.name} {'no number' if r.value is None else format(r.value, '.4g')} against {r.limit:.4g} {r.unit}: {r.detail}"
+        for r in rows
+        if r.verdict is verdict
     )
     return AcceptanceReport(
         verdict=verdict, measurements=tuple(rows), figures=figures, reason="" if verdict is Verdict.PASSED else reason
@@ -185,7 +190,14 @@ def judge(contract: AcceptanceContract, figures: AcceptanceFigures) -> Acceptanc
 
 
 def _row(
-    name: str, met: bool, value: float, limit: float, unit: str, detail: str, otherwise: Verdict = Verdict.FAILED
+    name: str,
+    met: bool,
+    value: float | None,
+    limit: float,
+    unit: str,
+    detail: str,
+    otherwise: Verdict = Verdict.FAILED,
 ) -> Measurement:
     # NaN compares false with everything, so a figure that is not a number never passes.
-    return Measurement(name, Verdict.PASSED if met else otherwise, float(value), float(limit), unit, detail)
+    number = float(value) if value is not None and math.isfinite(value) else None
+    return Measurement(name, Verdict.PASSED if met else otherwise, number, float(limit), unit, detail)

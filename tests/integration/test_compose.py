@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import os
+import select
 import shutil
+import socket
+import ssl
 import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from edgefleet_controller.home import create
+from edgefleet_controller.transport.broker import CONTROLLER, find_mosquitto
+from edgefleet_shared.clock import SystemClock
 
 ROOT = Path(__file__).resolve().parents[2]
 BOARDS = ("board-1", "board-2")
@@ -117,3 +126,45 @@ def test_every_image_of_ours_is_built_from_hashed_locks_and_runs_as_an_ordinary_
         for line in text.splitlines():
             if " install " in line and "pip" in line:
                 assert "--require-hashes" in line or "--no-index" in line, line
+
+
+def test_the_broker_runs_on_what_the_controllers_container_writes_for_it(tmp_path):
+    """The two containers' own scripts, on this machine: settings are written, mosquitto takes them and shows the fleet's certificate."""
+    home = tmp_path / "home"
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    environment = os.environ | {"EDGEFLEET_HOME": str(home), "EDGEFLEET_BROKER": f"broker:{port}"}
+    made = create(
+        home, listen="0.0.0.0:8443", public_url="https://controller:8443", broker_host="broker", broker_port=8883,
+        hosts=(), signers=1, threshold=1, clock=SystemClock(),
+    )  # fmt: skip
+    assert made.home == home
+    subprocess.run([sys.executable, str(ROOT / "docker/broker_settings.py")], env=environment, check=True, timeout=60)
+    written = home / "broker"
+    assert "ca.key" not in {path.name for path in written.iterdir()}
+    # Here it may listen on loopback only.
+    settings = written / "mosquitto.conf"
+    settings.write_text(settings.read_text().replace(f"listener {port} 0.0.0.0", f"listener {port} 127.0.0.1"))
+    broker = subprocess.Popen(
+        [find_mosquitto(), "-c", str(settings)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    )
+    try:
+        context = ssl.create_default_context(cafile=str(home / "ca" / "ca.pem"))
+        context.load_cert_chain(home / "ca" / f"{CONTROLLER}.pem", home / "ca" / f"{CONTROLLER}.key")
+        deadline = time.monotonic() + 15
+        while True:
+            try:
+                with (
+                    socket.create_connection(("127.0.0.1", port), timeout=5) as line,
+                    context.wrap_socket(line, server_hostname="broker") as secure,
+                ):
+                    assert secure.version() is not None
+                break
+            except ConnectionRefusedError:
+                assert broker.poll() is None, broker.stderr and broker.stderr.read()
+                assert time.monotonic() < deadline
+                select.select([], [], [], 0.05)
+    finally:
+        broker.terminate()
+        broker.communicate(timeout=15)

@@ -171,24 +171,6 @@ def test_a_killed_broker_is_started_again_and_the_controller_reconnects(tmp_path
     made.close()
 
 
-def test_with_a_broker_of_somebody_elses_all_that_it_needs_is_written_for_it(tmp_path):
-    made = Fleet(tmp_path, "--broker", f"localhost:{free_port()}")
-    port = made.client()  # the home is complete: the command line can be used
-    port.close()
-    process = subprocess.Popen([*FLEET, "serve", "--home", str(made.home)], stderr=subprocess.DEVNULL)
-    try:
-        until((made.home / "broker" / "mosquitto.conf").exists, "the configuration", 60)
-        folder = made.home / "broker"
-        text = (folder / "mosquitto.conf").read_text()
-        for name in ("ca.pem", "server.pem", "server.key", "acl"):
-            assert (folder / name).exists()
-            assert str(folder / name) in text
-        assert (folder / "server.key").stat().st_mode & 0o777 == 0o600
-    finally:
-        process.terminate()
-        process.wait(30)
-
-
 # -------------------------------------------------------------------------------------------------------------- the API
 
 

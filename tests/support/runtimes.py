@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import http.client
 import json
 import os
@@ -36,6 +37,16 @@ def until(condition: Callable[[], Any], limit_s: float = 20.0, what: str = "the 
     raise AssertionError(f"{what} did not come true within {limit_s} s")
 
 
+_HAND_OVER = """
+import os, sys
+copies = [int(fd) for fd in sys.argv[1].split(",")]
+for number, fd in enumerate(copies, 3):
+    os.dup2(fd, number)
+os.environ |= {"LISTEN_PID": str(os.getpid()), "LISTEN_FDS": str(len(copies))}
+os.execv(sys.argv[2], sys.argv[2:])
+"""
+
+
 class Runtime:
     """A state folder and the ``fleet-runtime`` process on it.
 
@@ -62,13 +73,33 @@ class Runtime:
 
         slots.write(self.state, Slots(active=slot(active), previous=slot(previous)))
 
-    def start(self, *options: str, ready: bool = True, env: dict[str, str] | None = None) -> Runtime:
+    def start(
+        self,
+        *options: str,
+        ready: bool = True,
+        env: dict[str, str] | None = None,
+        held: tuple[socket.socket, ...] = (),
+    ) -> Runtime:
+        """Start the process.
+
+        Args:
+            ready: wait until it serves, not only listens.
+            held: listening sockets to hand over as systemd would.
+        """
+        command = [sys.executable, "-m", "edgefleet_agent.runtime.app"]
+        # Out of the way of 3 and up, where the new process will have them.
+        copies = [fcntl.fcntl(s.fileno(), fcntl.F_DUPFD, 64) for s in held]
+        if held:
+            # What systemd does: descriptors from 3 on, and the pid that only the new process knows.
+            command = [sys.executable, "-c", _HAND_OVER, ",".join(map(str, copies)), *command]
         log = (self.state / "runtime.log").open("ab")
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "edgefleet_agent.runtime.app", "--state", str(self.state), "--http", "127.0.0.1:0", *options],
-            stdout=log, stderr=log, env=os.environ | (env or {}),
+            [*command, "--state", str(self.state), "--http", "127.0.0.1:0", *options],
+            stdout=log, stderr=log, env=os.environ | (env or {}), pass_fds=copies,
         )  # fmt: skip
         log.close()
+        for copy in copies:
+            os.close(copy)
         until(self._listens, what="the runtime listening")
         if ready:
             until(lambda: self.get("/v2/health/ready")[0] == 200, what="the runtime ready")

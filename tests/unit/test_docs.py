@@ -85,7 +85,6 @@ def test_the_glossary_defines_each_word_once():
     } <= set(words)  # fmt: skip
 
 
-@pytest.mark.xfail(reason="some stages are not built yet; take this mark away with the last of them", strict=True)
 def test_every_place_that_the_flow_names_exists():
     named = re.findall(r"`((?:shared|agent|controller)/[^`]+)`", (ROOT / "docs/flow.md").read_text())
     assert named

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import click
 import uvloop
-from edgefleet_shared import atomic
+from edgefleet_shared import atomic, logs
 from edgefleet_shared.errors import ArtifactError, EdgefleetError, EnvironmentProblem, InputError
 
 from edgefleet_agent import notify, slots
-from edgefleet_agent.runtime import control
+from edgefleet_agent.runtime import activation, control
 from edgefleet_agent.runtime.control_server import bind_unix, serve_control
 from edgefleet_agent.runtime.front import Front
 from edgefleet_agent.runtime.http import Server
@@ -45,7 +45,7 @@ DRAIN_LIMIT_S = 10.0
 @click.option("--threads", default=1, show_default=True, type=click.IntRange(1, 256), help="Threads of one inference.")
 def main(state: Path, http: str, socket_path: Path | None, threads: int) -> None:
     """Serve the board's model over the Open Inference Protocol (KServe v2)."""
-    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(levelname)s %(name)s %(message)s")
+    logs.configure()
     try:
         run_folder = state.resolve() / "run"
         with atomic.lock(run_folder, "fleet-runtime"):
@@ -91,16 +91,19 @@ async def serve(state: Path, address: tuple[str, int] | None, socket_path: Path,
     server = Server(front.handle)
 
     servers = [await serve_control(bind_unix(control.socket_path(state), 0o600), switchboard)]
-    servers.append(await loop.create_unix_server(server.connection, sock=_unix(socket_path)))
-    where = str(socket_path)
-    if address is not None:
-        listener = _tcp(*address)
+    where = []
+    for listener in _listeners(address, socket_path):
+        listener.setblocking(False)
+        if listener.family == socket.AF_UNIX:
+            servers.append(await loop.create_unix_server(server.connection, sock=listener))
+            where.append(str(socket_path))
+            continue
         servers.append(await loop.create_server(server.connection, sock=listener))
         host, port = listener.getsockname()[:2]
         atomic.write(state / "run" / "http.addr", f"{host}:{port}\n".encode())
-        where += f" and http://{host}:{port}"
-    log.info("listening at %s", where)
-    notify.ready(f"listening at {where}")
+        where.append(f"http://{host}:{port}")
+    log.info("listening", extra={"addresses": where})
+    notify.ready(f"listening at {' and '.join(where)}")
 
     starting = loop.create_task(switchboard.serve_at_start(_serving(state)))
     ticking = loop.create_task(_tick(switchboard, server))
@@ -115,7 +118,7 @@ async def serve(state: Path, address: tuple[str, int] | None, socket_path: Path,
     try:
         await asyncio.wait_for(switchboard.close(), DRAIN_LIMIT_S)
     except asyncio.TimeoutError:
-        log.warning("stopped before every request was answered")
+        log.warning("stopped_before_every_answer")
 
 
 def _serving(state: Path) -> list[str]:
@@ -123,7 +126,7 @@ def _serving(state: Path) -> list[str]:
     try:
         found = slots.read(state)
     except ArtifactError as exc:
-        log.error("slots_damaged: %s", exc)
+        log.error("slots_damaged", extra={"problem": exc.message})
         return []
     wanted = [found.serving, found.active, found.previous]
     return list(dict.fromkeys(slot.manifest for slot in wanted if slot is not None))
@@ -151,9 +154,21 @@ def _gauges(switchboard: Switchboard, server: Server) -> dict[str, float]:
     }
 
 
+def _listeners(address: tuple[str, int] | None, socket_path: Path) -> list[socket.socket]:
+    """Where clients reach the runtime: sockets that systemd holds, and what is lacking of Unix socket and loopback port."""
+    found = activation.inherited()
+    if not any(s.family == socket.AF_UNIX for s in found):
+        found.append(_unix(socket_path))
+    if address is not None and all(s.family == socket.AF_UNIX for s in found):
+        found.append(_tcp(*address))
+    return found
+
+
 def _unix(path: Path) -> socket.socket:
     if len(str(path).encode()) > 107:
-        log.warning("the path of %s is too long for most clients' connect(); use --socket", path)
+        log.warning(
+            "socket_path_too_long", extra={"path": str(path), "hint": "clients can't connect to it; use --socket"}
+        )
     try:
         return bind_unix(path, 0o660)
     except OSError as exc:
@@ -172,7 +187,6 @@ def _tcp(host: str, port: int) -> socket.socket:
         raise EnvironmentProblem(
             f"can't listen at {host}:{port}: {exc.strerror}", hint="choose another with --http HOST:PORT"
         ) from exc
-    listener.setblocking(False)
     return listener
 
 

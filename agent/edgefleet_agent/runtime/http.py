@@ -108,8 +108,8 @@ class Connection(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._server.connections.discard(self)
-        self._server.held_bytes -= self._body_bytes + sum(len(r.body) for r, _ in self._waiting)
-        self._waiting.clear()
+        self._server.held_bytes -= self._body_bytes
+        self._forget_waiting()
         self._reset()
         self._transport = None
 
@@ -120,8 +120,15 @@ class Connection(asyncio.Protocol):
             self._request_began = time.monotonic()
         try:
             self._parser.feed_data(data)
-        except httptools.HttpParserUpgrade:
-            self._refuse(400, "this server speaks plain HTTP/1.1 only")
+        except httptools.HttpParserUpgrade as exc:
+            # RFC 9110, 7.8: an offer to upgrade may be ignored. CONNECT can't be: what follows would be no HTTP.
+            if self._parser.get_method() == b"CONNECT":
+                self._closing = True
+                self._next()
+                return
+            self._parser = httptools.HttpRequestParser(self)
+            if rest := data[exc.args[0] :]:
+                self.data_received(rest)
         except httptools.HttpParserCallbackError as exc:
             # httptools wraps what a callback raised; ours raise _Refused, anything else is our own bug and must be heard.
             if not isinstance(exc.__context__, _Refused):
@@ -129,6 +136,11 @@ class Connection(asyncio.Protocol):
             self._refuse(exc.__context__.status, str(exc.__context__))
         except httptools.HttpParserError as exc:
             self._refuse(400, f"not HTTP: {exc}")
+
+    def eof_received(self) -> bool:
+        """The client sends no more; it still gets the answers to what it sent."""
+        self._closing = True
+        return self._busy or bool(self._waiting)
 
     def pause_writing(self) -> None:
         self._paused_writing = True
@@ -208,7 +220,7 @@ class Connection(asyncio.Protocol):
             self._write(status, body, content_type, header_length, keep_alive and not self._closing)
             if not keep_alive:
                 self._closing = True
-                self._waiting.clear()
+                self._forget_waiting()
             self._next()
 
         encoding = request.headers.get(b"content-encoding")
@@ -219,6 +231,10 @@ class Connection(asyncio.Protocol):
                 reply(exc.status, error_body(str(exc)), JSON, None)
                 return
         self._server.handler(request, reply)
+
+    def _forget_waiting(self) -> None:
+        self._server.held_bytes -= sum(len(request.body) for request, _ in self._waiting)
+        self._waiting.clear()
 
     def _write(
         self, status: int, body: bytes, content_type: bytes, header_length: int | None, keep_alive: bool

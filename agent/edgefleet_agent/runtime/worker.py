@@ -74,8 +74,10 @@ class Serving:
 
     def loop(self) -> None:
         """Answer until the front closes the channel."""
-        while packet := self._link.recv(channel.MAX_MESSAGE_BYTES):
-            message = channel.decode_to_worker(packet)
+        # One buffer for good: recv() would map and unmap MAX_MESSAGE_BYTES for every message of some fifty.
+        buffer = memoryview(bytearray(channel.MAX_MESSAGE_BYTES))
+        while length := self._link.recv_into(buffer):
+            message = channel.decode_to_worker(buffer[:length])
             assert isinstance(message, Run)
             try:
                 answer: Done | Refused = self._run(message)

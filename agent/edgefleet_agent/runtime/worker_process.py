@@ -56,6 +56,7 @@ class WorkerProcess:
         self._link: socket.socket | None = None
         self._arena: shm.Arena | None = None
         self._ready: asyncio.Future[Ready] = self._loop.create_future()
+        self._buffer = memoryview(bytearray(channel.MAX_MESSAGE_BYTES))  # recv() would map as much for every message
         self._stopping = False
         self._verdict = ""  # why this side killed it, if it did
 
@@ -173,18 +174,18 @@ class WorkerProcess:
         link = self._link
         while link is not None:
             try:
-                packet = link.recv(channel.MAX_MESSAGE_BYTES)
+                length = link.recv_into(self._buffer)
             except BlockingIOError:
                 return
             except OSError:
-                packet = b""
-            if not packet:
+                length = 0
+            if not length:
                 # It is ending, and its exit status will say how; or it closed the channel, and nobody can hear it any more.
                 self._close_link()
                 self._loop.call_later(EXIT_GRACE_S, self.kill, "closed its channel")
                 return
             try:
-                self._take(channel.decode_from_worker(packet))
+                self._take(channel.decode_from_worker(self._buffer[:length]))
             except (ValueError, KeyError, IndexError) as exc:  # msgspec's errors are ValueErrors
                 self.kill(f"sent a message that makes no sense ({exc})")
                 return

@@ -77,6 +77,7 @@ class Tally:
     by_version: Counter[str] = field(default_factory=Counter)
     longest_gap_ms: float = 0.0
     first_failure: str = ""
+    last_version: str = ""
 
 
 class Application:
@@ -144,6 +145,7 @@ class Application:
                 self.tally.longest_gap_ms = max(self.tally.longest_gap_ms, (now - last_good) * 1000)
             last_good = now
             self.tally.by_version[version] += 1
+            self.tally.last_version = version
             stale = not version.isdecimal() or int(version) < expected_floor or version in self._never
             if stale or self._truths.contradicts(self._class, photo, version, scores):
                 self.tally.wrong_version += 1

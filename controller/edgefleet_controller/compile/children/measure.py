@@ -6,7 +6,6 @@ can be compared. Samples are read one by one, so that the peak of memory is the 
 
 from __future__ import annotations
 
-import resource
 import time
 from collections.abc import Callable
 from typing import Any
@@ -52,6 +51,13 @@ def run_all(run: Run, samples: SampleFile, progress: Progress, what: str) -> dic
     return {name: np.concatenate(values) for name, values in rows.items()}
 
 
+def _peak_bytes() -> int:
+    """Highest resident memory of this process. Not ``ru_maxrss``, which keeps the parent's peak across fork and exec."""
+    with open("/proc/self/status", encoding="ascii") as stream:
+        fields = dict(line.split(":", 1) for line in stream if line.startswith("VmHWM"))
+    return int(fields["VmHWM"].split()[0]) * 1024
+
+
 def measure(load: Load, request: Request, progress: Progress) -> dict[str, Any]:
     """Outputs of the compiled model over the samples, then its time against the float model's, interleaved, one thread.
 
@@ -64,7 +70,7 @@ def measure(load: Load, request: Request, progress: Progress) -> dict[str, Any]:
     load_ms = (time.perf_counter() - began) * 1e3
     run(samples[0])
     outputs = run_all(run, samples, progress, "running held-out pictures")
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = _peak_bytes()
     save_file(outputs, request["outputs"])
     figures: dict[str, Any] = {"load_ms": load_ms, "peak_memory_bytes": peak}
     candidates = {"compiled": run}

@@ -53,7 +53,7 @@ def prepare(request: job.Request, progress: job.Progress) -> dict[str, Any]:
     try:
         run = load(request["network"])
     except Exception as exc:  # onnxruntime's own classes share no base but this
-        raise _refusal(exc) from exc
+        raise _refusal(exc, request["network"]) from exc
     source = _at_least_opset(request["network"], request["simplified"])
     quant_pre_process(source, request["simplified"], skip_symbolic_shape=True)
     progress("simplifying", 1, 1)
@@ -105,19 +105,20 @@ def _at_least_opset(path: str, beside: str) -> str:
     return raised
 
 
-def _refusal(exc: Exception) -> job.Refused:
+def _refusal(exc: Exception, path: str) -> job.Refused:
+    """onnxruntime's load error as a sentence that names operator and node; its own texts name one or the other."""
     text = str(exc)
-    unknown = re.search(r'In Node, \("?([^",]*)"?, (\w+), "([^"]*)"', text)
-    if unknown:
-        node, op, domain = unknown.groups()
-        return job.Refused(
-            "bad_model", f"onnxruntime has no operator {domain + '.' if domain else ''}{op} (node {node!r})"
-        )
     missing = re.search(r"Could not find an implementation for (\w+)\(\d+\) node with name '([^']*)'", text)
     if missing:
         return job.Refused(
             "bad_model", f"onnxruntime has no operator {missing[1]} (node {missing[2]!r}) for these types"
         )
+    unknown = re.search(r"([\w.]+):(\w+)\(-?\d+\) is not a registered function/op", text)
+    if unknown:
+        domain, op = unknown.groups()
+        nodes = [n for n in onnx.load(path).graph.node if (n.domain, n.op_type) == (domain, op)]
+        where = f" (node {nodes[0].name or nodes[0].output[0]!r})" if nodes else ""
+        return job.Refused("bad_model", f"onnxruntime has no operator {domain}.{op}{where}")
     return job.Refused("bad_model", f"onnxruntime can't load this network: {text.splitlines()[0]}")
 
 

@@ -1,0 +1,149 @@
+"""Acceptance of real artifacts in the real sandboxed child, on every engine: verdict, reason, and figures that were measured."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from edgefleet_agent import slots
+from edgefleet_agent.accept import accept
+from edgefleet_shared.artifact import GOLDEN_LAYER, MODEL_LAYER
+from edgefleet_shared.contract import TensorSpec, Verdict
+from support import artifacts
+
+ENGINES = ("onnxruntime", "tflite", "openvino")
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_good_model_passes_with_every_figure_measured(tmp_path: Path, engine: artifacts.EngineName) -> None:
+    made = artifacts.make_artifact(slots.artifacts(tmp_path), engine=engine)
+    report = accept(tmp_path, made.digest)
+    assert report.verdict is Verdict.PASSED, report.reason
+    figures = report.figures
+    assert figures is not None
+    assert figures.golden_count == 16
+    assert figures.agreement == 1.0
+    assert figures.cosine > 0.999
+    assert 0 < figures.p50_ms <= figures.p95_ms
+    assert figures.load_ms > 0
+    assert 10 << 20 < figures.peak_memory_bytes < 1 << 30
+    assert figures.providers == artifacts.PROVIDERS[engine]
+    assert figures.cpu_share is not None
+    assert report.unconfined == ()
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_model_that_answers_otherwise_fails_on_agreement(tmp_path: Path, engine: artifacts.EngineName) -> None:
+    made = artifacts.make_artifact(slots.artifacts(tmp_path), engine=engine, behaviour="wrong")
+    report = accept(tmp_path, made.digest)
+    assert report.verdict is Verdict.FAILED
+    assert "agreement" in report.reason
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_file_that_is_no_model_fails_while_loading(tmp_path: Path, engine: artifacts.EngineName) -> None:
+    made = artifacts.make_artifact(slots.artifacts(tmp_path), engine=engine, behaviour="corrupt")
+    report = accept(tmp_path, made.digest)
+    assert report.verdict is Verdict.FAILED
+    assert "while loading the model" in report.reason
+
+
+def test_a_model_that_kills_its_process_fails_with_signal_and_stage(tmp_path: Path) -> None:
+    made = artifacts.make_artifact(slots.artifacts(tmp_path), behaviour="crash")
+    report = accept(tmp_path, made.digest)
+    assert report.verdict is Verdict.FAILED
+    assert report.reason.startswith("killed by SIGFPE while running the first inference")
+
+
+def test_the_golden_picture_that_kills_it_is_named(tmp_path: Path) -> None:
+    shown = artifacts.pictures(1)
+    shown[3, 0, 0, 0] = 255
+    made = artifacts.make_artifact(slots.artifacts(tmp_path), behaviour="poison", golden_pictures=shown)
+    report = accept(tmp_path, made.digest)
+    assert report.verdict is Verdict.FAILED
+    assert report.reason.startswith("killed by SIGFPE while running golden picture 3")
+
+
+LIMITS = {
+    "latency": ({"latency_p95_ms": 1e-6}, "latency_p95"),
+    "memory": ({"peak_memory_bytes": 1 << 20}, "memory"),
+    "providers": ({"allowed_providers": ("NpuExecutionProvider",)}, "providers"),
+    "golden count": ({"min_golden": 17}, "golden_count"),
+    "time": ({"time_limit_s": 0.2}, "over its time limit of 0.2 s"),
+}
+
+
+@pytest.mark.parametrize("limit", LIMITS)
+def test_each_limit_of_the_contract_can_fail_a_model(tmp_path: Path, limit: str) -> None:
+    changes, words = LIMITS[limit]
+    contract = artifacts.make_contract(**changes)
+    made = artifacts.make_artifact(slots.artifacts(tmp_path), contract=contract)
+    report = accept(tmp_path, made.digest)
+    assert report.verdict in (Verdict.FAILED, Verdict.INCONCLUSIVE, Verdict.ERROR)
+    assert words in report.reason
+    # A child that ran out of time before it touched the model says nothing about the model; a busy core neither.
+    assert report.verdict is Verdict.FAILED or limit in ("time", "latency")
+
+
+def test_a_temperature_ceiling_on_a_board_without_sensor_is_inconclusive(tmp_path: Path) -> None:
+    from edgefleet_agent import sensors
+
+    made = artifacts.make_artifact(slots.artifacts(tmp_path), contract=artifacts.make_contract(max_celsius=95.0))
+    report = accept(tmp_path, made.digest)
+    expected = Verdict.INCONCLUSIVE if sensors.hottest_celsius() is None else Verdict.PASSED
+    assert report.verdict is expected
+
+
+def test_outputs_within_tolerance_pass_and_outside_fail(tmp_path: Path) -> None:
+    layout = slots.artifacts(tmp_path)
+    contract = artifacts.make_contract(kind="raw", tolerance_abs=0.01, min_agreement=0.99, min_cosine=0.0)
+    good = artifacts.make_artifact(layout, contract=contract)
+    bad = artifacts.make_artifact(layout, contract=contract, behaviour="wrong", version="2")
+    assert accept(tmp_path, good.digest).verdict is Verdict.PASSED
+    assert accept(tmp_path, bad.digest).verdict is Verdict.FAILED
+
+
+@pytest.mark.parametrize("layer", [MODEL_LAYER, GOLDEN_LAYER])
+def test_one_changed_byte_fails_before_the_engine_sees_it(tmp_path: Path, layer: str) -> None:
+    layout = slots.artifacts(tmp_path)
+    made = artifacts.make_artifact(layout)
+    path = layout.path(layout.manifest(made.digest).layer(layer).digest)
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    report = accept(tmp_path, made.digest)
+    assert report.verdict is Verdict.FAILED
+    assert "changed on disk" in report.reason
+
+
+def test_an_unknown_artifact_fails_with_its_digest(tmp_path: Path) -> None:
+    report = accept(tmp_path, "sha256:" + "0" * 64)
+    assert report.verdict is Verdict.FAILED
+    assert "no blob" in report.reason
+
+
+def test_golden_pictures_of_another_size_fail(tmp_path: Path) -> None:
+    made = artifacts.make_artifact(slots.artifacts(tmp_path), inputs=(TensorSpec("x", "FP32", (-1, 9, 9, 3)),))
+    report = accept(tmp_path, made.digest)
+    assert report.verdict is Verdict.FAILED
+    assert "golden pictures of x" in report.reason
+
+
+def test_answers_that_are_not_numbers_agree_with_nothing() -> None:
+    from edgefleet_agent.accept_child import compare
+
+    reference = {"y": np.array([[1.0, 2.0]], np.float32)}
+    agreement, cosine = compare(artifacts.make_contract(), [{"y": np.array([[np.nan, np.inf]], np.float32)}], reference)
+    assert agreement == 0.0
+    assert np.isnan(cosine)
+
+
+def test_the_resident_half_imports_nothing_heavy() -> None:
+    code = (
+        "import sys, edgefleet_agent.accept, edgefleet_agent.board, edgefleet_agent.runtime.control, edgefleet_agent.notify;"
+        "print([m for m in ('numpy','pydantic','safetensors','onnxruntime','asyncio','uvloop','tuf','cryptography') if m in sys.modules])"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

@@ -1,0 +1,322 @@
+"""The compile pipeline on real toolchains. They are installed on first use into EDGEFLEET_CACHE (default ~/.cache/edgefleet)."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import shutil
+import signal
+import threading
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import onnx
+import pytest
+from edgefleet_controller.compile import toolchains as toolchains_module
+from edgefleet_controller.compile.pipeline import Limits, compile_version
+from edgefleet_controller.compile.port import CompileResult
+from edgefleet_controller.compile.toolchains import Cancelled, Toolchains
+from edgefleet_controller.demo.models import normalised_twice, with_memory_bomb
+from edgefleet_controller.manifests import DeviceClass, Model
+from edgefleet_controller.source import ModelVersion, import_model
+from edgefleet_shared import artifact, golden
+from edgefleet_shared.artifact import Layout
+from edgefleet_shared.errors import ManifestError, ModelError, QualityError, ToolchainError
+from support.networks import Net, classifier, device_class, project
+
+TOOLCHAINS = Path(os.environ.get("EDGEFLEET_CACHE", Path.home() / ".cache" / "edgefleet"))
+ENGINES = ("onnxruntime", "tflite", "openvino")
+HERE = platform.machine()
+
+
+class Bench:
+    """A layout, a fresh cache of compiled models, and the shared toolchains."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.layout = Layout(folder / "layout")
+        self.cancel = threading.Event()
+
+    def version(self, manifest: Model) -> ModelVersion:
+        return import_model(manifest, self.folder, self.layout, cache=self.folder / "cache")
+
+    def compile(self, version: ModelVersion, target: DeviceClass, **more: Any) -> CompileResult:
+        toolchains = Toolchains(TOOLCHAINS, cancel=self.cancel)
+        return compile_version(version, target, self.layout, toolchains, cache=self.folder / "cache", **more)
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Bench:
+    return Bench(tmp_path)
+
+
+def class_here(engine: str = "onnxruntime", **spec: Any) -> DeviceClass:
+    return device_class(engine, arch=HERE, **spec)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_int8_comes_out_whole_small_and_the_same_each_time(bench: Bench, engine: str) -> None:
+    net = Net()
+    net.conv(3, 64, stride=2)
+    net.relu6()
+    net.conv(64, 128)
+    net.relu6()
+    net.add("GlobalAveragePool")
+    net.add("Flatten")
+    net.dense(128, 10)
+    version = bench.version(project(bench.folder, net.model([1, 10])))
+    # Whether so small a network gains from int8 is this CPU's affair; here it is about what comes out.
+    result = bench.compile(version, class_here(engine), ship_despite_quality=True)
+    figures = result.figures
+    assert not result.cached
+    assert figures.agreement is not None
+    assert figures.agreement >= 0.8
+    assert figures.agreement_low < figures.agreement <= figures.agreement_high
+    assert figures.compiled_bytes < 0.6 * figures.float_bytes
+    assert figures.p50_ms > 0
+    assert figures.float_p50_ms > 0
+    assert figures.unmeasured == ()
+    assert 20e6 < figures.peak_memory_bytes < 400e6
+
+    manifest = bench.layout.manifest(result.artifact.digest)
+    config = bench.layout.config(manifest)
+    assert (config.engine, config.precision, config.requires.arch) == (engine, "int8", HERE)
+    assert [(t.name, t.datatype, t.shape) for t in config.inputs] == [("image", "FP32", (1, 3, 32, 32))]
+    for blob in manifest.blobs():
+        bench.layout.check(blob)
+    inputs, references = golden.unpack(
+        bench.layout.read(manifest.layer(artifact.GOLDEN_LAYER).digest, 10**8), config.encoding
+    )
+    assert inputs["image"].shape == (8, 3, 32, 32)
+    assert references["scores"].shape == (8, 10)
+    statement = json.loads(bench.layout.read(manifest.layer(artifact.PROVENANCE_LAYER).digest, 10**6))
+    model = manifest.layer(artifact.MODEL_LAYER)
+    assert statement["subject"][0]["digest"]["sha256"] == model.digest.removeprefix("sha256:")
+    bom = json.loads(bench.layout.read(manifest.layer(artifact.MLBOM_LAYER).digest, 10**6))
+    assert (bom["bomFormat"], bom["specVersion"]) == ("CycloneDX", "1.6")
+    assert {"numpy", "onnx"} <= {c["name"] for c in bom["components"]}
+
+    shutil.rmtree(bench.folder / "cache" / "compiled")
+    again = bench.compile(version, class_here(engine), ship_despite_quality=True)
+    assert not again.cached
+    assert again.artifact.digest == result.artifact.digest
+
+
+def test_openvino_is_one_stored_zip_with_xml_and_bin(bench: Bench) -> None:
+    version = bench.version(project(bench.folder, classifier()))
+    result = bench.compile(version, class_here("openvino", precision="fp32"))
+    layer = bench.layout.manifest(result.artifact.digest).layer(artifact.MODEL_LAYER)
+    with zipfile.ZipFile(bench.layout.path(layer.digest)) as archive:
+        assert archive.namelist() == ["model.xml", "model.bin"]
+        assert all(entry.compress_type == zipfile.ZIP_STORED for entry in archive.infolist())
+
+
+def test_classes_with_one_engine_share_a_compile_and_times_of_another_architecture_stay_unmeasured(
+    bench: Bench,
+) -> None:
+    version = bench.version(project(bench.folder, classifier()))
+    here = bench.compile(version, class_here("tflite"), ship_despite_quality=True)
+    board = device_class("tflite", arch="armv7l")
+    there = bench.compile(version, board)
+    assert (here.cached, there.cached) == (False, True)
+    assert here.key == there.key
+    assert here.artifact.digest != there.artifact.digest
+    assert there.figures.unmeasured == ("latency",)
+    assert there.figures.p50_ms is None
+    assert there.figures.agreement == here.figures.agreement
+
+
+def test_measuring_is_never_cached(bench: Bench) -> None:
+    version = bench.version(project(bench.folder, classifier()))
+    seen: list[str] = []
+    target = class_here(precision="fp32")
+    bench.compile(version, target)
+    result = bench.compile(version, target, progress=lambda what, _done, _total: seen.append(what))
+    assert result.cached
+    assert "running held-out pictures" in seen
+    assert "timing" in seen
+    assert "quantizing" not in seen
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_twice_normalised_calibration_is_caught_and_ships_only_by_force(bench: Bench, engine: str) -> None:
+    picture = {"name": "image", "mean": [127.0], "std": [128.0]}
+    manifest = project(bench.folder, classifier(), inputs=[picture])
+    sound = bench.version(manifest)
+    normalised_twice(bench.layout.path(sound.calibration.digest), sound.encoding, bench.folder / "twice.safetensors")
+    fields = manifest.spec.model_dump()
+    fields["calibration"] = {"path": "twice.safetensors"}
+    fields["version"] = "2"
+    broken = bench.version(Model.model_validate({"kind": "Model", "metadata": {"name": "net"}, "spec": fields}))
+    with pytest.raises(QualityError, match=r"agreement with the float model 0\.\d+ .*budget 0\.900"):
+        bench.compile(broken, class_here(engine, accuracy={"min_agreement": 0.9}))
+    forced = bench.compile(broken, class_here(engine, accuracy={"min_agreement": 0.9}), ship_despite_quality=True)
+    assert forced.quality == "forced"
+    assert any("agreement" in miss for miss in forced.misses)
+    right = bench.compile(sound, class_here(engine), ship_despite_quality=True).figures
+    assert forced.figures.agreement < right.agreement - 0.1
+    assert forced.figures.sqnr_db < right.sqnr_db - 3
+
+
+def test_a_model_that_outgrows_its_memory_budget_is_killed_and_ships_only_by_force(bench: Bench) -> None:
+    bomb = onnx.load_model_from_string(with_memory_bomb(classifier(1000).SerializeToString()))
+    version = bench.version(project(bench.folder, bomb, counts=(8, 8, 8)))
+    target = class_here(precision="fp32", budgets={"latency_p95_ms": 100.0, "memory_bytes": 300_000_000})
+    with pytest.raises(QualityError, match=r"engine died: over its memory limit of \d+ bytes \(SIGKILL\)"):
+        bench.compile(version, target)
+    forced = bench.compile(version, target, ship_despite_quality=True)
+    assert forced.figures.agreement is None
+    assert forced.figures.unmeasured == ("agreement", "latency", "memory")
+
+
+def children() -> list[int]:
+    return [int(pid) for pid in Path(f"/proc/self/task/{threading.get_native_id()}/children").read_text().split()]
+
+
+def test_an_engine_that_crashes_while_measuring_is_a_quality_miss_that_names_the_signal(bench: Bench) -> None:
+    version = bench.version(project(bench.folder, classifier()))
+
+    def crash(what: str, _done: int, _total: int) -> None:
+        if what == "running held-out pictures":
+            for pid in children():
+                os.kill(pid, signal.SIGSEGV)
+
+    with pytest.raises(QualityError, match="engine died: SIGSEGV"):
+        bench.compile(version, class_here(), progress=crash)
+
+
+def test_a_compile_can_be_cancelled_and_leaves_no_process_and_no_half_result(bench: Bench) -> None:
+    version = bench.version(project(bench.folder, classifier()))
+
+    def stop(what: str, _done: int, _total: int) -> None:
+        if what == "quantizing":
+            bench.cancel.set()
+
+    with pytest.raises(Cancelled, match="onnxruntime compile was cancelled"):
+        bench.compile(version, class_here(), progress=stop)
+    assert children() == []
+    assert list((bench.folder / "cache" / "compiled").iterdir()) == []
+
+
+def test_a_compile_that_takes_too_long_is_stopped(bench: Bench) -> None:
+    version = bench.version(project(bench.folder, classifier()))
+    with pytest.raises(ToolchainError, match="ran past its limit"):
+        bench.compile(version, class_here(), limits=Limits(prepare_s=0.05))
+    assert children() == []
+
+
+def test_an_operator_that_tflite_lacks_is_named_with_its_node(bench: Bench) -> None:
+    net = Net()
+    net.conv(3, 8)
+    lost = net.add("Softplus")
+    net.add("GlobalAveragePool")
+    net.add("Flatten")
+    version = bench.version(project(bench.folder, net.model([1, 8])))
+    with pytest.raises(ModelError, match=rf"tflite has no operator Softplus \(node '{lost}'\)"):
+        bench.compile(version, class_here("tflite"))
+
+
+def test_an_operator_that_onnxruntime_lacks_is_named_with_its_node(bench: Bench) -> None:
+    net = Net()
+    net.conv(3, 8)
+    lost = net.add("Sparkle", domain="acme.ai")
+    model = net.model([1, 8, 32, 32], extra=[onnx.helper.make_opsetid("acme.ai", 1)])
+    version = bench.version(project(bench.folder, model))
+    with pytest.raises(ModelError, match=rf"no operator acme\.ai\.Sparkle \(node '{lost}'\)"):
+        bench.compile(version, class_here())
+
+
+def test_what_a_target_can_not_make_is_refused_before_anything_is_installed(bench: Bench) -> None:
+    manifest = project(bench.folder, classifier(), calibration={"path": "calibration", "method": "entropy"})
+    version = bench.version(manifest)
+    with pytest.raises(ManifestError, match="target tflite makes no fp16; it makes fp32, int8"):
+        bench.compile(version, class_here("tflite", precision="fp16"))
+    with pytest.raises(ManifestError, match="has no calibration method entropy; it has minmax"):
+        bench.compile(version, class_here("tflite"))
+    with pytest.raises(ManifestError, match="compiles for engine tflite, not openvino"):
+        bench.compile(version, class_here("openvino", target="tflite"))
+    with pytest.raises(ToolchainError, match="no target tensorrt installed; have: onnxruntime, openvino, tflite"):
+        bench.compile(version, class_here("tensorrt"))
+
+
+def test_a_damaged_toolchain_is_told_with_what_to_do(bench: Bench) -> None:
+    whole = Toolchains(TOOLCHAINS).ensure("onnxruntime")
+    broken = msgspec.structs.replace(whole, python=str(bench.folder / "gone" / "python"))
+    with pytest.raises(ToolchainError, match=r"can't start .*gone/python.*remove that toolchain's folder"):
+        Toolchains(TOOLCHAINS).run(broken, "ort", {"action": "measure"}, bench.folder, bench.folder / "log", limit_s=5)
+
+
+def test_an_installation_that_fails_says_why_and_is_tried_again(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    bad = "msgspec==0.19.0 --hash=sha256:" + "0" * 64 + "\n"
+    monkeypatch.setattr(toolchains_module, "lock_text", lambda _name: bad)
+    for _ in range(2):
+        with pytest.raises(ToolchainError, match="can't install the onnxruntime toolchain"):
+            Toolchains(bench.folder / "cache").ensure("onnxruntime")
+
+
+def test_locks_are_hashed_and_name_no_index() -> None:
+    for name in ENGINES:
+        lock = toolchains_module.lock_text(name)
+        assert "://" not in lock
+        packages = re.findall(r"^\S+==\S+.*(?:\n {4}--hash=.*)+", lock, re.M)
+        assert len(packages) == len(re.findall(r"^\S+==", lock, re.M)) > 5
+
+
+def wide(net: Net) -> list[int]:
+    """Pads that TFLite can't express, pools, normalisation, squeeze and excite, concatenation."""
+    net.conv(3, 8, stride=2, pads=[1, 1, 1, 1])
+    net.add("Relu")
+    net.add("MaxPool", kernel_shape=[3, 3], strides=[2, 2], pads=[1, 1, 1, 1])
+    trunk = net.last
+    net.add("GlobalAveragePool")
+    net.conv(8, 8, 1, pads=[0, 0, 0, 0])
+    net.add("HardSigmoid", alpha=1 / 6, beta=0.5)
+    net.add("Mul", trunk)
+    left = net.last
+    net.conv(8, 4, 1, pads=[0, 0, 0, 0])
+    net.add("HardSwish")
+    net.add("Concat", left, axis=1)
+    values = [net.constant(net.rng.uniform(0.5, 1.5, 12).astype(np.float32)) for _ in range(4)]
+    net.add("BatchNormalization", *values, epsilon=1e-3)
+    net.add("LeakyRelu", alpha=0.1)
+    net.add("AveragePool", kernel_shape=[2, 2], strides=[2, 2])
+    net.add("Add", net.constant(net.rng.normal(size=(12, 1, 1)).astype(np.float32)))
+    net.add("Sigmoid")
+    net.add("Reshape", net.constant(np.array([0, -1], np.int64)))
+    net.dense(192, 6)
+    net.add("Softmax", axis=-1)
+    return [1, 6]
+
+
+def shapes(net: Net) -> list[int]:
+    """Transposes, squeezes, reductions, padding, arithmetic over another order."""
+    net.add("Pad", net.constant(np.array([0, 0, 1, 2, 0, 0, 1, 0], np.int64)))
+    net.conv(3, 6, 5, pads=[0, 0, 0, 0], stride=3)
+    net.add("Sub", net.constant(np.array(0.25, np.float32)))
+    net.add("Transpose", perm=[0, 2, 3, 1])
+    net.add("Mul", net.constant(net.rng.normal(size=6).astype(np.float32)))
+    net.add("Transpose", perm=[0, 3, 1, 2])
+    net.conv(6, 6, 3, group=6)
+    net.add("Tanh")
+    net.add("ReduceMean", axes=[2], keepdims=0)
+    net.add("Unsqueeze", net.constant(np.array([2], np.int64)))
+    net.add("ReduceMax", axes=[3], keepdims=1)
+    net.add("Squeeze", net.constant(np.array([2, 3], np.int64)))
+    net.add("Clip", net.constant(np.array(-0.5, np.float32)), net.constant(np.array(0.5, np.float32)))
+    net.add("MatMul", net.constant(net.rng.normal(size=(6, 4)).astype(np.float32)))
+    return [1, 4]
+
+
+@pytest.mark.parametrize("build", [wide, shapes])
+def test_a_float_tflite_answers_as_onnxruntime_does(bench: Bench, build: Any) -> None:
+    net = Net(3)
+    shape = build(net)
+    raw = {"output": {"kind": "raw"}, "acceptance": {"min_agreement": 1.0, "tolerance_abs": 1e-4}}
+    version = bench.version(project(bench.folder, net.model(shape, opset=14), **raw))
+    target = class_here("tflite", precision="fp32", accuracy={"min_agreement": 1.0})
+    assert bench.compile(version, target).figures.agreement == 1.0

@@ -1,0 +1,124 @@
+"""What native code from outside can't do: each deed runs for real in the real sandbox, and the parent tells truthfully how it ended."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import time
+from pathlib import Path
+
+import pytest
+from edgefleet_agent import confinement, sandbox
+from edgefleet_agent.sandbox import Ended, Limits
+
+TESTS = Path(__file__).parent.parent
+MB = 1 << 20
+
+
+@pytest.fixture
+def misbehave(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")]))
+    outside, inside, scratch = tmp_path / "secret", tmp_path / "artifact", tmp_path / "scratch"
+    outside.write_text("key")
+    inside.write_text("model")
+    scratch.mkdir()
+
+    def run(deed: str, memory_bytes: int = 256 * MB, time_s: float = 20.0) -> Ended:
+        request = {
+            "deed": deed, "readable": [str(inside)], "writable": [str(scratch)], "file_bytes": 8 * MB,
+            "outside": str(outside), "inside": str(inside), "scratch": str(scratch),
+        }  # fmt: skip
+        return sandbox.run(
+            "support.misbehaving", json.dumps(request).encode(), Limits(memory_bytes=memory_bytes, time_s=time_s)
+        )
+
+    return run
+
+
+def reports(ended: Ended) -> list[str]:
+    return [json.loads(line) for line in ended.reports]
+
+
+@pytest.mark.parametrize(
+    ("deed", "problem"),
+    [("segfault", "killed by SIGSEGV"), ("illegal_instruction", "killed by SIGILL"), ("abort", "killed by SIGABRT")],
+)
+def test_a_child_that_dies_is_told_by_its_signal(misbehave, deed: str, problem: str) -> None:
+    ended = misbehave(deed)
+    assert ended.problem == problem
+    assert not ended.over_limit
+    assert "survived" not in reports(ended)
+
+
+def test_a_child_that_hangs_and_ignores_signals_is_ended_at_its_time_limit(misbehave) -> None:
+    began = time.monotonic()
+    ended = misbehave("hang", time_s=1.5)
+    assert ended.problem == "over its time limit of 1.5 s"
+    assert ended.over_limit
+    assert time.monotonic() - began < 10
+
+
+def test_a_child_that_eats_memory_is_ended_at_its_memory_limit(misbehave) -> None:
+    ended = misbehave("eat_memory", memory_bytes=128 * MB)
+    assert ended.problem == f"over its memory limit of {128 * MB} bytes"
+    assert 128 * MB <= ended.peak_memory_bytes < 1024 * MB
+
+
+def test_a_single_huge_allocation_is_refused_before_any_page_is_touched(misbehave) -> None:
+    said = reports(misbehave("reserve_memory"))
+    assert "small: done" in said
+    assert "large: MemoryError" in said
+
+
+def test_a_child_that_floods_its_parent_is_ended(misbehave) -> None:
+    ended = misbehave("flood")
+    assert "report limit" in ended.problem
+    assert ended.over_limit
+
+
+def test_a_confined_child_reaches_no_network_process_or_file_and_keeps_what_it_needs(misbehave) -> None:
+    if platform.machine() not in ("x86_64", "aarch64", "armv7l"):
+        pytest.skip(f"no seccomp filter for {platform.machine()}")
+    ended = misbehave("escape")
+    said = reports(ended)
+    assert said[0] == "missing []", "this kernel lacks a layer, so this test can't prove it"
+    assert ended.problem == ""
+    assert said[-1] == "survived"
+    outcome = dict(line.split(": ", 1) for line in said[1:-1])
+    allowed = {"read artifact", "write scratch", "thread"}
+    for deed in allowed:
+        assert outcome[deed] == "done", deed
+    refused = set(outcome) - allowed
+    assert len(refused) == 16
+    for deed in refused:
+        assert outcome[deed] != "done", f"the sandbox let it: {deed}"
+
+
+def test_nothing_of_an_escape_is_left_behind(misbehave, tmp_path: Path) -> None:
+    misbehave("escape")
+    assert (tmp_path / "artifact").read_text() == "model"
+    assert not (tmp_path / "secret.new").exists()
+    assert (tmp_path / "scratch" / "large").stat().st_size <= 8 * MB
+
+
+def test_a_module_that_does_not_exist_is_told_with_its_last_words() -> None:
+    ended = sandbox.run("edgefleet_agent.no_such_module", b"", Limits(memory_bytes=256 * MB, time_s=10))
+    assert ended.problem == "ended with status 1"
+    assert "no_such_module" in ended.output
+
+
+def test_the_parent_keeps_no_descriptor_and_no_child(misbehave) -> None:
+    misbehave("abort")
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(3):
+        misbehave("abort")
+    assert len(os.listdir("/proc/self/fd")) == before
+    with pytest.raises(ChildProcessError):
+        os.waitpid(-1, os.WNOHANG)
+
+
+def test_a_machine_without_a_filter_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(platform, "machine", lambda: "vax")
+    with pytest.raises(OSError, match="no filter for vax"):
+        confinement._seccomp(confinement.Policy())

@@ -1,0 +1,27 @@
+"""The acceptance verdict travels: what a board judges, the controller can read."""
+
+from __future__ import annotations
+
+import math
+
+import msgspec
+import pytest
+from edgefleet_shared.contract import AcceptanceContract, AcceptanceFigures, AcceptanceReport, Verdict, judge
+
+
+@pytest.mark.parametrize("cosine", [math.nan, None, 0.1])
+def test_a_model_whose_output_is_no_number_fails_in_a_report_that_can_be_read_back(cosine: float | None) -> None:
+    contract = AcceptanceContract(
+        kind="classification", min_agreement=0.9, latency_p95_ms=10.0, peak_memory_bytes=1 << 30, allowed_providers=("CPU",),
+        min_cosine=0.9, max_celsius=80.0,
+    )  # fmt: skip
+    figures = AcceptanceFigures(
+        golden_count=16, agreement=1.0, cosine=cosine, load_ms=1, first_ms=1, p50_ms=1, p95_ms=1, peak_memory_bytes=1,
+        providers=("CPU",),
+    )  # fmt: skip
+    report = judge(contract, figures)
+    read = msgspec.json.decode(msgspec.json.encode(report), type=AcceptanceReport)
+    assert read.verdict is Verdict.FAILED
+    assert read.reason.startswith("cosine ")
+    assert read.measurements == report.measurements
+    assert next(row.verdict for row in read.measurements if row.name == "temperature") is Verdict.INCONCLUSIVE

@@ -1,0 +1,73 @@
+"""What the board says of itself, read from trees as different boards show them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from edgefleet_agent import board, notify, sensors
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (
+            "processor : 0\nflags\t\t: fpu avx2 avx512_vnni\n\nprocessor: 1\nflags : other\n",
+            ("avx2", "avx512_vnni", "fpu"),
+        ),
+        ("processor : 0\nFeatures\t: fp asimd asimddp\n", ("asimd", "asimddp", "fp")),
+        ("nothing known\n", ()),
+    ],
+)
+def test_cpu_features_are_the_kernels_names(tmp_path: Path, text: str, expected: tuple[str, ...]) -> None:
+    (tmp_path / "cpuinfo").write_text(text)
+    assert board.cpu_features(tmp_path / "cpuinfo") == expected
+
+
+def test_a_board_that_shows_nothing_gives_nothing_rather_than_a_guess(tmp_path: Path) -> None:
+    assert board.cpu_features(tmp_path / "absent") == ()
+    assert board.memory_bytes(tmp_path / "absent") == 0
+    assert sensors.hottest_celsius(tmp_path) is None
+    assert sensors.throttled(tmp_path) is None
+
+
+def test_the_real_board_has_an_architecture_memory_and_the_engines_that_load() -> None:
+    fingerprint = board.read_fingerprint()
+    assert fingerprint.arch
+    assert fingerprint.memory_bytes > 1 << 28
+    assert "onnxruntime" in fingerprint.engines
+    assert fingerprint.agent_version
+
+
+def test_the_hottest_zone_counts_and_a_dead_sensor_does_not(tmp_path: Path) -> None:
+    for number, text in enumerate(("45000\n", "71500\n", "0\n", "rubbish")):
+        zone = tmp_path / "class" / "thermal" / f"thermal_zone{number}"
+        zone.mkdir(parents=True)
+        (zone / "temp").write_text(text)
+    assert sensors.hottest_celsius(tmp_path) == 71.5
+
+
+@pytest.mark.parametrize(("current", "expected"), [(1_500_000, False), (600_000, True)])
+def test_a_clock_far_below_its_maximum_is_throttled(tmp_path: Path, current: int, expected: bool) -> None:
+    policy = tmp_path / "devices" / "system" / "cpu" / "cpufreq" / "policy0"
+    policy.mkdir(parents=True)
+    (policy / "scaling_cur_freq").write_text(str(current))
+    (policy / "cpuinfo_max_freq").write_text("1500000")
+    assert sensors.throttled(tmp_path) is expected
+
+
+def test_without_a_service_manager_notices_go_nowhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("NOTIFY_SOCKET", raising=False)
+    monkeypatch.delenv("WATCHDOG_USEC", raising=False)
+    assert not notify.ready()
+    assert notify.watchdog_period_s() is None
+    monkeypatch.setenv("NOTIFY_SOCKET", "/nonexistent/socket")
+    assert not notify.alive()
+
+
+def test_a_watchdog_for_another_process_is_not_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WATCHDOG_USEC", "4000000")
+    monkeypatch.delenv("WATCHDOG_PID", raising=False)
+    assert notify.watchdog_period_s() == 2.0
+    monkeypatch.setenv("WATCHDOG_PID", "1")
+    assert notify.watchdog_period_s() is None

@@ -1,0 +1,134 @@
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from edgefleet_controller.compile.pipeline import contract
+from edgefleet_controller.compile.port import Figures, chosen_options, target_named
+from edgefleet_controller.compile.quality import compare, misses, wilson
+from edgefleet_controller.source import AcceptanceLimits, ModelVersion, Split
+from edgefleet_shared.contract import TensorSpec
+from edgefleet_shared.errors import ManifestError, ToolchainError
+from support.networks import device_class
+
+SPLIT = Split("sha256:" + "0" * 64, 4)
+
+
+def version(kind: Any = "classification", **changes: Any) -> ModelVersion:
+    fields: dict[str, Any] = {
+        "schema": 1, "model": "m", "version": "1", "network": SPLIT.digest,
+        "inputs": (TensorSpec("x", "FP32", (1, 3)),), "outputs": (TensorSpec("y", "FP32", (1, 3)),),
+        "output_kind": kind, "encoding": None, "labels": (), "calibration": SPLIT, "calibration_method": "minmax",
+        "holdout": SPLIT, "golden": SPLIT,
+        "acceptance": AcceptanceLimits(min_agreement=0.9, min_cosine=0.8, tolerance_abs=0.1, tolerance_rel=0.0, min_golden=8),
+    }  # fmt: skip
+    return ModelVersion(**(fields | changes))
+
+
+def figures(**changes: Any) -> Figures:
+    fields: dict[str, Any] = {
+        "engine": "onnxruntime", "engine_version": "1", "float_bytes": 100, "compiled_bytes": 50, "samples": 96,
+        "agreement": 0.95, "agreement_low": 0.9, "agreement_high": 0.97, "p50_ms": 5.0, "float_p50_ms": 10.0,
+        "peak_memory_bytes": 1000,
+    }  # fmt: skip
+    return Figures(**(fields | changes))
+
+
+def test_wilson_matches_published_values() -> None:
+    # Newcombe 1998, table I: 81 of 263 and 0 of 20.
+    assert wilson(81, 263) == pytest.approx((0.2553, 0.3662), abs=1e-4)
+    assert wilson(0, 20) == pytest.approx((0.0, 0.1611), abs=1e-4)
+
+
+ROWS = np.array([[1, 2, 3], [3, 2, 1], [0, 9, 0], [5, 0, 1]], np.float32)
+
+
+def test_equal_outputs_agree_fully() -> None:
+    found = compare({"y": ROWS}, {"y": ROWS}, version())
+    assert (found["agreement"], found["cosine"]) == (1.0, 1.0)
+
+
+def test_a_changed_answer_and_one_that_is_not_a_number_disagree() -> None:
+    bad = ROWS.copy()
+    bad[0] = [3, 2, 1]
+    bad[1, 0] = np.nan
+    found = compare({"y": bad}, {"y": ROWS}, version())
+    assert found["agreement"] == 0.5
+    assert found["cosine"] == 0.0
+
+
+def test_raw_outputs_agree_within_their_tolerance() -> None:
+    near, far = ROWS + 0.09, ROWS.copy()
+    far[2, 2] += 0.2
+    assert compare({"y": near}, {"y": ROWS}, version("raw"))["agreement"] == 1.0
+    assert compare({"y": far}, {"y": ROWS}, version("raw"))["agreement"] == 0.75
+
+
+def test_outputs_of_another_name_or_shape_are_an_error() -> None:
+    with pytest.raises(ToolchainError, match="'y' has shape none"):
+        compare({"z": ROWS}, {"y": ROWS}, version())
+    with pytest.raises(ToolchainError, match="has shape"):
+        compare({"y": ROWS[:, :2]}, {"y": ROWS}, version())
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"agreement": 0.5}, "agreement with the float model 0.500"),
+        ({"agreement": None}, "could not be measured"),
+        ({"p50_ms": 10.6}, "slower than float"),
+        ({"peak_memory_bytes": 2**31}, "peak memory"),
+        ({"compiled_bytes": 61}, "size 61 bytes, budget 60"),
+    ],
+)
+def test_each_budget_is_missed_by_name(changes: dict[str, Any], words: str) -> None:
+    budgets = {"latency_p95_ms": 10.0, "memory_bytes": 2**30, "size_bytes": 60}
+    spec = device_class(budgets=budgets).spec
+    assert misses(figures(), spec) == []
+    (found,) = misses(figures(**changes), spec)
+    assert words in found
+
+
+def test_times_that_could_not_be_measured_are_no_miss() -> None:
+    assert misses(figures(p50_ms=None, float_p50_ms=None), device_class().spec) == []
+
+
+def test_the_contract_comes_from_the_manifests_and_the_class_overrides() -> None:
+    target = target_named("onnxruntime")
+    plain = contract(version(), device_class(), target)
+    assert (plain.min_agreement, plain.min_cosine, plain.latency_p95_ms) == (0.9, 0.8, 100.0)
+    assert plain.allowed_providers == ("CPUExecutionProvider",)
+    own = {"min_agreement": 0.6, "allowed_providers": ["CUDA"], "max_celsius": 80.0}
+    strict = contract(version(), device_class(acceptance=own), target)
+    assert (strict.min_agreement, strict.allowed_providers, strict.max_celsius) == (0.6, ("CUDA",), 80.0)
+    plain.check()
+    strict.check()
+
+
+def test_a_target_that_this_build_lacks_is_named_beside_those_it_has() -> None:
+    with pytest.raises(ToolchainError, match="no target rknn installed; have: onnxruntime, openvino, tflite"):
+        target_named("rknn")
+
+
+def test_weights_keep_to_7_bits_on_x86_unless_the_class_promises_vnni() -> None:
+    target = target_named("onnxruntime")
+    for features, arch, reduced in (([], "x86_64", True), (["avx512_vnni"], "x86_64", False), ([], "aarch64", False)):
+        spec = device_class(cpu_features=features, arch=arch).spec
+        assert target.options(spec, version())["reduce_range"] is reduced
+
+
+def test_the_models_options_for_a_target_win_over_the_class() -> None:
+    spec = device_class(options={"float_first": 2}).spec
+    defaults = {"float_first": 0}
+    assert chosen_options("tflite", spec, version(), defaults) == {"float_first": 2}
+    own = version(options={"tflite.float_first": 5, "openvino.preset": "mixed"})
+    assert chosen_options("tflite", spec, own, defaults) == {"float_first": 5}
+
+
+@pytest.mark.parametrize(
+    ("options", "words"), [({"floaty": 1}, "no option 'floaty'"), ({"float_first": "2"}, "expected int")]
+)
+def test_an_option_that_a_target_would_ignore_is_refused(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(ManifestError, match=words):
+        chosen_options("tflite", device_class(options=options).spec, version(), {"float_first": 0})
