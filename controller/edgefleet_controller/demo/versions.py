@@ -1,6 +1,6 @@
 """The demo's four versions: receives the demo's manifests and photos, hands on one Model manifest each.
 
-1 is calibrated on one set of photos; 2 on another, with the options that keep more layers in float dropped: a different build. 3 is broken by a mistake that people
+1 is calibrated on one set of photos, 2 on another: other scales in every layer, a different build. 3 is broken by a mistake that people
 make, 4 by something that people leave in a graph (:mod:`edgefleet_controller.demo.models`). All go through the normal import and compile.
 """
 
@@ -58,11 +58,7 @@ class Versions:
         return self._write("1", {})
 
     def second(self) -> Path:
-        other = {
-            "path": str(self._photos / "calibration-2"),
-            "count": self._counts["calibration-2"],
-            "method": "percentile",
-        }
+        other = {"path": str(self._photos / "calibration-2"), "count": self._counts["calibration-2"]}
         return self._write("2", {"calibration": other})
 
     def third(self, client: FleetClient) -> Path:
