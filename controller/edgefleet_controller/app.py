@@ -26,7 +26,7 @@ from edgefleet_controller.settings import Settings
 from edgefleet_controller.sign import DirectorSigner, Repository, read_key
 from edgefleet_controller.store import devices, rollouts
 from edgefleet_controller.store.database import Database
-from edgefleet_controller.transport.broker import CONTROLLER, Broker, BrokerFiles, write_for_another
+from edgefleet_controller.transport.broker import CONTROLLER, Broker, BrokerFiles
 from edgefleet_controller.transport.gateway import Gateway
 from edgefleet_controller.transport.sender import BlobSender
 
@@ -69,8 +69,6 @@ class Controller:
                 certificate=home / "ca" / "server.pem", key=home / "ca" / "server.key",
             )  # fmt: skip
             self.broker = Broker(files, host, port)
-        else:
-            write_for_another(home / "broker", home / "ca", port)
         endpoint = Endpoint(
             host=host, port=port, ca=home / "ca" / "ca.pem",
             certificate=home / "ca" / f"{CONTROLLER}.pem", key=home / "ca" / f"{CONTROLLER}.key",

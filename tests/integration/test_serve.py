@@ -42,6 +42,12 @@ def broker_pid(fleet: Fleet) -> int:
     return int(fleet.client().status()["broker_pid"])
 
 
+def workers_of(pid: int) -> list[int]:
+    """The compile workers among a process' children."""
+    children = [int(p) for task in Path(f"/proc/{pid}/task").iterdir() for p in (task / "children").read_text().split()]
+    return [p for p in children if b"edgefleet_controller.compile.worker" in Path(f"/proc/{p}/cmdline").read_bytes()]
+
+
 def alive(pid: int) -> bool:
     try:
         return "Z" not in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
@@ -138,26 +144,6 @@ def test_a_missing_broker_program_is_told_with_what_to_do(tmp_path):
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize(
-    ("settings", "told"),
-    [
-        ("lissten: 127.0.0.1:1\n", "lissten"),
-        ("listen: nowhere\n", "is not host:port"),
-        ("compile_workers: 0\n", "compile_workers"),
-        ("- a\n", "expected settings by name"),
-        ("database_url: mysql://x/y\n", "database URL of kind"),
-        ("database_password_file: /nonexistent\n", "database's password"),
-    ],
-)
-def test_a_wrong_setting_is_named(tmp_path, settings, told):
-    made = Fleet(tmp_path)
-    (made.home / "controller.yaml").write_text(settings)
-    done = made.run("serve", timeout_s=60)
-    assert done.returncode in (1, 2)
-    assert told in done.stderr
-    assert "Traceback" not in done.stderr
-
-
 def test_a_second_controller_on_one_home_is_refused_and_the_first_serves_on(fleet):
     pid = broker_pid(fleet)
     done = fleet.run("serve", timeout_s=60, EDGEFLEET_LISTEN=f"127.0.0.1:{free_port()}")
@@ -183,24 +169,6 @@ def test_a_killed_broker_is_started_again_and_the_controller_reconnects(tmp_path
     until(lambda: made.client().status()["broker_restarts"] == 1, "the broker was started again")
     until(lambda: bool(made.client().status()["broker_connected"]) and broker_pid(made) != pid, "reconnected")
     made.close()
-
-
-def test_with_a_broker_of_somebody_elses_all_that_it_needs_is_written_for_it(tmp_path):
-    made = Fleet(tmp_path, "--broker", f"localhost:{free_port()}")
-    port = made.client()  # the home is complete: the command line can be used
-    port.close()
-    process = subprocess.Popen([*FLEET, "serve", "--home", str(made.home)], stderr=subprocess.DEVNULL)
-    try:
-        until((made.home / "broker" / "mosquitto.conf").exists, "the configuration", 60)
-        folder = made.home / "broker"
-        text = (folder / "mosquitto.conf").read_text()
-        for name in ("ca.pem", "server.pem", "server.key", "acl"):
-            assert (folder / name).exists()
-            assert str(folder / name) in text
-        assert (folder / "server.key").stat().st_mode & 0o777 == 0o600
-    finally:
-        process.terminate()
-        process.wait(30)
 
 
 # -------------------------------------------------------------------------------------------------------------- the API
@@ -541,14 +509,17 @@ def test_a_version_never_changes(released):
     assert "give the changed model a new version" in done.stderr
 
 
-def test_a_compile_job_that_was_running_when_the_controller_died_is_run_by_the_next(released, tmp_path):
+def test_a_compile_job_that_was_running_when_the_controller_died_is_run_by_the_next(released):
     with released.http(operator=True) as http:
-        # A cache of its own, so that there is work to do; the toolchains are shared.
         answer = http.put("/v1/classes", json=device_class("pc-int8", precision="int8"))
         assert answer.status_code == 200
         job = released.client().compile("toy", "1", "pc-int8", despite_quality=True)
-    until(lambda: released.client().job(job)["state"] != "queued", "the job runs")
+    assert released.process is not None
+    controller = released.process.pid
+    until(lambda: bool(workers_of(controller)), "the job has its process")
+    orphans = workers_of(controller)
     released.end(signal.SIGKILL)
+    until(lambda: not any(alive(pid) for pid in orphans), "the process of the dead controller's job ended")
     released.start()
     until(lambda: released.client().job(job)["state"] in ("done", "failed"), "the job ended", 120)
     told = released.client().job(job)

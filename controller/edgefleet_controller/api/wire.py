@@ -8,15 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from edgefleet_shared.errors import InputError
-from starlette.responses import JSONResponse
+from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 MAX_BODY_BYTES = 16 * 1024 * 1024  # signed metadata of a large fleet, in base64
-
-
-class _TooLarge(Exception):
-    pass
 
 
 class Wire:
@@ -34,26 +29,19 @@ class Wire:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        came, answered = 0, False
+        came = 0
 
         async def bounded() -> Message:
             nonlocal came
             message = await receive()
             came += len(message.get("body", b""))
             if came > MAX_BODY_BYTES and not self._streamed(scope):
-                raise _TooLarge
+                # The one exception that FastAPI lets through where it reads a body.
+                raise HTTPException(413, f"a request may have {MAX_BODY_BYTES} bytes")
             return message
 
         async def counted(message: Message) -> None:
-            nonlocal answered
-            answered = True
             self._count(len(message.get("body", b"")))
             await send(message)
 
-        try:
-            await self._app(scope, bounded, counted)
-        except _TooLarge:
-            if answered:
-                raise
-            error = InputError(f"a request may have {MAX_BODY_BYTES} bytes").as_dict()
-            await JSONResponse(error, 413, headers={"Connection": "close"})(scope, receive, counted)
+        await self._app(scope, bounded, counted)

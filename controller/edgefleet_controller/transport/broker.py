@@ -97,12 +97,12 @@ def access_rules() -> str:
 
 
 def configuration(files: BrokerFiles, host: str, port: int) -> str:
-    """mosquitto.conf. Each limit says why it is not the default. An empty host listens on every address."""
+    """mosquitto.conf. Each limit says why it is not the default."""
     user = pwd.getpwuid(os.geteuid()).pw_name
     return f"""# Written by fleet serve at each start: changes here are lost.
 per_listener_settings false
 user {user}
-listener {port}{" " + host if host else ""}
+listener {port} {host}
 cafile {files.ca}
 certfile {files.certificate}
 keyfile {files.key}
@@ -138,21 +138,6 @@ def write_settings(files: BrokerFiles, host: str, port: int) -> None:
     atomic.make_folder(files.folder, 0o700)
     atomic.write(files.folder / "acl", access_rules().encode(), 0o600)
     atomic.write(files.folder / "mosquitto.conf", configuration(files, host, port).encode(), 0o600)
-
-
-def write_for_another(folder: Path, ca: Path, port: int) -> None:
-    """Write all that a mosquitto which someone else runs needs into ``folder``: certificates, access rules, configuration.
-
-    Args:
-        ca: folder of the fleet's CA, with the server's certificate.
-    """
-    atomic.make_folder(folder, 0o700)
-    for name in ("ca.pem", "server.pem", "server.key"):
-        atomic.write(folder / name, (ca / name).read_bytes(), 0o600)
-    files = BrokerFiles(
-        folder=folder, ca=folder / "ca.pem", certificate=folder / "server.pem", key=folder / "server.key"
-    )
-    write_settings(files, "", port)
 
 
 class Broker:
