@@ -96,7 +96,7 @@ async def serve(state: Path, address: tuple[str, int] | None, socket_path: Path,
         listener.setblocking(False)
         if listener.family == socket.AF_UNIX:
             servers.append(await loop.create_unix_server(server.connection, sock=listener))
-            where.append(str(socket_path))
+            where.append(str(listener.getsockname()))
             continue
         servers.append(await loop.create_server(server.connection, sock=listener))
         host, port = listener.getsockname()[:2]
@@ -155,12 +155,21 @@ def _gauges(switchboard: Switchboard, server: Server) -> dict[str, float]:
 
 
 def _listeners(address: tuple[str, int] | None, socket_path: Path) -> list[socket.socket]:
-    """Where clients reach the runtime: sockets that systemd holds, and what is lacking of Unix socket and loopback port."""
+    """Where clients reach the runtime: the sockets that systemd holds (ADR 0006), else a Unix socket and a port of its own.
+
+    A socket unit without a port means no port: an operator closed it.
+    """
     found = activation.inherited()
-    if not any(s.family == socket.AF_UNIX for s in found):
-        found.append(_unix(socket_path))
-    if address is not None and all(s.family == socket.AF_UNIX for s in found):
+    for taken in found:
+        if taken.family != socket.AF_UNIX and taken.getsockname()[0] not in LOOPBACK:
+            raise EnvironmentProblem(
+                f"systemd listens at {taken.getsockname()[0]}, which is not loopback",
+                hint="requests carry no identity: put a proxy that checks one in front",
+            )
+    if address is not None and not found:
         found.append(_tcp(*address))
+    if not any(taken.family == socket.AF_UNIX for taken in found):
+        found.append(_unix(socket_path))
     return found
 
 
