@@ -34,9 +34,8 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def fill(disk: Path) -> Path:
     """Leave not one free byte."""
     ballast = disk / "ballast"
-    with pytest.raises(OSError, match="No space"), ballast.open("wb", buffering=0) as stream:
-        while True:
-            stream.write(bytes(65536))
+    with pytest.raises(OSError, match="No space"):
+        ballast.write_bytes(bytes(DISK_BYTES))
     return ballast
 
 
