@@ -252,7 +252,14 @@ def test_a_token_enrols_one_board_once_under_the_name_that_the_token_gives(fleet
 def test_a_token_printed_into_a_file_enrols_the_real_agent(fleet, tmp_path):
     file = tmp_path / "board.token"
     file.write_text(fleet.run("device", "token", "--class", "pc", "--name", "by-file").stdout)
-    enrol = [program("fleet-agent"), "enroll", "--url", f"https://127.0.0.1:{fleet.api_port}", "--token-file", str(file)]
+    enrol = [
+        program("fleet-agent"),
+        "enroll",
+        "--url",
+        f"https://127.0.0.1:{fleet.api_port}",
+        "--token-file",
+        str(file),
+    ]
     done = subprocess.run([*enrol, "--state", str(tmp_path / "board")], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert "enrolled as by-file" in done.stdout
