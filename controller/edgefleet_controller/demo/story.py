@@ -307,7 +307,9 @@ class Story:
         for rollout in figures["rollouts"]:
             # The gate's verdict names the boards too; on a terminal once is enough.
             for reason in rollout["reasons"][1:] or rollout["reasons"]:
-                console.print(f"version {rollout['version']}: {reason}", highlight=False, soft_wrap=True)
+                console.print(
+                    f"version {rollout['version']}: {reason}", highlight=False, soft_wrap=not console.is_terminal
+                )
         console.print(f"the controller sent {figures['controller_sent_bytes']} bytes; {figures['seconds']} s in all")
 
     def _traffic_table(self) -> Table:
@@ -326,10 +328,14 @@ class Story:
             yield live.update
 
     def _say(self, what: str) -> None:
-        console.print(f"[bold][{time.monotonic() - self._began:5.1f} s][/] {what}", highlight=False, soft_wrap=True)
+        console.print(
+            f"[bold][{time.monotonic() - self._began:5.1f} s][/] {what}",
+            highlight=False,
+            soft_wrap=not console.is_terminal,
+        )
 
     def _note(self, what: str) -> None:
-        console.print(f"          {what}", highlight=False, soft_wrap=True)
+        console.print(f"          {what}", highlight=False, soft_wrap=not console.is_terminal)
 
     # -- the rest ------------------------------------------------------------------------------------------------------
 
