@@ -302,7 +302,7 @@ class Story:
             ("rollouts", ("version", "outcome", "boards_selected", "boards_touched", "boards_rolled_back")),
             ("boards", ("name", "class", "requests", "failed", "wrong_version", "longest_gap_ms", "final_version")),
         ):  # fmt: skip
-            rows = [[row[c] for c in columns] for row in figures[key]]
+            rows = [[f"{row[c]:.4g}" if isinstance(row[c], float) else row[c] for c in columns] for row in figures[key]]
             console.print(grid([c.replace("_", " ") for c in columns], rows, key))
         for rollout in figures["rollouts"]:
             # The gate's verdict names the boards too; on a terminal once is enough.
