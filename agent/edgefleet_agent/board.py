@@ -15,7 +15,6 @@ import msgspec
 from edgefleet_shared.fingerprint import Fingerprint
 
 from edgefleet_agent import __version__
-from edgefleet_agent.runtime import engines
 from edgefleet_agent.sandbox import child_environment
 
 PROBE_LIMIT_S = 60  # for each engine
@@ -65,9 +64,8 @@ def memory_bytes(meminfo: Path = Path("/proc/meminfo")) -> int:
 
 def probe_engines() -> tuple[EngineProbe, ...]:
     """Every engine that an adapter is installed for, each loaded once in a process of its own."""
-    names = engines.names()
     child = subprocess.run(
-        [sys.executable, "-m", "edgefleet_agent.runtime.engines.probe", str(PROBE_LIMIT_S), *names],
+        [sys.executable, "-m", "edgefleet_agent.runtime.engines.probe", str(PROBE_LIMIT_S)],
         stdin=subprocess.DEVNULL,
         capture_output=True,
         cwd="/",
@@ -75,7 +73,6 @@ def probe_engines() -> tuple[EngineProbe, ...]:
         check=False,
     )
     try:
-        told = {p.name: p for p in (msgspec.json.decode(line, type=EngineProbe) for line in child.stdout.splitlines())}
+        return tuple(msgspec.json.decode(line, type=EngineProbe) for line in child.stdout.splitlines())
     except msgspec.DecodeError:
-        told = {}
-    return tuple(told.get(name) or EngineProbe(name, None, "the probe reported nonsense") for name in names)
+        return ()

@@ -1,7 +1,7 @@
-"""Which engines load on this board? Receives names and a limit in seconds, hands on one line of JSON for each, in that order.
+"""Which engines load on this board? Receives a limit in seconds, hands on one line of JSON for each that has an adapter here.
 
 A child of :mod:`edgefleet_agent.board`. Each library is loaded in a process forked for it, so that one that dies or hangs takes no other
-with it, and what all have in common is imported once.
+with it, and what all have in common is imported once. Not in the resident agent, which never learns what an entry point is.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Sequence
 
 import msgspec
 from edgefleet_shared.errors import EngineError
@@ -32,11 +31,11 @@ def probe(name: str) -> EngineProbe:
     return EngineProbe(name, version, "")
 
 
-def main(limit_s: int, names: Sequence[str]) -> None:
+def main(limit_s: int) -> None:
     # Libraries print as they load; what they print must not come between the reports.
     report_fd = os.dup(1)
     os.dup2(2, 1)
-    for name in names:
+    for name in engines.names():
         child = os.fork()
         if child == 0:
             signal.alarm(limit_s)
@@ -50,4 +49,4 @@ def main(limit_s: int, names: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2:])
+    main(int(sys.argv[1]))
