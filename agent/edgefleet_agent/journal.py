@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import msgspec
 from edgefleet_shared import atomic
@@ -55,3 +56,20 @@ def read(state: Path) -> Journal:
 def write(state: Path, journal: Journal) -> None:
     """Replace the journal durably."""
     atomic.write(state / "journal.json", msgspec.json.encode(journal))
+
+
+class Keeper:
+    """The journal as it is on the disk, held in memory by the one thread that may change it."""
+
+    def __init__(self, state: Path) -> None:
+        self._state = state
+        self.now = read(state)
+
+    def replace(self, journal: Journal) -> None:
+        """Put ``journal`` in place of what is, on the disk first."""
+        write(self._state, journal)
+        self.now = journal
+
+    def keep(self, **changes: Any) -> None:
+        """Replace single fields, on the disk first."""
+        self.replace(msgspec.structs.replace(self.now, **changes))
