@@ -19,35 +19,13 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from edgefleet_shared import atomic
 from edgefleet_shared.errors import ConflictError, InputError, TransportError, TrustError, from_dict
+from edgefleet_shared.messages import Enrolled, EnrolRequest
 
 from edgefleet_agent import settings as board_settings
 from edgefleet_agent.settings import Settings
 
 TIMEOUT_S = 30.0
 MAX_ANSWER_BYTES = 4 * 1024 * 1024
-
-
-class EnrolRequest(msgspec.Struct, frozen=True):
-    """board -> controller. ``device`` may be empty: then the token names it."""
-
-    token: str
-    device: str
-    request: str
-
-
-class Enrolled(msgspec.Struct, frozen=True, kw_only=True):
-    """controller -> board. PEM texts; ``root`` is TUF root metadata."""
-
-    device: str
-    device_class: str
-    certificate: str
-    ca: str
-    root: str
-    broker_host: str
-    broker_port: int
-    api_host: str
-    api_port: int
-    site: str = ""
 
 
 def enroll(

@@ -3,7 +3,7 @@
 A file holds one or several documents of the form ``apiVersion, kind, metadata, spec``. Kinds: :class:`DeviceClass` (what
 to compile for), :class:`Model` (one version of one network, with its pictures), :class:`Rollout` (who gets it, in which
 waves, held by which gate), :class:`Site`. Unknown fields are errors, numbers are not strings, and nothing is guessed.
-The published JSON schemas (``docs/schemas``) come from :func:`json_schemas`. Times in s or ms, memory in bytes.
+The published JSON schemas (``docs/generated/schemas``) come from :func:`json_schemas`. Times in s or ms, memory in bytes.
 """
 
 from __future__ import annotations
@@ -401,7 +401,7 @@ def _explain(document: Document, exc: ValidationError) -> ManifestError:
                 shown = f", found {found!r}" if isinstance(found, str | int | float | bool | None) else ""
                 what = error["msg"].removeprefix("Value error, ") + shown
         problems.append(document.error(path, what).message)
-    return ManifestError("\n".join(problems), hint="the schemas of all kinds are in docs/schemas")
+    return ManifestError("\n".join(problems), hint="the schemas of all kinds are in docs/generated/schemas")
 
 
 def _fields_at(kind: str, path: FieldPath) -> list[str]:

@@ -147,6 +147,29 @@ class Want(msgspec.Struct, frozen=True, kw_only=True):
 M = TypeVar("M")
 
 
+class EnrolRequest(msgspec.Struct, frozen=True):
+    """board -> controller, by HTTPS. ``device`` may be empty: then the token names it. ``request`` is a CSR in PEM."""
+
+    token: str
+    device: str
+    request: str
+
+
+class Enrolled(msgspec.Struct, frozen=True, kw_only=True):
+    """controller -> board, by HTTPS. Certificates are PEM; ``root`` is the newest TUF root metadata."""
+
+    device: str
+    device_class: str
+    site: str = ""
+    certificate: str
+    ca: str
+    root: str
+    broker_host: str
+    broker_port: int
+    api_host: str
+    api_port: int
+
+
 def encode(message: msgspec.Struct) -> bytes:
     """A message's bytes."""
     return msgspec.json.encode(message)

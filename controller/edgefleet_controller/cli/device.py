@@ -6,8 +6,9 @@ import time
 from pathlib import Path
 
 import click
+from edgefleet_shared.faces import told
 
-from edgefleet_controller.cli.output import document, home_option, json_option, table, told
+from edgefleet_controller.cli.output import document, home_option, json_option, table
 from edgefleet_controller.client import FleetClient
 
 

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import click
 from edgefleet_shared.clock import SystemClock
+from edgefleet_shared.faces import told
 
-from edgefleet_controller.cli.output import console, document, home_option, json_option, told
+from edgefleet_controller.cli.output import console, document, home_option, json_option
 
 
 @click.command()

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import click
+from edgefleet_shared.faces import told
 
-from edgefleet_controller.cli.output import console, document, home_option, json_option, number, progress, table, told
+from edgefleet_controller.cli.output import console, document, home_option, json_option, number, progress, table
 
 
 @click.group()

