@@ -9,35 +9,27 @@ Not handled here: the checks themselves (:mod:`edgefleet_agent.verify`), what ha
 from __future__ import annotations
 
 import logging
-import threading
 from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
 from edgefleet_shared.artifact import digest_of
 from edgefleet_shared.assignment import MAX_ASSIGNMENT_BYTES, Admission, Incomplete, metadata_files
-from edgefleet_shared.clock import Clock
-from edgefleet_shared.errors import EdgefleetError
+from edgefleet_shared.errors import EdgefleetError, EnvironmentProblem
 from edgefleet_shared.exhaustive import assert_never
 from edgefleet_shared.fingerprint import Fingerprint
 from edgefleet_shared.messages import Body, Ended, OutcomeTold, Refused
 from edgefleet_shared.outcomes import Outcome
 
 from edgefleet_agent import verify
+from edgefleet_agent.inbox import AdmissionDone
 from edgefleet_agent.journal import Keeper
+from edgefleet_agent.ports import Ports
 from edgefleet_agent.settings import Settings
-from edgefleet_agent.transport import Uplink
 
 log = logging.getLogger(__name__)
 
 ASK_AGAIN_S = 5.0  # an admission that could not be decided
-
-
-class AdmissionDone(msgspec.Struct, frozen=True):
-    """Inbox: what the verifying child said about a ``desired`` message."""
-
-    digest: str
-    result: Admission | verify.Refusal | EdgefleetError
 
 
 class Admissions:
@@ -46,6 +38,7 @@ class Admissions:
     Args:
         tell: puts an event into the spool.
         put: the inbox, for :class:`AdmissionDone`.
+        problem: notes (what, why) when the board can't do its part, (what, "") when it can again.
     """
 
     def __init__(
@@ -54,27 +47,38 @@ class Admissions:
         settings: Settings,
         board: Fingerprint,
         keeper: Keeper,
-        uplink: Uplink,
-        clock: Clock,
+        ports: Ports,
         *,
         tell: Callable[[Body], None],
         put: Callable[[AdmissionDone], None],
+        problem: Callable[[str, str], None],
     ) -> None:
         self._state, self._settings, self._board = state, settings, board
-        self._keeper, self._uplink, self._clock = keeper, uplink, clock
-        self._tell, self._put = tell, put
+        self._keeper, self._ports = keeper, ports
+        self._tell, self._put, self._problem = tell, put, problem
         self._desired: bytes | None = None
-        self._asking = False
+        self._unkept: dict[str, bytes] = {}
+        self._begun = self._asking = False
         self._ask_again_at: float | None = None
         self._root_version = 0
 
-    def follow_metadata(self) -> None:
+    def begin(self) -> None:
+        """The journal is there: from now on decisions are made.
+
+        Raises:
+            TrustError: this board trusts no root. EnvironmentProblem: the root can't be read.
+        """
+        self._follow_metadata()
+        self._begun = True
+        self._consider()
+
+    def _follow_metadata(self) -> None:
         """Subscribe to the metadata that the trusted root makes needed."""
-        root = msgspec.json.decode(verify.read_root(self._state))
+        root = msgspec.json.decode(verify.read_root(self._state, files=self._ports.files))
         version = root["signed"]["version"]
         if version != self._root_version:
             self._root_version = version
-            self._uplink.follow_metadata(metadata_files(self._settings.device_class, version))
+            self._ports.uplink.follow_metadata(metadata_files(self._settings.device_class, version))
 
     def desire(self, desired: bytes) -> None:
         """A ``desired`` message came: the newest one counts."""
@@ -83,19 +87,35 @@ class Admissions:
 
     def take_metadata(self, name: str, content: bytes) -> None:
         """A metadata file came: what could not be decided before may be now."""
-        if verify.take_metadata(self._state, name, content):
+        self._unkept[name] = content
+        self._keep_metadata()
+
+    def _keep_metadata(self) -> None:
+        """Put what came onto the disk; when it refuses, later: the broker does not say it twice."""
+        news = False
+        try:
+            for name, content in list(self._unkept.items()):
+                news = verify.take_metadata(self._state, name, content, files=self._ports.files) or news
+                del self._unkept[name]
+        except EnvironmentProblem as exc:
+            self._ask_again_at = self._ports.clock.monotonic() + ASK_AGAIN_S
+            self._problem("metadata", str(exc))
+        else:
+            self._problem("metadata", "")
+        if news:
             self._consider()
 
     def tick(self) -> None:
         """Ask again when it is time."""
-        if self._ask_again_at is not None and self._clock.monotonic() >= self._ask_again_at:
+        if self._ask_again_at is not None and self._ports.clock.monotonic() >= self._ask_again_at:
             self._ask_again_at = None
+            self._keep_metadata()
             self._consider()
 
     def _consider(self) -> None:
         """Have the newest ``desired`` message verified, unless that was done."""
         desired = self._desired
-        if desired is None or self._asking or len(desired) > MAX_ASSIGNMENT_BYTES:
+        if not self._begun or desired is None or self._asking or len(desired) > MAX_ASSIGNMENT_BYTES:
             return
         digest = digest_of(desired)
         if digest == self._keeper.now.desired_seen:
@@ -105,31 +125,42 @@ class Admissions:
         def ask() -> None:
             result: Admission | verify.Refusal | EdgefleetError
             try:
-                result = verify.admit(self._state, self._settings, self._board, desired, self._clock.now())
+                result = verify.admit(
+                    self._state, self._settings, self._board, desired, self._ports.clock.now(),
+                    self._ports.examiner.admit, self._ports.files,
+                )  # fmt: skip
             except (verify.Refusal, EdgefleetError) as exc:
                 result = exc
             self._put(AdmissionDone(digest, result))
 
-        threading.Thread(target=ask, name="admit", daemon=True).start()
+        self._ports.spawn("admit", ask)
 
     def done(self, done: AdmissionDone) -> bool:
         """The verifying child has answered. Returns whether a decision was made, which is to be reported."""
         self._asking = False
-        match done.result:
-            case Admission(assignment=assignment):
-                self._keeper.keep(desired_seen=done.digest, refusal="", pending=assignment)
-                self.follow_metadata()
-            case verify.Refusal():
-                self._refuse(done.digest, done.result)
-            case EdgefleetError():
-                level = logging.INFO if isinstance(done.result, Incomplete) else logging.WARNING
-                log.log(level, "admission waits", extra={"reason": str(done.result)})
-                self._ask_again_at = self._clock.monotonic() + ASK_AGAIN_S
-                return False
-            case _:
-                assert_never(done.result)
+        try:
+            match done.result:
+                case Admission(assignment=assignment):
+                    self._keeper.keep(desired_seen=done.digest, refusal="", pending=assignment)
+                    self._follow_metadata()
+                case verify.Refusal():
+                    self._refuse(done.digest, done.result)
+                case EdgefleetError():
+                    raise done.result
+                case _:
+                    assert_never(done.result)
+        except EdgefleetError as exc:
+            self._wait(exc)
+            return False
+        self._problem("admission", "")
         self._consider()  # a newer message may have come meanwhile
         return True
+
+    def _wait(self, error: EdgefleetError) -> None:
+        """It can't be decided yet: ask again. Metadata on its way is nothing to tell, a board that can't do its part is."""
+        log.info("admission waits", extra={"reason": str(error)})
+        self._ask_again_at = self._ports.clock.monotonic() + ASK_AGAIN_S
+        self._problem("admission", "" if isinstance(error, Incomplete) else str(error))
 
     def _refuse(self, digest: str, refusal: verify.Refusal) -> None:
         reason = str(refusal.error)
@@ -137,7 +168,7 @@ class Admissions:
         if refusal.assignment:
             ended = Ended(
                 assignment=refusal.assignment, manifest="", outcome=Outcome.REJECTED, reason=reason,
-                at=self._clock.now(),
+                at=self._ports.clock.now(),
             )  # fmt: skip
         self._keeper.keep(desired_seen=digest, refusal=reason, ended=ended)
         log.warning("assignment refused", extra={"digest": digest, "reason": reason})

@@ -17,9 +17,9 @@ MAX_DETAIL = 500  # characters
 
 
 def reported(
-    settings: Settings, board: Fingerprint, boot: str, at: float, journal: Journal, on_disk: Slots
+    settings: Settings, board: Fingerprint, boot: str, at: float, journal: Journal, on_disk: Slots, problem: str
 ) -> Reported:
-    """Where the board is: the whole of it, to be retained."""
+    """Where the board is: the whole of it, to be retained. ``problem`` is what keeps it from going on, if anything does."""
     return Reported(
         device=settings.device,
         device_class=settings.device_class,
@@ -35,6 +35,7 @@ def reported(
         ended=journal.ended,
         desired_seen=journal.desired_seen,
         refusal=journal.refusal,
+        problem=problem[:MAX_DETAIL],
     )
 
 

@@ -23,12 +23,12 @@ PIECE_BYTES = 256 * 1024  # what is held in memory of a file that is read piece 
 
 @contextmanager
 def disk_errors(path: Path, deed: str = "write") -> Iterator[None]:
-    """Translate what a disk can answer into errors that say which path. A file that is not there stays FileNotFoundError."""
+    """Translate what a disk can answer into errors that say which path. To "read" what is not there stays FileNotFoundError."""
     try:
         yield
-    except (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError):
-        raise
     except OSError as exc:
+        if deed == "read" and isinstance(exc, FileNotFoundError):
+            raise
         hints = {
             errno.ENOSPC: "free some space, then try again; nothing was lost",
             errno.EDQUOT: "the quota is used up",
@@ -203,7 +203,8 @@ def lock(folder: Path, owner: str) -> Iterator[None]:
             with suppress(OSError):
                 holder = os.read(fd, 64).decode(errors="replace").strip()
             raise ConflictError(
-                f"{folder} is in use by {holder or 'another process'}", hint="one process owns a state folder; stop that one first"
+                f"{folder} is in use by {holder or 'another process'}",
+                hint="one process owns a state folder; stop that one first",
             ) from exc
         with suppress(OSError):
             os.ftruncate(fd, 0)
