@@ -177,8 +177,6 @@ def discard(state: Path, ports: Ports) -> None:
         EnvironmentProblem: the disk refused; run it again.
     """
     now = slots.read(state, files=ports.files)
-    if now == slots.Slots():
-        return  # nothing was ever here, or what was here was forgotten: its blobs may be wanted again
     kept = msgspec.structs.replace(now, candidate=None)
     if now.candidate is not None:
         slots.write(state, kept, files=ports.files)

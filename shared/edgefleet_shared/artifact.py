@@ -250,9 +250,13 @@ class Layout:
             return self.files.names(self._blobs)
 
     def sync(self) -> None:
-        """The names of all blobs survive a power cut from now on, also those that another process gave."""
-        with atomic.disk_errors(self._blobs):
-            atomic.sync_folder(self._blobs, files=self.files)
+        """The names of all blobs survive a power cut from now on, also those that another process gave.
+
+        That process may have been stopped between making the layout's folders and syncing them, so these too.
+        """
+        for folder in (self._blobs, self._blobs.parent, self.root, self.root.parent):
+            with atomic.disk_errors(folder):
+                atomic.sync_folder(folder, files=self.files)
 
     def remove(self, digest: str) -> None:
         """Remove a blob if it is there. A power cut may bring it back."""

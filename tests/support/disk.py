@@ -67,12 +67,12 @@ class MemoryDisk:
 
     def open(self, path: Path, flags: int, mode: int = 0o644) -> int:
         self._begin("open", path)
-        parent, name = self._parent(str(path))
-        node = parent.names.get(name)
+        node = self._find(str(path))
         changed = False
         if node is None:
             if not flags & os.O_CREAT:
                 raise self._error(errno.ENOENT, path)
+            parent, name = self._parent(str(path))
             self._need(NAME_BYTES, path)
             node = Node(None)
             parent.names[name] = node
@@ -210,7 +210,7 @@ class MemoryDisk:
 
     def _find(self, path: str) -> Node | None:
         node: Node | None = self.root
-        for part in path.split("/")[1:]:
+        for part in filter(None, path.split("/")):
             node = node.names.get(part) if node is not None and node.names is not None else None
         return node
 

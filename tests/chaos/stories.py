@@ -1,0 +1,83 @@
+"""The stories: everything that a board's disk goes through, each from a tree that the agent itself had come to."""
+
+from __future__ import annotations
+
+import functools
+
+from edgefleet_agent import enroll
+from edgefleet_shared.lifecycle import State
+from edgefleet_shared.messages import Enrolled
+from edgefleet_shared.outcomes import Outcome
+from support.disk import MemoryDisk, Tree
+
+from chaos.board import STATE, Agent, SimulatedRuntime, Story, check_end
+from chaos.depot import CLASS, DEVICE, Depot
+
+O = Outcome  # noqa: E741 - the stories must stay readable
+ENROLLED = dict(broker_host="broker", broker_port=1, api_host="", api_port=0)
+
+
+@functools.cache
+def depot() -> Depot:
+    return Depot()
+
+
+def enrolment(office: Depot, disk: MemoryDisk) -> None:
+    """What ``fleet-agent enroll`` does on the disk."""
+    enroll.prepare(STATE, files=disk)
+    answer = Enrolled(
+        device=DEVICE, device_class=CLASS, certificate="a certificate", ca="a CA", root=office.root.decode(), **ENROLLED
+    )
+    enroll.keep(STATE, answer, "a CA", threads=1, health_period_s=10.0, files=disk)
+
+
+@functools.cache
+def enrolled() -> Tree:
+    disk = MemoryDisk()
+    enrolment(depot(), disk)
+    return disk.tree()
+
+
+def play(story: Story) -> Agent:
+    """A story from its beginning to its end, with nothing going wrong."""
+    disk = MemoryDisk(story.tree)
+    agent = Agent(depot(), story, disk, SimulatedRuntime(depot(), disk, story.ailing))
+    agent.run()
+    return agent
+
+
+@functools.cache
+def came_to(*versions: str) -> Tree:
+    """The tree of a board that took these versions one after the other."""
+    tree = enrolled()
+    for version in versions:
+        story = Story("before", tree, (depot().assign(version),), {version: (O.SUCCEEDED,)})
+        agent = play(story)
+        check_end(agent)
+        tree = agent.disk.tree()
+    return tree
+
+
+@functools.cache
+def stories() -> tuple[Story, ...]:
+    """All of them."""
+    office, one = depot(), came_to("1")
+    two = came_to("1", "2")
+    return (
+        Story("first install", enrolled(), (office.assign("1"),), {"1": (O.SUCCEEDED,)}),
+        Story("first install that is refused", enrolled(), (office.assign("1"),), {"": (O.FAILED_NO_CHANGE,)},
+              refused=frozenset("1")),
+        Story("install", one, (office.assign("2"),), {"2": (O.SUCCEEDED,)}),
+        Story("install over two, the first is collected", two, (office.assign("3"),), {"3": (O.SUCCEEDED,)}),
+        Story("return to the previous version by assignment", two, (office.assign("1"),), {"1": (O.SUCCEEDED,)}),
+        Story("install that is refused", two, (office.assign("3"),), {"2": (O.FAILED_NO_CHANGE,)}, refused=frozenset("3")),
+        # A cut restarts the engine and its counters; one that soaks again without dying is committed, truthfully.
+        Story("rollback", one, (office.assign("2"),), {"1": (O.FAILED_ROLLED_BACK,)}, ailing=frozenset("2")),
+        Story("late regression", one, (office.assign("2"),),
+              {"1": (O.LATE_REGRESSION,)}, regressing="2"),
+        Story("superseded while fetching", one, (office.assign("2"), office.assign("3")), {"3": (O.SUCCEEDED,)},
+              next_when=State.FETCHING),
+        Story("superseded while accepting", one, (office.assign("2"), office.assign("3")), {"3": (O.SUCCEEDED,)},
+              next_when=State.ACCEPTING),
+        Story("assigned what serves already", one, (office.assign("1"),), {"1": (O.SUCCEEDED,)}),
+    )  # fmt: skip
