@@ -30,6 +30,7 @@ from edgefleet_agent.settings import Settings
 log = logging.getLogger(__name__)
 
 ASK_AGAIN_S = 5.0  # an admission that could not be decided
+LAST_FILE = "timestamp.json"  # of a publication, and so of what arrives after each connect
 
 
 class Admissions:
@@ -58,7 +59,7 @@ class Admissions:
         self._tell, self._put, self._problem = tell, put, problem
         self._desired: bytes | None = None
         self._unkept: dict[str, bytes] = {}
-        self._begun = self._asking = False
+        self._begun = self._asking = self._fresh = self._waits_for_fresh = False
         self._ask_again_at: float | None = None
         self._root_version = 0
 
@@ -80,6 +81,13 @@ class Admissions:
             self._root_version = version
             self._ports.uplink.follow_metadata(metadata_files(self._settings.device_class, version))
 
+    def connected(self) -> None:
+        """The line is there (again). What the broker retained comes anew, the metadata last: what lies here may be old.
+
+        An assignment that came while the board was away would be refused by it, as not released, and never looked at again.
+        """
+        self._fresh = False
+
     def desire(self, desired: bytes) -> None:
         """A ``desired`` message came: the newest one counts."""
         self._desired = desired
@@ -88,6 +96,7 @@ class Admissions:
     def take_metadata(self, name: str, content: bytes) -> None:
         """A metadata file came: what could not be decided before may be now."""
         self._unkept[name] = content
+        self._fresh = self._fresh or name == LAST_FILE
         self._keep_metadata()
 
     def _keep_metadata(self) -> None:
@@ -102,7 +111,7 @@ class Admissions:
             self._problem("metadata", str(exc))
         else:
             self._problem("metadata", "")
-        if news:
+        if news or self._waits_for_fresh:
             self._consider()
 
     def tick(self) -> None:
@@ -119,6 +128,9 @@ class Admissions:
             return
         digest = digest_of(desired)
         if digest == self._keeper.now.desired_seen:
+            return
+        self._waits_for_fresh = not self._fresh
+        if self._waits_for_fresh:
             return
         self._asking = True
 

@@ -174,6 +174,7 @@ class Runner:
             case Acked(ack):
                 self._spool.acknowledge(ack)
             case Up():
+                self._admissions.connected()
                 self._ports.uplink.came_up()
                 self._spool.came_up()
                 self._report()

@@ -70,6 +70,7 @@ class Story:
         refused: versions that acceptance fails.
         ailing: versions whose engine dies while they soak.
         regressing: a version whose engine dies after its commit.
+        published: the version with which the metadata was last published.
         ends: what may serve in the end, by version, and the outcome that the last assignment may then have.
     """
 
@@ -77,6 +78,7 @@ class Story:
     tree: Tree
     desired: tuple[bytes, ...]
     ends: dict[str, tuple[Outcome, ...]]
+    published: str = "4"
     next_when: State | None = None
     refused: frozenset[str] = frozenset()
     ailing: frozenset[str] = frozenset()
@@ -95,7 +97,7 @@ class SimulatedRuntime:
 
     def _boot(self) -> None:
         try:
-            found = slots.read(STATE, files=Calm(self._disk))
+            found = slots.read(STATE, files=self._disk.calm())
         except ArtifactError:
             return
         for slot in (found.serving, found.active, found.previous):
@@ -143,20 +145,9 @@ class SimulatedRuntime:
         )  # fmt: skip
 
 
-class Calm:
-    """The same disk without faults and not counted: what other processes and this test read."""
-
-    def __init__(self, disk: MemoryDisk) -> None:
-        self._tree = disk.tree()
-        self._still = MemoryDisk(self._tree)
-
-    def __getattr__(self, name: str) -> object:
-        return getattr(self._still, name)
-
-
 def is_whole(disk: MemoryDisk, manifest: str) -> bool:
     """Whether every byte of an artifact is there, by digest."""
-    layout = Layout(STATE / "artifacts", read_only=True, files=Calm(disk))
+    layout = Layout(STATE / "artifacts", read_only=True, files=disk.calm())
     try:
         for blob in layout.manifest(manifest).blobs():
             layout.check(blob)
@@ -216,6 +207,7 @@ class Wire:
     """The controller's end: everything retained arrives at once, whatever is wanted too."""
 
     depot: Depot
+    metadata: dict[str, bytes]
     put: Callable[[Item], None]
     reported: Reported | None = None
     outcomes: list[Outcome] = field(default_factory=list)
@@ -229,8 +221,8 @@ class Wire:
 
     def follow_metadata(self, files: tuple[str, ...]) -> None:
         for name in files:
-            if name in self.depot.metadata:
-                self.put(MetadataFile(name, self.depot.metadata[name]))
+            if name in self.metadata:
+                self.put(MetadataFile(name, self.metadata[name]))
 
     def listen(self, digest: str) -> None: ...
 
@@ -270,7 +262,7 @@ class Agent:
         self.posted, self.promised = posted, promised or Floors()
         self.clock = Clock(depot.clock.now())
         self._inbox: queue.Queue[Item] = queue.Queue()
-        self.wire = Wire(depot, self._put)
+        self.wire = Wire(depot, depot.publications[story.published], self._put)
         self._examined_regression = False
         self.runner = Runner(
             STATE, SETTINGS, BOARD, "boot", self._inbox,
@@ -340,7 +332,7 @@ def check_remains(depot: Depot, story: Story, disk: MemoryDisk, promised: Floors
     Raises:
         AssertionError: it does not.
     """
-    files = Calm(disk)
+    files = disk.calm()
     journal.read(STATE, files=files)
     found = slots.read(STATE, files=files)
     refused = {depot.manifest(version) for version in story.refused}
@@ -366,7 +358,7 @@ def check_end(agent: Agent) -> None:
     Raises:
         AssertionError: it does not.
     """
-    depot, story, files = agent.depot, agent.story, Calm(agent.disk)
+    depot, story, files = agent.depot, agent.story, agent.disk.calm()
     check_remains(depot, story, agent.disk, agent.promised)
     found = slots.read(STATE, files=files)
     told = agent.wire.reported

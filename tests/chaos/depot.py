@@ -20,7 +20,9 @@ LAYOUT = Path("/depot")
 
 
 class Depot:
-    """Versions 1 to 4 of one model, released; assignments signed on demand.
+    """Versions 1 to 4 of one model, released one after the other; assignments signed on demand.
+
+    ``publications`` has the metadata as it was published with each version.
 
     Args:
         model_bytes: the size of each compiled model; chunks have 4 KiB.
@@ -43,6 +45,7 @@ class Depot:
             repository.publish(first)
             repository.publish(signer.add_class(_need(repository, "targets.json"), CLASS))
             self.releases: dict[str, Descriptor] = {}
+            self.publications: dict[str, dict[str, bytes]] = {}
             for version in ("1", "2", "3", "4"):
                 made = self._make(version)
                 self.releases[version] = made
@@ -53,7 +56,7 @@ class Depot:
                         role, device_class=CLASS, model="toy", version=version, manifest=made, requires=requires
                     )
                 )
-            self.metadata = repository.files()
+                self.publications[version] = repository.files()
 
     def _make(self, version: str) -> Descriptor:
         def content(text: str, size: int) -> bytes:

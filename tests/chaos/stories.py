@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import itertools
+from collections.abc import Iterator
 
 from edgefleet_agent import enroll
 from edgefleet_shared.lifecycle import State
@@ -51,7 +53,7 @@ def came_to(*versions: str) -> Tree:
     """The tree of a board that took these versions one after the other."""
     tree = enrolled()
     for version in versions:
-        story = Story("before", tree, (depot().assign(version),), {version: (O.SUCCEEDED,)})
+        story = Story("before", tree, (depot().assign(version),), {version: (O.SUCCEEDED,)}, published=max(versions))
         agent = play(story)
         check_end(agent)
         tree = agent.disk.tree()
@@ -60,7 +62,7 @@ def came_to(*versions: str) -> Tree:
 
 @functools.cache
 def stories() -> tuple[Story, ...]:
-    """All of them."""
+    """One of each kind."""
     office, one = depot(), came_to("1")
     two = came_to("1", "2")
     return (
@@ -71,13 +73,51 @@ def stories() -> tuple[Story, ...]:
         Story("install over two, the first is collected", two, (office.assign("3"),), {"3": (O.SUCCEEDED,)}),
         Story("return to the previous version by assignment", two, (office.assign("1"),), {"1": (O.SUCCEEDED,)}),
         Story("install that is refused", two, (office.assign("3"),), {"2": (O.FAILED_NO_CHANGE,)}, refused=frozenset("3")),
-        # A cut restarts the engine and its counters; one that soaks again without dying is committed, truthfully.
         Story("rollback", one, (office.assign("2"),), {"1": (O.FAILED_ROLLED_BACK,)}, ailing=frozenset("2")),
-        Story("late regression", one, (office.assign("2"),),
-              {"1": (O.LATE_REGRESSION,)}, regressing="2"),
+        Story("late regression", one, (office.assign("2"),), {"1": (O.LATE_REGRESSION,)}, regressing="2"),
         Story("superseded while fetching", one, (office.assign("2"), office.assign("3")), {"3": (O.SUCCEEDED,)},
               next_when=State.FETCHING),
-        Story("superseded while accepting", one, (office.assign("2"), office.assign("3")), {"3": (O.SUCCEEDED,)},
-              next_when=State.ACCEPTING),
         Story("assigned what serves already", one, (office.assign("1"),), {"1": (O.SUCCEEDED,)}),
+    )  # fmt: skip
+
+
+# What a board may have been through, what the first assignment may be like, and when a second one comes, if one does.
+HISTORIES = ((), ("1",), ("1", "2"), ("2", "1"), ("1", "2", "3"))
+KINDS = ("good", "refused", "ailing", "regressing")
+MOMENTS = (None, State.FETCHING, State.VERIFYING, State.ACCEPTING, State.SWAPPING, State.SOAKING, State.COMMITTING)
+
+
+def every_story() -> Iterator[Story]:
+    """Each history x each first assignment x each moment of a second one, good or refused."""
+    yield from stories()
+    for history, kind in itertools.product(HISTORIES, KINDS):
+        tree = came_to(*history) if history else enrolled()
+        for version, then, moment in itertools.product("34", ("", "good", "refused"), MOMENTS):
+            if version in history or (moment is None) != (then == "") or (then == "refused" and "1" in history):
+                continue
+            yield _story(tree, history[-1] if history else "", version, kind, then, moment)
+
+
+def _story(tree: Tree, serving: str, version: str, kind: str, then: str, moment: State | None) -> Story:
+    """Version ``version`` behaves as ``kind`` says; 1 is assigned after it, and behaves as ``then`` says, if it says anything."""
+    name = f"{version} over {serving or 'nothing'} is {kind}"
+    first = {
+        "good": {version: (O.SUCCEEDED,)},
+        "refused": {serving: (O.FAILED_NO_CHANGE,)},
+        "ailing": {serving: (O.FAILED_ROLLED_BACK if serving else O.FAILED_UNABLE_TO_ROLL_BACK,)},
+        "regressing": {serving: (O.LATE_REGRESSION,)} if serving else {version: (O.SUCCEEDED,)},
+    }[kind]
+    desired, ends = [depot().assign(version)], first
+    if moment is not None:
+        name += f", 1 comes while {moment.value} and is {then}"
+        desired.append(depot().assign("1"))
+        if then == "good" or serving == "1":
+            ends = {"1": (O.SUCCEEDED,)}
+        else:  # what serves is what the first one left, or what was before it when it was superseded
+            ends = dict.fromkeys({*first, serving}, (O.FAILED_NO_CHANGE,))
+    return Story(
+        name, tree, tuple(desired), ends, next_when=moment,
+        refused=frozenset(version if kind == "refused" else "") | frozenset("1" if then == "refused" else ""),
+        ailing=frozenset(version if kind == "ailing" else ""),
+        regressing=version if kind == "regressing" and moment is None else "",
     )  # fmt: skip

@@ -187,7 +187,23 @@ class MemoryDisk:
 
     def tree(self) -> Tree:
         """What processes see now."""
-        return dict(_walk(self.root, "", lambda node: node.names, lambda node: node.data))
+        tree: Tree = {}
+        todo = [(self.root, "")]
+        while todo:
+            node, path = todo.pop()
+            if node.names is None:
+                tree[path] = node.data
+                continue
+            if path:
+                tree[path] = None
+            todo += [(other, f"{path}/{name}") for name, other in node.names.items()]
+        return tree
+
+    def calm(self) -> MemoryDisk:
+        """The same nodes without faults, not counted and not watched: what a test, or another process, reads."""
+        other = MemoryDisk()
+        other.root = self.root
+        return other
 
     def used_bytes(self) -> int:
         return sum(NAME_BYTES + len(content or b"") for content in self.tree().values())
@@ -237,15 +253,9 @@ def remains(disk: MemoryDisk) -> Iterator[Tree]:
     ways += [list(_contents(node)) for node in files]
     seen = set()
     for chosen in _combinations(ways):
-        names = dict(zip(map(id, folders), chosen, strict=False))
-        contents = dict(zip(map(id, files), chosen[len(folders) :], strict=False))
-        tree = dict(
-            _walk(
-                disk.root, "",
-                lambda node, names=names: _applied(node, names.get(id(node), ())),
-                lambda node, contents=contents: contents.get(id(node), node.safe_data),
-            )
-        )  # fmt: skip
+        names = {id(node): _applied(node, changes) for node, changes in zip(folders, chosen, strict=False)}
+        contents = dict(zip(map(id, files), chosen[len(folders) :], strict=True))
+        tree = _settled(disk.root, names, contents)
         key = key_of(tree)
         if key not in seen:
             seen.add(key)
@@ -335,9 +345,7 @@ def _combinations(ways: list[list[object]]) -> Iterator[tuple[object, ...]]:
                 yield (*others[:number], choice, *others[number + 1 :])
 
 
-def _applied(node: Node, changes: tuple[tuple[tuple[str, Node | None], ...], ...]) -> dict[str, Node] | None:
-    if node.names is None:
-        return None
+def _applied(node: Node, changes: tuple[tuple[tuple[str, Node | None], ...], ...]) -> dict[str, Node]:
     names = dict(node.safe_names)
     for change in changes:
         for name, other in change:
@@ -348,17 +356,20 @@ def _applied(node: Node, changes: tuple[tuple[tuple[str, Node | None], ...], ...
     return names
 
 
-def _walk(
-    node: Node, path: str, names: Callable[[Node], dict[str, Node] | None], content: Callable[[Node], bytes]
-) -> Iterator[tuple[str, bytes | None]]:
-    entries = names(node)
-    if entries is None:
-        yield path, content(node)
-        return
-    if path:
-        yield path, None
-    for name, other in entries.items():
-        yield from _walk(other, f"{path}/{name}", names, content)
+def _settled(root: Node, names: dict[int, dict[str, Node]], contents: dict[int, bytes]) -> Tree:
+    """What is safe, but for the folders and files of which another choice was made."""
+    tree: Tree = {}
+    todo = [(root, "")]
+    while todo:
+        node, path = todo.pop()
+        if node.names is None:
+            tree[path] = contents.get(id(node), node.safe_data)
+            continue
+        if path:
+            tree[path] = None
+        for name, other in names.get(id(node), node.safe_names).items():
+            todo.append((other, f"{path}/{name}"))
+    return tree
 
 
 def _overlaid(content: bytes, offset: int, piece: bytes) -> bytes:
