@@ -98,6 +98,7 @@ class Runner:
         self._ending = threading.Event()
         self._wake_at: float | None = 0.0  # None: awake
         self._held_until = 0.0
+        self._look_at_pending = True
         self._again: tuple[Effect, ...] = ()
         self._again_at = 0.0
         self._tries = 0
@@ -188,7 +189,7 @@ class Runner:
                 raise error
             case AdmissionDone():
                 if self._admissions.done(item):
-                    self._take_up()
+                    self._look_at_pending = True
                     self._report()
             case Measured(figures, status):
                 self._spool.add(figures)
@@ -244,8 +245,9 @@ class Runner:
             return
         try:
             while True:
-                if not self._events and self._keeper.now.life.state is State.IDLE:
+                if not self._events and (self._look_at_pending or self._keeper.now.life.state is State.IDLE):
                     self._take_up()
+                    self._look_at_pending = False
                 if not self._events:
                     break
                 if self._events[0].transition == self._transition:

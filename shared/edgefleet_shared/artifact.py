@@ -147,7 +147,7 @@ class Layout:
             return
         atomic.make_folder(self._blobs, files=files)
         marker = root / "oci-layout"
-        if files.size_bytes(marker) is None:
+        if self._size_bytes(marker) is None:
             atomic.write(marker, b'{"imageLayoutVersion":"1.0.0"}', files=files)
 
     def path(self, digest: str) -> Path:

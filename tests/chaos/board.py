@@ -8,12 +8,14 @@ are the wire (retained messages come at once, wanted chunks too), the inference 
 from __future__ import annotations
 
 import functools
+import platform
 import queue
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import msgspec
+from chaos.depot import CLASS, DEVICE, Depot
 from edgefleet_agent import journal, settings, slots, verify, verify_child
 from edgefleet_agent.health import REGRESSION_CRASHES
 from edgefleet_agent.inbox import AdmissionDone, Item, Measured
@@ -35,12 +37,10 @@ from edgefleet_shared.messages import Event, Health, OutcomeTold, Reported, Want
 from edgefleet_shared.outcomes import Outcome
 from support.disk import MemoryDisk, Tree
 
-from chaos.depot import CLASS, DEVICE, Depot
-
 # A folder that the machine itself does not have: what goes past the port fails.
 STATE = Path("/board-in-memory/state")
 BOARD = Fingerprint(
-    arch=__import__("platform").machine(), cpu_features=(), engines={"onnxruntime": "1"}, memory_bytes=1 << 30,
+    arch=platform.machine(), cpu_features=(), engines={"onnxruntime": "1"}, memory_bytes=1 << 30,
     agent_version="0",
 )  # fmt: skip
 SETTINGS = Settings(device=DEVICE, device_class=CLASS, site="", broker_host="broker", broker_port=1)
@@ -170,7 +170,11 @@ class Examiner:
             if path.startswith(f"{folder}/") and content is not None and "/." not in path
         }  # fmt: skip
         return _admit(
-            request.root, tuple(sorted(metadata.items())), request.desired, msgspec.json.encode(request.floors), request.now
+            request.root,
+            tuple(sorted(metadata.items())),
+            request.desired,
+            msgspec.json.encode(request.floors),
+            request.now,
         )
 
     def check(self, state: Path, assignment: Assignment) -> Checked:
@@ -246,6 +250,19 @@ class Wire:
     def fetch(self, digest: str, size: int, chunk_bytes: int, numbers: list[int]) -> None: ...
 
 
+class Inbox(queue.Queue[Item]):
+    """Notes what the agent has promised: from an admission on, something may be done for the assignment."""
+
+    def __init__(self, agent: Agent) -> None:
+        super().__init__()
+        self._agent = agent
+
+    def put(self, item: Item, block: bool = True, timeout: float | None = None) -> None:
+        if isinstance(item, AdmissionDone) and isinstance(item.result, Admission):
+            self._agent.promised = item.result.floors
+        super().put(item, block, timeout)
+
+
 class Agent:
     """One start of the agent on a disk.
 
@@ -261,8 +278,8 @@ class Agent:
         self.depot, self.story, self.disk, self.runtime = depot, story, disk, runtime
         self.posted, self.promised = posted, promised or Floors()
         self.clock = Clock(depot.clock.now())
-        self._inbox: queue.Queue[Item] = queue.Queue()
-        self.wire = Wire(depot, depot.publications[story.published], self._put)
+        self._inbox = Inbox(self)
+        self.wire = Wire(depot, depot.publications[story.published], self._inbox.put)
         self._examined_regression = False
         self.runner = Runner(
             STATE, SETTINGS, BOARD, "boot", self._inbox,
@@ -271,13 +288,8 @@ class Agent:
                 spawn=lambda name, work: work(),
             ),
         )  # fmt: skip
-        self._put(Up())
-        self._put(Desired(story.desired[posted - 1]))
-
-    def _put(self, item: Item) -> None:
-        if isinstance(item, AdmissionDone) and isinstance(item.result, Admission):
-            self.promised = item.result.floors  # from here on something may be done for it
-        self._inbox.put(item)
+        self._inbox.put(Up())
+        self._inbox.put(Desired(story.desired[posted - 1]))
 
     def run(self, max_turns: int = MAX_TURNS) -> None:
         """Until the board rests at what the controller wants of it.
@@ -306,10 +318,11 @@ class Agent:
 
     def _next_assignment(self) -> None:
         told = self.wire.reported
-        if self.posted < len(self.story.desired) and told is not None:
-            if told.state is self.story.next_when or (self._inbox.empty() and self._at_rest()):
-                self._put(Desired(self.story.desired[self.posted]))
-                self.posted += 1
+        if self.posted == len(self.story.desired) or told is None:
+            return
+        if told.state is self.story.next_when or (self._inbox.empty() and self._at_rest()):
+            self._inbox.put(Desired(self.story.desired[self.posted]))
+            self.posted += 1
 
     def _at_rest(self) -> bool:
         told = self.wire.reported
@@ -321,7 +334,7 @@ class Agent:
             self._examined_regression = True
             if self.runtime.serving == self.depot.manifest(self.story.regressing):
                 for crashes in (0, REGRESSION_CRASHES):
-                    self._put(Measured(Health(), self.runtime.status(crashes)))
+                    self._inbox.put(Measured(Health(), self.runtime.status(crashes)))
                 return False
         return True
 
@@ -352,22 +365,34 @@ def check_remains(depot: Depot, story: Story, disk: MemoryDisk, promised: Floors
     settings.read(STATE, files=files)
 
 
-def check_end(agent: Agent) -> None:
+def named_by(story: Story) -> str:
+    """The version that served before the story; empty when none did."""
+    active = slots.read(STATE, files=MemoryDisk(story.tree)).active
+    return active.version if active else ""
+
+
+def check_end(agent: Agent, ends: dict[str, tuple[Outcome, ...]] | None = None) -> None:
     """What must hold when the board has come to rest: the right model serves, and what is told is true.
+
+    Args:
+        ends: in place of the story's own.
 
     Raises:
         AssertionError: it does not.
     """
     depot, story, files = agent.depot, agent.story, agent.disk.calm()
+    ends = ends or story.ends
     check_remains(depot, story, agent.disk, agent.promised)
     found = slots.read(STATE, files=files)
     told = agent.wire.reported
     assert told is not None
     active = found.active
     version = active.version if active is not None and active.status is not SlotStatus.BAD else ""
-    assert version in story.ends, f"the board ended with {version or 'nothing'}, allowed are {sorted(story.ends)}"
+    assert version in ends, f"the board ended with {version or 'nothing'}, allowed are {sorted(ends)}"
     assert told.ended is not None, "nothing was told"
-    assert told.ended.outcome in story.ends[version], f"{version or 'nothing'} serves, {told.ended.outcome.value} was told"
+    assert told.ended.outcome in ends[version], (
+        f"{version or 'nothing'} serves, {told.ended.outcome.value} was told"
+    )
     if version:
         assert active is not None
         assert active.status is SlotStatus.GOOD, f"{version} serves and was left {active.status.value}"

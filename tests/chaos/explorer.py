@@ -13,11 +13,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import msgspec
+from chaos.board import STATE, Agent, SimulatedRuntime, Story, check_end, check_remains
+from chaos.depot import Depot
+from edgefleet_agent import verify
 from edgefleet_shared.assignment import Floors
 from support.disk import Killed, MemoryDisk, Tree, key_of, remains
-
-from chaos.board import Agent, SimulatedRuntime, Story, check_end, check_remains
-from chaos.depot import Depot
 
 MakeDisk = Callable[[Tree], MemoryDisk]
 
@@ -49,15 +49,30 @@ class Explorer:
     recovered: int = 0
     failures: list[str] = field(default_factory=list)
 
-    def explore(self, story: Story, depth: int = 1, kills: bool = False) -> None:
-        """Every cut of ``story``; ``depth`` of them in a row; with ``kills`` also a kill at every instant, and cuts after it."""
+    def explore(self, story: Story, depth: int = 1) -> None:
+        """A cut at every instant of ``story``, then, until ``depth`` of them followed one another, one at every instant of the recovery."""
+        self._begin()
+        self._live(story, self._start(story), depth)
+        self._drain(story, depth)
+
+    def explore_kills(self, story: Story, depth: int = 1) -> None:
+        """A kill at every instant of ``story``; ``depth`` counts it: with 2, also a cut at every instant of the recovery from it."""
+        self._begin()
+        for number in range(1, self._live(story, self._start(story), 0) + 1):
+            if len(self.failures) >= self.limit:
+                return
+            self._kill(story, number, depth)
+            self._drain(story, depth)
+
+    def _begin(self) -> None:
         self._seen: set[tuple[int, int, bytes]] = set()
         self._todo: deque[Found] = deque()
-        start = Found(story.tree, 1, Floors(), 0, story.name)
-        length = self._live(story, start, depth)
-        if kills:
-            for number in range(1, length + 1):
-                self._kill(story, number, depth)
+
+    def _start(self, story: Story) -> Found:
+        promised = verify.read_floors(STATE, files=MemoryDisk(story.tree))
+        return Found(story.tree, 1, promised, 0, story.name)
+
+    def _drain(self, story: Story, depth: int) -> None:
         while self._todo and len(self.failures) < self.limit:
             found = self._todo.popleft()
             self.recovered += 1
@@ -108,7 +123,7 @@ class Explorer:
 
         disk.after = after
         trail = f"{story.name}; killed after {number}"
-        first = self._agent(story, disk, None, Found(story.tree, 1, Floors(), 0, trail))
+        first = self._agent(story, disk, None, self._start(story))
         try:
             first.run()
         except Killed:

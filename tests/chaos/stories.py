@@ -6,17 +6,16 @@ import functools
 import itertools
 from collections.abc import Iterator
 
+from chaos.board import STATE, Agent, SimulatedRuntime, Story, check_end
+from chaos.depot import CLASS, DEVICE, Depot
 from edgefleet_agent import enroll
 from edgefleet_shared.lifecycle import State
 from edgefleet_shared.messages import Enrolled
 from edgefleet_shared.outcomes import Outcome
 from support.disk import MemoryDisk, Tree
 
-from chaos.board import STATE, Agent, SimulatedRuntime, Story, check_end
-from chaos.depot import CLASS, DEVICE, Depot
-
 O = Outcome  # noqa: E741 - the stories must stay readable
-ENROLLED = dict(broker_host="broker", broker_port=1, api_host="", api_port=0)
+ADDRESSES = {"broker_host": "broker", "broker_port": 1, "api_host": "", "api_port": 0}
 
 
 @functools.cache
@@ -28,7 +27,7 @@ def enrolment(office: Depot, disk: MemoryDisk) -> None:
     """What ``fleet-agent enroll`` does on the disk."""
     enroll.prepare(STATE, files=disk)
     answer = Enrolled(
-        device=DEVICE, device_class=CLASS, certificate="a certificate", ca="a CA", root=office.root.decode(), **ENROLLED
+        device=DEVICE, device_class=CLASS, certificate="a certificate", ca="a CA", root=office.root.decode(), **ADDRESSES
     )
     enroll.keep(STATE, answer, "a CA", threads=1, health_period_s=10.0, files=disk)
 

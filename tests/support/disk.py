@@ -92,7 +92,7 @@ class MemoryDisk:
         return self._next_fd
 
     def close(self, fd: int) -> None:
-        node, path = self._open.pop(fd)  # as with the kernel, the descriptor is gone even when close fails
+        _, path = self._open.pop(fd)  # as with the kernel, the descriptor is gone even when close fails
         self._begin("close", path)
 
     def read(self, fd: int, size_bytes: int) -> bytes:
