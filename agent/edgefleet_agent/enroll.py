@@ -46,6 +46,7 @@ def enroll(
     """
     if (state / "agent.json").exists():
         raise ConflictError(f"{state} is enrolled already", hint="choose another --state, or remove that folder first")
+    token = token.strip()  # a file ends with a newline
     fingerprint, host, port = _parse(url, token)
     ca = _fetch_ca(host, port, fingerprint)
     key = prepare(state)
@@ -102,7 +103,7 @@ def keep(
 
 
 def _parse(url: str, token: str) -> tuple[str, str, int]:
-    kind, _, rest = token.strip().partition(".")
+    kind, _, rest = token.partition(".")
     fingerprint, _, secret = rest.partition(".")
     if kind != "efe" or len(fingerprint) != 64 or not secret:
         raise InputError("this is no enrolment token", hint="make one with: fleet device token --class CLASS")

@@ -14,6 +14,7 @@ import pytest
 import yaml
 from cryptography import x509
 from cryptography.x509.oid import NameOID
+from edgefleet_controller.demo.boards import program
 from edgefleet_controller.sign import ReleaseSigner
 from edgefleet_controller.transport.broker import find_mosquitto
 from edgefleet_shared.artifact import digest_of
@@ -246,6 +247,26 @@ def test_a_token_enrols_one_board_once_under_the_name_that_the_token_gives(fleet
     assert certificate.subject.get_attributes_for_oid(NameOID.COMMON_NAME)[0].value == "named-1"
     spent = fleet.enroll(token)[0]
     assert (spent.status_code, spent.json()["code"]) == (403, "untrusted")
+
+
+def test_a_token_printed_into_a_file_enrols_the_real_agent(fleet, tmp_path):
+    file = tmp_path / "board.token"
+    file.write_text(fleet.run("device", "token", "--class", "pc", "--name", "by-file").stdout)
+    enrol = [
+        program("fleet-agent"),
+        "enroll",
+        "--url",
+        f"https://127.0.0.1:{fleet.api_port}",
+        "--token-file",
+        str(file),
+    ]
+    done = subprocess.run([*enrol, "--state", str(tmp_path / "board")], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert "enrolled as by-file" in done.stdout
+    again = subprocess.run([*enrol, "--state", str(tmp_path / "other")], capture_output=True, text=True, timeout=60)
+    assert again.returncode == 1
+    assert "not valid" in again.stderr
+    assert not (tmp_path / "other" / "agent.json").exists()
 
 
 def test_a_token_is_kept_when_the_request_was_bad_and_a_taken_name_is_refused(fleet):
