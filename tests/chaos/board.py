@@ -390,9 +390,7 @@ def check_end(agent: Agent, ends: dict[str, tuple[Outcome, ...]] | None = None) 
     version = active.version if active is not None and active.status is not SlotStatus.BAD else ""
     assert version in ends, f"the board ended with {version or 'nothing'}, allowed are {sorted(ends)}"
     assert told.ended is not None, "nothing was told"
-    assert told.ended.outcome in ends[version], (
-        f"{version or 'nothing'} serves, {told.ended.outcome.value} was told"
-    )
+    assert told.ended.outcome in ends[version], f"{version or 'nothing'} serves, {told.ended.outcome.value} was told"
     if version:
         assert active is not None
         assert active.status is SlotStatus.GOOD, f"{version} serves and was left {active.status.value}"

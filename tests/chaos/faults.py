@@ -11,13 +11,12 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from chaos.board import STATE, Agent, SimulatedRuntime, Story, check_end, check_remains, named_by
+from chaos.depot import Depot
 from edgefleet_agent import verify
 from edgefleet_shared.lifecycle import State
 from edgefleet_shared.outcomes import Outcome
 from support.disk import NAME_BYTES, MemoryDisk
-
-from chaos.board import STATE, Agent, SimulatedRuntime, Story, check_end, check_remains, named_by
-from chaos.depot import Depot
 
 CHANGING = frozenset({"write", "fsync", "rename", "unlink", "mkdir", "fchmod", "close"})
 FILLING = frozenset({"write", "rename", "mkdir", "fsync"})

@@ -27,7 +27,12 @@ def enrolment(office: Depot, disk: MemoryDisk) -> None:
     """What ``fleet-agent enroll`` does on the disk."""
     enroll.prepare(STATE, files=disk)
     answer = Enrolled(
-        device=DEVICE, device_class=CLASS, certificate="a certificate", ca="a CA", root=office.root.decode(), **ADDRESSES
+        device=DEVICE,
+        device_class=CLASS,
+        certificate="a certificate",
+        ca="a CA",
+        root=office.root.decode(),
+        **ADDRESSES,
     )
     enroll.keep(STATE, answer, "a CA", threads=1, health_period_s=10.0, files=disk)
 
