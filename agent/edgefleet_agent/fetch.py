@@ -2,8 +2,7 @@
 
 Three rounds: the manifest (its size and digest are signed), the config (named by the manifest), the layers (whose every chunk's
 hash stands in the config). Each layer chunk is checked as it comes, so a flipped byte costs one chunk; a blob gets its name
-only when it is whole. What was fetched before a power cut is found again by hashing it. Blobs that another slot has are not
-fetched at all.
+only when it is whole. What was fetched before a power cut, and blobs that another slot has, are found again by hashing them.
 
 Memory: one chunk. Owned by the runner's thread; not handled here: connections.
 """
@@ -188,7 +187,7 @@ class Fetcher:
         for descriptor, hashes, chunk_bytes in blobs:
             if descriptor.digest in self._blobs:
                 continue
-            if self._layout.has(descriptor.digest):
+            if self._lies_whole(descriptor):
                 self.done_bytes += descriptor.size
                 continue
             blob = _Blob(self._layout, descriptor, hashes, chunk_bytes)
@@ -196,6 +195,17 @@ class Fetcher:
             self._blobs[descriptor.digest] = blob
             self._listen(descriptor.digest)
         self._ask()
+
+    def _lies_whole(self, descriptor: Descriptor) -> bool:
+        """Whether another slot, or an earlier try, has the blob already. One that rotted is removed, to be fetched again."""
+        if not self._layout.has(descriptor.digest):
+            return False
+        try:
+            self._layout.check(descriptor)
+        except ArtifactError:
+            atomic.remove(self._layout.path(descriptor.digest), files=self._layout.files)
+            return False
+        return True
 
     def _ask(self) -> None:
         self._asked_at = self._clock.monotonic()
