@@ -15,7 +15,7 @@ from pathlib import Path
 import msgspec
 from edgefleet_shared.artifact import digest_of
 from edgefleet_shared.assignment import MAX_ASSIGNMENT_BYTES, Admission, Incomplete, metadata_files
-from edgefleet_shared.errors import EdgefleetError, EnvironmentProblem
+from edgefleet_shared.errors import EdgefleetError, EnvironmentProblem, TrustError
 from edgefleet_shared.exhaustive import assert_never
 from edgefleet_shared.fingerprint import Fingerprint
 from edgefleet_shared.messages import Body, Ended, OutcomeTold, Refused
@@ -31,6 +31,16 @@ log = logging.getLogger(__name__)
 
 ASK_AGAIN_S = 5.0  # an admission that could not be decided
 LAST_FILE = "timestamp.json"  # of a publication, and so of what arrives after each connect
+
+
+class _Versioned(msgspec.Struct):
+    version: int
+
+
+class _RootFile(msgspec.Struct):
+    """As much of root metadata as says which metadata files are needed; it was verified when it was kept."""
+
+    signed: _Versioned
 
 
 class Admissions:
@@ -67,7 +77,7 @@ class Admissions:
         """The journal is there: from now on decisions are made.
 
         Raises:
-            TrustError: this board trusts no root. EnvironmentProblem: the root can't be read.
+            TrustError: this board trusts no root, or a damaged one. EnvironmentProblem: the root can't be read.
         """
         self._follow_metadata()
         self._begun = True
@@ -75,8 +85,11 @@ class Admissions:
 
     def _follow_metadata(self) -> None:
         """Subscribe to the metadata that the trusted root makes needed."""
-        root = msgspec.json.decode(verify.read_root(self._state, files=self._ports.files))
-        version = root["signed"]["version"]
+        try:
+            root = msgspec.json.decode(verify.read_root(self._state, files=self._ports.files), type=_RootFile)
+        except msgspec.DecodeError as exc:
+            raise TrustError("root_chain", f"the trusted root is damaged: {exc}", hint="enrol the board again") from exc
+        version = root.signed.version
         if version != self._root_version:
             self._root_version = version
             self._ports.uplink.follow_metadata(metadata_files(self._settings.device_class, version))

@@ -156,7 +156,7 @@ class Runner:
                 slots.mend(self._state, slot, files=files)
             slots.artifacts(self._state, files=files)
             self._admissions.begin()
-        except EnvironmentProblem as exc:
+        except EdgefleetError as exc:
             self._wake_at = now + AGAIN_S
             self._note("start", str(exc))
             return

@@ -25,8 +25,8 @@ from chaos.faults import FaultRunner
 from chaos.mistakes import ENROLMENT_MISTAKES, MISTAKES
 from chaos.stories import depot, every_story, stories
 
-KILLS, SEED = 40, 1
-WHENS = ("2", "5", "3+")
+KILLS, SEED = 30, 1
+WHENS = ("2", "5+")
 FREE_BYTES = (0, 4096, 16384, 65536, 262144, 1 << 20, 4 << 20, 16 << 20, 18 << 20)
 
 

@@ -84,6 +84,18 @@ def test_a_board_whose_floors_are_all_damaged_accepts_nothing_and_says_why() -> 
     assert agent.runtime.serving == depot().manifest("2")
 
 
+@pytest.mark.parametrize("how", DAMAGE)
+def test_a_board_whose_trusted_root_is_damaged_serves_on_and_says_what_to_do(how: str) -> None:
+    disk = damaged(came_to("1", "2"), "trust/root.json", how)
+    agent = start(disk, depot().assign("3"), "3")
+    for _ in range(60):
+        agent.turn()
+    told = agent.wire.reported
+    assert told is not None
+    assert "enrol the board again" in told.problem
+    assert agent.runtime.serving == depot().manifest("2")
+
+
 def test_a_blob_that_rotted_under_the_model_that_serves_is_fetched_again_with_the_next_one() -> None:
     labels = depot().layout.manifest(depot().manifest("2")).blobs()[2].digest.partition(":")[2]
     disk = MemoryDisk(came_to("1", "2") | {f"{STATE}/artifacts/blobs/sha256/{labels}": b"rot"})
