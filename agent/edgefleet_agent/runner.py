@@ -38,7 +38,7 @@ from edgefleet_agent.journal import Keeper
 from edgefleet_agent.ports import Ports
 from edgefleet_agent.runtime.control import StatusReport
 from edgefleet_agent.settings import Settings
-from edgefleet_agent.slots import Slot, Slots, SlotStatus
+from edgefleet_agent.slots import Slot, SlotStatus
 from edgefleet_agent.spool import Spool
 from edgefleet_agent.transport import Acked, Chunk, Desired, Down, MetadataFile, Up
 
@@ -72,7 +72,7 @@ class Runner:
     def __init__(
         self, state: Path, settings: Settings, board: Fingerprint, boot: str, inbox: queue.Queue[Item], ports: Ports
     ) -> None:
-        self._state, self._settings, self._board, self._boot = state, settings, board, boot
+        self._state, self._settings = state, settings
         self._inbox, self._ports = inbox, ports
         uplink, clock = ports.uplink, ports.clock
         self._keeper = Keeper(state, ports.files)
@@ -86,10 +86,11 @@ class Runner:
             fallback=uplink.fetch if settings.api_host else None,
             clock=clock,
         )
+        self._teller = reporting.Teller(state, settings, board, boot, self._keeper, ports, self._spool, self._fetcher)
         self._effects = Effects(state, ports, self._fetcher, settings.threads, self._spool.add)
         self._admissions = Admissions(
             state, settings, board, self._keeper, ports,
-            tell=self._spool.add, put=inbox.put, problem=self._note,
+            tell=self._spool.add, put=inbox.put, problem=self._teller.note,
         )  # fmt: skip
         self._crashes = health.CrashWatch()
         self._events: deque[Happened] = deque()
@@ -102,10 +103,7 @@ class Runner:
         self._again: tuple[Effect, ...] = ()
         self._again_at = 0.0
         self._tries = 0
-        self._told_at = 0.0
         self._fetch_deadline: float | None = None
-        self._problems: dict[str, str] = {}
-        self._on_disk = Slots()
         self._stopping = False
 
     # -- the loop ------------------------------------------------------------------------------------------------------
@@ -158,10 +156,10 @@ class Runner:
             self._admissions.begin()
         except EdgefleetError as exc:
             self._wake_at = now + AGAIN_S
-            self._note("start", str(exc))
+            self._teller.note("start", str(exc))
             return
         self._wake_at = None
-        self._note("start")
+        self._teller.note("start")
         self._happen(Event.RESTARTED, "the agent started")
 
     def _take(self, item: Item) -> None:
@@ -178,7 +176,7 @@ class Runner:
                 self._admissions.connected()
                 self._ports.uplink.came_up()
                 self._spool.came_up()
-                self._report()
+                self._teller.report()
             case Down(reason):
                 self._spool.up = False
                 log.info("connection lost", extra={"reason": reason})
@@ -190,7 +188,7 @@ class Runner:
             case AdmissionDone():
                 if self._admissions.done(item):
                     self._look_at_pending = True
-                    self._report()
+                    self._teller.report()
             case Measured(figures, status):
                 self._spool.add(figures)
                 self._look_for_regression(status)
@@ -211,8 +209,8 @@ class Runner:
             self._fetch_deadline = None
             return
         self._fetcher.tick()
-        if now - self._told_at >= PROGRESS_EVERY_S:
-            self._tell_progress()
+        if now - self._teller.progress_told_at >= PROGRESS_EVERY_S:
+            self._teller.progress()
 
     # -- the life cycle ------------------------------------------------------------------------------------------------
 
@@ -255,9 +253,9 @@ class Runner:
                 self._events.popleft()
         except EdgefleetError as exc:
             self._held_until = now + AGAIN_S
-            self._note("journal", str(exc))
+            self._teller.note("journal", str(exc))
         else:
-            self._note("journal")
+            self._teller.note("journal")
 
     def _feed(self, happened: Happened) -> None:
         """One transition: persist, then act.
@@ -289,7 +287,7 @@ class Runner:
         self._stop_job.set()
         self._stop_job = threading.Event()
         self._tries, self._again = 0, ()
-        self._note("work")
+        self._teller.note("work")
         log.info(
             "transition",
             extra={
@@ -298,9 +296,9 @@ class Runner:
             },
         )  # fmt: skip
         self._carry_out(effects[1:])  # the first one was to persist
-        self._report()
+        self._teller.report()
         if life.state is not before.life.state:
-            self._tell_progress(detail)
+            self._teller.progress(detail)
         notify.status(f"{self._settings.device}: {life.state.value}")
 
     def _carry_out(self, effects: Sequence[Effect]) -> None:
@@ -314,7 +312,7 @@ class Runner:
                     self._fetch_failed(exc)
                 else:
                     undone.append(effect)
-                    self._note("work", str(exc))
+                    self._teller.note("work", str(exc))
                 continue
             if job is not None:
                 jobs.append((effect, job))
@@ -325,7 +323,7 @@ class Runner:
         if undone:
             self._again, self._again_at = tuple(undone), self._ports.clock.monotonic() + AGAIN_S
         elif not jobs:
-            self._note("work")
+            self._teller.note("work")
         if jobs:
             self._start(jobs)
 
@@ -355,7 +353,7 @@ class Runner:
             self._happen(ended.event, ended.detail, **changes)
             return
         self._tries += 1
-        self._note("work", ended.reason)
+        self._teller.note("work", ended.reason)
         if self._tries >= TRIES and (self._keeper.now.life.state, Event.BROKE) in TABLE:
             self._happen(Event.BROKE, ended.reason)
         else:
@@ -388,38 +386,6 @@ class Runner:
             with suppress(EdgefleetError):
                 swap.make_room(self._state, self._ports)
         self._happen(Event.FETCH_FAILED, str(error))
-
-    # -- telling -------------------------------------------------------------------------------------------------------
-
-    def _note(self, what: str, problem: str = "") -> None:
-        """Something stands in the way, or does not any more; told when that is new."""
-        if self._problems.get(what, "") == problem:
-            return
-        if problem:
-            log.warning("problem", extra={"reason": problem})
-            self._problems[what] = problem
-        else:
-            self._problems.pop(what, None)
-        self._report()
-
-    def _tell_progress(self, detail: str = "") -> None:
-        self._told_at = self._ports.clock.monotonic()
-        progress = reporting.progress(self._keeper.now, self._fetcher, detail)
-        if progress is not None:
-            self._spool.add(progress)
-
-    def _report(self) -> None:
-        try:
-            self._on_disk = slots.read(self._state, files=self._ports.files)
-            problems = dict(self._problems)
-        except EdgefleetError as exc:
-            problems = self._problems | {"slots": str(exc)}  # what was known of them is told
-        self._ports.uplink.report(
-            reporting.reported(
-                self._settings, self._board, self._boot, self._ports.clock.now(), self._keeper.now, self._on_disk,
-                problem="; ".join(problems.values()),
-            )
-        )  # fmt: skip
 
     # -- health --------------------------------------------------------------------------------------------------------
 
