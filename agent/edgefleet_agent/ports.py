@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from edgefleet_shared.assignment import Admission, Assignment
 from edgefleet_shared.clock import Clock
@@ -61,8 +60,7 @@ def spawn_thread(name: str, work: Callable[[], None]) -> None:
     threading.Thread(target=work, name=name, daemon=True).start()
 
 
-@dataclass(frozen=True)
-class Ports:
+class Ports(NamedTuple):
     """Everything that the loop works with. ``spawn`` does work beside it; what comes of it arrives in the inbox."""
 
     uplink: Uplink
