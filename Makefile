@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-test demo test lint types unit contract integration e2e docs docs-check lock clean
+.PHONY: help setup setup-test demo test lint types unit contract integration e2e faults chaos docs docs-check lock clean
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_NO_INPUT := 1
 
@@ -26,14 +26,14 @@ $(READY):
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation -e shared -e agent -e controller
 	@touch $@
 
-setup-test: setup ## the same, and what the tests need: systemd-analyze, docker-compose, PostgreSQL
+setup-test: setup ## the same, and what the tests need: systemd-analyze, docker-compose, PostgreSQL, strace
 	@scripts/setup-system test $(BIN)/python
 
 demo: setup ## the whole story on this machine: compile, sign, roll out, swap under load, undo
 	$(BIN)/fleet demo --report demo-report.json
 
 test: setup-test ## everything that must be green, from lint to the short demo
-	@for stage in lint types docs-check unit contract integration e2e; do \
+	@for stage in lint types docs-check unit contract faults integration e2e; do \
 	  echo "== $$stage"; SECONDS=0; $(MAKE) --no-print-directory $$stage; echo "== $$stage: $$SECONDS s"; \
 	done
 
@@ -51,6 +51,12 @@ unit: $(READY) ## pure tests
 
 contract: $(READY) ## one suite per port, on every adapter
 	$(BIN)/python -m pytest -q tests/contract
+
+faults: setup-test ## power cuts, kills, disks that refuse or are full: the bounded part of make chaos
+	$(BIN)/python -m pytest -q tests/chaos
+
+chaos: setup-test ## all of them, half an hour or so; the last line counts states, faults, failures
+	cd tests && ../$(BIN)/python -m chaos
 
 integration: setup-test ## real mosquitto, PostgreSQL, engines, units
 	$(BIN)/python -m pytest -q tests/integration

@@ -72,7 +72,7 @@ def accept(state: Path, manifest_digest: str, *, threads: int = 1) -> Acceptance
         the report. ``unconfined`` names what this kernel could not enforce.
 
     Raises:
-        OSError: a child could not be started at all.
+        EnvironmentProblem: a child could not be started at all.
     """
     layout = slots.artifacts(state)
     try:

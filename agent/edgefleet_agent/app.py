@@ -9,10 +9,14 @@ from pathlib import Path
 
 from edgefleet_shared import atomic, logs
 from edgefleet_shared.clock import SystemClock
+from edgefleet_shared.files import DISK
 
 from edgefleet_agent import board, notify
 from edgefleet_agent import settings as board_settings
-from edgefleet_agent.runner import Item, Runner
+from edgefleet_agent.examiner import SandboxedExaminer
+from edgefleet_agent.inbox import Item
+from edgefleet_agent.ports import Ports, spawn_thread
+from edgefleet_agent.runner import Runner
 from edgefleet_agent.runtime.control import RuntimeClient, socket_path
 from edgefleet_agent.transport import MqttUplink
 
@@ -45,9 +49,14 @@ def run(state: Path) -> None:
             board.read_fingerprint(),
             boot,
             inbox,
-            uplink,
-            RuntimeClient(socket_path(state)),
-            SystemClock(),
+            Ports(
+                uplink=uplink,
+                runtime=RuntimeClient(socket_path(state)),
+                examiner=SandboxedExaminer(),
+                clock=SystemClock(),
+                files=DISK,
+                spawn=spawn_thread,
+            ),
         )
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: runner.stop())

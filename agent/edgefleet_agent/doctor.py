@@ -11,11 +11,11 @@ from typing import Any
 import msgspec
 from edgefleet_shared.clock import SystemClock, iso
 from edgefleet_shared.errors import EdgefleetError
+from edgefleet_shared.files import DISK
 
 from edgefleet_agent import board, journal, slots
 from edgefleet_agent import settings as board_settings
 from edgefleet_agent.fetch import SPARE_BYTES
-from edgefleet_agent.health import disk_free_bytes
 from edgefleet_agent.runtime.control import RuntimeClient, socket_path
 from edgefleet_agent.slots import Slot
 
@@ -107,7 +107,7 @@ def _certificate(state: Path) -> str:
 
 
 def _disk(state: Path) -> str:
-    free = disk_free_bytes(state)
+    free = DISK.free_bytes(state)
     if free < SPARE_BYTES:
         raise OSError(f"{free} bytes are free, less than the {SPARE_BYTES} that an update leaves untouched")
     return f"{free} bytes free"

@@ -19,6 +19,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from edgefleet_shared import atomic
 from edgefleet_shared.errors import ConflictError, InputError, TransportError, TrustError, from_dict
+from edgefleet_shared.files import DISK, FileSystem
 from edgefleet_shared.messages import Enrolled, EnrolRequest
 
 from edgefleet_agent import settings as board_settings
@@ -48,7 +49,7 @@ def enroll(
     token = token.strip()  # a file ends with a newline
     fingerprint, host, port = _parse(url, token)
     ca = _fetch_ca(host, port, fingerprint)
-    key = ec.generate_private_key(ec.SECP256R1())
+    key = prepare(state)
     request = x509.CertificateSigningRequestBuilder().subject_name(x509.Name([])).sign(key, hashes.SHA256())
     question = EnrolRequest(token, device, request.public_bytes(serialization.Encoding.PEM).decode())
     context = ssl.create_default_context(cadata=ca)
@@ -57,7 +58,48 @@ def enroll(
         enrolled = msgspec.json.decode(answer, type=Enrolled)
     except msgspec.DecodeError as exc:
         raise TransportError(f"the controller's answer can't be read: {exc}") from exc
-    return _keep(state, enrolled, ca, key, threads, health_period_s)
+    return keep(state, enrolled, ca, threads=threads, health_period_s=health_period_s)
+
+
+def prepare(state: Path, *, files: FileSystem = DISK) -> ec.EllipticCurvePrivateKey:
+    """Make the folders and the key, durably, before the token is used up: a disk that is full fails here, where nothing is lost.
+
+    Raises:
+        EnvironmentProblem: the disk refused.
+    """
+    for folder in ("identity", "trust", "metadata", "run"):
+        atomic.make_folder(state / folder, 0o700, files=files)
+    key = ec.generate_private_key(ec.SECP256R1())
+    pem = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    atomic.write(state / "identity" / "agent.key", pem, 0o600, files=files)
+    return key
+
+
+def keep(
+    state: Path, enrolled: Enrolled, ca: str, *, threads: int, health_period_s: float, files: FileSystem = DISK
+) -> Settings:
+    """Keep what the controller gave: a board that is cut off on the way is not enrolled yet, one that returns is.
+
+    Raises:
+        EnvironmentProblem: the disk refused.
+    """
+    settings = Settings(
+        device=enrolled.device,
+        device_class=enrolled.device_class,
+        site=enrolled.site,
+        broker_host=enrolled.broker_host,
+        broker_port=enrolled.broker_port,
+        api_host=enrolled.api_host,
+        api_port=enrolled.api_port,
+        threads=threads,
+        health_period_s=health_period_s,
+    )
+    atomic.write(state / "identity" / "agent.pem", enrolled.certificate.encode(), files=files)
+    atomic.write(state / "identity" / "ca.pem", ca.encode(), files=files)
+    atomic.write(state / "trust" / "root.json", enrolled.root.encode(), files=files)
+    # Last: this file says that the rest is there.
+    board_settings.write(state, settings, files=files)
+    return settings
 
 
 def _parse(url: str, token: str) -> tuple[str, str, int]:
@@ -102,29 +144,3 @@ def _call(host: str, port: int, context: ssl.SSLContext, method: str, path: str,
         except msgspec.DecodeError as exc:
             raise TransportError(f"the controller answered {answer.status}") from exc
     return content
-
-
-def _keep(
-    state: Path, enrolled: Enrolled, ca: str, key: ec.EllipticCurvePrivateKey, threads: int, health_period_s: float
-) -> Settings:
-    settings = Settings(
-        device=enrolled.device,
-        device_class=enrolled.device_class,
-        site=enrolled.site,
-        broker_host=enrolled.broker_host,
-        broker_port=enrolled.broker_port,
-        api_host=enrolled.api_host,
-        api_port=enrolled.api_port,
-        threads=threads,
-        health_period_s=health_period_s,
-    )
-    for folder in ("identity", "trust", "metadata", "run"):
-        atomic.make_folder(state / folder, 0o700)
-    pem = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
-    atomic.write(state / "identity" / "agent.key", pem, 0o600)
-    atomic.write(state / "identity" / "agent.pem", enrolled.certificate.encode())
-    atomic.write(state / "identity" / "ca.pem", ca.encode())
-    atomic.write(state / "trust" / "root.json", enrolled.root.encode())
-    # Last: this file says that the rest is there.
-    board_settings.write(state, settings)
-    return settings

@@ -2,8 +2,7 @@
 
 Three rounds: the manifest (its size and digest are signed), the config (named by the manifest), the layers (whose every chunk's
 hash stands in the config). Each layer chunk is checked as it comes, so a flipped byte costs one chunk; a blob gets its name
-only when it is whole. What was fetched before a power cut is found again by hashing it. Blobs that another slot has are not
-fetched at all.
+only when it is whole. What was fetched before a power cut, and blobs that another slot has, are found again by hashing them.
 
 Memory: one chunk. Owned by the runner's thread; not handled here: connections.
 """
@@ -11,8 +10,8 @@ Memory: one chunk. Owned by the runner's thread; not handled here: connections.
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from edgefleet_shared import atomic
@@ -23,6 +22,7 @@ from edgefleet_shared.artifact import (
     Descriptor,
     Layout,
     chunk_count,
+    digest_file,
     parse_config,
     parse_manifest,
 )
@@ -44,6 +44,7 @@ class _Blob:
         self.count = chunk_count(blob.size, chunk_bytes)
         if hashes is not None and len(hashes) != self.count:
             raise ArtifactError(f"blob {blob.digest} has {self.count} chunks, {len(hashes)} hashes were signed")
+        self.files = layout.files
         self.final = layout.path(blob.digest)
         self.part = self.final.with_name(f".part-{self.final.name}")
         self.missing = set(range(self.count))
@@ -54,11 +55,11 @@ class _Blob:
 
     def _find_again(self) -> None:
         """Chunks that an interrupted fetch left behind, by hashing them. Without chunk hashes there is nothing to go by."""
-        if self.hashes is None or not self.part.is_file():
+        if self.hashes is None:
             return
-        with self.part.open("rb") as stream:
-            for number in range(self.count):
-                piece = stream.read(self.length(number))
+        with suppress(FileNotFoundError):
+            pieces = atomic.pieces(self.part, files=self.files, size_bytes=self.chunk_bytes)
+            for number, piece in zip(range(self.count), pieces, strict=False):
                 if len(piece) == self.length(number) and self._good(number, piece):
                     self.missing.discard(number)
 
@@ -69,12 +70,7 @@ class _Blob:
         """Store a chunk if it is missing and right; returns whether it was."""
         if number not in self.missing or len(piece) != self.length(number) or not self._good(number, piece):
             return False
-        with atomic.disk_errors(self.part):
-            fd = os.open(self.part, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
-            try:
-                os.pwrite(fd, piece, number * self.chunk_bytes)
-            finally:
-                os.close(fd)
+        atomic.write_piece(self.part, piece, number * self.chunk_bytes, files=self.files)
         self.missing.discard(number)
         return True
 
@@ -83,15 +79,16 @@ class _Blob:
         if self.blob.size == 0:
             layout.put(b"")
             return True
-        whole = hashlib.sha256()
-        with self.part.open("rb") as stream:
-            while piece := stream.read(1 << 18):
-                whole.update(piece)
-        if whole.hexdigest() != self.final.name or self.part.stat().st_size != self.blob.size:
-            self.part.unlink()
+        # Also false when the file is longer than it should be: then its bytes hash to something else.
+        try:
+            whole = digest_file(self.part, files=self.files) == self.blob.digest
+        except FileNotFoundError:
+            whole = False
+        if not whole:
+            atomic.remove(self.part, files=self.files)
             self.missing = set(range(self.count))
             return False
-        atomic.adopt(self.part, self.final)
+        atomic.adopt(self.part, self.final, files=self.files)
         return True
 
 
@@ -190,7 +187,7 @@ class Fetcher:
         for descriptor, hashes, chunk_bytes in blobs:
             if descriptor.digest in self._blobs:
                 continue
-            if self._layout.has(descriptor.digest):
+            if self._lies_whole(descriptor):
                 self.done_bytes += descriptor.size
                 continue
             blob = _Blob(self._layout, descriptor, hashes, chunk_bytes)
@@ -198,6 +195,17 @@ class Fetcher:
             self._blobs[descriptor.digest] = blob
             self._listen(descriptor.digest)
         self._ask()
+
+    def _lies_whole(self, descriptor: Descriptor) -> bool:
+        """Whether another slot, or an earlier try, has the blob already. One that rotted is removed, to be fetched again."""
+        if not self._layout.has(descriptor.digest):
+            return False
+        try:
+            self._layout.check(descriptor)
+        except ArtifactError:
+            atomic.remove(self._layout.path(descriptor.digest), files=self._layout.files)
+            return False
+        return True
 
     def _ask(self) -> None:
         self._asked_at = self._clock.monotonic()
@@ -235,11 +243,13 @@ class Fetcher:
             config = parse_config(self._layout.read(manifest.config.digest, MAX_CONFIG_BYTES))
             self._open([(b, config.chunks.get(b.digest, ()), config.chunk_bytes) for b in manifest.layers])
         else:
+            # A name may come from a start that was stopped before it had made the name durable.
+            self._layout.sync()
             self.finished = True
 
     def _need_space(self, folder: Path, wanted: int) -> None:
-        stat = os.statvfs(folder)
-        free = stat.f_bavail * stat.f_frsize
+        with atomic.disk_errors(folder, "measure"):
+            free = self._layout.files.free_bytes(folder)
         if free < wanted + SPARE_BYTES:
             raise EnvironmentProblem(
                 f"the artifact needs {wanted} bytes and {SPARE_BYTES} to spare, {free} are free on the disk",

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import NamedTuple
 
 from edgefleet_shared.errors import EdgefleetError
+from edgefleet_shared.files import DISK
 from edgefleet_shared.messages import Health
 
 from edgefleet_agent import sensors
+from edgefleet_agent.ports import ModelServer
 from edgefleet_agent.power import PowerMeter, Scope, watts
-from edgefleet_agent.runtime.control import RuntimeClient, StatusReport
+from edgefleet_agent.runtime.control import StatusReport
+
+# After commit: this many crashes of the engine's process between two looks at its health mean that it regressed.
+REGRESSION_CRASHES = 3
 
 
 class CpuMeter:
@@ -69,6 +73,24 @@ class EnergyMeter:
         return Used(watts(before, self._before), joules / served if served > 0 else None)
 
 
+class CrashWatch:
+    """Whether the engine of what serves keeps dying, from the runtime's counters."""
+
+    def __init__(self) -> None:
+        self._seen: tuple[str, int] | None = None
+
+    def look(self, status: StatusReport | None) -> tuple[str, str] | None:
+        """(manifest, why) when it ended :data:`REGRESSION_CRASHES` times or more since the last look, else None."""
+        serving = next((v for v in status.versions if v.serving), None) if status else None
+        if serving is None:
+            return None
+        before, self._seen = self._seen, (serving.manifest, serving.crashes)
+        if before is None or before[0] != serving.manifest or serving.crashes - before[1] < REGRESSION_CRASHES:
+            return None
+        crashed = serving.crashes - before[1]
+        return serving.manifest, f"the engine's process ended {crashed} times: {serving.last_problem}"
+
+
 def memory_available_bytes(source: Path = Path("/proc/meminfo")) -> int | None:
     for line in source.read_text().splitlines():
         if line.startswith("MemAvailable:"):
@@ -76,9 +98,12 @@ def memory_available_bytes(source: Path = Path("/proc/meminfo")) -> int | None:
     return None
 
 
-def disk_free_bytes(folder: Path) -> int:
-    stat = os.statvfs(folder)
-    return stat.f_bavail * stat.f_frsize
+def disk_free_bytes(folder: Path) -> int | None:
+    """What may still be written; None when the disk does not answer."""
+    try:
+        return DISK.free_bytes(folder)
+    except OSError:
+        return None
 
 
 class Meters:
@@ -88,7 +113,7 @@ class Meters:
         self.cpu, self.energy = CpuMeter(), EnergyMeter()
 
 
-def measure(state: Path, client: RuntimeClient, meters: Meters) -> tuple[Health, StatusReport | None]:
+def measure(state: Path, client: ModelServer, meters: Meters) -> tuple[Health, StatusReport | None]:
     """One set of figures, and the runtime's status behind them (None when it does not answer)."""
     status: StatusReport | None
     try:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
+from typing import Any
 
 import msgspec
 from edgefleet_shared import atomic
 from edgefleet_shared.assignment import Assignment
 from edgefleet_shared.contract import AcceptanceReport
 from edgefleet_shared.errors import ArtifactError
+from edgefleet_shared.files import DISK, FileSystem
 from edgefleet_shared.lifecycle import Life
 from edgefleet_shared.messages import Ended
+
+log = logging.getLogger(__name__)
 
 
 class Journal(msgspec.Struct, frozen=True, kw_only=True):
@@ -20,6 +25,7 @@ class Journal(msgspec.Struct, frozen=True, kw_only=True):
         life: state, restarts and pending outcome.
         assignment: what is being worked on, or was last.
         pending: a verified assignment that waits until this one is done with.
+        committed: the assignment that was committed last: what a late regression is told of.
         reason: why the pending outcome is what it is.
         acceptance: the last verdict on this assignment.
         ended: how the last assignment ended.
@@ -30,6 +36,7 @@ class Journal(msgspec.Struct, frozen=True, kw_only=True):
     life: Life = Life()
     assignment: Assignment | None = None
     pending: Assignment | None = None
+    committed: Assignment | None = None
     reason: str = ""
     acceptance: AcceptanceReport | None = None
     ended: Ended | None = None
@@ -37,21 +44,60 @@ class Journal(msgspec.Struct, frozen=True, kw_only=True):
     refusal: str = ""
 
 
-def read(state: Path) -> Journal:
+def read(state: Path, *, files: FileSystem = DISK) -> Journal:
     """The journal on disk; an absent one is a board that never did anything.
 
     Raises:
-        ArtifactError: it is damaged, which our own writing can't cause.
+        ArtifactError: it is damaged, which our own writing can't cause. EnvironmentProblem: it can't be read.
     """
     path = state / "journal.json"
     try:
-        return msgspec.json.decode(path.read_bytes(), type=Journal)
+        return msgspec.json.decode(atomic.read(path, files=files), type=Journal)
     except FileNotFoundError:
         return Journal()
     except msgspec.DecodeError as exc:
-        raise ArtifactError(f"{path} is damaged: {exc}", hint="run fleet-agent doctor") from exc
+        raise ArtifactError(f"{path} is damaged: {exc}", hint="the agent begins a new one when it starts") from exc
 
 
-def write(state: Path, journal: Journal) -> None:
+def write(state: Path, journal: Journal, *, files: FileSystem = DISK) -> None:
     """Replace the journal durably."""
-    atomic.write(state / "journal.json", msgspec.json.encode(journal))
+    atomic.write(state / "journal.json", msgspec.json.encode(journal), files=files)
+
+
+class Keeper:
+    """The journal as it is on the disk, held in memory by the one thread that may change it.
+
+    ``loaded`` is False, and ``now`` an empty journal, until :meth:`load` has read it.
+    """
+
+    def __init__(self, state: Path, files: FileSystem) -> None:
+        self._state, self._files = state, files
+        self.now, self.loaded = Journal(), False
+
+    def load(self) -> None:
+        """Read the journal; set a damaged one aside and begin anew.
+
+        What the board should run is level-triggered, so nothing is lost but the memory of how the last assignment ended.
+
+        Raises:
+            EnvironmentProblem: it can't be read, or a damaged one can't be set aside.
+        """
+        try:
+            self.now = read(self._state, files=self._files)
+        except ArtifactError as exc:
+            aside = atomic.set_aside(self._state / "journal.json", files=self._files)
+            log.error("journal damaged", extra={"reason": str(exc), "kept_as": str(aside)})
+        self.loaded = True
+
+    def replace(self, journal: Journal) -> None:
+        """Put ``journal`` in place of what is, on the disk first.
+
+        Raises:
+            EnvironmentProblem: the disk refused; ``now`` is as before.
+        """
+        write(self._state, journal, files=self._files)
+        self.now = journal
+
+    def keep(self, **changes: Any) -> None:
+        """Replace single fields. Raises like :meth:`replace`."""
+        self.replace(msgspec.structs.replace(self.now, **changes))

@@ -18,6 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
+from edgefleet_shared.errors import EnvironmentProblem
 
 POLL_S = 0.02  # how often resident memory is looked at; a child can grow some 100 MB in that time, not a gigabyte
 MAX_REPORT_BYTES = 4 * 1024 * 1024
@@ -92,8 +93,15 @@ def run(module: str, request: bytes, limits: Limits, on_report: Callable[[bytes]
         on_report: called with each line as it comes.
 
     Raises:
-        OSError: the child could not be started at all.
+        EnvironmentProblem: the child could not be started at all: no memory, too many processes.
     """
+    try:
+        return _run(module, request, limits, on_report)
+    except OSError as exc:
+        raise EnvironmentProblem(f"can't run {module} as a child: {exc.strerror or exc}") from exc
+
+
+def _run(module: str, request: bytes, limits: Limits, on_report: Callable[[bytes], None] | None) -> Ended:
     report_read, report_write = os.pipe()
     output_read, output_write = os.pipe()
     try:

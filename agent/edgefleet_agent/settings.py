@@ -19,6 +19,7 @@ from pathlib import Path
 import msgspec
 from edgefleet_shared import atomic
 from edgefleet_shared.errors import EnvironmentProblem
+from edgefleet_shared.files import DISK, FileSystem
 from edgefleet_shared.mqtt import Endpoint
 
 
@@ -37,7 +38,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     threads: int = 1
 
 
-def read(state: Path) -> Settings:
+def read(state: Path, *, files: FileSystem = DISK) -> Settings:
     """The record in a state folder.
 
     Raises:
@@ -45,7 +46,7 @@ def read(state: Path) -> Settings:
     """
     path = state / "agent.json"
     try:
-        return msgspec.json.decode(path.read_bytes(), type=Settings)
+        return msgspec.json.decode(atomic.read(path, files=files), type=Settings)
     except FileNotFoundError as exc:
         raise EnvironmentProblem(
             f"{state} is not enrolled", hint="run fleet-agent enroll with a token from the controller"
@@ -54,9 +55,9 @@ def read(state: Path) -> Settings:
         raise EnvironmentProblem(f"{path} is damaged: {exc}", hint="enrol again with a new token") from exc
 
 
-def write(state: Path, settings: Settings) -> None:
+def write(state: Path, settings: Settings, *, files: FileSystem = DISK) -> None:
     """Keep the record, durably."""
-    atomic.write(state / "agent.json", msgspec.json.encode(settings), 0o600)
+    atomic.write(state / "agent.json", msgspec.json.encode(settings), 0o600, files=files)
 
 
 def endpoint(state: Path, settings: Settings) -> Endpoint:

@@ -13,6 +13,7 @@ and serves ``active`` with no agent alive.
 
 from __future__ import annotations
 
+import logging
 from enum import Enum
 from pathlib import Path
 
@@ -20,6 +21,9 @@ import msgspec
 from edgefleet_shared import atomic
 from edgefleet_shared.artifact import Layout
 from edgefleet_shared.errors import ArtifactError, NotFoundError
+from edgefleet_shared.files import DISK, FileSystem
+
+log = logging.getLogger(__name__)
 
 
 class SlotStatus(str, Enum):
@@ -64,36 +68,71 @@ class Slots(msgspec.Struct, frozen=True, kw_only=True):
         return Slots(active=self.previous)
 
 
-def artifacts(state: Path) -> Layout:
+def artifacts(state: Path, *, files: FileSystem = DISK) -> Layout:
     """The board's OCI layout."""
-    return Layout(state / "artifacts")
+    return Layout(state / "artifacts", files=files)
 
 
-def read(state: Path) -> Slots:
+def read(state: Path, *, files: FileSystem = DISK) -> Slots:
     """The slots as they are on disk; an absent file is a board that never had an artifact.
 
     Raises:
-        ArtifactError: the file is damaged.
+        ArtifactError: the file is damaged. EnvironmentProblem: it can't be read.
     """
     path = state / "slots.json"
     try:
-        content = path.read_bytes()
+        return msgspec.json.decode(atomic.read(path, files=files), type=Slots)
     except FileNotFoundError:
         return Slots()
-    try:
-        return msgspec.json.decode(content, type=Slots)
     except msgspec.DecodeError as exc:
-        raise ArtifactError(f"{path} is damaged: {exc}", hint="run fleet-agent doctor") from exc
+        raise ArtifactError(f"{path} is damaged: {exc}", hint="the agent mends it when it starts") from exc
 
 
-def write(state: Path, slots: Slots) -> None:
+def write(state: Path, slots: Slots, *, files: FileSystem = DISK) -> None:
     """Replace the slots durably and in one step."""
-    atomic.write(state / "slots.json", msgspec.json.encode(slots))
+    atomic.write(state / "slots.json", msgspec.json.encode(slots), files=files)
 
 
-def collect_garbage(state: Path, slots: Slots) -> list[str]:
-    """Remove every blob that no slot names. Call only after a commit; returns the digests that went."""
-    layout = artifacts(state)
+def mend(state: Path, committed: Slot | None, *, files: FileSystem = DISK) -> None:
+    """Set a damaged ``slots.json`` aside and name what the journal remembers as committed, if every byte of it is there.
+
+    Raises:
+        EnvironmentProblem: the disk can't be read or written.
+    """
+    try:
+        read(state, files=files)
+    except ArtifactError as exc:
+        aside = atomic.set_aside(state / "slots.json", files=files)
+        whole = committed is not None and _is_whole(artifacts(state, files=files), committed.manifest)
+        log.error(
+            "slots damaged",
+            extra={
+                "reason": str(exc),
+                "kept_as": str(aside),
+                "digest": committed.manifest if committed and whole else "",
+            },
+        )
+        write(state, Slots(active=committed if whole else None), files=files)
+
+
+def _is_whole(layout: Layout, manifest: str) -> bool:
+    try:
+        for blob in layout.manifest(manifest).blobs():
+            layout.check(blob)
+    except (NotFoundError, ArtifactError):
+        return False
+    return True
+
+
+def collect_garbage(state: Path, slots: Slots, *, files: FileSystem = DISK) -> list[str]:
+    """Remove every blob that no slot names, and what never became a blob. Returns the digests that went.
+
+    Call only while nothing is being fetched, with slots that are on the disk already, or with those without the candidate.
+
+    Raises:
+        EnvironmentProblem: the disk can't be read or written.
+    """
+    layout = artifacts(state, files=files)
     keep: set[str] = set()
     for slot in (slots.active, slots.candidate, slots.previous):
         if slot is None:
@@ -107,4 +146,6 @@ def collect_garbage(state: Path, slots: Slots) -> list[str]:
     gone = [digest for digest in layout.digests() if digest not in keep]
     for digest in gone:
         layout.remove(digest)
+    for path in layout.unfinished():
+        atomic.remove(path, files=files)
     return gone

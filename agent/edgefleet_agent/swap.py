@@ -11,17 +11,18 @@ from __future__ import annotations
 
 import logging
 import threading
+from contextlib import suppress
 from pathlib import Path
 from typing import cast
 
 import msgspec
 from edgefleet_shared.assignment import Assignment
-from edgefleet_shared.clock import Clock
 from edgefleet_shared.errors import EdgefleetError, EnvironmentProblem, TransportError
 from edgefleet_shared.lifecycle import Event
 
 from edgefleet_agent import slots
-from edgefleet_agent.runtime.control import RuntimeClient, StatusReport, SwapMode, VersionStatus
+from edgefleet_agent.ports import Ports
+from edgefleet_agent.runtime.control import StatusReport, SwapMode, VersionStatus
 from edgefleet_agent.slots import SlotStatus
 
 log = logging.getLogger(__name__)
@@ -31,49 +32,52 @@ LOOK_S = 0.25
 MAX_FAILED_SHARE = 0.01  # of the requests during the soak
 
 
-def _patiently(client: RuntimeClient, stop: threading.Event, clock: Clock) -> StatusReport:
+def _patiently(ports: Ports, stop: threading.Event) -> StatusReport:
     """The runtime's status, waiting for it to come (back) up."""
-    deadline = clock.monotonic() + RUNTIME_WAIT_S
+    deadline = ports.clock.monotonic() + RUNTIME_WAIT_S
     while True:
         try:
-            return client.status()
+            return ports.runtime.status()
         except (EnvironmentProblem, TransportError):
-            if clock.monotonic() > deadline or stop.wait(LOOK_S):
+            if ports.clock.monotonic() > deadline or stop.wait(LOOK_S):
                 raise
 
 
-def swap(
-    state: Path, client: RuntimeClient, assignment: Assignment, stop: threading.Event, clock: Clock
-) -> tuple[Event, str]:
+def swap(state: Path, ports: Ports, assignment: Assignment, stop: threading.Event) -> tuple[Event, str]:
     """Load the candidate, flip the slots, switch."""
-    now = slots.read(state)
+    now = slots.read(state, files=ports.files)
+    flipped = now.active is not None and now.active.manifest == assignment.manifest
+    if not flipped and (now.candidate is None or now.candidate.manifest != assignment.manifest):
+        return Event.LOAD_FAILED, "the slots do not name it as candidate any more"
     try:
-        _patiently(client, stop, clock)
-        loaded = client.load(assignment.manifest, cast(SwapMode, assignment.swap))
+        _patiently(ports, stop)
+        loaded = ports.runtime.load(assignment.manifest, cast(SwapMode, assignment.swap))
+        if not flipped:
+            slots.write(state, now.flipped(), files=ports.files)
     except EdgefleetError as exc:
-        if now.active is not None and now.active.manifest == assignment.manifest:
+        # A write that failed may have come through: what the disk says now decides whether there is something to undo.
+        after = slots.read(state, files=ports.files).active
+        if after is not None and after.manifest == assignment.manifest:
             return Event.SWAP_FAILED, str(exc)
         return Event.LOAD_FAILED, str(exc)
-    if now.active is None or now.active.manifest != assignment.manifest:
-        slots.write(state, now.flipped())
     try:
-        switched = client.switch(assignment.manifest)
+        switched = ports.runtime.switch(assignment.manifest)
     except EdgefleetError as exc:
         return Event.SWAP_FAILED, str(exc)
     return Event.SWAPPED, f"{loaded.mode}: {loaded.why}; requests waited {switched.parked_ms:.0f} ms"
 
 
-def soak(client: RuntimeClient, assignment: Assignment, stop: threading.Event, clock: Clock) -> tuple[Event, str]:
+def soak(ports: Ports, assignment: Assignment, stop: threading.Event) -> tuple[Event, str]:
     """Watch the new model serve for ``soak_s``.
 
     Unhealthy: its worker crashed, it does not serve any more, the runtime is gone, or more than a hundredth of the
     requests failed.
     """
-    end = clock.monotonic() + assignment.soak_s
+    end = ports.clock.monotonic() + assignment.soak_s
     at_start: VersionStatus | None = None
     while True:
         try:
-            status = _patiently(client, stop, clock)
+            status = _patiently(ports, stop)
         except EdgefleetError as exc:
             return Event.UNHEALTHY, str(exc)
         version = _version(status, assignment.manifest)
@@ -86,85 +90,123 @@ def soak(client: RuntimeClient, assignment: Assignment, stop: threading.Event, c
         requests, failed = version.requests - at_start.requests, version.failed - at_start.failed
         if failed > requests * MAX_FAILED_SHARE:
             return Event.UNHEALTHY, f"{failed} of {requests} requests failed: {version.last_problem}"
-        if clock.monotonic() >= end:
+        if ports.clock.monotonic() >= end:
             return Event.HEALTHY, f"served {requests} requests, {failed} failed"
         if stop.wait(LOOK_S):
             return Event.UNHEALTHY, "superseded"
 
 
-def commit(state: Path, client: RuntimeClient) -> tuple[Event, str]:
-    """Mark the active slot good, stop the old worker, then collect what no slot names."""
-    now = slots.read(state)
+def commit(state: Path, ports: Ports) -> tuple[Event, str]:
+    """Mark the active slot good, stop the old worker, then collect what no slot names.
+
+    Raises:
+        EdgefleetError: not yet; run it again.
+    """
+    now = slots.read(state, files=ports.files)
     if now.active is None:
         return Event.COMMITTED, "nothing is active"
     good = msgspec.structs.replace(
         now, active=msgspec.structs.replace(now.active, status=SlotStatus.GOOD), candidate=None
     )
-    slots.write(state, good)
-    _retire_others(client, now.active.manifest)
-    slots.collect_garbage(state, good)
+    try:
+        slots.write(state, good, files=ports.files)
+    except EnvironmentProblem:
+        # On a full disk it may be the artifact before the previous one that takes the space; no slot names it since the flip.
+        slots.collect_garbage(state, now, files=ports.files)
+        raise
+    _retire_others(ports, now.active.manifest)
+    slots.collect_garbage(state, good, files=ports.files)
     return Event.COMMITTED, ""
 
 
-def go_back(
-    state: Path, client: RuntimeClient, assignment: Assignment | None, stop: threading.Event, clock: Clock
-) -> tuple[Event, str]:
-    """Serve the previous artifact again and forget the failed one. ``assignment`` None: the active one itself regressed."""
-    now = slots.read(state)
-    failed = assignment.manifest if assignment is not None else (now.active.manifest if now.active else "")
+def go_back(state: Path, ports: Ports, failed: str, stop: threading.Event) -> tuple[Event, str]:
+    """Serve the previous artifact again and forget the one whose manifest is ``failed``; once that is so, leave it so.
+
+    Raises:
+        EnvironmentProblem: the slots can't be written yet; run it again. The previous artifact serves already.
+    """
+    now = slots.read(state, files=ports.files)
     if now.active is not None and now.active.manifest == failed:
         if now.previous is None or now.previous.status is SlotStatus.BAD:
             bad = msgspec.structs.replace(now.active, status=SlotStatus.BAD)
-            slots.write(state, slots.Slots(active=bad))
+            slots.write(state, slots.Slots(active=bad), files=ports.files)
             return Event.RETURN_FAILED, "there is no previous artifact to return to"
         now = now.returned()
     now = msgspec.structs.replace(now, candidate=None)
-    slots.write(state, now)
+    try:
+        slots.write(state, now, files=ports.files)
+    except EnvironmentProblem:
+        # A disk that refuses is no reason to let requests go to what failed.
+        with suppress(EdgefleetError):
+            _make_serve(ports, now, stop)
+        raise
     if now.active is None:
         return Event.RETURN_FAILED, "there is no previous artifact to return to"
     try:
-        serve(state, client, stop, clock)
+        _make_serve(ports, now, stop)
     except EdgefleetError as exc:
         return Event.RETURN_FAILED, str(exc)
-    slots.collect_garbage(state, now)
+    slots.collect_garbage(state, now, files=ports.files)
     return Event.RETURNED, f"{now.active.model} {now.active.version} serves again"
 
 
-def serve(state: Path, client: RuntimeClient, stop: threading.Event, clock: Clock) -> None:
+def serve(state: Path, ports: Ports, stop: threading.Event) -> None:
     """Make the runtime serve what the slots say, and nothing else.
 
     Raises:
         EdgefleetError: it can't.
     """
-    wanted = slots.read(state).serving
+    _make_serve(ports, slots.read(state, files=ports.files), stop)
+
+
+def _make_serve(ports: Ports, now: slots.Slots, stop: threading.Event) -> None:
+    wanted = now.serving
     if wanted is None:
         return
-    status = _patiently(client, stop, clock)
+    status = _patiently(ports, stop)
     if status.serving != wanted.manifest:
-        client.load(wanted.manifest)
-        client.switch(wanted.manifest)
-    _retire_others(client, wanted.manifest)
+        ports.runtime.load(wanted.manifest)
+        ports.runtime.switch(wanted.manifest)
+    _retire_others(ports, wanted.manifest)
 
 
-def discard(state: Path, client: RuntimeClient) -> None:
-    """Forget the candidate: its slot, its worker if one was started, its blobs."""
-    now = slots.read(state)
+def discard(state: Path, ports: Ports) -> None:
+    """Forget the candidate: its slot, its worker if one was started, its blobs; and what an earlier start left to collect.
+
+    Raises:
+        EnvironmentProblem: the disk refused; run it again.
+    """
+    now = slots.read(state, files=ports.files)
+    kept = msgspec.structs.replace(now, candidate=None)
     if now.candidate is not None:
-        kept = msgspec.structs.replace(now, candidate=None)
-        slots.write(state, kept)
-        if kept.active is None or kept.active.manifest != now.candidate.manifest:
-            try:
-                client.retire(now.candidate.manifest, timeout_s=5.0)
-            except (EnvironmentProblem, TransportError) as exc:
-                # No runtime, so no worker of the candidate either; one that hangs is retired with the next commit.
-                log.info("candidate not retired", extra={"digest": now.candidate.manifest, "reason": str(exc)})
-        slots.collect_garbage(state, kept)
+        slots.write(state, kept, files=ports.files)
+        _retire_candidate(ports, kept, now.candidate.manifest)
+    slots.collect_garbage(state, kept, files=ports.files)
 
 
-def _retire_others(client: RuntimeClient, manifest: str) -> None:
-    for version in client.status().versions:
+def _retire_candidate(ports: Ports, kept: slots.Slots, manifest: str) -> None:
+    if kept.active is None or kept.active.manifest != manifest:
+        try:
+            ports.runtime.retire(manifest, timeout_s=5.0)
+        except (EnvironmentProblem, TransportError) as exc:
+            # No runtime, so no worker of the candidate either; one that hangs is retired with the next commit.
+            log.info("candidate not retired", extra={"digest": manifest, "reason": str(exc)})
+
+
+def make_room(state: Path, ports: Ports) -> None:
+    """Collect what the active and the previous artifact do not need, the candidate's blobs too: a fetch that found the disk full.
+
+    Raises:
+        EnvironmentProblem: the disk can't even do that.
+    """
+    now = slots.read(state, files=ports.files)
+    slots.collect_garbage(state, msgspec.structs.replace(now, candidate=None), files=ports.files)
+
+
+def _retire_others(ports: Ports, manifest: str) -> None:
+    for version in ports.runtime.status().versions:
         if version.manifest != manifest and not version.serving:
-            client.retire(version.manifest)
+            ports.runtime.retire(version.manifest)
 
 
 def _version(status: StatusReport, manifest: str) -> VersionStatus | None:

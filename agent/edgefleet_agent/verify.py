@@ -3,8 +3,8 @@
 The parent's half. Two questions are asked, each of a fresh sandboxed child (:mod:`edgefleet_agent.verify_child`), so that the
 resident agent never imports python-tuf or cryptography and hostile bytes are parsed where they can do nothing:
 
-* :func:`admit` - may this assignment be followed on this board? (checks 1-11 of :mod:`edgefleet_shared.trust`)
-* :func:`check_artifact` - is what lies on the disk to the byte what was signed?
+* :meth:`SandboxedChild.admit` - may this assignment be followed on this board? (checks 1-11 of :mod:`edgefleet_shared.trust`)
+* :meth:`SandboxedChild.check` - is what lies on the disk to the byte what was signed?
 
 The floors that checks 6 and 9 need are kept here: doubled, fsynced, the higher of both wins, and written *before* anything is
 done for an assignment. A board that lost one copy to a power cut does not forget what it had accepted.
@@ -12,6 +12,8 @@ done for an assignment. A board that lost one copy to a power cut does not forge
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -19,7 +21,15 @@ import msgspec
 from edgefleet_shared import atomic
 from edgefleet_shared.artifact import Descriptor, Layout
 from edgefleet_shared.assignment import Admission, Assignment, Floors, Incomplete
-from edgefleet_shared.errors import EdgefleetError, EnvironmentProblem, TrustError, from_dict
+from edgefleet_shared.errors import (
+    ArtifactError,
+    EdgefleetError,
+    EnvironmentProblem,
+    NotFoundError,
+    TrustError,
+    from_dict,
+)
+from edgefleet_shared.files import DISK, FileSystem
 from edgefleet_shared.fingerprint import Fingerprint
 
 from edgefleet_agent import sandbox, slots
@@ -30,6 +40,7 @@ LIMITS = Limits(memory_bytes=192 * 1024 * 1024, time_s=60.0)
 # Hashing is bound by the disk: the slowest SD card that is sold reads 10 MB/s.
 SLOWEST_DISK_BYTES_PER_S = 5_000_000
 MAX_METADATA_BYTES = 8 * 1024 * 1024
+FLOOR_FILES = ("floors-a.json", "floors-b.json")
 
 
 class AdmitRequest(msgspec.Struct, frozen=True, kw_only=True, tag="admit"):
@@ -82,18 +93,50 @@ class Refusal(Exception):
         self.assignment = assignment
 
 
-def admit(state: Path, settings: Settings, board: Fingerprint, desired: bytes, now: float) -> Admission:
-    """Checks 1-11 on an assignment, then the new floors and root made durable.
+class SandboxedChild:
+    """The real examiner's first half: each question to a child of its own (:mod:`edgefleet_agent.verify_child`)."""
+
+    def admit(self, request: AdmitRequest) -> Admission:
+        """Checks 1-11 on an assignment.
+
+        Raises:
+            Refusal: decided against, with the check that failed.
+            Incomplete: metadata is still on its way; ask again when more has arrived.
+            EnvironmentProblem: the child could not do its work.
+        """
+        return _ask(request, LIMITS, Admitted).admission
+
+    def check(self, state: Path, assignment: Assignment) -> Checked:
+        """Every byte of the candidate against its digest, and its config against the assignment.
+
+        Raises:
+            Refusal: it is not what was signed.
+            EnvironmentProblem: the child could not do its work.
+        """
+        layout = slots.artifacts(state)
+        total = sum(blob.size for blob in _blobs(layout, assignment))
+        limits = msgspec.structs.replace(LIMITS, time_s=LIMITS.time_s + total / SLOWEST_DISK_BYTES_PER_S)
+        return _ask(CheckRequest(layout=str(layout.root.resolve()), assignment=assignment), limits, Checked)
+
+
+def admit(
+    state: Path,
+    settings: Settings,
+    board: Fingerprint,
+    desired: bytes,
+    now: float,
+    ask: Callable[[AdmitRequest], Admission],
+    files: FileSystem = DISK,
+) -> Admission:
+    """Have an assignment checked, then make the new root and floors durable: only then may anything be done for it.
 
     Raises:
-        Refusal: decided against, with the check that failed.
-        Incomplete: metadata is still on its way; ask again when more has arrived.
-        EnvironmentProblem: the child could not do its work.
+        Refusal, Incomplete: as ``ask`` does. EnvironmentProblem: the child or the disk could not do its part.
     """
-    floors = read_floors(state)
+    floors = read_floors(state, files=files)
     request = AdmitRequest(
         metadata=str((state / "metadata").resolve()),
-        root=read_root(state),
+        root=read_root(state, files=files),
         desired=desired,
         device=settings.device,
         device_class=settings.device_class,
@@ -101,31 +144,17 @@ def admit(state: Path, settings: Settings, board: Fingerprint, desired: bytes, n
         floors=floors,
         now=now,
     )
-    admission = _ask(request, LIMITS, Admitted).admission
+    admission = ask(request)
     if admission.root != request.root:
-        atomic.write(state / "trust" / "root.json", admission.root)
-    if admission.floors != floors:
-        write_floors(state, admission.floors)
+        atomic.write(state / "trust" / "root.json", admission.root, files=files)
+    write_floors(state, admission.floors, files=files)
     return admission
-
-
-def check_artifact(state: Path, assignment: Assignment) -> Checked:
-    """Every byte of the candidate against its digest, and its config against the assignment.
-
-    Raises:
-        Refusal: it is not what was signed.
-        EnvironmentProblem: the child could not do its work.
-    """
-    layout = slots.artifacts(state)
-    total = sum(blob.size for blob in _blobs(layout, assignment))
-    limits = msgspec.structs.replace(LIMITS, time_s=LIMITS.time_s + total / SLOWEST_DISK_BYTES_PER_S)
-    return _ask(CheckRequest(layout=str(layout.root.resolve()), assignment=assignment), limits, Checked)
 
 
 def _blobs(layout: Layout, assignment: Assignment) -> tuple[Descriptor, ...]:
     try:
         return layout.manifest(assignment.manifest).blobs()
-    except EdgefleetError as exc:
+    except (NotFoundError, ArtifactError) as exc:
         raise Refusal(exc, assignment.id) from exc
 
 
@@ -143,33 +172,44 @@ def _ask(request: AdmitRequest | CheckRequest, limits: Limits, expected: type[_A
         case [NotVerified(error, waits, assignment)]:
             if waits:
                 raise Incomplete(error.get("message", ""))
-            raise Refusal(from_dict(error), assignment)
+            found = from_dict(error)
+            if isinstance(found, EnvironmentProblem):
+                raise found  # the disk under the child: nothing was decided
+            raise Refusal(found, assignment)
     raise EnvironmentProblem(
         f"the verifying child ended without an answer: {ended.problem or 'status 0'} {ended.output[-300:]}"
     )
 
 
-def read_root(state: Path) -> bytes:
+def read_root(state: Path, *, files: FileSystem = DISK) -> bytes:
     """The newest root that this board trusts.
 
     Raises:
-        TrustError: there is none.
+        TrustError: there is none. EnvironmentProblem: it can't be read.
     """
     try:
-        return (state / "trust" / "root.json").read_bytes()
+        return atomic.read(state / "trust" / "root.json", files=files)
     except FileNotFoundError as exc:
         raise TrustError("root_chain", "this board trusts no root", hint="enrol it again") from exc
 
 
-def read_floors(state: Path) -> Floors:
-    """The floors, the higher of both copies. A board with a journal but without any copy is refused by the caller's doctor."""
-    found = []
-    for name in ("floors-a.json", "floors-b.json"):
+def read_floors(state: Path, *, files: FileSystem = DISK) -> Floors:
+    """The floors, the higher of both copies; no copy is a board that has not accepted anything yet.
+
+    Raises:
+        EnvironmentProblem: a copy can't be read, or every copy that is there is damaged: to go on would forget the floors.
+    """
+    found, damaged = [], False
+    for content in _floor_copies(state, files):
         try:
-            found.append(msgspec.json.decode((state / "trust" / name).read_bytes(), type=Floors))
-        except (FileNotFoundError, msgspec.DecodeError):
-            continue
+            found.append(msgspec.json.decode(content, type=Floors))
+        except msgspec.DecodeError:
+            damaged = True
     if not found:
+        if damaged:
+            raise EnvironmentProblem(
+                f"the version floors in {state / 'trust'} are damaged", hint="enrol the board again, in a new folder"
+            )
         return Floors()
     versions: dict[str, int] = {}
     for floors in found:
@@ -179,19 +219,35 @@ def read_floors(state: Path) -> Floors:
     return msgspec.structs.replace(newest, versions=versions, clock=max(f.clock for f in found))
 
 
-def write_floors(state: Path, floors: Floors) -> None:
-    """Both copies, one after the other: a cut leaves at least one of them whole."""
+def write_floors(state: Path, floors: Floors, *, files: FileSystem = DISK) -> None:
+    """Both copies, one after the other: a cut leaves at least one of them whole.
+
+    When the first copy is as it should be and the second is not, an earlier start was stopped between the two, perhaps before
+    the first was safe from a power cut: then both are written.
+    """
     content = msgspec.json.encode(floors)
-    atomic.write(state / "trust" / "floors-a.json", content)
-    atomic.write(state / "trust" / "floors-b.json", content)
+    if list(_floor_copies(state, files)) != [content, content]:
+        for name in FLOOR_FILES:
+            atomic.write(state / "trust" / name, content, files=files)
 
 
-def take_metadata(state: Path, name: str, content: bytes) -> bool:
-    """Keep a metadata file as it arrived, unverified; returns whether it is new."""
+def _floor_copies(state: Path, files: FileSystem) -> Iterator[bytes]:
+    for name in FLOOR_FILES:
+        with suppress(FileNotFoundError):
+            yield atomic.read(state / "trust" / name, files=files)
+
+
+def take_metadata(state: Path, name: str, content: bytes, *, files: FileSystem = DISK) -> bool:
+    """Keep a metadata file as it arrived, unverified; returns whether it is new.
+
+    Raises:
+        EnvironmentProblem: it can't be kept.
+    """
     if len(content) > MAX_METADATA_BYTES:
         return False
     path = state / "metadata" / name
-    if path.is_file() and path.read_bytes() == content:
-        return False
-    atomic.write(path, content)
+    with suppress(FileNotFoundError):
+        if atomic.read(path, files=files) == content:
+            return False
+    atomic.write(path, content, files=files)
     return True

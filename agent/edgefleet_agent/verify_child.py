@@ -13,7 +13,7 @@ from pathlib import Path
 import msgspec
 from edgefleet_shared import trust
 from edgefleet_shared.artifact import GOLDEN_LAYER, MODEL_LAYER, Descriptor, Layout
-from edgefleet_shared.assignment import Incomplete
+from edgefleet_shared.assignment import Assignment, Incomplete
 from edgefleet_shared.errors import ArtifactError, EdgefleetError, TrustError
 from edgefleet_shared.topics import check_name
 
@@ -28,7 +28,11 @@ def main() -> int:
     folder = request.metadata if isinstance(request, AdmitRequest) else request.layout
     confinement.confine(confinement.Policy(readable=(folder,)))
     try:
-        answer: Answer = _admit(request) if isinstance(request, AdmitRequest) else _check(request)
+        answer: Answer
+        if isinstance(request, AdmitRequest):
+            answer = _admit(request)
+        else:
+            answer = check(Layout(Path(request.layout), read_only=True), request.assignment)
     except Incomplete as exc:
         answer = NotVerified(exc.as_dict(), waits=True)
     except EdgefleetError as exc:
@@ -77,9 +81,12 @@ def _named(request: AdmitRequest | CheckRequest) -> str:
     return assignment.id if assignment.device == request.device else ""
 
 
-def _check(request: CheckRequest) -> Checked:
-    layout = Layout(Path(request.layout), read_only=True)
-    assignment = request.assignment
+def check(layout: Layout, assignment: Assignment) -> Checked:
+    """Every byte of an artifact against its digest, and its config against the assignment.
+
+    Raises:
+        NotFoundError, ArtifactError, TrustError: it is not what was signed. EnvironmentProblem: the disk can't be read.
+    """
     layout.check(Descriptor("", assignment.manifest, assignment.size))
     manifest = layout.manifest(assignment.manifest)
     blobs = manifest.blobs()

@@ -13,14 +13,15 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
-from typing import BinaryIO
 
 import msgspec
 
 from edgefleet_shared import atomic
 from edgefleet_shared.contract import AcceptanceContract, PictureEncoding, TensorSpec
 from edgefleet_shared.errors import ArtifactError, NotFoundError
+from edgefleet_shared.files import DISK, FileSystem
 from edgefleet_shared.fingerprint import Requirement
 
 ARTIFACT_TYPE = "application/vnd.edgefleet.model.v1+json"
@@ -113,12 +114,11 @@ def digest_of(content: bytes | memoryview) -> str:
     return "sha256:" + hashlib.sha256(content).hexdigest()
 
 
-def digest_file(path: Path) -> str:
-    """``sha256:<hex>`` of a file, read piece by piece."""
+def digest_file(path: Path, *, files: FileSystem = DISK) -> str:
+    """``sha256:<hex>`` of a file, read piece by piece. Raises like :func:`edgefleet_shared.atomic.read`."""
     state = hashlib.sha256()
-    with path.open("rb") as stream:
-        while piece := stream.read(1 << 20):
-            state.update(piece)
+    for piece in atomic.pieces(path, files=files):
+        state.update(piece)
     return "sha256:" + state.hexdigest()
 
 
@@ -134,14 +134,6 @@ def hex_of(digest: str) -> str:
     return value
 
 
-def chunk_hashes(stream: BinaryIO, chunk_bytes: int = CHUNK_BYTES) -> tuple[str, ...]:
-    """The sha256 (hex) of consecutive pieces of ``chunk_bytes``."""
-    hashes = []
-    while piece := stream.read(chunk_bytes):
-        hashes.append(hashlib.sha256(piece).hexdigest())
-    return tuple(hashes)
-
-
 def chunk_count(size: int, chunk_bytes: int = CHUNK_BYTES) -> int:
     """How many chunks a blob of ``size`` bytes has; an empty blob has none."""
     return -(-size // chunk_bytes)
@@ -153,47 +145,53 @@ class Layout:
     Args:
         root: the folder; made when missing.
         read_only: leave the folder as it is; for confined readers.
+        files: the disk.
     """
 
-    def __init__(self, root: Path, *, read_only: bool = False) -> None:
-        self.root = root
+    def __init__(self, root: Path, *, read_only: bool = False, files: FileSystem = DISK) -> None:
+        self.root, self.files = root, files
         self._blobs = root / "blobs" / "sha256"
         if read_only:
             return
-        atomic.make_folder(self._blobs)
+        atomic.make_folder(self._blobs, files=files)
         marker = root / "oci-layout"
-        if not marker.exists():
-            atomic.write(marker, b'{"imageLayoutVersion":"1.0.0"}')
+        if self._size_bytes(marker) is None:
+            atomic.write(marker, b'{"imageLayoutVersion":"1.0.0"}', files=files)
 
     def path(self, digest: str) -> Path:
         """Where a blob lies or would lie."""
         return self._blobs / hex_of(digest)
 
     def has(self, digest: str) -> bool:
-        return self.path(digest).is_file()
+        return self._size_bytes(self.path(digest)) is not None
+
+    def _size_bytes(self, path: Path) -> int | None:
+        with atomic.disk_errors(path, "read"):
+            return self.files.size_bytes(path)
 
     def put(self, content: bytes) -> Descriptor:
         """Store a blob; what is there already is left alone. The descriptor's media type is left empty."""
         digest = digest_of(content)
         if not self.has(digest):
-            atomic.write(self.path(digest), content)
+            atomic.write(self.path(digest), content, files=self.files)
         return Descriptor("", digest, len(content))
 
     def put_file(self, source: Path) -> Descriptor:
         """Store a copy of a file as a blob, without holding it in memory."""
         state, size = hashlib.sha256(), 0
         temporary = self._blobs / f".in-{os.getpid()}-{source.name}"
-        with atomic.disk_errors(temporary):
-            try:
-                with source.open("rb") as stream, temporary.open("wb") as target:
-                    while piece := stream.read(1 << 20):
-                        state.update(piece)
-                        target.write(piece)
-                        size += len(piece)
-                digest = "sha256:" + state.hexdigest()
-                atomic.adopt(temporary, self.path(digest))
-            finally:
-                temporary.unlink(missing_ok=True)
+        try:
+            atomic.write_piece(temporary, b"", 0, files=self.files)
+            for piece in atomic.pieces(source):
+                state.update(piece)
+                atomic.write_piece(temporary, piece, size, files=self.files)
+                size += len(piece)
+            digest = "sha256:" + state.hexdigest()
+            atomic.adopt(temporary, self.path(digest), files=self.files)
+        except BaseException:
+            with suppress(OSError):
+                self.files.unlink(temporary)
+            raise
         return Descriptor("", digest, size)
 
     def read(self, digest: str, limit_bytes: int) -> bytes:
@@ -204,13 +202,12 @@ class Layout:
             ArtifactError: larger than ``limit_bytes``, or not what its digest says.
         """
         path = self.path(digest)
-        try:
-            size = path.stat().st_size
-        except FileNotFoundError as exc:
-            raise NotFoundError(f"no blob {digest} in {self.root}") from exc
+        size = self._size_bytes(path)
+        if size is None:
+            raise NotFoundError(f"no blob {digest} in {self.root}")
         if size > limit_bytes:
             raise ArtifactError(f"blob {digest} has {size} bytes, more than the {limit_bytes} allowed here")
-        content = path.read_bytes()
+        content = atomic.read(path, files=self.files)
         if digest_of(content) != digest:
             raise ArtifactError(f"blob {digest} was changed on disk: its bytes hash to {digest_of(content)}")
         return content
@@ -223,13 +220,12 @@ class Layout:
             ArtifactError: other size or other bytes.
         """
         path = self.path(descriptor.digest)
-        if not path.is_file():
+        size = self._size_bytes(path)
+        if size is None:
             raise NotFoundError(f"no blob {descriptor.digest} in {self.root}")
-        if path.stat().st_size != descriptor.size:
-            raise ArtifactError(
-                f"blob {descriptor.digest} has {path.stat().st_size} bytes on disk, {descriptor.size} were signed"
-            )
-        actual = digest_file(path)
+        if size != descriptor.size:
+            raise ArtifactError(f"blob {descriptor.digest} has {size} bytes on disk, {descriptor.size} were signed")
+        actual = digest_file(path, files=self.files)
         if actual != descriptor.digest:
             raise ArtifactError(f"blob {descriptor.digest} was changed on disk: its bytes hash to {actual}")
 
@@ -247,17 +243,39 @@ class Layout:
 
     def digests(self) -> Iterator[str]:
         """Every blob that is here."""
-        for entry in self._blobs.iterdir():
-            if not entry.name.startswith("."):
-                yield f"sha256:{entry.name}"
+        for name in self._names():
+            if not name.startswith("."):
+                yield f"sha256:{name}"
+
+    def unfinished(self) -> Iterator[Path]:
+        """Files that never became a blob: what an interrupted fetch or copy left behind."""
+        for name in self._names():
+            if name.startswith("."):
+                yield self._blobs / name
+
+    def _names(self) -> list[str]:
+        with atomic.disk_errors(self._blobs, "read"):
+            return self.files.names(self._blobs)
+
+    def sync(self) -> None:
+        """The names of all blobs survive a power cut from now on, also those that another process gave.
+
+        That process may have been stopped between making the layout's folders and syncing them, so these too.
+        """
+        for folder in (self._blobs, self._blobs.parent, self.root, self.root.parent):
+            with atomic.disk_errors(folder):
+                atomic.sync_folder(folder, files=self.files)
 
     def remove(self, digest: str) -> None:
-        self.path(digest).unlink(missing_ok=True)
+        """Remove a blob if it is there. A power cut may bring it back."""
+        path = self.path(digest)
+        with atomic.disk_errors(path, "remove"), suppress(FileNotFoundError):
+            self.files.unlink(path)
 
     def write_index(self, manifests: Iterable[Descriptor]) -> None:
         """Write ``index.json``, so that any OCI tool finds the artifacts."""
         index = {"schemaVersion": 2, "mediaType": INDEX_TYPE, "manifests": list(manifests)}
-        atomic.write(self.root / "index.json", msgspec.json.encode(index))
+        atomic.write(self.root / "index.json", msgspec.json.encode(index), files=self.files)
 
 
 def parse_manifest(content: bytes) -> Manifest:
@@ -318,8 +336,8 @@ def build(layout: Layout, config: ModelConfig, layers: Iterable[tuple[str, bytes
     for media_type, content in layers:
         stored = layout.put(content) if isinstance(content, bytes) else layout.put_file(content)
         descriptors.append(Descriptor(media_type, stored.digest, stored.size))
-        with layout.path(stored.digest).open("rb") as stream:
-            chunks[stored.digest] = chunk_hashes(stream, config.chunk_bytes)
+        pieces = atomic.pieces(layout.path(stored.digest), files=layout.files, size_bytes=config.chunk_bytes)
+        chunks[stored.digest] = tuple(hashlib.sha256(piece).hexdigest() for piece in pieces)
     encoded = msgspec.json.encode(msgspec.structs.replace(config, chunks=chunks))
     parse_config(encoded)
     stored = layout.put(encoded)

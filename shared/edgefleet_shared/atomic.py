@@ -1,7 +1,8 @@
-"""Durable writes: the only place in the agent where a file comes to be.
+"""Durable writes: the only place in the agent where a file comes to be, grows, gets its name or goes.
 
 Temporary file in the same folder, write, fsync, rename, fsync the folder (thin-edge.io's ``fs.rs``, RAUC). After
-:func:`write` returns, the file holds the new bytes whatever is cut; before, it holds the old ones.
+:func:`write` returns, the file holds the new bytes whatever is cut; before, it holds the old ones. What the disk does is behind
+a port (:mod:`edgefleet_shared.files`), so that every operation can be cut or made to fail.
 Not handled here: several writers of one file (each folder has one owner, see ``lock``).
 """
 
@@ -11,112 +12,203 @@ import errno
 import fcntl
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from edgefleet_shared.errors import ConflictError, EnvironmentProblem
+from edgefleet_shared.files import DISK, FileSystem
+
+PIECE_BYTES = 256 * 1024  # what is held in memory of a file that is read piece by piece
 
 
 @contextmanager
-def disk_errors(path: Path) -> Iterator[None]:
-    """Translate "no space", "read-only" and "no permission" into errors that say which path."""
+def disk_errors(path: Path, deed: str = "write") -> Iterator[None]:
+    """Translate what a disk can answer into errors that say which path. To "read" what is not there stays FileNotFoundError."""
     try:
         yield
     except OSError as exc:
+        if deed == "read" and isinstance(exc, FileNotFoundError):
+            raise
         hints = {
             errno.ENOSPC: "free some space, then try again; nothing was lost",
             errno.EDQUOT: "the quota is used up",
             errno.EROFS: "the file system is read-only",
             errno.EACCES: "check the owner and the mode of the folder",
             errno.EPERM: "check the owner and the mode of the folder",
+            errno.EIO: "the disk or its driver failed; see the kernel's log",
         }
-        if exc.errno in hints:
-            raise EnvironmentProblem(f"can't write {path}: {exc.strerror}", hint=hints[exc.errno]) from exc
-        raise
+        hint = hints.get(exc.errno or 0, "")
+        raise EnvironmentProblem(f"can't {deed} {path}: {exc.strerror or exc}", hint=hint) from exc
 
 
-def sync_folder(folder: Path) -> None:
+def read(path: Path, *, files: FileSystem = DISK) -> bytes:
+    """A file's bytes.
+
+    Raises:
+        FileNotFoundError: there is none. EnvironmentProblem: it can't be read.
+    """
+    return b"".join(pieces(path, files=files))
+
+
+def pieces(path: Path, *, files: FileSystem = DISK, size_bytes: int = PIECE_BYTES) -> Iterator[bytes]:
+    """A file's bytes in pieces of ``size_bytes``, only the last one shorter. Raises like :func:`read`."""
+    with disk_errors(path, "read"):
+        fd = files.open(path, os.O_RDONLY)
+        try:
+            piece = b""
+            while more := files.read(fd, size_bytes - len(piece)):
+                piece += more
+                if len(piece) == size_bytes:
+                    yield piece
+                    piece = b""
+            if piece:
+                yield piece
+        finally:
+            files.close(fd)
+
+
+def sync_folder(folder: Path, *, files: FileSystem = DISK) -> None:
     """fsync a folder, so that the names in it survive a power cut."""
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    fd = files.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        os.fsync(fd)
+        files.fsync(fd)
     finally:
-        os.close(fd)
+        files.close(fd)
 
 
-def make_folder(folder: Path, mode: int = 0o755) -> None:
+def make_folder(folder: Path, mode: int = 0o755, *, files: FileSystem = DISK) -> None:
     """Create ``folder`` and its parents, each name synced into its parent."""
-    if folder.is_dir():
-        return
-    make_folder(folder.parent, mode)
     with disk_errors(folder):
-        folder.mkdir(mode=mode, exist_ok=True)
-        sync_folder(folder.parent)
+        if files.is_folder(folder):
+            return
+        make_folder(folder.parent, mode, files=files)
+        with suppress(FileExistsError):
+            files.mkdir(folder, mode)
+        sync_folder(folder.parent, files=files)
 
 
-def write(path: Path, content: bytes, mode: int = 0o644) -> None:
+def write(path: Path, content: bytes, mode: int = 0o644, *, files: FileSystem = DISK) -> None:
     """Replace ``path`` by ``content``, durably and in one step.
 
     Raises:
-        EnvironmentProblem: disk full, read-only, no permission. The old content is still there.
+        EnvironmentProblem: disk full, read-only, broken, no permission. Either the old or the new content is there, whole.
     """
     temporary = path.with_name(f".{path.name}.tmp")
     with disk_errors(path):
-        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, mode)
         try:
-            os.fchmod(fd, mode)
-            view = memoryview(content)
-            while view:
-                view = view[os.write(fd, view) :]
-            os.fsync(fd)
+            _fill(temporary, content, mode, files)
+            files.replace(temporary, path)
         except BaseException:
-            os.close(fd)
-            temporary.unlink(missing_ok=True)
+            with suppress(OSError):
+                files.unlink(temporary)
             raise
-        os.close(fd)
-        os.replace(temporary, path)
-        sync_folder(path.parent)
+        sync_folder(path.parent, files=files)
 
 
-def adopt(temporary: Path, path: Path) -> None:
-    """Give a file that was filled piece by piece its final name, durably. Both lie in one file system."""
+def _fill(path: Path, content: bytes, mode: int, files: FileSystem) -> None:
+    fd = files.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
+    try:
+        files.fchmod(fd, mode)
+        _write_all(fd, content, 0, files)
+        files.fsync(fd)
+    finally:
+        files.close(fd)
+
+
+def write_piece(path: Path, piece: bytes, offset: int, *, files: FileSystem = DISK) -> None:
+    """Put a piece into a file that is filled out of order and has no name yet that anybody goes by. Not durable: see ``adopt``.
+
+    Raises:
+        EnvironmentProblem: the piece is not, or only partly, there.
+    """
     with disk_errors(path):
-        fd = os.open(temporary, os.O_RDONLY)
+        fd = files.open(path, os.O_WRONLY | os.O_CREAT, 0o644)
         try:
-            os.fsync(fd)
+            _write_all(fd, piece, offset, files)
         finally:
-            os.close(fd)
-        os.replace(temporary, path)
-        sync_folder(path.parent)
+            files.close(fd)
 
 
-def remove(path: Path) -> None:
-    """Remove a file if it is there, durably."""
+def _write_all(fd: int, content: bytes, offset: int, files: FileSystem) -> None:
+    view = memoryview(content)
+    while view:
+        written = files.pwrite(fd, view, offset)
+        view, offset = view[written:], offset + written
+
+
+def adopt(temporary: Path, path: Path, *, files: FileSystem = DISK) -> None:
+    """Give a file that was filled piece by piece its final name, durably. Both lie in one file system.
+
+    Raises:
+        EnvironmentProblem: it can't; then the temporary file is gone, because a disk that failed to sync it once may claim
+            the second time that it did (LWN 752063, "PostgreSQL's fsync() surprise").
+    """
     with disk_errors(path):
-        path.unlink(missing_ok=True)
-        sync_folder(path.parent)
+        try:
+            fd = files.open(temporary, os.O_RDONLY)
+            try:
+                files.fsync(fd)
+            finally:
+                files.close(fd)
+            files.replace(temporary, path)
+        except BaseException:
+            with suppress(OSError):
+                files.unlink(temporary)
+            raise
+        sync_folder(path.parent, files=files)
+
+
+def remove(path: Path, *, files: FileSystem = DISK) -> None:
+    """Remove a file if it is there, durably."""
+    with disk_errors(path, "remove"):
+        with suppress(FileNotFoundError):
+            files.unlink(path)
+        sync_folder(path.parent, files=files)
+
+
+def set_aside(path: Path, *, files: FileSystem = DISK) -> Path:
+    """Keep a damaged file for people under ``<name>.damaged``, durably, so that its place is free. Returns where it is."""
+    aside = path.with_name(f"{path.name}.damaged")
+    with disk_errors(path, "set aside"):
+        files.replace(path, aside)
+        sync_folder(path.parent, files=files)
+    return aside
 
 
 @contextmanager
 def lock(folder: Path, owner: str) -> Iterator[None]:
     """Hold ``folder`` alone for as long as the context lasts; the kernel drops the lock when the process dies.
 
+    A full or read-only disk does not keep the owner out: then only its name is missing from the lock file.
+
     Raises:
         ConflictError: another process holds it; the message carries its pid.
+        EnvironmentProblem: the folder can't be opened at all.
     """
     make_folder(folder)
     path = folder / ".lock"
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    with disk_errors(path, "lock"):
+        try:
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        except OSError as exc:
+            if exc.errno not in (errno.EROFS, errno.ENOSPC, errno.EDQUOT):
+                raise
+            # The file from the last start will do, and the folder itself where there never was one.
+            fd = os.open(path if path.exists() else folder, os.O_RDONLY | os.O_CLOEXEC)
     try:
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as exc:
-            holder = os.read(fd, 64).decode(errors="replace").strip() or "another process"
+            holder = ""
+            with suppress(OSError):
+                holder = os.read(fd, 64).decode(errors="replace").strip()
             raise ConflictError(
-                f"{folder} is in use by {holder}", hint="one process owns a state folder; stop that one first"
+                f"{folder} is in use by {holder or 'another process'}",
+                hint="one process owns a state folder; stop that one first",
             ) from exc
-        os.ftruncate(fd, 0)
-        os.pwrite(fd, f"{owner}, pid {os.getpid()}\n".encode(), 0)
+        with suppress(OSError):
+            os.ftruncate(fd, 0)
+            os.pwrite(fd, f"{owner}, pid {os.getpid()}\n".encode(), 0)
         yield
     finally:
         os.close(fd)

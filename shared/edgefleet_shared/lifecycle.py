@@ -47,6 +47,7 @@ class Event(str, Enum):
     RETURNED = "returned"
     RETURN_FAILED = "return_failed"
     RESTARTED = "restarted"  # the agent came up in this state
+    BROKE = "broke"  # the board could not do its part, several times: no child started, the disk failed
     LOOPING = "looping"  # it came up in this state too often (made by step, never sent)
 
 
@@ -80,8 +81,8 @@ TABLE: dict[tuple[State, Event], Row] = {
     (S.IDLE, E.ASSIGNED): Row(S.FETCHING, (P, F.FETCH)),
     (S.IDLE, E.ALREADY_SERVED): Row(S.IDLE, (P, F.REPORT), O.SUCCEEDED),
     (S.IDLE, E.UNHEALTHY): Row(S.ROLLING_BACK, (P, F.RETURN), O.LATE_REGRESSION),
-    (S.IDLE, E.RESTARTED): Row(S.IDLE, (P, F.SERVE)),
-    (S.IDLE, E.LOOPING): Row(S.IDLE, (P, F.SERVE)),
+    (S.IDLE, E.RESTARTED): Row(S.IDLE, (P, F.DISCARD, F.SERVE)),
+    (S.IDLE, E.LOOPING): Row(S.IDLE, (P, F.DISCARD, F.SERVE)),
     #
     (S.FETCHING, E.FETCHED): Row(S.VERIFYING, (P, F.VERIFY)),
     (S.FETCHING, E.FETCH_FAILED): Row(S.IDLE, (P, F.STOP_FETCH, F.DISCARD, F.REPORT), O.FAILED_NO_CHANGE),
@@ -92,11 +93,13 @@ TABLE: dict[tuple[State, Event], Row] = {
     #
     (S.VERIFYING, E.VERIFIED): Row(S.ACCEPTING, (P, F.ACCEPT)),
     (S.VERIFYING, E.NOT_VERIFIED): Row(S.IDLE, (P, F.DISCARD, F.REPORT), O.REJECTED),
+    (S.VERIFYING, E.BROKE): Row(S.IDLE, (P, F.DISCARD, F.REPORT), O.FAILED_NO_CHANGE),
     (S.VERIFYING, E.RESTARTED): Row(S.VERIFYING, (P, F.VERIFY)),
     (S.VERIFYING, E.LOOPING): Row(S.IDLE, (P, F.DISCARD, F.REPORT), O.FAILED_NO_CHANGE),
     #
     (S.ACCEPTING, E.ACCEPTED): Row(S.SWAPPING, (P, F.SWAP)),
     (S.ACCEPTING, E.NOT_ACCEPTED): Row(S.IDLE, (P, F.DISCARD, F.REPORT), O.FAILED_NO_CHANGE),
+    (S.ACCEPTING, E.BROKE): Row(S.IDLE, (P, F.DISCARD, F.REPORT), O.FAILED_NO_CHANGE),
     (S.ACCEPTING, E.RESTARTED): Row(S.ACCEPTING, (P, F.ACCEPT)),
     (S.ACCEPTING, E.LOOPING): Row(S.IDLE, (P, F.DISCARD, F.REPORT), O.FAILED_NO_CHANGE),
     #

@@ -42,7 +42,8 @@ class Ended(msgspec.Struct, frozen=True, kw_only=True):
 class Reported(msgspec.Struct, frozen=True, kw_only=True):
     """``reported``: where the board is. Retained. ``boot`` changes with each start of the agent; ``at`` is UTC seconds;
     ``assignment`` is the one being worked on or last ended; ``desired_seen`` the sha256 digest of the last ``desired``
-    message that the agent has come to a decision about; ``refusal`` why that one was refused, if it was."""
+    message that the agent has come to a decision about; ``refusal`` why that one was refused, if it was; ``problem`` what keeps the
+    board from going on (a full or broken disk, say) while that lasts: it tries again by itself."""
 
     device: str
     device_class: str
@@ -58,6 +59,7 @@ class Reported(msgspec.Struct, frozen=True, kw_only=True):
     ended: Ended | None = None
     desired_seen: str = ""
     refusal: str = ""
+    problem: str = ""
 
 
 class Presence(msgspec.Struct, frozen=True):

@@ -51,20 +51,25 @@ class Controller:
         self.gateway = Gateway(
             self.broker.endpoint(CONTROLLER), self, lambda d, w: self.sender.want(d, w), lambda: None
         )
+        self._bytes_per_s = bytes_per_s
+        self._versions: dict[str, int] = {}
+        self._count = 0
+        self.start_sender()
+        self.gateway.start()
+        until(self.gateway.link.connected.is_set, "the gateway is connected")
+        self.gateway.publish_metadata(self.repository.files())
+
+    def start_sender(self) -> None:
+        """Send what boards want, from now on; anew after ``sender.stop()``."""
         self.sender = BlobSender(
             self.layout,
             self.gateway.publish_chunk,
             lambda: self.gateway.link.backlog,
             lambda device, digest: True,
             self.clock,
-            bytes_per_s=bytes_per_s,
+            bytes_per_s=self._bytes_per_s,
         )
-        self._versions: dict[str, int] = {}
-        self._count = 0
-        self.gateway.start()
         self.sender.start()
-        until(self.gateway.link.connected.is_set, "the gateway is connected")
-        self.gateway.publish_metadata(self.repository.files())
 
     def stop(self) -> None:
         self.sender.stop()

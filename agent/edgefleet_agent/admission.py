@@ -1,0 +1,203 @@
+"""Stage 6, verify: what is wanted of the board. Receives ``desired`` messages and metadata, hands on the assignment to take up.
+
+Level-triggered: only the newest ``desired`` message counts, and each one is decided about once, also across restarts. Asking the
+verifying child takes a moment, so it runs on a thread whose answer comes back through the runner's inbox.
+
+Not handled here: the checks themselves (:mod:`edgefleet_agent.verify`), what happens next (:mod:`edgefleet_agent.runner`).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+from edgefleet_shared.artifact import digest_of
+from edgefleet_shared.assignment import MAX_ASSIGNMENT_BYTES, Admission, Incomplete, metadata_files
+from edgefleet_shared.errors import EdgefleetError, EnvironmentProblem, TrustError
+from edgefleet_shared.exhaustive import assert_never
+from edgefleet_shared.fingerprint import Fingerprint
+from edgefleet_shared.messages import Body, Ended, OutcomeTold, Refused
+from edgefleet_shared.outcomes import Outcome
+
+from edgefleet_agent import verify
+from edgefleet_agent.inbox import AdmissionDone
+from edgefleet_agent.journal import Keeper
+from edgefleet_agent.ports import Ports
+from edgefleet_agent.settings import Settings
+
+log = logging.getLogger(__name__)
+
+ASK_AGAIN_S = 5.0  # an admission that could not be decided
+LAST_FILE = "timestamp.json"  # of a publication, and so of what arrives after each connect
+
+
+class _Versioned(msgspec.Struct):
+    version: int
+
+
+class _RootFile(msgspec.Struct):
+    """As much of root metadata as says which metadata files are needed; it was verified when it was kept."""
+
+    signed: _Versioned
+
+
+class Admissions:
+    """Decides about ``desired`` messages, one at a time; a verified one becomes the journal's ``pending``.
+
+    Args:
+        tell: puts an event into the spool.
+        put: the inbox, for :class:`AdmissionDone`.
+        problem: notes (what, why) when the board can't do its part, (what, "") when it can again.
+    """
+
+    def __init__(
+        self,
+        state: Path,
+        settings: Settings,
+        board: Fingerprint,
+        keeper: Keeper,
+        ports: Ports,
+        *,
+        tell: Callable[[Body], None],
+        put: Callable[[AdmissionDone], None],
+        problem: Callable[[str, str], None],
+    ) -> None:
+        self._state, self._settings, self._board = state, settings, board
+        self._keeper, self._ports = keeper, ports
+        self._tell, self._put, self._problem = tell, put, problem
+        self._desired: bytes | None = None
+        self._unkept: dict[str, bytes] = {}
+        self._begun = self._asking = self._fresh = self._waits_for_fresh = False
+        self._ask_again_at: float | None = None
+        self._root_version = 0
+
+    def begin(self) -> None:
+        """The journal is there: from now on decisions are made.
+
+        Raises:
+            TrustError: this board trusts no root, or a damaged one. EnvironmentProblem: the root can't be read.
+        """
+        self._follow_metadata()
+        self._begun = True
+        self._consider()
+
+    def _follow_metadata(self) -> None:
+        """Subscribe to the metadata that the trusted root makes needed."""
+        try:
+            root = msgspec.json.decode(verify.read_root(self._state, files=self._ports.files), type=_RootFile)
+        except msgspec.DecodeError as exc:
+            raise TrustError("root_chain", f"the trusted root is damaged: {exc}", hint="enrol the board again") from exc
+        version = root.signed.version
+        if version != self._root_version:
+            self._root_version = version
+            self._ports.uplink.follow_metadata(metadata_files(self._settings.device_class, version))
+
+    def connected(self) -> None:
+        """The line is there (again). What the broker retained comes anew, the metadata last: what lies here may be old.
+
+        An assignment that came while the board was away would be refused by it, as not released, and never looked at again.
+        """
+        self._fresh = False
+
+    def desire(self, desired: bytes) -> None:
+        """A ``desired`` message came: the newest one counts."""
+        self._desired = desired
+        self._consider()
+
+    def take_metadata(self, name: str, content: bytes) -> None:
+        """A metadata file came: what could not be decided before may be now."""
+        self._unkept[name] = content
+        self._fresh = self._fresh or name == LAST_FILE
+        self._keep_metadata()
+
+    def _keep_metadata(self) -> None:
+        """Put what came onto the disk; when it refuses, later: the broker does not say it twice."""
+        news = False
+        try:
+            for name, content in list(self._unkept.items()):
+                news = verify.take_metadata(self._state, name, content, files=self._ports.files) or news
+                del self._unkept[name]
+        except EnvironmentProblem as exc:
+            self._ask_again_at = self._ports.clock.monotonic() + ASK_AGAIN_S
+            self._problem("metadata", str(exc))
+        else:
+            self._problem("metadata", "")
+        if news or self._waits_for_fresh:
+            self._consider()
+
+    def tick(self) -> None:
+        """Ask again when it is time."""
+        if self._ask_again_at is not None and self._ports.clock.monotonic() >= self._ask_again_at:
+            self._ask_again_at = None
+            self._keep_metadata()
+            self._consider()
+
+    def _consider(self) -> None:
+        """Have the newest ``desired`` message verified, unless that was done."""
+        desired = self._desired
+        if not self._begun or desired is None or self._asking or len(desired) > MAX_ASSIGNMENT_BYTES:
+            return
+        digest = digest_of(desired)
+        if digest == self._keeper.now.desired_seen:
+            return
+        self._waits_for_fresh = not self._fresh
+        if self._waits_for_fresh:
+            return
+        self._asking = True
+
+        def ask() -> None:
+            result: Admission | verify.Refusal | EdgefleetError
+            try:
+                result = verify.admit(
+                    self._state, self._settings, self._board, desired, self._ports.clock.now(),
+                    self._ports.examiner.admit, self._ports.files,
+                )  # fmt: skip
+            except (verify.Refusal, EdgefleetError) as exc:
+                result = exc
+            self._put(AdmissionDone(digest, result))
+
+        self._ports.spawn("admit", ask)
+
+    def done(self, done: AdmissionDone) -> bool:
+        """The verifying child has answered. Returns whether a decision was made, which is to be reported."""
+        self._asking = False
+        try:
+            match done.result:
+                case Admission(assignment=assignment):
+                    self._keeper.keep(desired_seen=done.digest, refusal="", pending=assignment)
+                    self._follow_metadata()
+                case verify.Refusal():
+                    self._refuse(done.digest, done.result)
+                case EdgefleetError():
+                    raise done.result
+                case _:
+                    assert_never(done.result)
+        except EdgefleetError as exc:
+            self._wait(exc)
+            return False
+        self._problem("admission", "")
+        self._consider()  # a newer message may have come meanwhile
+        return True
+
+    def _wait(self, error: EdgefleetError) -> None:
+        """It can't be decided yet: ask again. Metadata on its way is nothing to tell, a board that can't do its part is."""
+        log.info("admission waits", extra={"reason": str(error)})
+        self._ask_again_at = self._ports.clock.monotonic() + ASK_AGAIN_S
+        self._problem("admission", "" if isinstance(error, Incomplete) else str(error))
+
+    def _refuse(self, digest: str, refusal: verify.Refusal) -> None:
+        reason = str(refusal.error)
+        ended = self._keeper.now.ended
+        if refusal.assignment:
+            ended = Ended(
+                assignment=refusal.assignment, manifest="", outcome=Outcome.REJECTED, reason=reason,
+                at=self._ports.clock.now(),
+            )  # fmt: skip
+        self._keeper.keep(desired_seen=digest, refusal=reason, ended=ended)
+        log.warning("assignment refused", extra={"digest": digest, "reason": reason})
+        check = getattr(refusal.error, "check", refusal.error.code)
+        self._tell(Refused(desired=digest, check=check, reason=reason))
+        if ended is not None and refusal.assignment:
+            self._tell(OutcomeTold(ended=ended))

@@ -1,0 +1,54 @@
+"""What the loop can find in its inbox: arrivals from the uplink, and what comes of work done beside the loop. Pure."""
+
+from __future__ import annotations
+
+import msgspec
+from edgefleet_shared.assignment import Admission
+from edgefleet_shared.contract import AcceptanceReport
+from edgefleet_shared.errors import EdgefleetError
+from edgefleet_shared.lifecycle import Effect, Event
+from edgefleet_shared.messages import Health
+
+from edgefleet_agent.runtime.control import StatusReport
+from edgefleet_agent.transport import Arrival
+from edgefleet_agent.verify import Refusal
+
+
+class AdmissionDone(msgspec.Struct, frozen=True):
+    """Inbox: what the verifying child said about a ``desired`` message."""
+
+    digest: str
+    result: Admission | Refusal | EdgefleetError
+
+
+class JobDone(msgspec.Struct, frozen=True):
+    """Inbox: a job ended with an event. ``transition`` says which one had started it."""
+
+    transition: int
+    event: Event
+    detail: str
+    acceptance: AcceptanceReport | None = None
+
+
+class JobFailed(msgspec.Struct, frozen=True):
+    """Inbox: the board could not do its part of a job. ``effects`` are what is left to be done."""
+
+    transition: int
+    effects: tuple[Effect, ...]
+    reason: str
+
+
+class JobBroke(msgspec.Struct, frozen=True):
+    """Inbox: a bug of ours. It ends the loop; the next start counts against it (lifecycle.py)."""
+
+    error: Exception
+
+
+class Measured(msgspec.Struct, frozen=True):
+    """Inbox: a look at the board's health."""
+
+    health: Health
+    status: StatusReport | None
+
+
+Item = Arrival | JobDone | JobFailed | JobBroke | AdmissionDone | Measured

@@ -1,0 +1,71 @@
+"""What the agent needs of the world around it, as ports. app.py fills them with the real adapters, a simulation with others.
+
+The other two ports have modules of their own: the way to the controller (:class:`edgefleet_agent.transport.Uplink`) and the disk
+(:class:`edgefleet_shared.files.FileSystem`).
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+from edgefleet_shared.assignment import Admission, Assignment
+from edgefleet_shared.clock import Clock
+from edgefleet_shared.contract import AcceptanceReport
+from edgefleet_shared.files import FileSystem
+
+from edgefleet_agent.runtime.control import Loaded, Retired, StatusReport, SwapMode, Switched
+from edgefleet_agent.transport import Uplink
+from edgefleet_agent.verify import AdmitRequest, Checked
+
+
+class Examiner(Protocol):
+    """Stages 6 and 7: questions about hostile bytes, each asked of a fresh sandboxed child.
+
+    Each raises EnvironmentProblem when the board could not do its part: no child could be started, or it ended without an answer.
+    """
+
+    def admit(self, request: AdmitRequest) -> Admission:
+        """May this assignment be followed? Raises Refusal, Incomplete."""
+        ...
+
+    def check(self, state: Path, assignment: Assignment) -> Checked:
+        """Is what lies on the disk to the byte what was signed? Raises Refusal."""
+        ...
+
+    def accept(self, state: Path, manifest: str, threads: int) -> AcceptanceReport:
+        """What does the candidate do on this board?"""
+        ...
+
+
+class ModelServer(Protocol):
+    """Stage 8: the runtime, as :class:`edgefleet_agent.runtime.control.RuntimeClient` speaks to it. Each raises EdgefleetError."""
+
+    def load(self, manifest: str, mode: SwapMode = "auto", timeout_s: float = 180.0) -> Loaded: ...
+
+    def switch(self, manifest: str, timeout_s: float = 180.0) -> Switched: ...
+
+    def retire(self, manifest: str, timeout_s: float = 60.0) -> Retired: ...
+
+    def status(self) -> StatusReport: ...
+
+
+Spawn = Callable[[str, Callable[[], None]], None]
+
+
+def spawn_thread(name: str, work: Callable[[], None]) -> None:
+    """Do ``work`` beside the loop, on a thread that does not keep the process alive."""
+    threading.Thread(target=work, name=name, daemon=True).start()
+
+
+class Ports(NamedTuple):
+    """Everything that the loop works with. ``spawn`` does work beside it; what comes of it arrives in the inbox."""
+
+    uplink: Uplink
+    runtime: ModelServer
+    examiner: Examiner
+    clock: Clock
+    files: FileSystem
+    spawn: Spawn

@@ -1,0 +1,170 @@
+"""``make chaos``: everything, as long as it takes. Its last line is ``states N, faults N, failures N``; it ends with 1 when anything failed.
+
+A state is a disk as a cut or a kill can leave it, told apart by content, from which the agent recovered and was judged. A fault is
+an operation that was made to fail, a disk that was full, or a real process that was killed.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
+from pathlib import Path
+from typing import NamedTuple
+
+from chaos import processes
+from chaos.enrolment import EnrolmentExplorer
+from chaos.explorer import Explorer
+from chaos.faults import FaultRunner
+from chaos.mistakes import ENROLMENT_MISTAKES, MISTAKES
+from chaos.stories import depot, every_story, stories
+
+KILLS, SEED = 30, 1
+WHENS = ("2", "5+")
+FREE_BYTES = (0, 4096, 16384, 65536, 262144, 1 << 20, 4 << 20, 16 << 20, 18 << 20)
+
+
+class Count(NamedTuple):
+    states: int = 0
+    met: int = 0
+    faults: int = 0
+    failures: tuple[str, ...] = ()
+
+
+def cuts(number: int) -> Count:
+    """One story, cut at every instant."""
+    explorer = Explorer(depot())
+    explorer.explore(_every()[number])
+    return Count(explorer.recovered, explorer.met, 0, tuple(explorer.failures))
+
+
+def second_cuts(number: int) -> Count:
+    """One story of each kind, cut at every instant, and cut again at every instant of the recovery."""
+    explorer = Explorer(depot())
+    explorer.explore(stories()[number], depth=2)
+    return Count(explorer.recovered, explorer.met, 0, tuple(explorer.failures))
+
+
+def kills(number: int) -> Count:
+    """The agent alone dies at every instant, and at every instant of its recovery the power is cut."""
+    explorer = Explorer(depot())
+    explorer.explore_kills(stories()[number], depth=2)
+    return Count(explorer.recovered, explorer.met, 0, tuple(explorer.failures))
+
+
+def enrolments(depth: int) -> Count:
+    """An enrolment, with so many cuts one after the other."""
+    explorer = EnrolmentExplorer(depot())
+    explorer.explore(depth)
+    return Count(explorer.recovered, explorer.met, 0, tuple(explorer.failures))
+
+
+def refusals(number: int) -> Count:
+    """Every operation of a story, made to fail in every way."""
+    runner = FaultRunner(depot())
+    runner.every_operation(stories()[number])
+    return Count(0, 0, runner.faults, tuple(runner.failures))
+
+
+def capacities(number: int) -> Count:
+    """A disk that is full at every step of a story."""
+    runner = FaultRunner(depot())
+    runner.every_capacity(stories()[number])
+    return Count(0, 0, runner.faults, tuple(runner.failures))
+
+
+def mistakes(number: int) -> Count:
+    """One planted mistake, which must be caught."""
+    mistake = (*MISTAKES, *ENROLMENT_MISTAKES)[number]
+    with mistake.plant() if mistake.plant else nullcontext():
+        if mistake in ENROLMENT_MISTAKES:
+            explorer: Explorer | EnrolmentExplorer = EnrolmentExplorer(depot(), mistake.make_disk, limit=1)
+            explorer.explore(1)
+        else:
+            explorer = Explorer(depot(), mistake.make_disk, limit=1)
+            story = next(s for s in stories() if s.name == mistake.story)
+            explorer.explore_kills(story, 2) if mistake.kills else explorer.explore(story)
+    return Count(failures=() if explorer.failures else (f"planted, not caught: {mistake.name}",))
+
+
+def _every() -> Sequence:
+    if not _stories:
+        _stories.extend(every_story())
+    return _stories
+
+
+_stories: list = []
+
+PARTS: tuple[tuple[str, Callable[[int], Count], Callable[[], Sequence[int]]], ...] = (
+    ("planted mistakes", mistakes, lambda: range(len(MISTAKES) + len(ENROLMENT_MISTAKES))),
+    ("second cuts", second_cuts, lambda: range(len(stories()))),
+    ("kills, then cuts", kills, lambda: range(len(stories()))),
+    ("enrolment", enrolments, lambda: (3,)),
+    ("cuts", cuts, lambda: range(len(_every()))),
+    ("disks that refuse", refusals, lambda: range(len(stories()))),
+    ("full disks", capacities, lambda: range(len(stories()))),
+)
+
+
+def real_processes() -> Iterator[tuple[str, Count]]:
+    """The parts with the real agent, one after the other on one board."""
+    with tempfile.TemporaryDirectory(prefix="edgefleet-chaos-") as folder:
+        trial = processes.Trial(Path(folder))
+        try:
+            with trial.board() as board:
+                yield "real kills", _counted(trial, lambda: processes.kill_at_random(trial, board, KILLS, SEED))
+                if processes.has_strace():
+                    cases = processes.refusals(WHENS)
+                    yield (
+                        "real disks that refuse",
+                        _counted(trial, lambda: processes.disks_that_refuse(trial, board, cases)),
+                    )
+                if processes.may_mount():
+                    free = list(FREE_BYTES)
+                    yield "real full disks", _counted(trial, lambda: processes.full_disks(trial, board, free))
+        finally:
+            trial.close()
+
+
+def _counted(trial: processes.Trial, part: Callable[[], None]) -> Count:
+    faults, failures = trial.faults, len(trial.failures)
+    part()
+    return Count(0, 0, trial.faults - faults, tuple(trial.failures[failures:]))
+
+
+def main() -> int:
+    logging.disable(logging.CRITICAL)
+    results: list[Count] = []
+
+    def tell(name: str, count: Count, began: float) -> None:
+        results.append(count)
+        told = f"{count.states} states of {count.met} met" if count.met else f"{count.faults} faults"
+        print(f"{name:24} {told:36} {len(count.failures)} failures  {time.monotonic() - began:6.0f} s", flush=True)
+        for failure in count.failures[:10]:
+            print(f"    {failure}", flush=True)
+
+    with ProcessPoolExecutor(max_workers=os.cpu_count()) as pool:
+        for name, part, numbers in PARTS:
+            began = time.monotonic()
+            counts = list(pool.map(part, numbers()))
+            tell(name, Count(*(sum(column) for column in list(zip(*counts, strict=True))[:3]),
+                             tuple(f for count in counts for f in count.failures)), began)  # fmt: skip
+    began = time.monotonic()
+    for name, count in real_processes():
+        tell(name, count, began)
+        began = time.monotonic()
+    if not shutil.which("strace"):
+        print("strace is not installed: the real agent was not tried on disks that refuse")
+    failures = sum(len(count.failures) for count in results)
+    print(f"states {sum(c.states for c in results)}, faults {sum(c.faults for c in results)}, failures {failures}")
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,403 @@
+"""A board in memory: the real agent on a disk that can be cut, with a runtime and a controller that are simulated.
+
+Everything between the inbox and the disk is the agent's own code, the trust checks and the check of every byte included. Simulated
+are the wire (retained messages come at once, wanted chunks too), the inference (a model is as good as the story says), the runtime
+(it serves what it can read and verify, as the real one does) and the threads (work is done at once, so a run is deterministic).
+"""
+
+from __future__ import annotations
+
+import functools
+import platform
+import queue
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import msgspec
+from chaos.depot import CLASS, DEVICE, Depot
+from edgefleet_agent import journal, settings, slots, verify, verify_child
+from edgefleet_agent.health import REGRESSION_CRASHES
+from edgefleet_agent.inbox import AdmissionDone, Item, Measured
+from edgefleet_agent.ports import Ports
+from edgefleet_agent.runner import Runner
+from edgefleet_agent.runtime.control import Loaded, Retired, StatusReport, Switched, VersionStatus
+from edgefleet_agent.settings import Settings
+from edgefleet_agent.slots import SlotStatus
+from edgefleet_agent.transport import Chunk, Desired, MetadataFile, Up
+from edgefleet_agent.verify import AdmitRequest, Checked, Refusal
+from edgefleet_shared import trust
+from edgefleet_shared.artifact import Layout, digest_of
+from edgefleet_shared.assignment import Admission, Assignment, Floors
+from edgefleet_shared.contract import AcceptanceReport, Verdict
+from edgefleet_shared.errors import ArtifactError, EdgefleetError, EnvironmentProblem, NotFoundError
+from edgefleet_shared.fingerprint import Fingerprint
+from edgefleet_shared.lifecycle import State
+from edgefleet_shared.messages import Event, Health, OutcomeTold, Reported, Want, decode
+from edgefleet_shared.outcomes import Outcome
+from support.disk import MemoryDisk, Tree
+
+# A folder that the machine itself does not have: what goes past the port fails.
+STATE = Path("/board-in-memory/state")
+BOARD = Fingerprint(
+    arch=platform.machine(), cpu_features=(), engines={"onnxruntime": "1"}, memory_bytes=1 << 30,
+    agent_version="0",
+)  # fmt: skip
+SETTINGS = Settings(device=DEVICE, device_class=CLASS, site="", broker_host="broker", broker_port=1)
+MAX_TURNS = 400
+
+
+class Clock:
+    """Wall time stands, so that equal states are equal to the byte; the monotonic one goes on."""
+
+    def __init__(self, now: float) -> None:
+        self._now, self.elapsed = now, 0.0
+
+    def now(self) -> float:
+        return self._now
+
+    def monotonic(self) -> float:
+        return self.elapsed
+
+
+@dataclass(frozen=True)
+class Story:
+    """What happens to a board.
+
+    Args:
+        desired: assignments, in the order in which the controller gives them. The next one comes when the board is in the state
+            that ``next_when`` names, or has come to rest.
+        refused: versions that acceptance fails.
+        ailing: versions whose engine dies while they soak.
+        regressing: a version whose engine dies after its commit.
+        published: the version with which the metadata was last published.
+        ends: what may serve in the end, by version, and the outcome that the last assignment may then have.
+    """
+
+    name: str
+    tree: Tree
+    desired: tuple[bytes, ...]
+    ends: dict[str, tuple[Outcome, ...]]
+    published: str = "4"
+    next_when: State | None = None
+    refused: frozenset[str] = frozenset()
+    ailing: frozenset[str] = frozenset()
+    regressing: str = ""
+
+
+class SimulatedRuntime:
+    """Serves what it can read and verify. Survives the agent, not a power cut."""
+
+    def __init__(self, depot: Depot, disk: MemoryDisk, ailing: frozenset[str]) -> None:
+        self._disk, self._ailing = disk, ailing
+        self._version_of = {made.digest: version for version, made in depot.releases.items()}
+        self.serving: str | None = None
+        self.loaded: list[str] = []
+        self._boot()
+
+    def _boot(self) -> None:
+        try:
+            found = slots.read(STATE, files=self._disk.calm())
+        except ArtifactError:
+            return
+        for slot in (found.serving, found.active, found.previous):
+            if slot is not None and is_whole(self._disk, slot.manifest):
+                self.serving, self.loaded = slot.manifest, [slot.manifest]
+                return
+
+    def on(self, disk: MemoryDisk) -> SimulatedRuntime:
+        """The same runtime, after the agent alone died."""
+        self._disk = disk
+        return self
+
+    def load(self, manifest: str, mode: str = "auto", timeout_s: float = 0.0) -> Loaded:
+        if not is_whole(self._disk, manifest):
+            raise ArtifactError(f"{manifest} is not whole")
+        if manifest not in self.loaded:
+            self.loaded.append(manifest)
+        return Loaded(manifest=manifest, mode="blue-green", why="memory holds both")
+
+    def switch(self, manifest: str, timeout_s: float = 0.0) -> Switched:
+        if manifest not in self.loaded:
+            raise NotFoundError(f"{manifest} is not loaded")
+        before, self.serving = self.serving, manifest
+        return Switched(manifest=manifest, previous=before, mode="blue-green")
+
+    def retire(self, manifest: str, timeout_s: float = 0.0) -> Retired:
+        assert manifest != self.serving, "the agent must not stop what serves"
+        if manifest in self.loaded:
+            self.loaded.remove(manifest)
+        return Retired(manifest)
+
+    def status(self, crashes: int = 0) -> StatusReport:
+        return StatusReport(
+            serving=self.serving, standby=None, waiting=0, requests=0, failed=0, swaps=0, pid=1, memory_bytes=0,
+            uptime_s=1.0, versions=tuple(self._version(m, crashes) for m in self.loaded),
+        )  # fmt: skip
+
+    def _version(self, manifest: str, crashes: int) -> VersionStatus:
+        version = self._version_of[manifest]
+        return VersionStatus(
+            manifest=manifest, model="toy", version=version, engine="onnxruntime", state="ready",
+            serving=manifest == self.serving, standby=False, requests=0, failed=0,
+            crashes=crashes or (1 if version in self._ailing else 0), retried=0, p50_ms=None, p95_ms=None,
+            in_flight=0, pid=2, memory_bytes=0, providers=(), unconfined=(), last_problem="killed by SIGSEGV",
+        )  # fmt: skip
+
+
+def is_whole(disk: MemoryDisk, manifest: str) -> bool:
+    """Whether every byte of an artifact is there, by digest."""
+    layout = Layout(STATE / "artifacts", read_only=True, files=disk.calm())
+    try:
+        for blob in layout.manifest(manifest).blobs():
+            layout.check(blob)
+    except EdgefleetError:
+        return False
+    return True
+
+
+class Examiner:
+    """The real checks, in this process; acceptance as the story has it."""
+
+    def __init__(self, depot: Depot, disk: MemoryDisk, story: Story) -> None:
+        self._disk = disk
+        self._refused = {depot.manifest(version) for version in story.refused}
+
+    def admit(self, request: AdmitRequest) -> Admission:
+        tree, folder = self._disk.tree(), request.metadata
+        metadata = {
+            path[len(folder) + 1 :]: content for path, content in tree.items()
+            if path.startswith(f"{folder}/") and content is not None and "/." not in path
+        }  # fmt: skip
+        return _admit(
+            request.root,
+            tuple(sorted(metadata.items())),
+            request.desired,
+            msgspec.json.encode(request.floors),
+            request.now,
+        )
+
+    def check(self, state: Path, assignment: Assignment) -> Checked:
+        try:
+            return verify_child.check(Layout(state / "artifacts", read_only=True, files=self._disk), assignment)
+        except EnvironmentProblem:
+            raise
+        except EdgefleetError as exc:
+            raise Refusal(exc, assignment.id) from exc
+
+    def accept(self, state: Path, manifest: str, threads: int) -> AcceptanceReport:
+        if manifest in self._refused:
+            return AcceptanceReport(verdict=Verdict.FAILED, reason="agreement is below its limit")
+        return AcceptanceReport(verdict=Verdict.PASSED)
+
+
+@functools.lru_cache(maxsize=4096)
+def _admit(
+    root: bytes, metadata: tuple[tuple[str, bytes], ...], desired: bytes, floors: bytes, now: float
+) -> Admission:
+    """The real trust path; equal questions have equal answers, and signatures are slow."""
+    known = msgspec.json.decode(floors, type=Floors)
+    try:
+        repository = trust.ImageRepository(root, dict(metadata).get, CLASS, known, now)
+        return trust.admit(repository, desired, device=DEVICE, device_class=CLASS, board=BOARD, floors=known, now=now)
+    except trust.Incomplete:
+        raise
+    except EdgefleetError as exc:
+        raise Refusal(exc, "") from exc
+
+
+@dataclass
+class Wire:
+    """The controller's end: everything retained arrives at once, whatever is wanted too."""
+
+    depot: Depot
+    metadata: dict[str, bytes]
+    put: Callable[[Item], None]
+    reported: Reported | None = None
+    outcomes: list[Outcome] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+    def start(self) -> None: ...
+
+    def stop(self) -> None: ...
+
+    def came_up(self) -> None: ...
+
+    def follow_metadata(self, files: tuple[str, ...]) -> None:
+        for name in files:
+            if name in self.metadata:
+                self.put(MetadataFile(name, self.metadata[name]))
+
+    def listen(self, digest: str) -> None: ...
+
+    def unlisten(self, digest: str) -> None: ...
+
+    def want(self, want: Want) -> None:
+        for first, last in want.missing:
+            for number in range(first, last + 1):
+                self.put(Chunk(want.digest, number, self.depot.chunk(want.digest, number, want.chunk_bytes)))
+
+    def report(self, reported: Reported) -> None:
+        self.reported = reported
+        if reported.problem:
+            self.problems.append(reported.problem)
+
+    def event(self, content: bytes) -> None:
+        body = decode(content, Event).body
+        if isinstance(body, OutcomeTold):
+            self.outcomes.append(body.ended.outcome)
+
+    def fetch(self, digest: str, size: int, chunk_bytes: int, numbers: list[int]) -> None: ...
+
+
+class Inbox(queue.Queue[Item]):
+    """Notes what the agent has promised: from an admission on, something may be done for the assignment."""
+
+    def __init__(self, agent: Agent) -> None:
+        super().__init__()
+        self._agent = agent
+
+    def put(self, item: Item, block: bool = True, timeout: float | None = None) -> None:
+        if isinstance(item, AdmissionDone) and isinstance(item.result, Admission):
+            self._agent.promised = item.result.floors
+        super().put(item, block, timeout)
+
+
+class Agent:
+    """One start of the agent on a disk.
+
+    Args:
+        posted: how many of the story's assignments the controller has given so far.
+        promised: the floors that the board has acted on before.
+    """
+
+    def __init__(
+        self, depot: Depot, story: Story, disk: MemoryDisk, runtime: SimulatedRuntime, posted: int = 1,
+        promised: Floors | None = None,
+    ) -> None:  # fmt: skip
+        self.depot, self.story, self.disk, self.runtime = depot, story, disk, runtime
+        self.posted, self.promised = posted, promised or Floors()
+        self.clock = Clock(depot.clock.now())
+        self._inbox = Inbox(self)
+        self.wire = Wire(depot, depot.publications[story.published], self._inbox.put)
+        self._examined_regression = False
+        self.runner = Runner(
+            STATE, SETTINGS, BOARD, "boot", self._inbox,
+            Ports(
+                uplink=self.wire, runtime=runtime, examiner=Examiner(depot, disk, story), clock=self.clock, files=disk,
+                spawn=lambda name, work: work(),
+            ),
+        )  # fmt: skip
+        self._inbox.put(Up())
+        self._inbox.put(Desired(story.desired[posted - 1]))
+
+    def run(self, max_turns: int = MAX_TURNS) -> None:
+        """Until the board rests at what the controller wants of it.
+
+        Raises:
+            AssertionError: it does not come to rest.
+        """
+        for _ in range(max_turns):
+            if not self.turn():
+                return
+        state = self.wire.reported.state.value if self.wire.reported else "silence"
+        raise AssertionError(f"wedged in {state}: {self.wire.problems[-1:]}")
+
+    def turn(self) -> bool:
+        """One turn of the agent's loop; False when there is nothing to come."""
+        try:
+            item: Item | None = self._inbox.get_nowait()
+        except queue.Empty:
+            item = None
+            self.clock.elapsed += 1.0
+        self.runner.turn(item)
+        self._next_assignment()
+        if item is not None or not self._inbox.empty():
+            return True
+        return not self._at_rest()
+
+    def _next_assignment(self) -> None:
+        told = self.wire.reported
+        if self.posted == len(self.story.desired) or told is None:
+            return
+        if told.state is self.story.next_when or (self._inbox.empty() and self._at_rest()):
+            self._inbox.put(Desired(self.story.desired[self.posted]))
+            self.posted += 1
+
+    def _at_rest(self) -> bool:
+        told = self.wire.reported
+        if told is None or told.state is not State.IDLE or told.problem:
+            return False
+        if told.desired_seen != digest_of(self.story.desired[self.posted - 1]):
+            return False
+        if self.story.regressing and not self._examined_regression and self.posted == len(self.story.desired):
+            self._examined_regression = True
+            if self.runtime.serving == self.depot.manifest(self.story.regressing):
+                for crashes in (0, REGRESSION_CRASHES):
+                    self._inbox.put(Measured(Health(), self.runtime.status(crashes)))
+                return False
+        return True
+
+
+def check_remains(depot: Depot, story: Story, disk: MemoryDisk, promised: Floors) -> None:
+    """What must hold at every instant, whatever was cut: judged by the bytes on the disk.
+
+    Raises:
+        AssertionError: it does not.
+    """
+    files = disk.calm()
+    journal.read(STATE, files=files)
+    found = slots.read(STATE, files=files)
+    refused = {depot.manifest(version) for version in story.refused}
+    had_one = f"{STATE}/slots.json" in story.tree
+    if had_one:
+        assert found.serving is not None, "no slot names a model that may serve"
+    for slot in (found.active, found.previous):
+        if slot is not None:
+            assert is_whole(disk, slot.manifest), f"a slot names {slot.version}, which is not whole"
+            assert slot.manifest not in refused, f"a slot names {slot.version}, which was not accepted"
+    floors = verify.read_floors(STATE, files=files)
+    assert floors.assignment_version >= promised.assignment_version, "the assignment's floor fell"
+    assert floors.clock >= promised.clock, "the clock's floor fell"
+    for name, version in promised.versions.items():
+        assert floors.versions.get(name, 0) >= version, f"the floor of {name} fell"
+    verify.read_root(STATE, files=files)
+    settings.read(STATE, files=files)
+
+
+def named_by(story: Story) -> str:
+    """The version that served before the story; empty when none did."""
+    active = slots.read(STATE, files=MemoryDisk(story.tree)).active
+    return active.version if active else ""
+
+
+def check_end(agent: Agent, ends: dict[str, tuple[Outcome, ...]] | None = None) -> None:
+    """What must hold when the board has come to rest: the right model serves, and what is told is true.
+
+    Args:
+        ends: in place of the story's own.
+
+    Raises:
+        AssertionError: it does not.
+    """
+    depot, story, files = agent.depot, agent.story, agent.disk.calm()
+    ends = ends or story.ends
+    check_remains(depot, story, agent.disk, agent.promised)
+    found = slots.read(STATE, files=files)
+    told = agent.wire.reported
+    assert told is not None
+    active = found.active
+    version = active.version if active is not None and active.status is not SlotStatus.BAD else ""
+    assert version in ends, f"the board ended with {version or 'nothing'}, allowed are {sorted(ends)}"
+    assert told.ended is not None, "nothing was told"
+    assert told.ended.outcome in ends[version], f"{version or 'nothing'} serves, {told.ended.outcome.value} was told"
+    if version:
+        assert active is not None
+        assert active.status is SlotStatus.GOOD, f"{version} serves and was left {active.status.value}"
+        assert agent.runtime.serving == active.manifest, "the runtime serves something else than the slots say"
+    assert found.candidate is None, "a candidate was left"
+    kept = {slot.manifest for slot in (found.active, found.previous) if slot is not None}
+    layout = Layout(STATE / "artifacts", read_only=True, files=files)
+    needed = kept | {blob.digest for manifest in kept for blob in layout.manifest(manifest).blobs()}
+    assert set(layout.digests()) == needed, "blobs that no slot names were left"
+    assert not list(layout.unfinished()), "what never became a blob was left"

@@ -1,0 +1,101 @@
+"""What a simulated board can be sent: real artifacts and real signatures, made once; kept in memory."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import msgspec
+from edgefleet_controller.sign import DirectorSigner, ReleaseSigner, Repository, make_key
+from edgefleet_shared import artifact
+from edgefleet_shared.artifact import CHUNK_BYTES, Descriptor, Layout
+from edgefleet_shared.assignment import Assignment
+from edgefleet_shared.clock import ManualClock
+from support import artifacts
+from support.disk import MemoryDisk
+
+DEVICE, CLASS = "b1", "test-class"
+CHUNK = 4096
+LAYOUT = Path("/depot")
+
+
+class Depot:
+    """Versions 1 to 4 of one model, released one after the other; assignments signed on demand.
+
+    ``publications`` has the metadata as it was published with each version.
+
+    Args:
+        model_bytes: the size of each compiled model; chunks have 4 KiB.
+    """
+
+    def __init__(self, model_bytes: int = 6000) -> None:
+        self.clock = ManualClock()
+        self.disk = MemoryDisk()
+        self.layout = Layout(LAYOUT, files=self.disk)
+        self._model_bytes = model_bytes
+        self._versions = 0
+        with tempfile.TemporaryDirectory() as folder:
+            online = Path(folder, "online")
+            keys = [make_key(online / f"{n}.pem") for n in ("snapshot", "timestamp", "director")]
+            signer = ReleaseSigner(Path(folder, "offline"), self.clock)
+            repository = Repository(Path(folder, "repository"), keys[0], keys[1], self.clock)
+            self._director = DirectorSigner(keys[2], self.clock)
+            first = signer.begin(*keys, signers=1, threshold=1)
+            self.root = first["1.root.json"]
+            repository.publish(first)
+            repository.publish(signer.add_class(_need(repository, "targets.json"), CLASS))
+            self.releases: dict[str, Descriptor] = {}
+            self.publications: dict[str, dict[str, bytes]] = {}
+            for version in ("1", "2", "3", "4"):
+                made = self._make(version)
+                self.releases[version] = made
+                role = _need(repository, f"class-{CLASS}.json")
+                requires = self.layout.config(self.layout.manifest(made.digest)).requires
+                repository.publish(
+                    signer.release(
+                        role, device_class=CLASS, model="toy", version=version, manifest=made, requires=requires
+                    )
+                )
+                self.publications[version] = repository.files()
+
+    def _make(self, version: str) -> Descriptor:
+        def content(text: str, size: int) -> bytes:
+            return (text.encode() * (size // len(text) + 1))[:size]
+
+        return artifact.build(
+            self.layout,
+            artifacts.make_config(version=version, device_class=CLASS, chunk_bytes=CHUNK),
+            [
+                (artifact.MODEL_LAYER, content(f"model {version} ", self._model_bytes)),
+                (artifact.LABELS_LAYER, b'["labels that all versions share"]'),
+                (artifact.GOLDEN_LAYER, content(f"golden {version} ", 300)),
+            ],
+        )
+
+    def manifest(self, version: str) -> str:
+        return self.releases[version].digest
+
+    def chunk(self, digest: str, number: int, chunk_bytes: int) -> bytes:
+        content = self.layout.read(digest, 1 << 30)
+        return content[number * chunk_bytes : (number + 1) * chunk_bytes]
+
+    def chunk_bytes_of(self, digest: str) -> int:
+        """Layers travel in the chunks that the config names, manifests and configs in those of the protocol."""
+        layers = {blob.digest for made in self.releases.values() for blob in self.layout.manifest(made.digest).layers}
+        return CHUNK if digest in layers else CHUNK_BYTES
+
+    def assign(self, version: str, **changes: object) -> bytes:
+        """The next assignment of the board, signed."""
+        self._versions += 1
+        made = self.releases[version]
+        assignment = Assignment(
+            id=f"a{self._versions}", device=DEVICE, device_class=CLASS, rollout="r", model="toy", version=version,
+            manifest=made.digest, size=made.size, issued_at=int(self.clock.now()), soak_s=0,
+        )  # fmt: skip
+        return self._director.sign(msgspec.structs.replace(assignment, **changes), self._versions)
+
+
+def _need(repository: Repository, name: str) -> bytes:
+    content = repository.read(name)
+    assert content is not None
+    return content

@@ -1,0 +1,104 @@
+"""Files that no cut of ours can damage, damaged all the same: a disk that lies, a bit that rots. The board mends itself or says so."""
+
+from __future__ import annotations
+
+import pytest
+from chaos.board import STATE, Agent, SimulatedRuntime, Story, check_end
+from chaos.stories import came_to, depot
+from edgefleet_agent import slots
+from edgefleet_agent.slots import SlotStatus
+from edgefleet_shared.outcomes import Outcome
+from support.disk import MemoryDisk, Tree
+
+DAMAGE = {
+    "emptied": lambda content: b"",
+    "zero-filled": lambda content: bytes(len(content)),
+    "torn": lambda c: c[: len(c) // 2],
+}
+
+
+def damaged(tree: Tree, name: str, how: str) -> MemoryDisk:
+    path = f"{STATE}/{name}"
+    content = tree[path]
+    assert content is not None
+    return MemoryDisk(tree | {path: DAMAGE[how](content)})
+
+
+def start(disk: MemoryDisk, desired: bytes, ends: str) -> Agent:
+    story = Story("damage", disk.tree(), (desired,), {ends: (Outcome.SUCCEEDED,)})
+    return Agent(depot(), story, disk, SimulatedRuntime(depot(), disk, frozenset()))
+
+
+@pytest.mark.parametrize("how", DAMAGE)
+def test_a_damaged_journal_is_kept_for_people_and_begun_anew(how: str) -> None:
+    disk = damaged(came_to("1", "2"), "journal.json", how)
+    agent = start(disk, depot().assign("3"), "3")
+    agent.run()
+    check_end(agent)
+    assert f"{STATE}/journal.json.damaged" in disk.tree()
+
+
+@pytest.mark.parametrize("how", DAMAGE)
+def test_damaged_slots_are_mended_from_what_the_journal_knows_without_a_controller(how: str) -> None:
+    disk = damaged(came_to("1", "2"), "slots.json", how)
+    agent = start(disk, depot().assign("2"), "2")
+    agent.runner.turn(None)  # the first thing that happens, before anything arrives
+    active = slots.read(STATE, files=disk.calm()).active
+    assert active is not None
+    assert (active.version, active.status) == ("2", SlotStatus.GOOD)
+    assert agent.runtime.serving == active.manifest
+    agent.run()
+    check_end(agent)
+
+
+def test_when_slots_and_journal_are_both_damaged_the_assignment_is_taken_anew() -> None:
+    tree = damaged(came_to("1", "2"), "slots.json", "torn").tree()
+    disk = damaged(tree, "journal.json", "torn")
+    agent = start(disk, depot().assign("2"), "2")
+    agent.run()
+    check_end(agent)
+
+
+def test_one_damaged_copy_of_the_floors_is_made_good_by_the_other() -> None:
+    tree = came_to("1", "2")
+    for name in ("floors-a.json", "floors-b.json"):
+        disk = damaged(tree, f"trust/{name}", "torn")
+        agent = start(disk, depot().assign("3"), "3")
+        agent.run()
+        check_end(agent)
+        copies = [disk.tree()[f"{STATE}/trust/{other}"] for other in ("floors-a.json", "floors-b.json")]
+        assert copies[0] == copies[1]
+
+
+def test_a_board_whose_floors_are_all_damaged_accepts_nothing_and_says_why() -> None:
+    tree = damaged(came_to("1", "2"), "trust/floors-a.json", "torn").tree()
+    disk = damaged(tree, "trust/floors-b.json", "torn")
+    agent = start(disk, depot().assign("3"), "3")
+    for _ in range(60):
+        agent.turn()
+    told = agent.wire.reported
+    assert told is not None
+    assert "floors" in told.problem
+    assert told.active is not None
+    assert told.active.version == "2"
+    assert agent.runtime.serving == depot().manifest("2")
+
+
+@pytest.mark.parametrize("how", DAMAGE)
+def test_a_board_whose_trusted_root_is_damaged_serves_on_and_says_what_to_do(how: str) -> None:
+    disk = damaged(came_to("1", "2"), "trust/root.json", how)
+    agent = start(disk, depot().assign("3"), "3")
+    for _ in range(60):
+        agent.turn()
+    told = agent.wire.reported
+    assert told is not None
+    assert "enrol the board again" in told.problem
+    assert agent.runtime.serving == depot().manifest("2")
+
+
+def test_a_blob_that_rotted_under_the_model_that_serves_is_fetched_again_with_the_next_one() -> None:
+    labels = depot().layout.manifest(depot().manifest("2")).blobs()[2].digest.partition(":")[2]
+    disk = MemoryDisk(came_to("1", "2") | {f"{STATE}/artifacts/blobs/sha256/{labels}": b"rot"})
+    agent = start(disk, depot().assign("3"), "3")
+    agent.run()
+    check_end(agent)

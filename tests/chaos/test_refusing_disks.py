@@ -1,0 +1,91 @@
+"""Disks that refuse and disks that are full, on the agent in memory, in their bounded part. `make chaos` has every operation."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+from chaos import faults
+from chaos.board import Agent, SimulatedRuntime, Story, check_end
+from chaos.faults import FaultRunner
+from chaos.stories import came_to, depot, enrolment, play, stories
+from edgefleet_shared import atomic
+from edgefleet_shared.errors import ConflictError
+from edgefleet_shared.outcomes import Outcome
+from support.disk import NAME_BYTES, MemoryDisk
+
+
+@pytest.mark.parametrize("story", stories(), ids=lambda story: story.name)
+def test_a_disk_that_refuses_costs_at_most_the_candidate(story: Story) -> None:
+    runner = FaultRunner(depot())
+    runner.every_operation(story, every=37)
+    assert runner.failures == []
+    assert runner.faults > 20
+
+
+def test_a_disk_that_is_full_at_any_step_costs_at_most_the_candidate() -> None:
+    runner = FaultRunner(depot())
+    runner.every_capacity(next(s for s in stories() if s.name == "install"), step_bytes=8 * NAME_BYTES)
+    assert runner.failures == []
+    assert runner.faults > 20
+
+
+def test_a_refusal_that_is_not_heeded_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    def write_and_hope(fd: int, content: bytes, offset: int, files: object) -> None:
+        files.pwrite(fd, memoryview(content), offset)  # type: ignore[attr-defined] - however many bytes that wrote
+
+    monkeypatch.setattr(atomic, "_write_all", write_and_hope)
+    runner = FaultRunner(depot(), limit=1)
+    runner.every_capacity(next(s for s in stories() if s.name == "install"), step_bytes=NAME_BYTES)
+    assert runner.failures != []
+
+
+def test_a_fetch_that_keeps_what_it_brought_onto_a_full_disk_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("edgefleet_agent.swap.make_room", lambda state, ports: None)
+    monkeypatch.setattr(faults, "PATIENCE_TURNS", 30)
+    runner = FaultRunner(depot(), limit=1)
+    runner.every_capacity(next(s for s in stories() if s.name == "install"), step_bytes=NAME_BYTES)
+    assert runner.failures != []
+
+
+@pytest.mark.parametrize("was_there", [True, False])
+@pytest.mark.parametrize("number", [errno.EROFS, errno.ENOSPC])
+def test_a_disk_that_became_read_only_or_full_does_not_keep_its_owner_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, was_there: bool
+) -> None:
+    if was_there:
+        with atomic.lock(tmp_path, "an earlier start"):
+            pass
+    real = os.open
+
+    def refuse(path: object, flags: int, *rest: int) -> int:
+        if flags & (os.O_WRONLY | os.O_RDWR):
+            raise OSError(number, os.strerror(number))
+        return real(path, flags, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(os, "open", refuse)
+    with atomic.lock(tmp_path, "one"), pytest.raises(ConflictError), atomic.lock(tmp_path, "two"):
+        pass
+
+
+def test_every_kind_of_change_occurs_in_the_stories() -> None:
+    changes = {line.split()[0] for story in stories() for line in play(story).disk.log}
+    assert changes == {"create", "write", "fsync", "rename", "unlink", "mkdir"}
+    disk = MemoryDisk()
+    enrolment(depot(), disk)
+    assert {line.split()[0] for line in disk.log} == {"create", "write", "fsync", "rename", "mkdir"}
+
+
+@pytest.mark.parametrize("turns", range(60))
+def test_a_deadline_may_pass_at_any_moment_also_with_the_last_chunk(turns: int) -> None:
+    desired = (depot().assign("3", timeout_s=50),)
+    story = Story("deadline", came_to("1"), desired, {"3": (Outcome.SUCCEEDED,), "1": (Outcome.TIMED_OUT,)})
+    disk = MemoryDisk(story.tree)
+    agent = Agent(depot(), story, disk, SimulatedRuntime(depot(), disk, frozenset()))
+    for _ in range(turns):
+        agent.turn()
+    agent.clock.elapsed += 100.0
+    agent.run()
+    check_end(agent)
