@@ -20,6 +20,7 @@ from edgefleet_agent.runtime import activation, control
 from edgefleet_agent.runtime.control_server import bind_unix, serve_control
 from edgefleet_agent.runtime.front import Front
 from edgefleet_agent.runtime.http import Server
+from edgefleet_agent.runtime.regions import Regions
 from edgefleet_agent.runtime.switchboard import Switchboard
 
 log = logging.getLogger("edgefleet.runtime")
@@ -87,8 +88,9 @@ async def serve(state: Path, address: tuple[str, int] | None, socket_path: Path,
         loop.add_signal_handler(number, stop.set)
     switchboard = Switchboard(slots.artifacts(state), threads)
     server: Server
-    front = Front(switchboard, lambda: _gauges(switchboard, server))
-    server = Server(front.handle)
+    regions = Regions()
+    front = Front(switchboard, regions, lambda: _gauges(switchboard, server, regions))
+    server = Server(front)
 
     servers = [await serve_control(bind_unix(control.socket_path(state), 0o600), switchboard)]
     where = []
@@ -106,7 +108,7 @@ async def serve(state: Path, address: tuple[str, int] | None, socket_path: Path,
     notify.ready(f"listening at {' and '.join(where)}")
 
     starting = loop.create_task(switchboard.serve_at_start(_serving(state)))
-    ticking = loop.create_task(_tick(switchboard, server))
+    ticking = loop.create_task(_tick(switchboard, server, regions))
     await stop.wait()
 
     notify.stopping()
@@ -132,25 +134,28 @@ def _serving(state: Path) -> list[str]:
     return list(dict.fromkeys(slot.manifest for slot in wanted if slot is not None))
 
 
-async def _tick(switchboard: Switchboard, server: Server) -> None:
+async def _tick(switchboard: Switchboard, server: Server, regions: Regions) -> None:
     period = notify.watchdog_period_s()
     fed = 0.0
     while True:
         await asyncio.sleep(TICK_S)
         switchboard.tick()
         server.tick()
+        regions.tick()
         if period is not None and time.monotonic() - fed >= period / 2:
             fed = time.monotonic()
             notify.alive()
 
 
-def _gauges(switchboard: Switchboard, server: Server) -> dict[str, float]:
+def _gauges(switchboard: Switchboard, server: Server, regions: Regions) -> dict[str, float]:
     return {
         "waiting_requests": switchboard.waiting,
+        "free_slots": sum(version.free_slots for version in switchboard.versions()),
         "connections": len(server.connections),
         "held_body_bytes": server.held_bytes,
         "refused_connections": server.refused,
         "swaps": switchboard.swaps,
+        "shared_memory_regions": len(regions),
     }
 
 

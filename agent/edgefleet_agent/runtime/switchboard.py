@@ -24,6 +24,7 @@ from edgefleet_agent.runtime.control import Loaded, Retired, StatusReport, SwapM
 from edgefleet_agent.runtime.job import Job
 from edgefleet_agent.runtime.protocol import RequestError
 from edgefleet_agent.runtime.version import Version, VersionState
+from edgefleet_agent.runtime.worker_process import Lease
 from edgefleet_agent.sandbox import memory_of
 
 log = logging.getLogger("edgefleet.runtime")
@@ -88,6 +89,18 @@ class Switchboard:
                     return loaded
         name = model[:200] if version is None else f"{model[:200]} version {version[:200]}"
         raise RequestError(404, f"model {name!r} is not served here")
+
+    def lend(self, model: str, version: str | None, header_length: str, body_bytes: int) -> Lease | None:
+        """A slot of the worker that would get this request now, for a body that is still coming; None when there is none."""
+        if not (header_length.isdigit() and len(header_length) < 12):
+            return None
+        if version is None:
+            target = self._target() if not self._waiting else None
+        else:
+            target = next((v for v in self._loaded.values() if v.config.version == version), None)
+        if target is None or target.config.model != model:
+            return None
+        return target.lend(body_bytes, int(header_length))
 
     def submit(self, job: Job) -> None:
         """Take a request; exactly one of ``job.answer`` and ``job.failure`` is called, now or later.

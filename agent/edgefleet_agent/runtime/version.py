@@ -11,6 +11,7 @@ from enum import Enum
 
 import msgspec
 from edgefleet_shared.artifact import GOLDEN_LAYER, MODEL_LAYER, Layout, Manifest, ModelConfig
+from edgefleet_shared.contract import TensorSpec
 from edgefleet_shared.errors import EdgefleetError
 
 from edgefleet_agent.runtime import protocol
@@ -18,13 +19,15 @@ from edgefleet_agent.runtime.channel import Ready, Start
 from edgefleet_agent.runtime.job import Job
 from edgefleet_agent.runtime.metrics import Figures
 from edgefleet_agent.runtime.protocol import OutputTensor, RequestError
+from edgefleet_agent.runtime.shm import PAGE_BYTES
 from edgefleet_agent.runtime.tensors import NUMPY, element_count
-from edgefleet_agent.runtime.worker_process import WorkerProcess
+from edgefleet_agent.runtime.worker_process import Lease, WorkerProcess
 
 log = logging.getLogger("edgefleet.runtime")
 
-SLOTS = 4  # one is computed, the others are filled meanwhile
+SLOTS = 6  # one is computed, the others are filled meanwhile
 SLOT_ROWS = 16  # a request may be a batch of that many pictures
+MAX_HEAD_BYTES = 1024  # of the JSON before a tensor that is read from the socket into its slot
 MIN_SLOT_BYTES, MAX_SLOT_BYTES = 256 * 1024, 64 * 1024 * 1024
 BACKOFF_FIRST_S, BACKOFF_LAST_S = 0.05, 10.0
 HEALTHY_AFTER_S = 30.0  # a worker that lived this long starts the back-off anew
@@ -75,7 +78,8 @@ class Version:
         model, golden = manifest.layer(MODEL_LAYER), manifest.layer(GOLDEN_LAYER)
         plain = msgspec.json.encode(msgspec.structs.replace(config, chunks={}))
         self._start = Start(
-            str(layout.root.resolve()), model.digest, model.size, golden.digest, plain, threads, SLOTS, _slot_bytes(config)
+            str(layout.root.resolve()), model.digest, model.size, golden.digest, plain, threads,
+            SLOTS, _slot_bytes(config.inputs), _slot_bytes(config.outputs), _picture_bytes(config.inputs) or PAGE_BYTES,
         )  # fmt: skip
         # A model's own acceptance says how slow it may be; the rest is a loaded board's.
         self.hang_limit_s = max(10.0, config.contract.latency_p95_ms * 20 / 1000)
@@ -87,6 +91,10 @@ class Version:
     @property
     def in_flight(self) -> int:
         return self._worker.in_flight if self._worker is not None else 0
+
+    @property
+    def free_slots(self) -> int:
+        return self._worker.free_slots if self._worker is not None else 0
 
     @property
     def has_room(self) -> bool:
@@ -106,6 +114,10 @@ class Version:
             raise
         self._up()
         return self.ready
+
+    def lend(self, body_bytes: int, header_bytes: int) -> Lease | None:
+        """A slot for a body that is coming, None when the worker has none to spare."""
+        return self._worker.lend(body_bytes, header_bytes) if self.has_room and self._worker is not None else None
 
     def submit(self, job: Job) -> bool:
         """Give a job to the worker; False when it has no room or is not ready. A job that can't be served here is failed here."""
@@ -166,9 +178,10 @@ class Version:
         self._on_room()
 
     def _done(self, job: Job, outputs: list[OutputTensor], compute_ns: int) -> None:
-        now = time.perf_counter_ns()
-        self.figures.answered(now - job.arrived_ns, max(0, now - job.arrived_ns - compute_ns), compute_ns)
+        latency_ns = time.perf_counter_ns() - job.arrived_ns
         job.answer(self.config.model, self.config.version, outputs)
+        # Counted while the answer is on its way.
+        self.figures.answered(latency_ns, max(0, latency_ns - compute_ns), compute_ns)
 
     def _refused(self, job: Job, message: str) -> None:
         self.figures.refused()
@@ -215,11 +228,19 @@ class Version:
             return
 
 
-def _slot_bytes(config: ModelConfig) -> int:
-    """Memory for one request: :data:`SLOT_ROWS` pictures and their answers, or the most there is when sizes are open."""
+def _picture_bytes(tensors: tuple[TensorSpec, ...]) -> int | None:
+    """Memory for the inputs or the outputs of one picture; None where the model leaves their sizes open."""
     total = 0
-    for spec in (*config.inputs, *config.outputs):
+    for spec in tensors:
         if any(n < 0 for n in spec.shape[1:]):
-            return MAX_SLOT_BYTES // 4
-        total += element_count([abs(n) for n in spec.shape]) * NUMPY[spec.datatype].itemsize + 64
-    return max(MIN_SLOT_BYTES, min(total * SLOT_ROWS, MAX_SLOT_BYTES)) // 4096 * 4096
+            return None
+        total += element_count([abs(n) for n in spec.shape]) * NUMPY[spec.datatype].itemsize + MAX_HEAD_BYTES
+    return total
+
+
+def _slot_bytes(tensors: tuple[TensorSpec, ...]) -> int:
+    """Memory for one request: :data:`SLOT_ROWS` pictures, or much where sizes are open."""
+    one = _picture_bytes(tensors)
+    if one is None:
+        return MAX_SLOT_BYTES // 4
+    return max(MIN_SLOT_BYTES, min(one * SLOT_ROWS, MAX_SLOT_BYTES)) // PAGE_BYTES * PAGE_BYTES
