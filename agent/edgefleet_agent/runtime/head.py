@@ -77,6 +77,8 @@ class Parser:
         head.method = self._parser.get_method().decode("latin-1")
         if not self._headers_done or self.followed or self.body:
             raise Refused(400, "not HTTP: the head does not end where its empty line is")
+        if self._parser.get_http_version() not in ("1.1", "1.0"):
+            raise Refused(505, "only HTTP/1.1 and HTTP/1.0 are spoken here")
         head.path = self._url.partition(b"?")[0].decode("latin-1")
         head.keep_alive = head.keep_alive and head.method != "CONNECT"
         if head.chunked:

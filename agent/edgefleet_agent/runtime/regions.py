@@ -22,7 +22,7 @@ from edgefleet_agent.runtime.peer import Peer
 from edgefleet_agent.runtime.protocol import RegionUse, RequestError
 
 FOLDER = Path("/dev/shm")  # noqa: S108  # where shm_open(3) puts objects; each is checked below
-MAX_REGIONS = 256
+MAX_REGIONS, MAX_OF_ONE_USER = 256, 64
 MAX_REGION_BYTES = 1 << 30
 MAX_NAME_CHARACTERS = 255
 UNLINKED_LIMIT_S = 60.0  # how long a region that was deleted and is not used any more is kept for its client
@@ -124,8 +124,10 @@ class Regions:
         if (peer.uid, name) in self._regions:
             # Triton's clients rely on this error to find what an earlier run of theirs left behind.
             raise RequestError(400, f"shared memory region {name!r} is registered already; unregister it first")
-        if len(self._regions) >= MAX_REGIONS:
-            raise RequestError(503, f"{MAX_REGIONS} regions are registered already")
+        if len(self._regions) >= MAX_REGIONS or sum(uid == peer.uid for uid, _ in self._regions) >= MAX_OF_ONE_USER:
+            raise RequestError(
+                503, f"too many regions: one user may have {MAX_OF_ONE_USER}, all together {MAX_REGIONS}"
+            )
         self._regions[peer.uid, name] = Region(name, request, _open(peer.uid, request))
 
     def unregister(self, peer: Peer, name: str | None) -> None:
