@@ -6,6 +6,7 @@ import json
 import os
 import signal
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -81,6 +82,52 @@ def test_a_killed_worker_fails_no_request_and_is_counted(runtime: Runtime) -> No
             load.seen("1")
     clean(load)
     assert runtime.version("1").last_problem == "killed by SIGKILL"
+
+
+def test_the_death_of_what_starts_workers_costs_no_request(runtime: Runtime) -> None:
+    served(runtime)
+    with Load(runtime) as load:
+        for crash in (1, 2):
+            worker = runtime.version("1").pid
+            (spawner,) = children_of(runtime.client.ping().pid)
+            assert children_of(spawner) == [worker]
+            os.kill(spawner, signal.SIGKILL)
+            until(lambda crash=crash: runtime.version("1").crashes == crash, what="the crash being counted")
+            until(lambda: runtime.version("1").state == "ready", what="the worker coming back")
+            load.seen("1")
+        new = runtime.add("2")
+        runtime.client.load(new)
+        runtime.client.switch(new)
+        load.seen("2")
+    clean(load)
+
+
+def test_a_worker_that_loads_stands_aside_for_what_serves_and_serves_in_the_first_row(runtime: Runtime) -> None:
+    """Policy 5 is SCHED_IDLE, 0 the usual one (proc_pid_stat(5), field 41)."""
+    served(runtime)
+    serving = runtime.version("1").pid
+    (spawner,) = children_of(runtime.client.ping().pid)
+    new, seen = runtime.add("2"), set()
+    with ThreadPoolExecutor(1) as pool:
+        loading = pool.submit(runtime.client.load, new)
+        while not loading.done():
+            seen |= {policy_of(pid) for pid in children_of(spawner) if pid != serving}
+        loading.result()
+    assert 5 in seen
+    pid = runtime.version("2").pid
+    assert {policy_of(int(thread.name)) for thread in Path(f"/proc/{pid}/task").iterdir()} == {0}
+    assert policy_of(serving) == 0
+
+
+def children_of(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def policy_of(pid: int) -> int | None:
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[38])
+    except OSError:
+        return None
 
 
 def test_when_a_new_versions_worker_dies_the_old_one_answers_at_once(runtime: Runtime) -> None:

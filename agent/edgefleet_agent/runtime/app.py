@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import signal
 import socket
@@ -20,6 +21,7 @@ from edgefleet_agent.runtime import activation, control
 from edgefleet_agent.runtime.control_server import bind_unix, serve_control
 from edgefleet_agent.runtime.front import Front
 from edgefleet_agent.runtime.http import Server
+from edgefleet_agent.runtime.nursery import Nursery
 from edgefleet_agent.runtime.regions import Regions
 from edgefleet_agent.runtime.switchboard import Switchboard
 
@@ -86,7 +88,9 @@ async def serve(state: Path, address: tuple[str, int] | None, socket_path: Path,
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    switchboard = Switchboard(slots.artifacts(state), threads)
+    nursery = Nursery()
+    nursery.open()  # while nobody waits for an answer
+    switchboard = Switchboard(slots.artifacts(state), threads, nursery)
     server: Server
     regions = Regions()
     front = Front(switchboard, regions, lambda: _gauges(switchboard, server, regions))
@@ -104,6 +108,9 @@ async def serve(state: Path, address: tuple[str, int] | None, socket_path: Path,
         host, port = listener.getsockname()[:2]
         atomic.write(state / "run" / "http.addr", f"{host}:{port}\n".encode())
         where.append(f"http://{host}:{port}")
+    # What is here now stays; the collector need not look at it again in the middle of a request.
+    gc.collect()
+    gc.freeze()
     log.info("listening", extra={"addresses": where})
     notify.ready(f"listening at {' and '.join(where)}")
 
@@ -121,6 +128,7 @@ async def serve(state: Path, address: tuple[str, int] | None, socket_path: Path,
         await asyncio.wait_for(switchboard.close(), DRAIN_LIMIT_S)
     except asyncio.TimeoutError:
         log.warning("stopped_before_every_answer")
+    nursery.close()
 
 
 def _serving(state: Path) -> list[str]:

@@ -40,7 +40,10 @@ class Arena:
         self.slots = [view[i * slot_bytes : (i + 1) * slot_bytes] for i in range(slot_count)]
 
     def touch(self, length: int) -> None:
-        """Have the kernel map the first ``length`` bytes of every slot now and not during a request."""
+        """Have the kernel make and map the first ``length`` bytes of every slot now and not during a request.
+
+        The worker does that, for both files: a page of shared memory that was read once exists.
+        """
         for slot in self.slots:
             for page in range(0, min(length, len(slot)), PAGE_BYTES):
                 if slot.readonly:

@@ -22,6 +22,7 @@ from edgefleet_shared.errors import ConflictError, EdgefleetError, NotFoundError
 from edgefleet_agent.runtime import protocol
 from edgefleet_agent.runtime.control import Loaded, Retired, StatusReport, SwapMode, Switched, VersionStatus
 from edgefleet_agent.runtime.job import Job
+from edgefleet_agent.runtime.nursery import Nursery
 from edgefleet_agent.runtime.protocol import RequestError
 from edgefleet_agent.runtime.version import Version, VersionState
 from edgefleet_agent.runtime.worker_process import Lease
@@ -41,10 +42,11 @@ class Switchboard:
     Args:
         layout: the board's artifacts.
         threads: threads of one inference.
+        nursery: what starts their processes.
     """
 
-    def __init__(self, layout: Layout, threads: int) -> None:
-        self._layout, self._threads = layout, threads
+    def __init__(self, layout: Layout, threads: int, nursery: Nursery) -> None:
+        self._layout, self._threads, self._nursery = layout, threads, nursery
         self._loaded: dict[str, Version] = {}
         self._serving: Version | None = None
         self._standby: Version | None = None
@@ -203,7 +205,7 @@ class Switchboard:
                 version.state = VersionState.PREPARED
                 self._loaded[manifest] = version
                 return Loaded(manifest=manifest, mode="in-place", why=why)
-            await version.start()
+            await version.start(aside=self.ready)
             self._loaded[manifest] = version
             return _loaded(version, "blue-green", why)
 
@@ -321,6 +323,7 @@ class Switchboard:
             config,
             self._layout,
             self._threads,
+            self._nursery,
             on_room=self._pump,
             on_orphans=self._orphans,
             on_refused=self._refused,

@@ -18,6 +18,7 @@ from edgefleet_agent.runtime import protocol
 from edgefleet_agent.runtime.channel import Ready, Start
 from edgefleet_agent.runtime.job import Job
 from edgefleet_agent.runtime.metrics import Figures
+from edgefleet_agent.runtime.nursery import Nursery
 from edgefleet_agent.runtime.protocol import OutputTensor, RequestError
 from edgefleet_agent.runtime.shm import PAGE_BYTES
 from edgefleet_agent.runtime.tensors import NUMPY, element_count
@@ -59,6 +60,7 @@ class Version:
         config: ModelConfig,
         layout: Layout,
         threads: int,
+        nursery: Nursery,
         *,
         on_room: Callable[[], None],
         on_orphans: Callable[[list[Job]], None],
@@ -70,6 +72,7 @@ class Version:
         self.waiting: deque[Job] = deque()  # jobs pinned to this version
         self.last_problem = ""
         self.ready: Ready | None = None
+        self._nursery = nursery
         self._on_room, self._on_orphans, self._on_refused = on_room, on_orphans, on_refused
         self._worker: WorkerProcess | None = None
         self._restart: asyncio.Task[None] | None = None
@@ -100,15 +103,18 @@ class Version:
     def has_room(self) -> bool:
         return self.state is VersionState.READY and self._worker is not None and self._worker.has_room
 
-    async def start(self) -> Ready:
+    async def start(self, *, aside: bool = False) -> Ready:
         """Start a worker and wait until it is warm.
+
+        Args:
+            aside: another version serves meanwhile and must not feel it.
 
         Raises:
             EdgefleetError: it could not load; nothing is left running.
         """
         self.state = VersionState.STARTING
         try:
-            self.ready = await self._launch()
+            self.ready = await self._launch(aside)
         except EdgefleetError as exc:
             self.state, self.last_problem = VersionState.STOPPED, exc.message
             raise
@@ -155,10 +161,11 @@ class Version:
                 RequestError(404, f"{self.config.model} version {self.config.version} is not loaded any more")
             )
 
-    async def _launch(self) -> Ready:
+    async def _launch(self, aside: bool = False) -> Ready:
         worker = WorkerProcess(
             self.config,
             self._start,
+            self._nursery,
             on_done=self._done,
             on_refused=self._refused,
             on_free=self._on_room,
@@ -166,7 +173,7 @@ class Version:
         )
         self._worker = worker
         try:
-            return await worker.start(self.config.contract.time_limit_s)
+            return await worker.start(self.config.contract.time_limit_s, aside=aside)
         except BaseException:
             self._worker = None
             raise

@@ -1,14 +1,12 @@
 """The worker process: receives Start over its channel, hands a confined process with a loaded model on to :mod:`serving`.
 
-Started by :mod:`worker_process` as ``python -m edgefleet_agent.runtime.worker CHANNEL_FD INPUTS_FD ANSWERS_FD``, one per model
-version. It checks the model's bytes, confines itself, loads, warms up, then answers until its channel ends. It never outlives
+Forked by the :mod:`spawner`, one per model version. It checks the model's bytes, confines itself, loads, warms up, then answers until its channel ends. It never outlives
 the front.
 """
 
 from __future__ import annotations
 
 import socket
-import sys
 from pathlib import Path
 
 import msgspec
@@ -20,9 +18,16 @@ from edgefleet_agent.runtime import channel
 from edgefleet_agent.runtime.channel import Failed, Ready, Start
 
 
-def main() -> int:
-    link = socket.socket(fileno=int(sys.argv[1]))
-    arenas = int(sys.argv[2]), int(sys.argv[3])
+def main(link: socket.socket, arenas: tuple[int, int]) -> int:
+    """Load, then serve until the channel ends.
+
+    Args:
+        link: the channel to the front.
+        arenas: descriptors of the inputs' and the answers' memory, see :mod:`shm`.
+
+    Returns:
+        the process's exit status.
+    """
     confinement.die_with_parent()
     start = channel.decode_to_worker(link.recv(channel.MAX_MESSAGE_BYTES))
     assert isinstance(start, Start)
@@ -44,7 +49,3 @@ def main() -> int:
     link.send(channel.encode(Ready(serving.session.providers, serving.load_ms, serving.first_ms, missing)))
     serving.loop()
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import os
-import signal
 import socket
-import sys
 import time
 from collections.abc import Callable
 
 from edgefleet_shared.artifact import ModelConfig
 from edgefleet_shared.errors import EngineError, from_dict
 
-from edgefleet_agent.runtime import channel, shm
+from edgefleet_agent.runtime import channel, priority, shm
 from edgefleet_agent.runtime.channel import Done, Failed, Ready, Refused, Run, Start
 from edgefleet_agent.runtime.job import Job
+from edgefleet_agent.runtime.nursery import Child, Nursery
 from edgefleet_agent.runtime.protocol import InputTensor, OutputTensor, RequestError
 from edgefleet_agent.runtime.tensors import NUMPY, element_count
-from edgefleet_agent.sandbox import child_environment, describe_exit
+from edgefleet_agent.sandbox import describe_exit
 
 EXIT_GRACE_S = 0.5  # between the end of a worker's channel and the end of the worker
+PATIENCE_S = 10.0  # how long loading may stand aside: on a board that is always busy it would never end
 KEPT_SLOTS = 2  # never lent: clients that are slow to fill theirs must not keep whole requests out
 
 
@@ -56,6 +56,7 @@ class WorkerProcess:
 
     Args:
         start: what it loads.
+        nursery: what starts processes.
         on_done: a job's outputs and the engine's time in ns.
         on_refused: the engine refused a job; the process goes on.
         on_free: a slot became free.
@@ -66,13 +67,14 @@ class WorkerProcess:
         self,
         config: ModelConfig,
         start: Start,
+        nursery: Nursery,
         *,
         on_done: Callable[[Job, list[OutputTensor], int], None],
         on_refused: Callable[[Job, str], None],
         on_free: Callable[[], None],
         on_end: Callable[[str, list[Job]], None],
     ) -> None:
-        self._config, self._start = config, start
+        self._config, self._start, self._nursery = config, start, nursery
         self._on_done, self._on_refused, self._on_free, self._on_end = on_done, on_refused, on_free, on_end
         self._loop = asyncio.get_running_loop()
         self._jobs: dict[int, Job] = {}
@@ -80,7 +82,7 @@ class WorkerProcess:
         self._number = 0
         self._input_types = [NUMPY[spec.datatype] for spec in config.inputs]
         self._output_types = [NUMPY[spec.datatype] for spec in config.outputs]
-        self._process: asyncio.subprocess.Process | None = None
+        self._child: Child | None = None
         self._link: socket.socket | None = None
         self._inputs: shm.Arena | None = None
         self._answers: shm.Arena | None = None
@@ -91,7 +93,7 @@ class WorkerProcess:
 
     @property
     def pid(self) -> int:
-        return self._process.pid if self._process is not None else 0
+        return self._child.pid if self._child is not None else 0
 
     @property
     def in_flight(self) -> int:
@@ -105,8 +107,12 @@ class WorkerProcess:
     def has_room(self) -> bool:
         return bool(self._free)
 
-    async def start(self, limit_s: float) -> Ready:
+    async def start(self, limit_s: float, *, aside: bool) -> Ready:
         """Start the process and wait until its model is loaded and warm.
+
+        Args:
+            limit_s: how long that may take.
+            aside: others serve meanwhile and must not feel it.
 
         Raises:
             EngineError or another EdgefleetError: how it failed; the process is gone.
@@ -115,13 +121,13 @@ class WorkerProcess:
         given = [theirs.fileno()]
         try:
             given += self._share()
-            self._process = await asyncio.create_subprocess_exec(
-                sys.executable, "-m", "edgefleet_agent.runtime.worker", *map(str, given),
-                stdin=asyncio.subprocess.DEVNULL, pass_fds=given, cwd="/", env=child_environment(),
-            )  # fmt: skip
+            self._child = await self._nursery.spawn(given, aside=aside)
         except OSError as exc:
             ours.close()
-            raise EngineError(f"the worker could not be started: {exc}") from exc
+            raise EngineError(f"no memory to share with a worker: {exc}") from exc
+        except EngineError:
+            ours.close()
+            raise
         finally:
             theirs.close()
             for fd in given[1:]:
@@ -129,17 +135,22 @@ class WorkerProcess:
         ours.setblocking(False)
         self._link = ours
         self._loop.add_reader(ours.fileno(), self._readable)
-        watch = self._loop.create_task(self._watch(self._process))
+        self._child.ended.add_done_callback(lambda ended: self._exited(ended.result()))
         ours.send(channel.encode(self._start))
+        hurry = self._loop.call_later(min(PATIENCE_S, limit_s / 4), priority.come_forward, self.pid)
         try:
-            return await asyncio.wait_for(asyncio.shield(self._ready), limit_s)
+            ready = await asyncio.wait_for(asyncio.shield(self._ready), limit_s)
+            priority.come_forward(self.pid)
+            return ready
         except asyncio.TimeoutError:
             self.kill(f"did not finish loading within {limit_s:g} s")
-            await watch
+            await self._child.ended
             raise EngineError(f"the worker {self._verdict}") from None
         except asyncio.CancelledError:
             self.kill("was not wanted any more")
             raise
+        finally:
+            hurry.cancel()
 
     def _share(self) -> list[int]:
         """Make the shared memory; returns the descriptors of inputs and answers, for the process."""
@@ -149,7 +160,6 @@ class WorkerProcess:
         self._answers = shm.Arena(fds[1], start.slot_count, start.answer_bytes, writable=False)
         for fd, against_writing in zip(fds, (True, False), strict=True):
             shm.seal(fd, against_writing=against_writing)
-        self._inputs.touch(start.touch_bytes)
         return fds
 
     def lend(self, body_bytes: int, header_bytes: int) -> Lease | None:
@@ -202,7 +212,7 @@ class WorkerProcess:
         try:
             self._link.send(channel.encode(Run(self._number, index, placed)))
         except OSError:
-            # It is dying: the watcher finds this job among the unanswered ones.
+            # It is dying: its end finds this job among the unanswered ones.
             self._free.clear()
         return True
 
@@ -231,23 +241,25 @@ class WorkerProcess:
     def kill(self, why: str) -> None:
         """Kill the process; ``why`` completes "the worker ..."."""
         self._verdict = self._verdict or why
-        if self._process is not None and self._process.returncode is None:
-            self._process.send_signal(signal.SIGKILL)
+        if self._child is not None:
+            self._child.kill()
 
     async def stop(self, limit_s: float = 5.0) -> None:
         """End the process in peace once its jobs are answered; kill it when it takes longer than ``limit_s``."""
         self._stopping = True
-        if self._process is None:
+        child = self._child
+        if child is None:
             return
         deadline = self._loop.time() + limit_s
-        while self._jobs and self._loop.time() < deadline and self._process.returncode is None:
+        while self._jobs and self._loop.time() < deadline and not child.ended.done():
             await asyncio.sleep(0.005)
+        priority.leave(self.pid)
         self._close_link()
         try:
-            await asyncio.wait_for(self._process.wait(), max(0.5, deadline - self._loop.time()))
+            await asyncio.wait_for(asyncio.shield(child.ended), max(0.5, deadline - self._loop.time()))
         except asyncio.TimeoutError:
             self.kill("did not stop")
-            await self._process.wait()
+            await child.ended
 
     def _readable(self) -> None:
         link = self._link
@@ -307,8 +319,7 @@ class WorkerProcess:
             offset = shm.aligned(end)
         return outputs
 
-    async def _watch(self, process: asyncio.subprocess.Process) -> None:
-        code = await process.wait()
+    def _exited(self, code: int) -> None:
         if self._link is not None:
             self._readable()  # answers that it gave before it died
         self._close_link()
