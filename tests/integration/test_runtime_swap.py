@@ -175,6 +175,58 @@ def test_a_picture_that_kills_every_worker_fails_alone_after_a_bound(runtime: Ru
     assert runtime.version("1").failed == 1
 
 
+def hungry_picture() -> np.ndarray:
+    picture = np.zeros((1, 8, 8, 3), np.float32)
+    picture[0, 0, 0, 0] = 1.0
+    return picture
+
+
+SMALL = artifacts.make_contract(peak_memory_bytes=100 << 20)
+
+
+def test_a_worker_that_outgrows_its_contract_is_killed_and_started_again_and_no_request_fails(runtime: Runtime) -> None:
+    runtime.install(runtime.add("1", behaviour="hungry", contract=SMALL))
+    runtime.start()
+    with Load(runtime) as load:
+        status, answer = runtime.infer(hungry_picture())
+        # It may be killed before it answers or after; a picture that outgrows every worker fails alone.
+        assert status == 200 or "outgrew" in answer["error"]
+        until(lambda: runtime.version("1").crashes, what="the worker being killed")
+        until(lambda: runtime.version("1").state == "ready", what="the worker coming back")
+        load.seen("1")
+    clean(load)
+    assert "outgrew its" in runtime.version("1").last_problem
+    assert runtime.version("1").memory_bytes < 200 << 20
+
+
+def test_a_new_version_that_outgrows_its_contract_leaves_the_old_one_answering(runtime: Runtime) -> None:
+    old, new = served(runtime), runtime.add("2", behaviour="hungry", contract=SMALL)
+    with Load(runtime) as load:
+        runtime.client.load(new)
+        runtime.client.switch(new)
+        load.seen("2")
+        before = load.answers["1"]
+        assert runtime.infer(hungry_picture())[0] == 200
+        until(lambda: runtime.version("2").crashes, what="the worker being killed")
+        until(lambda: load.answers["1"] > before, what="the standby answering")
+        runtime.client.switch(old)
+        runtime.client.retire(new)
+        load.seen("1")
+    clean(load)
+
+
+def test_memory_beyond_any_measure_is_refused_to_the_model_at_once(runtime: Runtime) -> None:
+    tiny = artifacts.make_contract(peak_memory_bytes=1 << 20)
+    runtime.install(runtime.add("1", behaviour="hungry", contract=tiny))
+    runtime.start()
+    with Load(runtime) as load:
+        status, answer = runtime.infer(hungry_picture())
+        assert status == 500
+        assert answer["error"]
+        load.seen("1")
+    clean(load)
+
+
 @pytest.mark.parametrize(("behaviour", "reason"), [("crash", "killed by SIGFPE"), ("corrupt", "can't load the model")])
 def test_a_candidate_that_does_not_load_is_refused_with_the_reason_and_nothing_else_happens(
     runtime: Runtime, behaviour: artifacts.Behaviour, reason: str

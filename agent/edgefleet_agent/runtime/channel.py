@@ -13,7 +13,7 @@ MAX_MESSAGE_BYTES = 128 * 1024
 
 class Start(msgspec.Struct, tag=1, array_like=True):
     """front -> worker: what to load. ``config`` is the ModelConfig as JSON, without chunk hashes; ``input_bytes`` and
-    ``answer_bytes`` are a slot's, of which one request commonly touches the first ``touch_bytes``."""
+    ``answer_bytes`` are a slot's, of which one request commonly touches the first ``touch_bytes``; its front kills it above ``memory_bytes``."""
 
     layout: str
     model_digest: str
@@ -25,6 +25,7 @@ class Start(msgspec.Struct, tag=1, array_like=True):
     input_bytes: int
     answer_bytes: int
     touch_bytes: int
+    memory_bytes: int
 
 
 class Run(msgspec.Struct, tag=2, array_like=True):

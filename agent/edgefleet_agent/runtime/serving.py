@@ -12,6 +12,7 @@ from edgefleet_shared import golden
 from edgefleet_shared.artifact import Layout, ModelConfig
 from edgefleet_shared.errors import EngineError
 
+from edgefleet_agent import confinement
 from edgefleet_agent.runtime import channel, engines
 from edgefleet_agent.runtime.channel import Done, Refused, Run, Start
 from edgefleet_agent.runtime.shm import Arena, aligned
@@ -53,6 +54,9 @@ class Serving:
             self.session.run(sample)
         inputs.touch(start.touch_bytes)
         answers.touch(1)
+        # The front looks at resident memory a few times a second; this bounds what a model can take in between. Allocators
+        # reserve more than they touch, hence twice as much.
+        confinement.limit_address_space(start.memory_bytes * 2)
         # What is here now stays; the collector need not look at it again in the middle of a request.
         gc.collect()
         gc.freeze()

@@ -172,7 +172,7 @@ class Switchboard:
         self._pump()
 
     def tick(self) -> None:
-        """Fail requests that waited too long and kill workers that hang. Call a few times a second."""
+        """Fail requests that waited too long and kill workers that hang or outgrew their memory. Call a few times a second."""
         horizon = time.perf_counter_ns() - int(WAIT_LIMIT_S * 1e9)
         for queue in (self._waiting, *(v.waiting for v in self._loaded.values())):
             while queue and queue[0].arrived_ns < horizon:
@@ -181,6 +181,7 @@ class Switchboard:
                 )
         for version in self._loaded.values():
             version.check_hang()
+            version.check_memory()
 
     # --- orders
 

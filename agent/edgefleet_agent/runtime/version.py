@@ -23,6 +23,7 @@ from edgefleet_agent.runtime.protocol import OutputTensor, RequestError
 from edgefleet_agent.runtime.shm import PAGE_BYTES
 from edgefleet_agent.runtime.tensors import NUMPY, element_count
 from edgefleet_agent.runtime.worker_process import Lease, WorkerProcess
+from edgefleet_agent.sandbox import memory_of
 
 log = logging.getLogger("edgefleet.runtime")
 
@@ -32,6 +33,8 @@ MAX_HEAD_BYTES = 1024  # of the JSON before a tensor that is read from the socke
 MIN_SLOT_BYTES, MAX_SLOT_BYTES = 256 * 1024, 64 * 1024 * 1024
 BACKOFF_FIRST_S, BACKOFF_LAST_S = 0.05, 10.0
 HEALTHY_AFTER_S = 30.0  # a worker that lived this long starts the back-off anew
+# A version may need more to serve than its acceptance saw: batches, and what the engine keeps of them.
+MEMORY_SLACK, MEMORY_SLACK_BYTES = 2.0, 64 * 1024 * 1024
 MAX_ATTEMPTS = 3  # a request that killed this many workers is not given to another
 
 
@@ -79,10 +82,14 @@ class Version:
         self._crashes_in_row = 0
         self._started_at = 0.0
         model, golden = manifest.layer(MODEL_LAYER), manifest.layer(GOLDEN_LAYER)
+        answers, inputs = _slot_bytes(config.outputs), _slot_bytes(config.inputs)
+        own = int(config.contract.peak_memory_bytes * MEMORY_SLACK) + MEMORY_SLACK_BYTES
+        # What is resident counts the shared memory too, which the front gave it.
+        self.memory_limit_bytes = own + SLOTS * (inputs + answers)
         plain = msgspec.json.encode(msgspec.structs.replace(config, chunks={}))
         self._start = Start(
             str(layout.root.resolve()), model.digest, model.size, golden.digest, plain, threads,
-            SLOTS, _slot_bytes(config.inputs), _slot_bytes(config.outputs), _picture_bytes(config.inputs) or PAGE_BYTES,
+            SLOTS, inputs, answers, _picture_bytes(config.inputs) or PAGE_BYTES, self.memory_limit_bytes,
         )  # fmt: skip
         # A model's own acceptance says how slow it may be; the rest is a loaded board's.
         self.hang_limit_s = max(10.0, config.contract.latency_p95_ms * 20 / 1000)
@@ -141,6 +148,16 @@ class Version:
         """Kill the worker when a job has been computed for too long; the job is placed again like after any crash."""
         if self._worker is not None and self._worker.oldest_age_s() > self.hang_limit_s:
             self._worker.kill(f"did not answer within {self.hang_limit_s:g} s")
+
+    def check_memory(self) -> None:
+        """Kill the worker when it holds more memory than its artifact's contract leaves it; its jobs are placed again."""
+        if self._worker is None or not self.pid:
+            return
+        resident, _ = memory_of(self.pid)
+        if resident > self.memory_limit_bytes:
+            self._worker.kill(
+                f"outgrew its {self.memory_limit_bytes >> 20} MiB of memory: it held {resident >> 20} MiB"
+            )
 
     def restart_soon(self) -> None:
         """Bring the worker back after a failed start, with back-off."""
