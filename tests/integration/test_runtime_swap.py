@@ -61,6 +61,29 @@ def test_after_the_switch_returned_no_request_is_answered_by_the_old_version(run
     clean(load)
 
 
+def test_two_models_are_served_at_once_by_name_and_by_version(runtime: Runtime) -> None:
+    served(runtime)
+    other = runtime.add("2", model="other")
+    runtime.client.load(other)
+    x = np.full((1, 8, 8, 3), 0.5, np.float32)
+    for path, name, version in (
+        ("/v2/models/toy/infer", "toy", 1),
+        ("/v2/models/other/infer", "other", 2),
+        ("/v2/models/other/versions/2/infer", "other", 2),
+    ):
+        status, answer = runtime.infer(x, path)
+        assert (status, answer["model_name"], answer["model_version"]) == (200, name, str(version))
+        np.testing.assert_allclose(answer["outputs"][0]["data"], artifacts.truth(version, x).ravel(), atol=1e-4)
+    assert runtime.infer(x, "/v2/models/other/versions/1/infer")[0] == 404
+    with Load(
+        runtime
+    ) as load:  # a swap between models: whoever still asks for the old one is answered until it is retired
+        runtime.client.switch(other)
+        load.seen("1")
+    clean(load)
+    assert runtime.infer(x, "/v2/models/other/infer")[1]["model_version"] == "2"
+
+
 def test_loading_does_not_change_what_serves(runtime: Runtime) -> None:
     old, new = served(runtime), runtime.add("2")
     runtime.client.load(new)

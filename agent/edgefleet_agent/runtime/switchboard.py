@@ -1,5 +1,7 @@
 """Stage 8, swap: receives requests and the agent's orders, hands each request to the version that serves.
 
+Requests are computed one by one, in the order they came: putting several into one inference would make the first wait for the last.
+
 Blue-green: the new version's worker is loaded and warm before one pointer moves; the old one stays as *standby* until it is
 retired, and answers at once when the new one's worker dies. In-place, for boards that can't hold both: requests are parked
 while the old worker stops and the new one starts; when the new one fails, the old one is started again.
@@ -77,18 +79,14 @@ class Switchboard:
         return version is self._serving
 
     def find(self, model: str, version: str | None) -> Version:
-        """The version that answers for a model: the pinned one, or the one that serves.
+        """The version that answers for a model: the pinned one, else the one that serves, else another loaded one of that model.
 
         Raises:
             RequestError: 404 when this runtime does not have it.
         """
-        if version is None:
-            if self._serving is not None and self._serving.config.model == model:
-                return self._serving
-        else:
-            for loaded in self.versions():
-                if loaded.config.model == model and loaded.config.version == version:
-                    return loaded
+        for loaded in self.versions():
+            if loaded.config.model == model and version in (None, loaded.config.version):
+                return loaded
         name = model[:200] if version is None else f"{model[:200]} version {version[:200]}"
         raise RequestError(404, f"model {name!r} is not served here")
 
@@ -111,6 +109,8 @@ class Switchboard:
             RequestError: it can't be taken: unknown model, bad tensors, or too many are waiting.
         """
         version = self.find(job.model, job.version)
+        if job.version is None and (self._serving is None or version.config.model != self._serving.config.model):
+            job.version = version.config.version  # another model than the one that is swapped: this version or none
         if not self._place(job):
             protocol.plan(job.request, version.config)  # a bad request need not wait to be told so
             if self.waiting >= MAX_WAITING:
