@@ -1,5 +1,7 @@
 """Stage 8, swap: receives requests and the agent's orders, hands each request to the version that serves.
 
+Requests are computed one by one, in the order they came: putting several into one inference would make the first wait for the last.
+
 Blue-green: the new version's worker is loaded and warm before one pointer moves; the old one stays as *standby* until it is
 retired, and answers at once when the new one's worker dies. In-place, for boards that can't hold both: requests are parked
 while the old worker stops and the new one starts; when the new one fails, the old one is started again.
@@ -22,8 +24,10 @@ from edgefleet_shared.errors import ConflictError, EdgefleetError, NotFoundError
 from edgefleet_agent.runtime import protocol
 from edgefleet_agent.runtime.control import Loaded, Retired, StatusReport, SwapMode, Switched, VersionStatus
 from edgefleet_agent.runtime.job import Job
+from edgefleet_agent.runtime.nursery import Nursery
 from edgefleet_agent.runtime.protocol import RequestError
 from edgefleet_agent.runtime.version import Version, VersionState
+from edgefleet_agent.runtime.worker_process import Lease
 from edgefleet_agent.sandbox import memory_of
 
 log = logging.getLogger("edgefleet.runtime")
@@ -40,10 +44,11 @@ class Switchboard:
     Args:
         layout: the board's artifacts.
         threads: threads of one inference.
+        nursery: what starts their processes.
     """
 
-    def __init__(self, layout: Layout, threads: int) -> None:
-        self._layout, self._threads = layout, threads
+    def __init__(self, layout: Layout, threads: int, nursery: Nursery) -> None:
+        self._layout, self._threads, self._nursery = layout, threads, nursery
         self._loaded: dict[str, Version] = {}
         self._serving: Version | None = None
         self._standby: Version | None = None
@@ -74,20 +79,28 @@ class Switchboard:
         return version is self._serving
 
     def find(self, model: str, version: str | None) -> Version:
-        """The version that answers for a model: the pinned one, or the one that serves.
+        """The version that answers for a model: the pinned one, else the one that serves, else another loaded one of that model.
 
         Raises:
             RequestError: 404 when this runtime does not have it.
         """
-        if version is None:
-            if self._serving is not None and self._serving.config.model == model:
-                return self._serving
-        else:
-            for loaded in self.versions():
-                if loaded.config.model == model and loaded.config.version == version:
-                    return loaded
+        for loaded in self.versions():
+            if loaded.config.model == model and version in (None, loaded.config.version):
+                return loaded
         name = model[:200] if version is None else f"{model[:200]} version {version[:200]}"
         raise RequestError(404, f"model {name!r} is not served here")
+
+    def lend(self, model: str, version: str | None, header_length: str, body_bytes: int) -> Lease | None:
+        """A slot of the worker that would get this request now, for a body that is still coming; None when there is none."""
+        if not (header_length.isdigit() and len(header_length) < 12):
+            return None
+        if version is None:
+            target = self._target() if not self._waiting else None
+        else:
+            target = next((v for v in self._loaded.values() if v.config.version == version), None)
+        if target is None or target.config.model != model:
+            return None
+        return target.lend(body_bytes, int(header_length))
 
     def submit(self, job: Job) -> None:
         """Take a request; exactly one of ``job.answer`` and ``job.failure`` is called, now or later.
@@ -96,6 +109,8 @@ class Switchboard:
             RequestError: it can't be taken: unknown model, bad tensors, or too many are waiting.
         """
         version = self.find(job.model, job.version)
+        if job.version is None and (self._serving is None or version.config.model != self._serving.config.model):
+            job.version = version.config.version  # another model than the one that is swapped: this version or none
         if not self._place(job):
             protocol.plan(job.request, version.config)  # a bad request need not wait to be told so
             if self.waiting >= MAX_WAITING:
@@ -157,7 +172,7 @@ class Switchboard:
         self._pump()
 
     def tick(self) -> None:
-        """Fail requests that waited too long and kill workers that hang. Call a few times a second."""
+        """Fail requests that waited too long and kill workers that hang or outgrew their memory. Call a few times a second."""
         horizon = time.perf_counter_ns() - int(WAIT_LIMIT_S * 1e9)
         for queue in (self._waiting, *(v.waiting for v in self._loaded.values())):
             while queue and queue[0].arrived_ns < horizon:
@@ -166,6 +181,7 @@ class Switchboard:
                 )
         for version in self._loaded.values():
             version.check_hang()
+            version.check_memory()
 
     # --- orders
 
@@ -190,7 +206,7 @@ class Switchboard:
                 version.state = VersionState.PREPARED
                 self._loaded[manifest] = version
                 return Loaded(manifest=manifest, mode="in-place", why=why)
-            await version.start()
+            await version.start(aside=self.ready)
             self._loaded[manifest] = version
             return _loaded(version, "blue-green", why)
 
@@ -308,6 +324,7 @@ class Switchboard:
             config,
             self._layout,
             self._threads,
+            self._nursery,
             on_room=self._pump,
             on_orphans=self._orphans,
             on_refused=self._refused,
