@@ -22,10 +22,11 @@ from edgefleet_shared.artifact import MODEL_LAYER, Layout, ModelConfig
 from edgefleet_shared.errors import ConflictError, EdgefleetError, NotFoundError
 
 from edgefleet_agent.runtime import protocol
-from edgefleet_agent.runtime.control import Loaded, Retired, StatusReport, SwapMode, Switched, VersionStatus
+from edgefleet_agent.runtime.control import Loaded, Retired, Shadowing, StatusReport, SwapMode, Switched, VersionStatus
 from edgefleet_agent.runtime.job import Job
 from edgefleet_agent.runtime.nursery import Nursery
 from edgefleet_agent.runtime.protocol import RequestError
+from edgefleet_agent.runtime.shadow import Shadow
 from edgefleet_agent.runtime.version import Version, VersionState
 from edgefleet_agent.runtime.worker_process import Lease
 from edgefleet_agent.sandbox import memory_of
@@ -52,6 +53,7 @@ class Switchboard:
         self._loaded: dict[str, Version] = {}
         self._serving: Version | None = None
         self._standby: Version | None = None
+        self._shadow: Shadow | None = None
         self._waiting: deque[Job] = deque()
         self._parked = False
         self._order = asyncio.Lock()  # one load, switch or retire at a time
@@ -225,6 +227,7 @@ class Switchboard:
             previous = old.manifest if old is not None else None
             if version is old:
                 return Switched(manifest=manifest, previous=previous, mode="blue-green")
+            self._unfollow()
             if version.state is VersionState.PREPARED:
                 parked_ms = await self._switch_in_place(version, old)
                 return Switched(manifest=manifest, previous=previous, mode="in-place", parked_ms=parked_ms)
@@ -239,6 +242,36 @@ class Switchboard:
             if forgotten is not None and forgotten is not version:
                 await self._drop(forgotten)
             return Switched(manifest=manifest, previous=previous, mode="blue-green")
+
+    async def shadow(self, manifest: str) -> Shadowing:
+        """Let a loaded artifact follow what serves.
+
+        Raises:
+            NotFoundError: not loaded. ConflictError: it serves, nothing serves, or it has no worker beside what serves.
+        """
+        async with self._order:
+            version, serving = self._loaded.get(manifest), self._serving
+            if version is None:
+                raise NotFoundError(f"{manifest} is not loaded", hint="load it first")
+            if serving is None or version is serving:
+                raise ConflictError("there is nothing that it could follow" if serving is None else "it serves")
+            if version.state is not VersionState.READY:
+                raise ConflictError(f"{version.config.version} is {version.state.value}", hint=version.last_problem)
+            if _signature(version.config) != _signature(serving.config):
+                raise ConflictError("it takes and gives other tensors than what serves")
+            self._unfollow()
+            self._shadow = Shadow(version)
+            version.on_computed = self._shadow.timed
+            serving.follow(self._shadow)
+            return Shadowing(manifest, serving.manifest)
+
+    def _unfollow(self) -> None:
+        if self._shadow is None:
+            return
+        self._shadow.candidate.on_computed = lambda compute_ns: None
+        for version in self._loaded.values():
+            version.follow(None)
+        self._shadow = None
 
     async def retire(self, manifest: str) -> Retired:
         """Drain and stop a version that does not serve.
@@ -310,6 +343,8 @@ class Switchboard:
             old.restart_soon()
 
     async def _drop(self, version: Version) -> None:
+        if self._shadow is not None and version is self._shadow.candidate:
+            self._unfollow()
         self._loaded.pop(version.manifest, None)
         if version is self._standby:
             self._standby = None
@@ -384,7 +419,12 @@ class Switchboard:
             pid=os.getpid(),
             memory_bytes=memory_of(os.getpid())[0],
             uptime_s=time.monotonic() - self._began,
+            shadow=self._shadow.figures() if self._shadow else None,
         )
+
+
+def _signature(config: ModelConfig) -> tuple[object, ...]:
+    return (config.model, config.inputs, config.outputs)
 
 
 def _loaded(version: Version, mode: Literal["blue-green", "in-place"], why: str) -> Loaded:

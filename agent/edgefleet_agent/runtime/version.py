@@ -20,6 +20,7 @@ from edgefleet_agent.runtime.job import Job
 from edgefleet_agent.runtime.metrics import Figures
 from edgefleet_agent.runtime.nursery import Nursery
 from edgefleet_agent.runtime.protocol import OutputTensor, RequestError
+from edgefleet_agent.runtime.shadow import Shadow
 from edgefleet_agent.runtime.shm import PAGE_BYTES
 from edgefleet_agent.runtime.tensors import NUMPY, element_count
 from edgefleet_agent.runtime.worker_process import Lease, WorkerProcess
@@ -78,6 +79,8 @@ class Version:
         self._nursery = nursery
         self._on_room, self._on_orphans, self._on_refused = on_room, on_orphans, on_refused
         self._worker: WorkerProcess | None = None
+        self._shadow: Shadow | None = None
+        self.on_computed: Callable[[int], None] = lambda compute_ns: None
         self._restart: asyncio.Task[None] | None = None
         self._crashes_in_row = 0
         self._started_at = 0.0
@@ -109,6 +112,12 @@ class Version:
     @property
     def has_room(self) -> bool:
         return self.state is VersionState.READY and self._worker is not None and self._worker.has_room
+
+    def follow(self, shadow: Shadow | None) -> None:
+        """Have a candidate follow what this version is asked, or none any more."""
+        self._shadow = shadow
+        if self._worker is not None:
+            self._worker.shadow = shadow
 
     async def start(self, *, aside: bool = False) -> Ready:
         """Start a worker and wait until it is warm.
@@ -188,6 +197,7 @@ class Version:
             on_free=self._on_room,
             on_end=lambda problem, jobs: self._ended(worker, problem, jobs),
         )
+        worker.shadow = self._shadow
         self._worker = worker
         try:
             return await worker.start(self.config.contract.time_limit_s, aside=aside)
@@ -206,8 +216,13 @@ class Version:
         job.answer(self.config.model, self.config.version, outputs)
         # Counted while the answer is on its way.
         self.figures.answered(latency_ns, max(0, latency_ns - compute_ns), compute_ns)
+        self.on_computed(compute_ns)
+        if self._shadow is not None:
+            self._shadow.answered(job, outputs, compute_ns)
 
     def _refused(self, job: Job, message: str) -> None:
+        if self._shadow is not None:
+            self._shadow.lost(job)
         self.figures.refused()
         self._on_refused(self, job, RequestError(500, message))
 
@@ -216,6 +231,9 @@ class Version:
             log.error(
                 "worker_ended", extra={"digest": self.manifest, "problem": problem, "unanswered": len(unanswered)}
             )
+        if self._shadow is not None:
+            for job in unanswered:
+                self._shadow.lost(job)
         if unanswered:
             # Only the oldest was being computed; the others merely stood behind it.
             unanswered[0].attempts += 1

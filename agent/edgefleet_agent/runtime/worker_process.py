@@ -16,6 +16,7 @@ from edgefleet_agent.runtime.channel import Done, Failed, Ready, Refused, Run, S
 from edgefleet_agent.runtime.job import Job
 from edgefleet_agent.runtime.nursery import Child, Nursery
 from edgefleet_agent.runtime.protocol import InputTensor, OutputTensor, RequestError
+from edgefleet_agent.runtime.shadow import Shadow
 from edgefleet_agent.runtime.tensors import NUMPY, element_count
 from edgefleet_agent.sandbox import describe_exit
 
@@ -90,6 +91,7 @@ class WorkerProcess:
         self._buffer = memoryview(bytearray(channel.MAX_MESSAGE_BYTES))  # recv() would map as much for every message
         self._stopping = False
         self._verdict = ""  # why this side killed it, if it did
+        self.shadow: Shadow | None = None  # follows what this worker is asked
 
     @property
     def pid(self) -> int:
@@ -214,6 +216,8 @@ class WorkerProcess:
         except OSError:
             # It is dying: its end finds this job among the unanswered ones.
             self._free.clear()
+        if self.shadow is not None:  # while the worker computes
+            self.shadow.sent(job, self._inputs.slots[index], placed)
         return True
 
     def _copy(self, tensors: list[InputTensor], slot: memoryview) -> list[tuple[int, tuple[int, ...]]]:
