@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import NamedTuple
 
 from edgefleet_shared.errors import EdgefleetError
 from edgefleet_shared.files import DISK
 from edgefleet_shared.messages import Health
 
+from edgefleet_agent import sensors
 from edgefleet_agent.ports import ModelServer
+from edgefleet_agent.power import PowerMeter, Scope, watts
 from edgefleet_agent.runtime.control import StatusReport
 
 # After commit: this many crashes of the engine's process between two looks at its health mean that it regressed.
@@ -53,22 +56,46 @@ class CrashWatch:
         return serving.manifest, f"the engine's process ended {crashed} times: {serving.last_problem}"
 
 
+class Used(NamedTuple):
+    """Between two looks: mean power, and the energy that came to each request, idling included."""
+
+    watts: float | None
+    joules_per_request: float | None
+
+
+class EnergyMeter:
+    """Power and energy per request between two looks."""
+
+    def __init__(self, meter: PowerMeter | None = None) -> None:
+        self._meter = meter or PowerMeter()
+        self._before = self._meter.look()
+        self._requests: int | None = None
+
+    @property
+    def scope(self) -> Scope | None:
+        return self._meter.scope
+
+    def since_last_look(self, requests: int | None) -> Used | None:
+        """None where nothing measures.
+
+        Args:
+            requests: answered so far by the runtime; None when it does not answer.
+        """
+        before, self._before = self._before, self._meter.look()
+        counted, self._requests = self._requests, requests
+        if before is None or self._before is None:
+            return None
+        joules = self._before.joules - before.joules
+        # A runtime that started again counts from 0.
+        served = requests - counted if requests is not None and counted is not None else 0
+        return Used(watts(before, self._before), joules / served if served > 0 else None)
+
+
 def memory_available_bytes(source: Path = Path("/proc/meminfo")) -> int | None:
     for line in source.read_text().splitlines():
         if line.startswith("MemAvailable:"):
             return int(line.split()[1]) * 1024
     return None
-
-
-def celsius(root: Path = Path("/sys/class/thermal")) -> float | None:
-    """The hottest thermal zone; None where there is none."""
-    found = []
-    for zone in sorted(root.glob("thermal_zone*/temp")):
-        try:
-            found.append(int(zone.read_text()) / 1000)
-        except (OSError, ValueError):
-            continue  # a sensor that is switched off
-    return max(found, default=None)
 
 
 def disk_free_bytes(folder: Path) -> int | None:
@@ -79,7 +106,14 @@ def disk_free_bytes(folder: Path) -> int | None:
         return None
 
 
-def measure(state: Path, client: ModelServer, meter: CpuMeter) -> tuple[Health, StatusReport | None]:
+class Meters:
+    """What is measured from one look to the next."""
+
+    def __init__(self) -> None:
+        self.cpu, self.energy = CpuMeter(), EnergyMeter()
+
+
+def measure(state: Path, client: ModelServer, meters: Meters) -> tuple[Health, StatusReport | None]:
     """One set of figures, and the runtime's status behind them (None when it does not answer)."""
     status: StatusReport | None
     try:
@@ -87,6 +121,7 @@ def measure(state: Path, client: ModelServer, meter: CpuMeter) -> tuple[Health, 
     except EdgefleetError:
         status = None
     serving = next((v for v in status.versions if v.serving), None) if status else None
+    used = meters.energy.since_last_look(sum(v.requests for v in status.versions) if status else None)
     return Health(
         model=serving.model if serving else "",
         version=serving.version if serving else "",
@@ -95,9 +130,13 @@ def measure(state: Path, client: ModelServer, meter: CpuMeter) -> tuple[Health, 
         crashes=serving.crashes if serving else 0,
         p50_ms=serving.p50_ms if serving else None,
         p95_ms=serving.p95_ms if serving else None,
-        cpu_share=meter.share(),
+        cpu_share=meters.cpu.share(),
         memory_available_bytes=memory_available_bytes(),
         disk_free_bytes=disk_free_bytes(state),
-        celsius=celsius(),
+        celsius=sensors.hottest_celsius(),
+        throttled=sensors.throttled(),
+        watts=used.watts if used else None,
+        joules_per_request=used.joules_per_request if used else None,
+        power_scope=meters.energy.scope,
         runtime_up=status is not None,
     ), status

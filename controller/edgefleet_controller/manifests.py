@@ -65,7 +65,9 @@ class Budgets(_Strict):
     latency_p95_ms: Milliseconds
     memory_bytes: Bytes = Field(description="peak of the process that holds engine and model")
     size_bytes: Bytes | None = Field(default=None, description="of the compiled model")
-    power_watts: Annotated[float, Field(gt=0)] | None = None
+    power_watts: Annotated[float, Field(gt=0)] | None = Field(
+        default=None, description="mean of the whole board while it infers; judged on boards that measure their power"
+    )
 
 
 class Accuracy(_Strict):

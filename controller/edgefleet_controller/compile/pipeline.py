@@ -357,6 +357,7 @@ def contract(version: ModelVersion, device_class: DeviceClass, target: Target) -
         peak_memory_bytes=budgets.memory_bytes,
         allowed_providers=tuple(own.allowed_providers or target.providers),
         max_celsius=own.max_celsius,
+        max_watts=budgets.power_watts,
         min_golden=min(limits.min_golden if own.min_golden is None else own.min_golden, version.golden.count),
         warmup_runs=own.warmup_runs,
         timed_runs=own.timed_runs,
