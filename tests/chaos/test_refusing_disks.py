@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 from chaos import faults
-from chaos.board import Agent, SimulatedRuntime, Story, check_end
+from chaos.board import Agent, Examiner, SimulatedRuntime, Story, check_end
 from chaos.faults import FaultRunner
 from chaos.stories import came_to, depot, enrolment, play, stories
 from edgefleet_shared import atomic
-from edgefleet_shared.errors import ConflictError
+from edgefleet_shared.errors import ConflictError, EnvironmentProblem
 from edgefleet_shared.outcomes import Outcome
 from support.disk import NAME_BYTES, MemoryDisk
 
@@ -89,3 +89,30 @@ def test_a_deadline_may_pass_at_any_moment_also_with_the_last_chunk(turns: int) 
     agent.clock.elapsed += 100.0
     agent.run()
     check_end(agent)
+
+
+@pytest.mark.parametrize("question", ["check", "accept"])
+@pytest.mark.parametrize("times", [2, 3])
+def test_a_board_that_can_start_no_child_tries_again_and_at_last_says_that_nothing_changed(
+    monkeypatch: pytest.MonkeyPatch, question: str, times: int
+) -> None:
+    answer, asked = getattr(Examiner, question), []
+
+    def refuse(self: Examiner, *arguments: object) -> object:
+        asked.append(arguments)
+        if len(asked) <= times:
+            raise EnvironmentProblem("can't run a child: Resource temporarily unavailable")
+        return answer(self, *arguments)
+
+    monkeypatch.setattr(Examiner, question, refuse)
+    ends = {"3": (Outcome.SUCCEEDED,)} if times == 2 else {"1": (Outcome.FAILED_NO_CHANGE,)}
+    story = Story("no child", came_to("1"), (depot().assign("3"),), ends)
+    agent = play(story)
+    check_end(agent)
+    assert any("Resource temporarily unavailable" in problem for problem in agent.wire.problems)
+
+
+def test_a_bug_in_a_job_ends_the_loop_and_so_counts_against_its_state(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Examiner, "check", lambda *arguments: 1 // 0)
+    with pytest.raises(ZeroDivisionError):
+        play(Story("bug", came_to("1"), (depot().assign("3"),), {}))
