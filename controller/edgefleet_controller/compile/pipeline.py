@@ -40,6 +40,7 @@ from edgefleet_shared.artifact import (
     Descriptor,
     Layout,
     ModelConfig,
+    PowerProfile,
     build,
     digest_file,
 )
@@ -318,6 +319,7 @@ class _Job:
             contract=contract(version, self._class, self._target),
             encoding=version.encoding,
             swap=spec.swap,
+            power=PowerProfile(governor=spec.power.governor or "", max_clock_mhz=spec.power.max_clock_mhz or 0),
         )
 
     def _log(self, request: dict[str, Any]) -> Path:
