@@ -105,7 +105,7 @@ _stories: list = []
 PARTS: tuple[tuple[str, Callable[[int], Count], Callable[[], Sequence[int]]], ...] = (
     ("planted mistakes", mistakes, lambda: range(len(MISTAKES) + len(ENROLMENT_MISTAKES))),
     ("second cuts", second_cuts, lambda: range(len(stories()))),
-    ("kills, then cuts", kills, lambda: range(len(stories()))),
+    ("kills then cuts", kills, lambda: range(len(stories()))),
     ("enrolment", enrolments, lambda: (3,)),
     ("cuts", cuts, lambda: range(len(_every()))),
     ("disks that refuse", refusals, lambda: range(len(stories()))),

@@ -20,16 +20,16 @@ from support.disk import NAME_BYTES, MemoryDisk
 @pytest.mark.parametrize("story", stories(), ids=lambda story: story.name)
 def test_a_disk_that_refuses_costs_at_most_the_candidate(story: Story) -> None:
     runner = FaultRunner(depot())
-    runner.every_operation(story, every=37)
+    runner.every_operation(story, every=61)
     assert runner.failures == []
-    assert runner.faults > 20
+    assert runner.faults > 10
 
 
 def test_a_disk_that_is_full_at_any_step_costs_at_most_the_candidate() -> None:
     runner = FaultRunner(depot())
     runner.every_capacity(next(s for s in stories() if s.name == "install"), step_bytes=8 * NAME_BYTES)
     assert runner.failures == []
-    assert runner.faults > 20
+    assert runner.faults > 10
 
 
 def test_a_refusal_that_is_not_heeded_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,7 +78,7 @@ def test_every_kind_of_change_occurs_in_the_stories() -> None:
     assert {line.split()[0] for line in disk.log} == {"create", "write", "fsync", "rename", "mkdir"}
 
 
-@pytest.mark.parametrize("turns", range(60))
+@pytest.mark.parametrize("turns", range(24))
 def test_a_deadline_may_pass_at_any_moment_also_with_the_last_chunk(turns: int) -> None:
     desired = (depot().assign("3", timeout_s=50),)
     story = Story("deadline", came_to("1"), desired, {"3": (Outcome.SUCCEEDED,), "1": (Outcome.TIMED_OUT,)})
