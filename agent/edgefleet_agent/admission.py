@@ -22,7 +22,7 @@ from edgefleet_shared.messages import Body, Ended, OutcomeTold, Refused
 from edgefleet_shared.outcomes import Outcome
 
 from edgefleet_agent import verify
-from edgefleet_agent.inbox import AdmissionDone
+from edgefleet_agent.inbox import AdmissionDone, JobBroke
 from edgefleet_agent.journal import Keeper
 from edgefleet_agent.ports import Ports
 from edgefleet_agent.settings import Settings
@@ -48,7 +48,7 @@ class Admissions:
 
     Args:
         tell: puts an event into the spool.
-        put: the inbox, for :class:`AdmissionDone`.
+        put: the inbox.
         problem: notes (what, why) when the board can't do its part, (what, "") when it can again.
     """
 
@@ -61,7 +61,7 @@ class Admissions:
         ports: Ports,
         *,
         tell: Callable[[Body], None],
-        put: Callable[[AdmissionDone], None],
+        put: Callable[[AdmissionDone | JobBroke], None],
         problem: Callable[[str, str], None],
     ) -> None:
         self._state, self._settings, self._board = state, settings, board
@@ -156,6 +156,9 @@ class Admissions:
                 )  # fmt: skip
             except (verify.Refusal, EdgefleetError) as exc:
                 result = exc
+            except Exception as exc:  # noqa: BLE001 - raised again by the loop
+                self._put(JobBroke(exc))
+                return
             self._put(AdmissionDone(digest, result))
 
         self._ports.spawn("admit", ask)

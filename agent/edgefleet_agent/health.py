@@ -38,6 +38,24 @@ class CpuMeter:
         return sum(fields) - fields[3] - fields[4], sum(fields)
 
 
+class CrashWatch:
+    """Whether the engine of what serves keeps dying, from the runtime's counters."""
+
+    def __init__(self) -> None:
+        self._seen: tuple[str, int] | None = None
+
+    def look(self, status: StatusReport | None) -> tuple[str, str] | None:
+        """(manifest, why) when it ended :data:`REGRESSION_CRASHES` times or more since the last look, else None."""
+        serving = next((v for v in status.versions if v.serving), None) if status else None
+        if serving is None:
+            return None
+        before, self._seen = self._seen, (serving.manifest, serving.crashes)
+        if before is None or before[0] != serving.manifest or serving.crashes - before[1] < REGRESSION_CRASHES:
+            return None
+        crashed = serving.crashes - before[1]
+        return serving.manifest, f"the engine's process ended {crashed} times: {serving.last_problem}"
+
+
 class Used(NamedTuple):
     """Between two looks: mean power, and the energy that came to each request, idling included."""
 
@@ -71,24 +89,6 @@ class EnergyMeter:
         # A runtime that started again counts from 0.
         served = requests - counted if requests is not None and counted is not None else 0
         return Used(watts(before, self._before), joules / served if served > 0 else None)
-
-
-class CrashWatch:
-    """Whether the engine of what serves keeps dying, from the runtime's counters."""
-
-    def __init__(self) -> None:
-        self._seen: tuple[str, int] | None = None
-
-    def look(self, status: StatusReport | None) -> tuple[str, str] | None:
-        """(manifest, why) when it ended :data:`REGRESSION_CRASHES` times or more since the last look, else None."""
-        serving = next((v for v in status.versions if v.serving), None) if status else None
-        if serving is None:
-            return None
-        before, self._seen = self._seen, (serving.manifest, serving.crashes)
-        if before is None or before[0] != serving.manifest or serving.crashes - before[1] < REGRESSION_CRASHES:
-            return None
-        crashed = serving.crashes - before[1]
-        return serving.manifest, f"the engine's process ended {crashed} times: {serving.last_problem}"
 
 
 def memory_available_bytes(source: Path = Path("/proc/meminfo")) -> int | None:

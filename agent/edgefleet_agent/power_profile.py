@@ -81,7 +81,7 @@ def _before(policies: list[Path], kept: Path) -> dict[str, Before]:
     fresh = {p.name: Before(_text(p / _GOVERNOR), _khz(p / _CLOCK)) for p in policies if p.name not in known}
     if fresh:
         known = known | fresh
-        kept.parent.mkdir(parents=True, exist_ok=True)
+        atomic.make_folder(kept.parent)
         atomic.write(kept, msgspec.json.encode(known))
     return known
 

@@ -1,5 +1,7 @@
 """``make chaos``: everything, as long as it takes. Its last line is ``states N, faults N, failures N``; it ends with 1 when anything failed.
 
+``python -m chaos cuts 'full disks'`` runs single parts by their names; without names, all.
+
 A state is a disk as a cut or a kill can leave it, told apart by content, from which the agent recovered and was judged. A fault is
 an operation that was made to fail, a disk that was full, or a real process that was killed.
 """
@@ -8,7 +10,6 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
 import sys
 import tempfile
 import time
@@ -104,7 +105,7 @@ _stories: list = []
 PARTS: tuple[tuple[str, Callable[[int], Count], Callable[[], Sequence[int]]], ...] = (
     ("planted mistakes", mistakes, lambda: range(len(MISTAKES) + len(ENROLMENT_MISTAKES))),
     ("second cuts", second_cuts, lambda: range(len(stories()))),
-    ("kills, then cuts", kills, lambda: range(len(stories()))),
+    ("kills then cuts", kills, lambda: range(len(stories()))),
     ("enrolment", enrolments, lambda: (3,)),
     ("cuts", cuts, lambda: range(len(_every()))),
     ("disks that refuse", refusals, lambda: range(len(stories()))),
@@ -112,22 +113,23 @@ PARTS: tuple[tuple[str, Callable[[int], Count], Callable[[], Sequence[int]]], ..
 )
 
 
-def real_processes() -> Iterator[tuple[str, Count]]:
+REAL = ("real kills", "real disks that refuse", "real full disks")
+
+
+def real_processes(wanted: Sequence[str]) -> Iterator[tuple[str, Count]]:
     """The parts with the real agent, one after the other on one board."""
     with tempfile.TemporaryDirectory(prefix="edgefleet-chaos-") as folder:
         trial = processes.Trial(Path(folder))
         try:
             with trial.board() as board:
-                yield "real kills", _counted(trial, lambda: processes.kill_at_random(trial, board, KILLS, SEED))
-                if processes.has_strace():
+                kills, refusals, full = REAL
+                if kills in wanted:
+                    yield kills, _counted(trial, lambda: processes.kill_at_random(trial, board, KILLS, SEED))
+                if refusals in wanted and processes.has_strace():
                     cases = processes.refusals(WHENS)
-                    yield (
-                        "real disks that refuse",
-                        _counted(trial, lambda: processes.disks_that_refuse(trial, board, cases)),
-                    )
-                if processes.may_mount():
-                    free = list(FREE_BYTES)
-                    yield "real full disks", _counted(trial, lambda: processes.full_disks(trial, board, free))
+                    yield refusals, _counted(trial, lambda: processes.disks_that_refuse(trial, board, cases))
+                if full in wanted and processes.may_mount():
+                    yield full, _counted(trial, lambda: processes.full_disks(trial, board, list(FREE_BYTES)))
         finally:
             trial.close()
 
@@ -138,7 +140,12 @@ def _counted(trial: processes.Trial, part: Callable[[], None]) -> Count:
     return Count(0, 0, trial.faults - faults, tuple(trial.failures[failures:]))
 
 
-def main() -> int:
+def main(wanted: Sequence[str]) -> int:
+    names = [name for name, _, _ in PARTS] + list(REAL)
+    if unknown := set(wanted) - set(names):
+        print(f"no such part: {', '.join(sorted(unknown))}; there are: {', '.join(names)}", file=sys.stderr)
+        return 2
+    wanted = wanted or names
     logging.disable(logging.CRITICAL)
     results: list[Count] = []
 
@@ -150,16 +157,16 @@ def main() -> int:
             print(f"    {failure}", flush=True)
 
     with ProcessPoolExecutor(max_workers=os.cpu_count()) as pool:
-        for name, part, numbers in PARTS:
+        for name, part, numbers in (row for row in PARTS if row[0] in wanted):
             began = time.monotonic()
             counts = list(pool.map(part, numbers()))
             tell(name, Count(*(sum(column) for column in list(zip(*counts, strict=True))[:3]),
                              tuple(f for count in counts for f in count.failures)), began)  # fmt: skip
     began = time.monotonic()
-    for name, count in real_processes():
+    for name, count in real_processes(wanted) if set(wanted) & set(REAL) else ():
         tell(name, count, began)
         began = time.monotonic()
-    if not shutil.which("strace"):
+    if REAL[1] in wanted and not processes.has_strace():
         print("strace is not installed: the real agent was not tried on disks that refuse")
     failures = sum(len(count.failures) for count in results)
     print(f"states {sum(c.states for c in results)}, faults {sum(c.faults for c in results)}, failures {failures}")
@@ -167,4 +174,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -23,6 +23,7 @@ ALLOWED = {
     "edgefleet_shared/atomic.py": {"os.open", "os.ftruncate", "os.pwrite"},  # the lock
     "edgefleet_agent/runtime/control_server.py": {".unlink"},
     "edgefleet_agent/runtime/control.py": {"os.open"},  # O_PATH
+    "edgefleet_agent/power_profile.py": {".write_text"},  # sysfs, which is the kernel and no disk
     "edgefleet_agent/runtime/shm.py": {"import mmap", "os.ftruncate"},  # memory, no file of the board
     "edgefleet_agent/confinement.py": {"os.open"},  # O_PATH
 }
