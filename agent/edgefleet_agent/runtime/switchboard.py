@@ -84,6 +84,9 @@ class Switchboard:
         Raises:
             RequestError: 404 when this runtime does not have it.
         """
+        serving = self._serving
+        if serving is not None and serving.config.model == model and version in (None, serving.config.version):
+            return serving
         for loaded in self.versions():
             if loaded.config.model == model and version in (None, loaded.config.version):
                 return loaded
