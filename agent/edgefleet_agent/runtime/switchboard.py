@@ -15,13 +15,12 @@ import logging
 import os
 import time
 from collections import deque
-from pathlib import Path
 from typing import Literal
 
-from edgefleet_shared.artifact import MODEL_LAYER, Layout, ModelConfig
+from edgefleet_shared.artifact import MODEL_LAYER, Layout
 from edgefleet_shared.errors import ConflictError, EdgefleetError, NotFoundError
 
-from edgefleet_agent.runtime import protocol
+from edgefleet_agent.runtime import protocol, swap_mode
 from edgefleet_agent.runtime.control import Loaded, Retired, StatusReport, SwapMode, Switched, VersionStatus
 from edgefleet_agent.runtime.job import Job
 from edgefleet_agent.runtime.nursery import Nursery
@@ -34,8 +33,6 @@ log = logging.getLogger("edgefleet.runtime")
 
 MAX_WAITING = 1024  # requests without a worker; their bodies are bounded by the front
 WAIT_LIMIT_S = 60.0  # how long a request may wait for one
-MEMORY_MARGIN = 1.1  # blue-green needs the new model's peak and a little
-MEMORY_RESERVE_BYTES = 32 * 1024 * 1024
 
 
 class Switchboard:
@@ -203,7 +200,7 @@ class Switchboard:
                     )
                 return _loaded(present, "blue-green", "it was loaded already")
             version = self._open(manifest)
-            chosen, why = self._choose_mode(version.config, mode)
+            chosen, why = swap_mode.choose(version.config, mode, self._serving is not None)
             if chosen == "in-place":
                 await asyncio.to_thread(self._layout.check, self._layout.manifest(manifest).layer(MODEL_LAYER))
                 version.state = VersionState.PREPARED
@@ -333,20 +330,6 @@ class Switchboard:
             on_refused=self._refused,
         )
 
-    def _choose_mode(self, config: ModelConfig, mode: SwapMode) -> tuple[Literal["blue-green", "in-place"], str]:
-        if self._serving is None:
-            return "blue-green", "nothing serves yet"
-        for wanted, by in ((mode, "the caller"), (config.swap, "the device class")):
-            if wanted == "in-place":
-                return "in-place", f"{by} wants it"
-            if wanted == "blue-green":
-                return "blue-green", f"{by} wants it"
-        needed = int(config.contract.peak_memory_bytes * MEMORY_MARGIN) + MEMORY_RESERVE_BYTES
-        free = available_memory_bytes()
-        if free >= needed:
-            return "blue-green", f"{free} bytes are free, {needed} are needed"
-        return "in-place", f"only {free} bytes are free, {needed} are needed"
-
     # --- status
 
     def status(self) -> StatusReport:
@@ -400,16 +383,3 @@ def _loaded(version: Version, mode: Literal["blue-green", "in-place"], why: str)
         load_ms=version.ready.load_ms,
         first_ms=version.ready.first_ms,
     )
-
-
-def available_memory_bytes() -> int:
-    """Memory that a new process could use: the machine's, or what the control group leaves when that is less."""
-    fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-    free = int(fields["MemAvailable"].split()[0]) * 1024
-    try:
-        group = Path("/proc/self/cgroup").read_text().strip().rpartition(":")[2]
-        folder = Path("/sys/fs/cgroup") / group.lstrip("/")
-        limit, used = (folder / "memory.max").read_text().strip(), (folder / "memory.current").read_text()
-    except OSError:
-        return free
-    return free if limit == "max" else min(free, max(0, int(limit) - int(used)))
