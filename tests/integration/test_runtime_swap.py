@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -140,6 +142,26 @@ def test_a_worker_that_loads_stands_aside_for_what_serves_and_serves_in_the_firs
     pid = runtime.version("2").pid
     assert {policy_of(int(thread.name)) for thread in Path(f"/proc/{pid}/task").iterdir()} == {0}
     assert policy_of(serving) == 0
+
+
+WITHOUT_RIGHTS = """
+import os
+os.setgid(65534)
+os.setuid(65534)
+from edgefleet_agent.runtime import priority
+priority.step_back(0)
+stood = os.sched_getscheduler(0)
+priority.come_forward(os.getpid())
+print(stood == os.SCHED_BATCH, os.sched_getscheduler(0) == os.SCHED_OTHER)
+"""
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="giving rights up needs root")
+def test_without_the_right_to_come_back_a_worker_stands_aside_only_as_far_as_it_can_return(tmp_path: Path) -> None:
+    # The interpreter's own folders need not be readable for that user.
+    early = "import contextlib, pathlib, resource, edgefleet_agent.runtime.priority\n" + WITHOUT_RIGHTS
+    told = subprocess.run([sys.executable, "-c", early], capture_output=True, text=True, check=True, cwd=tmp_path.root)
+    assert told.stdout.split() == ["True", "True"]
 
 
 def children_of(pid: int) -> list[int]:
