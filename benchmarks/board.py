@@ -187,7 +187,9 @@ class Load:
         here = multiprocessing.get_context("spawn")
         self._halt, self._samples = here.Event(), here.SimpleQueue()
         begun = here.Event()
-        self._process = here.Process(target=_send, args=(path, model, answers, begun, self._halt, self._samples))
+        self._process = here.Process(
+            target=_send, args=(path, model, answers, begun, self._halt, self._samples), daemon=True
+        )
         self._process.start()
         begun.wait(60)
 
