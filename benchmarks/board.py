@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 import platform
 import socket
 import subprocess
@@ -20,6 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # read when the library is loaded
 import onnxruntime
 from edgefleet_agent import slots
 from edgefleet_agent.runtime.control import RuntimeClient, short_path, socket_path
@@ -184,7 +187,9 @@ class Load:
         here = multiprocessing.get_context("spawn")
         self._halt, self._samples = here.Event(), here.SimpleQueue()
         begun = here.Event()
-        self._process = here.Process(target=_send, args=(path, model, answers, begun, self._halt, self._samples))
+        self._process = here.Process(
+            target=_send, args=(path, model, answers, begun, self._halt, self._samples), daemon=True
+        )
         self._process.start()
         begun.wait(60)
 

@@ -76,10 +76,10 @@ class Ways:
             [sys.executable, "-m", "edgefleet_agent.runtime.grpc_gateway", "--state", str(self._folder), "--listen", "127.0.0.1:0"],
             stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
         )  # fmt: skip
-        self._closing += [process.terminate, process.wait]
+        self._closing += [process.wait, process.terminate]  # closed from the end
         assert process.stdout is not None
         channel = grpc.insecure_channel(process.stdout.readline().removeprefix("listening at ").strip())
-        self._closing.insert(0, channel.close)
+        self._closing.append(channel.close)
         call, request = peers.bare_call(channel), peers.infer_request(self._kind, PICTURE)
         return lambda: call(request, timeout=60)
 

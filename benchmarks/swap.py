@@ -23,7 +23,7 @@ from edgefleet_shared.errors import EdgefleetError
 from frame import Row, finish, quantile
 
 MODEL = "conv"
-QUIET_S = 0.6  # steady load before each swap
+QUIET_S = 0.3  # steady load before each swap
 BAD_EVERY = 10
 SIZES_MB = (4, 100)
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -48,6 +50,26 @@ def test_many_hot_swaps_under_load_fail_no_request_and_mislabel_no_answer(runtim
     assert {v.version for v in runtime.status().versions} == {"6"}
     assert set(load.answers) == {"1", "2", "3", "4", "5", "6"}
     assert runtime.status().failed == 0
+
+
+def test_a_request_that_comes_while_the_model_is_loaded_at_the_start_waits(runtime: Runtime) -> None:
+    digest = runtime.add("1", content=artifacts.onnx_model(1, padding_bytes=60_000_000))
+    runtime.install(digest)
+    runtime.start(ready=False)
+    status, told = runtime.get("/v2/models/toy")
+    assert (status, told["name"]) == (200, "toy")
+    assert runtime.get("/v2/health/live")[0] == 200
+    assert runtime.get("/v2/models/other")[0] == 404
+    assert runtime.infer(np.zeros((1, 8, 8, 3), np.float32))[0] == 200
+    assert runtime.get("/v2/health/ready")[0] == 200
+
+
+def test_an_artifact_that_can_not_be_loaded_at_the_start_gives_way_to_the_one_before_it(runtime: Runtime) -> None:
+    good, bad = runtime.add("1"), runtime.add("2", content=b"no model")
+    runtime.install(bad, previous=good)
+    runtime.start(ready=False)
+    until(lambda: runtime.get("/v2/health/ready")[0] == 200, what="the previous one serves")
+    assert runtime.infer(np.zeros((1, 8, 8, 3), np.float32))[1]["model_version"] == "1"
 
 
 def test_after_the_switch_returned_no_request_is_answered_by_the_old_version(runtime: Runtime) -> None:
@@ -140,6 +162,26 @@ def test_a_worker_that_loads_stands_aside_for_what_serves_and_serves_in_the_firs
     pid = runtime.version("2").pid
     assert {policy_of(int(thread.name)) for thread in Path(f"/proc/{pid}/task").iterdir()} == {0}
     assert policy_of(serving) == 0
+
+
+WITHOUT_RIGHTS = """
+import os
+os.setgid(65534)
+os.setuid(65534)
+from edgefleet_agent.runtime import priority
+priority.step_back(0)
+stood = os.sched_getscheduler(0)
+priority.come_forward(os.getpid())
+print(stood == os.SCHED_BATCH, os.sched_getscheduler(0) == os.SCHED_OTHER)
+"""
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="giving rights up needs root")
+def test_without_the_right_to_come_back_a_worker_stands_aside_only_as_far_as_it_can_return(tmp_path: Path) -> None:
+    # The interpreter's own folders need not be readable for that user.
+    early = "import contextlib, pathlib, resource, edgefleet_agent.runtime.priority\n" + WITHOUT_RIGHTS
+    told = subprocess.run([sys.executable, "-c", early], capture_output=True, text=True, check=True, cwd=tmp_path.root)
+    assert told.stdout.split() == ["True", "True"]
 
 
 def children_of(pid: int) -> list[int]:

@@ -96,6 +96,7 @@ async def serve(state: Path, address: tuple[str, int] | None, socket_path: Path,
     front = Front(switchboard, regions, lambda: _gauges(switchboard, server, regions))
     server = Server(front)
 
+    switchboard.expect(_serving(state))
     servers = [await serve_control(bind_unix(control.socket_path(state), 0o600), switchboard)]
     where = []
     for listener in _listeners(address, socket_path):
@@ -114,7 +115,7 @@ async def serve(state: Path, address: tuple[str, int] | None, socket_path: Path,
     log.info("listening", extra={"addresses": where})
     notify.ready(f"listening at {' and '.join(where)}")
 
-    starting = loop.create_task(switchboard.serve_at_start(_serving(state)))
+    starting = loop.create_task(switchboard.serve_at_start())
     ticking = loop.create_task(_tick(switchboard, server, regions))
     await stop.wait()
 

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import click
 import grpc
@@ -152,8 +153,6 @@ class Gateway:
 
 
 def _path(model: str, version: str) -> str:
-    from urllib.parse import quote
-
     path = f"/v2/models/{quote(model, safe='')}"
     return f"{path}/versions/{quote(version, safe='')}" if version else path
 

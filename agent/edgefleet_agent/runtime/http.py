@@ -177,6 +177,9 @@ class Connection(asyncio.BufferedProtocol):
             if self._head is not None:
                 self._chunk(self._head, data)
                 return
+            if self._last_raw and not self._pending and data.startswith(self._last_raw):
+                data = self._begin_body(self._last_head, data[len(self._last_raw) :])
+                continue
             data = self._pending + data if self._pending else data
             self._pending = b""
             if data[:1] in b"\r\n":
@@ -187,10 +190,9 @@ class Connection(asyncio.BufferedProtocol):
                 self._keep_pending(data)
                 return
             raw, data = data[:end], data[end:]
-            if raw != self._last_raw:
-                head = heads.parse(raw)
-                self._last_raw, self._last_head = (b"", head) if head.chunked else (raw, head)
-            data = self._begin_body(self._last_head, data)
+            head = heads.parse(raw)
+            self._last_raw, self._last_head = (b"", head) if head.chunked else (raw, head)
+            data = self._begin_body(head, data)
         if not data and self._head is None and not self._pending:
             self._request_began = 0.0
 

@@ -84,16 +84,28 @@ class Wanted(msgspec.Struct, frozen=True):
 class Form:
     """What a header says, whatever the tensors hold.
 
-    ``inputs`` have no data yet unless it was JSON; ``binary_bytes`` follow the header. ``outputs`` maps each wanted output to how;
+    ``inputs`` have no data yet unless it was JSON; ``binary_bytes`` follow the header, and all inputs are there if ``all_binary``. ``outputs`` maps each wanted output to how;
     None means all of them, each as ``binary`` says. ``fits`` and ``order`` remember which config the form was last held against,
     ``heads`` which answers it got, see :mod:`answer`.
     """
 
-    __slots__ = ("binary", "binary_bytes", "fits", "heads", "id", "inputs", "order", "outputs", "uses_regions")
+    __slots__ = (
+        "all_binary",
+        "binary",
+        "binary_bytes",
+        "fits",
+        "heads",
+        "id",
+        "inputs",
+        "order",
+        "outputs",
+        "uses_regions",
+    )
 
     def __init__(self, id: str, inputs: list[InputTensor], binary_bytes: int, outputs: dict[str, Wanted] | None, binary: bool) -> None:  # fmt: skip
         self.id, self.inputs, self.binary_bytes = id, inputs, binary_bytes
         self.outputs, self.binary = outputs, binary
+        self.all_binary = all(t.start >= 0 for t in inputs)
         self.uses_regions = any(t.region for t in inputs) or any(w.region for w in (outputs or {}).values())
         self.fits: ModelConfig | None = None
         self.order: list[int] = []

@@ -15,13 +15,12 @@ import logging
 import os
 import time
 from collections import deque
-from pathlib import Path
 from typing import Literal
 
 from edgefleet_shared.artifact import MODEL_LAYER, Layout, ModelConfig
 from edgefleet_shared.errors import ConflictError, EdgefleetError, NotFoundError
 
-from edgefleet_agent.runtime import protocol
+from edgefleet_agent.runtime import protocol, swap_mode
 from edgefleet_agent.runtime.control import Loaded, Retired, Shadowing, StatusReport, SwapMode, Switched, VersionStatus
 from edgefleet_agent.runtime.job import Job
 from edgefleet_agent.runtime.nursery import Nursery
@@ -35,8 +34,6 @@ log = logging.getLogger("edgefleet.runtime")
 
 MAX_WAITING = 1024  # requests without a worker; their bodies are bounded by the front
 WAIT_LIMIT_S = 60.0  # how long a request may wait for one
-MEMORY_MARGIN = 1.1  # blue-green needs the new model's peak and a little
-MEMORY_RESERVE_BYTES = 32 * 1024 * 1024
 
 
 class Switchboard:
@@ -54,6 +51,7 @@ class Switchboard:
         self._serving: Version | None = None
         self._standby: Version | None = None
         self._shadow: Shadow | None = None
+        self._expected: list[Version] = []
         self._waiting: deque[Job] = deque()
         self._parked = False
         self._order = asyncio.Lock()  # one load, switch or retire at a time
@@ -86,6 +84,9 @@ class Switchboard:
         Raises:
             RequestError: 404 when this runtime does not have it.
         """
+        serving = self._serving
+        if serving is not None and serving.config.model == model and version in (None, serving.config.version):
+            return serving
         for loaded in self.versions():
             if loaded.config.model == model and version in (None, loaded.config.version):
                 return loaded
@@ -202,7 +203,7 @@ class Switchboard:
                     )
                 return _loaded(present, "blue-green", "it was loaded already")
             version = self._open(manifest)
-            chosen, why = self._choose_mode(version.config, mode)
+            chosen, why = swap_mode.choose(version.config, mode, self._serving is not None)
             if chosen == "in-place":
                 await asyncio.to_thread(self._layout.check, self._layout.manifest(manifest).layer(MODEL_LAYER))
                 version.state = VersionState.PREPARED
@@ -287,24 +288,41 @@ class Switchboard:
                 await self._drop(version)
             return Retired(manifest)
 
-    async def serve_at_start(self, manifests: list[str]) -> None:
-        """Serve the first of ``manifests`` that loads; when none does, keep trying the first that is readable."""
-        stubborn: Version | None = None
+    def expect(self, manifests: list[str]) -> None:
+        """Know what will serve before it can, so that a request for it waits. Call before the first request, then :meth:`serve_at_start`.
+
+        Args:
+            manifests: the artifacts to try, best first; one that can't be read is passed over.
+        """
         for manifest in manifests:
             try:
-                async with self._order:
-                    version = self._open(manifest)
-                    stubborn = stubborn or version
-                    await version.start()
-                    self._loaded[manifest] = self._serving = version
-                    self._pump()
-                log.info("serving", extra={"digest": manifest, "version": version.config.version})
-                return
+                self._expected.append(self._open(manifest))
             except EdgefleetError as exc:
                 log.error("start_failed", extra={"digest": manifest, "problem": exc.message})
-        if stubborn is not None:
-            self._loaded[stubborn.manifest] = self._serving = stubborn
-            stubborn.restart_soon()
+        if self._expected:
+            self._let_serve(self._expected[0])
+
+    def _let_serve(self, version: Version) -> None:
+        if self._serving is not None:
+            self._loaded.pop(self._serving.manifest, None)
+        self._loaded[version.manifest] = self._serving = version
+
+    async def serve_at_start(self) -> None:
+        """Serve the first of the expected artifacts that loads; when none does, keep trying the first."""
+        for version in self._expected:
+            async with self._order:
+                self._let_serve(version)
+                try:
+                    await version.start()
+                except EdgefleetError as exc:
+                    log.error("start_failed", extra={"digest": version.manifest, "problem": exc.message})
+                    continue
+                self._pump()
+            log.info("serving", extra={"digest": version.manifest, "version": version.config.version})
+            return
+        if self._expected:
+            self._let_serve(self._expected[0])
+            self._expected[0].restart_soon()
 
     async def close(self) -> None:
         """Stop every worker, answering what is in flight."""
@@ -365,20 +383,6 @@ class Switchboard:
             on_refused=self._refused,
         )
 
-    def _choose_mode(self, config: ModelConfig, mode: SwapMode) -> tuple[Literal["blue-green", "in-place"], str]:
-        if self._serving is None:
-            return "blue-green", "nothing serves yet"
-        for wanted, by in ((mode, "the caller"), (config.swap, "the device class")):
-            if wanted == "in-place":
-                return "in-place", f"{by} wants it"
-            if wanted == "blue-green":
-                return "blue-green", f"{by} wants it"
-        needed = int(config.contract.peak_memory_bytes * MEMORY_MARGIN) + MEMORY_RESERVE_BYTES
-        free = available_memory_bytes()
-        if free >= needed:
-            return "blue-green", f"{free} bytes are free, {needed} are needed"
-        return "in-place", f"only {free} bytes are free, {needed} are needed"
-
     # --- status
 
     def status(self) -> StatusReport:
@@ -437,16 +441,3 @@ def _loaded(version: Version, mode: Literal["blue-green", "in-place"], why: str)
         load_ms=version.ready.load_ms,
         first_ms=version.ready.first_ms,
     )
-
-
-def available_memory_bytes() -> int:
-    """Memory that a new process could use: the machine's, or what the control group leaves when that is less."""
-    fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-    free = int(fields["MemAvailable"].split()[0]) * 1024
-    try:
-        group = Path("/proc/self/cgroup").read_text().strip().rpartition(":")[2]
-        folder = Path("/sys/fs/cgroup") / group.lstrip("/")
-        limit, used = (folder / "memory.max").read_text().strip(), (folder / "memory.current").read_text()
-    except OSError:
-        return free
-    return free if limit == "max" else min(free, max(0, int(limit) - int(used)))

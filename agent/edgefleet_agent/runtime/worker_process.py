@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 
 from edgefleet_shared.artifact import ModelConfig
+from edgefleet_shared.contract import TensorSpec
 from edgefleet_shared.errors import EngineError, from_dict
 
 from edgefleet_agent.runtime import channel, priority, shm
@@ -81,7 +82,8 @@ class WorkerProcess:
         self._jobs: dict[int, Job] = {}
         self._free = list(range(start.slot_count))
         self._number = 0
-        self._input_types = [NUMPY[spec.datatype] for spec in config.inputs]
+        self._shapes: list[tuple[int, ...]] = []  # of the answer before, and where it lay
+        self._places: list[tuple[TensorSpec, tuple[int, ...], int, int]] = []
         self._output_types = [NUMPY[spec.datatype] for spec in config.outputs]
         self._child: Child | None = None
         self._link: socket.socket | None = None
@@ -193,7 +195,7 @@ class WorkerProcess:
         if self._link is None or self._inputs is None:
             return False
         lease = job.lease
-        if lease is not None and lease.is_of(self) and all(tensor.start >= 0 for tensor in tensors):
+        if lease is not None and job.request.form.all_binary and lease.is_of(self):
             lease.held = False  # the job has it from here on
             index = lease.index
             placed = [(lease.base + tensor.start, tensor.shape) for tensor in tensors]
@@ -314,14 +316,23 @@ class WorkerProcess:
         """Copy the outputs out of a slot, so that it is free at once; a worker's numbers are not trusted."""
         assert self._answers is not None
         slot = self._answers.slots[index]
-        outputs, offset = [], 0
+        if shapes != self._shapes:
+            self._places, self._shapes = self._lay_out(shapes), shapes
+        return [
+            OutputTensor(spec.name, spec.datatype, shape, slot[begin:end].tobytes())
+            for spec, shape, begin, end in self._places
+        ]
+
+    def _lay_out(self, shapes: list[tuple[int, ...]]) -> list[tuple[TensorSpec, tuple[int, ...], int, int]]:
+        """Where outputs of these shapes lie in a slot."""
+        places, begin = [], 0
         for spec, dtype, shape in zip(self._config.outputs, self._output_types, shapes, strict=True):
-            end = offset + element_count(shape) * dtype.itemsize
-            if not 0 <= offset <= end <= len(slot):
+            end = begin + element_count(shape) * dtype.itemsize
+            if not 0 <= begin <= end <= self._start.answer_bytes:
                 raise ValueError(f"output {spec.name} of shape {shape} lies outside its slot")
-            outputs.append(OutputTensor(spec.name, spec.datatype, shape, bytes(slot[offset:end])))
-            offset = shm.aligned(end)
-        return outputs
+            places.append((spec, shape, begin, end))
+            begin = shm.aligned(end)
+        return places
 
     def _exited(self, code: int) -> None:
         if self._link is not None:
