@@ -142,7 +142,8 @@ class Admissions:
         digest = digest_of(desired)
         if digest == self._keeper.now.desired_seen:
             return
-        self._waits_for_fresh = not self._fresh
+        # A file that the disk would not take is as good as one that has not arrived.
+        self._waits_for_fresh = not self._fresh or bool(self._unkept)
         if self._waits_for_fresh:
             return
         self._asking = True

@@ -27,7 +27,7 @@ def test_a_disk_that_refuses_costs_at_most_the_candidate(story: Story) -> None:
 
 def test_a_disk_that_is_full_at_any_step_costs_at_most_the_candidate() -> None:
     runner = FaultRunner(depot())
-    runner.every_capacity(next(s for s in stories() if s.name == "install"), step_bytes=8 * NAME_BYTES)
+    runner.every_capacity(next(s for s in stories() if s.name == "install"), step_bytes=NAME_BYTES)
     assert runner.failures == []
     assert runner.faults > 10
 
