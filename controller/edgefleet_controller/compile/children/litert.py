@@ -33,14 +33,16 @@ def compile_model(request: job.Request, progress: job.Progress) -> dict[str, Any
     """Request: ``simplified``, ``calibration``, ``compiled`` and ``float`` (files to write), ``precision``,
     ``options``."""
     progress("converting", 0, 1)
-    converted = convert(onnx.load(request["simplified"]))
+    model = onnx.load(request["simplified"], load_external_data=False)
+    converted = convert(model)
     content = converted.content
     with open(request["float"], "wb") as stream:
         stream.write(content)
     progress("converting", 1, 1)
     if request["precision"] == "int8":
         progress("quantizing", 0, 1)
-        in_float = converted.convolutions[: request["options"]["float_first"]] + converted.whole
+        convolutions = [converted.made[n.name] for n in model.graph.node if n.op_type == "Conv" and n.name in converted.made]
+        in_float = convolutions[: request["options"]["float_first"]] + converted.whole
         content = _quantize(content, SampleFile(request["calibration"]), in_float)
         progress("quantizing", 1, 1)
     with open(request["compiled"], "wb") as stream:
