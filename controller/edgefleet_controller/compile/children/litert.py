@@ -41,7 +41,9 @@ def compile_model(request: job.Request, progress: job.Progress) -> dict[str, Any
     progress("converting", 1, 1)
     if request["precision"] == "int8":
         progress("quantizing", 0, 1)
-        convolutions = [converted.made[n.name] for n in model.graph.node if n.op_type == "Conv" and n.name in converted.made]
+        convolutions = [
+            converted.made[n.name] for n in model.graph.node if n.op_type == "Conv" and n.name in converted.made
+        ]
         in_float = convolutions[: request["options"]["float_first"]] + converted.whole
         content = _quantize(content, SampleFile(request["calibration"]), in_float)
         progress("quantizing", 1, 1)

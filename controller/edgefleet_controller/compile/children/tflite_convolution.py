@@ -6,6 +6,8 @@ dilations) is a convolution over an input with zeros between its elements (Dumou
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 
@@ -56,7 +58,7 @@ def _convolve(
     out = window.unpadded(size) if size else window.same_size((x.shape[2], x.shape[3]))
     shape = (x.shape[0], outputs, *out)
     b = writer.constant(f"{name}/bias", bias)
-    common = {
+    common: dict[str, Any] = {
         "order": channels_last(4), "padding": padding, "strideH": window.strides[0], "strideW": window.strides[1],
         "dilationHFactor": window.dilations[0], "dilationWFactor": window.dilations[1], "fusedActivationFunction": fused,
     }  # fmt: skip
@@ -113,7 +115,7 @@ def _cut(node: Node, window: Window, size: Shape, wanted: Shape) -> tuple[int, i
     extra = tuple(node.get("output_padding", [0] * len(node.shape[2:])))
     extra = extra if len(extra) == 2 else (0, *extra)
     totals = [max(window.strides[i] * (size[i] - 1) + extra[i] + window.span(i) - wanted[i], 0) for i in (0, 1)]
-    return tuple(t // 2 if auto != "SAME_LOWER" else t - t // 2 for t in totals)  # type: ignore[return-value]
+    return tuple(t // 2 if auto != "SAME_LOWER" else t - t // 2 for t in totals)
 
 
 def _scatter(

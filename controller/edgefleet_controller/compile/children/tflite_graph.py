@@ -25,6 +25,9 @@ TENSOR_TYPES = {
 }
 
 
+_VERSIONS = {schema.BuiltinOperator.BROADCAST_TO: 2}  # kernels register no version 1 of it
+
+
 class _Tensor(NamedTuple):
     name: str
     shape: tuple[int, ...]
@@ -155,5 +158,5 @@ def _entry(name: str, index: int) -> Any:
 def _code(code: int) -> Any:
     entry = schema.OperatorCodeT()
     # Codes above 127 live in the new field only; readers older than 2020 look at the old one (schema.fbs).
-    entry.deprecatedBuiltinCode, entry.builtinCode, entry.version = min(code, 127), code, 1
+    entry.deprecatedBuiltinCode, entry.builtinCode, entry.version = min(code, 127), code, _VERSIONS.get(code, 1)
     return entry

@@ -97,7 +97,8 @@ def _correction(window: Window, counted: tuple[int, int, int, int], size: tuple[
         line[start : window.pads[i] + size[i] + counted[i + 2]] = 1
         places = range(0, len(line) - window.kernel[i] + 1, window.strides[i])
         ratios.append([window.kernel[i] / line[p : p + window.kernel[i]].sum() for p in places])
-    return np.outer(*ratios)[None, None].astype(np.float32)
+    factor: Array = np.outer(np.array(ratios[0]), np.array(ratios[1]))[None, None].astype(np.float32)
+    return factor
 
 
 def _emit(

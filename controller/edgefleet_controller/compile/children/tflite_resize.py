@@ -8,7 +8,7 @@ worked out in float32, as the engines do, because the choice between two neighbo
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -87,20 +87,20 @@ def _axes(node: Node, x: Value) -> list[_Axis]:
 
 def _places(axis: _Axis, where: str) -> Array:
     """Where in the old axis each element of the new one lies, float32."""
-    new, half = np.arange(axis.new, dtype=np.float32), np.float32(0.5)
-    scale = axis.scale
+    new, half, scale = np.arange(axis.new, dtype=np.float32), np.float32(0.5), axis.scale
+    places: Array = (new + half) / scale - half
     if where == "align_corners":
-        return new * np.float32(axis.old - 1) / np.float32(axis.new - 1) if axis.new > 1 else new * 0
-    if where == "asymmetric":
-        return new / scale
-    if where == "tf_half_pixel_for_nn":
-        return (new + half) / scale
-    if where == "pytorch_half_pixel" and axis.new == 1:
-        return new * 0
-    if where == "half_pixel_symmetric":
+        places = new * np.float32(axis.old - 1) / np.float32(max(axis.new - 1, 1))
+    elif where == "asymmetric":
+        places = new / scale
+    elif where == "tf_half_pixel_for_nn":
+        places = (new + half) / scale
+    elif where == "pytorch_half_pixel" and axis.new == 1:
+        places = new * 0
+    elif where == "half_pixel_symmetric":
         adjustment = np.float32(axis.new) / (scale * np.float32(axis.old))
-        return np.float32(axis.old / 2) * (1 - adjustment) + (new + half) / scale - half
-    return (new + half) / scale - half
+        places = places + np.float32(axis.old / 2) * (1 - adjustment)
+    return places
 
 
 def _taken(places: Array, old: int, rounding: str) -> Array:
@@ -110,7 +110,8 @@ def _taken(places: Array, old: int, rounding: str) -> Array:
         "round_prefer_floor": np.ceil(places - half), "round_prefer_ceil": np.floor(places + half),
         "floor": np.floor(places), "ceil": np.ceil(places),
     }[rounding]  # fmt: skip
-    return np.clip(rounded, 0, old - 1).astype(np.int32)
+    taken: Array = np.clip(rounded, 0, old - 1).astype(np.int32)
+    return taken
 
 
 def _linear(places: Array, axis: _Axis) -> Array:
@@ -147,7 +148,7 @@ def _rows(axis: _Axis, *parts: tuple[Array, Array]) -> Array:
 # --- TFLite's ways ----------------------------------------------------------------------------------------------------
 
 
-def _step(axis: _Axis, align: bool) -> np.float32:
+def _step(axis: _Axis, align: bool) -> Any:
     return (
         np.float32(axis.old - 1) / np.float32(axis.new - 1)
         if align and axis.new > 1
@@ -157,7 +158,7 @@ def _step(axis: _Axis, align: bool) -> np.float32:
 
 def _tflite_taken(axis: _Axis, align: bool, half: bool) -> Array:
     places = (np.arange(axis.new, dtype=np.float32) + np.float32(0.5 if half else 0)) * _step(axis, align)
-    return np.clip(np.floor(places + np.float32(0.5)) if align else np.floor(places), 0, axis.old - 1).astype(np.int32)
+    return _taken(places, axis.old, "round_prefer_ceil" if align else "floor")
 
 
 def _tflite_linear(axis: _Axis, align: bool, half: bool) -> Array:

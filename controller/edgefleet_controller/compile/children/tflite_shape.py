@@ -5,6 +5,8 @@ Transposes only rename axes, and reshapes keep the order where they can: see :mo
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 
@@ -195,7 +197,7 @@ def _bordered(
 ) -> Value:
     pads = writer.constant(f"{name}/pads", np.array([[first[a], last[a]] for a in x.order], np.int32))
     shape = tuple(n + first[a] + last[a] for a, n in enumerate(x.shape))
-    common = {"order": x.order, "dtype": x.dtype}
+    common: dict[str, Any] = {"order": x.order, "dtype": x.dtype}
     if mirror is not None:
         return writer.emit(name, "MIRROR_PAD", [x, pads], shape, "MirrorPadOptions", mode=int(mirror), **common)
     if fill == 0.0:
