@@ -76,6 +76,8 @@ def _exponential(writer: Writer, node: Node) -> None:
         positive, negative = gamma, gamma * float(node.get("alpha", 1.67326319217681884765625))
     elif node.op == "Celu":
         width = alpha
+        if alpha == 0.0:
+            raise node.refused("with alpha 0")
     if (positive, negative, width) == (1.0, 1.0, 1.0):
         writer.like(name, "ELU", x)
         return

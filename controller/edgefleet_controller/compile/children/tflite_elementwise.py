@@ -12,6 +12,7 @@ from .tflite_source import Node
 from .tflite_writer import ACTIVATION, BOOL, FLOAT, INT, Operator, Writer
 
 NUMBER = (FLOAT, INT)
+_TINY = 1e-30  # a divisor below this has no inverse in float32
 _ARITHMETIC = {"Add": "ADD", "Sub": "SUB", "Mul": "MUL", "Div": "DIV"}
 _OPTIONS = {"ADD": "AddOptions", "SUB": "SubOptions", "MUL": "MulOptions", "DIV": "DivOptions"}
 _COMPARE = {
@@ -46,8 +47,15 @@ def shifted(writer: Writer, name: str, x: Value, number: float) -> Value:
 
 def _arithmetic(writer: Writer, node: Node) -> None:
     fused, name = writer.activation(node)
-    sides = [writer.value(i) for i in node.inputs]
-    combined(writer, name, _ARITHMETIC[node.op], sides[0], sides[1], fusedActivationFunction=fused)
+    op, divisor = _ARITHMETIC[node.op], node.values[1]
+    sides = [writer.value(node.inputs[0])]
+    if node.op == "Div" and divisor is not None and divisor.dtype == np.float32 and (np.abs(divisor) > _TINY).all():
+        # The quantized DIV of TFLite is a slow reference kernel; MUL is fast everywhere.
+        op, inverse = "MUL", (1 / divisor.astype(np.float64)).astype(np.float32)
+        sides.append(writer.constant(f"{node.output}/inverse", inverse))
+    else:
+        sides.append(writer.value(node.inputs[1]))
+    combined(writer, name, op, sides[0], sides[1], fusedActivationFunction=fused)
 
 
 def _several(writer: Writer, node: Node) -> None:
@@ -116,7 +124,10 @@ def _cast(writer: Writer, node: Node) -> None:
 EVERY = (*NUMBER, BOOL, np.dtype(np.uint8), np.dtype(np.int8))
 
 TABLE = {
-    **{name: Operator(_arithmetic, (op,), NUMBER) for name, op in _ARITHMETIC.items()},
+    "Add": Operator(_arithmetic, ("ADD",), NUMBER),
+    "Sub": Operator(_arithmetic, ("SUB",), NUMBER),
+    "Mul": Operator(_arithmetic, ("MUL",), NUMBER),
+    "Div": Operator(_arithmetic, ("DIV", "MUL"), NUMBER),
     "Max": Operator(_several, ("MAXIMUM",), NUMBER),
     "Min": Operator(_several, ("MINIMUM",), NUMBER),
     "Sum": Operator(_several, ("ADD",)),

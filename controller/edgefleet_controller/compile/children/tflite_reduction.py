@@ -139,7 +139,10 @@ def _batch(writer: Writer, node: Node) -> None:
     if node.get("training_mode") or len([name for name in node.outputs if name]) > 1:
         raise node.refused("in training")
     scale, bias, mean, variance = (node.fixed(i).astype(np.float64) for i in (1, 2, 3, 4))
-    factor = scale / np.sqrt(variance + node.get("epsilon", 1e-5))
+    variance = variance + node.get("epsilon", 1e-5)
+    if not (variance > 0).all():
+        raise node.refused("with a variance below zero")
+    factor = scale / np.sqrt(variance)
     _channelwise(writer, node.output, writer.value(node.inputs[0]), factor, bias - mean * factor)
 
 

@@ -43,6 +43,8 @@ def _resize(writer: Writer, node: Node) -> None:
     if mode == "nearest":
         low = node.opset < COORDINATES_GIVEN or node.op == "Upsample"
         rounding = "floor" if low else node.get("nearest_mode", "round_prefer_floor")
+        if rounding not in {"round_prefer_floor", "round_prefer_ceil", "floor", "ceil"}:
+            raise node.refused(f"with nearest_mode {rounding!r}")
         taken = {i: _taken(_places(axis, where), axis.old, rounding) for i, axis in axes.items()}
         _nearest(writer, node, x, axes, taken)
     elif mode in {"linear", "cubic"}:
@@ -99,7 +101,7 @@ def _places(axis: _Axis, where: str) -> Array:
         places = new * 0
     elif where == "half_pixel_symmetric":
         adjustment = np.float32(axis.new) / (scale * np.float32(axis.old))
-        places = places + np.float32(axis.old / 2) * (1 - adjustment)
+        places = np.float32(axis.old / 2) * (1 - adjustment) + (new + half) / scale - half
     return places
 
 

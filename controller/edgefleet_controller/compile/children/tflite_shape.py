@@ -26,7 +26,10 @@ def _reshape(writer: Writer, node: Node) -> None:
 
 def _transpose(writer: Writer, node: Node) -> None:
     x = writer.value(node.inputs[0])
-    writer.transpose(node.output, x, node.get("perm", plain(len(x.shape))[::-1]))
+    perm = node.get("perm", plain(len(x.shape))[::-1])
+    if sorted(perm) != list(plain(len(x.shape))):
+        raise node.refused(f"with perm {list(perm)}")
+    writer.transpose(node.output, x, perm)
     _pass_on(writer, node)
 
 

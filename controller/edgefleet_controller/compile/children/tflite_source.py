@@ -237,6 +237,8 @@ class _Reader:
             found = self._infer(plain, node)
         except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError, onnx.defs.SchemaError) as exc:
             raise malformed(f"{where}: {str(exc).strip().splitlines()[0]}") from exc
+        except ValueError as exc:  # a type that is none, or a message that quotes bytes that are no text
+            raise malformed(f"{where}: {exc}") from exc
         made = {}
         for name in filter(None, node.outputs):
             kind = found[name].tensor_type if name in found else onnx.TypeProto.Tensor()

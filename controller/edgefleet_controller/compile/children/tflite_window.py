@@ -16,6 +16,8 @@ from .tflite_writer import Writer
 
 SAME, VALID = int(schema.Padding.SAME), int(schema.Padding.VALID)
 
+MOST = 2**15  # pixels; more than any picture has, and TFLite counts with 32 bits
+
 Pair = tuple[int, int]
 
 
@@ -62,12 +64,15 @@ def window_of(node: Node, kernel: Shape, size: Shape, *, moved: bool = True) -> 
     if (
         min(*strides, *dilations, *kernel) < 1
         or min(pads) < 0
+        or max(*strides, *dilations, *kernel, *pads) > MOST
         or tuple(node.get("kernel_shape", kernel[-rank:])) != tuple(kernel[-rank:])
     ):
         raise node.refused(
             f"with kernel {list(kernel)}, strides {list(strides)}, dilations {list(dilations)}, pads {list(pads)}"
         )
     window = Window(tuple(kernel), strides, dilations, pads)  # type: ignore[arg-type]
+    if auto not in {"NOTSET", "SAME_UPPER", "SAME_LOWER", "VALID"}:
+        raise node.refused(f"with auto_pad {auto!r}")
     if not moved or auto == "NOTSET":
         return window
     top, left, bottom, right = window.same_pads(size)

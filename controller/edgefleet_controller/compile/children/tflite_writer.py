@@ -7,6 +7,7 @@ type, so that a model is served alike by every engine. The operators themselves 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -28,6 +29,7 @@ from .tflite_layout import (
     widened,
     with_last,
 )
+from .tflite_patterns import simplified
 from .tflite_source import WIDE, Node, Source, read
 
 ACTIVATION = schema.ActivationFunctionType
@@ -62,9 +64,10 @@ class Writer:
     """
 
     def __init__(self, model: onnx.ModelProto, operators: Mapping[str, Operator]) -> None:
-        self._source: Source = read(model, operators)
+        self._source: Source = simplified(read(model, operators))
         self._operators = operators
         self.graph = Graph()
+        self._node: Node  # the one that is being written
         self.made: dict[str, str] = {}
         self.whole: list[str] = []
         self._values: dict[str, Value] = {}
@@ -96,6 +99,7 @@ class Writer:
             self._values[name] = self._cast(f"{name}/whole", value, WIDE[dtype]) if dtype in WIDE else value
         for node in self._source.nodes:
             if node.output not in self._fused:
+                self._node = node
                 self._check(node)
                 self._operators[node.op].emit(self, node)
                 last = next((new for new, old in self._fused.items() if old == node.output), node.output)
@@ -205,6 +209,8 @@ class Writer:
         """ONNX's Reshape of a value, made the value of that name."""
         if len(value.shape) > 1 and value.order != plain(len(value.shape)) and value.tensor not in self._arrays:
             self._before[name] = value
+        if math.prod(value.shape) != math.prod(shape):
+            raise self._node.refused(f"from {list(value.shape)} to {list(shape)}")
         source, order = regrouped(value.shape, value.order, shape)
         value = self.laid(value, source)
         made = Value(-1, shape, order, value.dtype)
@@ -228,7 +234,11 @@ class Writer:
 
     def together(self, *sides: Value) -> list[Value]:
         """Values that are broadcast against each other, all of one rank and in the order of the largest."""
-        rank = max(len(value.shape) for value in sides)
+        shapes = [value.shape for value in sides]
+        try:
+            rank = len(np.broadcast_shapes(*shapes))
+        except ValueError as exc:
+            raise self._node.refused(f"over shapes {', '.join(map(str, shapes))}") from exc
         values = [widened(value, rank) for value in sides]
         computed = [value for value in values if value.tensor not in self._arrays] or values
         order = max(computed, key=lambda v: (np.prod(v.shape), v.order != plain(rank))).order
