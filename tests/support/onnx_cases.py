@@ -88,6 +88,70 @@ class Draw:
         return tuple(sides[:: -1 if self.flag() else 1])  # type: ignore[return-value]
 
 
+class Dice(Draw):
+    """The same without hypothesis: fast, and nothing to shrink."""
+
+    def __init__(self, rng: np.random.Generator) -> None:
+        self.rng = rng
+
+    def int(self, low: int, high: int) -> int:
+        return int(self.rng.integers(low, high + 1))
+
+    def flag(self) -> bool:
+        return bool(self.rng.integers(2))
+
+    def pick(self, choices: Any) -> Any:
+        choices = list(choices)
+        return choices[self.int(0, len(choices) - 1)]
+
+    def perm(self, rank: int) -> list[int]:
+        return [int(a) for a in self.rng.permutation(rank)]
+
+
+def spoil(model: onnx.ModelProto, rng: np.random.Generator) -> None:
+    """Change something in a graph that may break it: an attribute, a dimension, a tensor, a name, the operator set."""
+    dice, graph = Dice(rng), model.graph
+    node, given = dice.pick(graph.node), dice.pick(graph.input)
+    number = dice.pick([0, -1, -5, 1, 2, 7, 2**31, 2**62])
+    match dice.int(0, 6):
+        case 0 if node.attribute:
+            attribute = dice.pick(node.attribute)
+            if attribute.ints:
+                attribute.ints[dice.int(0, len(attribute.ints) - 1)] = number
+            elif attribute.type == onnx.AttributeProto.INT:
+                attribute.i = number
+            elif attribute.type == onnx.AttributeProto.STRING:
+                attribute.s = b"\xff?"
+            else:
+                attribute.f = float("nan")
+        case 1 if node.attribute:
+            attribute = dice.pick(node.attribute)
+            if attribute.ints and dice.flag():
+                attribute.ints.append(1)
+            else:
+                node.attribute.remove(attribute)
+        case 2 if graph.initializer:
+            tensor = dice.pick(graph.initializer)
+            if tensor.dims and dice.flag():
+                tensor.dims[0] = number
+            else:
+                tensor.dims.append(2)
+        case 3 if graph.initializer:
+            tensor = dice.pick(graph.initializer)
+            if dice.flag():
+                tensor.data_type = dice.int(0, 23)
+            else:
+                tensor.raw_data = tensor.raw_data[:-1]
+        case 4:
+            node.input[dice.int(0, len(node.input) - 1)] = dice.pick(["", "y0", "x0", "nothing"])
+        case 5:
+            model.opset_import[0].version = dice.pick([0, 1, 6, 8, 11, 13, 18, 22, 99])
+        case _:
+            dimensions = given.type.tensor_type.shape.dim
+            if dimensions:
+                dice.pick(dimensions).dim_value = number
+
+
 def model_of(case: Case, draw: Draw) -> tuple[onnx.ModelProto, dict[str, Any]]:
     """The case as a model, and what to feed it."""
     nodes, given, constants, feeds, names = [], [], [], {}, []

@@ -15,6 +15,7 @@ from ai_edge_litert.interpreter import Interpreter
 from . import job
 from .measure import Array, Run, SampleFile, measure
 from .onnx_to_tflite import convert
+from .tflite_islands import joined
 
 
 def load(path: str) -> Run:
@@ -72,7 +73,9 @@ def _quantize(content: bytes, samples: SampleFile, in_float: list[str]) -> bytes
         )
     worker = quantizer.Quantizer(bytearray(content), recipe.get_quantization_recipe())
     found = worker.calibrate({"serving_default": [samples[i] for i in range(len(samples))]}, num_threads=1)
-    return bytes(worker.quantize(found).quantized_model)
+    if not found:
+        raise job.Refused("bad_model", "no operator of this network can be quantized for tflite", "ask for precision fp32")
+    return joined(bytes(worker.quantize(found).quantized_model))
 
 
 def main() -> None:

@@ -36,9 +36,13 @@ OPERATORS: dict[str, Operator] = {name: row for table in KINDS.values() for name
 
 
 class Converted(NamedTuple):
-    """A float .tflite, and names of tensors by which its quantizer is steered: the one that each ONNX node makes, by the node's name,
-    and those of whole numbers, whose operators must be left alone. Tensors that an operator needs beside are named
-    ``<ONNX's value>/<part>``."""
+    """A float .tflite, and names of tensors by which its quantizer is steered.
+
+    Attributes:
+        made: by the node's name, the tensor that comes out of it, after what is fused into it. What an operator needs beside is
+            named ``<ONNX's value>/<part>``.
+        whole: tensors whose operators must be left whole: of whole numbers, or without an int8 kernel in some runtime.
+    """
 
     content: bytes
     made: dict[str, str]

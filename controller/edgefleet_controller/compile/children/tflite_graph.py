@@ -26,6 +26,10 @@ TENSOR_TYPES = {
 
 
 _VERSIONS = {schema.BuiltinOperator.BROADCAST_TO: 2}  # kernels register no version 1 of it
+# tflite-runtime 2.14 has no int8 kernels for them, and a root or a quotient in 8 bits ruins the normalisations they are in.
+FLOAT_ONLY = frozenset({schema.BuiltinOperator.SQRT, schema.BuiltinOperator.DIV})
+_ARITHMETIC = frozenset({schema.BuiltinOperator.ADD, schema.BuiltinOperator.SUB, schema.BuiltinOperator.MUL})
+MAX_INT8_RANK = 4  # of arithmetic: tflite-runtime 2.14 ends the process beyond
 
 
 class _Tensor(NamedTuple):
@@ -82,7 +86,9 @@ class Graph:
         return self._tensors[tensor].shape
 
     def finish(self, inputs: dict[str, int], outputs: dict[str, int]) -> tuple[bytes, list[str]]:
-        """The file's bytes, and the names of computed tensors that are not float; names become ``serving_default``'s."""
+        """The file's bytes, and the names of computed tensors that a quantizer must leave whole: those that are not float, and those
+        of operators that older runtimes or the quantizer have no int8 for. Inputs' and outputs' names become ``serving_default``'s.
+        """
         operators = self._needed(outputs)
         used = sorted({*inputs.values(), *outputs.values(), *(t for o in operators for t in (*o.inputs, *o.outputs))})
         index = {tensor: place for place, tensor in enumerate(used)}
@@ -103,8 +109,24 @@ class Graph:
         model.operatorCodes = [_code(code) for code in codes]
         builder = flatbuffers.Builder(sum(len(b.data) for b in buffers if b.data is not None) + 65536)
         builder.Finish(model.Pack(builder), b"TFL3")
-        tensors = (self._tensors[tensor] for tensor in used)
-        return bytes(builder.Output()), [t.name for t in tensors if t.values is None and t.dtype != np.float32]
+        return bytes(builder.Output()), [
+            self._tensors[tensor].name for tensor in used if self._whole(tensor, operators)
+        ]
+
+    def _whole(self, tensor: int, operators: list[_Operator]) -> bool:
+        if self._tensors[tensor].values is not None:
+            return False
+        return self._tensors[tensor].dtype != np.float32 or any(
+            tensor in operator.outputs and self._float_only(operator) for operator in operators
+        )
+
+    def _float_only(self, operator: _Operator) -> bool:
+        if operator.code == schema.BuiltinOperator.BATCH_MATMUL:
+            # ai-edge-quantizer 0.10 makes zeros of a constant side
+            return any(self._tensors[tensor].values is not None for tensor in operator.inputs)
+        if operator.code in _ARITHMETIC:
+            return any(len(self._tensors[tensor].shape) > MAX_INT8_RANK for tensor in operator.outputs)
+        return operator.code in FLOAT_ONLY
 
     def _needed(self, outputs: dict[str, int]) -> list[_Operator]:
         wanted, kept = set(outputs.values()), []

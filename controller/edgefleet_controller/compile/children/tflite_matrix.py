@@ -17,7 +17,7 @@ MAX_RANK = 5  # of TFLite's BATCH_MATMUL
 
 def _dense(
     writer: Writer, name: str, source: str, x: Value, weight: Array, bias: Array | None, weight_name: str, fused: int
-) -> None:
+) -> Value:
     """``x @ weight + bias``, weight in x out; the last of ONNX's axes is summed over.
 
     A value that was flattened just before is taken as it lay, and the weight's rows are sorted instead.
@@ -35,7 +35,7 @@ def _dense(
         x = writer.laid(x, (*(a for a in x.order if a != rank - 1), rank - 1))
     w = writer.constant(weight_name, np.ascontiguousarray(weight.T))
     b = writer.constant(f"{name}/bias", np.zeros(outputs, np.float32) if bias is None else bias.astype(np.float32))
-    writer.emit(
+    return writer.emit(
         name, "FULLY_CONNECTED", [x, w, b], shape, "FullyConnectedOptions",
         order=x.order, fusedActivationFunction=fused, keepNumDims=rank > 2,
     )  # fmt: skip
@@ -46,50 +46,63 @@ def _gemm(writer: Writer, node: Node) -> None:
     x, weight, source = writer.value(node.inputs[0]), node.values[1], node.inputs[0]
     if node.get("transA"):
         x, source = transposed(x, (1, 0)), ""
-    bias = node.values[2] if node.has(2) else None
-    inside = bias is None or math.prod(bias.shape[:-1]) == 1  # one row for all
-    if weight is None or (node.has(2) and (bias is None or not inside)):
-        _loose(writer, node, x, alpha, beta)
-        return
+    term = node.values[2] if node.has(2) else None
+    row = term is not None and math.prod(term.shape[:-1]) == 1  # one for all rows: the product's own bias
+    more = node.has(2) and not (row and weight is not None)
+    fused, name = (0, f"{node.output}/product") if more else writer.activation(node)
+    if weight is not None:
+        _finite(node, weight)
+        weight = (weight.T if node.get("transB") else weight) * np.float32(alpha)
+        bias = np.broadcast_to(term.reshape(-1) * beta, (weight.shape[1],)) if row and term is not None else None
+        made = _dense(writer, name, source, x, weight, bias, node.inputs[1], fused)
+    else:
+        other = writer.value(node.inputs[1])
+        made = _product(writer, name, x, transposed(other, (1, 0)) if node.get("transB") else other)
+        made = made if alpha == 1.0 else scaled(writer, f"{node.output}/alpha", made, alpha)
+    if more:
+        added = writer.value(node.inputs[2])
+        made = combined(
+            writer,
+            node.output,
+            "ADD",
+            made,
+            added if beta == 1.0 else scaled(writer, f"{node.output}/beta", added, beta),
+        )
+    if not fused:
+        writer.alias(node.output, made)
+
+
+def _finite(node: Node, weight: Array) -> None:
     if not np.isfinite(weight).all():
         raise node.refused("with weights that are not finite")
-    weight = weight.T if node.get("transB") else weight
-    row = None if bias is None else np.broadcast_to(bias.reshape(-1) * beta, (weight.shape[1],))
-    fused, name = writer.activation(node)
-    _dense(writer, name, source, x, weight * np.float32(alpha), row, node.inputs[1], fused)
-
-
-def _loose(writer: Writer, node: Node, x: Value, alpha: float, beta: float) -> None:
-    """With a computed matrix, or something else than one row to add."""
-    name, other = node.output, writer.value(node.inputs[1])
-    if node.get("transB"):
-        other = transposed(other, (1, 0))
-    product = _product(writer, f"{name}/product", x, other)
-    product = product if alpha == 1.0 else scaled(writer, f"{name}/alpha", product, alpha)
-    if node.has(2):
-        term = writer.value(node.inputs[2])
-        product = combined(
-            writer, name, "ADD", product, term if beta == 1.0 else scaled(writer, f"{name}/beta", term, beta)
-        )
-    writer.alias(name, product)
 
 
 def _matmul(writer: Writer, node: Node) -> None:
-    weight, x = node.values[1], writer.value(node.inputs[0])
-    if weight is not None and not np.isfinite(weight).all():
-        raise node.refused("with weights that are not finite")
-    if weight is not None and weight.ndim == 2 and len(x.shape) > 1 and node.values[0] is None:
-        fused, name = writer.activation(node)
-        _dense(writer, name, node.inputs[0], x, weight, None, node.inputs[1], fused)
-        return
-    other = writer.value(node.inputs[1])
+    x, other = writer.value(node.inputs[0]), writer.value(node.inputs[1])
+    for values in node.values:
+        if values is not None:
+            _finite(node, values)
     if len(x.shape) == 1:  # a row; the axis goes again afterwards
         x = writer.reshape(f"{node.output}/row", x, (1, *x.shape))
     if len(other.shape) == 1:
         other = writer.reshape(f"{node.output}/column", other, (*other.shape, 1))
     if max(len(x.shape), len(other.shape)) > MAX_RANK:
         raise node.refused(f"in {max(len(x.shape), len(other.shape))} dimensions")
-    made = _product(writer, node.output, x, other)
+    left, right = node.values
+    if right is not None and len(other.shape) == 2 and left is None:
+        whole = len(node.shape) == len(x.shape) and right.ndim == 2
+        fused, name = writer.activation(node) if whole else (0, node.output)
+        made = _dense(writer, name, node.inputs[0], x, right.reshape(other.shape), None, node.inputs[1], fused)
+        if whole:
+            return
+    elif left is not None and len(x.shape) == 2 and right is None:  # (other' x')': a constant has to be on the right
+        turned = (*range(len(other.shape) - 2), len(other.shape) - 1, len(other.shape) - 2)
+        weight = left.reshape(x.shape).T
+        made = _dense(writer, f"{node.output}/turned", "", transposed(other, turned), weight, None, node.inputs[0], 0)
+        made = transposed(made, turned)
+    else:
+        made = _product(writer, node.output, x, other)
+    writer.alias(node.output, made)
     if made.shape != node.shape:
         writer.reshape(node.output, made, node.shape)
 

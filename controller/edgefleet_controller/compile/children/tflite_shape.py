@@ -205,7 +205,7 @@ def _bordered(
         return writer.emit(name, "MIRROR_PAD", [x, pads], shape, "MirrorPadOptions", mode=int(mirror), **common)
     if fill == 0.0:
         return writer.emit(name, "PAD", [x, pads], shape, "PadOptions", **common)
-    value = writer.constant(f"{name}/fill", np.array([fill], x.dtype))
+    value = writer.number(f"{name}/fill", fill, x.dtype)
     return writer.emit(name, "PADV2", [x, pads, value], shape, "PadV2Options", **common)
 
 

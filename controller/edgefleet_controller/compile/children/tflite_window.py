@@ -96,7 +96,7 @@ def with_border(writer: Writer, name: str, x: Value, pads: tuple[int, int, int, 
     width = writer.constant(f"{name}/pads", np.array([[0, 0], [top, bottom], [left, right], [0, 0]], np.int32))
     shape = (*x.shape[:2], x.shape[2] + top + bottom, x.shape[3] + left + right)
     if op == "PADV2":
-        lowest = writer.constant(f"{name}/fill", np.array([np.finfo(np.float32).min], np.float32))
+        lowest = writer.number(f"{name}/fill", float(np.finfo(np.float32).min))
         return writer.emit(name, op, [x, width, lowest], shape, "PadV2Options", order=x.order)
     mirrored = {"mode": int(schema.MirrorPadMode.SYMMETRIC)} if op == "MIRROR_PAD" else {}
     options = "MirrorPadOptions" if mirrored else "PadOptions"

@@ -60,7 +60,7 @@ class Writer:
 
     Attributes:
         made: for each node that made a tensor, the name of the one that comes out, after what is fused into it.
-        whole: names of computed tensors that are not float, once written.
+        whole: names of tensors whose operators must be left whole by a quantizer, once written.
     """
 
     def __init__(self, model: onnx.ModelProto, operators: Mapping[str, Operator]) -> None:
