@@ -3,62 +3,23 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
-from ai_edge_litert import schema_py_generated as schema
-from ai_edge_litert.interpreter import Interpreter
 from edgefleet_controller.compile.children.job import Refused
 from edgefleet_controller.compile.children.onnx_to_tflite import OPERATORS, convert
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from onnx import helper, numpy_helper
-from support.networks import Net
-from support.onnx_cases import CASES, Dice, Draw, model_of, spoil
+from support.engines import assert_alike, onnx_answers, operators_of, tflite_answers
+from support.onnx_cases import CASES
+from support.onnx_draw import Dice, Draw, model_of, spoil
 
 # What the layout and the types at the edges may add to what an operator makes.
 ALWAYS = {"RESHAPE", "TRANSPOSE", "CAST"}
-_OPERATOR_NAMES = {code: name for name, code in vars(schema.BuiltinOperator).items() if isinstance(code, int)}
-
-
-def onnx_answers(model: onnx.ModelProto, feeds: dict[str, Any]) -> dict[str, Any]:
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    options.intra_op_num_threads = 1
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    return dict(zip([o.name for o in session.get_outputs()], session.run(None, feeds), strict=True))
-
-
-def tflite_answers(content: bytes, feeds: dict[str, Any]) -> dict[str, Any]:
-    interpreter = Interpreter(model_content=content, num_threads=1)
-    interpreter.allocate_tensors()
-    run = interpreter.get_signature_runner("serving_default")
-    return {name: np.array(value) for name, value in run(**feeds).items()}
-
-
-def operators_of(content: bytes) -> Counter[str]:
-    """The operators of a .tflite, counted."""
-    model = schema.ModelT.InitFromPackedBuf(content, 0)
-    codes = [_OPERATOR_NAMES[code.builtinCode] for code in model.operatorCodes]
-    return Counter(codes[operator.opcodeIndex] for operator in model.subgraphs[0].operators)
-
-
-def assert_alike(got: dict[str, Any], want: dict[str, Any]) -> None:
-    assert got.keys() == want.keys()
-    for name, wanted in want.items():
-        assert got[name].shape == wanted.shape
-        assert got[name].dtype == wanted.dtype
-        if wanted.dtype.kind == "f":
-            np.testing.assert_allclose(got[name], wanted, rtol=1e-4, atol=1e-4 * max(1.0, float(np.abs(wanted).max())))
-        else:
-            np.testing.assert_array_equal(got[name], wanted)
 
 
 def test_every_row_of_the_table_has_cases_here() -> None:
@@ -74,205 +35,6 @@ def test_an_operator_answers_as_onnxruntime_does(op: str, data: Any) -> None:
     content = convert(model).content
     assert_alike(tflite_answers(content, feeds), onnx_answers(model, feeds))
     assert set(operators_of(content)) <= {*OPERATORS[op].makes, *ALWAYS}
-
-
-# --- whole networks ---------------------------------------------------------------------------------------------------
-
-
-def mobilenet_v3(net: Net) -> list[int]:
-    """Hard swish written out and whole, squeeze and excite with a hard sigmoid, a shortcut."""
-    net.conv(3, 16, stride=2)
-    trunk = net.last
-    net.add("Add", net.constant(np.float32(3)))
-    net.relu6()
-    net.add("Mul", trunk)
-    shortcut = net.add("Div", net.constant(np.float32(6)))
-    net.conv(16, 16, group=16)
-    net.add("HardSwish")
-    excited = net.last
-    net.add("ReduceMean", axes=[2, 3], keepdims=1)
-    net.conv(16, 8, 1)
-    net.add("Relu")
-    net.conv(8, 16, 1)
-    net.add("HardSigmoid", alpha=1 / 6, beta=0.5)
-    net.add("Mul", excited)
-    net.conv(16, 16, 1)
-    net.add("Add", shortcut)
-    trunk = net.last
-    net.add("HardSigmoid", alpha=1 / 6, beta=0.5)
-    net.add("Mul", trunk)
-    net.add("GlobalAveragePool")
-    net.add("Flatten")
-    net.dense(16, 10)
-    return [1, 10]
-
-
-def resnet(net: Net) -> list[int]:
-    """Pads that are the same on both sides at stride 2, as PyTorch writes them."""
-    net.conv(3, 8, 7, stride=2, pads=[3, 3, 3, 3])
-    net.add("Relu")
-    shortcut = net.add("MaxPool", kernel_shape=[3, 3], strides=[2, 2], pads=[1, 1, 1, 1])
-    net.conv(8, 16, stride=2, pads=[1, 1, 1, 1])
-    net.add("Relu")
-    net.conv(16, 16)
-    deep = net.last
-    net.last = shortcut
-    net.conv(8, 16, 1, stride=2)
-    net.add("Add", deep)
-    net.add("Relu")
-    net.add("GlobalAveragePool")
-    net.add("Flatten")
-    net.dense(16, 10)
-    return [1, 10]
-
-
-def segmentation(net: Net, *, where: str = "half_pixel") -> list[int]:
-    """Down, up by a bilinear resize and by a transposed convolution, and a softmax over the channels."""
-    net.conv(3, 8, stride=2)
-    wide = net.add("Relu")
-    net.conv(8, 8, stride=2)
-    net.add("Relu")
-    nothing = net.constant(np.zeros(0, np.float32))
-    scales = net.constant(np.array([1, 1, 2, 2], np.float32))
-    net.add("Resize", nothing, scales, mode="linear", coordinate_transformation_mode=where)
-    net.add("Concat", wide, axis=1)
-    weight = net.constant(net.rng.normal(size=(16, 5, 4, 4)).astype(np.float32) * 0.1)
-    net.add("ConvTranspose", weight, kernel_shape=[4, 4], strides=[2, 2], pads=[1, 1, 1, 1])
-    net.add("Softmax", axis=1)
-    return [1, 5, 32, 32]
-
-
-def corners(net: Net) -> list[int]:
-    return segmentation(net, where="align_corners")
-
-
-def shufflenet(net: Net) -> list[int]:
-    """Split, grouped convolutions, and the shuffle of channels by reshape, transpose, reshape."""
-    net.conv(3, 16, stride=2)
-    net.add("Relu")
-    net.add("Split", axis=1)
-    left = net.last
-    right = f"{left}_right"
-    net.nodes[-1].output.append(right)
-    net.last = right
-    net.conv(8, 8, group=2)
-    net.add("Relu")
-    net.conv(8, 8, group=8)
-    net.add("Concat", left, axis=1)
-    net.add("Reshape", net.constant(np.array([1, 2, 8, 16, 16], np.int64)))
-    net.add("Transpose", perm=[0, 2, 1, 3, 4])
-    net.add("Reshape", net.constant(np.array([1, 16, 16, 16], np.int64)))
-    net.conv(16, 8, 1)
-    net.add("GlobalAveragePool")
-    net.add("Reshape", net.constant(np.array([0, -1], np.int64)))
-    net.dense(8, 10)
-    return [1, 10]
-
-
-def yolo_head(net: Net) -> list[int]:
-    """Leaky relus, a nearest upsample and concat, and the head's reshape and transpose into boxes."""
-    net.conv(3, 8, stride=2)
-    fine = net.add("LeakyRelu", alpha=0.1)
-    net.add("MaxPool", kernel_shape=[2, 2], strides=[2, 2])
-    net.conv(8, 8)
-    net.add("LeakyRelu", alpha=0.1)
-    nothing = net.constant(np.zeros(0, np.float32))
-    scales = net.constant(np.array([1, 1, 2, 2], np.float32))
-    net.add(
-        "Resize", nothing, scales, mode="nearest", nearest_mode="floor", coordinate_transformation_mode="asymmetric"
-    )
-    net.add("Concat", fine, axis=1)
-    net.conv(16, 21, 1)
-    net.add("Reshape", net.constant(np.array([1, 3, 7, 16, 16], np.int64)))
-    net.add("Transpose", perm=[0, 1, 3, 4, 2])
-    net.add("Sigmoid")
-    net.add("Reshape", net.constant(np.array([1, -1, 7], np.int64)))
-    return [1, 768, 7]
-
-
-def recogniser(net: Net) -> list[int]:
-    """A sequence read off a picture: pieces of a layer normalisation, attention by matrix products, softmax."""
-    net.conv(3, 8, stride=2)
-    net.add("ReduceMean", axes=[2], keepdims=1)
-    net.add("Squeeze", net.constant(np.array([2], np.int64)))
-    x = net.add("Transpose", perm=[0, 2, 1])
-    mean = net.add("ReduceMean", axes=[-1], keepdims=1)
-    apart = net.add("Sub", mean, first=x)
-    net.add("Pow", net.constant(np.float32(2)))
-    net.add("ReduceMean", axes=[-1], keepdims=1)
-    net.add("Add", net.constant(np.float32(1e-5)))
-    root = net.add("Sqrt")
-    x = net.add("Div", root, first=apart)
-    weights = [net.constant(net.rng.normal(size=(8, 8)).astype(np.float32) * 0.3) for _ in range(2)]
-    query = net.add("MatMul", weights[0], first=x)
-    net.add("MatMul", weights[1], first=x)
-    key = net.add("Transpose", perm=[0, 2, 1])
-    net.add("MatMul", key, first=query)
-    net.add("Softmax", axis=-1)
-    net.add("MatMul", x)
-    net.add("Add", x)
-    return [1, 16, 8]
-
-
-# name: (builder, how many TRANSPOSE are needed: one at the picture that comes in, and where the order truly has to change)
-NETWORKS: dict[Callable[[Net], list[int]], int] = {
-    mobilenet_v3: 1,
-    resnet: 1,
-    segmentation: 2,  # and at the picture that goes out
-    corners: 2,
-    shufflenet: 2,  # and the shuffle itself
-    yolo_head: 2,  # and the boxes: their anchors lie beside the channels
-    recogniser: 1,
-}
-
-
-@pytest.mark.parametrize("build", NETWORKS, ids=lambda build: build.__name__)
-def test_a_network_answers_as_onnxruntime_does_without_a_needless_transpose(build: Callable[[Net], list[int]]) -> None:
-    net = Net(7)
-    shape = build(net)
-    model = net.model(shape, opset=14)
-    feeds = {"image": np.random.default_rng(0).normal(size=(1, 3, 32, 32)).astype(np.float32)}
-    content = convert(model).content
-    assert_alike(tflite_answers(content, feeds), onnx_answers(model, feeds))
-    assert operators_of(content)["TRANSPOSE"] == NETWORKS[build]
-
-
-def test_hard_swishes_that_were_written_out_become_one_operator() -> None:
-    net = Net(7)
-    content = convert(net.model(mobilenet_v3(net), opset=14)).content
-    assert operators_of(content)["HARD_SWISH"] == 3
-
-
-def test_a_flattened_picture_meets_its_matrix_without_a_transpose() -> None:
-    net = Net(1)
-    net.conv(3, 4, 1, stride=4)
-    net.add("Flatten")
-    net.dense(4 * 8 * 8, 5)
-    model = net.model([1, 5])
-    feeds = {"image": net.rng.normal(size=(1, 3, 32, 32)).astype(np.float32)}
-    content = convert(model).content
-    assert_alike(tflite_answers(content, feeds), onnx_answers(model, feeds))
-    assert operators_of(content) == {"TRANSPOSE": 1, "CONV_2D": 1, "RESHAPE": 1, "FULLY_CONNECTED": 1}
-
-
-def test_a_border_of_a_largest_pool_brings_no_number_that_int8_would_have_to_hold() -> None:
-    """A border of the lowest number would be part of the tensor's range."""
-    net = Net(1)
-    net.conv(3, 4)
-    net.add("MaxPool", kernel_shape=[3, 3], strides=[2, 2], pads=[1, 1, 1, 1])
-    content = convert(net.model([1, 4, 16, 16])).content
-    assert {"MIRROR_PAD", "MAX_POOL_2D"} <= operators_of(content).keys()
-    assert "PADV2" not in operators_of(content)
-
-
-def test_each_node_is_known_by_the_tensor_that_comes_out_of_it() -> None:
-    net = Net(1)
-    first = net.conv(3, 4)
-    rectified = net.add("Relu")
-    second = net.conv(4, 4)
-    converted = convert(net.model([1, 4, 32, 32]))
-    assert converted.made[first] == rectified  # the activation is fused into the convolution
-    assert converted.made[second] == second
 
 
 # --- names, inputs and outputs ----------------------------------------------------------------------------------------

@@ -74,7 +74,9 @@ def _quantize(content: bytes, samples: SampleFile, in_float: list[str]) -> bytes
     worker = quantizer.Quantizer(bytearray(content), recipe.get_quantization_recipe())
     found = worker.calibrate({"serving_default": [samples[i] for i in range(len(samples))]}, num_threads=1)
     if not found:
-        raise job.Refused("bad_model", "no operator of this network can be quantized for tflite", "ask for precision fp32")
+        raise job.Refused(
+            "bad_model", "no operator of this network can be quantized for tflite", "ask for precision fp32"
+        )
     return joined(bytes(worker.quantize(found).quantized_model))
 
 

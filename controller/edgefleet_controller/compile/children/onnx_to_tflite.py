@@ -42,11 +42,13 @@ class Converted(NamedTuple):
         made: by the node's name, the tensor that comes out of it, after what is fused into it. What an operator needs beside is
             named ``<ONNX's value>/<part>``.
         whole: tensors whose operators must be left whole: of whole numbers, or without an int8 kernel in some runtime.
+        same_as: for tensors that only the file has, the one whose numbers they hold in another order or shape.
     """
 
     content: bytes
     made: dict[str, str]
     whole: list[str]
+    same_as: dict[str, str]
 
 
 def convert(model: onnx.ModelProto) -> Converted:
@@ -57,4 +59,4 @@ def convert(model: onnx.ModelProto) -> Converted:
     """
     writer = Writer(model, OPERATORS)
     content = writer.write()
-    return Converted(content, writer.made, writer.whole)
+    return Converted(content, writer.made, writer.whole, writer.same_as)

@@ -36,29 +36,36 @@ def joined(content: bytes) -> bytes:
 
 def _join(subgraph: Any, codes: list[int]) -> None:
     makers = {int(tensor): operator for operator in subgraph.operators for tensor in operator.outputs}
-    users: dict[int, list[Any]] = {}
+    users: dict[int, list[Any]] = {int(tensor): [] for tensor in subgraph.outputs}
+    served = set(users)
     for operator in subgraph.operators:
         for tensor in operator.inputs:
             users.setdefault(int(tensor), []).append(operator)
     gone: list[Any] = []
     for operator in subgraph.operators:
-        if codes[operator.opcodeIndex] not in JOINED:
-            continue
-        before, after = makers.get(int(operator.inputs[0])), users.get(int(operator.outputs[0]), [])
+        before, result = makers.get(int(operator.inputs[0])), int(operator.outputs[0])
+        after = users.get(result, [])
         if (
-            before is None
+            codes[operator.opcodeIndex] not in JOINED
+            or before is None
             or codes[before.opcodeIndex] != _CODES.DEQUANTIZE
-            or len(after) != 1
-            or codes[after[0].opcodeIndex] != _CODES.QUANTIZE
-            or int(operator.outputs[0]) in {int(t) for t in subgraph.outputs}
-            or {subgraph.tensors[int(t)].type for t in (before.inputs[0], after[0].outputs[0])}
-            != {schema.TensorType.INT8}
+            or not after
+            or any(codes[user.opcodeIndex] != _CODES.QUANTIZE for user in after)
+            or result in served
+            or any(
+                subgraph.tensors[t].type != schema.TensorType.INT8
+                for t in (before.inputs[0], *(u.outputs[0] for u in after))
+            )
         ):
             continue
+        widest = max(after, key=lambda user: float(subgraph.tensors[user.outputs[0]].quantization.scale[0]))
         users[int(operator.inputs[0])].remove(operator)
-        operator.inputs, operator.outputs = [int(before.inputs[0])], [int(after[0].outputs[0])]
-        gone.append(after[0])
-        if not users[int(before.outputs[0])] and int(before.outputs[0]) not in {int(t) for t in subgraph.outputs}:
+        operator.inputs, operator.outputs = [int(before.inputs[0])], [int(widest.outputs[0])]
+        for user in after:  # with other scales: from int8 to int8
+            user.inputs = list(operator.outputs)
+        gone.append(widest)
+        if not users[int(before.outputs[0])] and int(before.outputs[0]) not in served:
             gone.append(before)
     left = {id(operator) for operator in gone}
-    subgraph.operators = [operator for operator in subgraph.operators if id(operator) not in left]
+    kept = [operator for operator in subgraph.operators if id(operator) not in left]
+    subgraph.operators = kept

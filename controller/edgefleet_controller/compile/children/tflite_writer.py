@@ -61,6 +61,7 @@ class Writer:
     Attributes:
         made: for each node that made a tensor, the name of the one that comes out, after what is fused into it.
         whole: names of tensors whose operators must be left whole by a quantizer, once written.
+        same_as: for tensors that only the file has, the one whose numbers they hold in another order or shape.
     """
 
     def __init__(self, model: onnx.ModelProto, operators: Mapping[str, Operator]) -> None:
@@ -70,6 +71,7 @@ class Writer:
         self._node: Node  # the one that is being written
         self.made: dict[str, str] = {}
         self.whole: list[str] = []
+        self.same_as: dict[str, str] = {}
         self._values: dict[str, Value] = {}
         self._arrays: dict[int, Array] = {}
         self._moved: dict[tuple[Value, Order], Value] = {}
@@ -192,7 +194,7 @@ class Writer:
             tensor = self.reshaped(name, value, moved.stored).tensor
             return moved._replace(tensor=tensor)
         steps_value = self.graph.constant(f"{name}/order", np.array(steps, np.int32))
-        moved = moved._replace(tensor=self.graph.tensor(name, moved.stored, value.dtype))
+        moved = moved._replace(tensor=self._another(name, value, moved.stored))
         self.graph.operator("TRANSPOSE", [value.tensor, steps_value], [moved.tensor], "TransposeOptions")
         return moved
 
@@ -201,9 +203,16 @@ class Writer:
         if value.tensor in self._arrays:
             return self.constant(name, self._arrays[value.tensor].reshape(stored))
         form = self.graph.constant(f"{name}/shape", np.array(stored, np.int32))
-        tensor = self.graph.tensor(name, stored, value.dtype)
+        tensor = self._another(name, value, stored)
         self.graph.operator("RESHAPE", [value.tensor, form], [tensor], "ReshapeOptions", newShape=list(stored))
         return Value(tensor, stored, plain(len(stored)), value.dtype)
+
+    def _another(self, name: str, value: Value, stored: Shape) -> int:
+        """A tensor for the same numbers in another order or shape."""
+        tensor = self.graph.tensor(name, stored, value.dtype)
+        source = self.graph.name(value.tensor)
+        self.same_as[self.graph.name(tensor)] = self.same_as.get(source, source)
+        return tensor
 
     def reshape(self, name: str, value: Value, shape: Shape) -> Value:
         """ONNX's Reshape of a value, made the value of that name."""
