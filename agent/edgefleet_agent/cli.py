@@ -110,5 +110,21 @@ def doctor(state: Path, as_json: bool) -> None:
         sys.exit(1)
 
 
+@main.command()
+@state_option
+@json_option
+@told
+def power(state: Path, as_json: bool) -> None:
+    """Apply the power profile of what serves, or undo it. For root: fleet-power.service runs this whenever the slots change."""
+    from edgefleet_agent import power_profile
+
+    profile = power_profile.wanted(state)
+    changed = power_profile.apply(profile)
+    if as_json:
+        click.echo(msgspec.json.encode({"profile": profile, "changed": changed}).decode())
+    else:
+        click.echo("\n".join(changed) or "nothing to change")
+
+
 if __name__ == "__main__":
     main()

@@ -74,7 +74,9 @@ def show(home: Path, name: str, as_json: bool) -> None:
         for key in ("arch", "engines", "memory_bytes", "agent_version")
         if key in fingerprint
     ]
-    for row in ((report.get("ended") or {}).get("acceptance") or {}).get("measurements", ()):
+    acceptance = (report.get("ended") or {}).get("acceptance") or {}
+    rows += [(f"acceptance {kind}", what) for kind in ("unmeasured", "unconfined") for what in acceptance.get(kind, ())]
+    for row in acceptance.get("measurements", ()):
         rows.append(
             (f"acceptance {row['name']}", f"{row['verdict']}: {row['value']} against {row['limit']} {row['unit']}")
         )

@@ -71,8 +71,8 @@ def _cell(value: Any) -> str | Text:
 
 
 def say(text: str) -> None:
-    """One line, however long: terminals wrap it, and nothing breaks it for a search."""
-    console.print(text, highlight=False, markup=False, soft_wrap=True)
+    """A line, wrapped at words on a terminal; elsewhere nothing breaks it."""
+    console.print(text, highlight=False, markup=False, soft_wrap=not console.is_terminal)
 
 
 @contextmanager

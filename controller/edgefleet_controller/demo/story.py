@@ -302,12 +302,14 @@ class Story:
             ("rollouts", ("version", "outcome", "boards_selected", "boards_touched", "boards_rolled_back")),
             ("boards", ("name", "class", "requests", "failed", "wrong_version", "longest_gap_ms", "final_version")),
         ):  # fmt: skip
-            rows = [[row[c] for c in columns] for row in figures[key]]
+            rows = [[f"{row[c]:.4g}" if isinstance(row[c], float) else row[c] for c in columns] for row in figures[key]]
             console.print(grid([c.replace("_", " ") for c in columns], rows, key))
         for rollout in figures["rollouts"]:
             # The gate's verdict names the boards too; on a terminal once is enough.
             for reason in rollout["reasons"][1:] or rollout["reasons"]:
-                console.print(f"version {rollout['version']}: {reason}", highlight=False, soft_wrap=True)
+                console.print(
+                    f"version {rollout['version']}: {reason}", highlight=False, soft_wrap=not console.is_terminal
+                )
         console.print(f"the controller sent {figures['controller_sent_bytes']} bytes; {figures['seconds']} s in all")
 
     def _traffic_table(self) -> Table:
@@ -326,10 +328,14 @@ class Story:
             yield live.update
 
     def _say(self, what: str) -> None:
-        console.print(f"[bold][{time.monotonic() - self._began:5.1f} s][/] {what}", highlight=False, soft_wrap=True)
+        console.print(
+            f"[bold][{time.monotonic() - self._began:5.1f} s][/] {what}",
+            highlight=False,
+            soft_wrap=not console.is_terminal,
+        )
 
     def _note(self, what: str) -> None:
-        console.print(f"          {what}", highlight=False, soft_wrap=True)
+        console.print(f"          {what}", highlight=False, soft_wrap=not console.is_terminal)
 
     # -- the rest ------------------------------------------------------------------------------------------------------
 
