@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import subprocess
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -104,6 +106,12 @@ def member(package: str, version: str, name: str) -> Callable[[], bytes]:
     return fetch
 
 
+def yolov3_tiny() -> bytes:
+    content: bytes = import_module(DARKNET).fetch_yolov3_tiny(CACHE)
+    return content
+
+
+DARKNET = "edgefleet_controller.importers.darknet"
 OCR = ("rapidocr-onnxruntime", "1.4.4")
 TRAINED = {
     "efficientnet-lite0": Trained(lambda: efficientnet_lite.fetch(CACHE), (224, 224), 127.0, 128.0, 0.9),
@@ -113,6 +121,8 @@ TRAINED = {
     "mnist-conv": Trained(member("qonnx", "1.0.0", "mnist-conv/model.onnx"), (28, 28), 0.0, 1.0, 0.97, 1),
     "espcn": Trained(member("qonnx", "1.0.0", "nn_resize/float_model.onnx"), (128, 128), 0.0, 255.0, 0.99),
 }
+if importlib.util.find_spec(DARKNET):  # in a build that reads darknet's files
+    TRAINED["yolov3-tiny"] = Trained(yolov3_tiny, (416, 416), 0.0, 255.0, 0.98)
 
 
 def pictures(network: Trained) -> np.ndarray:
