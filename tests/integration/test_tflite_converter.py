@@ -27,7 +27,7 @@ def test_every_row_of_the_table_has_cases_here() -> None:
 
 
 @pytest.mark.parametrize("op", sorted(CASES))
-@settings(max_examples=18, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=15, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_an_operator_answers_as_onnxruntime_does(op: str, data: Any) -> None:
     draw = Draw(data)

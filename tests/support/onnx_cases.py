@@ -191,6 +191,9 @@ def clip(d: Draw) -> Case:
     bounds = [None if b is None else np.array(b, x.dtype) for b in (low, high)]
     while bounds and bounds[-1] is None:
         bounds.pop()
+    if not whole and d.flag():  # as it was before bounds were inputs
+        given = {name: float(b) for name, b in zip(("min", "max"), bounds, strict=False) if b is not None}
+        return Case("Clip", d.pick([7, 9, 10]), [x], given)
     return Case("Clip", d.opset(12), [x, *bounds], {}, {1, 2})
 
 
@@ -429,6 +432,10 @@ def slices(d: Draw) -> Case:
         starts.append(low if step > 0 else high)
         ends.append(d.pick([high + 1, 2**62]) if step > 0 else d.pick([low - 1 - n, -(2**62)]) if low == 0 else low - 1)
         steps.append(step)
+    if all(step == 1 for step in steps) and d.flag():  # as it was before bounds were inputs
+        return Case(
+            "Slice", 9, [d.floats(shape)], {"starts": starts, "ends": ends, "axes": [a % len(shape) for a in axes]}
+        )
     given = [np.array(v, np.int64) for v in (starts, ends, axes, steps)]
     return Case("Slice", d.opset(), [d.numbers(shape), *given], {}, {1, 2, 3, 4})
 
@@ -450,6 +457,8 @@ def pad(d: Draw) -> Case:
     if mode == "constant" and d.flag():
         a = d.int(0, rank - 1)
         pads[a] = -d.int(0, shape[a] - 1)
+    if mode == "constant" and d.flag():  # as it was before pads were an input
+        return Case("Pad", d.pick([7, 10]), [d.floats(shape)], {"pads": pads, "value": d.pick([0.0, 1.5])})
     more: list[Any] = [np.array(pads, np.int64)]
     if mode == "constant" and d.flag():
         more.append(np.float32(1.5))

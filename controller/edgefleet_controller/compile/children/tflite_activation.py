@@ -34,6 +34,7 @@ def _clip(writer: Writer, node: Node) -> None:
     if kind is not None:
         writer.like(name, kinds[kind], x)
     else:
+        writer.same_as[f"{name}/low"] = node.inputs[0]  # or less: what the limit takes away is no matter for a range
         for bound, op, part in ((low, "MAXIMUM", f"{name}/low"), (high, "MINIMUM", name)):
             if bound is not None and not math.isinf(bound):
                 limit = writer.number(f"{part}/limit", bound if x.dtype == FLOAT else int(bound), x.dtype)

@@ -77,6 +77,11 @@ class Graph:
         """
         self._operators.append(_Operator(getattr(schema.BuiltinOperator, op), inputs, outputs, options, fields))
 
+    @property
+    def size(self) -> int:
+        """How many tensors there are so far."""
+        return len(self._tensors)
+
     def name(self, tensor: int) -> str:
         """A tensor's name in the file."""
         return self._tensors[tensor].name

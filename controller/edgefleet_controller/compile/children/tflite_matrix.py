@@ -86,8 +86,6 @@ def _matmul(writer: Writer, node: Node) -> None:
         x = writer.reshape(f"{node.output}/row", x, (1, *x.shape))
     if len(other.shape) == 1:
         other = writer.reshape(f"{node.output}/column", other, (*other.shape, 1))
-    if max(len(x.shape), len(other.shape)) > MAX_RANK:
-        raise node.refused(f"in {max(len(x.shape), len(other.shape))} dimensions")
     left, right = node.values
     if right is not None and len(other.shape) == 2 and left is None:
         whole = len(node.shape) == len(x.shape) and right.ndim == 2
@@ -101,6 +99,9 @@ def _matmul(writer: Writer, node: Node) -> None:
         made = _dense(writer, f"{node.output}/turned", "", transposed(other, turned), weight, None, node.inputs[0], 0)
         made = transposed(made, turned)
     else:
+        rank = max(len(x.shape), len(other.shape))
+        if rank > MAX_RANK:
+            raise node.refused(f"in {rank} dimensions")
         made = _product(writer, node.output, x, other)
     writer.alias(node.output, made)
     if made.shape != node.shape:

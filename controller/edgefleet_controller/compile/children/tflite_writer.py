@@ -103,9 +103,11 @@ class Writer:
             if node.output not in self._fused:
                 self._node = node
                 self._check(node)
+                known = self.graph.size
                 self._operators[node.op].emit(self, node)
                 last = next((new for new, old in self._fused.items() if old == node.output), node.output)
-                self.made.setdefault(node.name, self.graph.name(self._values[last].tensor))
+                if self._values[last].tensor >= known:  # else it only got another name
+                    self.made.setdefault(node.name, self.graph.name(self._values[last].tensor))
         outputs: dict[str, int] = {}
         for name, kind in self._source.outputs.items():
             value = self.plain(name)
