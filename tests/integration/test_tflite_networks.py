@@ -46,6 +46,28 @@ def test_hard_swishes_that_were_written_out_become_one_operator() -> None:
     assert operators_of(content)["HARD_SWISH"] == 3
 
 
+@pytest.mark.parametrize("first", [True, False])
+def test_gelus_that_were_written_out_become_one_operator(first: bool) -> None:
+    net = Net(1)
+    x = net.conv(3, 4)
+    net.add("Div", net.constant(np.float32(np.sqrt(2)))) if first else net.add(
+        "Mul", net.constant(np.float32(np.sqrt(0.5)))
+    )
+    net.add("Erf")
+    gate = net.add("Add", net.constant(np.float32(1)))
+    if first:
+        net.add("Mul", x)
+        net.add("Mul", net.constant(np.float32(0.5)))
+    else:
+        net.add("Mul", net.constant(np.float32(0.5)), first=x)
+        net.add("Mul", gate)
+    model = net.model([1, 4, 32, 32])
+    feeds = {"image": net.rng.normal(size=(1, 3, 32, 32)).astype(np.float32)}
+    content = convert(model).content
+    assert_alike(tflite_answers(content, feeds), onnx_answers(model, feeds))
+    assert operators_of(content) == {"TRANSPOSE": 2, "CONV_2D": 1, "GELU": 1}
+
+
 def test_a_flattened_picture_meets_its_matrix_without_a_transpose() -> None:
     net = Net(1)
     net.conv(3, 4, 1, stride=4)

@@ -505,7 +505,7 @@ CASES: dict[str, Callable[[Draw], Case]] = {
     **{op: binary(op) for op in ("Add", "Sub", "Mul", "Div", "Equal", "Less", "Greater", "LessOrEqual", "GreaterOrEqual")},
     **{op: binary(op, "bools") for op in ("And", "Or", "Xor")},
     **{op: several(op) for op in ("Max", "Min", "Sum", "Mean")},
-    **{op: unary(op) for op in ("Exp", "Floor", "Ceil", "Round", "Sin", "Cos", "Relu", "Sigmoid", "Tanh", "Softplus", "Softsign", "Identity")},
+    **{op: unary(op) for op in ("Exp", "Floor", "Ceil", "Round", "Sin", "Cos", "Relu", "Sigmoid", "Tanh", "Softplus", "Softsign", "Erf", "Identity")},
     **{op: unary(op, make="numbers") for op in ("Neg",)},
     **{op: unary(op, low=13, make="numbers") for op in ("Abs", "Sign")},
     **{op: unary(op, make="positive") for op in ("Log", "Sqrt", "Reciprocal")},

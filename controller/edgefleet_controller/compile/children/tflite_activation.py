@@ -126,6 +126,22 @@ def _gelu(writer: Writer, node: Node) -> None:
     writer.like(node.output, "GELU", writer.value(node.inputs[0]), options="GeluOptions", approximate=near)
 
 
+def _erf(writer: Writer, node: Node) -> None:
+    """``sign(x) (1 - poly(t) exp(-x²))`` with ``t = 1 / (1 + p |x|)``: Abramowitz and Stegun, 7.1.26, off by 1.5e-7 at most."""
+    x, name, first = writer.value(node.inputs[0]), node.output, writer.graph.size
+    size = writer.like(f"{name}/size", "ABS", x)
+    divisor = shifted(writer, f"{name}/divisor", scaled(writer, f"{name}/stretched", size, 0.3275911), 1.0)
+    t = combined(writer, f"{name}/inverse", "DIV", writer.number(f"{name}/unit", 1.0), divisor)
+    poly = scaled(writer, f"{name}/power", t, 1.061405429)
+    for factor in (-1.453152027, 1.421413741, -0.284496736, 0.254829592):
+        poly = combined(writer, f"{name}/power", "MUL", shifted(writer, f"{name}/sum", poly, factor), t)
+    fall = writer.like(f"{name}/minus", "NEG", combined(writer, f"{name}/square", "MUL", x, x))
+    tail = combined(writer, f"{name}/tail", "MUL", poly, writer.like(f"{name}/exp", "EXP", fall))
+    rest = combined(writer, f"{name}/rest", "SUB", writer.number(f"{name}/whole", 1.0), tail)
+    combined(writer, name, "MUL", writer.like(f"{name}/sign", "SIGN", x), rest)
+    writer.graph.leave(range(first, writer.graph.size))
+
+
 def _softmax(writer: Writer, node: Node) -> None:
     op, fields = ("SOFTMAX", {"beta": 1.0}) if node.op == "Softmax" else ("LOG_SOFTMAX", {})
     options = "SoftmaxOptions" if fields else "LogSoftmaxOptions"
@@ -162,6 +178,7 @@ TABLE = {
     "Softsign": Operator(_softsign, ("ABS", "ADD", "DIV")),
     "Swish": Operator(_swish, ("LOGISTIC", "MUL")),
     "ThresholdedRelu": Operator(_thresholded, ("GREATER", "CAST", "MUL")),
+    "Erf": Operator(_erf, ("ABS", "MUL", "ADD", "DIV", "NEG", "EXP", "SUB", "SIGN")),
     "Gelu": Operator(_gelu, ("GELU",)),
     "Softmax": Operator(_softmax, ("SOFTMAX",)),
     "LogSoftmax": Operator(_softmax, ("LOG_SOFTMAX",)),

@@ -6,6 +6,7 @@ that no output needs are left out of the file.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import flatbuffers
@@ -54,6 +55,7 @@ class Graph:
         self._tensors: list[_Tensor] = []
         self._operators: list[_Operator] = []
         self._names: set[str] = set()
+        self._left: set[int] = set()
         self._constants: dict[tuple[str, str, tuple[int, ...], bytes], int] = {}
 
     def tensor(self, name: str, shape: tuple[int, ...], dtype: Any = np.float32) -> int:
@@ -76,6 +78,10 @@ class Graph:
             options: the schema's options table, such as ``Conv2DOptions``; ``fields`` are its fields.
         """
         self._operators.append(_Operator(getattr(schema.BuiltinOperator, op), inputs, outputs, options, fields))
+
+    def leave(self, tensors: Iterable[int]) -> None:
+        """Note that whatever makes these is ruined by 8 bits."""
+        self._left.update(tensors)
 
     @property
     def size(self) -> int:
@@ -114,16 +120,12 @@ class Graph:
         model.operatorCodes = [_code(code) for code in codes]
         builder = flatbuffers.Builder(sum(len(b.data) for b in buffers if b.data is not None) + 65536)
         builder.Finish(model.Pack(builder), b"TFL3")
-        return bytes(builder.Output()), [
-            self._tensors[tensor].name for tensor in used if self._whole(tensor, operators)
-        ]
+        return bytes(builder.Output()), self._whole(used, operators)
 
-    def _whole(self, tensor: int, operators: list[_Operator]) -> bool:
-        if self._tensors[tensor].values is not None:
-            return False
-        return self._tensors[tensor].dtype != np.float32 or any(
-            tensor in operator.outputs and self._float_only(operator) for operator in operators
-        )
+    def _whole(self, used: list[int], operators: list[_Operator]) -> list[str]:
+        kept = self._left | {tensor for o in operators if self._float_only(o) for tensor in o.outputs}
+        computed = (tensor for tensor in used if self._tensors[tensor].values is None)
+        return [self.name(t) for t in computed if t in kept or self._tensors[t].dtype != np.float32]
 
     def _float_only(self, operator: _Operator) -> bool:
         if operator.code == schema.BuiltinOperator.BATCH_MATMUL:
