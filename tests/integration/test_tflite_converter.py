@@ -131,6 +131,7 @@ _W = np.ones((2, 3, 3, 3), np.float32)
         ([node("Conv", "x w", "y", strides=[0, 1])], {"w": _W}, r"node 'the Conv' \(Conv\): .*strides"),
         ([node("Conv", "x w", "y", sparkle=1)], {"w": _W}, "Unrecognized attribute: sparkle"),
         ([node("Conv", "x w", "y", auto_pad="SOME")], {"w": _W}, "SOME"),
+        ([node("ConvTranspose", "x w", "y", output_padding=[9, 0])], {"w": np.ones((3, 2, 3, 3), np.float32)}, "ConvTranspose"),
         ([node("MaxPool", "x", "y", kernel_shape=[2, 2], dilations=[2, 2])], {}, "MaxPool with dilations"),
         ([node("MaxPool", "x", "y where", kernel_shape=[2, 2])], {}, "MaxPool with indices"),
         ([node("Reshape", "x s", "y")], {"s": np.int64([5, -1])}, r"node 'the Reshape' \(Reshape\): "),

@@ -57,10 +57,15 @@ def conv_transpose(d: Draw) -> Case:
     if d.int(0, 2) == 0:
         given["dilations"] = [d.int(1, 2) for _ in range(rank)]
     spans = [(k - 1) * n + 1 for k, n in zip(kernel, given.get("dilations", [1] * rank), strict=True)]
-    way = d.pick(["pads", "pads", "auto", "none"])
+    way = d.pick(["pads", "pads", "auto", "shape", "none"])
     if way == "pads":
         given["pads"] = [d.int(0, (s - 1) // 2) for s in spans * 2]
         given["output_padding"] = [d.int(0, s - 1) for s in strides]
+    elif way == "shape":
+        given["output_shape"] = [
+            (n - 1) * s + span - d.int(0, span - 1) for n, s, span in zip(size, strides, spans, strict=True)
+        ]
+        given["output_shape"] = [max(n, 1) for n in given["output_shape"]]
     elif way == "auto":
         given["auto_pad"] = d.pick(["SAME_UPPER", "SAME_LOWER", "VALID"])
     weight = d.floats([groups * each, multiple, *kernel])

@@ -6,7 +6,7 @@ dilations) is a convolution over an input with zeros between its elements (Dumou
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from ai_edge_litert import schema_py_generated as schema
@@ -89,21 +89,34 @@ def _conv(writer: Writer, node: Node) -> None:
 # --- transposed -------------------------------------------------------------------------------------------------------
 
 
+class _Spread(NamedTuple):
+    """A transposed convolution of a picture: what comes out is cut to ``size`` after ``before`` was cut off (top, left)."""
+
+    name: str
+    x: Value
+    weight: Array  # in x out / groups x height x width
+    bias: Array
+    groups: int
+    window: Window
+    before: tuple[int, int]
+    size: tuple[int, ...]
+
+
 def _transposed(writer: Writer, node: Node) -> None:
-    x, weight = _flat(writer, node)  # weights are in x out / groups x height x width
+    x, weight = _flat(writer, node)
     groups = node.get("group", 1)
     _fits(node, x.shape[1], weight, groups, 0)
-    outputs = weight.shape[1] * groups
     window = window_of(node, weight.shape[2:], (x.shape[2], x.shape[3]), moved=False)
-    size = node.shape[2:] if len(node.shape) == 4 else (1, *node.shape[2:])
+    line = len(node.shape) == 3
+    size = (1, *node.shape[2:]) if line else node.shape[2:]
     before = _cut(node, window, (x.shape[2], x.shape[3]), size)
-    bias = _bias(node, outputs)
-    name = node.output if len(node.shape) == 4 else f"{node.output}/line"
+    name = f"{node.output}/line" if line else node.output
+    spread = _Spread(name, x, weight, _bias(node, weight.shape[1] * groups), groups, window, before, size)
     if groups == 1 and window.dilations == (1, 1):
-        _scatter(writer, node, name, x, weight, bias, window, before, size)
+        _scatter(writer, node, spread)
     else:
-        _stretch(writer, node, name, x, weight, bias, groups, window, before, size)
-    if name != node.output:
+        _stretch(writer, node, spread)
+    if line:
         writer.reshape(node.output, writer.value(name), node.shape)
 
 
@@ -115,69 +128,60 @@ def _cut(node: Node, window: Window, size: Shape, wanted: Shape) -> tuple[int, i
     extra = tuple(node.get("output_padding", [0] * len(node.shape[2:])))
     extra = extra if len(extra) == 2 else (0, *extra)
     totals = [max(window.strides[i] * (size[i] - 1) + extra[i] + window.span(i) - wanted[i], 0) for i in (0, 1)]
-    return tuple(t // 2 if auto != "SAME_LOWER" else t - t // 2 for t in totals)
+    top, left = (total // 2 if auto == "SAME_UPPER" else total - total // 2 for total in totals)
+    return top, left
 
 
-def _scatter(
-    writer: Writer,
-    node: Node,
-    name: str,
-    x: Value,
-    weight: Array,
-    bias: Array,
-    window: Window,
-    before: tuple[int, int],
-    size: Shape,
-) -> None:
+def _whole(window: Window, x: Value) -> tuple[int, ...]:
+    """What comes out before anything is cut off."""
+    return tuple((x.shape[2 + i] - 1) * window.strides[i] + window.span(i) for i in (0, 1))
+
+
+def _scatter(writer: Writer, node: Node, spread: _Spread) -> None:
     """TFLite's own: it cuts evenly (SAME) or not at all (VALID); the rest is cut afterwards."""
+    name, x, weight, window, before, size = (
+        spread.name, spread.x, spread.weight, spread.window, spread.before, spread.size,
+    )  # fmt: skip
+    whole = _whole(window, x)
+    if any(before[i] + size[i] > whole[i] for i in (0, 1)):  # output_padding: past the end is nothing but bias
+        last = [int(before[i] + size[i] > whole[i]) for i in (0, 1)]
+        x = _around(writer, f"{node.output}/longer", x, [0, 0], last)
+        whole = _whole(window, x)
+        if any(before[i] + size[i] > whole[i] for i in (0, 1)):
+            raise node.refused(f"with an output of {list(size)} from {list(spread.x.shape[2:])}")
     inputs = (x.shape[2], x.shape[3])
-    whole = tuple((inputs[i] - 1) * window.strides[i] + window.span(i) for i in (0, 1))
-    short = [max(before[i] + size[i] - whole[i], 0) for i in (0, 1)]  # output_padding past the end: nothing but bias
-    if any(short):
-        x = _with_zeros_after(writer, f"{node.output}/longer", x, [1 if s else 0 for s in short])
-        inputs = (x.shape[2], x.shape[3])
-        whole = tuple((inputs[i] - 1) * window.strides[i] + window.span(i) for i in (0, 1))
-    same = all(
-        -(-size[i] // window.strides[i]) == inputs[i]
-        and max(whole[i] - size[i], 0) // 2 == before[i]
-        and whole[i] >= size[i]
-        for i in (0, 1)
+    exact = before == (0, 0) and size == whole
+    same = window.same_size(size) == inputs and all(
+        whole[i] >= size[i] and (whole[i] - size[i]) // 2 == before[i] for i in (0, 1)
     )
-    exact = before == (0, 0) and tuple(size) == whole
-    made = tuple(size) if same or exact else whole
+    made = size if same or exact else whole
     w = writer.constant(node.inputs[1], weight.transpose(1, 2, 3, 0))
     form = writer.integers(f"{name}/size", (x.shape[0], *made, weight.shape[1]))
-    b = writer.constant(f"{name}/bias", bias)
-    options = {
-        "padding": SAME if same and not exact else VALID,
-        "strideH": window.strides[0],
-        "strideW": window.strides[1],
-    }
+    b = writer.constant(f"{name}/bias", spread.bias)
     result = writer.emit(
-        name if made == tuple(size) else f"{name}/whole", "TRANSPOSE_CONV", [form, w, x, b], (x.shape[0], weight.shape[1], *made),
-        "TransposeConvOptions", order=channels_last(4), **options,
+        name if made == size else f"{name}/whole", "TRANSPOSE_CONV", [form, w, x, b], (x.shape[0], weight.shape[1], *made),
+        "TransposeConvOptions", order=channels_last(4), padding=SAME if same and not exact else VALID,
+        strideH=window.strides[0], strideW=window.strides[1],
     )  # fmt: skip
-    if made != tuple(size):
+    if made != size:
         _crop(writer, name, result, before, size)
 
 
-def _stretch(
-    writer: Writer, node: Node, name: str, x: Value, weight: Array, bias: Array, groups: int, window: Window, before: tuple[int, int],
-    size: Shape,
-) -> None:  # fmt: skip
+def _stretch(writer: Writer, node: Node, spread: _Spread) -> None:
     """Zeros between the elements, then a convolution by the mirrored weights."""
+    x, window, groups = spread.x, spread.window, spread.groups
     for i, axis in enumerate((2, 3)):
         if window.strides[i] > 1:
             x = _apart(writer, f"{node.output}/apart", x, axis, window.strides[i])
     around = [window.span(i) - 1 for i in (0, 1)]
-    first = [around[i] - before[i] for i in (0, 1)]
-    last = [size[i] + around[i] - first[i] - x.shape[2 + i] for i in (0, 1)]
+    first = [around[i] - spread.before[i] for i in (0, 1)]
+    last = [spread.size[i] + around[i] - first[i] - x.shape[2 + i] for i in (0, 1)]
     x = _around(writer, f"{node.output}/around", x, first, last)
-    ins, each, *kernel = weight.shape
-    mirrored = weight[:, :, ::-1, ::-1].reshape(groups, ins // groups, each, *kernel).swapaxes(1, 2)
+    ins, each, *kernel = spread.weight.shape
+    mirrored = spread.weight[:, :, ::-1, ::-1].reshape(groups, ins // groups, each, *kernel).swapaxes(1, 2)
     mirrored = mirrored.reshape(groups * each, ins // groups, *kernel)
     moved = window._replace(strides=(1, 1), pads=(0, 0, 0, 0))
-    _convolve(writer, name, x, mirrored, bias, groups, moved, VALID, 0, node.inputs[1])
+    _convolve(writer, spread.name, x, mirrored, spread.bias, groups, moved, VALID, 0, node.inputs[1])
 
 
 def _apart(writer: Writer, name: str, x: Value, axis: int, stride: int) -> Value:
@@ -206,10 +210,6 @@ def _around(writer: Writer, name: str, x: Value, first: list[int], last: list[in
     pads = np.array([[0, 0], [first[0], last[0]], [first[1], last[1]], [0, 0]], np.int32)
     shape = (*x.shape[:2], x.shape[2] + first[0] + last[0], x.shape[3] + first[1] + last[1])
     return writer.emit(name, "PAD", [x, writer.constant(f"{name}/pads", pads)], shape, "PadOptions", order=x.order)
-
-
-def _with_zeros_after(writer: Writer, name: str, x: Value, last: list[int]) -> Value:
-    return _around(writer, name, x, [0, 0], last)
 
 
 def _crop(writer: Writer, name: str, x: Value, before: Shape, size: Shape) -> Value:

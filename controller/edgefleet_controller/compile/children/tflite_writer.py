@@ -76,7 +76,8 @@ class Writer:
         self._arrays: dict[int, Array] = {}
         self._moved: dict[tuple[Value, Order], Value] = {}
         self._before: dict[str, Value] = {}
-        self._fused: dict[str, str] = {}  # the value that an activation makes -> the one that it would have been given
+        self._fused: set[str] = set()  # what activations make that are part of an operator before them
+        self._becomes: dict[str, str] = {}  # the value that such an activation would have been given -> what it makes
         self._positive: set[str] = set()
         self._users: dict[str, list[Node]] = {}
         for node in self._source.nodes:
@@ -105,7 +106,7 @@ class Writer:
                 self._check(node)
                 known = self.graph.size
                 self._operators[node.op].emit(self, node)
-                last = next((new for new, old in self._fused.items() if old == node.output), node.output)
+                last = self._becomes.get(node.output, node.output)
                 if self._values[last].tensor >= known:  # else it only got another name
                     self.made.setdefault(node.name, self.graph.name(self._values[last].tensor))
         outputs: dict[str, int] = {}
@@ -303,7 +304,8 @@ class Writer:
         if len(users) == 1 and name not in self._source.outputs and node.made[name].dtype == FLOAT:
             kind = relu_kind(users[0])
             if kind is not None:
-                self._fused[users[0].output] = name
+                self._fused.add(users[0].output)
+                self._becomes[name] = users[0].output
                 if kind != ACTIVATION.RELU_N1_TO_1:
                     self.mark_positive(users[0].output)
                 return kind, users[0].output
