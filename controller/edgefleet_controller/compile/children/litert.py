@@ -15,6 +15,7 @@ from ai_edge_litert.interpreter import Interpreter
 from . import job
 from .measure import Array, Run, SampleFile, measure
 from .onnx_to_tflite import convert
+from .tflite_islands import joined
 
 
 def load(path: str) -> Run:
@@ -33,14 +34,18 @@ def compile_model(request: job.Request, progress: job.Progress) -> dict[str, Any
     """Request: ``simplified``, ``calibration``, ``compiled`` and ``float`` (files to write), ``precision``,
     ``options``."""
     progress("converting", 0, 1)
-    converted = convert(onnx.load(request["simplified"]))
+    model = onnx.load(request["simplified"], load_external_data=False)
+    converted = convert(model)
     content = converted.content
     with open(request["float"], "wb") as stream:
         stream.write(content)
     progress("converting", 1, 1)
     if request["precision"] == "int8":
         progress("quantizing", 0, 1)
-        in_float = converted.convolutions[: request["options"]["float_first"]] + converted.whole
+        convolutions = [
+            converted.made[n.name] for n in model.graph.node if n.op_type == "Conv" and n.name in converted.made
+        ]
+        in_float = convolutions[: request["options"]["float_first"]] + converted.whole
         content = _quantize(content, SampleFile(request["calibration"]), in_float)
         progress("quantizing", 1, 1)
     with open(request["compiled"], "wb") as stream:
@@ -68,7 +73,11 @@ def _quantize(content: bytes, samples: SampleFile, in_float: list[str]) -> bytes
         )
     worker = quantizer.Quantizer(bytearray(content), recipe.get_quantization_recipe())
     found = worker.calibrate({"serving_default": [samples[i] for i in range(len(samples))]}, num_threads=1)
-    return bytes(worker.quantize(found).quantized_model)
+    if not found:
+        raise job.Refused(
+            "bad_model", "no operator of this network can be quantized for tflite", "ask for precision fp32"
+        )
+    return joined(bytes(worker.quantize(found).quantized_model))
 
 
 def main() -> None:

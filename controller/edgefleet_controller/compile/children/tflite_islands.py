@@ -1,0 +1,71 @@
+"""Stage 2, compile: float islands in an int8 .tflite. Receives a quantized file's bytes, hands on the same without needless islands.
+
+ai-edge-quantizer 0.10 leaves some operators in float between a DEQUANTIZE and a QUANTIZE although TFLite's kernels compute them
+in int8 with any two scales. Those are joined: the operator takes what the one reads and makes what the other writes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flatbuffers
+import numpy as np
+from ai_edge_litert import schema_py_generated as schema
+
+_CODES = schema.BuiltinOperator
+# Kernels that rescale from the input's scale to the output's by themselves, in LiteRT and in tflite-runtime.
+JOINED = frozenset({_CODES.LEAKY_RELU, _CODES.RELU, _CODES.RELU6, _CODES.RELU_N1_TO_1, _CODES.ELU})
+
+
+def joined(content: bytes) -> bytes:
+    """The file without the islands of :data:`JOINED` operators; its inputs, outputs and answers stay, but for a rounding less."""
+    model = schema.ModelT.InitFromPackedBuf(content, 0)
+    for buffer in model.buffers:
+        if (
+            buffer.offset
+        ):  # the quantizer writes constants behind the flatbuffer; here they go into it, as old readers expect
+            buffer.data = np.frombuffer(content, np.uint8, int(buffer.size), int(buffer.offset))
+            buffer.offset = buffer.size = 0
+    codes = [max(code.builtinCode, code.deprecatedBuiltinCode) for code in model.operatorCodes]
+    for subgraph in model.subgraphs:
+        _join(subgraph, codes)
+    builder = flatbuffers.Builder(len(content))
+    builder.Finish(model.Pack(builder), b"TFL3")
+    return bytes(builder.Output())
+
+
+def _join(subgraph: Any, codes: list[int]) -> None:
+    makers = {int(tensor): operator for operator in subgraph.operators for tensor in operator.outputs}
+    users: dict[int, list[Any]] = {int(tensor): [] for tensor in subgraph.outputs}
+    served = set(users)
+    for operator in subgraph.operators:
+        for tensor in operator.inputs:
+            users.setdefault(int(tensor), []).append(operator)
+    gone: list[Any] = []
+    for operator in subgraph.operators:
+        before, result = makers.get(int(operator.inputs[0])), int(operator.outputs[0])
+        after = users.get(result, [])
+        if (
+            codes[operator.opcodeIndex] not in JOINED
+            or before is None
+            or codes[before.opcodeIndex] != _CODES.DEQUANTIZE
+            or not after
+            or any(codes[user.opcodeIndex] != _CODES.QUANTIZE for user in after)
+            or result in served
+            or any(
+                subgraph.tensors[t].type != schema.TensorType.INT8
+                for t in (before.inputs[0], *(u.outputs[0] for u in after))
+            )
+        ):
+            continue
+        widest = max(after, key=lambda user: float(subgraph.tensors[user.outputs[0]].quantization.scale[0]))
+        users[int(operator.inputs[0])].remove(operator)
+        operator.inputs, operator.outputs = [int(before.inputs[0])], [int(widest.outputs[0])]
+        for user in after:  # with other scales: from int8 to int8
+            user.inputs = list(operator.outputs)
+        gone.append(widest)
+        if not users[int(before.outputs[0])] and int(before.outputs[0]) not in served:
+            gone.append(before)
+    left = {id(operator) for operator in gone}
+    kept = [operator for operator in subgraph.operators if id(operator) not in left]
+    subgraph.operators = kept
