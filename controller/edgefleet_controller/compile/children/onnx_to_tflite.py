@@ -17,11 +17,11 @@ from .tflite_writer import ACTIVATION, TO_NHWC, Emit, Value, Writer, attributes,
 
 
 class Converted(NamedTuple):
-    """A float .tflite, and names of tensors by which its quantizer is steered: those that convolutions make, in order, and those
-    of whole numbers, whose operators must be left alone."""
+    """A float .tflite, and names of tensors by which its quantizer is steered: the one that each ONNX node makes, by the node's name,
+    and those of whole numbers, whose operators must be left alone."""
 
     content: bytes
-    convolutions: list[str]
+    made: dict[str, str]
     whole: list[str]
 
 
@@ -32,7 +32,7 @@ def convert(model: onnx.ModelProto) -> Converted:
         Refused: an operator, or a use of one, that TFLite or this writer lacks; names node and operator.
     """
     writer = Writer(model, OPERATORS)
-    return Converted(writer.write(), writer.convolutions, writer.graph.whole)
+    return Converted(writer.write(), writer.made, writer.graph.whole)
 
 
 # --- convolutions and pools -------------------------------------------------------------------------------------------
@@ -113,7 +113,6 @@ def _conv(writer: Writer, node: onnx.NodeProto) -> None:
     shape = (x.shape[0], out_channels, *window.out((x.shape[2], x.shape[3])))
     x, padding = _padded(writer, node, x, window, 0.0)
     fused, name = writer.activation(node)
-    writer.convolutions.append(name)
     common = {
         "padding": padding, "strideH": window.strides[0], "strideW": window.strides[1],
         "dilationHFactor": window.dilations[0], "dilationWFactor": window.dilations[1], "fusedActivationFunction": fused,

@@ -51,7 +51,7 @@ class Writer:
         self._users: dict[str, list[onnx.NodeProto]] = {}
         self._results = {output.name for output in model.graph.output}
         self._fused: set[str] = set()
-        self.convolutions: list[str] = []
+        self.made: dict[str, str] = {}  # node -> the tensor that comes out, after what is fused into it
         for node in model.graph.node:
             for name in node.input:
                 self._users.setdefault(name, []).append(node)
@@ -161,6 +161,7 @@ class Writer:
             kind = relu_kind(self, users[0])
             if kind is not None:
                 self._fused.add(users[0].output[0])
+                self.made[node.name] = users[0].output[0]
                 return kind, users[0].output[0]
         return ACTIVATION.NONE, name
 
