@@ -67,14 +67,14 @@ def compile_and_sign(
         keys: folder of the release keys; None to leave it unsigned.
 
     Raises:
-        EdgefleetError: the first class that failed, after all have ended; what did compile is kept, and signed.
+        EdgefleetError: of the class that failed, or of all that did together, after all have ended; what did compile is kept, and signed.
     """
     client = FleetClient(home)
     wanted = classes or tuple(c["metadata"]["name"] for c in client.classes() if c["spec"]["build"] == "controller")
     if not wanted:
         raise NotFoundError("no device class is registered", hint="fleet apply -f manifests/")
     jobs = {c: client.compile(model, version, c, despite_quality=despite_quality) for c in wanted}
-    failure: EdgefleetError | None = None
+    failures: dict[str, EdgefleetError] = {}
     try:
         while jobs:
             time.sleep(POLL_S)
@@ -85,21 +85,32 @@ def compile_and_sign(
                     continue
                 del jobs[device_class]
                 if told["state"] == "failed":
-                    failure = failure or from_dict(told["error"])
+                    failures[device_class] = from_dict(told["error"])
                 elif told["state"] == "cancelled":
-                    failure = failure or InputError(f"compiling for {device_class} was cancelled")
+                    failures[device_class] = InputError(f"compiling for {device_class} was cancelled")
     except KeyboardInterrupt:
         for job in jobs.values():
             client.cancel_job(job)
         raise
     if keys is not None:
         sign_compiled(home, model, version, keys)
-    if failure is not None:
-        raise failure
+    if failures:
+        raise _together(failures)
     (shown,) = client.models(model, version)
     shown["artifacts"] = [a for a in shown["artifacts"] if a["class"] in wanted]
     client.close()
     return dict(shown)
+
+
+def _together(failures: dict[str, EdgefleetError]) -> EdgefleetError:
+    """One failure as it is; several as one error of the gravest kind, the first's, that tells each class's own."""
+    if len(failures) == 1:
+        return next(iter(failures.values()))
+    first = next(iter(failures.values()))
+    told = "\n".join(f"{name}: {error.message}" for name, error in failures.items())
+    hints = list(dict.fromkeys(error.hint for error in failures.values() if error.hint))
+    fields = first.as_dict() | {"message": f"{len(failures)} classes failed\n{told}", "hint": "; ".join(hints)}
+    return from_dict(fields)
 
 
 def sign_compiled(home: Path, model: str, version: str, keys: Path) -> list[str]:

@@ -177,7 +177,9 @@ class Detection(_Strict):
     anchors: list[tuple[float, float]] = []
     masks: list[list[Annotated[int, Field(ge=0)]]] = []
     threshold: Share = Field(default=0.25, description="least score of a box that the application reports")
-    nms_iou: Share = Field(default=0.45, description="overlap above which the lesser of two boxes of a class is dropped")
+    nms_iou: Share = Field(
+        default=0.45, description="overlap above which the lesser of two boxes of a class is dropped"
+    )
     match_iou: Share = Field(default=0.5, description="overlap from which two boxes count as the same")
 
     @model_validator(mode="after")

@@ -254,10 +254,18 @@ def _detection(output: Output, outputs: tuple[TensorSpec, ...], origin: str) -> 
     if len(outputs) != wanted:
         raise ModelError(f"{origin} has the outputs {shapes}; decoder {given.decoder} as described takes {wanted}")
     for tensor, mask in zip(outputs, given.masks, strict=False):
-        if given.decoder == "yolov3" and (len(tensor.shape) != 4 or tensor.shape[1] % len(mask) or tensor.shape[1] // len(mask) < 6):
-            raise ModelError(f"{origin}: output {tensor.name} {tensor.shape} does not hold {len(mask)} anchors of 5 + classes")
-    if given.decoder == "boxes" and (outputs[0].shape[-1] != 4 or len(outputs[0].shape) != 3 or len(outputs[1].shape) != 3):
-        raise ModelError(f"{origin} has the outputs {shapes}; expected boxes, batch x N x 4, and scores, batch x N x classes")
+        if given.decoder == "yolov3" and (
+            len(tensor.shape) != 4 or tensor.shape[1] % len(mask) or tensor.shape[1] // len(mask) < 6
+        ):
+            raise ModelError(
+                f"{origin}: output {tensor.name} {tensor.shape} does not hold {len(mask)} anchors of 5 + classes"
+            )
+    if given.decoder == "boxes" and (
+        outputs[0].shape[-1] != 4 or len(outputs[0].shape) != 3 or len(outputs[1].shape) != 3
+    ):
+        raise ModelError(
+            f"{origin} has the outputs {shapes}; expected boxes, batch x N x 4, and scores, batch x N x classes"
+        )
     return BoxDecoding(
         decoder=given.decoder, anchors=tuple(given.anchors), masks=tuple(tuple(mask) for mask in given.masks),
         threshold=given.threshold, nms_iou=given.nms_iou, match_iou=given.match_iou,
@@ -278,7 +286,9 @@ def _characters(manifest: Model, base: Path, outputs: tuple[TensorSpec, ...], or
     classes = outputs[0].shape[-1]
     if len(outputs) != 1 or len(outputs[0].shape) != 3 or len(found) + 1 != classes:
         shapes = ", ".join(f"{o.name} {o.shape}" for o in outputs)
-        raise DataError(f"{path} has {len(found)} characters, space included; with the blank they don't fit {origin}'s outputs {shapes}")
+        raise DataError(
+            f"{path} has {len(found)} characters, space included; with the blank they don't fit {origin}'s outputs {shapes}"
+        )
     return tuple(found)
 
 

@@ -68,7 +68,11 @@ def matched(have: list[Box], want: list[Box], least_iou: float) -> int:
     """How many boxes are in both: same class, overlap enough, each used once, best scores first."""
     free, count = list(want), 0
     for box in have:
-        near = [(float(_iou(np.array([box[:4]]), np.array([other[:4]]))[0]), other) for other in free if other.kind == box.kind]
+        near = [
+            (float(_iou(np.array([box[:4]]), np.array([other[:4]]))[0]), other)
+            for other in free
+            if other.kind == box.kind
+        ]
         best = max(near, default=None, key=lambda pair: pair[0])
         if best is not None and best[0] >= least_iou:
             free.remove(best[1])
@@ -116,7 +120,8 @@ def _suppressed(corners: Array, scores: Array, told: BoxDecoding) -> list[Box]:
         left = left[np.argsort(-best[left], kind="stable")]
         while left.size:
             first, left = left[0], left[1:]
-            kept.append(Box(*(float(v) for v in corners[first]), float(best[first]), int(kind)))
+            x0, y0, x1, y1 = (float(v) for v in corners[first])
+            kept.append(Box(x0, y0, x1, y1, float(best[first]), int(kind)))
             left = left[_iou(corners[first][None], corners[left]) < told.nms_iou]
     return sorted(kept, key=lambda box: -box.score)
 

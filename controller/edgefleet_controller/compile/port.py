@@ -32,7 +32,8 @@ class Target(Protocol):
     precisions: frozenset[str]
     methods: frozenset[str]  # calibration methods
     quantizers: tuple[str, ...]  # ours, and a toolchain's own
-    reads_qdq: bool  # the engine takes ONNX with QDQ, in which our quantizer writes
+    reads_qdq: bool  # the engine takes ONNX, with QDQ too, in which our quantizer writes
+    ships_onnx: bool  # and compiles it when it loads: the network itself is the compiled model
     providers: tuple[str, ...]  # what may compute on the board, unless the class says otherwise
 
     def options(self, device_class: DeviceClassSpec, version: ModelVersion) -> Options:

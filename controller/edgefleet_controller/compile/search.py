@@ -10,7 +10,9 @@ own noise, so that the same inputs choose the same candidate on the same machine
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import Any
 
 import msgspec
 
@@ -19,10 +21,13 @@ from edgefleet_controller.compile.port import Figures, Options, Target
 from edgefleet_controller.compile.recipe import FLOAT, OWN, Recipe
 from edgefleet_controller.manifests import DeviceClassSpec
 
+NOTHING = "nothing fits"
 METHODS = ("minmax", "mse", "percentile", "entropy")  # in the order in which they are tried
 RUNGS = (0.5, 0.75, 0.9, 0.97)  # shares of the noise that a rung of the ladder takes away by leaving layers in float
 FLOAT_WEIGHT_COST = 0.75  # of a float weight's bytes is what keeping it costs: int8 keeps a quarter
+LEADING = (0.01, 0.05)  # shares of the weights' bytes that leading layers in float may have
 MOST_BYTES = 1.3  # a rung may grow to so many times the plain candidate
+ALIKE = 1.05  # times in time or bytes: candidates that differ by less are told apart by accuracy
 MOST_BYTES_AT_LAST = 2.0  # where nothing smaller is accurate enough
 
 
@@ -60,8 +65,10 @@ def plain(target: Target, spec: DeviceClassSpec, method: str, options: Options, 
     """The recipe that is tried first: what the manifests say, the rest as experience has it."""
     if spec.precision != "int8":
         return msgspec.structs.replace(FLOAT, precision=spec.precision)
-    told = {
-        name: options[name] for name in ("weights", "granularity", "scope", "correct_bias", "quantizer") if name in options
+    told: dict[str, Any] = {
+        name: options[name]
+        for name in ("weights", "granularity", "scope", "correct_bias", "quantizer")
+        if name in options
     }
     return Recipe(ranges=method, in_float=tuple(in_float), **told)
 
@@ -108,9 +115,37 @@ def by_layers(best: Trial, units: Sequence[Unit], most_bytes: float) -> list[Rec
     return rungs
 
 
+def leading(best: Trial, units: Sequence[Unit]) -> list[Recipe]:
+    """The recipe of ``best`` with the leading layers in float: there pictures are large and weights few, so that they cost few bytes, and
+    engines are often no faster in int8."""
+    weighted = [unit for unit in units if unit.weight_bytes]
+    total = sum(unit.weight_bytes for unit in weighted)
+    rungs, taken, size = [], set(best.recipe.in_float), 0
+    goals = list(LEADING)
+    for unit in weighted:
+        while goals and size + unit.weight_bytes > goals[0] * total:
+            goals.pop(0)
+            if taken - set(best.recipe.in_float):
+                rungs.append(msgspec.structs.replace(best.recipe, in_float=tuple(sorted(taken))))
+        if not goals:
+            break
+        taken |= set(unit.nodes)
+        size += unit.weight_bytes
+    return list(dict.fromkeys(rungs))
+
+
+def accurate(trial: Trial, spec: DeviceClassSpec) -> bool:
+    """Whether it agrees with the float model as the class wants, and loses no more accuracy than it allows."""
+    free = spec.model_copy(update={"search": spec.search.model_copy(update={"prefer": "size"})})
+    unbounded = msgspec.structs.replace(trial.figures, compiled_bytes=0, peak_memory_bytes=None)
+    return not trial.died and not quality.misses(unbounded, free, trial.recipe)
+
+
 def base_of_ladder(trials: Sequence[Trial]) -> Trial:
     """The int8 trial with the least noise on the outputs."""
-    return max((t for t in trials if t.recipe.precision == "int8" and not t.died), key=lambda t: t.figures.sqnr_db or 0.0)
+    return max(
+        (t for t in trials if t.recipe.precision == "int8" and not t.died), key=lambda t: t.figures.sqnr_db or 0.0
+    )
 
 
 def float_trial(measured: Trial, spec: DeviceClassSpec) -> Trial:
@@ -132,7 +167,7 @@ def choose(trials: Sequence[Trial], spec: DeviceClassSpec, units: Sequence[Unit]
         key=lambda t: (not t.died, t.figures.agreement or 0.0, t.figures.sqnr_db or 0.0),
     )
     if not fitting:
-        return Choice(trials=tuple(trials), chosen=None, nearest=nearest, why="nothing fits", sensitivity=tuple(units))
+        return Choice(trials=tuple(trials), chosen=None, nearest=nearest, why=NOTHING, sensitivity=tuple(units))
     chosen = _best(fitting, spec.search.prefer)
     return Choice(
         trials=tuple(trials), chosen=chosen, nearest=nearest, why=_why(chosen, trials, spec), sensitivity=tuple(units)
@@ -148,14 +183,21 @@ def _best(fitting: Sequence[Trial], prefer: str) -> Trial:
             return min(fitting, key=quiet)
         case "size":
             least = min(t.figures.compiled_bytes for t in fitting)
-            return min((t for t in fitting if t.figures.compiled_bytes <= least * quality.NOISE), key=quiet)
+            return min((t for t in fitting if t.figures.compiled_bytes <= least * ALIKE), key=quiet)
         case _:
-            timed = [t.figures.p50_ms for t in fitting if t.figures.p50_ms is not None]
-            if not timed:  # a class that can't run here: fewest bytes stand for speed, and the board decides
+            timed = {trial.recipe: _relative(trial) for trial in fitting}
+            known = [time for time in timed.values() if time is not None]
+            if not known:  # a class that can't run here: fewest bytes stand for speed, and the board decides
                 return _best(fitting, "size")
-            fast = [t for t in fitting if (t.figures.p50_ms or 0.0) <= min(timed) * quality.NOISE]
+            fast = [t for t in fitting if (timed[t.recipe] or math.inf) <= min(known) * ALIKE]
             small = min(t.figures.compiled_bytes for t in fast)
             return min((t for t in fast if t.figures.compiled_bytes <= small * MOST_BYTES), key=quiet)
+
+
+def _relative(trial: Trial) -> float | None:
+    """Latency as a share of the float model's in the same process: rounds of a search fall into busy and quiet moments."""
+    figures = trial.figures
+    return None if figures.p50_ms is None or not figures.float_p50_ms else figures.p50_ms / figures.float_p50_ms
 
 
 def _why(chosen: Trial, trials: Sequence[Trial], spec: DeviceClassSpec) -> str:

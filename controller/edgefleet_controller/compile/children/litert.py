@@ -34,12 +34,10 @@ def load(path: str) -> Run:
 
 
 def compile_model(request: job.Request, progress: job.Progress) -> dict[str, Any]:
-    """Request: ``simplified``, ``calibration``, ``statistics`` (or null), ``float`` (file to write), ``jobs`` (each ``recipe`` and
-    ``compiled``, the file to write)."""
+    """Request: ``simplified``, ``calibration``, ``statistics`` (or null), ``jobs`` (each ``recipe`` and ``compiled``, the file to write)."""
     progress("converting", 0, 1)
     model = onnx.load(request["simplified"])
     plain = convert(model)
-    _write(request["float"], plain.content)
     progress("converting", 1, 1)
     quantizer: _Quantizer | None = None
     for number, one in enumerate(request["jobs"]):

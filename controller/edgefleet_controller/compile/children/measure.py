@@ -70,7 +70,9 @@ def measure(load: Load, request: Request, progress: Progress) -> dict[str, Any]:
     for number, one in enumerate(request["models"]):
         run = load(one["model"])
         run(samples[0])
-        what = "running held-out pictures" if len(request["models"]) == 1 else f"held-out pictures, candidate {number + 1}"
+        what = (
+            "running held-out pictures" if len(request["models"]) == 1 else f"held-out pictures, candidate {number + 1}"
+        )
         save_file(run_all(run, samples, progress, what), one["outputs"])
         runs.append(run)
     figures: dict[str, Any] = {"peak_memory_bytes": _peak_bytes()}

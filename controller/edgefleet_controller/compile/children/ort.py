@@ -5,7 +5,6 @@ What it writes in int8 is compiled further by every target whose engine reads QD
 
 from __future__ import annotations
 
-import os
 import re
 from typing import Any
 
@@ -57,17 +56,24 @@ def prepare(request: job.Request, progress: job.Progress) -> dict[str, Any]:
 
 
 def gather(request: job.Request, progress: job.Progress) -> dict[str, Any]:
-    """Request: ``simplified``, ``calibration``, ``statistics`` (file to write)."""
-    found = statistics.collect(_inferred(request["simplified"]), SampleFile(request["calibration"]), progress)
+    """Request: ``simplified``, ``calibration``, ``statistics`` (file to write), ``histograms`` (whether all methods are asked for)."""
+    found = statistics.collect(
+        _inferred(request["simplified"]),
+        SampleFile(request["calibration"]),
+        progress,
+        histograms=request["histograms"],
+    )
     statistics.save(found, request["statistics"])
     return {}
 
 
 def rank(request: job.Request, progress: job.Progress) -> dict[str, Any]:
-    """Noise of every layer. Request: ``simplified``, ``statistics``, ``samples``, ``recipe``."""
+    """Noise of every layer. Request: ``simplified``, ``statistics``, ``samples``, ``count`` (how many of them), ``recipe``."""
     model = _inferred(request["simplified"])
     known = statistics.load(request["statistics"])
-    units = sensitivity.measure(model, known, SampleFile(request["samples"]), request["recipe"], progress)
+    samples = SampleFile(request["samples"])
+    feeds = [samples[i] for i in range(min(request["count"], len(samples)))]
+    units = sensitivity.measure(model, known, feeds, request["recipe"], progress)
     return {"units": units}
 
 
@@ -78,13 +84,6 @@ def quantize(request: job.Request, progress: job.Progress) -> dict[str, Any]:
         progress("quantizing", number, len(request["jobs"]))
         onnx.save(qdq.quantize(model, known, one["recipe"]), one["quantized"])
     progress("quantizing", len(request["jobs"]), len(request["jobs"]))
-    return {}
-
-
-def compile_model(request: job.Request, progress: job.Progress) -> dict[str, Any]:
-    """The network as it is: onnxruntime compiles when it loads. Request: ``jobs`` (each ``network``, ``compiled``)."""
-    for one in request["jobs"]:
-        os.link(one["network"], one["compiled"])
     return {}
 
 
@@ -132,6 +131,6 @@ def _refusal(exc: Exception, path: str) -> job.Refused:
 
 def main() -> None:
     job.serve({
-        "prepare": prepare, "gather": gather, "rank": rank, "quantize": quantize, "compile": compile_model,
+        "prepare": prepare, "gather": gather, "rank": rank, "quantize": quantize,
         "measure": lambda r, p: measure(load, r, p),
     })  # fmt: skip

@@ -17,18 +17,21 @@ import onnxruntime
 from onnx import helper, numpy_helper
 
 from . import job
-from .measure import Array, SampleFile
+from .measure import Array
 from .statistics import Statistics
 from .weights import LEVELS, PASSIVE, WEIGHTED, axis_of, channel_scales, rounded
 
 
 def measure(
-    model: onnx.ModelProto, statistics: Statistics, samples: SampleFile, recipe: dict[str, Any], progress: job.Progress
+    model: onnx.ModelProto,
+    statistics: Statistics,
+    feeds: list[dict[str, Array]],
+    recipe: dict[str, Any],
+    progress: job.Progress,
 ) -> list[dict[str, Any]]:
     """One entry per unit, in order of the network: ``nodes``, ``kind``, ``noise`` (power that it puts on the outputs, relative to theirs),
     ``weight_bytes`` (that stay when it stays float)."""
     units = _units(model)
-    feeds = [samples[i] for i in range(len(samples))]
     references = _outputs(model, feeds)
     power = [float(np.sum(value.astype(np.float64) ** 2)) or 1.0 for value in references]
     constants = {i.name: i for i in model.graph.initializer}

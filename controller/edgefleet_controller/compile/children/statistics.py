@@ -28,11 +28,12 @@ Range = tuple[float, float]
 Statistics = dict[str, dict[str, Any]]
 
 
-def collect(model: onnx.ModelProto, samples: SampleFile, progress: job.Progress) -> Statistics:
+def collect(model: onnx.ModelProto, samples: SampleFile, progress: job.Progress, *, histograms: bool) -> Statistics:
     """``ranges``: tensor -> method -> [low, high]; ``means``: tensor -> mean per channel, for what weighted operators read.
 
     Args:
         model: float, shapes fixed and inferred.
+        histograms: whether to take the second pass; without it there is only the method minmax.
     """
     names, watch = _watched(model)
     extremes: dict[str, list[float]] = {}
@@ -45,12 +46,15 @@ def collect(model: onnx.ModelProto, samples: SampleFile, progress: job.Progress)
             extremes[name] = [min(known[0], low), max(known[1], high)]
             if name in read and value.ndim >= 2:
                 means[name] = means.get(name, 0.0) + _channel_means(value) / len(samples)
-    histograms = {name: np.zeros(BINS) for name in extremes}
+    told = {name: value.tolist() for name, value in means.items()}
+    if not histograms:
+        return {"ranges": {n: {"minmax": (min(a, 0.0), max(b, 0.0))} for n, (a, b) in extremes.items()}, "means": told}
+    counts = {name: np.zeros(BINS) for name in extremes}
     for tensors in _runs(watch, names, samples, progress, "histograms of activations"):
         for name, value in tensors.items():
-            histograms[name] += _histogram(value, extremes[name])
-    ranges = {name: _ranges((low, high), histograms[name]) for name, (low, high) in extremes.items()}
-    return {"ranges": ranges, "means": {name: value.tolist() for name, value in means.items()}}
+            counts[name] += _histogram(value, extremes[name])
+    ranges = {name: _ranges((low, high), counts[name]) for name, (low, high) in extremes.items()}
+    return {"ranges": ranges, "means": told}
 
 
 def save(statistics: Statistics, path: str) -> None:
@@ -124,7 +128,9 @@ def _ranges(extremes: Range, histogram: Array) -> dict[str, Range]:
         max(float(edges[min(int(np.searchsorted(share, 1 - OUTSIDE)) + 1, BINS)]), 0.0),
     )
     found["mse"] = _least((low, high), lambda r: float(histogram @ (_rounded(centres, r) - centres) ** 2))
-    found["entropy"] = _least((low, high), lambda r: _divergence(centres, histogram, r))
+    # Zero is exact in 8 bits, and after a ReLU most values are zero: they would drown what is to be weighed.
+    others = np.where(np.abs(centres) <= (edges[1] - edges[0]) / 2, 0.0, histogram)
+    found["entropy"] = _least((low, high), lambda r: _divergence(centres, others, r)) if others.any() else (low, high)
     return found
 
 

@@ -24,7 +24,7 @@ PASSIVE = {  # moves values or passes them on: int8 loses nothing beyond what it
 }  # fmt: skip
 LEVELS = 255  # of an 8-bit activation
 FULL, REDUCED = 127.0, 63.0
-PAIR_SUM = 128.0  # 255 * 128 = 32640, the largest sum of two products that 16 bits hold
+PAIR_SUM = 127.0  # 255 * 128 = 32640 is the most that 16 bits hold; rounding may add one half to each of the two
 BIAS_LEVELS = 2.0**30  # a bias is stored as int32 in units of input scale times weight scale
 AXIS = {"Conv": 0, "ConvTranspose": 1}
 

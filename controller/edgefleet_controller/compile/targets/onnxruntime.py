@@ -17,6 +17,7 @@ class OnnxruntimeTarget:
     methods = frozenset({"minmax", "percentile", "entropy", "mse"})
     quantizers = ("edgefleet",)
     reads_qdq = True
+    ships_onnx = True
     providers = ("CPUExecutionProvider",)
 
     def options(self, device_class: DeviceClassSpec, version: ModelVersion) -> Options:

@@ -17,6 +17,7 @@ class OpenvinoTarget:
     methods = frozenset({"minmax", "percentile", "entropy", "mse"})
     quantizers = ("edgefleet", "nncf")
     reads_qdq = True
+    ships_onnx = False
     providers = ("CPU",)
 
     def options(self, device_class: DeviceClassSpec, version: ModelVersion) -> Options:

@@ -20,6 +20,7 @@ class TfliteTarget:
     methods = frozenset({"minmax", "percentile", "entropy", "mse"})
     quantizers = ("edgefleet",)
     reads_qdq = False
+    ships_onnx = False
     providers = ("CPU",)
 
     def options(self, device_class: DeviceClassSpec, version: ModelVersion) -> Options:
