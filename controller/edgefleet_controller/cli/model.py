@@ -1,4 +1,4 @@
-"""``fleet model add | compile | sign | list | show``. A face, no logic."""
+"""``fleet model add | compile | sign | list | show | compare | report``. A face, no logic."""
 
 from __future__ import annotations
 
@@ -129,6 +129,46 @@ def show(home: Path, name: str, version: str, as_json: bool) -> None:
         _artifacts(f"{one['model']} {one['version']}  {one['digest'][:19]}", one["artifacts"])
 
 
+@model.command()
+@home_option
+@click.argument("name")
+@click.argument("before")
+@click.argument("after")
+@json_option
+@told
+def compare(home: Path, name: str, before: str, after: str, as_json: bool) -> None:
+    """Compare two versions of a model, class by class."""
+    from edgefleet_controller.adding import compare_versions
+
+    rows = compare_versions(home, name, before, after)
+    if as_json:
+        document([row._asdict() for row in rows])
+    else:
+        table(f"{name}: {before} and {after}", ("class", "figure", before, after, ""), rows)
+
+
+@model.command()
+@home_option
+@click.argument("name")
+@click.argument("version")
+@click.argument("device_class")
+@click.option("-o", "--output", type=click.Path(path_type=Path, dir_okay=False), help="Write the page (HTML) there.")
+@json_option
+@told
+def report(home: Path, name: str, version: str, device_class: str, output: Path | None, as_json: bool) -> None:
+    """The quality report of one artifact: every candidate, noise by layer, answers that changed."""
+    import json
+
+    from edgefleet_controller.adding import fetch_report
+
+    if as_json:
+        document(json.loads(fetch_report(home, name, version, device_class, page=False)))
+        return
+    target = output or Path(f"{name}-{version}-{device_class}.html")
+    target.write_bytes(fetch_report(home, name, version, device_class, page=True))
+    console.print(f"written to {target}")
+
+
 def _artifacts(title: str, artifacts: list[dict[str, Any]]) -> None:
     rows = []
     for a in artifacts:
@@ -138,7 +178,7 @@ def _artifacts(title: str, artifacts: list[dict[str, Any]]) -> None:
         rows.append((
             a["class"], a["engine"], a["arch"], q["float_bytes"], q["compiled_bytes"], agreement,
             number(t.get("p50_ms")), number(t.get("p95_ms")), number(t.get("float_p50_ms")),
-            "; ".join(q["misses"]) or q["verdict"], a["state"],
+            "; ".join(q["misses"]) or q["verdict"], q.get("recipe"), a["state"],
         ))  # fmt: skip
-    columns = ("class", "engine", "arch", "float bytes", "bytes", "agreement", "p50 ms", "p95 ms", "float p50", "quality", "state")  # fmt: skip
+    columns = ("class", "engine", "arch", "float bytes", "bytes", "agreement", "p50 ms", "p95 ms", "float p50", "quality", "recipe", "state")  # fmt: skip
     table(title, columns, rows)
