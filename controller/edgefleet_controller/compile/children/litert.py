@@ -59,8 +59,10 @@ class _Quantizer:
             self._statistics = json.load(stream)
         self._model, self._plain = model, plain
         known = self._statistics["ranges"]
+        known |= {name: known[source] for name, source in plain.same_as.items() if source in known}
+        # One sample tells which tensors want a range.
         self._found = self._calibrate(samples, 1)
-        if not set(self._found) <= set(known):  # tensors that only the .tflite has: pads, parts of a hard sigmoid
+        if not set(self._found) <= set(known):  # some that only the .tflite has: pads, parts of a hard sigmoid
             self._found = self._calibrate(samples, len(samples))
 
     def quantize(self, recipe: dict[str, Any]) -> bytes:

@@ -17,12 +17,13 @@ from .tflite_writer import ACTIVATION, TO_NHWC, Emit, Value, Writer, attributes,
 
 
 class Converted(NamedTuple):
-    """A float .tflite, and names of tensors by which its quantizer is steered: the one that each ONNX node makes, by the node's name,
-    and those of whole numbers, whose operators must be left alone."""
+    """A float .tflite, and names of tensors by which its quantizer is steered: the one that each ONNX node makes, by the node's name;
+    those of whole numbers, whose operators must be left alone; and the ONNX value that a tensor of the file alone holds."""
 
     content: bytes
     made: dict[str, str]
     whole: list[str]
+    same_as: dict[str, str]
 
 
 def convert(model: onnx.ModelProto) -> Converted:
@@ -32,7 +33,7 @@ def convert(model: onnx.ModelProto) -> Converted:
         Refused: an operator, or a use of one, that TFLite or this writer lacks; names node and operator.
     """
     writer = Writer(model, OPERATORS)
-    return Converted(writer.write(), writer.made, writer.graph.whole)
+    return Converted(writer.write(), writer.made, writer.graph.whole, writer.same_as)
 
 
 # --- convolutions and pools -------------------------------------------------------------------------------------------
@@ -264,6 +265,7 @@ def _clip(writer: Writer, node: onnx.NodeProto) -> None:
         return
     low, high = writer.optional(node, 1), writer.optional(node, 2)
     if low is not None:
+        writer.same_as[f"{name}/low"] = node.input[0]  # or less: what the lower limit takes away is no matter for its range
         x = _scalar(
             writer, f"{name}/low" if high is not None else name, "MAXIMUM", x, low.item(), "MaximumMinimumOptions"
         )

@@ -31,6 +31,7 @@ from .weights import (
 )
 
 Recipe = dict[str, Any]
+ACTIVATIONS = ("Relu", "Clip")  # what the range of a rounded value can stand for
 FAR = 1e30  # a limit that no activation reaches
 
 
@@ -48,6 +49,7 @@ def quantize(model: onnx.ModelProto, statistics: Statistics, recipe: Recipe) -> 
         ]
         for name, values, axis in _with_axis(own, scales)
     }
+    in_float = _with_activations(own, recipe["in_float"])
     # Its warnings are about biases that _weight_scales has made room for.
     logging.getLogger().setLevel(logging.ERROR)
     writer = QDQQuantizer(
@@ -58,7 +60,7 @@ def quantize(model: onnx.ModelProto, statistics: Statistics, recipe: Recipe) -> 
         QuantType.QUInt8,
         _tensors(ranges),
         [],
-        _with_activations(own, recipe["in_float"]),
+        in_float,
         [op for op in sorted(QDQRegistry) if recipe["scope"] == "all" or op in WEIGHTED or op in PASSIVE],
         {
             "QDQDisableWeightAdjustForInt32Bias": True,
@@ -68,36 +70,86 @@ def quantize(model: onnx.ModelProto, statistics: Statistics, recipe: Recipe) -> 
     )
     writer.quantize_model()
     quantized: onnx.ModelProto = writer.model.model
-    _guard(quantized, set(recipe["in_float"]))
+    activations = {node.output[0]: node for node in model.graph.node if node.op_type in ACTIVATIONS}
+    _keep_float(quantized, set(in_float), activations)
+    _swept(quantized)
     return quantized
 
 
-def _guard(model: onnx.ModelProto, in_float: set[str]) -> None:
-    """Keep onnxruntime from quantizing what stays in float.
+def _keep_float(model: onnx.ModelProto, in_float: set[str], activations: dict[str, onnx.NodeProto]) -> None:
+    """Give nodes that stay in float what they are meant to read.
 
-    Its WeightBiasQuantization pass gives a float weight between DequantizeLinear and QuantizeLinear int8 values of its own, one scale
-    for all, at load: EfficientNet-Lite0 fell from 21 to 7 dB by one layer kept in "float". A Clip that clips nothing breaks the pattern.
+    A value that no int8 node reads is not rounded at all; an activation that the rounding's range stood for comes back. Where one does, the float node reads the rounded value through a Clip that
+    clips nothing: onnxruntime's WeightBiasQuantization pass gives a float weight between DequantizeLinear and QuantizeLinear int8 values
+    of its own, one scale for all, at load (EfficientNet-Lite0 fell from 21 to 7 dB by one layer kept in "float"); the Clip breaks its pattern.
     """
-    dequantized = {node.output[0]: node for node in model.graph.node if node.op_type == "DequantizeLinear"}
-    constants = {i.name for i in model.graph.initializer}
-    nodes, guarded = list(model.graph.node), dict[str, str]()
-    del model.graph.node[:]
-    for node in nodes:
-        kept = node.op_type in WEIGHTED and node.name in in_float
-        if kept and node.input[0] in dequantized and dequantized[node.input[0]].input[0] not in constants:
-            source = node.input[0]
-            if source not in guarded:
-                guarded[source] = f"{source}/in_float"
-                limits = [f"{source}/low", f"{source}/high"]
-                model.graph.initializer.extend(
-                    numpy_helper.from_array(np.float32(value), name)
-                    for value, name in zip((-FAR, FAR), limits, strict=True)
-                )
-                model.graph.node.append(
-                    onnx.helper.make_node("Clip", [source, *limits], [guarded[source]], name=guarded[source])
-                )
-            node.input[0] = guarded[source]
-        model.graph.node.append(node)
+    graph = model.graph
+    made = {name: node for node in graph.node for name in node.output}
+    constants = {i.name for i in graph.initializer}
+    outputs = {o.name for o in graph.output}
+    readers: dict[str, list[onnx.NodeProto]] = {}
+    for node in graph.node:
+        for name in node.input:
+            readers.setdefault(name, []).append(node)
+    guards: dict[str, str] = {}
+    clips = []
+
+    def active(exact: str) -> str:
+        activation = activations.get(exact)
+        if activation is None or made[exact].op_type == activation.op_type:
+            return exact
+        name = f"{exact}/active"
+        if name not in guards:
+            guards[name] = name
+            again = onnx.NodeProto()
+            again.CopyFrom(activation)
+            again.input[0], again.output[0], again.name = exact, name, name
+            clips.append(again)
+        return name
+
+    for node in graph.node:
+        if node.name not in in_float:
+            continue
+        for place, name in enumerate(node.input):
+            dequantize = made.get(name)
+            if dequantize is None or dequantize.op_type != "DequantizeLinear" or dequantize.input[0] in constants:
+                continue
+            exact = made[dequantize.input[0]].input[0]
+            if name not in outputs and all(reader.name in in_float for reader in readers[name]):
+                node.input[place] = active(exact)
+            elif node.op_type in WEIGHTED:
+                if name not in guards:
+                    guards[name] = f"{name}/in_float"
+                    limits = [f"{name}/low", f"{name}/high"]
+                    graph.initializer.extend(
+                        numpy_helper.from_array(np.float32(v), n) for v, n in zip((-FAR, FAR), limits, strict=True)
+                    )
+                    clips.append(onnx.helper.make_node("Clip", [name, *limits], [guards[name]], name=guards[name]))
+                node.input[place] = guards[name]
+    graph.node.extend(clips)
+
+
+def _swept(model: onnx.ModelProto) -> None:
+    """Take away what nothing reads, and zero points that are zero anyway: five bytes per channel."""
+    graph = model.graph
+    constants = {i.name: i for i in graph.initializer}
+    for node in graph.node:
+        if node.op_type == "DequantizeLinear" and node.input[0] in constants and len(node.input) == 3:
+            zero = numpy_helper.to_array(constants[node.input[2]])
+            if not zero.any() and zero.dtype in (np.int8, np.int32):
+                del node.input[2]
+    outputs = {o.name for o in graph.output}
+    while True:
+        read = {name for node in graph.node for name in node.input} | outputs
+        kept = [node for node in graph.node if any(name in read for name in node.output)]
+        if len(kept) == len(graph.node):
+            break
+        del graph.node[:]
+        graph.node.extend(kept)
+    used = [i for i in graph.initializer if i.name in read]
+    del graph.initializer[:]
+    graph.initializer.extend(used)
+    del graph.value_info[:]
 
 
 def _with_activations(model: onnx.ModelProto, in_float: list[str]) -> list[str]:
@@ -109,7 +161,7 @@ def _with_activations(model: onnx.ModelProto, in_float: list[str]) -> list[str]:
     found = set(in_float)
     for node in model.graph.node:
         if node.name in found and node.op_type in WEIGHTED:
-            found |= {reader.name for reader in readers.get(node.output[0], []) if reader.op_type in ("Relu", "Clip")}
+            found |= {reader.name for reader in readers.get(node.output[0], []) if reader.op_type in ACTIVATIONS}
     return sorted(found)
 
 

@@ -39,6 +39,10 @@ class Graph:
             self.whole.append(name)
         return self._add(name, shape, np.dtype(dtype), 0)
 
+    def name(self, tensor: int) -> str:
+        """The name of a tensor by its index."""
+        return str(self._subgraph.tensors[tensor].name)
+
     def constant(self, name: str, values: Array) -> int:
         """A tensor with fixed values; equal ones are stored once."""
         values = np.ascontiguousarray(values)

@@ -51,6 +51,7 @@ class Writer:
         self._users: dict[str, list[onnx.NodeProto]] = {}
         self._results = {output.name for output in model.graph.output}
         self._fused: set[str] = set()
+        self.same_as: dict[str, str] = {}  # tensors of the file alone -> the ONNX value whose numbers they hold
         self.made: dict[str, str] = {}  # node -> the tensor that comes out, after what is fused into it
         for node in model.graph.node:
             for name in node.input:
@@ -121,7 +122,10 @@ class Writer:
         key = (value.tensor, nhwc)
         if key not in self._moved:
             moved = Value(-1, value.shape, nhwc, value.dtype)
-            index = self.graph.tensor(f"t{value.tensor}/{'nhwc' if nhwc else 'nchw'}", moved.stored, value.dtype)
+            name = f"t{value.tensor}/{'nhwc' if nhwc else 'nchw'}"
+            index = self.graph.tensor(name, moved.stored, value.dtype)
+            source = self.graph.name(value.tensor)
+            self.same_as[name] = self.same_as.get(source, source)
             _, c, h, w = value.shape
             if c == 1 or h * w == 1:  # the same bytes in either order
                 shape = self.graph.constant(f"t{value.tensor}/shape", np.array(moved.stored, np.int32))
@@ -140,9 +144,11 @@ class Writer:
     ) -> Value:  # fmt: skip
         """Append an operator with one output; ``name`` is the ONNX value it makes, ``shape`` in ONNX's order."""
         value = Value(-1, shape, nhwc, dtype)
-        value = value._replace(
-            tensor=self.graph.tensor(f"{name}/out" if name in self._results else name, value.stored, dtype)
-        )
+        own = name
+        if name in self._results:
+            own = f"{name}/out"
+            self.same_as[own] = name
+        value = value._replace(tensor=self.graph.tensor(own, value.stored, dtype))
         self.graph.operator(op, inputs, [value.tensor], options, **fields)
         self._values[name] = value
         return value
