@@ -19,20 +19,81 @@ from edgefleet_controller.manifests import Model
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image, ImageDraw, ImageFont
 
-SPLITS = {"calibration": 64, "holdout": 200, "golden": 16}
+SPLITS = {"calibration": 48, "holdout": 160, "golden": 16}
 RAPIDOCR = ("rapidocr-onnxruntime", "1.4.4", "971d7d5f223a7a808662229df1ef69893809d8457d834e6373d3854bc1782cbf")
 YOLO_ANCHORS = [[10.0, 14.0], [23.0, 27.0], [37.0, 58.0], [81.0, 82.0], [135.0, 169.0], [344.0, 319.0]]
-WORDS = (
-    "platform train to the north gate closed total amount due 24.90 EUR please keep this receipt fragile handle with care "
-    "batch number 7Q-1881 best before open daily from 8 am no smoking inside push button for assistance serial model year "
-    "departure arrival terminal exit only staff entrance high voltage do not enter made in net weight 500 g store cool and dry"
-).split()
+WORDS = [
+    "platform",
+    "train",
+    "to",
+    "the",
+    "north",
+    "gate",
+    "closed",
+    "total",
+    "amount",
+    "due",
+    "24.90",
+    "EUR",
+    "please",
+    "keep",
+    "this",
+    "receipt",
+    "fragile",
+    "handle",
+    "with",
+    "care",
+    "batch",
+    "number",
+    "7Q-1881",
+    "best",
+    "before",
+    "open",
+    "daily",
+    "from",
+    "8",
+    "am",
+    "no",
+    "smoking",
+    "inside",
+    "push",
+    "button",
+    "for",
+    "assistance",
+    "serial",
+    "model",
+    "year",
+    "departure",
+    "arrival",
+    "terminal",
+    "exit",
+    "only",
+    "staff",
+    "entrance",
+    "high",
+    "voltage",
+    "do",
+    "not",
+    "enter",
+    "made",
+    "in",
+    "net",
+    "weight",
+    "500",
+    "g",
+    "store",
+    "cool",
+    "and",
+    "dry",
+]
 
 
 def lite0(cache: Path, folder: Path) -> Model:
     """EfficientNet-Lite0 on photos."""
     _photos(cache, folder)
-    return _model(folder, "efficientnet-lite0", {"importer": "efficientnet-lite0"}, sizes={"N": 1}, inputs=[_LITE0_INPUT])
+    return _model(
+        folder, "efficientnet-lite0", {"importer": "efficientnet-lite0"}, sizes={"N": 1}, inputs=[_LITE0_INPUT]
+    )
 
 
 def yolov3_tiny(cache: Path, folder: Path) -> Model:
@@ -58,7 +119,7 @@ def text_reader(cache: Path, folder: Path) -> Model:
     picture = {"name": "x", "fit": "left", "fill": 127, "colour": "BGR", "mean": [127.5], "std": [127.5]}
     return _model(
         folder, "text-reader", {"path": "reader.onnx"}, inputs=[picture], data="lines", truth="lines/holdout.txt",
-        sizes={"?": 48, **{f"p2o.DynamicDimension.{i}": n for i, n in enumerate((1, 320, 1, 40))}},
+        sizes={"?": 48, "p2o.DynamicDimension.0": 1, "p2o.DynamicDimension.1": 320},
         output={"kind": "text", "text": {"characters": "characters.txt"}}, acceptance={"tolerance_abs": 0.2},
     )  # fmt: skip
 
@@ -75,13 +136,17 @@ def mobilenet_v3_large(cache: Path, folder: Path) -> Model:
     """A network of MobileNetV3-Large's shape with random weights: for its speed, its answers mean nothing."""
     _photos(cache, folder)
     (folder / "mobilenet-v3.onnx").write_bytes(_MobileNetV3().model().SerializeToString())
-    return _model(folder, "mobilenet-v3-large", {"path": "mobilenet-v3.onnx"}, inputs=[{**_LITE0_INPUT, "name": "image"}])
+    return _model(
+        folder, "mobilenet-v3-large", {"path": "mobilenet-v3.onnx"}, inputs=[{**_LITE0_INPUT, "name": "image"}]
+    )
 
 
 _LITE0_INPUT: dict[str, Any] = {"name": "input", "resize": 256, "mean": [127.0], "std": [128.0]}
 
 
-def _model(folder: Path, name: str, source: dict[str, Any], *, data: str = "photos", truth: str | None = None, **spec: Any) -> Model:
+def _model(
+    folder: Path, name: str, source: dict[str, Any], *, data: str = "photos", truth: str | None = None, **spec: Any
+) -> Model:
     splits: dict[str, Any] = {split: {"path": f"{data}/{split}"} for split in SPLITS}
     if truth:
         splits["holdout"]["truth"] = truth
@@ -107,7 +172,9 @@ def _draw_lines(folder: Path, count: int, seed: int) -> None:
         ground = tuple(chance.randint(150, 255) for _ in range(3))
         ink = tuple(chance.randint(0, 90) for _ in range(3))
         picture = Image.new("RGB", size, ground)
-        ImageDraw.Draw(picture).text((chance.randint(2, 5) - left, chance.randint(2, 5) - top), text, fill=ink, font=font)
+        ImageDraw.Draw(picture).text(
+            (chance.randint(2, 5) - left, chance.randint(2, 5) - top), text, fill=ink, font=font
+        )
         noise = np.random.default_rng(seed * 1000 + number).normal(0, 8, (size[1], size[0], 3))
         Image.fromarray(np.clip(np.asarray(picture) + noise, 0, 255).astype(np.uint8)).save(folder / f"{number:04}.png")
     folder.with_suffix(".txt").write_text("\n".join(said) + "\n", encoding="utf-8")

@@ -174,7 +174,7 @@ class Detection(_Strict):
     ``boxes``: two outputs, boxes (batch x N x 4: left, top, right, bottom) and scores (batch x N x classes)."""
 
     decoder: Literal["yolov3", "boxes"]
-    anchors: list[tuple[float, float]] = []
+    anchors: list[Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=2, max_length=2)]] = []
     masks: list[list[Annotated[int, Field(ge=0)]]] = []
     threshold: Share = Field(default=0.25, description="least score of a box that the application reports")
     nms_iou: Share = Field(

@@ -267,7 +267,7 @@ def _detection(output: Output, outputs: tuple[TensorSpec, ...], origin: str) -> 
             f"{origin} has the outputs {shapes}; expected boxes, batch x N x 4, and scores, batch x N x classes"
         )
     return BoxDecoding(
-        decoder=given.decoder, anchors=tuple(given.anchors), masks=tuple(tuple(mask) for mask in given.masks),
+        decoder=given.decoder, anchors=tuple((a[0], a[1]) for a in given.anchors), masks=tuple(tuple(mask) for mask in given.masks),
         threshold=given.threshold, nms_iou=given.nms_iou, match_iou=given.match_iou,
     )  # fmt: skip
 

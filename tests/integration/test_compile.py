@@ -323,3 +323,104 @@ def test_a_float_tflite_answers_as_onnxruntime_does(bench: Bench, build: Any) ->
     version = bench.version(project(bench.folder, net.model(shape, opset=14), **raw))
     target = class_here("tflite", precision="fp32", accuracy={"min_agreement": 1.0})
     assert bench.compile(version, target).figures.agreement == 1.0
+
+
+def unlike_channels(octaves: float) -> onnx.ModelProto:
+    """A classifier two of whose middle value's channels are 2 ** octaves times as wide as they were, taken back by the weights that read
+    them: it answers as without, and int8 leaves nothing of the other channels."""
+    net = Net(5)
+    net.conv(3, 32, stride=2)
+    net.add("Relu")
+    net.conv(32, 32)
+    net.add("Relu")
+    net.conv(32, 32, 1, pads=[0, 0, 0, 0])
+    net.add("Relu")
+    net.conv(32, 64)
+    net.conv(64, 32)
+    net.add("AveragePool", kernel_shape=[4, 4], strides=[4, 4])
+    net.add("Flatten")
+    net.dense(512, 10)
+    model = net.model([1, 10])
+    constants = {i.name: i for i in model.graph.initializer}
+    convolutions = [node for node in model.graph.node if node.op_type == "Conv"]
+    maker, reader = convolutions[1], convolutions[2]
+    factors = np.where(np.arange(32) < 2, 2.0**octaves, 1.0).astype(np.float32)
+    for name, by in (
+        (maker.input[1], factors[:, None, None, None]), (maker.input[2], factors), (reader.input[1], 1 / factors[None, :, None, None]),
+    ):  # fmt: skip
+        values = onnx.numpy_helper.to_array(constants[name]) * by
+        constants[name].CopyFrom(onnx.numpy_helper.from_array(values, name))
+    return model
+
+
+@pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
+def test_a_network_that_int8_breaks_is_noticed_and_mixed_precision_wins_it_back(bench: Bench, engine: str) -> None:
+    version = bench.version(project(bench.folder, unlike_channels(10), counts=(16, 64, 8)))
+    wanted = {"accuracy": {"min_agreement": 0.95}, "budgets": {"latency_p95_ms": 100.0, "memory_bytes": 1 << 30}}
+    plain = class_here(engine, search={"effort": "fixed", "prefer": "size"}, **wanted)
+    with pytest.raises(QualityError, match="agreement with the float model"):
+        bench.compile(version, plain)
+    broken = bench.compile(version, plain, ship_despite_quality=True).figures
+    mended = bench.compile(version, class_here(engine, search={"effort": "quick", "prefer": "size"}, **wanted))
+    assert mended.precision == "int8"
+    assert "nodes in float" in mended.recipe
+    assert 1 - mended.figures.agreement <= (1 - broken.agreement) / 2
+    assert mended.figures.compiled_bytes <= 1.3 * broken.compiled_bytes
+    told = json.loads(bench.layout.read(mended.report, 10**7))
+    assert told["layers"][0]["noise"] > 10 * told["layers"][-1]["noise"]
+    assert len(told["candidates"]) > 2
+
+
+def test_what_is_no_faster_in_int8_is_shipped_in_float_and_the_result_says_why(bench: Bench) -> None:
+    version = bench.version(project(bench.folder, classifier()))
+    result = bench.compile(
+        version, class_here("tflite", search={"effort": "quick", "prefer": "accuracy"}, accuracy={"min_agreement": 1.0})
+    )
+    assert (result.precision, result.figures.agreement) == ("fp32", 1.0)
+    assert "no int8 candidate is better here" in result.why
+    config = bench.layout.config(bench.layout.manifest(result.artifact.digest))
+    assert config.precision == "fp32"
+
+
+def test_when_nothing_fits_the_budgets_are_told_with_by_how_much(bench: Bench) -> None:
+    version = bench.version(project(bench.folder, classifier()))
+    budgets = {"latency_p95_ms": 100.0, "memory_bytes": 1 << 30, "size_bytes": 2000}
+    with pytest.raises(QualityError, match=r"size \d+ bytes, budget 2000.*came closest of \d+ candidates"):
+        bench.compile(version, class_here(budgets=budgets, search={"effort": "full"}))
+
+
+def test_a_full_search_is_made_once_and_ends_in_the_same_digest(bench: Bench) -> None:
+    version = bench.version(project(bench.folder, classifier()))
+    target = class_here(search={"effort": "full", "prefer": "size"})
+    seen: list[str] = []
+    first = bench.compile(version, target)
+    assert first.candidates > 5
+    for kind in ("compiled", "quantized", "statistics", "prepared"):
+        shutil.rmtree(bench.folder / "cache" / kind)
+    again = bench.compile(version, target, progress=lambda what, _done, _total: seen.append(what))
+    assert again.artifact.digest == first.artifact.digest
+    assert not again.cached
+    assert "sensitivity of layers" not in seen
+    fresh = Bench(bench.folder)
+    shutil.rmtree(bench.folder / "cache")
+    assert fresh.compile(version, target).artifact.digest == first.artifact.digest, (
+        "size decides: times have no part in it"
+    )
+
+
+def test_a_detector_compiles_and_is_judged_by_its_boxes(bench: Bench) -> None:
+    net = Net(2)
+    net.conv(3, 32, stride=4)
+    net.add("Relu")
+    net.conv(32, 14, stride=2)
+    model = net.model([1, 14, 4, 4])
+    detection = {"decoder": "yolov3", "anchors": [[8, 8], [16, 16]], "masks": [[0, 1]], "threshold": 0.4}
+    manifest = project(
+        bench.folder, model, output={"kind": "detection", "detection": detection}, acceptance={"tolerance_abs": 0.5}
+    )
+    result = bench.compile(bench.version(manifest), class_here(search={"effort": "fixed", "prefer": "size"}))
+    shares = result.figures.shares
+    assert shares["box_recall"].of > 20
+    assert result.figures.agreement == min(shares["box_recall"].value, shares["box_precision"].value)
+    config = bench.layout.config(bench.layout.manifest(result.artifact.digest))
+    assert config.contract.kind == "raw"

@@ -26,7 +26,7 @@ from edgefleet_shared.artifact import Layout
 from edgefleet_shared.errors import ManifestError, QualityError
 from safetensors.numpy import load_file
 
-from edgefleet_controller.compile import quality, report, search
+from edgefleet_controller.compile import answers, quality, report, search
 from edgefleet_controller.compile.packing import pack
 from edgefleet_controller.compile.port import CompileResult, Options, Target, target_named
 from edgefleet_controller.compile.recipe import Recipe
@@ -71,7 +71,7 @@ def compile_version(
         )
         finder = _Search(steps, version, device_class, target, options)
         choice = finder.choice(cache)
-        final, cached = finder.final(choice)
+        choice, final, cached = finder.final(choice)
         misses = final.trial.misses
         if misses and not ship_despite_quality:
             raise QualityError(
@@ -147,7 +147,9 @@ class _Search:
             spec.arch, spec.precision, spec.accuracy.model_dump(), spec.budgets.size_bytes, spec.budgets.memory_bytes,
             spec.search.model_dump(),
         )  # fmt: skip
-        key = content_key("search", self._steps.key(plain), self._version.digest, *judged_by, host())
+        # Another rule for choosing, or another measure, is another search.
+        rules = [Path(str(module.__file__)).read_text(encoding="utf-8") for module in (search, quality, answers)]
+        key = content_key("search", self._steps.key(plain), self._version.digest, *judged_by, host(), rules)
         file = cache / "searched" / f"{key}.json"
         if file.exists():
             return msgspec.json.decode(file.read_bytes(), type=Choice)
@@ -157,18 +159,30 @@ class _Search:
             atomic.write(file, msgspec.json.encode(found))
         return found
 
-    def final(self, choice: Choice) -> tuple[Measured, bool]:
-        """(what was chosen, or came closest, measured alone; whether it was compiled before)."""
-        recipe = (choice.chosen or choice.nearest).recipe
-        fresh = self._fresh.get(recipe)
+    def final(self, choice: Choice) -> tuple[Choice, Measured, bool]:
+        """(the choice, what was chosen or came closest measured alone, whether it was compiled before).
+
+        Measured alone, on all samples, a candidate at the edge may miss a budget after all: then the next best is taken.
+        """
+        left, fallen = choice, list[Recipe]()
+        while left.chosen is not None:
+            measured, cached = self._alone(left.chosen.recipe)
+            if not measured.trial.misses:
+                return msgspec.structs.replace(left, trials=choice.trials), measured, cached
+            fallen.append(left.chosen.recipe)
+            if len(fallen) == len(choice.trials):
+                break
+            left = search.without(choice, fallen, self._class.spec)
+        measured, cached = self._alone(choice.nearest.recipe)
+        return msgspec.structs.replace(choice, chosen=None), measured, cached
+
+    def _alone(self, recipe: Recipe) -> tuple[Measured, bool]:
         ((path, cached),) = self._steps.compile([recipe])
+        cached = cached and recipe not in self._made
+        fresh = self._fresh.get(recipe)
         if fresh is not None and (fresh.trial.figures.peak_memory_bytes is not None or fresh.trial.died):
-            return fresh, recipe not in self._made
-        measured = self._steps.measure([(recipe, path)])[0]
-        if choice.chosen is not None and measured.trial.misses:
-            # What fitted beside all others does not now: a busy moment, or it is at the edge. The second time counts.
-            measured = self._steps.measure([(recipe, path)])[0]
-        return measured, cached and recipe not in self._made
+            return fresh, cached
+        return self._steps.measure([(recipe, path)])[0], cached
 
     def _plain(self) -> Recipe:
         wanted = int(self._options.get("float_first", 0))

@@ -120,8 +120,8 @@ def _accuracy(outputs: dict[str, Array], references: dict[str, Array], version: 
             said = answers.lines(side[name], version.characters)
         else:
             said = [str(c) for c in answers.classes(side[name])[:, 0]]
-        right = sum(a == b for a, b in zip(said, version.truth, strict=True))
-        found[title] = share(right, len(version.truth))
+        right = sum(a == b for a, b in zip(said, version.truth, strict=False))  # a round may hold the first few only
+        found[title] = share(right, len(said))
     return found
 
 

@@ -163,7 +163,7 @@ def choose(trials: Sequence[Trial], spec: DeviceClassSpec, units: Sequence[Unit]
     """The best trial that misses no budget, by what the class prefers."""
     fitting = [trial for trial in trials if not trial.misses]
     nearest = max(
-        (t for t in trials if t.recipe.precision == spec.precision),
+        [t for t in trials if t.recipe.precision == spec.precision] or trials,
         key=lambda t: (not t.died, t.figures.agreement or 0.0, t.figures.sqnr_db or 0.0),
     )
     if not fitting:
@@ -172,6 +172,11 @@ def choose(trials: Sequence[Trial], spec: DeviceClassSpec, units: Sequence[Unit]
     return Choice(
         trials=tuple(trials), chosen=chosen, nearest=nearest, why=_why(chosen, trials, spec), sensitivity=tuple(units)
     )
+
+
+def without(choice: Choice, fallen: Sequence[Recipe], spec: DeviceClassSpec) -> Choice:
+    """The choice when these, measured alone and on all samples, missed a budget after all."""
+    return choose([t for t in choice.trials if t.recipe not in fallen], spec, choice.sensitivity)
 
 
 def _best(fitting: Sequence[Trial], prefer: str) -> Trial:
@@ -190,6 +195,9 @@ def _best(fitting: Sequence[Trial], prefer: str) -> Trial:
             if not known:  # a class that can't run here: fewest bytes stand for speed, and the board decides
                 return _best(fitting, "size")
             fast = [t for t in fitting if (timed[t.recipe] or math.inf) <= min(known) * ALIKE]
+            exact = [t for t in fast if t.recipe.precision == FLOAT.precision]
+            if exact:  # nothing gained in time is worth no other answer
+                return exact[0]
             small = min(t.figures.compiled_bytes for t in fast)
             return min((t for t in fast if t.figures.compiled_bytes <= small * MOST_BYTES), key=quiet)
 

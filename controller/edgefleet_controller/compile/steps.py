@@ -45,6 +45,7 @@ Progress = Callable[[str, int, int], None]
 MAX_BLOB_BYTES = 4 * 1024**3
 PREPARE = ("onnxruntime", "ort")  # toolchain and module that simplify, answer in float, gather statistics and write QDQ
 HOST_OVERHEAD_BYTES = 128 * 1024 * 1024  # samples, outputs and the float model beside the compiled one while timing
+MOST_FOR_SEVERAL = 100  # held-out samples that candidates of one round are told apart by; the chosen one answers all
 RANKED_SAMPLES = 6  # of the calibration set; a layer's noise differs between samples much less than between layers
 _CHILDREN = Path(__file__).parent / "children"
 _LOCK_POLL_S = 0.05
@@ -111,11 +112,11 @@ class Steps:
 
         return self._once("prepared", self._prepared_key, fill)
 
-    def references(self) -> dict[str, Any]:
-        """The float model's outputs for the held-out samples, by name."""
+    def references(self, count: int | None = None) -> dict[str, Any]:
+        """The float model's outputs for the (first ``count``) held-out samples, by name."""
         if self._holdout is None:
             self._holdout = load_file(self.prepare() / "holdout.safetensors")
-        return self._holdout
+        return {name: array[:count] for name, array in self._holdout.items()}
 
     def rank(self, recipe: Recipe) -> list[Unit]:
         """Noise of every layer, with the ranges and weights of a recipe."""
@@ -147,7 +148,11 @@ class Steps:
 
     def measure(self, tried: Sequence[tuple[Recipe, Path]]) -> list[Measured]:
         """Outputs over the held-out samples, and times interleaved with the float model's, of several compiled models in one process.
-        Should that die, of each alone, so that it is known whose fault it was. Peak memory is a figure of one alone too."""
+
+        Should that die, of each alone, so that it is known whose fault it was. One alone answers all samples, several the first
+        :data:`MOST_FOR_SEVERAL`; peak memory is a figure of one alone.
+        """
+        count = self._version.holdout.count if len(tried) == 1 else min(MOST_FOR_SEVERAL, self._version.holdout.count)
         outputs = [self._work / f"outputs-{next(self._numbers)}.safetensors" for _ in tried]
         float_model = self._float_model()
         budget = self._class.spec.budgets.memory_bytes + HOST_OVERHEAD_BYTES
@@ -158,6 +163,7 @@ class Steps:
                 "models": [{"model": str(p), "outputs": str(o)} for (_, p), o in zip(tried, outputs, strict=True)],
                 "float_model": str(float_model) if self.here else None,
                 "samples": self.samples(self._version.holdout),
+                "count": count,
             }, budget)  # fmt: skip
         except ChildDied as exc:
             if len(tried) > 1:
@@ -167,9 +173,9 @@ class Steps:
         alone = found["peak_memory_bytes"] if len(tried) == 1 else None
         measured = []
         for (recipe, path), file, taken in zip(tried, outputs, times, strict=True):
-            base = self._figures(path, float_model)
+            base = msgspec.structs.replace(self._figures(path, float_model), samples=count)
             answered = load_file(file)
-            compared = quality.compare(answered, self.references(), self._version)
+            compared = quality.compare(answered, self.references(count), self._version)
             timed = {} if taken is None else taken | {f"float_{k}": v for k, v in found["float"].items()}
             unmeasured = () if self.here else ("latency",)
             figures = msgspec.structs.replace(

@@ -14,7 +14,10 @@ from edgefleet_controller.importers import darknet, efficientnet_lite
 
 Importer = Callable[[Path], bytes]
 
-IMPORTERS: dict[str, Importer] = {"efficientnet-lite0": efficientnet_lite.fetch, "yolov3-tiny": darknet.fetch_yolov3_tiny}
+IMPORTERS: dict[str, Importer] = {
+    "efficientnet-lite0": efficientnet_lite.fetch,
+    "yolov3-tiny": darknet.fetch_yolov3_tiny,
+}
 
 
 def importer(name: str) -> Importer:

@@ -172,7 +172,9 @@ def _maxpool(writer: _Writer, options: Section) -> None:
     # darknet pads size - 1 in all, half before and the rest after.
     before = (size - 1) // 2
     pads = [before, before, size - 1 - before, size - 1 - before]
-    name = writer.add("MaxPool", [source.name], writer.stem, kernel_shape=[size, size], strides=[stride, stride], pads=pads)
+    name = writer.add(
+        "MaxPool", [source.name], writer.stem, kernel_shape=[size, size], strides=[stride, stride], pads=pads
+    )
     writer.done(name, source.channels, *((n - 1) // stride + 1 for n in (source.rows, source.columns)))
 
 

@@ -23,18 +23,21 @@ Load = Callable[[str], Run]
 
 WARMUP_RUNS = 5
 TIMED_RUNS = 40
+TIMED_RUNS_OF_SEVERAL = 15  # to rank candidates; the one that is chosen is timed again, alone with float
 
 
 class SampleFile:
-    """Samples in a safetensors file, one tensor per input, first axis N; handed out one by one with a batch axis of 1."""
+    """Samples in a safetensors file, one tensor per input, first axis N; handed out one by one with a batch axis of 1; the first ``count``."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, count: int | None = None) -> None:
         file: Any = safe_open(path, "np")
         self.names = list(file.keys())
         self._slices = {name: file.get_slice(name) for name in self.names}
+        available = int(self._slices[self.names[0]].get_shape()[0])
+        self._count = available if count is None else min(count, available)
 
     def __len__(self) -> int:
-        return int(self._slices[self.names[0]].get_shape()[0])
+        return self._count
 
     def __getitem__(self, index: int) -> dict[str, Array]:
         return {name: np.ascontiguousarray(part[index : index + 1]) for name, part in self._slices.items()}
@@ -61,11 +64,12 @@ def _peak_bytes() -> int:
 def measure(load: Load, request: Request, progress: Progress) -> dict[str, Any]:
     """Outputs of compiled models over the samples, then their times and the float model's, interleaved, one thread.
 
-    Request: ``models`` (each ``model`` and ``outputs``, the file to write), ``float_model`` (or null: nothing is timed), ``samples``.
+    Request: ``models`` (each ``model`` and ``outputs``, the file to write), ``float_model`` (or null: nothing is timed), ``samples``,
+    ``count`` (how many of them).
     Result: ``times`` (p50 and p95 in ms, in order of ``models``), ``float``, and ``peak_memory_bytes`` of this process after the
     outputs, before the float model is loaded: one model's own where there is one.
     """
-    samples = SampleFile(request["samples"])
+    samples = SampleFile(request["samples"], request["count"])
     runs = []
     for number, one in enumerate(request["models"]):
         run = load(one["model"])
@@ -90,8 +94,9 @@ def _interleaved(runs: list[Run], samples: SampleFile, progress: Progress) -> li
     the one behind another."""
     feeds = [samples[i % len(samples)] for i in range(min(len(samples), 4))]
     times: list[list[float]] = [[] for _ in runs]
-    for index in range(WARMUP_RUNS + TIMED_RUNS):
-        progress("timing", index, WARMUP_RUNS + TIMED_RUNS)
+    rounds = WARMUP_RUNS + (TIMED_RUNS if len(runs) <= 2 else TIMED_RUNS_OF_SEVERAL)
+    for index in range(rounds):
+        progress("timing", index, rounds)
         order = list(zip(runs, times, strict=True))
         for run, kept in order if index % 2 else reversed(order):
             began = time.perf_counter()

@@ -265,7 +265,9 @@ def _clip(writer: Writer, node: onnx.NodeProto) -> None:
         return
     low, high = writer.optional(node, 1), writer.optional(node, 2)
     if low is not None:
-        writer.same_as[f"{name}/low"] = node.input[0]  # or less: what the lower limit takes away is no matter for its range
+        writer.same_as[f"{name}/low"] = node.input[
+            0
+        ]  # or less: what the lower limit takes away is no matter for its range
         x = _scalar(
             writer, f"{name}/low" if high is not None else name, "MAXIMUM", x, low.item(), "MaximumMinimumOptions"
         )
