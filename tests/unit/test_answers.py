@@ -8,7 +8,7 @@ import msgspec
 import numpy as np
 import pytest
 from edgefleet_controller.compile import answers
-from edgefleet_controller.compile.quality import compare
+from edgefleet_controller.compile.quality import compare, unlike, vacuous
 from edgefleet_controller.source import AcceptanceLimits, BoxDecoding, ModelVersion, Split
 from edgefleet_shared.contract import TensorSpec
 
@@ -119,3 +119,31 @@ def test_labelled_samples_give_the_accuracy_of_both_models() -> None:
     shares = compare({"y": have}, {"y": want}, spec).figures["shares"]
     assert (shares["accuracy"].value, shares["float_accuracy"].value) == (1.0, 0.5)
     assert msgspec.to_builtins(shares["accuracy"])["of"] == 2
+
+
+def test_held_out_samples_that_could_not_tell_damage_are_named() -> None:
+    one = {"y": np.array([[1, 0], [1, 0.5]], np.float32)}
+    plain = version("classification", TensorSpec("y", "FP32", (1, 2)))
+    assert "one and the same answer" in vacuous(one, plain)
+    assert vacuous({"y": np.array([[1, 0], [0, 1]], np.float32)}, plain) == ""
+    assert "no box in any of 3" in vacuous({"head": head(count=3)}, HEAD)
+    assert vacuous({"head": head((0, 0, 0, 5.0))}, HEAD) == ""
+
+
+def test_a_float_model_that_answers_by_chance_points_at_colours_layout_and_labels() -> None:
+    rng = np.random.default_rng(0)
+    scores = rng.normal(size=(200, 10)).astype(np.float32)
+    guessed = version("classification", TensorSpec("y", "FP32", (1, 10)), truth=tuple(str(i % 10) for i in range(200)))
+    assert "is the colour order" in vacuous({"y": scores}, guessed)
+    known = version(
+        "classification", TensorSpec("y", "FP32", (1, 10)), truth=tuple(str(i) for i in scores.argmax(axis=1))
+    )
+    assert vacuous({"y": scores}, known) == ""
+
+
+def test_calibration_of_another_spread_than_the_held_out_samples_is_told() -> None:
+    rng = np.random.default_rng(0)
+    x = rng.normal(0.1, 1.0, (16, 3, 8, 8)).astype(np.float32)
+    assert unlike({"x": x}, {"x": x + 0.2}) == ""
+    for other in (x / 128 - 1, x * 10, x + 9):
+        assert "are not like the held-out ones" in unlike({"x": other}, {"x": x})

@@ -69,6 +69,12 @@ def compile_version(
         steps = Steps(
             version, device_class, target, toolchain, layout, toolchains, cache, Path(temporary), progress, limits
         )
+        blind = quality.vacuous(steps.references(), version)
+        if blind and not ship_despite_quality:
+            raise QualityError(
+                f"{version.model} {version.version} for {device_class.name}: {blind}",
+                hint="check the manifest's inputs and output against how the network was trained, or take other held-out samples",
+            )
         finder = _Search(steps, version, device_class, target, options)
         choice = finder.choice(cache)
         choice, final, cached = finder.final(choice)
@@ -79,6 +85,9 @@ def compile_version(
                 hint="other calibration pictures or method, or precision fp32; shipping it anyway needs an explicit flag",
             )
         model, answers = steps.compile([final.trial.recipe])[0][0], steps.prepare() / "golden.safetensors"
+        if blind:
+            final = final._replace(trial=msgspec.structs.replace(final.trial, misses=(blind, *misses)))
+            misses = final.trial.misses
         artifact = pack(version, device_class, target, toolchain, layout, final.trial, model, answers)
         written = report.write(version, device_class, choice, final, steps.references(), layout)
     return CompileResult(

@@ -19,6 +19,8 @@ Array = npt.NDArray[Any]
 NOISE = 1.02  # two medians of 40 interleaved runs of one model differ by less on a quiet machine
 Z95 = 1.959963984540054  # two-sided 95 % of the normal distribution
 EXACT_DB = 200.0  # stands for no noise at all; float32 itself holds about 150 dB
+ENOUGH = 32  # labelled samples that tell chance from skill
+NEAR_CHANCE = 1.5  # times what guessing gets
 UNLIKE = 3.0  # times: spreads of calibration and held-out inputs that differ by more are not of one kind
 
 
@@ -70,6 +72,38 @@ def compare(outputs: dict[str, Array], references: dict[str, Array], version: Mo
         "sqnr_db_by_output": {name: round(_sqnr_db(outputs, references, [name]), 6) for name in names},
     }  # fmt: skip
     return Compared(figures, changed)
+
+
+def vacuous(references: dict[str, Array], version: ModelVersion) -> str:
+    """Why the held-out samples can't tell a sound model from a damaged one, or nothing: agreement would be high whatever came out.
+
+    Args:
+        references: the float model's outputs for them.
+    """
+    n = len(next(iter(references.values())))
+    name = version.outputs[0].name
+    if version.output_kind == "detection":
+        if not any(answers.boxes(references, version)):
+            assert version.detection is not None
+            return f"the float model finds no box in any of {n} held-out pictures at the threshold {version.detection.threshold}"
+        return ""
+    if version.output_kind == "classification":
+        said = {row.tobytes() for row in answers.classes(references[name])}
+    elif version.output_kind == "text":
+        said = {line.encode() for line in answers.lines(references[name], version.characters)}
+    else:
+        return ""
+    if len(said) == 1:
+        return f"the float model gives all {n} held-out samples one and the same answer"
+    if version.truth and version.output_kind == "classification":
+        right = _accuracy(references, references, version)["float_accuracy"]
+        chance = 1 / references[name].shape[-1]
+        if right.of >= ENOUGH and right.value <= NEAR_CHANCE * chance:
+            return (
+                f"the float model itself answers {right.count} of {right.of} labelled samples right, which is chance: is the colour "
+                "order, the layout, the normalisation or the order of the labels another one?"
+            )
+    return ""
 
 
 def _agreement(
