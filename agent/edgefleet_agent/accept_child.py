@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 from edgefleet_shared.artifact import GOLDEN_LAYER, MODEL_LAYER, Layout, ModelConfig
@@ -22,6 +22,7 @@ from edgefleet_shared.errors import ArtifactError, EdgefleetError, EngineError, 
 
 from edgefleet_agent import confinement, sensors
 from edgefleet_agent.accept import AcceptRequest, Broke, ChildReport, Confined, Measured, Stage
+from edgefleet_agent.power import PowerMeter, Scope, watts
 from edgefleet_agent.sandbox import memory_of
 
 if TYPE_CHECKING:
@@ -97,8 +98,8 @@ def measure(request: AcceptRequest, stage: Callable[[str], None]) -> AcceptanceF
     agreement, cosine = compare(config.contract, answers, references)
 
     stage("timing inferences")
-    times_ms, cpu_share = _time(session, samples, config.contract, request.threads)
-    ordered = sorted(times_ms)
+    timed = _time(session, samples, config.contract)
+    ordered = sorted(timed.times_ms)
     return AcceptanceFigures(
         golden_count=len(samples),
         agreement=agreement,
@@ -109,7 +110,10 @@ def measure(request: AcceptRequest, stage: Callable[[str], None]) -> AcceptanceF
         p95_ms=ordered[min(len(ordered) - 1, int(len(ordered) * 0.95))],
         peak_memory_bytes=memory_of(os.getpid())[1],
         providers=session.providers,
-        cpu_share=cpu_share,
+        cpu_share=timed.cpu_share,
+        watts=timed.watts,
+        joules_per_inference=timed.joules_per_inference,
+        power_scope=timed.power_scope,
         throttled=sensors.throttled(),
         celsius_before=celsius_before,
         celsius_after=sensors.hottest_celsius(),
@@ -189,22 +193,34 @@ def compare(
     return float(np.mean(same)), float(np.mean(cosines))
 
 
-def _time(
-    session: Session, samples: list[dict[str, Array]], contract: AcceptanceContract, threads: int
-) -> tuple[list[float], float]:
-    """(times in ms, CPU share) of the contract's timed runs after its warm-up."""
+class _Timed(NamedTuple):
+    """What the timed runs took: each in ms, the share of a core that they had, and power and energy where the board tells."""
+
+    times_ms: list[float]
+    cpu_share: float
+    watts: float | None
+    joules_per_inference: float | None
+    power_scope: Scope | None
+
+
+def _time(session: Session, samples: list[dict[str, Array]], contract: AcceptanceContract) -> _Timed:
+    """The contract's timed runs after its warm-up."""
     cycle = itertools.cycle(samples)
     for _ in range(contract.warmup_runs):
         session.run(next(cycle))
     times_ms = []
+    meter = PowerMeter()
+    before = meter.look()
     cpu_began, began = time.process_time(), time.perf_counter()
     for _ in range(contract.timed_runs):
         one = time.perf_counter()
         session.run(next(cycle))
         times_ms.append((time.perf_counter() - one) * 1e3)
+        after = meter.look()  # between two runs: a sensor of the moment is integrated
     wall = time.perf_counter() - began
     share = (time.process_time() - cpu_began) / wall if wall > 0 else 1.0
-    return times_ms, min(1.0, share)
+    joules = (after.joules - before.joules) / contract.timed_runs if before and after else None
+    return _Timed(times_ms, min(1.0, share), watts(before, after), joules, meter.scope)
 
 
 if __name__ == "__main__":

@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
-from functools import wraps
 from pathlib import Path
-from typing import Any, TypeVar
 
 import click
 import msgspec
-from edgefleet_shared.errors import EdgefleetError
+from edgefleet_shared.faces import told
 
 from edgefleet_agent import __version__
-
-F = TypeVar("F", bound=Callable[..., Any])
 
 state_option = click.option(
     "--state",
@@ -25,25 +20,6 @@ state_option = click.option(
     help="The board's state folder.",
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="One JSON document on standard output.")
-
-
-def _errors(command: F) -> F:
-    """Errors that a user can act on: message and hint on stderr, a status of their own, no traceback."""
-
-    @wraps(command)
-    def run(*args: Any, **options: Any) -> Any:
-        try:
-            return command(*args, **options)
-        except EdgefleetError as exc:
-            if options.get("as_json"):
-                click.echo(msgspec.json.encode({"error": exc.as_dict()}).decode())
-            else:
-                click.echo(f"error: {exc.message}", err=True)
-                if exc.hint:
-                    click.echo(f"hint: {exc.hint}", err=True)
-            sys.exit(exc.exit_status)
-
-    return run  # type: ignore[return-value]
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -65,7 +41,7 @@ def main() -> None:
 @click.option("--health-period", default=10.0, show_default=True, help="Seconds between two health reports.")
 @state_option
 @json_option
-@_errors
+@told
 def enroll(
     url: str,
     token: str | None,
@@ -92,7 +68,7 @@ def enroll(
 
 @main.command()
 @state_option
-@_errors
+@told
 def run(state: Path) -> None:
     """Run the agent until it is stopped."""
     from edgefleet_agent.app import run as run_agent
@@ -103,7 +79,7 @@ def run(state: Path) -> None:
 @main.command()
 @state_option
 @json_option
-@_errors
+@told
 def status(state: Path, as_json: bool) -> None:
     """Say what this board serves and what it is doing."""
     from edgefleet_agent.doctor import describe
@@ -119,7 +95,7 @@ def status(state: Path, as_json: bool) -> None:
 @main.command()
 @state_option
 @json_option
-@_errors
+@told
 def doctor(state: Path, as_json: bool) -> None:
     """Check this board: state, certificates, engines, runtime, broker, disk. Ends with 1 when something is wrong."""
     from edgefleet_agent.doctor import examine
@@ -132,6 +108,22 @@ def doctor(state: Path, as_json: bool) -> None:
             click.echo(f"{'ok  ' if finding.ok else 'BAD '} {finding.what}: {finding.detail}")
     if not all(finding.ok for finding in findings):
         sys.exit(1)
+
+
+@main.command()
+@state_option
+@json_option
+@told
+def power(state: Path, as_json: bool) -> None:
+    """Apply the power profile of what serves, or undo it. For root: fleet-power.service runs this whenever the slots change."""
+    from edgefleet_agent import power_profile
+
+    profile = power_profile.wanted(state)
+    changed = power_profile.apply(profile)
+    if as_json:
+        click.echo(msgspec.json.encode({"profile": profile, "changed": changed}).decode())
+    else:
+        click.echo("\n".join(changed) or "nothing to change")
 
 
 if __name__ == "__main__":

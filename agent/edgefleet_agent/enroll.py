@@ -19,35 +19,13 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from edgefleet_shared import atomic
 from edgefleet_shared.errors import ConflictError, InputError, TransportError, TrustError, from_dict
+from edgefleet_shared.messages import Enrolled, EnrolRequest
 
 from edgefleet_agent import settings as board_settings
 from edgefleet_agent.settings import Settings
 
 TIMEOUT_S = 30.0
 MAX_ANSWER_BYTES = 4 * 1024 * 1024
-
-
-class EnrolRequest(msgspec.Struct, frozen=True):
-    """board -> controller. ``device`` may be empty: then the token names it."""
-
-    token: str
-    device: str
-    request: str
-
-
-class Enrolled(msgspec.Struct, frozen=True, kw_only=True):
-    """controller -> board. PEM texts; ``root`` is TUF root metadata."""
-
-    device: str
-    device_class: str
-    certificate: str
-    ca: str
-    root: str
-    broker_host: str
-    broker_port: int
-    api_host: str
-    api_port: int
-    site: str = ""
 
 
 def enroll(
@@ -67,6 +45,7 @@ def enroll(
     """
     if (state / "agent.json").exists():
         raise ConflictError(f"{state} is enrolled already", hint="choose another --state, or remove that folder first")
+    token = token.strip()  # a file ends with a newline
     fingerprint, host, port = _parse(url, token)
     ca = _fetch_ca(host, port, fingerprint)
     key = ec.generate_private_key(ec.SECP256R1())
@@ -82,7 +61,7 @@ def enroll(
 
 
 def _parse(url: str, token: str) -> tuple[str, str, int]:
-    kind, _, rest = token.strip().partition(".")
+    kind, _, rest = token.partition(".")
     fingerprint, _, secret = rest.partition(".")
     if kind != "efe" or len(fingerprint) != 64 or not secret:
         raise InputError("this is no enrolment token", hint="make one with: fleet device token --class CLASS")

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import NamedTuple
 
 from edgefleet_shared.errors import EdgefleetError
 from edgefleet_shared.messages import Health
 
+from edgefleet_agent import sensors
+from edgefleet_agent.power import PowerMeter, Scope, watts
 from edgefleet_agent.runtime.control import RuntimeClient, StatusReport
 
 
@@ -31,6 +34,41 @@ class CpuMeter:
         return sum(fields) - fields[3] - fields[4], sum(fields)
 
 
+class Used(NamedTuple):
+    """Between two looks: mean power, and the energy that came to each request, idling included."""
+
+    watts: float | None
+    joules_per_request: float | None
+
+
+class EnergyMeter:
+    """Power and energy per request between two looks."""
+
+    def __init__(self, meter: PowerMeter | None = None) -> None:
+        self._meter = meter or PowerMeter()
+        self._before = self._meter.look()
+        self._requests: int | None = None
+
+    @property
+    def scope(self) -> Scope | None:
+        return self._meter.scope
+
+    def since_last_look(self, requests: int | None) -> Used | None:
+        """None where nothing measures.
+
+        Args:
+            requests: answered so far by the runtime; None when it does not answer.
+        """
+        before, self._before = self._before, self._meter.look()
+        counted, self._requests = self._requests, requests
+        if before is None or self._before is None:
+            return None
+        joules = self._before.joules - before.joules
+        # A runtime that started again counts from 0.
+        served = requests - counted if requests is not None and counted is not None else 0
+        return Used(watts(before, self._before), joules / served if served > 0 else None)
+
+
 def memory_available_bytes(source: Path = Path("/proc/meminfo")) -> int | None:
     for line in source.read_text().splitlines():
         if line.startswith("MemAvailable:"):
@@ -38,23 +76,19 @@ def memory_available_bytes(source: Path = Path("/proc/meminfo")) -> int | None:
     return None
 
 
-def celsius(root: Path = Path("/sys/class/thermal")) -> float | None:
-    """The hottest thermal zone; None where there is none."""
-    found = []
-    for zone in sorted(root.glob("thermal_zone*/temp")):
-        try:
-            found.append(int(zone.read_text()) / 1000)
-        except (OSError, ValueError):
-            continue  # a sensor that is switched off
-    return max(found, default=None)
-
-
 def disk_free_bytes(folder: Path) -> int:
     stat = os.statvfs(folder)
     return stat.f_bavail * stat.f_frsize
 
 
-def measure(state: Path, client: RuntimeClient, meter: CpuMeter) -> tuple[Health, StatusReport | None]:
+class Meters:
+    """What is measured from one look to the next."""
+
+    def __init__(self) -> None:
+        self.cpu, self.energy = CpuMeter(), EnergyMeter()
+
+
+def measure(state: Path, client: RuntimeClient, meters: Meters) -> tuple[Health, StatusReport | None]:
     """One set of figures, and the runtime's status behind them (None when it does not answer)."""
     status: StatusReport | None
     try:
@@ -62,6 +96,7 @@ def measure(state: Path, client: RuntimeClient, meter: CpuMeter) -> tuple[Health
     except EdgefleetError:
         status = None
     serving = next((v for v in status.versions if v.serving), None) if status else None
+    used = meters.energy.since_last_look(sum(v.requests for v in status.versions) if status else None)
     return Health(
         model=serving.model if serving else "",
         version=serving.version if serving else "",
@@ -70,9 +105,13 @@ def measure(state: Path, client: RuntimeClient, meter: CpuMeter) -> tuple[Health
         crashes=serving.crashes if serving else 0,
         p50_ms=serving.p50_ms if serving else None,
         p95_ms=serving.p95_ms if serving else None,
-        cpu_share=meter.share(),
+        cpu_share=meters.cpu.share(),
         memory_available_bytes=memory_available_bytes(),
         disk_free_bytes=disk_free_bytes(state),
-        celsius=celsius(),
+        celsius=sensors.hottest_celsius(),
+        throttled=sensors.throttled(),
+        watts=used.watts if used else None,
+        joules_per_request=used.joules_per_request if used else None,
+        power_scope=meters.energy.scope,
         runtime_up=status is not None,
     ), status

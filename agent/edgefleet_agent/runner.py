@@ -492,9 +492,9 @@ class Runner:
     # -- health --------------------------------------------------------------------------------------------------------
 
     def _watch_health(self) -> None:
-        meter = health.CpuMeter()
+        meters = health.Meters()
         while not self._ending.wait(self._settings.health_period_s):
-            self._inbox.put(Measured(*health.measure(self._state, self._client, meter)))
+            self._inbox.put(Measured(*health.measure(self._state, self._client, meters)))
 
     def _look_for_regression(self, status: StatusReport | None) -> None:
         """A committed model whose engine keeps dying is a late regression: return to the previous one."""

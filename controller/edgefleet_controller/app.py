@@ -23,7 +23,7 @@ from edgefleet_controller.health import Intake
 from edgefleet_controller.pki import CertificateAuthority
 from edgefleet_controller.rollout.service import RolloutService
 from edgefleet_controller.settings import Settings
-from edgefleet_controller.sign import DirectorSigner, Repository, read_key
+from edgefleet_controller.sign import ASSIGNMENT_LIFE, DirectorSigner, Repository, read_key
 from edgefleet_controller.store import devices, rollouts
 from edgefleet_controller.store.database import Database
 from edgefleet_controller.transport.broker import CONTROLLER, Broker, BrokerFiles
@@ -171,6 +171,7 @@ class Controller:
                 if self.clock.monotonic() >= renew_at:
                     renew_at = self.clock.monotonic() + RENEW_EVERY_S
                     self.gateway.publish_metadata(self.repository.renew())
+                    self.rollouts.renew_assignments(ASSIGNMENT_LIFE.total_seconds() / 2)
             except EdgefleetError as exc:
                 log.error("upkeep failed", extra={"code": exc.code, "reason": str(exc)})
             notify.send("WATCHDOG=1")

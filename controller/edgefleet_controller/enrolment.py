@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from urllib.parse import urlsplit
 
-import msgspec
 from cryptography.hazmat.primitives import serialization
 from edgefleet_shared.clock import Clock
 from edgefleet_shared.errors import InputError
+from edgefleet_shared.messages import Enrolled
 from edgefleet_shared.topics import check_name
 
 from edgefleet_controller.pki import CertificateAuthority
@@ -18,21 +18,6 @@ from edgefleet_controller.settings import Settings
 from edgefleet_controller.sign import Repository
 from edgefleet_controller.store import devices
 from edgefleet_controller.store.database import Database
-
-
-class Enrolled(msgspec.Struct, frozen=True, kw_only=True):
-    """What a new board is told. ``root`` is the newest TUF root metadata; certificates are PEM."""
-
-    device: str
-    device_class: str
-    site: str
-    certificate: str
-    ca: str
-    root: str
-    broker_host: str
-    broker_port: int
-    api_host: str
-    api_port: int
 
 
 class Enrolment:

@@ -3,7 +3,7 @@
 A file holds one or several documents of the form ``apiVersion, kind, metadata, spec``. Kinds: :class:`DeviceClass` (what
 to compile for), :class:`Model` (one version of one network, with its pictures), :class:`Rollout` (who gets it, in which
 waves, held by which gate), :class:`Site`. Unknown fields are errors, numbers are not strings, and nothing is guessed.
-The published JSON schemas (``docs/schemas``) come from :func:`json_schemas`. Times in s or ms, memory in bytes.
+The published JSON schemas (``docs/generated/schemas``) come from :func:`json_schemas`. Times in s or ms, memory in bytes.
 """
 
 from __future__ import annotations
@@ -65,7 +65,9 @@ class Budgets(_Strict):
     latency_p95_ms: Milliseconds
     memory_bytes: Bytes = Field(description="peak of the process that holds engine and model")
     size_bytes: Bytes | None = Field(default=None, description="of the compiled model")
-    power_watts: Annotated[float, Field(gt=0)] | None = None
+    power_watts: Annotated[float, Field(gt=0)] | None = Field(
+        default=None, description="mean of the whole board while it infers; judged on boards that measure their power"
+    )
 
 
 class Accuracy(_Strict):
@@ -98,6 +100,13 @@ class AcceptanceOverrides(_Strict):
     time_limit_s: Annotated[float, Field(gt=0)] = 120.0
 
 
+class Power(_Strict):
+    """How fast the processor may run while a board of the class serves; applied on the board, undone when nothing asks for it."""
+
+    governor: str | None = Field(default=None, pattern=r"^[a-z_]{1,32}$", description="cpufreq's, such as powersave")
+    max_clock_mhz: Annotated[int, Field(ge=1, le=100_000)] | None = None
+
+
 class DeviceClassSpec(_Strict):
     arch: Literal["x86_64", "aarch64", "armv7l", "riscv64"]
     cpu_features: list[str] = Field(default=[], description="kernel names that every board of the class has")
@@ -112,6 +121,7 @@ class DeviceClassSpec(_Strict):
     search: Search = Search()
     acceptance: AcceptanceOverrides = AcceptanceOverrides()
     swap: Literal["auto", "blue-green", "in-place"] = "auto"
+    power: Power = Power()
     build: Literal["controller", "builder", "board"] = "controller"
     options: dict[str, str | int | float | bool] = Field(default={}, description="for the compile target")
     proven: str = Field(default="", description="how far this class was proven, in words")
@@ -473,7 +483,7 @@ def _explain(document: Document, exc: ValidationError) -> ManifestError:
                 shown = f", found {found!r}" if isinstance(found, str | int | float | bool | None) else ""
                 what = error["msg"].removeprefix("Value error, ") + shown
         problems.append(document.error(path, what).message)
-    return ManifestError("\n".join(problems), hint="the schemas of all kinds are in docs/schemas")
+    return ManifestError("\n".join(problems), hint="the schemas of all kinds are in docs/generated/schemas")
 
 
 def _fields_at(kind: str, path: FieldPath) -> list[str]:

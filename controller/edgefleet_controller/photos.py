@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 import re
 import shutil
 from collections.abc import Callable, Iterator
@@ -23,6 +22,7 @@ from edgefleet_controller import packages
 
 SHORTEST_SIDE = 288  # pixels: leaves room around the 224 x 224 crop that networks of this kind take
 MIN_CONTRAST = 12.0  # standard deviation of grey levels: below it the picture is all but blank
+JPEG_QUALITY = 95
 CROPS = 4  # whole picture, then three mirrored corners
 
 # What a network for everyday things was trained on: no textures, test charts, text or medical pictures.
@@ -36,37 +36,54 @@ _SKIMAGE = re.compile(
 )
 _FOOLBOX = re.compile(r"foolbox/data/imagenet_\d\d_\d+\.jpg$")
 _STAMPS = re.compile(r"/stamps/(animals|food|vehicles|household)/(?!.*(cartoon|plastic|toys)/).*\.png$")
-FOOLBOX_SHA256 = "11049d515d38e765e206a73ace9cc648b81a0d6d1da9ad9057e149ee117989cb"
+_FOOLBOX_SHA256 = "11049d515d38e765e206a73ace9cc648b81a0d6d1da9ad9057e149ee117989cb"
+_PACKAGES = (
+    (("scikit-image", "0.25.2", None, _SKIMAGE), ("foolbox", "3.3.4", _FOOLBOX_SHA256, _FOOLBOX)),
+    (("opencv-doc", _OPENCV), ("tuxpaint-stamps-default", _STAMPS)),
+)
 
 
 def gather(
-    cache: Path, folder: Path, splits: dict[str, int], progress: Callable[[str], None] = lambda _: None
-) -> list[str]:
-    """Fill ``folder/<split>`` with that many pictures (JPEG, RGB, shortest side 288 pixels).
+    cache: Path, splits: dict[str, int], progress: Callable[[str], None] = lambda _: None
+) -> tuple[Path, list[str]]:
+    """A folder with ``<split>/`` for each split, holding that many pictures (JPEG, RGB, shortest side 288 pixels).
+
+    Made once and kept in the cache; made again when the recipe changed, or when a package was missing the last time.
 
     Args:
-        cache: where packages are kept.
+        cache: where packages and pictures are kept.
         splits: pictures per split, by the split's name.
 
     Returns:
-        remarks, such as a package that could not be had; the pictures then come from the others.
+        the folder, and remarks, such as a package that could not be had; the pictures then come from the others.
 
     Raises:
         EnvironmentProblem: too few photos for the splits.
     """
-    marker = folder / "photos.json"
-    if marker.exists() and json.loads(marker.read_text())["splits"] == splits:
-        return list(json.loads(marker.read_text())["remarks"])
+    recipe = repr((splits, _PACKAGES, SHORTEST_SIDE, MIN_CONTRAST, CROPS, JPEG_QUALITY))
+    folder = cache / "photos" / hashlib.sha256(recipe.encode()).hexdigest()[:16]
+    complete = folder / ".complete"  # written last, and only when no package was missing
+    if complete.exists():
+        return folder, []
     remarks: list[str] = []
     families: dict[str, list[tuple[str, Image.Image]]] = {}
     for name, content in _photos(cache, remarks, progress):
         picture = _read(content)
         if picture is not None:
             families.setdefault(_family(name), []).append((name, picture))
+    shutil.rmtree(folder, ignore_errors=True)
+    _write(folder, families, splits, remarks)
+    if not remarks:
+        complete.touch()
+    return folder, remarks
+
+
+def _write(
+    folder: Path, families: dict[str, list[tuple[str, Image.Image]]], splits: dict[str, int], remarks: list[str]
+) -> None:
     # Dealt by a hash of the name: the same photo falls into the same split whatever else is there.
     order = sorted(families, key=lambda family: hashlib.sha256(family.encode()).digest())
     dealt = _deal(order, {f: len(families[f]) for f in order}, splits)
-    shutil.rmtree(folder, ignore_errors=True)
     for split, wanted in splits.items():
         photos = [photo for family in dealt[split] for photo in families[family]]
         if len(photos) * CROPS < wanted:
@@ -80,16 +97,12 @@ def gather(
         for (name, photo, crop), _ in zip(candidates, range(wanted), strict=False):
             label = re.sub(r"[^A-Za-z0-9]+", "-", PurePosixPath(name).stem)
             key = hashlib.sha256(name.encode()).hexdigest()[:6]
-            _crop(photo, crop).save(target / f"{label}-{key}-{crop}.jpg", quality=95)
-    marker.write_text(json.dumps({"splits": splits, "remarks": remarks}))
-    return remarks
+            _crop(photo, crop).save(target / f"{label}-{key}-{crop}.jpg", quality=JPEG_QUALITY)
 
 
 def _photos(cache: Path, remarks: list[str], progress: Callable[[str], None]) -> Iterator[tuple[str, bytes]]:
-    for name, version, sha256, pattern in (
-        ("scikit-image", "0.25.2", None, _SKIMAGE),
-        ("foolbox", "3.3.4", FOOLBOX_SHA256, _FOOLBOX),
-    ):
+    wheels, debian = _PACKAGES
+    for name, version, sha256, pattern in wheels:
         progress(f"photos from {name}")
         try:
             path = packages.wheel(cache, name, version, sha256)
@@ -97,7 +110,7 @@ def _photos(cache: Path, remarks: list[str], progress: Callable[[str], None]) ->
             remarks.append(f"no photos from {name}: {exc.message}")
             continue
         yield from packages.wheel_members(path, pattern)
-    for name, pattern in (("opencv-doc", _OPENCV), ("tuxpaint-stamps-default", _STAMPS)):
+    for name, pattern in debian:
         progress(f"photos from {name}")
         package = packages.debian(cache, name)
         if package is None:

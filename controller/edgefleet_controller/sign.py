@@ -371,3 +371,14 @@ class DirectorSigner:
         )
         expires = utc(self._clock.now()) + ASSIGNMENT_LIFE
         return _signed(Metadata(Targets(version=version, expires=expires, targets={path: target})), [self._key])
+
+    def renew(self, payload: bytes, version: int) -> bytes:
+        """The same assignment, signed anew before it expires: a board that is away for longer still finds one that it can take.
+
+        Args:
+            payload: what :meth:`sign` made.
+            version: above every version that this device was ever sent; the caller persists it first.
+        """
+        before: Metadata[Targets] = Metadata.from_bytes(payload)
+        expires = utc(self._clock.now()) + ASSIGNMENT_LIFE
+        return _signed(Metadata(Targets(version=version, expires=expires, targets=before.signed.targets)), [self._key])

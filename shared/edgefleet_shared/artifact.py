@@ -77,6 +77,13 @@ class Manifest(msgspec.Struct, frozen=True, rename="camel", kw_only=True, omit_d
         return (self.config, *self.layers)
 
 
+class PowerProfile(msgspec.Struct, frozen=True, kw_only=True):
+    """How fast a board's processor may run while it serves. Empty and 0: as the board is."""
+
+    governor: str = ""
+    max_clock_mhz: int = 0
+
+
 class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
     """The config blob: what the artifact is, what it needs, how it is accepted, and the hash of every chunk of every layer.
 
@@ -96,6 +103,7 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
     contract: AcceptanceContract
     encoding: PictureEncoding | None = None
     swap: str = "auto"
+    power: PowerProfile = PowerProfile()
     chunk_bytes: int = CHUNK_BYTES
     chunks: dict[str, tuple[str, ...]] = {}
 

@@ -58,7 +58,8 @@ class AcceptanceContract(msgspec.Struct, frozen=True, kw_only=True):
     ``agreement`` is the share of golden pictures with the same top-1 class as the float reference (``kind``
     classification) or the share of outputs within ``tolerance_abs + tolerance_rel * |reference|`` (``kind`` raw).
     ``min_cosine`` is the smallest allowed mean cosine between outputs and reference. Times in ms, memory in bytes (the peak
-    of the child that holds engine and model), temperature in degrees Celsius.
+    of the child that holds engine and model), temperature in degrees Celsius. ``max_watts`` is the mean power of the whole board while
+    it infers without a pause; a board that does not measure its power says so in the report and is not held against it.
     """
 
     kind: Literal["classification", "raw"]
@@ -70,6 +71,7 @@ class AcceptanceContract(msgspec.Struct, frozen=True, kw_only=True):
     tolerance_abs: float = 0.0
     tolerance_rel: float = 0.0
     max_celsius: float | None = None
+    max_watts: float | None = None
     min_golden: int = 8
     warmup_runs: int = 5
     timed_runs: int = 40
@@ -96,6 +98,8 @@ class AcceptanceContract(msgspec.Struct, frozen=True, kw_only=True):
             problems.append("kind raw needs a tolerance")
         if not self.time_limit_s > 0:
             problems.append("time_limit_s must be above 0")
+        if self.max_watts is not None and not self.max_watts > 0:
+            problems.append("max_watts must be above 0")
         if problems:
             raise ArtifactError("the acceptance contract is not usable: " + "; ".join(problems))
 
@@ -118,6 +122,10 @@ class AcceptanceFigures(msgspec.Struct, frozen=True, kw_only=True):
     throttled: bool | None = None
     celsius_before: float | None = None
     celsius_after: float | None = None
+    # Over the timed runs, of what ``power_scope`` says: the whole board, or the processor's package alone.
+    watts: float | None = None
+    joules_per_inference: float | None = None
+    power_scope: Literal["board", "package"] | None = None
 
 
 class Measurement(msgspec.Struct, frozen=True):
@@ -134,13 +142,15 @@ class Measurement(msgspec.Struct, frozen=True):
 
 class AcceptanceReport(msgspec.Struct, frozen=True, kw_only=True):
     """The verdict over one candidate on one board, with every measurement behind it. ``unconfined`` names the layers of the
-    sandbox that the board's kernel could not give, each with its reason."""
+    sandbox that the board's kernel could not give, ``unmeasured`` what the contract asks and the board can't measure, each with
+    its reason."""
 
     verdict: Verdict
     measurements: tuple[Measurement, ...] = ()
     figures: AcceptanceFigures | None = None
     reason: str = ""
     unconfined: tuple[str, ...] = ()
+    unmeasured: tuple[str, ...] = ()
 
 
 def judge(contract: AcceptanceContract, figures: AcceptanceFigures) -> AcceptanceReport:
@@ -178,6 +188,14 @@ def judge(contract: AcceptanceContract, figures: AcceptanceFigures) -> Acceptanc
         else:
             rows.append(_row("temperature", figures.celsius_after <= contract.max_celsius, figures.celsius_after,
                              contract.max_celsius, "celsius", "after the timed runs"))  # fmt: skip
+    unmeasured = []
+    if contract.max_watts is not None:
+        if figures.watts is None or figures.power_scope != "board":
+            what = "no sensor" if figures.watts is None else "a sensor of the processor's package alone"
+            unmeasured.append(f"power against {contract.max_watts:.4g} watts: this board has {what}")
+        else:
+            rows.append(_row("power", figures.watts <= contract.max_watts, figures.watts, contract.max_watts,
+                             "watts", "mean of the board while inferring without a pause"))  # fmt: skip
     verdict = next(v for v in _GRAVITY if any(r.verdict is v for r in rows))
     reason = "; ".join(
         f"{r.name} {'no number' if r.value is None else format(r.value, '.4g')} against {r.limit:.4g} {r.unit}: {r.detail}"
@@ -185,8 +203,9 @@ def judge(contract: AcceptanceContract, figures: AcceptanceFigures) -> Acceptanc
         if r.verdict is verdict
     )
     return AcceptanceReport(
-        verdict=verdict, measurements=tuple(rows), figures=figures, reason="" if verdict is Verdict.PASSED else reason
-    )
+        verdict=verdict, measurements=tuple(rows), figures=figures, reason="" if verdict is Verdict.PASSED else reason,
+        unmeasured=tuple(unmeasured),
+    )  # fmt: skip
 
 
 def _row(

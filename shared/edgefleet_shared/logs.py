@@ -15,7 +15,8 @@ import msgspec
 from edgefleet_shared.clock import iso
 
 # What a LogRecord carries by itself; everything else came with ``extra=``.
-_OWN = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
+# uvicorn's ``color_message`` is its message again, with the escape codes of a terminal.
+_OWN = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName", "color_message"}
 
 
 class JsonFormatter(logging.Formatter):

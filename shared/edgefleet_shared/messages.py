@@ -6,7 +6,7 @@ metadata) are not here: they travel verbatim and are read only after they are ve
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import msgspec
 
@@ -85,7 +85,9 @@ class OutcomeTold(msgspec.Struct, frozen=True, kw_only=True, tag="outcome"):
 
 class Health(msgspec.Struct, frozen=True, kw_only=True, tag="health"):
     """What the board measures, since the agent's start where it is a count. Latencies in ms, as the runtime saw them over its
-    last window; ``cpu_share`` 0 to 1 over all cores; ``celsius`` None where there is no sensor."""
+    last window; ``cpu_share`` 0 to 1 over all cores; ``celsius``, ``throttled`` and ``watts`` None where there is no sensor.
+    ``joules_per_request`` is what the board (or, by ``power_scope``, its processor) used since the last report over the requests
+    answered meanwhile, idling included."""
 
     model: str = ""
     version: str = ""
@@ -98,6 +100,10 @@ class Health(msgspec.Struct, frozen=True, kw_only=True, tag="health"):
     memory_available_bytes: int | None = None
     disk_free_bytes: int | None = None
     celsius: float | None = None
+    throttled: bool | None = None
+    watts: float | None = None
+    joules_per_request: float | None = None
+    power_scope: Literal["board", "package"] | None = None
     runtime_up: bool = False
 
 
@@ -145,6 +151,29 @@ class Want(msgspec.Struct, frozen=True, kw_only=True):
 
 
 M = TypeVar("M")
+
+
+class EnrolRequest(msgspec.Struct, frozen=True):
+    """board -> controller, by HTTPS. ``device`` may be empty: then the token names it. ``request`` is a CSR in PEM."""
+
+    token: str
+    device: str
+    request: str
+
+
+class Enrolled(msgspec.Struct, frozen=True, kw_only=True):
+    """controller -> board, by HTTPS. Certificates are PEM; ``root`` is the newest TUF root metadata."""
+
+    device: str
+    device_class: str
+    site: str = ""
+    certificate: str
+    ca: str
+    root: str
+    broker_host: str
+    broker_port: int
+    api_host: str
+    api_port: int
 
 
 def encode(message: msgspec.Struct) -> bytes:

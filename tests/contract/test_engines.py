@@ -13,7 +13,7 @@ from edgefleet_agent.runtime.engines.port import Engine
 from edgefleet_shared import golden
 from edgefleet_shared.contract import TensorSpec
 from edgefleet_shared.errors import EngineError
-from support import artifacts
+from support import artifacts, vendors
 
 SEED = 3
 
@@ -39,13 +39,19 @@ BUILDERS = {
     "tflite, int8 file": ("tflite", lambda: artifacts.tflite_model(SEED, quantized=True), 0.25),
     "openvino": ("openvino", lambda: artifacts.openvino_model(SEED), 1e-3),
     "openvino, file with batch 1": ("openvino", lambda: artifacts.openvino_model(SEED, batch=1), 1e-3),
+    "rknn, recorded interface": ("rknn", lambda: b"RKNN" + bytes([SEED]), 1e-4),
+    "coral, recorded interface": ("coral", lambda: artifacts.tflite_model(SEED, quantized=True), 0.25),
     "fake": ("fake", lambda: msgspec.json.encode({"scale": 1.0, "offset": 0.0}), 1e-4),
 }
 
 
-@pytest.fixture(params=BUILDERS, scope="module")
-def case(request: pytest.FixtureRequest) -> Case:
+@pytest.fixture(params=BUILDERS)
+def case(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Case:
     name, build, tolerance = BUILDERS[request.param]
+    if name == "rknn":
+        vendors.install_rknn(monkeypatch, tmp_path / "vendor")
+    if name == "coral":
+        vendors.install_edge_tpu(monkeypatch, ("edgetpu-custom-op",))
     engine: Engine = FakeEngine() if name == "fake" else engines.find(name)
     if engine.available() is None:
         pytest.skip(f"{name}: {engine.missing()}")
@@ -99,7 +105,7 @@ def test_an_answer_is_not_overwritten_by_the_next_inference(case: Case, model_pa
 def test_a_loaded_session_names_what_really_computes(case: Case, model_path: Path) -> None:
     session = case.engine.load(model_path, case.config, threads=1)
     assert session.providers
-    assert set(session.providers) <= {"CPU", "CPUExecutionProvider"}
+    assert set(session.providers) <= {"CPU", "CPUExecutionProvider", "NPU", "EdgeTPU"}
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 torn", b"\x08\x09" + bytes(400)])
@@ -124,3 +130,59 @@ def test_a_file_whose_tensors_differ_from_the_promise_is_refused(case: Case, mod
 def test_an_unknown_engine_is_refused_with_the_known_names() -> None:
     with pytest.raises(EngineError, match="onnxruntime"):
         engines.find("abacus")
+
+
+@pytest.mark.parametrize(
+    ("operators", "providers"),
+    [
+        (("edgetpu-custom-op",), ("EdgeTPU",)),
+        (("QUANTIZE", "edgetpu-custom-op", "SOFTMAX"), ("EdgeTPU", "CPU")),
+        (("CONV_2D", "FULLY_CONNECTED"), ("CPU",)),
+    ],
+)
+def test_what_the_edge_tpu_leaves_to_the_cpu_is_told(monkeypatch, tmp_path, operators, providers) -> None:
+    given = vendors.install_edge_tpu(monkeypatch, operators)
+    path = tmp_path / "model"
+    path.write_bytes(artifacts.tflite_model(SEED, quantized=True))
+    session = engines.find("coral").load(path, artifacts.make_config(engine="tflite"), threads=1)
+    assert session.providers == providers
+    assert given == ["the Edge TPU"]
+
+
+def test_a_board_without_an_edge_tpu_says_so() -> None:
+    coral = engines.find("coral")
+    if coral.available() is None:
+        pytest.skip(f"no TFLite interpreter here: {coral.missing()}")
+    with pytest.raises(EngineError, match=r"no Edge TPU answers.*libedgetpu\.so\.1"):
+        coral.load_library()
+
+
+def test_a_board_without_rockchips_package_says_so() -> None:
+    rknn = engines.find("rknn")
+    assert rknn.available() is None
+    assert "rknn-toolkit-lite2" in rknn.missing()
+    with pytest.raises(EngineError, match="rknn-toolkit-lite2 does not load"):
+        rknn.load_library()
+
+
+def test_an_npu_that_answers_with_a_status_instead_of_outputs_is_an_error(monkeypatch, tmp_path) -> None:
+    vendors.install_rknn(monkeypatch, tmp_path / "vendor")
+    path = tmp_path / "model"
+    path.write_bytes(b"RKNN" + bytes([SEED]))
+    session = engines.find("rknn").load(path, artifacts.make_config(), threads=1)
+    session.run({"x": encoded(1)})
+    monkeypatch.setattr(vendors.RKNNLite, "inference", lambda *_, **__: None)
+    with pytest.raises(EngineError, match="answered nothing"):
+        session.run({"x": encoded(1)})
+
+
+def test_an_npu_that_does_not_start_is_told_and_let_go(monkeypatch, tmp_path) -> None:
+    vendors.install_rknn(monkeypatch, tmp_path / "vendor")
+    path = tmp_path / "model"
+    path.write_bytes(b"RKNN" + bytes([SEED]))
+    let_go = []
+    monkeypatch.setattr(vendors.RKNNLite, "init_runtime", lambda self: -1)
+    monkeypatch.setattr(vendors.RKNNLite, "release", lambda self: let_go.append(self))
+    with pytest.raises(EngineError, match=r"can't start the NPU.*librknnrt"):
+        engines.find("rknn").load(path, artifacts.make_config(), threads=1)
+    assert len(let_go) == 1

@@ -340,3 +340,33 @@ def test_figures_survive_a_restart_of_the_controller(tmp_path: Path) -> None:
     assert (before.requests, before.failed, before.p95_ms) == (200, 2, 7.0)
     site.start()
     assert site.intake.of("a1") == before
+
+
+def test_assignments_are_signed_anew_before_they_expire_and_move_no_board(tmp_path: Path) -> None:
+    site = Site(tmp_path, BOARDS)
+    site.create()
+    assert site.run("r2").phase is Phase.SUCCEEDED
+    before = {name: read_unsigned(payload) for name, payload in site.broker.retained.items()}
+    standings_before = standings(site.service.get("r2"))
+    assert site.service.renew_assignments(100.0) == 0
+    site.clock.advance(200)
+    assert site.service.renew_assignments(100.0) == len(BOARDS)
+    assert site.service.renew_assignments(100.0) == 0
+    site.tick()
+    site.work()
+    after = {name: read_unsigned(payload) for name, payload in site.broker.retained.items()}
+    assert {name: wanted for name, (wanted, _) in after.items()} == {n: w for n, (w, _) in before.items()}
+    assert all(after[name][1] > before[name][1] for name in BOARDS)
+    site.tick()
+    assert standings(site.service.get("r2")) == standings_before
+    assert site.service.get("r2").phase is Phase.SUCCEEDED
+
+
+def test_a_board_in_flight_ends_by_the_assignment_that_was_signed_anew_meanwhile(tmp_path: Path) -> None:
+    site = Site(tmp_path, {"a1": "x86"})
+    site.create(timeout_s=10_000.0)
+    site.tick()
+    site.clock.advance(200)
+    assert site.service.renew_assignments(100.0) == 1
+    assert site.run("r2").phase is Phase.SUCCEEDED
+    assert site.versions() == {"a1": "2"}

@@ -12,7 +12,9 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 UNITS = sorted(ROOT.glob("*/edgefleet_*/systemd/*.service"))
 # What `systemd-analyze security` may say at most; Debian's own units of this kind stand at 9.6.
-EXPOSURE = {"fleet-agent.service": 1.5, "fleet-runtime.service": 0.6, "fleet-controller.service": 1.5}
+EXPOSURE = {
+    "fleet-agent.service": 1.5, "fleet-runtime.service": 0.6, "fleet-power.service": 1.5, "fleet-controller.service": 1.5,
+}  # fmt: skip
 
 pytestmark = pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd-analyze is not installed")
 
@@ -37,11 +39,11 @@ def installed(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_the_three_services_are_there():
+def test_the_services_are_there():
     assert {unit.name for unit in UNITS} == set(EXPOSURE)
 
 
-@pytest.mark.parametrize("name", [*EXPOSURE, "fleet-runtime.socket"])
+@pytest.mark.parametrize("name", [*EXPOSURE, "fleet-runtime.socket", "fleet-power.path"])
 def test_systemd_reads_the_unit_without_a_word(installed, name):
     _, complaints = analyze("verify", "--man=no", installed / name)
     assert complaints == ""

@@ -61,10 +61,11 @@ class Fleet:
         assert done.returncode == 0, done.stdout + done.stderr
         return json.loads(done.stdout)
 
-    def start(self) -> Fleet:
+    def start(self, **environment: str) -> Fleet:
         with self.log_file.open("ab") as log:
             self.process = subprocess.Popen(
                 [*FLEET, "serve", "--home", str(self.home)], stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                env=os.environ | environment,
             )  # fmt: skip
         until(self._answers, f"the controller answers, see {self.log_file}", START_TIMEOUT_S)
         return self
@@ -230,3 +231,20 @@ def write(path: Path, kind: str, name: str, spec: dict[str, Any]) -> Path:
     value = {"apiVersion": "edgefleet/v1", "kind": kind, "metadata": {"name": name}, "spec": spec}
     path.write_text(yaml.safe_dump(value, sort_keys=False))
     return path
+
+
+def broker_pid(fleet: Fleet) -> int:
+    return int(fleet.client().status()["broker_pid"])
+
+
+def workers_of(pid: int) -> list[int]:
+    """The compile workers among a process' children."""
+    children = [int(p) for task in Path(f"/proc/{pid}/task").iterdir() for p in (task / "children").read_text().split()]
+    return [p for p in children if b"edgefleet_controller.compile.worker" in Path(f"/proc/{p}/cmdline").read_bytes()]
+
+
+def alive(pid: int) -> bool:
+    try:
+        return "Z" not in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return False

@@ -7,6 +7,7 @@ import math
 import msgspec
 import pytest
 from edgefleet_shared.contract import AcceptanceContract, AcceptanceFigures, AcceptanceReport, Verdict, judge
+from edgefleet_shared.errors import ArtifactError
 
 
 @pytest.mark.parametrize("cosine", [math.nan, None, 0.1])
@@ -25,3 +26,37 @@ def test_a_model_whose_output_is_no_number_fails_in_a_report_that_can_be_read_ba
     assert read.reason.startswith("cosine ")
     assert read.measurements == report.measurements
     assert next(row.verdict for row in read.measurements if row.name == "temperature") is Verdict.INCONCLUSIVE
+
+
+CONTRACT = AcceptanceContract(
+    kind="classification", min_agreement=0.9, latency_p95_ms=10.0, peak_memory_bytes=1 << 30, allowed_providers=("CPU",),
+    max_watts=3.5,
+)  # fmt: skip
+GOOD = AcceptanceFigures(
+    golden_count=16, agreement=1.0, cosine=1.0, load_ms=1, first_ms=1, p50_ms=1, p95_ms=1, peak_memory_bytes=1,
+    providers=("CPU",),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("watts", "scope", "verdict"),
+    [
+        (3.4, "board", Verdict.PASSED),
+        (3.6, "board", Verdict.FAILED),
+        (math.nan, "board", Verdict.FAILED),
+        (9.0, "package", Verdict.PASSED),
+        (None, None, Verdict.PASSED),
+    ],
+)
+def test_a_power_budget_is_held_where_the_board_is_measured_and_else_told_as_unmeasured(watts, scope, verdict) -> None:
+    report = judge(CONTRACT, msgspec.structs.replace(GOOD, watts=watts, power_scope=scope))
+    judged = [row for row in report.measurements if row.name == "power"]
+    assert report.verdict is verdict
+    assert bool(judged) is (scope == "board")
+    assert bool(report.unmeasured) is (scope != "board")
+    assert msgspec.json.decode(msgspec.json.encode(report), type=AcceptanceReport).verdict is verdict
+
+
+def test_a_power_budget_of_nothing_is_no_contract() -> None:
+    with pytest.raises(ArtifactError, match="max_watts"):
+        msgspec.structs.replace(CONTRACT, max_watts=0.0).check()

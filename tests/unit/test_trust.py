@@ -200,3 +200,18 @@ def test_the_controller_takes_no_metadata_that_its_own_root_would_not(fleet: Fle
     with pytest.raises(TrustError):
         fleet.repository.publish({"class-cam.json": fleet.need("class-cam.json")})
     assert fleet.repository.files() == before
+
+
+def test_an_assignment_signed_anew_outlives_the_first_one_and_says_the_same(fleet: Fleet) -> None:
+    first = fleet.director.sign(fleet.assignment(), 1)
+    fleet.clock.advance(45 * DAY)
+    fleet.repository.renew()
+    second = fleet.director.renew(first, 2)
+    floors = fleet.admit(first).floors
+    fleet.clock.advance(50 * DAY)
+    fleet.repository.renew()
+    refused("assignment_fresh", fleet, first)
+    admission = fleet.admit(second, floors)
+    assert admission.assignment == fleet.admit(second).assignment
+    assert admission.floors.assignment_version == 2
+    refused("assignment_fresh", fleet, first, floors=admission.floors)

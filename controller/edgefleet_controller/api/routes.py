@@ -259,7 +259,7 @@ def build_api(controller: Controller) -> FastAPI:
     @api.post("/v1/rollouts", dependencies=by_operator)
     def create(wish: RolloutWish) -> dict[str, Any]:
         manifest = wished(wish.manifest)
-        return views.rollout(controller.rollouts.create(manifest.name, views.rollout_spec(manifest)))
+        return views.rollout(controller, controller.rollouts.create(manifest.name, views.rollout_spec(manifest)))
 
     @api.post("/v1/rollouts/plan", dependencies=by_operator)
     def plan(wish: RolloutWish) -> Any:
@@ -273,13 +273,13 @@ def build_api(controller: Controller) -> FastAPI:
 
     @api.get("/v1/rollouts/{name}", dependencies=by_operator)
     def get_rollout(name: str) -> dict[str, Any]:
-        return views.rollout(controller.rollouts.get(name))
+        return views.rollout(controller, controller.rollouts.get(name))
 
     @api.post("/v1/rollouts/{name}/{kind}", dependencies=by_operator)
     def intend(name: str, kind: IntentKind) -> dict[str, Any]:
         if kind is IntentKind.NONE:
             raise InputError("pause, resume, abort or rollback?")
         controller.rollouts.intend(name, kind, "operator")
-        return views.rollout(controller.rollouts.get(name))
+        return views.rollout(controller, controller.rollouts.get(name))
 
     return api

@@ -62,12 +62,15 @@ def rollout_spec(manifest: RolloutManifest) -> RolloutSpec:
     )
 
 
-def rollout(state: Rollout) -> dict[str, Any]:
-    """A rollout with its boards and gates."""
+def rollout(controller: Controller, state: Rollout) -> dict[str, Any]:
+    """A rollout with its boards and gates; beside what the engine keeps of a board, what that board itself said last."""
+    with controller.database.read() as session:
+        states = {row.name: _state(row) for row in devices.list_devices(session)}
     boards = []
     for progress in sorted(state.boards.values(), key=lambda p: (p.wave if p.wave >= 0 else 999, p.device)):
         shown = msgspec.to_builtins(progress)
         boards.append(shown | {"wave": state.wave_name(progress.wave), "touched": bool(progress.tries)})
+        boards[-1]["state"] = states.get(progress.device, "")
     gates = [msgspec.to_builtins(gate) | {"wave": state.wave_name(gate.wave)} for gate in state.gates]
     return {
         "name": state.name,
@@ -82,6 +85,13 @@ def rollout(state: Rollout) -> dict[str, Any]:
         "created_at": state.created_at,
         "ended_at": state.ended_at,
     }
+
+
+def _state(row: Device) -> str:
+    """The state of the board's life cycle, or that it is away."""
+    if not row.online:
+        return "offline"
+    return msgspec.json.decode(row.reported, type=Reported).state.value if row.reported else ""
 
 
 def rollout_row(row: RolloutRow) -> dict[str, Any]:

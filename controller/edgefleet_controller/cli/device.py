@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import Any
 
 import click
+from edgefleet_shared.clock import iso
+from edgefleet_shared.faces import told
 
-from edgefleet_controller.cli.output import document, home_option, json_option, table, told
+from edgefleet_controller.cli.output import document, home_option, json_option, megabytes, table
 from edgefleet_controller.client import FleetClient
 
 
@@ -63,19 +66,34 @@ def show(home: Path, name: str, as_json: bool) -> None:
         document(board)
         return
     report, health = board.pop("report") or {}, board.pop("health") or {}
-    rows = [(key, value) for key, value in board.items()]
+    rows = [(key, _shown(key, value)) for key, value in board.items()]
     rows += [(slot, f"{s['model']} {s['version']} ({s['status']})") for slot in ("active", "candidate", "previous") if (s := report.get(slot))]  # fmt: skip
     fingerprint = report.get("fingerprint") or {}
     rows += [
-        (key, fingerprint[key]) for key in ("arch", "engines", "memory_bytes", "agent_version") if key in fingerprint
+        (key, _shown(key, fingerprint[key]))
+        for key in ("arch", "engines", "memory_bytes", "agent_version")
+        if key in fingerprint
     ]
-    for row in ((report.get("ended") or {}).get("acceptance") or {}).get("measurements", ()):
+    acceptance = (report.get("ended") or {}).get("acceptance") or {}
+    rows += [(f"acceptance {kind}", what) for kind in ("unmeasured", "unconfined") for what in acceptance.get(kind, ())]
+    for row in acceptance.get("measurements", ()):
         rows.append(
             (f"acceptance {row['name']}", f"{row['verdict']}: {row['value']} against {row['limit']} {row['unit']}")
         )
-    rows += [(f"health {key}", value) for key, value in health.items() if key != "type"]
+    rows += [(f"health {key}", _shown(key, value)) for key, value in health.items() if key != "type"]
     table(name, ("what", "value"), rows)
 
 
 def _ago(at: float) -> str:
     return f"for {time.time() - at:.0f} s" if at else "never seen"
+
+
+def _shown(key: str, value: Any) -> Any:
+    """A value as people read it; ``--json`` gives it as it is."""
+    if key in ("last_seen", "enrolled_at") and value:
+        return iso(value)
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {value[name]}" for name in sorted(value))
+    if key.endswith("_bytes") and value:
+        return megabytes(value)
+    return f"{value:.3g}" if isinstance(value, float) else value

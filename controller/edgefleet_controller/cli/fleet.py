@@ -7,8 +7,9 @@ from pathlib import Path
 
 import click
 from edgefleet_shared.clock import SystemClock
+from edgefleet_shared.faces import told
 
-from edgefleet_controller.cli.output import console, document, home_option, json_option, told
+from edgefleet_controller.cli.output import document, home_option, json_option, say
 
 
 @click.command()
@@ -81,7 +82,7 @@ def init(
     if as_json:
         document({"home": str(made.home), "url": made.public_url, "broker": ":".join(map(str, made.broker_address))})
     else:
-        console.print(f"a fleet in {made.home}; start it: fleet serve --home {made.home}")
+        say(f"a fleet in {made.home}; start it: fleet serve --home {made.home}")
 
 
 @click.command()
@@ -114,7 +115,7 @@ def apply(home: Path, path: Path, keys: Path | None, as_json: bool) -> None:
         document(done)
         return
     for row in done:
-        console.print(f"{row['kind']} {row['name']}: {row['done']}")
+        say(f"{row['kind']} {row['name']}: {row['done']}")
 
 
 @click.command()
@@ -130,7 +131,7 @@ def doctor(home: Path, as_json: bool) -> None:
         document([{"what": f.what, "ok": f.ok, "detail": f.detail} for f in findings])
     else:
         for finding in findings:
-            console.print(f"{'ok  ' if finding.ok else 'BAD '} {finding.what}: {finding.detail}", highlight=False)
+            say(f"{'ok  ' if finding.ok else 'BAD '} {finding.what}: {finding.detail}")
     if not all(finding.ok for finding in findings):
         sys.exit(1)
 

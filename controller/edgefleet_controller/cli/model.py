@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import click
+from edgefleet_shared.faces import told
 
-from edgefleet_controller.cli.output import console, document, home_option, json_option, number, progress, table, told
+from edgefleet_controller.cli.output import document, home_option, json_option, megabytes, progress, say, table
 
 
 @click.group()
@@ -33,7 +34,7 @@ def add(home: Path, path: Path, version: str, as_json: bool) -> None:
     if as_json:
         document(added)
     else:
-        console.print(f"{added['model']} {added['version']} added; compile it: fleet model compile {added['model']} {added['version']}")  # fmt: skip
+        say(f"{added['model']} {added['version']} added; compile it: fleet model compile {added['model']} {added['version']}")  # fmt: skip
 
 
 @model.command("compile")
@@ -85,7 +86,7 @@ def sign(home: Path, name: str, version: str, keys: Path | None, as_json: bool) 
     if as_json:
         document({"signed": signed})
     else:
-        console.print(f"signed for: {', '.join(signed) or 'nothing was left to sign'}")
+        say(f"signed for: {', '.join(signed) or 'nothing was left to sign'}")
 
 
 @model.command("list")
@@ -173,12 +174,12 @@ def _artifacts(title: str, artifacts: list[dict[str, Any]]) -> None:
     rows = []
     for a in artifacts:
         q, t = a["quality"], a["timings"]
-        low, high = number(q.get("agreement_low"), 3), number(q.get("agreement_high"), 3)
-        agreement = f"{q['agreement']:.3f} [{low}, {high}]" if q.get("agreement") is not None else None
-        rows.append((
-            a["class"], a["engine"], a["arch"], q["float_bytes"], q["compiled_bytes"], agreement,
-            number(t.get("p50_ms")), number(t.get("p95_ms")), number(t.get("float_p50_ms")),
-            "; ".join(q["misses"]) or q["verdict"], q.get("recipe"), a["state"],
-        ))  # fmt: skip
-    columns = ("class", "engine", "arch", "float bytes", "bytes", "agreement", "p50 ms", "p95 ms", "float p50", "quality", "recipe", "state")  # fmt: skip
-    table(title, columns, rows)
+        agreement = latency = None
+        if q.get("agreement") is not None:
+            agreement = f"{q['agreement']:.3f} ({q['agreement_low']:.3f} to {q['agreement_high']:.3f})"
+        if t.get("p50_ms") is not None:
+            latency = f"{t['p50_ms']:.1f} / {t['p95_ms']:.1f} (float {t['float_p50_ms']:.1f})"
+        size = f"{megabytes(q['float_bytes'])} -> {megabytes(q['compiled_bytes'])}"
+        state = "; ".join(filter(None, [a["state"], q.get("recipe"), *q["misses"]]))
+        rows.append((a["class"], a["engine"], a["arch"], size, agreement, latency, state))
+    table(title, ("class", "engine", "arch", "size", "agreement (95 %)", "p50 / p95 ms", "state"), rows)

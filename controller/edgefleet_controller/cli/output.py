@@ -3,24 +3,34 @@
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Callable, Iterator, Sequence
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import wraps
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import click
-from edgefleet_shared.errors import EdgefleetError
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
 from edgefleet_controller.settings import default_home
 
-F = TypeVar("F", bound=Callable[..., Any])
+LOG_WIDTH = (
+    150  # columns of a table in a file or a pipe, which have no edge; COLUMNS in the environment comes before it
+)
 
-console = Console()
+
+def _console() -> Console:
+    made = Console()
+    if not made.is_terminal and "COLUMNS" not in os.environ:
+        made.width = LOG_WIDTH
+    return made
+
+
+console = _console()
 errors = Console(stderr=True)
 
 home_option = click.option(
@@ -34,25 +44,6 @@ home_option = click.option(
 json_option = click.option("--json", "as_json", is_flag=True, help="One JSON document on standard output.")
 
 
-def told(command: F) -> F:
-    """Errors that a user can act on: message and hint on stderr (a JSON object with ``--json``), their own exit status."""
-
-    @wraps(command)
-    def run(*args: Any, **options: Any) -> Any:
-        try:
-            return command(*args, **options)
-        except EdgefleetError as exc:
-            if options.get("as_json"):
-                click.echo(json.dumps({"error": exc.as_dict()}))
-            else:
-                click.echo(f"error: {exc.message}", err=True)
-                if exc.hint:
-                    click.echo(f"hint: {exc.hint}", err=True)
-            sys.exit(exc.exit_status)
-
-    return run  # type: ignore[return-value]
-
-
 def document(value: Any) -> None:
     """Print a JSON document."""
     click.echo(json.dumps(value, indent=2, default=str))
@@ -60,12 +51,28 @@ def document(value: Any) -> None:
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     """Print a table; None and empty values are shown as a dash."""
-    shown = Table(title=title, title_justify="left", header_style="bold")
+    console.print(grid(columns, rows, title))
+
+
+def grid(columns: Sequence[str], rows: Iterable[Sequence[Any]], title: str = "") -> Table:
+    """A table as all commands show it; None and empty values are a dash, rich's own renderables stay what they are."""
+    shown = Table(title=title or None, title_justify="left", header_style="bold", box=SIMPLE_HEAD, pad_edge=False)
     for column in columns:
         shown.add_column(column, overflow="fold")
     for row in rows:
-        shown.add_row(*("-" if v is None or v == "" else str(v) for v in row))
-    console.print(shown)
+        shown.add_row(*(_cell(value) for value in row))
+    return shown
+
+
+def _cell(value: Any) -> str | Text:
+    if isinstance(value, Text):
+        return value
+    return "-" if value is None or value == "" else str(value)
+
+
+def say(text: str) -> None:
+    """A line, wrapped at words on a terminal; elsewhere nothing breaks it."""
+    console.print(text, highlight=False, markup=False, soft_wrap=not console.is_terminal)
 
 
 @contextmanager
@@ -85,5 +92,5 @@ def progress() -> Iterator[Callable[[str, str, float], None]]:
         yield show
 
 
-def number(value: float | None, digits: int = 1, unit: str = "") -> str | None:
-    return None if value is None else f"{value:.{digits}f}{unit}"
+def megabytes(value: int) -> str:
+    return f"{value / 1e6:.1f} MB"

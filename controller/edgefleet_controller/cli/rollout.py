@@ -6,18 +6,20 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import click
 from edgefleet_shared.errors import InputError
+from edgefleet_shared.faces import told
 from rich.console import Group
 from rich.live import Live
-from rich.table import Table
 from rich.text import Text
 
-from edgefleet_controller.cli.output import console, document, home_option, json_option, table, told
+from edgefleet_controller.cli.output import console, document, grid, home_option, json_option, say, table
 from edgefleet_controller.client import FleetClient
 from edgefleet_controller.manifests import Rollout, load_manifests, of_kind
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 POLL_S = 0.5
 _COLOURS = {
@@ -31,9 +33,17 @@ def rollout() -> None:
     """Rollouts: plan, start, watch, steer."""
 
 
-file_option = click.option(
-    "-f", "--file", "path", required=True, type=click.Path(path_type=Path), help="The Rollout manifest."
-)
+def manifest_options(command: F) -> F:
+    """``-f FILE``, and what may differ from it."""
+    for option in (
+        click.option("--version", "version", default="", help="Another model version than the manifest's."),
+        click.option("--name", default="", help="Another name than the manifest's."),
+        click.option(
+            "-f", "--file", "path", required=True, type=click.Path(path_type=Path), help="The Rollout manifest."
+        ),
+    ):
+        command = option(command)
+    return command
 
 
 def _manifest(path: Path, name: str, version: str) -> dict[str, Any]:
@@ -50,9 +60,7 @@ def _manifest(path: Path, name: str, version: str) -> dict[str, Any]:
 
 @rollout.command()
 @home_option
-@file_option
-@click.option("--name", default="", help="Another name than the manifest's.")
-@click.option("--version", "version", default="", help="Another model version than the manifest's.")
+@manifest_options
 @json_option
 @told
 def create(home: Path, path: Path, name: str, version: str, as_json: bool) -> None:
@@ -61,16 +69,12 @@ def create(home: Path, path: Path, name: str, version: str, as_json: bool) -> No
     if as_json:
         document(made)
     else:
-        console.print(
-            f"rollout {made['name']}: {len(made['boards'])} boards; watch it: fleet rollout watch {made['name']}"
-        )
+        say(f"rollout {made['name']}: {len(made['boards'])} boards; watch it: fleet rollout watch {made['name']}")
 
 
 @rollout.command()
 @home_option
-@file_option
-@click.option("--name", default="", help="Another name than the manifest's.")
-@click.option("--version", "version", default="", help="Another model version than the manifest's.")
+@manifest_options
 @json_option
 @told
 def plan(home: Path, path: Path, name: str, version: str, as_json: bool) -> None:
@@ -148,7 +152,7 @@ def _intent(kind: str, text: str) -> Callable[..., None]:
         if as_json:
             document(state)
         else:
-            console.print(f"rollout {name}: {kind} is noted; it is {state['phase']}")
+            say(f"rollout {name}: {kind} is noted; it is {state['phase']}")
 
     return act
 
@@ -161,14 +165,14 @@ rollback = _intent("rollback", "Bring every touched board back to what it had, a
 
 def render(state: dict[str, Any]) -> Group:
     """A rollout as a table of boards under its gates; used by the demo too."""
-    boards = Table(header_style="bold", title_justify="left")
-    for column in ("wave", "board", "class", "standing", "outcome", "why"):
-        boards.add_column(column, overflow="fold")
-    for b in state["boards"]:
-        standing = Text(b["standing"], style=_COLOURS.get(b["standing"], ""))
-        boards.add_row(
-            b["wave"], b["device"], b["device_class"], standing, b["outcome"] or "", b["reason"] or b["back_reason"]
-        )
+    boards = grid(
+        ("wave", "board", "class", "state", "standing", "outcome", "why"),
+        [
+            (b["wave"], b["device"], b["device_class"], b["state"], Text(b["standing"], style=_COLOURS.get(b["standing"], "")),
+             b["outcome"], b["reason"] or b["back_reason"])
+            for b in state["boards"]
+        ],
+    )  # fmt: skip
     head = Text.assemble(
         ("rollout ", "bold"), state["name"], "  ", state["model"], " ", state["version"], "  ",
         (state["phase"], _COLOURS.get(state["phase"], "bold")), "  ", state["reason"] or "",

@@ -21,6 +21,7 @@ from edgefleet_shared.artifact import (
     Descriptor,
     Layout,
     ModelConfig,
+    PowerProfile,
     build,
     digest_file,
 )
@@ -104,6 +105,7 @@ def _config(version: ModelVersion, device_class: DeviceClass, target: Target, pr
         contract=contract(version, device_class, target),
         encoding=version.encoding,
         swap=spec.swap,
+        power=PowerProfile(governor=spec.power.governor or "", max_clock_mhz=spec.power.max_clock_mhz or 0),
     )
 
 
@@ -121,6 +123,7 @@ def contract(version: ModelVersion, device_class: DeviceClass, target: Target) -
         peak_memory_bytes=budgets.memory_bytes,
         allowed_providers=tuple(own.allowed_providers or target.providers),
         max_celsius=own.max_celsius,
+        max_watts=budgets.power_watts,
         min_golden=min(limits.min_golden if own.min_golden is None else own.min_golden, version.golden.count),
         warmup_runs=own.warmup_runs,
         timed_runs=own.timed_runs,

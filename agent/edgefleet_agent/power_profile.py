@@ -1,0 +1,119 @@
+"""Stage 8, swap: the class's power profile. Receives what serves, hands on the processor's governor and highest clock to the kernel.
+
+Writing there is root's, and the agent is not: a service of its own (``fleet-power.service``, started whenever the slots change) does
+this and nothing else. What it reads was written by the agent, so it is held against what the kernel itself offers: a governor
+of the kernel's list, a clock within the processor's own limits. What was there before is kept until the next boot, and put
+back when no profile is asked for.
+
+Source: kernel ``Documentation/admin-guide/pm/cpufreq.rst``.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+from edgefleet_shared import atomic
+from edgefleet_shared.artifact import PowerProfile
+from edgefleet_shared.errors import EnvironmentProblem
+
+from edgefleet_agent import slots
+
+KEPT = Path("/run/fleet-power/before.json")
+_POLICIES = "devices/system/cpu/cpufreq"
+_GOVERNOR, _CLOCK = "scaling_governor", "scaling_max_freq"
+
+
+class Before(msgspec.Struct, frozen=True):
+    """What a cpufreq policy was set to before any profile: governor, highest clock in kHz."""
+
+    governor: str
+    max_khz: int
+
+
+def wanted(state: Path) -> PowerProfile:
+    """The profile of the artifact that serves; an empty one where nothing serves.
+
+    Raises:
+        ArtifactError: the slots or the artifact are damaged.
+    """
+    serving = slots.read(state).serving
+    if serving is None:
+        return PowerProfile()
+    layout = slots.artifacts(state)
+    return layout.config(layout.manifest(serving.manifest)).power
+
+
+def apply(profile: PowerProfile, sys_root: Path = Path("/sys"), kept: Path = KEPT) -> list[str]:
+    """Set every cpufreq policy as the profile says; what it leaves open goes back to what it was before any profile.
+
+    Returns:
+        what was changed, for people; empty when all is as it should be.
+
+    Raises:
+        EnvironmentProblem: the kernel offers no such governor or clock (then nothing was changed), or refuses to be written.
+    """
+    policies = sorted((sys_root / _POLICIES).glob("policy*"))
+    if not policies:
+        if profile != PowerProfile():
+            raise EnvironmentProblem(
+                "this board's kernel does not scale clocks", hint="the class's power profile has no effect"
+            )
+        return []
+    before = _before(policies, kept)
+    # All are held against the kernel's limits before the first is written: never half a profile.
+    plan = [(policy, _target(policy, profile, before[policy.name])) for policy in policies]
+    changed = []
+    for policy, target in plan:
+        # A lower clock first: a governor that wants more must not get it in between.
+        for name, value in ((_CLOCK, str(target.max_khz)), (_GOVERNOR, target.governor)):
+            if _text(policy / name) != value:
+                _set(policy / name, value)
+                changed.append(f"{policy.name}: {name} {value}")
+    return changed
+
+
+def _before(policies: list[Path], kept: Path) -> dict[str, Before]:
+    try:
+        known = msgspec.json.decode(kept.read_bytes(), type=dict[str, Before])
+    except (OSError, msgspec.DecodeError):
+        known = {}
+    fresh = {p.name: Before(_text(p / _GOVERNOR), _khz(p / _CLOCK)) for p in policies if p.name not in known}
+    if fresh:
+        known = known | fresh
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        atomic.write(kept, msgspec.json.encode(known))
+    return known
+
+
+def _target(policy: Path, profile: PowerProfile, before: Before) -> Before:
+    offered = _text(policy / "scaling_available_governors").split()
+    if profile.governor and profile.governor not in offered:
+        raise EnvironmentProblem(
+            f"{policy.name} has no governor {profile.governor!r}", hint=f"it has {', '.join(offered) or 'none'}"
+        )
+    least, most = _khz(policy / "cpuinfo_min_freq"), _khz(policy / "cpuinfo_max_freq")
+    khz = profile.max_clock_mhz * 1000
+    if khz and khz < least:
+        raise EnvironmentProblem(f"{policy.name} runs at {least // 1000} MHz or more, not at {profile.max_clock_mhz}")
+    # A ceiling above what the processor can do is no ceiling.
+    return Before(profile.governor or before.governor, min(khz, most) if khz else before.max_khz)
+
+
+def _set(path: Path, value: str) -> None:
+    try:
+        path.write_text(value)  # sysfs: neither renamed nor synced
+    except OSError as exc:
+        raise EnvironmentProblem(f"can't set {path} to {value}: {exc.strerror}", hint="this needs root") from exc
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text().strip()
+    except OSError:
+        return ""
+
+
+def _khz(path: Path) -> int:
+    text = _text(path)
+    return int(text) if text.isdecimal() else 0

@@ -1,0 +1,154 @@
+"""The second way of transport: chunks by HTTPS ranges, when the broker brings none."""
+
+from __future__ import annotations
+
+import json
+import ssl
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+from edgefleet_agent.fetch_http import fetch_chunks
+from edgefleet_controller.demo.boards import Board
+from edgefleet_shared.artifact import Layout, digest_of, parse_manifest
+from edgefleet_shared.errors import TransportError
+from support.broker import TestBroker
+from support.fleet import Fleet, manifests, write
+
+CONTENT = bytes(range(256)) * 40
+CHUNK_BYTES = 4096
+
+
+def test_a_board_whom_the_broker_brings_no_chunk_gets_the_artifact_by_https(tmp_path: Path) -> None:
+    fleet = Fleet(tmp_path)
+    folder = manifests(tmp_path / "manifests")
+    board = Board("lonely", "pc", tmp_path / "board")
+    try:
+        # At one byte a second the blob sender is worth nothing; the HTTPS API has no such pace.
+        fleet.start(EDGEFLEET_BLOB_BYTES_PER_S="1")
+        fleet.json("apply", "-f", str(folder))
+        fleet.json("model", "add", "-f", str(folder / "model-1.yaml"))
+        (artifact,) = fleet.json("model", "compile", "toy", "1", "--class", "pc")["artifacts"]
+        token = fleet.client().token("pc", site="lab", device=board.name)
+        board.enroll(f"https://127.0.0.1:{fleet.api_port}", token)
+        board.start()
+        spec = {
+            "model": "toy", "version": "1", "soak_s": 1.0, "timeout_s": 120.0, "reach_window_s": 60.0,
+            "selector": {"devices": [board.name]}, "waves": [{"name": "all", "percent": 100}],
+        }  # fmt: skip
+        fleet.json("rollout", "create", "-f", str(write(tmp_path / "r.yaml", "Rollout", "far", spec)))
+        done = fleet.run("rollout", "watch", "far", "--timeout", "120", "--json")
+        assert done.returncode == 0, done.stdout + done.stderr
+        shown = fleet.json("device", "show", board.name)
+        assert shown["version"] == "1"
+        layout = Layout(fleet.home / "artifacts")
+        layers = sum(blob.size for blob in parse_manifest(layout.read(artifact["manifest"], 1 << 20)).layers)
+        status = fleet.client().status()
+        assert status["blob_bytes"] < layers, "the broker brought it after all"
+        assert status["sent_bytes"] > layers
+    finally:
+        board.stop()
+        fleet.close()
+
+
+Answer = Callable[[BaseHTTPRequestHandler, int, int], None]
+
+
+@pytest.fixture
+def served(tmp_path: Path) -> Iterator[Callable[[Answer], Callable[[list[int]], dict[int, bytes]]]]:
+    """Give it how a server with a certificate of the fleet answers a range; get what a board that fetches chunks receives."""
+    pki = TestBroker(tmp_path)
+    running: list[ThreadingHTTPServer] = []
+
+    def begin(answer: Answer) -> Callable[[list[int]], dict[int, bytes]]:
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_GET(self) -> None:
+                first, last = self.headers["Range"].removeprefix("bytes=").split("-")
+                answer(self, int(first), int(last))
+
+            def log_message(self, format: str, *args: object) -> None:
+                pass
+
+        server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(pki.ca.folder / "server.pem", pki.ca.folder / "server.key")
+        context.load_verify_locations(pki.ca.folder / "ca.pem")
+        context.verify_mode = ssl.CERT_REQUIRED
+        server.socket = context.wrap_socket(server.socket, server_side=True)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        running.append(server)
+
+        def fetch(numbers: list[int]) -> dict[int, bytes]:
+            taken: dict[int, bytes] = {}
+            fetch_chunks(
+                pki.endpoint("board"), "127.0.0.1", server.server_port, digest_of(CONTENT), len(CONTENT), CHUNK_BYTES,
+                numbers, lambda digest, number, piece: taken.update({number: piece}),
+            )  # fmt: skip
+            return taken
+
+        return fetch
+
+    yield begin
+    for server in running:
+        server.shutdown()
+        server.server_close()
+
+
+def reply(to: BaseHTTPRequestHandler, status: int, body: bytes, length: int | None = None) -> None:
+    to.send_response(status)
+    to.send_header("Content-Length", str(len(body) if length is None else length))
+    to.end_headers()
+    to.wfile.write(body)
+
+
+def honest(to: BaseHTTPRequestHandler, first: int, last: int) -> None:
+    reply(to, 206, CONTENT[first : last + 1])
+
+
+def test_only_the_missing_chunks_are_asked_for_and_the_last_one_is_shorter(served) -> None:
+    asked = []
+
+    def noted(to: BaseHTTPRequestHandler, first: int, last: int) -> None:
+        asked.append((first, last))
+        honest(to, first, last)
+
+    assert served(noted)([0, 2]) == {0: CONTENT[:4096], 2: CONTENT[8192:]}
+    assert asked == [(0, 4095), (8192, len(CONTENT) - 1)]
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        pytest.param(lambda to, first, last: reply(to, 200, CONTENT), id="ranges are ignored"),
+        pytest.param(lambda to, first, last: reply(to, 206, CONTENT), id="more than was asked for"),
+        pytest.param(lambda to, first, last: reply(to, 206, CONTENT[first:last]), id="a byte too few"),
+        pytest.param(lambda to, first, last: reply(to, 206, b"x", length=4096), id="cut in the middle"),
+        pytest.param(lambda to, first, last: reply(to, 403, json.dumps({"code": "refused"}).encode()), id="refused"),
+        pytest.param(lambda to, first, last: to.wfile.write(b"\x00\xff\r\n\r\n"), id="no HTTP"),
+        pytest.param(lambda to, first, last: None, id="hangs up"),
+    ],
+)
+def test_an_answer_that_is_not_the_range_ends_the_fetch_and_keeps_what_came_before(served, answer) -> None:
+    def then_bad(to: BaseHTTPRequestHandler, first: int, last: int) -> None:
+        to.close_connection = True
+        (honest if first == 0 else answer)(to, first, last)
+        to.close_connection = first != 0
+
+    taken: dict[int, bytes] = {}
+    fetch = served(then_bad)
+    assert fetch([0]) == {0: CONTENT[:4096]}
+    with pytest.raises(TransportError):
+        taken = fetch([1])
+    assert taken == {}
+
+
+def test_a_controller_that_is_not_there_is_a_transport_error(tmp_path: Path) -> None:
+    pki = TestBroker(tmp_path)
+    with pytest.raises(TransportError, match="can't fetch from"):
+        fetch_chunks(
+            pki.endpoint("board"), "127.0.0.1", 1, digest_of(CONTENT), len(CONTENT), CHUNK_BYTES, [0], lambda *_: None
+        )

@@ -1,0 +1,159 @@
+"""The power meter on sysfs trees as boards show them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from edgefleet_agent.health import EnergyMeter
+from edgefleet_agent.power import PowerMeter, watts
+
+
+class Board:
+    """A sysfs tree and a clock."""
+
+    def __init__(self, root: Path) -> None:
+        self.root, self.now = root, 0.0
+
+    def write(self, **files: object) -> None:
+        for name, content in files.items():
+            path = self.root / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(f"{content}\n")
+
+    def put(self, folder: str, **files: object) -> None:
+        self.write(**{f"class/{folder}/{name}": content for name, content in files.items()})
+
+    def meter(self) -> PowerMeter:
+        return PowerMeter(self.root, lambda: self.now)
+
+
+@pytest.fixture
+def board(tmp_path: Path) -> Board:
+    return Board(tmp_path)
+
+
+def mean(board: Board, meter: PowerMeter, seconds: float) -> float | None:
+    before = meter.look()
+    board.now += seconds
+    return watts(before, meter.look())
+
+
+def test_a_board_that_shows_nothing_has_no_power(board: Board) -> None:
+    meter = board.meter()
+    assert (meter.source, meter.scope, meter.look()) == ("", None, None)
+
+
+def test_a_jetson_is_measured_at_its_input_not_at_the_sum_of_input_and_parts(board: Board) -> None:
+    board.put(
+        "hwmon/hwmon3", name="ina3221", in1_label="VDD_IN", in1_input=5000, curr1_input=1400,
+        in2_label="VDD_CPU_GPU_CV", in2_input=5000, curr2_input=600, in3_label="VDD_SOC", in3_input=5000, curr3_input=300,
+    )  # fmt: skip
+    meter = board.meter()
+    assert meter.scope == "board"
+    assert "VDD_IN" in meter.source
+    assert mean(board, meter, 2.0) == pytest.approx(7.0)
+
+
+def test_channels_without_an_input_among_them_are_summed(board: Board) -> None:
+    board.put("hwmon/hwmon0", name="ina226", power1_input=1_500_000, power2_input=500_000)
+    assert mean(board, board.meter(), 1.0) == pytest.approx(2.0)
+
+
+def test_a_temperature_chip_is_no_power_monitor(board: Board) -> None:
+    board.put("hwmon/hwmon0", name="nvme", temp1_input=40_000, power1_input=9_000_000)
+    assert board.meter().look() is None
+
+
+def test_a_changing_load_is_integrated_between_looks(board: Board) -> None:
+    board.put("hwmon/hwmon0", name="ina226", power1_input=1_000_000)
+    meter = board.meter()
+    before = meter.look()
+    board.now = 1.0
+    board.put("hwmon/hwmon0", power1_input=3_000_000)
+    meter.look()
+    board.now = 2.0
+    after = meter.look()
+    assert after is not None
+    assert before is not None
+    assert after.joules - before.joules == pytest.approx(2.0 + 3.0)
+
+
+def test_a_battery_tells_only_while_it_is_discharged(board: Board) -> None:
+    board.put("power_supply/BAT0", type="Battery", status="Charging", power_now=9_000_000)
+    assert board.meter().look() is None
+    board.put("power_supply/BAT0", status="Discharging", power_now=4_000_000)
+    meter = board.meter()
+    assert mean(board, meter, 3.0) == pytest.approx(4.0)
+    board.put("power_supply/BAT0", status="Charging")
+    assert meter.look() is None
+
+
+def test_a_battery_by_voltage_and_a_current_that_is_negative_while_it_flows_out(board: Board) -> None:
+    board.put("power_supply/bat", type="Battery", status="Discharging", voltage_now=12_000_000, current_now=-250_000)
+    assert mean(board, board.meter(), 1.0) == pytest.approx(3.0)
+
+
+def test_rapl_counts_packages_not_their_parts_and_is_no_board(board: Board) -> None:
+    for zone, name, energy in (("0", "package-0", 1000), ("0:0", "core", 5), ("1", "package-1", 2000)):
+        board.put(f"powercap/intel-rapl:{zone}", name=name, energy_uj=energy, max_energy_range_uj=10_000_000)
+    meter = board.meter()
+    assert meter.scope == "package"
+    before = meter.look()
+    board.put("powercap/intel-rapl:0", energy_uj=2_001_000)
+    board.put("powercap/intel-rapl:1", energy_uj=1_002_000)
+    board.now = 2.0
+    assert watts(before, meter.look()) == pytest.approx(1.5)
+
+
+def test_a_counter_that_starts_again_loses_nothing(board: Board) -> None:
+    board.put("powercap/intel-rapl:0", name="psys", energy_uj=9_000_000, max_energy_range_uj=10_000_000)
+    meter = board.meter()
+    assert meter.scope == "board"
+    before = meter.look()
+    board.put("powercap/intel-rapl:0", energy_uj=1_000_000)
+    board.now = 1.0
+    assert watts(before, meter.look()) == pytest.approx(2.0)
+
+
+@pytest.mark.parametrize("content", ["", "rubbish", "\x00"])
+def test_a_sensor_that_reads_rubbish_measures_nothing(board: Board, content: str) -> None:
+    board.put("hwmon/hwmon0", name="ina226", power1_input=content)
+    assert board.meter().look() is None
+
+
+def test_a_sensor_that_goes_away_is_no_zero(board: Board) -> None:
+    board.put("hwmon/hwmon0", name="ina226", power1_input=1_000_000)
+    meter = board.meter()
+    before = meter.look()
+    (board.root / "class/hwmon/hwmon0/power1_input").unlink()
+    board.now = 1.0
+    assert watts(before, meter.look()) is None
+
+
+def test_no_time_no_power(board: Board) -> None:
+    board.put("hwmon/hwmon0", name="ina226", power1_input=1_000_000)
+    meter = board.meter()
+    assert mean(board, meter, 0.0) is None
+
+
+def test_energy_per_request_is_of_the_requests_since_the_last_look(board: Board) -> None:
+    board.put("hwmon/hwmon0", name="ina226", power1_input=2_000_000)
+    energy = EnergyMeter(board.meter())
+    board.now = 1.0
+    first = energy.since_last_look(100)  # how many came before the meter was there is not known
+    assert first is not None
+    assert first.watts == pytest.approx(2.0)
+    assert first.joules_per_request is None
+    board.now = 11.0
+    second = energy.since_last_look(140)
+    assert second is not None
+    assert second.joules_per_request == pytest.approx(20.0 / 40)
+    board.now = 12.0
+    restarted = energy.since_last_look(3)
+    assert restarted is not None
+    assert restarted.joules_per_request is None
+
+
+def test_without_a_sensor_there_is_no_energy(board: Board) -> None:
+    assert EnergyMeter(board.meter()).since_last_look(5) is None

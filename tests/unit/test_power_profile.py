@@ -1,0 +1,98 @@
+"""Power profiles on a cpufreq tree as kernels show it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from edgefleet_agent import power_profile
+from edgefleet_shared.artifact import PowerProfile
+from edgefleet_shared.errors import EnvironmentProblem
+
+
+class Cpus:
+    """Two clusters, as on a big.LITTLE board."""
+
+    def __init__(self, root: Path) -> None:
+        self.root, self.kept = root / "sys", root / "run" / "before.json"
+        for policy, least, most in (("policy0", 408_000, 1_800_000), ("policy4", 408_000, 2_256_000)):
+            folder = self.root / "devices/system/cpu/cpufreq" / policy
+            folder.mkdir(parents=True)
+            for name, value in (
+                ("scaling_governor", "schedutil"), ("scaling_max_freq", most), ("cpuinfo_min_freq", least),
+                ("cpuinfo_max_freq", most), ("scaling_available_governors", "performance powersave schedutil"),
+            ):  # fmt: skip
+                (folder / name).write_text(f"{value}\n")
+
+    def apply(self, **profile: object) -> list[str]:
+        return power_profile.apply(PowerProfile(**profile), self.root, self.kept)  # type: ignore[arg-type]
+
+    def now(self) -> dict[str, tuple[str, str]]:
+        return {
+            p.name: ((p / "scaling_governor").read_text().strip(), (p / "scaling_max_freq").read_text().strip())
+            for p in (self.root / "devices/system/cpu/cpufreq").iterdir()
+        }
+
+
+@pytest.fixture
+def cpus(tmp_path: Path) -> Cpus:
+    return Cpus(tmp_path)
+
+
+AS_IT_WAS = {"policy0": ("schedutil", "1800000"), "policy4": ("schedutil", "2256000")}
+
+
+def test_a_profile_is_applied_to_every_cluster_and_undone(cpus: Cpus) -> None:
+    assert len(cpus.apply(governor="powersave", max_clock_mhz=1200)) == 4
+    assert cpus.now() == {"policy0": ("powersave", "1200000"), "policy4": ("powersave", "1200000")}
+    assert cpus.apply(governor="powersave", max_clock_mhz=1200) == []
+    cpus.apply()
+    assert cpus.now() == AS_IT_WAS
+
+
+def test_one_profile_after_another_goes_back_to_what_was_before_the_first(cpus: Cpus) -> None:
+    cpus.apply(governor="powersave", max_clock_mhz=1200)
+    cpus.apply(max_clock_mhz=1500)
+    assert cpus.now() == {"policy0": ("schedutil", "1500000"), "policy4": ("schedutil", "1500000")}
+    cpus.apply()
+    assert cpus.now() == AS_IT_WAS
+
+
+def test_a_ceiling_above_a_cluster_is_that_clusters_own(cpus: Cpus) -> None:
+    cpus.apply(max_clock_mhz=2000)
+    assert cpus.now() == {"policy0": ("schedutil", "1800000"), "policy4": ("schedutil", "2000000")}
+
+
+@pytest.mark.parametrize(
+    ("profile", "words"),
+    [
+        ({"governor": "turbo"}, "no governor 'turbo'"),
+        ({"governor": "powersave\n0"}, "no governor"),
+        ({"max_clock_mhz": 100}, "runs at 408 MHz or more"),
+    ],
+)
+def test_what_the_kernel_does_not_offer_changes_nothing(cpus: Cpus, profile: dict, words: str) -> None:
+    with pytest.raises(EnvironmentProblem, match=words):
+        cpus.apply(**profile)
+    assert cpus.now() == AS_IT_WAS
+
+
+def test_a_limit_of_one_cluster_alone_changes_none(cpus: Cpus) -> None:
+    (cpus.root / "devices/system/cpu/cpufreq/policy4/scaling_available_governors").write_text("performance\n")
+    with pytest.raises(EnvironmentProblem, match="policy4"):
+        cpus.apply(governor="powersave")
+    assert cpus.now() == AS_IT_WAS
+
+
+def test_a_board_that_does_not_scale_says_so_only_when_it_is_asked_to(tmp_path: Path) -> None:
+    assert power_profile.apply(PowerProfile(), tmp_path, tmp_path / "kept") == []
+    with pytest.raises(EnvironmentProblem, match="does not scale"):
+        power_profile.apply(PowerProfile(governor="powersave"), tmp_path, tmp_path / "kept")
+
+
+def test_what_was_there_before_is_found_again_after_the_note_was_damaged(cpus: Cpus) -> None:
+    cpus.kept.parent.mkdir(parents=True)
+    cpus.kept.write_bytes(b"{torn")
+    cpus.apply(governor="powersave")
+    cpus.apply()
+    assert cpus.now() == AS_IT_WAS
