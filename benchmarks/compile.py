@@ -50,7 +50,8 @@ class Outcome(NamedTuple):
 class Bench:
     """One folder of subjects, a layout and a cache."""
 
-    def __init__(self, folder: Path, effort: str) -> None:
+    def __init__(self, folder: Path, effort: str, engines: tuple[str, ...]) -> None:
+        self.engines = engines
         self._folder, self._effort = folder, effort
         self._layout = Layout(folder / "layout")
         self._cache = default_cache()
@@ -118,7 +119,7 @@ def _vnni() -> bool:
 
 def classifier(bench: Bench) -> list[Row]:
     version, rows = bench.subject(subjects.lite0), []
-    for engine in PEERS:
+    for engine in bench.engines:
         got = bench.run(version, engine, 0.97)
         name, peer = f"EfficientNet-Lite0 on {engine}", PEER_NAMES[engine]
         rows += [
@@ -131,7 +132,7 @@ def classifier(bench: Bench) -> list[Row]:
 
 def detector(bench: Bench) -> list[Row]:
     version, rows = bench.subject(subjects.yolov3_tiny), []
-    for engine in PEERS:
+    for engine in bench.engines:
         got = bench.run(version, engine, 0.97)
         name, peer = f"YOLOv3-tiny on {engine}", PEER_NAMES[engine]
         for share in ("box_recall", "box_precision"):
@@ -144,7 +145,7 @@ def detector(bench: Bench) -> list[Row]:
 def hard_to_speed_up(bench: Bench) -> list[Row]:
     """Met by the speed, or by shipping float and saying why."""
     version, rows = bench.subject(subjects.mobilenet_v3_large), []
-    for engine in PEERS:
+    for engine in bench.engines:
         got = bench.run(version, engine, 0.01)  # random weights: any answers will do
         name = f"MobileNetV3-L shape on {engine}: speed of the {got.precision} shipped"
         goal = 1.7 if got.precision == "int8" else None
@@ -186,11 +187,13 @@ PARTS = {"classifier": classifier, "detector": detector, "hard": hard_to_speed_u
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", choices=sorted(PARTS), action="append", help="these parts only")
+    parser.add_argument("--engine", choices=sorted(PEERS), help="this engine only")
     parser.add_argument("--effort", choices=("fixed", "quick", "full"), default="full")
     parser.add_argument("--folder", type=Path, help="keep subjects and compiled models there")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="edgefleet-bench-") as temporary:
-        bench = Bench(given.folder or Path(temporary), given.effort)
+        engines = tuple(e for e in PEERS if given.engine in (None, e))
+        bench = Bench(given.folder or Path(temporary), given.effort, engines)
         rows = [row for name, part in PARTS.items() if not given.only or name in given.only for row in part(bench)]
     finish("compile", rows)
 

@@ -167,7 +167,7 @@ def report(home: Path, name: str, version: str, device_class: str, output: Path 
         return
     target = output or Path(f"{name}-{version}-{device_class}.html")
     target.write_bytes(fetch_report(home, name, version, device_class, page=True))
-    console.print(f"written to {target}")
+    say(f"written to {target}")
 
 
 def _artifacts(title: str, artifacts: list[dict[str, Any]]) -> None:
