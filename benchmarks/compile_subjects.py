@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -157,7 +158,9 @@ def _model(
 
 
 def _photos(cache: Path, folder: Path) -> None:
-    photos.gather(cache, folder / "photos", SPLITS)
+    kept, _remarks = photos.gather(cache, SPLITS)
+    shutil.rmtree(folder / "photos", ignore_errors=True)
+    shutil.copytree(kept, folder / "photos")
 
 
 def _four_at_a_time(source: Path, folder: Path) -> None:
