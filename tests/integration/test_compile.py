@@ -424,3 +424,24 @@ def test_a_detector_compiles_and_is_judged_by_its_boxes(bench: Bench) -> None:
     assert result.figures.agreement == min(shares["box_recall"].value, shares["box_precision"].value)
     config = bench.layout.config(bench.layout.manifest(result.artifact.digest))
     assert config.contract.kind == "raw"
+
+
+def test_a_network_with_masks_of_minus_infinity_is_calibrated_all_the_same(bench: Bench) -> None:
+    net = Net()
+    net.conv(3, 16, stride=4)
+    net.add("Relu")
+    net.add("Mul", net.constant(np.array(8, np.float32)))
+    mask = np.zeros((1, 16, 8, 8), np.float32)
+    mask[..., -1] = -np.inf
+    net.add("Add", net.constant(mask))
+    net.add("Softmax", axis=-1)
+    net.conv(16, 16, stride=2)
+    net.add("AveragePool", kernel_shape=[2, 2], strides=[2, 2])
+    net.add("Flatten")
+    net.dense(64, 10)
+    version = bench.version(project(bench.folder, net.model([1, 10])))
+    target = class_here("openvino", search={"effort": "full", "prefer": "accuracy"}, accuracy={"min_agreement": 1.0})
+    result = bench.compile(version, target)
+    told = json.loads(bench.layout.read(result.report, 10**7))
+    assert result.figures.agreement == 1.0
+    assert {"int8", "fp16", "fp32"} == {c["recipe"]["precision"] for c in told["candidates"]}

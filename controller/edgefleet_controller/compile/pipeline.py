@@ -29,7 +29,7 @@ from safetensors.numpy import load_file
 from edgefleet_controller.compile import answers, quality, report, search
 from edgefleet_controller.compile.packing import pack
 from edgefleet_controller.compile.port import CompileResult, Options, Target, target_named
-from edgefleet_controller.compile.recipe import Recipe
+from edgefleet_controller.compile.recipe import FLOAT, HALF, Recipe
 from edgefleet_controller.compile.search import Choice, Trial, Unit
 from edgefleet_controller.compile.steps import Limits, Measured, Progress, Steps, content_key, host
 from edgefleet_controller.compile.toolchains import Toolchains
@@ -219,7 +219,9 @@ class _Search:
             trials += self._try(rungs, known=trials)
             if not any(search.accurate(trial, spec) for trial in trials):
                 trials += self._try(search.by_layers(best, units, search.MOST_BYTES_AT_LAST), known=trials)
-        if "fp32" in self._target.precisions:
+        if HALF.precision in self._target.precisions and (effort == "full" or all(trial.misses for trial in trials)):
+            trials += self._try([HALF])
+        if FLOAT.precision in self._target.precisions:
             trials.append(self._float(trials))
         return search.choose(trials, spec, units)
 

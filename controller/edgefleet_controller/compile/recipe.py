@@ -57,3 +57,4 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True):
 
 
 FLOAT = Recipe(precision="fp32", correct_bias=False)
+HALF = Recipe(precision="fp16", correct_bias=False)

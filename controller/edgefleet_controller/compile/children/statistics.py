@@ -41,6 +41,9 @@ def collect(model: onnx.ModelProto, samples: SampleFile, progress: job.Progress,
     read = {node.input[0] for node in model.graph.node if node.op_type in WEIGHTED}
     for tensors in _runs(watch, names, samples, progress, "ranges of activations"):
         for name, value in tensors.items():
+            if not value.size:
+                continue
+            value = _finite(value)
             low, high = float(value.min()), float(value.max())
             known = extremes.setdefault(name, [low, high])
             extremes[name] = [min(known[0], low), max(known[1], high)]
@@ -52,7 +55,8 @@ def collect(model: onnx.ModelProto, samples: SampleFile, progress: job.Progress,
     counts = {name: np.zeros(BINS) for name in extremes}
     for tensors in _runs(watch, names, samples, progress, "histograms of activations"):
         for name, value in tensors.items():
-            counts[name] += _histogram(value, extremes[name])
+            if name in counts and value.size:
+                counts[name] += _histogram(_finite(value), extremes[name])
     ranges = {name: _ranges((low, high), counts[name]) for name, (low, high) in extremes.items()}
     return {"ranges": ranges, "means": told}
 
@@ -95,6 +99,11 @@ def _runs(
         floats = {name: value for name, value in feeds.items() if value.dtype == np.float32}
         yield floats | dict(zip(names, session.run(names, feeds), strict=True))
     progress(what, len(samples), len(samples))
+
+
+def _finite(value: Array) -> Array:
+    """A mask's minus infinity, or a division by zero, is no value that a range could hold: it counts as 0, which every range holds."""
+    return value if np.isfinite(value).all() else np.nan_to_num(value, nan=0.0, posinf=0.0, neginf=0.0)
 
 
 def _channel_means(value: Array) -> Array:
