@@ -14,6 +14,7 @@ from edgefleet_shared.errors import EdgefleetError, InputError, NotFoundError, f
 
 from edgefleet_controller import release, source
 from edgefleet_controller.client import FleetClient
+from edgefleet_controller.compile.comparing import Row, compare
 from edgefleet_controller.manifests import Model, load_manifests, of_kind
 from edgefleet_controller.settings import default_cache
 from edgefleet_controller.sign import ReleaseSigner
@@ -67,14 +68,14 @@ def compile_and_sign(
         keys: folder of the release keys; None to leave it unsigned.
 
     Raises:
-        EdgefleetError: the first class that failed, after all have ended; what did compile is kept, and signed.
+        EdgefleetError: of the class that failed, or of all that did together, after all have ended; what did compile is kept, and signed.
     """
     client = FleetClient(home)
     wanted = classes or tuple(c["metadata"]["name"] for c in client.classes() if c["spec"]["build"] == "controller")
     if not wanted:
         raise NotFoundError("no device class is registered", hint="fleet apply -f manifests/")
     jobs = {c: client.compile(model, version, c, despite_quality=despite_quality) for c in wanted}
-    failure: EdgefleetError | None = None
+    failures: dict[str, EdgefleetError] = {}
     try:
         while jobs:
             time.sleep(POLL_S)
@@ -85,21 +86,67 @@ def compile_and_sign(
                     continue
                 del jobs[device_class]
                 if told["state"] == "failed":
-                    failure = failure or from_dict(told["error"])
+                    failures[device_class] = from_dict(told["error"])
                 elif told["state"] == "cancelled":
-                    failure = failure or InputError(f"compiling for {device_class} was cancelled")
+                    failures[device_class] = InputError(f"compiling for {device_class} was cancelled")
     except KeyboardInterrupt:
         for job in jobs.values():
             client.cancel_job(job)
         raise
     if keys is not None:
         sign_compiled(home, model, version, keys)
-    if failure is not None:
-        raise failure
+    if failures:
+        raise _together(failures)
     (shown,) = client.models(model, version)
     shown["artifacts"] = [a for a in shown["artifacts"] if a["class"] in wanted]
     client.close()
     return dict(shown)
+
+
+def _together(failures: dict[str, EdgefleetError]) -> EdgefleetError:
+    """One failure as it is; several as one error of the first's kind that tells each class's own."""
+    if len(failures) == 1:
+        return next(iter(failures.values()))
+    first = next(iter(failures.values()))
+    told = "\n".join(f"{name}: {error.message}" for name, error in failures.items())
+    hints = list(dict.fromkeys(error.hint for error in failures.values() if error.hint))
+    fields = first.as_dict() | {"message": f"{len(failures)} classes failed\n{told}", "hint": "; ".join(hints)}
+    return from_dict(fields)
+
+
+def compare_versions(home: Path, model: str, before: str, after: str) -> list[Row]:
+    """Figures of two versions of a model, class by class.
+
+    Raises:
+        NotFoundError: one of them is not there.
+    """
+    client = FleetClient(home)
+    sides = []
+    for version in (before, after):
+        found = client.models(model, version)
+        if not found:
+            raise NotFoundError(f"no model {model} {version}", hint="fleet model list shows them")
+        sides.append(found[0]["artifacts"])
+    client.close()
+    return compare(sides[0], sides[1])
+
+
+def fetch_report(home: Path, model: str, version: str, device_class: str, *, page: bool) -> bytes:
+    """The quality report of one artifact, as HTML or as JSON.
+
+    Raises:
+        NotFoundError: no such artifact.
+    """
+    client = FleetClient(home)
+    found = client.models(model, version)
+    artifacts = [a for a in found[0]["artifacts"] if a["class"] == device_class] if found else []
+    if not artifacts:
+        raise NotFoundError(
+            f"{model} {version} is not compiled for {device_class}", hint="fleet model show tells for what"
+        )
+    content = client.blob(artifacts[-1]["quality"]["page" if page else "report"])
+    client.close()
+    return content
 
 
 def sign_compiled(home: Path, model: str, version: str, keys: Path) -> list[str]:

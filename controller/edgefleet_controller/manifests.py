@@ -71,9 +71,20 @@ class Budgets(_Strict):
 
 
 class Accuracy(_Strict):
-    """``min_agreement``: smallest share of held-out pictures with the float model's answer."""
+    """``min_agreement``: smallest share of held-out pictures with the float model's answer (of boxes, for a detector: both recall and
+    precision). ``max_loss``: how much less accurate than the float model it may be, where the held-out pictures are labelled."""
 
     min_agreement: Share = 0.9
+    max_loss: Annotated[float, Field(ge=0, lt=1)] | None = None
+
+
+class Search(_Strict):
+    """How hard the compiler looks for the best artifact. ``fixed``: what the manifests say, pass or fail. ``quick``: that, and more only
+    when it misses a budget. ``full``: every candidate that makes sense. ``prefer``: what is best among those within all budgets;
+    only ``size`` lets a candidate win that is slower than float."""
+
+    effort: Literal["fixed", "quick", "full"] = "full"
+    prefer: Literal["latency", "size", "accuracy"] = "latency"
 
 
 class AcceptanceOverrides(_Strict):
@@ -114,9 +125,12 @@ class DeviceClassSpec(_Strict):
     engine: Name
     engine_version: str = Field(default="", pattern=r"^((>=|<=|==|!=|>|<)\s*[0-9][0-9A-Za-z.+-]*(\s*,\s*|$))*$")
     target: Name | None = Field(default=None, description="compile target; default: the one named like the engine")
-    precision: Literal["int8", "fp16", "fp32"] = "int8"
+    precision: Literal["int8", "fp16", "fp32"] = Field(
+        default="int8", description="the lowest; where nothing in it fits, a search ships the float model if that does"
+    )
     budgets: Budgets
     accuracy: Accuracy = Accuracy()
+    search: Search = Search()
     acceptance: AcceptanceOverrides = AcceptanceOverrides()
     swap: Literal["auto", "blue-green", "in-place"] = "auto"
     shadow: Shadow | None = None
@@ -152,11 +166,17 @@ class Source(_Strict):
 
 
 class PictureInput(_Strict):
-    """How a picture becomes an input: shortest side to ``resize``, centre crop to the input's size, ``(u8 - mean) / std``."""
+    """How a picture becomes an input: fitted to the input's size, then ``(u8 - mean) / std``.
+
+    ``fit``: ``crop`` scales the shortest side to ``resize`` and crops the centre; ``letterbox`` scales the picture whole into the middle
+    and fills the rest with ``fill``; ``left`` does so from the upper left corner (lines of text); ``stretch`` ignores proportions.
+    """
 
     name: str
     layout: Literal["NCHW", "NHWC"] = "NCHW"
     colour: Literal["RGB", "BGR", "GREY"] = "RGB"
+    fit: Literal["crop", "letterbox", "left", "stretch"] = "crop"
+    fill: Annotated[int, Field(ge=0, le=255)] = 128
     resize: Count | None = Field(
         default=None, description="shortest side in pixels before the crop; default: crop size / 0.875"
     )
@@ -171,11 +191,52 @@ class PictureInput(_Strict):
         return self
 
 
-class Output(_Strict):
-    """``classification``: the largest of the last axis is the answer; ``raw``: values are compared within a tolerance."""
+class Detection(_Strict):
+    """How outputs become boxes, as the application does it. ``yolov3``: one output per scale, batch x anchors * (5 + classes) x rows x
+    columns, before any sigmoid, with ``anchors`` (width, height in input pixels) and ``masks`` (their numbers) per output.
+    ``boxes``: two outputs, boxes (batch x N x 4: left, top, right, bottom) and scores (batch x N x classes)."""
 
-    kind: Literal["classification", "raw"] = "classification"
+    decoder: Literal["yolov3", "boxes"]
+    anchors: list[Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=2, max_length=2)]] = []
+    masks: list[list[Annotated[int, Field(ge=0)]]] = []
+    threshold: Share = Field(default=0.25, description="least score of a box that the application reports")
+    nms_iou: Share = Field(
+        default=0.45, description="overlap above which the lesser of two boxes of a class is dropped"
+    )
+    match_iou: Share = Field(default=0.5, description="overlap from which two boxes count as the same")
+
+    @model_validator(mode="after")
+    def _anchored(self) -> Detection:
+        if self.decoder == "yolov3" and not (self.anchors and self.masks):
+            raise ValueError("decoder yolov3 needs anchors and masks")
+        if any(number >= len(self.anchors) for mask in self.masks for number in mask):
+            raise ValueError("masks name anchors by their place, from 0")
+        return self
+
+
+class Text(_Strict):
+    """How an output (batch x steps x classes) becomes a line, greedily by CTC. Class 0 is the blank; the others are the lines of
+    ``characters``, then a space if ``space``."""
+
+    characters: str = Field(description="text file, one character a line")
+    space: bool = True
+
+
+class Output(_Strict):
+    """``classification``: the largest of the last axis is the answer; ``detection``: boxes; ``text``: a line, spaces included;
+    ``segmentation``: the largest of axis 1 is each pixel's answer; ``raw``: values are compared within a tolerance."""
+
+    kind: Literal["classification", "detection", "text", "segmentation", "raw"] = "classification"
     labels: str | None = Field(default=None, description="text file, one label a line, in the order of the outputs")
+    detection: Detection | None = None
+    text: Text | None = None
+
+    @model_validator(mode="after")
+    def _described(self) -> Output:
+        for kind, given in (("detection", self.detection), ("text", self.text)):
+            if (self.kind == kind) != (given is not None):
+                raise ValueError(f"output kind {kind} and output.{kind} go together")
+        return self
 
 
 class Pictures(_Strict):
@@ -186,11 +247,19 @@ class Pictures(_Strict):
 
 
 class Calibration(Pictures):
-    method: Literal["minmax", "percentile", "entropy"] = "minmax"
+    method: Literal["minmax", "percentile", "entropy", "mse"] = "minmax"
+
+
+class Holdout(Pictures):
+    truth: str | None = Field(
+        default=None,
+        description="text file with the right answer of each sample, one a line, in order of name: a class's number or label, or the text",
+    )
 
 
 class ModelAcceptance(_Strict):
-    """What every board must show on the golden pictures. ``tolerance_*`` are for ``kind: raw``."""
+    """What every board must show on the golden pictures. ``tolerance_*`` are for all output kinds but ``classification``: a board
+    compares values, it decodes no boxes and no text."""
 
     min_agreement: Share = 0.9
     min_cosine: Annotated[float, Field(ge=0, le=1)] = 0.9
@@ -210,7 +279,7 @@ class ModelSpec(_Strict):
     )
     output: Output = Output()
     calibration: Calibration
-    holdout: Pictures
+    holdout: Holdout
     golden: Pictures
     acceptance: ModelAcceptance = ModelAcceptance()
     options: dict[str, str | int | float | bool] = Field(default={}, description="for the compile targets")
@@ -218,8 +287,11 @@ class ModelSpec(_Strict):
     @model_validator(mode="after")
     def _tolerance(self) -> ModelSpec:
         limits = self.acceptance
-        if self.output.kind == "raw" and not (limits.tolerance_abs or limits.tolerance_rel):
-            raise ValueError("output kind raw needs acceptance.tolerance_abs or acceptance.tolerance_rel")
+        kind = self.output.kind
+        if kind != "classification" and not (limits.tolerance_abs or limits.tolerance_rel):
+            raise ValueError(f"output kind {kind} needs acceptance.tolerance_abs or acceptance.tolerance_rel")
+        if self.holdout.truth is not None and kind not in ("classification", "text"):
+            raise ValueError(f"holdout.truth has no form for output kind {kind}")
         return self
 
 

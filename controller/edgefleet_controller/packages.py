@@ -61,6 +61,37 @@ def wheel_members(path: Path, wanted: re.Pattern[str]) -> Iterator[tuple[str, by
                 yield entry.filename, archive.read(entry)
 
 
+def source_members(
+    cache: Path, name: str, version: str, sha256: str, wanted: re.Pattern[str]
+) -> Iterator[tuple[str, bytes]]:
+    """(name, bytes) of the regular files of a PyPI source package whose name matches, in the package's order.
+
+    pip asks a source package's own code about it while downloading: only one of a known hash gets so far.
+
+    Args:
+        sha256: hex hash that the package must have.
+
+    Raises:
+        EnvironmentProblem: pip fails, or the hash is another one.
+    """
+    folder = cache / "packages" / f"{name}-{version}"
+    if not (found := sorted(folder.glob("*.tar.gz"))):
+        with tempfile.TemporaryDirectory(dir=_made(folder.parent)) as temporary:
+            target = Path(temporary) / "package"
+            target.mkdir()
+            lock = Path(temporary) / "lock.txt"
+            lock.write_text(f"{name}=={version} --hash=sha256:{sha256}\n")
+            _download(
+                [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", ":all:", "--require-hashes",
+                 "--no-build-isolation", "--disable-pip-version-check", "--dest", str(target), "--requirement", str(lock)],
+                target, f"the PyPI package {name}=={version}",
+            )  # fmt: skip
+            _adopt(target, folder)
+        found = sorted(folder.glob("*.tar.gz"))
+    with tarfile.open(found[0], mode="r|gz") as archive:
+        yield from _files(archive, wanted)
+
+
 def debian(cache: Path, name: str) -> Path | None:
     """A Debian package, from the cache or through apt-get; ``None`` where this machine has no apt or it can't get it."""
     folder = cache / "packages" / name
@@ -86,11 +117,15 @@ def debian_members(path: Path, wanted: re.Pattern[str]) -> Iterator[tuple[str, b
         subprocess.Popen(["dpkg-deb", "--fsys-tarfile", str(path)], stdout=subprocess.PIPE) as process,
         tarfile.open(fileobj=process.stdout, mode="r|") as archive,
     ):
-        for entry in archive:
-            if entry.isreg() and entry.size <= MAX_MEMBER_BYTES and wanted.search(entry.name):
-                stream = archive.extractfile(entry)
-                assert stream is not None  # regular files always have one
-                yield entry.name, stream.read()
+        yield from _files(archive, wanted)
+
+
+def _files(archive: tarfile.TarFile, wanted: re.Pattern[str]) -> Iterator[tuple[str, bytes]]:
+    for entry in archive:
+        if entry.isreg() and entry.size <= MAX_MEMBER_BYTES and wanted.search(entry.name):
+            stream = archive.extractfile(entry)
+            assert stream is not None  # regular files always have one
+            yield entry.name, stream.read()
 
 
 def _made(folder: Path) -> Path:

@@ -11,7 +11,7 @@ import hashlib
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +24,15 @@ from safetensors.numpy import load_file
 Array = npt.NDArray[Any]
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff"}
 MIN_COUNT = 8  # fewer pictures than this can't calibrate, nor tell a damaged model from a sound one
+
+
+class Fit(NamedTuple):
+    """How a picture gets the input's size (see the Model manifest's ``inputs``): ``how``, the shortest side in pixels before a crop, and
+    the grey level around a letterbox."""
+
+    how: str = "crop"
+    resize: int | None = None
+    fill: int = 128
 
 
 class Samples:
@@ -52,7 +61,7 @@ def read_folder(
     height: int,
     width: int,
     grey: bool,
-    resize: int | None,
+    fit: Fit,
     count: int | None,
     input_name: str,
     progress: Callable[[int, int], None],
@@ -61,7 +70,6 @@ def read_folder(
 
     Args:
         height, width: of the network's input, in pixels.
-        resize: shortest side before the crop, in pixels; default: crop size / 0.875, as ImageNet networks are evaluated.
         count: how many; default: all.
 
     Raises:
@@ -73,11 +81,10 @@ def read_folder(
     wanted = len(files) if count is None else count
     if len(files) < max(wanted, MIN_COUNT):
         raise DataError(f"{split}: {folder} has {len(files)} pictures, {max(wanted, MIN_COUNT)} are needed")
-    side = resize or round(max(height, width) / 0.875)
     arrays = []
     for done, file in enumerate(files[:wanted]):
         progress(done, wanted)
-        arrays.append(_read(split, file, height, width, grey, side))
+        arrays.append(_read(split, file, height, width, grey, fit))
     progress(wanted, wanted)
     return Samples(split, str(folder), {input_name: np.stack(arrays)}, [f.name for f in files[:wanted]])
 
@@ -141,7 +148,7 @@ def keep_apart(splits: Sequence[Samples]) -> None:
                 )
 
 
-def _read(split: str, file: Path, height: int, width: int, grey: bool, side: int) -> Array:
+def _read(split: str, file: Path, height: int, width: int, grey: bool, fit: Fit) -> Array:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -156,16 +163,31 @@ def _read(split: str, file: Path, height: int, width: int, grey: bool, side: int
         Image.DecompressionBombWarning,
     ) as exc:
         raise DataError(f"{split}: can't read the picture {file}: {exc}") from exc
+    array = np.asarray(_fitted(picture, height, width, fit, f"{split}: {file}"), np.uint8)
+    if array.min() == array.max():
+        raise DataError(f"{split}: {file} is blank: every pixel is {int(array.flat[0])}")
+    return array[..., None] if grey else array
+
+
+def _fitted(picture: Image.Image, height: int, width: int, fit: Fit, where: str) -> Image.Image:
+    """The picture in the input's size. Crops need pixels enough; whole pictures are enlarged where they are small."""
+    if fit.how == "stretch":
+        return picture.resize((width, height), Image.Resampling.BILINEAR)
+    if fit.how in ("letterbox", "left"):
+        scale = min(width / picture.width, height / picture.height)
+        size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
+        ground = Image.new(picture.mode, (width, height), fit.fill if picture.mode == "L" else (fit.fill,) * 3)
+        corner = ((width - size[0]) // 2, (height - size[1]) // 2) if fit.how == "letterbox" else (0, 0)
+        ground.paste(picture.resize(size, Image.Resampling.BILINEAR), corner)
+        return ground
     if picture.width < width or picture.height < height:
         raise DataError(
-            f"{split}: {file} has {picture.width} x {picture.height} pixels, the network takes {width} x {height}",
+            f"{where} has {picture.width} x {picture.height} pixels, the network takes {width} x {height}",
             hint="take pictures at least as large as the network's input",
         )
+    side = fit.resize or round(max(height, width) / 0.875)  # as ImageNet networks are evaluated
     scale = max(side / min(picture.size), width / picture.width, height / picture.height)
     size = (max(round(picture.width * scale), width), max(round(picture.height * scale), height))
     picture = picture.resize(size, Image.Resampling.BILINEAR)
     left, top = (picture.width - width) // 2, (picture.height - height) // 2
-    array = np.asarray(picture.crop((left, top, left + width, top + height)), np.uint8)
-    if array.min() == array.max():
-        raise DataError(f"{split}: {file} is blank: every pixel is {int(array.flat[0])}")
-    return array[..., None] if grey else array
+    return picture.crop((left, top, left + width, top + height))

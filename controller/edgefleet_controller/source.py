@@ -19,7 +19,7 @@ from safetensors.numpy import save
 
 from edgefleet_controller import network, pictures
 from edgefleet_controller.importers import importer
-from edgefleet_controller.manifests import Model, PictureInput, Pictures
+from edgefleet_controller.manifests import Model, Output, PictureInput, Pictures
 
 SCHEMA = 1
 VERSION_TYPE = "application/vnd.edgefleet.version.v1+json"
@@ -45,6 +45,17 @@ class AcceptanceLimits(msgspec.Struct, frozen=True, kw_only=True):
     min_golden: int
 
 
+class BoxDecoding(msgspec.Struct, frozen=True, kw_only=True):
+    """How the outputs become boxes (see the Model manifest's ``output.detection``)."""
+
+    decoder: Literal["yolov3", "boxes"]
+    anchors: tuple[tuple[float, float], ...]
+    masks: tuple[tuple[int, ...], ...]
+    threshold: float
+    nms_iou: float
+    match_iou: float
+
+
 class ModelVersion(msgspec.Struct, frozen=True, kw_only=True):
     """One version of one network with everything that compiling and judging it needs. Immutable."""
 
@@ -54,15 +65,18 @@ class ModelVersion(msgspec.Struct, frozen=True, kw_only=True):
     network: str  # digest of the ONNX with fixed shapes
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
-    output_kind: Literal["classification", "raw"]
+    output_kind: Literal["classification", "detection", "text", "segmentation", "raw"]
     encoding: PictureEncoding | None
     labels: tuple[str, ...]
     calibration: Split
-    calibration_method: Literal["minmax", "percentile", "entropy"]
+    calibration_method: Literal["minmax", "percentile", "entropy", "mse"]
     holdout: Split
     golden: Split
     acceptance: AcceptanceLimits
     options: dict[str, str | int | float | bool] = {}
+    detection: BoxDecoding | None = None
+    characters: tuple[str, ...] = ()  # of text output, by class less one: class 0 is the blank
+    truth: tuple[str, ...] = ()  # of the held-out samples: class numbers, or lines of text
 
     def encode(self) -> bytes:
         """The JSON that is stored; the same version always gives the same bytes."""
@@ -128,6 +142,7 @@ def import_model(
             )
     picture = _picture_input(spec.inputs, inputs, origin)
     labels = _labels(manifest, base, outputs, origin)
+    detection, characters = _detection(spec.output, outputs, origin), _characters(manifest, base, outputs, origin)
     progress("reading the network", 1, 1)
 
     splits = []
@@ -136,6 +151,7 @@ def import_model(
     if len(splits[2]) < spec.acceptance.min_golden:
         raise DataError(f"golden: {len(splits[2])} samples, acceptance.min_golden wants {spec.acceptance.min_golden}")
     pictures.keep_apart(splits)
+    truth = _truth(manifest, base, labels, outputs, len(splits[1]))
 
     progress("storing", 0, 1)
     stored = [Split(layout.put(bytes(save(s.inputs))).digest, len(s)) for s in splits]
@@ -155,6 +171,9 @@ def import_model(
         golden=stored[2],
         acceptance=AcceptanceLimits(**spec.acceptance.model_dump()),
         options=dict(sorted(spec.options.items())),
+        detection=detection,
+        characters=characters,
+        truth=truth,
     )
     store(version, layout)
     progress("storing", 1, 1)
@@ -225,6 +244,78 @@ def _labels(manifest: Model, base: Path, outputs: tuple[TensorSpec, ...], origin
     return labels
 
 
+def _detection(output: Output, outputs: tuple[TensorSpec, ...], origin: str) -> BoxDecoding | None:
+    """The decoding of boxes, checked against the outputs."""
+    given = output.detection
+    if given is None:
+        return None
+    wanted = len(given.masks) if given.decoder == "yolov3" else 2
+    shapes = ", ".join(f"{o.name} {o.shape}" for o in outputs)
+    if len(outputs) != wanted:
+        raise ModelError(f"{origin} has the outputs {shapes}; decoder {given.decoder} as described takes {wanted}")
+    for tensor, mask in zip(outputs, given.masks, strict=False):
+        if given.decoder == "yolov3" and (
+            len(tensor.shape) != 4 or tensor.shape[1] % len(mask) or tensor.shape[1] // len(mask) < 6
+        ):
+            raise ModelError(
+                f"{origin}: output {tensor.name} {tensor.shape} does not hold {len(mask)} anchors of 5 + classes"
+            )
+    if given.decoder == "boxes" and (
+        outputs[0].shape[-1] != 4 or len(outputs[0].shape) != 3 or len(outputs[1].shape) != 3
+    ):
+        raise ModelError(
+            f"{origin} has the outputs {shapes}; expected boxes, batch x N x 4, and scores, batch x N x classes"
+        )
+    return BoxDecoding(
+        decoder=given.decoder, anchors=tuple((a[0], a[1]) for a in given.anchors), masks=tuple(tuple(mask) for mask in given.masks),
+        threshold=given.threshold, nms_iou=given.nms_iou, match_iou=given.match_iou,
+    )  # fmt: skip
+
+
+def _characters(manifest: Model, base: Path, outputs: tuple[TensorSpec, ...], origin: str) -> tuple[str, ...]:
+    text = manifest.spec.output.text
+    if text is None:
+        return ()
+    path = base / text.characters
+    try:
+        # Not splitlines: it also splits at characters that an alphabet may hold.
+        found = [line.rstrip("\r") for line in path.read_text(encoding="utf-8").rstrip("\n").split("\n")]
+    except (OSError, UnicodeDecodeError) as exc:
+        raise DataError(f"can't read the characters {path}: {exc}") from exc
+    found += [" "] if text.space else []
+    classes = outputs[0].shape[-1]
+    if len(outputs) != 1 or len(outputs[0].shape) != 3 or len(found) + 1 != classes:
+        shapes = ", ".join(f"{o.name} {o.shape}" for o in outputs)
+        raise DataError(
+            f"{path} has {len(found)} characters, space included; with the blank they don't fit {origin}'s outputs {shapes}"
+        )
+    return tuple(found)
+
+
+def _truth(
+    manifest: Model, base: Path, labels: tuple[str, ...], outputs: tuple[TensorSpec, ...], count: int
+) -> tuple[str, ...]:
+    """The right answers of the held-out samples; classes by number."""
+    name = manifest.spec.holdout.truth
+    if name is None:
+        return ()
+    path = base / name
+    try:
+        lines = [line.rstrip("\r") for line in path.read_text(encoding="utf-8").rstrip("\n").split("\n")]
+    except (OSError, UnicodeDecodeError) as exc:
+        raise DataError(f"can't read the truth {path}: {exc}") from exc
+    if len(lines) < count or (manifest.spec.holdout.count is None and len(lines) != count):
+        raise DataError(f"{path} has {len(lines)} lines, there are {count} held-out samples")
+    if manifest.spec.output.kind == "text":
+        return tuple(lines[:count])
+    classes, numbers = outputs[0].shape[-1], {label: str(i) for i, label in enumerate(labels)}
+    found = tuple(numbers.get(line.strip(), line.strip()) for line in lines[:count])
+    for number, answer in enumerate(found, 1):
+        if not answer.isdecimal() or int(answer) >= classes:
+            raise DataError(f"{path}, line {number}: {answer!r} is no label and no number from 0 to {classes - 1}")
+    return found
+
+
 def _samples(
     split: str,
     source: Pictures,
@@ -244,6 +335,6 @@ def _samples(
     given, tensor = picture
     height, width = tensor.shape[2:4] if given.layout == "NCHW" else tensor.shape[1:3]
     return pictures.read_folder(
-        split, path, height=height, width=width, grey=given.colour == "GREY", resize=given.resize, count=source.count,
-        input_name=tensor.name, progress=lambda done, total: progress(f"reading {split} pictures", done, total),
+        split, path, height=height, width=width, grey=given.colour == "GREY", fit=pictures.Fit(given.fit, given.resize, given.fill),
+        count=source.count, input_name=tensor.name, progress=lambda done, total: progress(f"reading {split} pictures", done, total),
     )  # fmt: skip

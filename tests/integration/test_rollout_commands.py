@@ -153,6 +153,22 @@ def test_nothing_is_rolled_out_that_is_not_signed(fleet, tmp_path):
         path.unlink()
 
 
+def test_versions_are_compared_and_reported_by_command(released, tmp_path):
+    rows = {row["figure"]: row for row in released.json("model", "compare", "toy", "1", "2")}
+    assert (rows["agreement"]["device_class"], rows["agreement"]["meaning"]) == ("pc", "alike")
+    assert rows["recipe"]["before"] == "fp32"
+    page = tmp_path / "report.html"
+    done = released.run("model", "report", "toy", "1", "pc", "-o", str(page))
+    assert done.returncode == 0, done.stderr
+    assert page.read_text().startswith("<!doctype html>")
+    told = released.json("model", "report", "toy", "1", "pc")
+    assert (told["class"], told["fits"], told["changed"]["count"]) == ("pc", True, 0)
+    unknown = released.run("model", "compare", "toy", "1", "9")
+    assert unknown.returncode != 0
+    assert "no model toy 9" in unknown.stderr
+    assert "toy 1 is not compiled for other" in released.run("model", "report", "toy", "1", "other").stderr
+
+
 def test_a_version_never_changes(released):
     source = yaml.safe_load((released.folder / "manifests" / "model-2.yaml").read_text())
     path = released.folder / "changed.yaml"

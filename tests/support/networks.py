@@ -128,6 +128,7 @@ def device_class(engine: str = "onnxruntime", **spec: Any) -> DeviceClass:
         "engine": engine,
         "budgets": {"latency_p95_ms": 100.0, "memory_bytes": 1024**3},
         "accuracy": {"min_agreement": 0.7},
+        "search": {"effort": "quick"},
     }
     return DeviceClass.model_validate(
         {"kind": "DeviceClass", "metadata": {"name": f"test-{engine}"}, "spec": fields | spec}

@@ -169,3 +169,29 @@ def test_every_kind_has_a_json_schema_that_forbids_unknown_fields() -> None:
     schemas = json_schemas()
     assert set(schemas) == {"DeviceClass", "Model", "Rollout", "Site"}
     assert all(s["additionalProperties"] is False for s in schemas.values())
+
+
+@pytest.mark.parametrize(
+    ("output", "words"),
+    [
+        ("{kind: detection}", "output kind detection and output.detection go together"),
+        ("{kind: detection, detection: {decoder: yolov3}}", "decoder yolov3 needs anchors and masks"),
+        ("{kind: detection, detection: {decoder: yolov3, anchors: [[1, 2]], masks: [[1]]}}", "by their place, from 0"),
+        ("{kind: text}", "output kind text and output.text go together"),
+        ("{kind: segmentation}", "needs acceptance.tolerance_abs"),
+    ],
+)
+def test_an_output_contract_that_could_not_be_judged_is_refused(tmp_path: Path, output: str, words: str) -> None:
+    text = f"""\
+apiVersion: edgefleet/v1
+kind: Model
+metadata: {{name: m}}
+spec:
+  version: "1"
+  source: {{path: n.onnx}}
+  output: {output}
+  calibration: {{path: c}}
+  holdout: {{path: h}}
+  golden: {{path: g}}
+"""
+    assert words in refusal(tmp_path, text)

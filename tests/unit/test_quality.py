@@ -4,9 +4,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from edgefleet_controller.compile.pipeline import contract
+from edgefleet_controller.compile.packing import contract
 from edgefleet_controller.compile.port import Figures, chosen_options, target_named
 from edgefleet_controller.compile.quality import compare, misses, wilson
+from edgefleet_controller.compile.recipe import Recipe
 from edgefleet_controller.source import AcceptanceLimits, ModelVersion, Split
 from edgefleet_shared.contract import TensorSpec
 from edgefleet_shared.errors import ManifestError, ToolchainError
@@ -45,7 +46,7 @@ ROWS = np.array([[1, 2, 3], [3, 2, 1], [0, 9, 0], [5, 0, 1]], np.float32)
 
 
 def test_equal_outputs_agree_fully() -> None:
-    found = compare({"y": ROWS}, {"y": ROWS}, version())
+    found = compare({"y": ROWS}, {"y": ROWS}, version()).figures
     assert (found["agreement"], found["cosine"]) == (1.0, 1.0)
 
 
@@ -53,7 +54,7 @@ def test_a_changed_answer_and_one_that_is_not_a_number_disagree() -> None:
     bad = ROWS.copy()
     bad[0] = [3, 2, 1]
     bad[1, 0] = np.nan
-    found = compare({"y": bad}, {"y": ROWS}, version())
+    found = compare({"y": bad}, {"y": ROWS}, version()).figures
     assert found["agreement"] == 0.5
     assert found["cosine"] == 0.0
 
@@ -61,8 +62,8 @@ def test_a_changed_answer_and_one_that_is_not_a_number_disagree() -> None:
 def test_raw_outputs_agree_within_their_tolerance() -> None:
     near, far = ROWS + 0.09, ROWS.copy()
     far[2, 2] += 0.2
-    assert compare({"y": near}, {"y": ROWS}, version("raw"))["agreement"] == 1.0
-    assert compare({"y": far}, {"y": ROWS}, version("raw"))["agreement"] == 0.75
+    assert compare({"y": near}, {"y": ROWS}, version("raw")).figures["agreement"] == 1.0
+    assert compare({"y": far}, {"y": ROWS}, version("raw")).figures["agreement"] == 0.75
 
 
 def test_outputs_of_another_name_or_shape_are_an_error() -> None:
@@ -85,13 +86,13 @@ def test_outputs_of_another_name_or_shape_are_an_error() -> None:
 def test_each_budget_is_missed_by_name(changes: dict[str, Any], words: str) -> None:
     budgets = {"latency_p95_ms": 10.0, "memory_bytes": 2**30, "size_bytes": 60}
     spec = device_class(budgets=budgets).spec
-    assert misses(figures(), spec) == []
-    (found,) = misses(figures(**changes), spec)
+    assert misses(figures(), spec, Recipe()) == []
+    (found,) = misses(figures(**changes), spec, Recipe())
     assert words in found
 
 
 def test_times_that_could_not_be_measured_are_no_miss() -> None:
-    assert misses(figures(p50_ms=None, float_p50_ms=None), device_class().spec) == []
+    assert misses(figures(p50_ms=None, float_p50_ms=None), device_class().spec, Recipe()) == []
 
 
 def test_the_contract_comes_from_the_manifests_and_the_class_overrides() -> None:
@@ -111,11 +112,15 @@ def test_a_target_that_this_build_lacks_is_named_beside_those_it_has() -> None:
         target_named("rknn")
 
 
-def test_weights_keep_to_7_bits_on_x86_unless_the_class_promises_vnni() -> None:
+def test_neighbouring_weights_keep_from_overflow_on_x86_unless_the_class_promises_vnni() -> None:
     target = target_named("onnxruntime")
-    for features, arch, reduced in (([], "x86_64", True), (["avx512_vnni"], "x86_64", False), ([], "aarch64", False)):
+    for features, arch, weights in (
+        ([], "x86_64", "pairs"),
+        (["avx512_vnni"], "x86_64", "full"),
+        ([], "aarch64", "full"),
+    ):
         spec = device_class(cpu_features=features, arch=arch).spec
-        assert target.options(spec, version())["reduce_range"] is reduced
+        assert target.options(spec, version())["weights"] == weights
 
 
 def test_the_models_options_for_a_target_win_over_the_class() -> None:

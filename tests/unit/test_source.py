@@ -284,3 +284,79 @@ def test_a_decompression_bomb_is_refused(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10_000)
     with pytest.raises(DataError, match=r"can't read the picture .*p000\.png"):
         run(tmp_path, manifest)
+
+
+@pytest.mark.parametrize(
+    ("fit", "grey", "coloured"),
+    [
+        ("letterbox", [(0, 16), (31, 16)], [(16, 0), (16, 31)]),
+        ("left", [(20, 0), (31, 31)], [(2, 16), (10, 31)]),
+        ("stretch", [], [(0, 0), (31, 31), (16, 16)]),
+    ],
+)
+def test_pictures_fit_as_the_manifest_says(tmp_path: Path, fit: str, grey: Any, coloured: Any) -> None:
+    manifest = project(tmp_path, classifier(), inputs=[{"name": "image", "fit": fit, "fill": 7}])
+    for split in ("calibration", "holdout", "golden"):
+        for number, file in enumerate(sorted((tmp_path / split).iterdir())):
+            Image.new("RGB", (80, 40), (200, number, 20 * len(split))).save(file)
+    version = run(tmp_path, manifest)
+    (array,) = load_file(Layout(tmp_path / "layout").path(version.golden.digest)).values()
+    for row, column in grey:
+        assert array[0, row, column].tolist() == [7, 7, 7]
+    for row, column in coloured:
+        assert abs(int(array[0, row, column, 0]) - 200) < 20
+
+
+def yolo_like() -> onnx.ModelProto:
+    net = Net()
+    net.conv(3, 7, stride=8)
+    return net.model([1, 7, 4, 4])
+
+
+DETECTION = {
+    "output": {"kind": "detection", "detection": {"decoder": "yolov3", "anchors": [[16, 8]], "masks": [[0]]}},
+    "acceptance": {"tolerance_abs": 0.5},
+}
+
+
+def test_a_detectors_decoding_travels_with_the_version(tmp_path: Path) -> None:
+    version = imported(tmp_path, yolo_like(), **DETECTION)
+    assert version.detection is not None
+    assert version.detection.anchors == ((16.0, 8.0),)
+    assert decode(version.encode()) == version
+
+
+def test_a_head_that_does_not_hold_its_anchors_is_refused(tmp_path: Path) -> None:
+    net = Net()
+    net.conv(3, 9, stride=8)
+    told = {"decoder": "yolov3", "anchors": [[16, 8], [8, 8]], "masks": [[0, 1]]}
+    with pytest.raises(ModelError, match="does not hold 2 anchors"):
+        imported(tmp_path, net.model([1, 9, 4, 4]), **DETECTION | {"output": {"kind": "detection", "detection": told}})
+
+
+def test_truth_names_classes_by_label_or_number_and_each_line_is_checked(tmp_path: Path) -> None:
+    (tmp_path / "labels.txt").write_text("\n".join("abcdefghij"))
+    (tmp_path / "truth.txt").write_text("\n".join(["a", "9"] * 16))
+    more = {
+        "output": {"kind": "classification", "labels": "labels.txt"},
+        "holdout": {"path": "holdout", "truth": "truth.txt"},
+    }
+    assert imported(tmp_path, classifier(), **more).truth[:2] == ("0", "9")
+    for text, words in (("\n".join(["a"] * 31), "31 lines"), ("\n".join(["10"] * 32), "line 1: '10' is no label")):
+        (tmp_path / "truth.txt").write_text(text)
+        with pytest.raises(DataError, match=words):
+            imported(tmp_path, classifier(), **more)
+
+
+def test_characters_must_fit_the_outputs_classes(tmp_path: Path) -> None:
+    net = Net()
+    net.conv(3, 4, stride=8)
+    net.add("Reshape", net.constant(np.array([1, 4, 16], np.int64)))
+    net.add("Transpose", perm=[0, 2, 1])
+    model = net.model([1, 16, 4])
+    (tmp_path / "characters.txt").write_text("a\nb\n")
+    text = {"output": {"kind": "text", "text": {"characters": "characters.txt"}}, "acceptance": {"tolerance_abs": 0.1}}
+    assert imported(tmp_path, model, **text).characters == ("a", "b", " ")
+    (tmp_path / "characters.txt").write_text("a\n")
+    with pytest.raises(DataError, match="has 2 characters, space included"):
+        imported(tmp_path, model, **text)

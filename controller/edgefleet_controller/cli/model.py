@@ -1,4 +1,4 @@
-"""``fleet model add | compile | sign | list | show``. A face, no logic."""
+"""``fleet model add | compile | sign | list | show | compare | report``. A face, no logic."""
 
 from __future__ import annotations
 
@@ -130,6 +130,46 @@ def show(home: Path, name: str, version: str, as_json: bool) -> None:
         _artifacts(f"{one['model']} {one['version']}  {one['digest'][:19]}", one["artifacts"])
 
 
+@model.command()
+@home_option
+@click.argument("name")
+@click.argument("before")
+@click.argument("after")
+@json_option
+@told
+def compare(home: Path, name: str, before: str, after: str, as_json: bool) -> None:
+    """Compare two versions of a model, class by class."""
+    from edgefleet_controller.adding import compare_versions
+
+    rows = compare_versions(home, name, before, after)
+    if as_json:
+        document([row._asdict() for row in rows])
+    else:
+        table(f"{name}: {before} and {after}", ("class", "figure", before, after, ""), rows)
+
+
+@model.command()
+@home_option
+@click.argument("name")
+@click.argument("version")
+@click.argument("device_class")
+@click.option("-o", "--output", type=click.Path(path_type=Path, dir_okay=False), help="Write the page (HTML) there.")
+@json_option
+@told
+def report(home: Path, name: str, version: str, device_class: str, output: Path | None, as_json: bool) -> None:
+    """The quality report of one artifact: every candidate, noise by layer, answers that changed."""
+    import json
+
+    from edgefleet_controller.adding import fetch_report
+
+    if as_json:
+        document(json.loads(fetch_report(home, name, version, device_class, page=False)))
+        return
+    target = output or Path(f"{name}-{version}-{device_class}.html")
+    target.write_bytes(fetch_report(home, name, version, device_class, page=True))
+    say(f"written to {target}")
+
+
 def _artifacts(title: str, artifacts: list[dict[str, Any]]) -> None:
     rows = []
     for a in artifacts:
@@ -140,6 +180,6 @@ def _artifacts(title: str, artifacts: list[dict[str, Any]]) -> None:
         if t.get("p50_ms") is not None:
             latency = f"{t['p50_ms']:.1f} / {t['p95_ms']:.1f} (float {t['float_p50_ms']:.1f})"
         size = f"{megabytes(q['float_bytes'])} -> {megabytes(q['compiled_bytes'])}"
-        state = "; ".join([a["state"], *q["misses"]])
+        state = "; ".join(filter(None, [a["state"], q.get("recipe"), *q["misses"]]))
         rows.append((a["class"], a["engine"], a["arch"], size, agreement, latency, state))
     table(title, ("class", "engine", "arch", "size", "agreement (95 %)", "p50 / p95 ms", "state"), rows)

@@ -187,7 +187,11 @@ class CompileQueue:
         figures = msgspec.to_builtins(result.figures)
         timings = {key: figures.pop(key) for key in list(figures) if key.endswith("_ms")}
         timings |= {"seconds": result.seconds, "cached": result.cached}
-        quality = figures | {"verdict": result.quality, "misses": list(result.misses), "key": result.key}
+        quality = figures | {
+            "verdict": result.quality, "misses": list(result.misses), "key": result.key, "recipe": result.recipe,
+            "precision": result.precision, "why": result.why, "candidates": result.candidates, "report": result.report,
+            "page": result.page,
+        }  # fmt: skip
         return Artifact(
             manifest=result.artifact.digest,
             model=result.model,

@@ -2,73 +2,39 @@
 
 ::
 
-    version ──prepare──▶ simplified network, float reference      (toolchain onnxruntime, cached by content)
-            ──compile──▶ compiled model                           (the target's toolchain, cached by key)
-            ──measure──▶ outputs, times                           (the class's engine, always anew)
+    version ──prepare──▶ simplified network, float reference
+            ──search───▶ candidates, each compiled and measured on the class's engine; the best that misses no budget
+            ──measure──▶ that one alone: outputs, times, memory (always anew)
             ──judge────▶ QualityError, or forced by an explicit flag
-            ──pack─────▶ OCI artifact
+            ──pack─────▶ OCI artifact, and the report beside it
 
-The key covers all that decides the compiled bytes: network, calibration, method, precision, target options, toolchain lock
-and the code that drives it. Two classes with the same key (LiteRT on x86 and on Arm) share one compile. The artifact holds
-figures that repeat exactly (agreement, cosine, sizes); times differ from run to run and are returned beside it, so that
-the same inputs give the same digest.
+Each step is a child process in a toolchain's environment (:mod:`.steps`), which candidates are tried and which one is chosen is decided in
+:mod:`.search`. What was decided is cached like what was compiled, because times, and with them a close choice, differ from run to run.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
-import platform
-import shutil
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import msgspec
-from edgefleet_shared import golden
-from edgefleet_shared.artifact import (
-    GOLDEN_LAYER,
-    LABELS_LAYER,
-    MLBOM_LAYER,
-    MODEL_LAYER,
-    PROVENANCE_LAYER,
-    QUALITY_LAYER,
-    SCHEMA,
-    Descriptor,
-    Layout,
-    ModelConfig,
-    PowerProfile,
-    build,
-    digest_file,
-)
-from edgefleet_shared.contract import AcceptanceContract, ShadowPlan
+import onnx
+from edgefleet_shared import atomic
+from edgefleet_shared.artifact import Layout
 from edgefleet_shared.errors import ManifestError, QualityError
-from edgefleet_shared.fingerprint import Requirement
-from safetensors.numpy import load, load_file, save_file
+from safetensors.numpy import load_file
 
-from edgefleet_controller.compile import provenance, quality
-from edgefleet_controller.compile.port import CompileResult, Figures, Options, Target, target_named
-from edgefleet_controller.compile.toolchains import ChildDied, Toolchain, Toolchains
+from edgefleet_controller.compile import answers, quality, report, search
+from edgefleet_controller.compile.packing import pack
+from edgefleet_controller.compile.port import CompileResult, Options, Target, target_named
+from edgefleet_controller.compile.recipe import FLOAT, HALF, Recipe
+from edgefleet_controller.compile.search import Choice, Trial, Unit
+from edgefleet_controller.compile.steps import Limits, Measured, Progress, Steps, content_key, host
+from edgefleet_controller.compile.toolchains import Toolchains
 from edgefleet_controller.manifests import DeviceClass
-from edgefleet_controller.source import ModelVersion, Split
-
-Progress = Callable[[str, int, int], None]
-
-MAX_BLOB_BYTES = 4 * 1024**3
-PREPARE = ("onnxruntime", "ort")  # toolchain and module that simplify and answer for the float reference
-HOST_OVERHEAD_BYTES = 128 * 1024 * 1024  # samples, outputs and the float model beside the compiled one while timing
-_CHILDREN = Path(__file__).parent / "children"
-
-
-class Limits(msgspec.Struct, frozen=True, kw_only=True):
-    """How long each child may take, in seconds."""
-
-    prepare_s: float = 600.0
-    compile_s: float = 1800.0
-    measure_s: float = 600.0
+from edgefleet_controller.source import ModelVersion
 
 
 def compile_version(
@@ -85,12 +51,12 @@ def compile_version(
     """Compile one version for one class, measure it here, and pack it.
 
     Args:
-        layout: holds the version's blobs; the artifact goes in here.
+        layout: holds the version's blobs; the artifact and its report go in here.
         cache: where compiled models are kept by key.
-        ship_despite_quality: pack the artifact although it misses its budgets; the result says so and which.
+        ship_despite_quality: pack what came closest although it misses its budgets; the result says so and which.
 
     Raises:
-        QualityError: a budget is missed (each with by how much), or the engine's process died while measuring.
+        QualityError: nothing fits (each budget with by how much), or the engine's process died while measuring.
         ModelError: an operator that the target lacks, by node and name.
         ToolchainError: no such target, a toolchain that can't be installed, broke, or ran past its limit; Cancelled.
         ManifestError: the target can't make what the class asks for.
@@ -100,41 +66,48 @@ def compile_version(
     options = _check(target, device_class, version)
     toolchain = toolchains.ensure(target.toolchain, progress)
     with tempfile.TemporaryDirectory(prefix="edgefleet-compile-") as temporary:
-        job = _Job(
-            version,
-            device_class,
-            target,
-            toolchain,
-            options,
-            layout,
-            toolchains,
-            cache,
-            Path(temporary),
-            progress,
-            limits,
+        steps = Steps(
+            version, device_class, target, toolchain, layout, toolchains, cache, Path(temporary), progress, limits
         )
-        prepared = job.prepare()
-        compiled, cached = job.compile(prepared)
-        figures, misses = job.measure(prepared, compiled)
-        misses += quality.misses(figures, device_class.spec)
+        blind = quality.vacuous(steps.references(), version)
+        if blind and not ship_despite_quality:
+            raise QualityError(
+                f"{version.model} {version.version} for {device_class.name}: {blind}",
+                hint="check the manifest's inputs and output against how the network was trained, or take other held-out samples",
+            )
+        finder = _Search(steps, version, device_class, target, options)
+        choice = finder.choice(cache)
+        choice, final, cached = finder.final(choice)
+        misses = final.trial.misses
         if misses and not ship_despite_quality:
             raise QualityError(
-                f"{version.model} {version.version} for {device_class.name}: " + "; ".join(misses),
+                f"{version.model} {version.version} for {device_class.name}: {_told(choice, misses)}",
                 hint="other calibration pictures or method, or precision fp32; shipping it anyway needs an explicit flag",
             )
-        artifact = job.pack(prepared, compiled, figures, misses)
+        model, answers = steps.compile([final.trial.recipe])[0][0], steps.prepare() / "golden.safetensors"
+        if blind:
+            final = final._replace(trial=msgspec.structs.replace(final.trial, misses=(blind, *misses)))
+            misses = final.trial.misses
+        artifact = pack(version, device_class, target, toolchain, layout, final.trial, model, answers)
+        written = report.write(version, device_class, choice, final, steps.references(), layout)
     return CompileResult(
         artifact=artifact,
         model=version.model,
         version=version.version,
         device_class=device_class.name,
         arch=device_class.spec.arch,
-        key=job.key,
+        key=final.trial.key,
         cached=cached,
         quality="forced" if misses else "passed",
-        misses=tuple(misses),
-        figures=figures,
+        misses=misses,
+        figures=final.trial.figures,
         seconds=round(time.monotonic() - began, 3),
+        recipe=final.trial.recipe.told(),
+        precision=final.trial.recipe.precision,
+        why=choice.why,
+        candidates=len(choice.trials),
+        report=written.report,
+        page=written.page,
     )
 
 
@@ -156,259 +129,123 @@ def _check(target: Target, device_class: DeviceClass, version: ModelVersion) -> 
     return target.options(spec, version)
 
 
-class _Job:
-    """One compile under way: the steps of the diagram above, over one temporary folder."""
+def _told(choice: Choice, misses: Sequence[str]) -> str:
+    """What is missed, and that nothing else fits either."""
+    told = "; ".join(misses)
+    if choice.chosen is None and len(choice.trials) > 1:
+        told += f" ({choice.nearest.recipe.told()}, which came closest of {len(choice.trials)} candidates)"
+    return told if choice.why in ("", search.NOTHING) or choice.chosen is not None else f"{told}; {choice.why}"
+
+
+class _Search:
+    """Carries out the search's rounds, and measures what it chose."""
 
     def __init__(
-        self, version: ModelVersion, device_class: DeviceClass, target: Target, toolchain: Toolchain, options: Options,
-        layout: Layout, toolchains: Toolchains, cache: Path, work: Path, progress: Progress, limits: Limits,
-    ) -> None:  # fmt: skip
-        self._version, self._class, self._target, self._toolchain = version, device_class, target, toolchain
-        self._options, self._layout, self._toolchains, self._cache = options, layout, toolchains, cache
-        self._work, self._progress, self._limits = work, progress, limits
-        self.key = _hash(
-            "compile", version.network, version.calibration.digest, version.calibration_method, device_class.spec.precision,
-            target.name, options, toolchain.lock_hash, _code(target.module), _encoding(version),
+        self, steps: Steps, version: ModelVersion, device_class: DeviceClass, target: Target, options: Options
+    ) -> None:
+        self._steps, self._version, self._class, self._target = steps, version, device_class, target
+        self._options = options
+        self._fresh: dict[Recipe, Measured] = {}
+        self._made: set[Recipe] = set()  # compiled now, not found in the cache
+
+    def choice(self, cache: Path) -> Choice:
+        """What the search ends in; from the cache where the same was searched on a machine like this."""
+        spec = self._class.spec
+        plain = self._plain()
+        judged_by = (
+            spec.arch, spec.precision, spec.accuracy.model_dump(), spec.budgets.size_bytes, spec.budgets.memory_bytes,
+            spec.search.model_dump(),
         )  # fmt: skip
+        # Another rule for choosing, or another measure, is another search.
+        rules = [Path(str(module.__file__)).read_text(encoding="utf-8") for module in (search, quality, answers)]
+        key = content_key("search", self._steps.key(plain), self._version.digest, *judged_by, host(), rules)
+        file = cache / "searched" / f"{key}.json"
+        if file.exists():
+            return msgspec.json.decode(file.read_bytes(), type=Choice)
+        found = self._search(plain)
+        if not any(trial.died for trial in found.trials):  # it may have been the machine's fault
+            file.parent.mkdir(parents=True, exist_ok=True)
+            atomic.write(file, msgspec.json.encode(found))
+        return found
 
-    def prepare(self) -> Path:
-        """Folder with ``simplified.onnx`` and the float model's answers to held-out and golden samples."""
-        toolchain = self._toolchains.ensure(PREPARE[0], self._progress)
-        v = self._version
-        key = _hash(
-            "prepare",
-            v.network,
-            v.holdout.digest,
-            v.golden.digest,
-            toolchain.lock_hash,
-            _code(PREPARE[1]),
-            _encoding(v),
+    def final(self, choice: Choice) -> tuple[Choice, Measured, bool]:
+        """(the choice, what was chosen or came closest measured alone, whether it was compiled before).
+
+        Measured alone, on all samples, a candidate at the edge may miss a budget after all: then the next best is taken.
+        """
+        left, fallen = choice, list[Recipe]()
+        while left.chosen is not None:
+            measured, cached = self._alone(left.chosen.recipe)
+            if not measured.trial.misses:
+                return msgspec.structs.replace(left, trials=choice.trials), measured, cached
+            fallen.append(left.chosen.recipe)
+            if len(fallen) == len(choice.trials):
+                break
+            left = search.without(choice, fallen, self._class.spec)
+        measured, cached = self._alone(choice.nearest.recipe)
+        return msgspec.structs.replace(choice, chosen=None), measured, cached
+
+    def _alone(self, recipe: Recipe) -> tuple[Measured, bool]:
+        ((path, cached),) = self._steps.compile([recipe])
+        cached = cached and recipe not in self._made
+        fresh = self._fresh.get(recipe)
+        if fresh is not None and (fresh.trial.figures.peak_memory_bytes is not None or fresh.trial.died):
+            return fresh, cached
+        return self._steps.measure([(recipe, path)])[0], cached
+
+    def _plain(self) -> Recipe:
+        wanted = int(self._options.get("float_first", 0))
+        names = _convolutions(self._steps.prepare() / "simplified.onnx")[:wanted] if wanted else []
+        return search.plain(self._target, self._class.spec, self._version.calibration_method, self._options, names)
+
+    def _search(self, plain: Recipe) -> Choice:
+        spec = self._class.spec
+        effort = spec.search.effort
+        trials = self._try(search.first(plain, self._target, effort))
+        if plain.precision != "int8" or effort == "fixed" or all(trial.died for trial in trials):
+            return search.choose(trials, spec)
+        if effort == "quick" and not trials[0].misses:
+            return search.choose(trials, spec)
+        if not any(search.accurate(trial, spec) for trial in trials):
+            reason = self._unlike()
+            if reason:  # layers in float would hide it
+                return msgspec.structs.replace(search.choose(trials, spec), chosen=None, why=reason)
+        units: list[Unit] = []
+        if effort == "full" or not search.accurate(trials[0], spec):
+            best = search.base_of_ladder(trials)
+            units = self._steps.rank(best.recipe)
+            rungs = search.by_layers(best, units, search.MOST_BYTES)
+            rungs += search.leading(best, units) if effort == "full" else []
+            trials += self._try(rungs, known=trials)
+            if not any(search.accurate(trial, spec) for trial in trials):
+                trials += self._try(search.by_layers(best, units, search.MOST_BYTES_AT_LAST), known=trials)
+        if HALF.precision in self._target.precisions and (effort == "full" or all(trial.misses for trial in trials)):
+            trials += self._try([HALF])
+        if FLOAT.precision in self._target.precisions:
+            trials.append(self._float(trials))
+        return search.choose(trials, spec, units)
+
+    def _try(self, recipes: Sequence[Recipe], known: Sequence[Trial] = ()) -> list[Trial]:
+        """Compile and measure one round."""
+        wanted = [r for r in dict.fromkeys(recipes) if r not in {trial.recipe for trial in known}]
+        if not wanted:
+            return []
+        made = self._steps.compile(wanted)
+        self._made |= {recipe for recipe, (_, cached) in zip(wanted, made, strict=True) if not cached}
+        measured = self._steps.measure([(recipe, path) for recipe, (path, _) in zip(wanted, made, strict=True)])
+        self._fresh |= {one.trial.recipe: one for one in measured}
+        return [one.trial for one in measured]
+
+    def _float(self, trials: Sequence[Trial]) -> Trial:
+        return search.float_trial(next(t for t in trials if not t.died), self._class.spec)
+
+    def _unlike(self) -> str:
+        calibration, holdout = (
+            load_file(self._steps.samples(split)) for split in (self._version.calibration, self._version.holdout)
         )
-        folder = self._cache / "prepared" / key
-
-        def fill(staged: Path) -> None:
-            request = {
-                "action": "prepare",
-                "network": str(self._layout.path(v.network)),
-                "simplified": str(staged / "simplified.onnx"),
-                "samples": [self._samples(v.holdout), self._samples(v.golden)],
-                "references": [str(staged / "holdout.safetensors"), str(staged / "golden.safetensors")],
-            }
-            self._toolchains.run(
-                toolchain,
-                PREPARE[1],
-                request,
-                self._work,
-                self._log(request),
-                limit_s=self._limits.prepare_s,
-                progress=self._progress,
-            )
-
-        _once(folder, fill)
-        return folder
-
-    def compile(self, prepared: Path) -> tuple[Path, bool]:
-        """(folder with ``compiled`` and, where the engine has its own format, ``float``; whether it was cached)."""
-        folder = self._cache / "compiled" / self.key
-
-        def fill(staged: Path) -> None:
-            request = {
-                "action": "compile",
-                "simplified": str(prepared / "simplified.onnx"),
-                "calibration": self._samples(self._version.calibration),
-                "compiled": str(staged / "compiled"),
-                "float": str(staged / "float"),
-                "precision": self._class.spec.precision,
-                "method": self._version.calibration_method,
-                "options": self._options,
-            }
-            self._toolchains.run(
-                self._toolchain, self._target.module, request, self._work, self._log(request), limit_s=self._limits.compile_s,
-                progress=self._progress,
-            )  # fmt: skip
-
-        return folder, not _once(folder, fill)
-
-    def measure(self, prepared: Path, compiled: Path) -> tuple[Figures, list[str]]:
-        """Figures of this run, and what is wrong if the engine did not survive it."""
-        own_float = compiled / "float"
-        float_model = own_float if own_float.exists() else prepared / "simplified.onnx"
-        outputs = self._work / "outputs.safetensors"
-        request = {
-            "action": "measure",
-            "model": str(compiled / "compiled"),
-            "float_model": str(float_model) if self._here else None,
-            "samples": self._samples(self._version.holdout),
-            "outputs": str(outputs),
-        }
-        base = Figures(
-            engine=self._target.engine,
-            engine_version=self._toolchain.packages[self._target.engine_package],
-            float_bytes=float_model.stat().st_size,
-            compiled_bytes=(compiled / "compiled").stat().st_size,
-            samples=self._version.holdout.count,
-        )
-        try:
-            measured = self._toolchains.run(
-                self._toolchain, self._target.module, request, self._work, self._log(request), limit_s=self._limits.measure_s,
-                memory_bytes=self._class.spec.budgets.memory_bytes + HOST_OVERHEAD_BYTES, progress=self._progress,
-            )  # fmt: skip
-        except ChildDied as exc:
-            missing = ("agreement", "latency", "memory")
-            return msgspec.structs.replace(base, unmeasured=missing), [f"engine died: {exc.how}"]
-        references = load_file(prepared / "holdout.safetensors")
-        found = quality.compare(load_file(outputs), references, self._version) | {
-            "peak_memory_bytes": measured["peak_memory_bytes"]
-        }
-        if self._here:
-            found |= {
-                "p50_ms": measured["compiled_p50_ms"], "p95_ms": measured["compiled_p95_ms"],
-                "float_p50_ms": measured["float_p50_ms"], "float_p95_ms": measured["float_p95_ms"],
-            }  # fmt: skip
-        return msgspec.structs.replace(base, **found, unmeasured=() if self._here else ("latency",)), []
-
-    def pack(self, prepared: Path, compiled: Path, figures: Figures, misses: list[str]) -> Descriptor:
-        """Write the artifact; only what repeats exactly goes in."""
-        version, model = self._version, compiled / "compiled"
-        digest = digest_file(model)
-        report = {
-            "samples": figures.samples,
-            "agreement": figures.agreement,
-            "agreement_interval": [figures.agreement_low, figures.agreement_high],
-            "cosine": figures.cosine,
-            "sqnr_db": figures.sqnr_db,
-            "float_bytes": figures.float_bytes,
-            "compiled_bytes": figures.compiled_bytes,
-            "engine": figures.engine,
-            "engine_version": figures.engine_version,
-            "budget_agreement": self._class.spec.accuracy.min_agreement,
-        }
-        inputs = load(self._layout.read(version.golden.digest, MAX_BLOB_BYTES))
-        answers = golden.pack(inputs, load_file(prepared / "golden.safetensors"))
-        labels: list[tuple[str, bytes | Path]] = (
-            [(LABELS_LAYER, msgspec.json.encode(version.labels))] if version.labels else []
-        )
-        layers: list[tuple[str, bytes | Path]] = [
-            (MODEL_LAYER, model),
-            *labels,
-            (GOLDEN_LAYER, answers),
-            (QUALITY_LAYER, json.dumps(report, sort_keys=True).encode()),
-            (PROVENANCE_LAYER, provenance.statement(version, self._class, self._target, self._toolchain, self._options, self.key, digest)),
-            (MLBOM_LAYER, provenance.ml_bom(version, self._class, self._toolchain, digest)),
-        ]  # fmt: skip
-        return build(self._layout, self._config(), layers)
-
-    def _config(self) -> ModelConfig:
-        version, spec = self._version, self._class.spec
-        return ModelConfig(
-            schema=SCHEMA,
-            model=version.model,
-            version=version.version,
-            device_class=self._class.name,
-            engine=self._target.engine,
-            precision=spec.precision,
-            inputs=version.inputs,
-            outputs=version.outputs,
-            requires=Requirement(
-                arch=spec.arch,
-                engine=spec.engine,
-                engine_version=spec.engine_version,
-                cpu_features=tuple(sorted(spec.cpu_features)),
-                memory_bytes=spec.budgets.memory_bytes,
-            ),
-            contract=contract(version, self._class, self._target),
-            encoding=version.encoding,
-            swap=spec.swap,
-            power=PowerProfile(governor=spec.power.governor or "", max_clock_mhz=spec.power.max_clock_mhz or 0),
-        )
-
-    def _log(self, request: dict[str, Any]) -> Path:
-        name = f"{self._version.model}-{self._version.version}-{self._class.name}-{request['action']}.log"
-        return self._cache / "logs" / name
-
-    @property
-    def _here(self) -> bool:
-        """Whether times on this host mean something for the class."""
-        return self._class.spec.arch == platform.machine()
-
-    def _samples(self, split: Split) -> str:
-        """A split as the network takes it (float32, encoded), as a file in the work folder."""
-        path = self._work / f"{split.digest.rpartition(':')[2]}.safetensors"
-        if not path.exists():
-            tensors = load(self._layout.read(split.digest, MAX_BLOB_BYTES))
-            encoding = self._version.encoding
-            if encoding is not None:
-                # Tensors that came encoded (float) stay as they are; stored pictures are uint8.
-                tensors = {
-                    k: golden.encode_pictures(a, encoding) if a.dtype == "uint8" else a for k, a in tensors.items()
-                }
-            save_file(tensors, path)
-        return str(path)
+        return quality.unlike(calibration, holdout)
 
 
-def contract(version: ModelVersion, device_class: DeviceClass, target: Target) -> AcceptanceContract:
-    """What a board must show: from the manifests alone, never from what was measured of this very model."""
-    limits, own, budgets = version.acceptance, device_class.spec.acceptance, device_class.spec.budgets
-    return AcceptanceContract(
-        kind=version.output_kind,
-        min_agreement=limits.min_agreement if own.min_agreement is None else own.min_agreement,
-        min_cosine=limits.min_cosine if own.min_cosine is None else own.min_cosine,
-        tolerance_abs=limits.tolerance_abs,
-        tolerance_rel=limits.tolerance_rel,
-        latency_p95_ms=budgets.latency_p95_ms,
-        peak_memory_bytes=budgets.memory_bytes,
-        allowed_providers=tuple(own.allowed_providers or target.providers),
-        max_celsius=own.max_celsius,
-        max_watts=budgets.power_watts,
-        min_golden=min(limits.min_golden if own.min_golden is None else own.min_golden, version.golden.count),
-        warmup_runs=own.warmup_runs,
-        timed_runs=own.timed_runs,
-        time_limit_s=own.time_limit_s,
-        shadow=_shadow(device_class),
-    )
-
-
-def _shadow(device_class: DeviceClass) -> ShadowPlan:
-    asked = device_class.spec.shadow
-    if asked is None:
-        return ShadowPlan()
-    return ShadowPlan(
-        requests=asked.requests,
-        min_agreement=asked.min_agreement,
-        max_latency_ratio=asked.max_latency_ratio,
-        time_limit_s=asked.time_limit_s,
-    )
-
-
-def _once(folder: Path, fill: Callable[[Path], None]) -> bool:
-    """Fill a cache folder in one step; returns whether it had to be filled."""
-    if folder.is_dir():
-        return False
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    staged = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".filling-"))
-    try:
-        fill(staged)
-        try:
-            os.replace(staged, folder)
-        except OSError:
-            if not folder.is_dir():  # else another process was faster, with the same content
-                raise
-    finally:
-        shutil.rmtree(staged, ignore_errors=True)
-    return True
-
-
-def _code(module: str) -> str:
-    """Hash over the child's own code: a better recipe is another key. All modules, as they import each other."""
-    state = hashlib.sha256(module.encode())
-    for path in sorted(_CHILDREN.glob("*.py")):
-        state.update(path.name.encode() + b"\0" + path.read_bytes())
-    return state.hexdigest()
-
-
-def _encoding(version: ModelVersion) -> str:
-    return msgspec.json.encode(version.encoding, order="deterministic").decode()
-
-
-def _hash(*parts: Any) -> str:
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+def _convolutions(path: Path) -> list[str]:
+    """Names of the convolutions, in order."""
+    return [node.name for node in onnx.load(path).graph.node if node.op_type == "Conv"]

@@ -31,6 +31,9 @@ class Target(Protocol):
     engine_package: str  # the package whose version is the engine's, as installed in the toolchain
     precisions: frozenset[str]
     methods: frozenset[str]  # calibration methods
+    quantizers: tuple[str, ...]  # ours, and a toolchain's own
+    reads_qdq: bool  # the engine takes ONNX, with QDQ too, in which our quantizer writes
+    ships_onnx: bool  # and compiles it when it loads: the network itself is the compiled model
     providers: tuple[str, ...]  # what may compute on the board, unless the class says otherwise
 
     def options(self, device_class: DeviceClassSpec, version: ModelVersion) -> Options:
@@ -42,12 +45,24 @@ class Target(Protocol):
         ...
 
 
+class Share(msgspec.Struct, frozen=True):
+    """``count`` of ``of``, with the 95 % Wilson interval of their ratio."""
+
+    value: float
+    low: float
+    high: float
+    count: int
+    of: int
+
+
 class Figures(msgspec.Struct, frozen=True, kw_only=True):
     """What was measured of one compiled model, on this host. ``None``: could not be measured here.
 
-    Agreement is the share of held-out samples with the float model's answer, with its 95 % Wilson interval; times in ms on
-    one thread, float and compiled interleaved in one process on the class's engine; ``sqnr_db`` is the signal-to-quantization-noise
-    ratio of the outputs, memory the peak of the process that held engine and model.
+    Agreement is the share of held-out samples with the float model's answer (of boxes, for a detector: the lower of recall and
+    precision), with its 95 % Wilson interval; ``shares`` are the other shares of the output's kind by name, and ``accuracy`` and
+    ``float_accuracy`` where the samples are labelled. Times in ms on one thread, float and compiled interleaved in one process on the
+    class's engine; ``sqnr_db`` is the signal-to-quantization-noise ratio over all outputs, ``sqnr_db_by_output`` that of each; memory
+    the peak of the process that held engine and model.
     """
 
     engine: str
@@ -65,13 +80,16 @@ class Figures(msgspec.Struct, frozen=True, kw_only=True):
     float_p50_ms: float | None = None
     float_p95_ms: float | None = None
     peak_memory_bytes: int | None = None
+    shares: dict[str, Share] = {}
+    sqnr_db_by_output: dict[str, float] = {}
     unmeasured: tuple[str, ...] = ()
 
 
 class CompileResult(msgspec.Struct, frozen=True, kw_only=True):
     """One compiled, judged and packed model.
 
-    ``quality`` is ``passed``, or ``forced`` where it missed what ``misses`` says and was shipped by an explicit flag.
+    ``quality`` is ``passed``, or ``forced`` where it missed what ``misses`` says and was shipped by an explicit flag. ``recipe`` and
+    ``why`` tell in words what was chosen; ``report`` and ``page`` are the report's blobs, as JSON and as HTML.
     """
 
     artifact: Descriptor
@@ -85,6 +103,12 @@ class CompileResult(msgspec.Struct, frozen=True, kw_only=True):
     misses: tuple[str, ...]
     figures: Figures
     seconds: float
+    recipe: str = ""
+    precision: str = ""
+    why: str = ""
+    candidates: int = 1
+    report: str = ""
+    page: str = ""
 
 
 def target_named(name: str) -> Target:
@@ -128,7 +152,16 @@ def chosen_options(target: str, device_class: DeviceClassSpec, version: ModelVer
     return chosen
 
 
+def quantizing_options(device_class: DeviceClassSpec) -> Options:
+    """The options, with their defaults, of every target that quantizes by :class:`~.recipe.Recipe`.
+
+    ``weights``, ``granularity``, ``scope`` and ``correct_bias`` are the recipe's; ``float_first``: so many leading convolutions stay in float.
+    """
+    weights = "pairs" if overflows(device_class) else "full"
+    return {"weights": weights, "granularity": "channel", "scope": "all", "correct_bias": True, "float_first": 0}
+
+
 def overflows(device_class: DeviceClassSpec) -> bool:
     """Whether int8 kernels on the class may overflow with 8-bit weights: x86 without VNNI adds pairs of u8 * s8 products in 16
-    bits, which saturate (MobileNetV3 lost 5 points of accuracy on such CPUs). Weights then keep to 7 bits."""
+    bits, which saturate (MobileNetV3 lost 5 points of accuracy on such CPUs)."""
     return device_class.arch == "x86_64" and not any("vnni" in feature for feature in device_class.cpu_features)

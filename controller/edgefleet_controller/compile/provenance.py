@@ -13,7 +13,8 @@ from typing import Any
 from edgefleet_shared import __version__
 from edgefleet_shared.artifact import hex_of
 
-from edgefleet_controller.compile.port import Options, Target
+from edgefleet_controller.compile.port import Target
+from edgefleet_controller.compile.recipe import Recipe
 from edgefleet_controller.compile.toolchains import Toolchain
 from edgefleet_controller.manifests import DeviceClass
 from edgefleet_controller.source import ModelVersion
@@ -24,7 +25,7 @@ BUILD_TYPE = "https://edgefleet.dev/compile/v1"
 
 
 def statement(
-    version: ModelVersion, device_class: DeviceClass, target: Target, toolchain: Toolchain, options: Options,
+    version: ModelVersion, device_class: DeviceClass, target: Target, toolchain: Toolchain, recipe: Recipe,
     key: str, compiled: str,
 ) -> bytes:  # fmt: skip
     """The in-toto statement about the compiled model.
@@ -53,9 +54,8 @@ def statement(
                         "versionDigest": version.digest,
                         "deviceClass": device_class.name,
                         "target": target.name,
-                        "precision": device_class.spec.precision,
-                        "calibrationMethod": version.calibration_method,
-                        "options": options,
+                        "precision": recipe.precision,
+                        "recipe": recipe.as_dict(),
                     },
                     "internalParameters": {"key": key},
                     "resolvedDependencies": [

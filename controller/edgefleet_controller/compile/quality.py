@@ -3,22 +3,35 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 from edgefleet_shared.errors import ToolchainError
 
-from edgefleet_controller.compile.port import Figures
+from edgefleet_controller.compile import answers
+from edgefleet_controller.compile.port import Figures, Share
+from edgefleet_controller.compile.recipe import Recipe
 from edgefleet_controller.manifests import DeviceClassSpec
 from edgefleet_controller.source import ModelVersion
 
 Array = npt.NDArray[Any]
-NOISE = 1.05  # two medians of 40 interleaved runs of one model differ by less
+NOISE = 1.02  # two medians of 40 interleaved runs of one model differ by less on a quiet machine
 Z95 = 1.959963984540054  # two-sided 95 % of the normal distribution
+EXACT_DB = 200.0  # stands for no noise at all; float32 itself holds about 150 dB
+ENOUGH = 32  # labelled samples that tell chance from skill
+NEAR_CHANCE = 1.5  # times what guessing gets
+UNLIKE = 3.0  # times: spreads of calibration and held-out inputs that differ by more are not of one kind
 
 
-def wilson(successes: int, n: int) -> tuple[float, float]:
+class Compared(NamedTuple):
+    """Figures by their names in :class:`Figures`, and which samples got another answer."""
+
+    figures: dict[str, Any]
+    changed: tuple[int, ...]
+
+
+def wilson(successes: float, n: int) -> tuple[float, float]:
     """95 % interval of a share. Source: Wilson 1927; unlike the plain normal interval it is right near 0 and 1."""
     share, z2 = successes / n, Z95 * Z95
     centre = (share + z2 / (2 * n)) / (1 + z2 / n)
@@ -26,8 +39,15 @@ def wilson(successes: int, n: int) -> tuple[float, float]:
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
-def compare(outputs: dict[str, Array], references: dict[str, Array], version: ModelVersion) -> dict[str, Any]:
-    """Agreement with its interval, mean cosine per sample, and SQNR in dB, over all outputs.
+def share(count: int, of: int) -> Share:
+    """``count`` of ``of``; of nothing, all: where the float model sees no box, seeing none is right."""
+    if of == 0:
+        return Share(1.0, 0.0, 1.0, 0, 0)
+    return Share(count / of, *wilson(count, of), count, of)
+
+
+def compare(outputs: dict[str, Array], references: dict[str, Array], version: ModelVersion) -> Compared:
+    """Agreement with its interval, accuracy where labelled, mean cosine per sample, SQNR in dB over all outputs and of each.
 
     Args:
         outputs, references: by output name, float32, first axis N.
@@ -42,57 +62,160 @@ def compare(outputs: dict[str, Array], references: dict[str, Array], version: Mo
             raise ToolchainError(
                 f"the compiled model's output {spec.name!r} has shape {found}, the float model's {want.shape}"
             )
-    n = len(next(iter(references.values())))
-    right = sum(_agrees(outputs, references, i, version) for i in range(n))
-    low, high = wilson(right, n)
-    flat = [
-        np.concatenate([a[s.name].reshape(n, -1) for s in version.outputs], axis=1).astype(np.float64)
-        for a in (outputs, references)
-    ]
-    have, want = flat
-    finite = bool(np.isfinite(have).all())
-    norms = np.linalg.norm(have, axis=1) * np.linalg.norm(want, axis=1)
-    cosine = float(np.mean(np.sum(have * want, axis=1) / np.maximum(norms, 1e-30))) if finite else 0.0
-    noise = float(np.sum((have - want) ** 2)) if finite else math.inf
-    sqnr = (
-        10 * math.log10(float(np.sum(want**2)) / noise) if 0 < noise < math.inf else (200.0 if noise == 0 else -200.0)
-    )
-    return {
-        "agreement": right / n, "agreement_low": low, "agreement_high": high, "cosine": round(cosine, 9), "sqnr_db": round(sqnr, 6),
+    agreement, shares, changed = _agreement(outputs, references, version)
+    names = [spec.name for spec in version.outputs]
+    figures = {
+        "agreement": agreement.value, "agreement_low": agreement.low, "agreement_high": agreement.high,
+        "shares": shares | _accuracy(outputs, references, version),
+        "cosine": round(_cosine(outputs, references, names), 9),
+        "sqnr_db": round(_sqnr_db(outputs, references, names), 6),
+        "sqnr_db_by_output": {name: round(_sqnr_db(outputs, references, [name]), 6) for name in names},
     }  # fmt: skip
+    return Compared(figures, changed)
 
 
-def _agrees(outputs: dict[str, Array], references: dict[str, Array], i: int, version: ModelVersion) -> bool:
+def vacuous(references: dict[str, Array], version: ModelVersion) -> str:
+    """Why the held-out samples can't tell a sound model from a damaged one, or nothing: agreement would be high whatever came out.
+
+    Args:
+        references: the float model's outputs for them.
+    """
+    n = len(next(iter(references.values())))
+    name = version.outputs[0].name
+    if version.output_kind == "detection":
+        if not any(answers.boxes(references, version)):
+            assert version.detection is not None
+            return f"the float model finds no box in any of {n} held-out pictures at the threshold {version.detection.threshold}"
+        return ""
     if version.output_kind == "classification":
-        (spec,) = version.outputs
-        have, want = outputs[spec.name][i], references[spec.name][i]
-        return bool(np.isfinite(have).all() and np.argmax(have, axis=-1).tolist() == np.argmax(want, axis=-1).tolist())
-    limits = version.acceptance
-    return all(
-        bool(
-            np.all(
-                np.abs(outputs[s.name][i] - references[s.name][i])
-                <= limits.tolerance_abs + limits.tolerance_rel * np.abs(references[s.name][i])
+        said = {row.tobytes() for row in answers.classes(references[name])}
+    elif version.output_kind == "text":
+        said = {line.encode() for line in answers.lines(references[name], version.characters)}
+    else:
+        return ""
+    if len(said) == 1:
+        return f"the float model gives all {n} held-out samples one and the same answer"
+    if version.truth and version.output_kind == "classification":
+        right = _accuracy(references, references, version)["float_accuracy"]
+        chance = 1 / references[name].shape[-1]
+        if right.of >= ENOUGH and right.value <= NEAR_CHANCE * chance:
+            return (
+                f"the float model itself answers {right.count} of {right.of} labelled samples right, which is chance: is the colour "
+                "order, the layout, the normalisation or the order of the labels another one?"
             )
-        )
-        for s in version.outputs
+    return ""
+
+
+def _agreement(
+    outputs: dict[str, Array], references: dict[str, Array], version: ModelVersion
+) -> tuple[Share, dict[str, Share], tuple[int, ...]]:
+    """(the share that is held against the budget, all shares by name, samples that got another answer)."""
+    n = len(next(iter(references.values())))
+    if version.output_kind == "detection":
+        have, want = answers.boxes(outputs, version), answers.boxes(references, version)
+        assert version.detection is not None
+        found = [answers.matched(a, b, version.detection.match_iou) for a, b in zip(have, want, strict=True)]
+        recall = share(sum(found), sum(len(b) for b in want))
+        precision = share(sum(found), sum(len(a) for a in have))
+        changed = tuple(i for i in range(n) if not found[i] == len(have[i]) == len(want[i]))
+        shares = {"box_recall": recall, "box_precision": precision}
+        return min(recall, precision, key=lambda s: s.value), shares, changed
+    name = version.outputs[0].name
+    match version.output_kind:
+        case "classification":
+            same = (answers.classes(outputs[name]) == answers.classes(references[name])).all(axis=1)
+        case "text":
+            lines = [answers.lines(side[name], version.characters) for side in (outputs, references)]
+            same = np.array([a == b for a, b in zip(*lines, strict=True)])
+        case "segmentation":
+            same = answers.pixels_alike(outputs[name], references[name]) >= answers.SAME_PIXELS
+        case _:
+            same = _within(outputs, references, version)
+    return share(int(same.sum()), n), {}, tuple(int(i) for i in np.flatnonzero(~same))
+
+
+def _within(outputs: dict[str, Array], references: dict[str, Array], version: ModelVersion) -> Array:
+    limits = version.acceptance
+    n = len(next(iter(references.values())))
+    same = np.ones(n, bool)
+    for spec in version.outputs:
+        have, want = outputs[spec.name].reshape(n, -1), references[spec.name].reshape(n, -1)
+        same &= (np.abs(have - want) <= limits.tolerance_abs + limits.tolerance_rel * np.abs(want)).all(axis=1)
+    return same
+
+
+def _accuracy(outputs: dict[str, Array], references: dict[str, Array], version: ModelVersion) -> dict[str, Share]:
+    """Share of right answers, of both models, where the samples are labelled."""
+    if not version.truth:
+        return {}
+    name, found = version.outputs[0].name, {}
+    for title, side in (("accuracy", outputs), ("float_accuracy", references)):
+        if version.output_kind == "text":
+            said = answers.lines(side[name], version.characters)
+        else:
+            said = [str(c) for c in answers.classes(side[name])[:, 0]]
+        right = sum(a == b for a, b in zip(said, version.truth, strict=False))  # a round may hold the first few only
+        found[title] = share(right, len(said))
+    return found
+
+
+def _joined(side: dict[str, Array], names: list[str]) -> Array:
+    found: Array = np.concatenate([side[name].reshape(len(side[name]), -1) for name in names], axis=1).astype(
+        np.float64
     )
+    return found
 
 
-def misses(figures: Figures, device_class: DeviceClassSpec) -> list[str]:
+def _cosine(outputs: dict[str, Array], references: dict[str, Array], names: list[str]) -> float:
+    have, want = _joined(outputs, names), _joined(references, names)
+    if not np.isfinite(have).all():
+        return 0.0
+    norms = np.linalg.norm(have, axis=1) * np.linalg.norm(want, axis=1)
+    return float(np.mean(np.sum(have * want, axis=1) / np.maximum(norms, 1e-30)))
+
+
+def _sqnr_db(outputs: dict[str, Array], references: dict[str, Array], names: list[str]) -> float:
+    have, want = _joined(outputs, names), _joined(references, names)
+    if not np.isfinite(have).all():
+        return -EXACT_DB
+    noise, power = float(np.sum((have - want) ** 2)), float(np.sum(want**2))
+    if noise == 0:
+        return EXACT_DB
+    return 10 * math.log10(power / noise) if power > 0 else -EXACT_DB
+
+
+def unlike(calibration: dict[str, Array], holdout: dict[str, Array]) -> str:
+    """Why calibration samples can't stand for the held-out ones, or nothing. By input name, encoded, first axis N."""
+    for name, have in calibration.items():
+        want = holdout[name]
+        spreads, means = [float(a.std()) for a in (have, want)], [float(a.mean()) for a in (have, want)]
+        ratio = max(spreads) / max(min(spreads), 1e-30)
+        if ratio > UNLIKE or abs(means[0] - means[1]) > UNLIKE * max(spreads):
+            return (
+                f"the calibration samples are not like the held-out ones: {name} has mean {means[0]:.3g} and spread {spreads[0]:.3g}, "
+                f"held out {means[1]:.3g} and {spreads[1]:.3g}; were they normalised twice, or not at all?"
+            )
+    return ""
+
+
+def misses(figures: Figures, device_class: DeviceClassSpec, recipe: Recipe) -> list[str]:
     """Which budgets a compiled model misses and by how much; empty when it misses none.
 
     What could not be measured here is no miss: the board's acceptance judges it, and so it does the latency budget, because
-    this host is not the board. That the compiled model beats float on the same engine is judged here.
+    this host is not the board. That the compiled model beats float on the same engine is judged here, unless the class asks for size.
     """
     budgets, found = device_class.budgets, []
     if figures.agreement is None:
         found.append("agreement with the float model could not be measured")
     elif figures.agreement < device_class.accuracy.min_agreement:
+        counted = " of boxes" if "box_recall" in figures.shares else ""
         found.append(
-            f"agreement with the float model {figures.agreement:.3f} (95 % interval {figures.agreement_low:.3f} to "
+            f"agreement{counted} with the float model {figures.agreement:.3f} (95 % interval {figures.agreement_low:.3f} to "
             f"{figures.agreement_high:.3f}, {figures.samples} pictures), budget {device_class.accuracy.min_agreement:.3f}"
         )
+    lost = _lost(figures)
+    if lost is not None and device_class.accuracy.max_loss is not None and lost > device_class.accuracy.max_loss:
+        found.append(f"accuracy {lost:.4f} below the float model's, budget {device_class.accuracy.max_loss:.4f}")
     if budgets.size_bytes is not None and figures.compiled_bytes > budgets.size_bytes:
         found.append(f"size {figures.compiled_bytes} bytes, budget {budgets.size_bytes}")
     if figures.peak_memory_bytes is not None and figures.peak_memory_bytes > budgets.memory_bytes:
@@ -102,8 +225,15 @@ def misses(figures: Figures, device_class: DeviceClassSpec) -> list[str]:
         and figures.float_p50_ms is not None
         and figures.p50_ms > figures.float_p50_ms * NOISE
     )
-    if slower and device_class.precision != "fp32":
+    if slower and recipe.precision != "fp32" and device_class.search.prefer != "size":
         found.append(
             f"slower than float on {figures.engine}: p50 {figures.p50_ms:.2f} ms, float {figures.float_p50_ms:.2f}"
         )
     return found
+
+
+def _lost(figures: Figures) -> float | None:
+    """Accuracy lost against the float model, where the samples are labelled."""
+    if "accuracy" not in figures.shares:
+        return None
+    return figures.shares["float_accuracy"].value - figures.shares["accuracy"].value

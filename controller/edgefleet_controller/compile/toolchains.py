@@ -96,6 +96,11 @@ class Toolchains:
                     marker.write_text(json.dumps(self._installed(folder)))
         return Toolchain(name, str(folder / "bin" / "python"), lock_hash, json.loads(marker.read_text()))
 
+    def raise_if_cancelled(self) -> None:
+        """Raises Cancelled once the event given to this object is set: for whoever waits between children."""
+        if self._cancel.is_set():
+            raise Cancelled("cancelled while waiting for another job")
+
     def run(
         self,
         toolchain: Toolchain,

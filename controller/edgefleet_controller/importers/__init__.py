@@ -10,11 +10,14 @@ from pathlib import Path
 
 from edgefleet_shared.errors import NotFoundError
 
-from edgefleet_controller.importers import efficientnet_lite
+from edgefleet_controller.importers import darknet, efficientnet_lite
 
 Importer = Callable[[Path], bytes]
 
-IMPORTERS: dict[str, Importer] = {"efficientnet-lite0": efficientnet_lite.fetch}
+IMPORTERS: dict[str, Importer] = {
+    "efficientnet-lite0": efficientnet_lite.fetch,
+    "yolov3-tiny": darknet.fetch_yolov3_tiny,
+}
 
 
 def importer(name: str) -> Importer:

@@ -1,21 +1,25 @@
 """Stage 2, compile: LiteRT. Makes a .tflite from ONNX, quantizes it to int8 by ai-edge-quantizer, measures it.
 
-Inputs and outputs keep the source's names, order, type (float) and shape; the file quantizes and dequantizes at its edges.
+Inputs and outputs keep the source's names, order, type (float) and shape; the file quantizes and dequantizes at its edges. Ranges
+and bias corrections are those of :mod:`.statistics` and :mod:`.weights`, as for every engine.
 """
 
 from __future__ import annotations
 
+import json
 import re
 from typing import Any
 
 import numpy as np
 import onnx
 from ai_edge_litert.interpreter import Interpreter
+from onnx import numpy_helper
 
 from . import job
 from .measure import Array, Run, SampleFile, measure
-from .onnx_to_tflite import convert
+from .onnx_to_tflite import Converted, convert
 from .tflite_islands import joined
+from .weights import PASSIVE, WEIGHTED, axis_of, channel_scales, correct_biases
 
 
 def load(path: str) -> Run:
@@ -31,29 +35,76 @@ def load(path: str) -> Run:
 
 
 def compile_model(request: job.Request, progress: job.Progress) -> dict[str, Any]:
-    """Request: ``simplified``, ``calibration``, ``compiled`` and ``float`` (files to write), ``precision``,
-    ``options``."""
+    """Request: ``simplified``, ``calibration``, ``statistics`` (or null), ``jobs`` (each ``recipe`` and ``compiled``, the file to write)."""
     progress("converting", 0, 1)
     model = onnx.load(request["simplified"], load_external_data=False)
-    converted = convert(model)
-    content = converted.content
-    with open(request["float"], "wb") as stream:
-        stream.write(content)
+    plain = convert(model)
     progress("converting", 1, 1)
-    if request["precision"] == "int8":
-        progress("quantizing", 0, 1)
-        convolutions = [
-            converted.made[n.name] for n in model.graph.node if n.op_type == "Conv" and n.name in converted.made
-        ]
-        in_float = convolutions[: request["options"]["float_first"]] + converted.whole
-        content = _quantize(content, SampleFile(request["calibration"]), in_float)
-        progress("quantizing", 1, 1)
-    with open(request["compiled"], "wb") as stream:
-        stream.write(content)
+    quantizer: _Quantizer | None = None
+    for number, one in enumerate(request["jobs"]):
+        if one["recipe"]["precision"] == "fp32":
+            _write(one["compiled"], plain.content)
+            continue
+        progress("quantizing", number, len(request["jobs"]))
+        quantizer = quantizer or _Quantizer(model, plain, request["statistics"], SampleFile(request["calibration"]))
+        _write(one["compiled"], quantizer.quantize(one["recipe"]))
+    progress("quantizing", len(request["jobs"]), len(request["jobs"]))
     return {}
 
 
-def _quantize(content: bytes, samples: SampleFile, in_float: list[str]) -> bytes:
+class _Quantizer:
+    """Quantizes one network by several recipes; it is calibrated once."""
+
+    def __init__(self, model: onnx.ModelProto, plain: Converted, statistics: str, samples: SampleFile) -> None:
+        with open(statistics, encoding="utf-8") as stream:
+            self._statistics = json.load(stream)
+        self._model, self._plain = model, plain
+        known = self._statistics["ranges"]
+        known |= {name: known[source] for name, source in plain.same_as.items() if source in known}
+        # One sample tells which tensors want a range.
+        self._found = self._calibrate(samples, 1)
+        if not self._found:
+            raise job.Refused(
+                "bad_model", "no operator of this network can be quantized for tflite", "ask for precision fp32"
+            )
+        if not set(self._found) <= set(known):  # some that only the .tflite has: pads, parts of a hard sigmoid
+            self._found = self._calibrate(samples, len(samples))
+
+    def quantize(self, recipe: dict[str, Any]) -> bytes:
+        converted = self._plain
+        if recipe["correct_bias"]:
+            corrected = onnx.ModelProto()
+            corrected.CopyFrom(self._model)
+            correct_biases(corrected, self._statistics["means"], _scales(corrected))
+            converted = convert(corrected)
+        left = set(recipe["in_float"])
+        if recipe["scope"] == "weighted":
+            left |= {n.name for n in self._model.graph.node if n.op_type not in WEIGHTED and n.op_type not in PASSIVE}
+        outputs = {node.name: node.output[0] for node in self._model.graph.node}
+        in_float = [converted.made.get(name, outputs[name]) for name in sorted(left) if name in outputs]
+        worker = _worker(converted.content, [*in_float, *converted.whole])
+        return joined(bytes(worker.quantize(self._ranges(recipe["ranges"])).quantized_model))
+
+    def _calibrate(self, samples: SampleFile, count: int) -> dict[str, Any]:
+        worker = _worker(self._plain.content, self._plain.whole)
+        feeds = {"serving_default": [samples[i] for i in range(count)]}
+        found: dict[str, Any] = worker.calibrate(feeds, num_threads=1)
+        return found
+
+    def _ranges(self, method: str) -> dict[str, Any]:
+        """ai-edge-quantizer's own ranges, replaced where the statistics know the tensor."""
+        out = {}
+        for name, own in self._found.items():
+            methods = self._statistics["ranges"].get(name)
+            if methods is None or not {"min", "max"} <= own.keys():
+                out[name] = own
+                continue
+            low, high = methods[method]
+            out[name] = own | {"min": np.full_like(own["min"], low), "max": np.full_like(own["max"], high)}
+        return out
+
+
+def _worker(content: bytes, in_float: list[str]) -> Any:
     """Full int8 but for the operators that make the tensors named ``in_float``."""
     from ai_edge_quantizer import algorithm_manager, qtyping, quantizer, recipe_manager
 
@@ -67,17 +118,26 @@ def _quantize(content: bytes, samples: SampleFile, in_float: list[str]) -> bytes
         recipe.add_quantization_config(regex=".*", operation_name=edge, algorithm_key=algorithms.NO_QUANTIZE)
     for name in in_float:
         recipe.add_quantization_config(
-            regex=f"^{re.escape(name)}(;|$)",
+            regex=f"^{re.escape(name)}(/[a-z]+)?(;|$)",  # with the parts that the writer splits an operator into
             operation_name=operations.ALL_SUPPORTED,
             algorithm_key=algorithms.NO_QUANTIZE,
         )
-    worker = quantizer.Quantizer(bytearray(content), recipe.get_quantization_recipe())
-    found = worker.calibrate({"serving_default": [samples[i] for i in range(len(samples))]}, num_threads=1)
-    if not found:
-        raise job.Refused(
-            "bad_model", "no operator of this network can be quantized for tflite", "ask for precision fp32"
-        )
-    return joined(bytes(worker.quantize(found).quantized_model))
+    return quantizer.Quantizer(bytearray(content), recipe.get_quantization_recipe())
+
+
+def _scales(model: onnx.ModelProto) -> dict[str, Array]:
+    """The scales that ai-edge-quantizer gives weights: 8 bits over each channel's largest."""
+    constants = {i.name: i for i in model.graph.initializer}
+    return {
+        node.input[1]: channel_scales(numpy_helper.to_array(constants[node.input[1]]), axis_of(node), "full")
+        for node in model.graph.node
+        if node.op_type in WEIGHTED and node.input[1] in constants
+    }
+
+
+def _write(path: str, content: bytes) -> None:
+    with open(path, "wb") as stream:
+        stream.write(content)
 
 
 def main() -> None:

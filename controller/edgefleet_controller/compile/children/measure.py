@@ -1,4 +1,4 @@
-"""Stage 2, compile: run a compiled model over samples and time it. Receives files, hands on an outputs file and figures.
+"""Stage 2, compile: run compiled models over samples and time them. Receives files, hands on outputs files and figures.
 
 The engine is given as a function ``load(path) -> run``; everything else is the same for all engines, so that their figures
 can be compared. Samples are read one by one, so that the peak of memory is the engine's and the model's.
@@ -23,18 +23,21 @@ Load = Callable[[str], Run]
 
 WARMUP_RUNS = 5
 TIMED_RUNS = 40
+TIMED_RUNS_OF_SEVERAL = 15  # to rank candidates; the one that is chosen is timed again, alone with float
 
 
 class SampleFile:
-    """Samples in a safetensors file, one tensor per input, first axis N; handed out one by one with a batch axis of 1."""
+    """Samples in a safetensors file, one tensor per input, first axis N; handed out one by one with a batch axis of 1; the first ``count``."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, count: int | None = None) -> None:
         file: Any = safe_open(path, "np")
         self.names = list(file.keys())
         self._slices = {name: file.get_slice(name) for name in self.names}
+        available = int(self._slices[self.names[0]].get_shape()[0])
+        self._count = available if count is None else min(count, available)
 
     def __len__(self) -> int:
-        return int(self._slices[self.names[0]].get_shape()[0])
+        return self._count
 
     def __getitem__(self, index: int) -> dict[str, Array]:
         return {name: np.ascontiguousarray(part[index : index + 1]) for name, part in self._slices.items()}
@@ -59,33 +62,45 @@ def _peak_bytes() -> int:
 
 
 def measure(load: Load, request: Request, progress: Progress) -> dict[str, Any]:
-    """Outputs of the compiled model over the samples, then its time against the float model's, interleaved, one thread.
+    """Outputs of compiled models over the samples, then their times and the float model's, interleaved, one thread.
 
-    Request: ``model``, ``float_model`` (or null), ``samples``, ``outputs`` (the file to write).
-    Result: times in ms, ``peak_memory_bytes`` of this process before the float model is loaded.
+    Request: ``models`` (each ``model`` and ``outputs``, the file to write), ``float_model`` (or null: nothing is timed), ``samples``,
+    ``count`` (how many of them).
+    Result: ``times`` (p50 and p95 in ms, in order of ``models``), ``float``, and ``peak_memory_bytes`` of this process after the
+    outputs, before the float model is loaded: one model's own where there is one.
     """
-    samples = SampleFile(request["samples"])
-    began = time.perf_counter()
-    run = load(request["model"])
-    load_ms = (time.perf_counter() - began) * 1e3
-    run(samples[0])
-    outputs = run_all(run, samples, progress, "running held-out pictures")
-    peak = _peak_bytes()
-    save_file(outputs, request["outputs"])
-    figures: dict[str, Any] = {"load_ms": load_ms, "peak_memory_bytes": peak}
-    candidates = {"compiled": run}
-    if request["float_model"]:
-        candidates["float"] = load(request["float_model"])
-    feeds = [samples[i % len(samples)] for i in range(min(len(samples), 4))]
-    times: dict[str, list[float]] = {name: [] for name in candidates}
-    for index in range(WARMUP_RUNS + TIMED_RUNS):
-        progress("timing", index, WARMUP_RUNS + TIMED_RUNS)
-        for name, candidate in candidates.items():
-            began = time.perf_counter()
-            candidate(feeds[index % len(feeds)])
-            if index >= WARMUP_RUNS:
-                times[name].append((time.perf_counter() - began) * 1e3)
-    for name, values in times.items():
-        figures[f"{name}_p50_ms"] = float(np.percentile(values, 50))
-        figures[f"{name}_p95_ms"] = float(np.percentile(values, 95))
+    samples = SampleFile(request["samples"], request["count"])
+    runs = []
+    for number, one in enumerate(request["models"]):
+        run = load(one["model"])
+        run(samples[0])
+        what = (
+            "running held-out pictures" if len(request["models"]) == 1 else f"held-out pictures, candidate {number + 1}"
+        )
+        save_file(run_all(run, samples, progress, what), one["outputs"])
+        runs.append(run)
+    figures: dict[str, Any] = {"peak_memory_bytes": _peak_bytes()}
+    if not request["float_model"]:
+        return figures
+    times = _interleaved([*runs, load(request["float_model"])], samples, progress)
+    *figures["times"], figures["float"] = [
+        {"p50_ms": float(np.percentile(values, 50)), "p95_ms": float(np.percentile(values, 95))} for values in times
+    ]
     return figures
+
+
+def _interleaved(runs: list[Run], samples: SampleFile, progress: Progress) -> list[list[float]]:
+    """Times in ms by run. Whatever else the machine does hits all alike; each second round goes backwards, so that none is always
+    the one behind another."""
+    feeds = [samples[i % len(samples)] for i in range(min(len(samples), 4))]
+    times: list[list[float]] = [[] for _ in runs]
+    rounds = WARMUP_RUNS + (TIMED_RUNS if len(runs) <= 2 else TIMED_RUNS_OF_SEVERAL)
+    for index in range(rounds):
+        progress("timing", index, rounds)
+        order = list(zip(runs, times, strict=True))
+        for run, kept in order if index % 2 else reversed(order):
+            began = time.perf_counter()
+            run(feeds[index % len(feeds)])
+            if index >= WARMUP_RUNS:
+                kept.append((time.perf_counter() - began) * 1e3)
+    return times

@@ -1,33 +1,25 @@
-"""Stage 2, compile: onnxruntime. Simplifies networks, answers for the float reference, makes QDQ int8 models, measures them.
+"""Stage 2, compile: onnxruntime. Simplifies networks, answers for the float reference, gathers statistics, writes QDQ int8, measures.
 
-Source of the recipe: onnxruntime's quantization guide; per-channel because per-tensor weights changed one answer in five of
-EfficientNet-Lite0. ``QDQDisableWeightAdjustForInt32Bias`` avoids a ValueError of 1.32 on biases of shape [C, 1, 1].
+What it writes in int8 is compiled further by every target whose engine reads QDQ.
 """
 
 from __future__ import annotations
 
-import os
 import re
-from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 import onnx
 import onnx.version_converter
 import onnxruntime
-from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, QuantFormat, QuantType, quantize_static
 from onnxruntime.quantization.shape_inference import quant_pre_process
 from safetensors.numpy import save_file
 
-from . import job
+from . import job, qdq, sensitivity, statistics
 from .measure import Array, Run, SampleFile, measure, run_all
 
+onnxruntime.disable_telemetry_events()
+
 PER_CHANNEL_OPSET = 13
-_METHODS = {
-    "minmax": CalibrationMethod.MinMax,
-    "percentile": CalibrationMethod.Percentile,
-    "entropy": CalibrationMethod.Entropy,
-}
 
 
 def load(path: str) -> Run:
@@ -56,43 +48,58 @@ def prepare(request: job.Request, progress: job.Progress) -> dict[str, Any]:
         raise _refusal(exc, request["network"]) from exc
     source = _at_least_opset(request["network"], request["simplified"])
     quant_pre_process(source, request["simplified"], skip_symbolic_shape=True)
+    _name_nodes(request["simplified"])
     progress("simplifying", 1, 1)
     for samples, references in zip(request["samples"], request["references"], strict=True):
         save_file(run_all(run, SampleFile(samples), progress, "float reference"), references)
     return {"engine_version": onnxruntime.__version__}
 
 
-def compile_model(request: job.Request, progress: job.Progress) -> dict[str, Any]:
-    """Request: ``simplified``, ``calibration``, ``compiled`` (file to write), ``precision``, ``method``, ``options``."""
-    if request["precision"] == "fp32":
-        os.link(request["simplified"], request["compiled"])
-        return {}
-    progress("quantizing", 0, 1)
-    options = request["options"]
-    convolutions = [node.name for node in onnx.load(request["simplified"]).graph.node if node.op_type == "Conv"]
-    quantize_static(
-        request["simplified"],
-        request["compiled"],
-        _Samples(SampleFile(request["calibration"])),
-        quant_format=QuantFormat.QDQ,
-        per_channel=True,
-        reduce_range=bool(options["reduce_range"]),
-        weight_type=QuantType.QInt8,
-        activation_type=QuantType.QUInt8,
-        nodes_to_exclude=convolutions[: options["float_first"]],
-        calibrate_method=_METHODS[request["method"]],
-        extra_options={"QDQDisableWeightAdjustForInt32Bias": True},
+def gather(request: job.Request, progress: job.Progress) -> dict[str, Any]:
+    """Request: ``simplified``, ``calibration``, ``statistics`` (file to write), ``histograms`` (whether all methods are asked for)."""
+    found = statistics.collect(
+        _inferred(request["simplified"]),
+        SampleFile(request["calibration"]),
+        progress,
+        histograms=request["histograms"],
     )
-    progress("quantizing", 1, 1)
+    statistics.save(found, request["statistics"])
     return {}
 
 
-class _Samples(CalibrationDataReader):  # type: ignore[misc]
-    def __init__(self, samples: SampleFile) -> None:
-        self._feeds: Iterator[dict[str, np.ndarray[Any, Any]]] = (samples[i] for i in range(len(samples)))
+def rank(request: job.Request, progress: job.Progress) -> dict[str, Any]:
+    """Noise of every layer. Request: ``simplified``, ``statistics``, ``samples``, ``count`` (how many of them), ``recipe``."""
+    model = _inferred(request["simplified"])
+    known = statistics.load(request["statistics"])
+    samples = SampleFile(request["samples"])
+    feeds = [samples[i] for i in range(min(request["count"], len(samples)))]
+    units = sensitivity.measure(model, known, feeds, request["recipe"], progress)
+    return {"units": units}
 
-    def get_next(self) -> dict[str, np.ndarray[Any, Any]] | None:
-        return next(self._feeds, None)
+
+def quantize(request: job.Request, progress: job.Progress) -> dict[str, Any]:
+    """Request: ``simplified``, ``statistics``, ``jobs`` (each ``recipe`` and ``quantized``, the file to write)."""
+    model, known = _inferred(request["simplified"]), statistics.load(request["statistics"])
+    for number, one in enumerate(request["jobs"]):
+        progress("quantizing", number, len(request["jobs"]))
+        onnx.save(qdq.quantize(model, known, one["recipe"]), one["quantized"])
+    progress("quantizing", len(request["jobs"]), len(request["jobs"]))
+    return {}
+
+
+def _inferred(path: str) -> onnx.ModelProto:
+    return onnx.shape_inference.infer_shapes(onnx.load(path))
+
+
+def _name_nodes(path: str) -> None:
+    """Give every node a name, by what it makes: recipes speak of nodes by name."""
+    model = onnx.load(path)
+    seen: set[str] = set()
+    for node in model.graph.node:
+        if not node.name or node.name in seen:
+            node.name = f"{node.op_type}/{node.output[0]}"
+        seen.add(node.name)
+    onnx.save(model, path)
 
 
 def _at_least_opset(path: str, beside: str) -> str:
@@ -123,4 +130,7 @@ def _refusal(exc: Exception, path: str) -> job.Refused:
 
 
 def main() -> None:
-    job.serve({"prepare": prepare, "compile": compile_model, "measure": lambda r, p: measure(load, r, p)})
+    job.serve({
+        "prepare": prepare, "gather": gather, "rank": rank, "quantize": quantize,
+        "measure": lambda r, p: measure(load, r, p),
+    })  # fmt: skip

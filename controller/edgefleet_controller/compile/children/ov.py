@@ -1,4 +1,4 @@
-"""Stage 2, compile: OpenVINO. Makes int8 IR by NNCF's post-training quantization, packed as one file, and measures it.
+"""Stage 2, compile: OpenVINO. Makes IR from ONNX in float or QDQ, or quantizes it by NNCF, packed as one file, and measures it.
 
 The compiled model is a ZIP, stored, with the members ``model.xml`` and ``model.bin`` and no time stamps, so the same inputs
 give the same bytes. Importing openvino or nncf starts a telemetry package that calls home; here it can't be imported.
@@ -48,56 +48,52 @@ def load(path: str) -> Run:
 
 
 def compile_model(request: job.Request, progress: job.Progress) -> dict[str, Any]:
-    """Request: ``simplified``, ``calibration``, ``compiled`` (file to write), ``precision``, ``method``, ``options``."""
-    import nncf
-
-    progress("converting", 0, 1)
+    """Request: ``calibration``, ``jobs`` (each ``recipe``, ``network`` in float or QDQ, ``compiled``, the file to write)."""
     core = ov.Core()
-    try:
-        model = core.read_model(request["simplified"])
-    except RuntimeError as exc:
-        raise _refusal(exc) from exc
-    _keep_names(model)
-    progress("converting", 1, 1)
-    if request["precision"] == "int8":
-        samples = SampleFile(request["calibration"])
-        progress("quantizing", 0, 1)
-        dataset = nncf.Dataset([samples[i] for i in range(len(samples))])
-        model = nncf.quantize(
-            model,
-            dataset,
-            preset=nncf.QuantizationPreset(request["options"]["preset"]),
-            subset_size=len(samples),
-            fast_bias_correction=True,
-            ignored_scope=nncf.IgnoredScope(names=_convolutions(model)[: request["options"]["float_first"]]),
-            advanced_parameters=_advanced(nncf, request["method"], request["options"]),
-        )
-        progress("quantizing", 1, 1)
-    with tempfile.TemporaryDirectory() as folder:
-        ov.save_model(model, os.path.join(folder, "model.xml"), compress_to_fp16=False)
-        with zipfile.ZipFile(request["compiled"], "w", zipfile.ZIP_STORED) as archive:
-            for member in _MEMBERS:
-                with open(os.path.join(folder, member), "rb") as stream:
-                    archive.writestr(zipfile.ZipInfo(member, _EPOCH), stream.read())
+    samples = SampleFile(request["calibration"])
+    for number, one in enumerate(request["jobs"]):
+        progress("converting", number, len(request["jobs"]))
+        try:
+            model = core.read_model(one["network"])
+        except RuntimeError as exc:
+            raise _refusal(exc) from exc
+        _keep_names(model)
+        if one["recipe"]["quantizer"] == "nncf":
+            progress("quantizing", number, len(request["jobs"]))
+            model = _by_nncf(model, samples, one["recipe"])
+        _write(model, one["compiled"], half=one["recipe"]["precision"] == "fp16")
+    progress("converting", len(request["jobs"]), len(request["jobs"]))
     return {}
 
 
-def _advanced(nncf: Any, method: str, options: dict[str, Any]) -> Any:
-    """How activation ranges are estimated (NNCF has no entropy method; the target refuses it), and whether weights keep to 7
-    bits, without which pairs of products overflow on x86 before VNNI."""
+def _by_nncf(model: Any, samples: SampleFile, recipe: dict[str, Any]) -> Any:
+    """Its own post-training quantization; it has no entropy method, and the target asks for none."""
+    import nncf
+
     ranges = nncf.quantization.range_estimator.RangeEstimatorParametersSet
     overflow = nncf.quantization.advanced_parameters.OverflowFix
-    return nncf.AdvancedQuantizationParameters(
-        activations_range_estimator_params={"minmax": ranges.MINMAX, "percentile": ranges.MEAN_QUANTILE}[method],
-        overflow_fix=overflow.ENABLE if options["reduce_range"] else overflow.DISABLE,
+    known = {operation.get_friendly_name() for operation in model.get_ordered_ops()}
+    return nncf.quantize(
+        model,
+        nncf.Dataset([samples[i] for i in range(len(samples))]),
+        preset=nncf.QuantizationPreset.MIXED,
+        subset_size=len(samples),
+        fast_bias_correction=True,
+        ignored_scope=nncf.IgnoredScope(names=[name for name in recipe["in_float"] if name in known]),
+        advanced_parameters=nncf.AdvancedQuantizationParameters(
+            activations_range_estimator_params=ranges.MINMAX if recipe["ranges"] == "minmax" else ranges.MEAN_QUANTILE,
+            overflow_fix=overflow.DISABLE if recipe["weights"] == "full" else overflow.ENABLE,
+        ),
     )
 
 
-def _convolutions(model: Any) -> list[str]:
-    kinds = {"Convolution", "GroupConvolution"}
-    return [
-        operation.get_friendly_name() for operation in model.get_ordered_ops() if operation.get_type_name() in kinds
-    ]
+def _write(model: Any, path: str, *, half: bool) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        ov.save_model(model, os.path.join(folder, "model.xml"), compress_to_fp16=half)
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
+            for member in _MEMBERS:
+                with open(os.path.join(folder, member), "rb") as stream:
+                    archive.writestr(zipfile.ZipInfo(member, _EPOCH), stream.read())
 
 
 def _keep_names(model: Any) -> None:

@@ -3,7 +3,7 @@
 ONNX keeps pictures as N x C x H x W, TFLite computes on N x H x W x C. A value therefore carries, beside the shape that ONNX sees,
 an *order*: at place ``i`` of the stored tensor is ONNX's axis ``order[i]``. ONNX's Transpose only renames axes, most reshapes only
 split or join stored neighbours, and an operator asks for the order that it computes in; a TRANSPOSE is written where
-the two differ, and nowhere else (ADR 0007). Axes of size 1 can stand anywhere: moving them moves no bytes.
+the two differ, and nowhere else (ADR 0009). Axes of size 1 can stand anywhere: moving them moves no bytes.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from edgefleet_controller.compile.port import Options, chosen_options, overflows
+from edgefleet_controller.compile.port import Options, chosen_options, quantizing_options
 from edgefleet_controller.manifests import DeviceClassSpec
 from edgefleet_controller.source import ModelVersion
 
@@ -14,11 +14,11 @@ class OnnxruntimeTarget:
     module = "ort"
     engine_package = "onnxruntime"
     precisions = frozenset({"int8", "fp32"})
-    methods = frozenset({"minmax", "percentile", "entropy"})
+    methods = frozenset({"minmax", "percentile", "entropy", "mse"})
+    quantizers = ("edgefleet",)
+    reads_qdq = True
+    ships_onnx = True
     providers = ("CPUExecutionProvider",)
 
     def options(self, device_class: DeviceClassSpec, version: ModelVersion) -> Options:
-        """``reduce_range``: weights keep to 7 bits. ``float_first``: so many leading convolutions stay in float."""
-        return chosen_options(
-            self.name, device_class, version, {"reduce_range": overflows(device_class), "float_first": 0}
-        )
+        return chosen_options(self.name, device_class, version, quantizing_options(device_class))

@@ -5,7 +5,7 @@ ONNX is written as a float .tflite directly and quantized by ai-edge-quantizer: 
 
 from __future__ import annotations
 
-from edgefleet_controller.compile.port import Options, chosen_options
+from edgefleet_controller.compile.port import Options, chosen_options, quantizing_options
 from edgefleet_controller.manifests import DeviceClassSpec
 from edgefleet_controller.source import ModelVersion
 
@@ -17,9 +17,15 @@ class TfliteTarget:
     module = "litert"
     engine_package = "ai_edge_litert"
     precisions = frozenset({"int8", "fp32"})
-    methods = frozenset({"minmax"})
+    methods = frozenset({"minmax", "percentile", "entropy", "mse"})
+    quantizers = ("edgefleet",)
+    reads_qdq = False
+    ships_onnx = False
     providers = ("CPU",)
 
     def options(self, device_class: DeviceClassSpec, version: ModelVersion) -> Options:
-        """``float_first``: so many leading convolutions stay in float. XNNPACK widens products, so nothing overflows."""
-        return chosen_options(self.name, device_class, version, {"float_first": 0})
+        """Weights have 8 bits always, one scale per channel: XNNPACK widens products, so nothing overflows."""
+        known = quantizing_options(device_class)
+        return chosen_options(
+            self.name, device_class, version, {name: known[name] for name in ("float_first", "scope", "correct_bias")}
+        )

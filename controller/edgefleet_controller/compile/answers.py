@@ -1,0 +1,140 @@
+"""Stage 2, compile: answers. Pure: receives raw outputs, hands on what an application would say: a class, boxes, a line of text.
+
+Quality is judged on these, at the application's own threshold, because that is what its users see: a class that changed, a box that
+is gone, a word that runs into the next one. Sources: YOLOv3's head as in Redmon 2018, section 2; greedy CTC as in Graves 2006.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from edgefleet_controller.source import BoxDecoding, ModelVersion
+
+Array = npt.NDArray[Any]
+BLANK = 0
+SAME_PIXELS = 0.95  # of a segmented picture that must agree for the picture to
+
+
+class Box(NamedTuple):
+    """Corners in the input's pixels, score, class."""
+
+    left: float
+    top: float
+    right: float
+    bottom: float
+    score: float
+    kind: int
+
+
+def classes(outputs: Array) -> Array:
+    """The largest of the last axis; -1 where a value is not a number. Shape N x ...; integers."""
+    finite = np.isfinite(outputs).all(axis=-1)
+    found: Array = np.where(finite, np.argmax(np.nan_to_num(outputs), axis=-1), -1)
+    return found.reshape(len(outputs), -1)
+
+
+def lines(outputs: Array, characters: tuple[str, ...]) -> list[str]:
+    """Lines of text by greedy CTC: repeats collapse, then blanks go. Spaces stay, but for those at the ends.
+
+    Args:
+        outputs: N x steps x classes.
+    """
+    found = []
+    for steps in np.argmax(outputs, axis=-1):
+        kept = [int(c) for i, c in enumerate(steps) if c != BLANK and (i == 0 or c != steps[i - 1])]
+        found.append("".join(characters[c - 1] for c in kept).strip())
+    return found
+
+
+def boxes(outputs: dict[str, Array], version: ModelVersion) -> list[list[Box]]:
+    """Boxes of each picture above the application's threshold, best first."""
+    told = version.detection
+    assert told is not None
+    arrays = [outputs[spec.name] for spec in version.outputs]
+    count = len(arrays[0])
+    size = _input_size(version)
+    found = []
+    for i in range(count):
+        one = [np.nan_to_num(a[i], nan=-1e9, posinf=1e9, neginf=-1e9).astype(np.float64) for a in arrays]
+        corners, scores = _yolo(one, told, size) if told.decoder == "yolov3" else (one[0], one[1])
+        found.append(_suppressed(corners, scores, told))
+    return found
+
+
+def matched(have: list[Box], want: list[Box], least_iou: float) -> int:
+    """How many boxes are in both: same class, overlap enough, each used once, best scores first."""
+    free, count = list(want), 0
+    for box in have:
+        near = [
+            (float(_iou(np.array([box[:4]]), np.array([other[:4]]))[0]), other)
+            for other in free
+            if other.kind == box.kind
+        ]
+        best = max(near, default=None, key=lambda pair: pair[0])
+        if best is not None and best[0] >= least_iou:
+            free.remove(best[1])
+            count += 1
+    return count
+
+
+def pixels_alike(have: Array, want: Array) -> Array:
+    """Share of pixels with the same class per picture. Args: N x classes x rows x columns."""
+    same = np.argmax(have, axis=1) == np.argmax(want, axis=1)
+    same &= np.isfinite(have).all(axis=1)
+    found: Array = same.reshape(len(same), -1).mean(axis=1)
+    return found
+
+
+def _input_size(version: ModelVersion) -> tuple[int, int]:
+    shape = version.inputs[0].shape
+    nchw = version.encoding is None or version.encoding.layout == "NCHW"
+    return (shape[2], shape[3]) if nchw else (shape[1], shape[2])
+
+
+def _yolo(outputs: list[Array], told: BoxDecoding, size: tuple[int, int]) -> tuple[Array, Array]:
+    """(N x 4 corners, N x classes scores) of one picture, over all scales."""
+    corners, scores = [], []
+    for output, mask in zip(outputs, told.masks, strict=True):
+        rows, columns = output.shape[1:]
+        head = output.reshape(len(mask), -1, rows, columns)
+        y, x = np.mgrid[:rows, :columns]
+        anchors = np.array([told.anchors[number] for number in mask])
+        cx = (_sigmoid(head[:, 0]) + x) / columns * size[1]
+        cy = (_sigmoid(head[:, 1]) + y) / rows * size[0]
+        w, h = (np.exp(np.clip(head[:, 2 + i], -10, 10)) * anchors[:, i, None, None] / 2 for i in (0, 1))
+        corners.append(np.stack([cx - w, cy - h, cx + w, cy + h], axis=-1).reshape(-1, 4))
+        likely = _sigmoid(head[:, 4:5]) * _sigmoid(head[:, 5:])
+        scores.append(likely.transpose(0, 2, 3, 1).reshape(-1, head.shape[1] - 5))
+    return np.concatenate(corners), np.concatenate(scores)
+
+
+def _suppressed(corners: Array, scores: Array, told: BoxDecoding) -> list[Box]:
+    """Non-maximum suppression within each class."""
+    kinds, best = scores.argmax(axis=1), scores.max(axis=1)
+    kept: list[Box] = []
+    for kind in np.unique(kinds[best >= told.threshold]):
+        left = np.flatnonzero((best >= told.threshold) & (kinds == kind))
+        left = left[np.argsort(-best[left], kind="stable")]
+        while left.size:
+            first, left = left[0], left[1:]
+            x0, y0, x1, y1 = (float(v) for v in corners[first])
+            kept.append(Box(x0, y0, x1, y1, float(best[first]), int(kind)))
+            left = left[_iou(corners[first][None], corners[left]) < told.nms_iou]
+    return sorted(kept, key=lambda box: -box.score)
+
+
+def _iou(one: Array, many: Array) -> Array:
+    """Overlap of one box (1 x 4) with many (N x 4): intersection over union."""
+    low, high = np.maximum(one[:, :2], many[:, :2]), np.minimum(one[:, 2:], many[:, 2:])
+    shared = np.prod(np.clip(high - low, 0, None), axis=1)
+    areas = [np.prod(np.clip(b[:, 2:] - b[:, :2], 0, None), axis=1) for b in (one, many)]
+    found: Array = shared / np.maximum(areas[0] + areas[1] - shared, 1e-9)
+    return found
+
+
+def _sigmoid(x: Array) -> Array:
+    found: Array = 1 / (1 + np.exp(-np.clip(x, -50, 50)))
+    return found

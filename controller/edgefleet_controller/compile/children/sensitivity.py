@@ -1,0 +1,142 @@
+"""Stage 2, compile: which layers suffer from int8. Receives a float network, statistics and samples, hands on noise per layer.
+
+Each unit is quantized alone, everything else stays float, and the noise that this puts on the outputs is its own (Wu et al. 2020,
+"Integer quantization for deep learning inference", section 6). Noise powers of independent layers add up, so that leaving a set
+of units in float removes about the sum of theirs. A unit is one weighted operator, or all operators of one other kind together: softmax
+and the like stand or fall as a kind.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+from onnx import helper, numpy_helper
+
+from . import job
+from .measure import Array
+from .statistics import Statistics
+from .weights import LEVELS, PASSIVE, WEIGHTED, axis_of, channel_scales, rounded
+
+
+def measure(
+    model: onnx.ModelProto,
+    statistics: Statistics,
+    feeds: list[dict[str, Array]],
+    recipe: dict[str, Any],
+    progress: job.Progress,
+) -> list[dict[str, Any]]:
+    """One entry per unit, in order of the network: ``nodes``, ``kind``, ``noise`` (power that it puts on the outputs, relative to theirs),
+    ``weight_bytes`` (that stay when it stays float)."""
+    units = _units(model)
+    references = _outputs(model, feeds)
+    power = [float(np.sum(value.astype(np.float64) ** 2)) or 1.0 for value in references]
+    constants = {i.name: i for i in model.graph.initializer}
+    found = []
+    for number, (kind, nodes) in enumerate(units):
+        progress("sensitivity of layers", number, len(units))
+        outputs = _outputs(_only(model, nodes, statistics, recipe), feeds)
+        noise = [float(np.sum((a.astype(np.float64) - b) ** 2)) for a, b in zip(outputs, references, strict=True)]
+        relative = max(n / p for n, p in zip(noise, power, strict=True))
+        size = sum(
+            4 * int(np.prod(constants[name].dims)) for node in nodes for name in node.input[1:2] if name in constants
+        )
+        found.append({
+            "nodes": [node.name for node in nodes], "kind": kind, "weight_bytes": size if kind in WEIGHTED else 0,
+            "noise": relative if np.isfinite(relative) else 1e9,
+        })  # fmt: skip
+    progress("sensitivity of layers", len(units), len(units))
+    return found
+
+
+def _units(model: onnx.ModelProto) -> list[tuple[str, list[onnx.NodeProto]]]:
+    constants = {i.name for i in model.graph.initializer}
+    weighted, kinds = [], dict[str, list[onnx.NodeProto]]()
+    for node in model.graph.node:
+        if node.op_type in WEIGHTED and len(node.input) > 1 and node.input[1] in constants:
+            weighted.append((node.op_type, [node]))
+        elif node.op_type not in PASSIVE:
+            kinds.setdefault(node.op_type, []).append(node)
+    return weighted + list(kinds.items())
+
+
+def _only(
+    model: onnx.ModelProto, nodes: Sequence[onnx.NodeProto], statistics: Statistics, recipe: dict[str, Any]
+) -> onnx.ModelProto:
+    """The network with these nodes' weights and inputs, and what no other node rounds of their outputs, rounded to 8 bits."""
+    own = onnx.ModelProto()
+    own.CopyFrom(model)
+    wanted = {node.name for node in nodes}
+    constants = {i.name: i for i in own.graph.initializer}
+    ranges = statistics["ranges"]
+    rounder = _Rounder(own, {name: methods[recipe["ranges"]] for name, methods in ranges.items()})
+    outputs = {output.name for output in own.graph.output}
+    kept = list(own.graph.node)
+    del own.graph.node[:]
+    for node in kept:
+        if node.name not in wanted:
+            own.graph.node.append(node)
+            continue
+        for place, name in enumerate(node.input):
+            tensor = constants.get(name)
+            if tensor is None:
+                node.input[place] = rounder.before(name)
+            elif place == 1 and node.op_type in WEIGHTED and tensor.data_type == onnx.TensorProto.FLOAT:
+                weight = numpy_helper.to_array(tensor)
+                axis = axis_of(node)
+                values = rounded(weight, channel_scales(weight, axis, recipe["weights"]), axis)
+                copy = numpy_helper.from_array(values.astype(np.float32), f"{name}/rounded")
+                own.graph.initializer.append(copy)
+                node.input[place] = copy.name
+        # A weighted operator's output is rounded where it is read, after the activation that is fused into it.
+        made = [n for n in node.output if n in ranges and (n in outputs or node.op_type not in WEIGHTED)]
+        node.output[:] = [f"{name}/exact" if name in made else name for name in node.output]
+        own.graph.node.append(node)
+        for name in made:
+            rounder.pair(f"{name}/exact", name, of=name)
+    return own
+
+
+class _Rounder:
+    """Puts QuantizeLinear and DequantizeLinear around single tensors."""
+
+    def __init__(self, model: onnx.ModelProto, ranges: dict[str, list[float]]) -> None:
+        self._graph, self._ranges = model.graph, ranges
+        self._done: dict[str, str] = {}
+
+    def before(self, name: str) -> str:
+        """The rounded form of a tensor that exists already; itself where it is not float."""
+        if name not in self._ranges:
+            return name
+        if name not in self._done:
+            self.pair(name, f"{name}/rounded", of=name)
+            self._done[name] = f"{name}/rounded"
+        return self._done[name]
+
+    def pair(self, source: str, target: str, of: str) -> None:
+        """``target`` becomes ``source`` rounded, over the range of ``of``."""
+        low, high = self._ranges[of]
+        scale = max((high - low) / LEVELS, 1e-12)
+        stem = f"{target}/q"
+        self._graph.initializer.extend([
+            numpy_helper.from_array(np.float32(scale), f"{stem}/scale"),
+            numpy_helper.from_array(np.uint8(np.clip(np.round(-low / scale), 0, LEVELS)), f"{stem}/zero"),
+        ])  # fmt: skip
+        for op, x, y in (("QuantizeLinear", source, stem), ("DequantizeLinear", stem, target)):
+            self._graph.node.append(
+                helper.make_node(op, [x, f"{stem}/scale", f"{stem}/zero"], [y], name=f"{target}/{op}")
+            )
+
+
+def _outputs(model: onnx.ModelProto, feeds: list[dict[str, Array]]) -> list[Array]:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    # Only the basic passes: the others would fuse the roundings into int8 kernels and cost more than these few runs.
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    rows = [session.run(None, feed) for feed in feeds]
+    return [np.concatenate([np.asarray(row[i], np.float32) for row in rows]) for i in range(len(rows[0]))]

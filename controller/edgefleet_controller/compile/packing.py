@@ -1,0 +1,144 @@
+"""Stage 2, compile: packing. Receives a compiled model with its figures, hands on the OCI artifact.
+
+Only what repeats exactly goes in (agreement, noise, sizes), so that the same inputs give the same digest; times are kept beside it (ADR 0004).
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import msgspec
+from edgefleet_shared import golden
+from edgefleet_shared.artifact import (
+    GOLDEN_LAYER,
+    LABELS_LAYER,
+    MLBOM_LAYER,
+    MODEL_LAYER,
+    PROVENANCE_LAYER,
+    QUALITY_LAYER,
+    SCHEMA,
+    Descriptor,
+    Layout,
+    ModelConfig,
+    PowerProfile,
+    build,
+    digest_file,
+)
+from edgefleet_shared.contract import AcceptanceContract, ShadowPlan
+from edgefleet_shared.fingerprint import Requirement
+from safetensors.numpy import load, load_file
+
+from edgefleet_controller.compile import provenance
+from edgefleet_controller.compile.port import Target
+from edgefleet_controller.compile.search import Trial
+from edgefleet_controller.compile.steps import MAX_BLOB_BYTES
+from edgefleet_controller.compile.toolchains import Toolchain
+from edgefleet_controller.manifests import DeviceClass
+from edgefleet_controller.source import ModelVersion
+
+
+def pack(
+    version: ModelVersion, device_class: DeviceClass, target: Target, toolchain: Toolchain, layout: Layout,
+    trial: Trial, model: Path, answers: Path,
+) -> Descriptor:  # fmt: skip
+    """Write the artifact.
+
+    Args:
+        model: the compiled model.
+        answers: the float model's to the golden samples (safetensors, by output name).
+    """
+    digest = digest_file(model)
+    inputs = load(layout.read(version.golden.digest, MAX_BLOB_BYTES))
+    labels: list[tuple[str, bytes | Path]] = (
+        [(LABELS_LAYER, msgspec.json.encode(version.labels))] if version.labels else []
+    )
+    layers: list[tuple[str, bytes | Path]] = [
+        (MODEL_LAYER, model),
+        *labels,
+        (GOLDEN_LAYER, golden.pack(inputs, load_file(answers))),
+        (QUALITY_LAYER, _quality(trial, device_class)),
+        (PROVENANCE_LAYER, provenance.statement(version, device_class, target, toolchain, trial.recipe, trial.key, digest)),
+        (MLBOM_LAYER, provenance.ml_bom(version, device_class, toolchain, digest)),
+    ]  # fmt: skip
+    return build(layout, _config(version, device_class, target, trial.recipe.precision), layers)
+
+
+def _quality(trial: Trial, device_class: DeviceClass) -> bytes:
+    figures = trial.figures
+    report = {
+        "samples": figures.samples,
+        "agreement": figures.agreement,
+        "agreement_interval": [figures.agreement_low, figures.agreement_high],
+        "shares": msgspec.to_builtins(figures.shares),
+        "cosine": figures.cosine,
+        "sqnr_db": figures.sqnr_db,
+        "sqnr_db_by_output": figures.sqnr_db_by_output,
+        "float_bytes": figures.float_bytes,
+        "compiled_bytes": figures.compiled_bytes,
+        "engine": figures.engine,
+        "engine_version": figures.engine_version,
+        "recipe": trial.recipe.as_dict(),
+        "budget_agreement": device_class.spec.accuracy.min_agreement,
+    }
+    return json.dumps(report, sort_keys=True).encode()
+
+
+def _config(version: ModelVersion, device_class: DeviceClass, target: Target, precision: str) -> ModelConfig:
+    spec = device_class.spec
+    return ModelConfig(
+        schema=SCHEMA,
+        model=version.model,
+        version=version.version,
+        device_class=device_class.name,
+        engine=target.engine,
+        precision=precision,
+        inputs=version.inputs,
+        outputs=version.outputs,
+        requires=Requirement(
+            arch=spec.arch,
+            engine=spec.engine,
+            engine_version=spec.engine_version,
+            cpu_features=tuple(sorted(spec.cpu_features)),
+            memory_bytes=spec.budgets.memory_bytes,
+        ),
+        contract=contract(version, device_class, target),
+        encoding=version.encoding,
+        swap=spec.swap,
+        power=PowerProfile(governor=spec.power.governor or "", max_clock_mhz=spec.power.max_clock_mhz or 0),
+    )
+
+
+def contract(version: ModelVersion, device_class: DeviceClass, target: Target) -> AcceptanceContract:
+    """What a board must show: from the manifests alone, never from what was measured of this very model."""
+    limits, own, budgets = version.acceptance, device_class.spec.acceptance, device_class.spec.budgets
+    return AcceptanceContract(
+        # A board compares values; it decodes no boxes, lines or pixels.
+        kind="classification" if version.output_kind == "classification" else "raw",
+        min_agreement=limits.min_agreement if own.min_agreement is None else own.min_agreement,
+        min_cosine=limits.min_cosine if own.min_cosine is None else own.min_cosine,
+        tolerance_abs=limits.tolerance_abs,
+        tolerance_rel=limits.tolerance_rel,
+        latency_p95_ms=budgets.latency_p95_ms,
+        peak_memory_bytes=budgets.memory_bytes,
+        allowed_providers=tuple(own.allowed_providers or target.providers),
+        max_celsius=own.max_celsius,
+        max_watts=budgets.power_watts,
+        min_golden=min(limits.min_golden if own.min_golden is None else own.min_golden, version.golden.count),
+        warmup_runs=own.warmup_runs,
+        timed_runs=own.timed_runs,
+        time_limit_s=own.time_limit_s,
+        shadow=_shadow(device_class),
+    )
+
+
+def _shadow(device_class: DeviceClass) -> ShadowPlan:
+    asked = device_class.spec.shadow
+    if asked is None:
+        return ShadowPlan()
+    return ShadowPlan(
+        requests=asked.requests,
+        min_agreement=asked.min_agreement,
+        max_latency_ratio=asked.max_latency_ratio,
+        time_limit_s=asked.time_limit_s,
+    )

@@ -1,0 +1,60 @@
+"""Stage 2, compile: recipes. One way to make a compiled model out of a network, as data: what the search varies and the cache is keyed by."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+OWN = "edgefleet"  # the quantizer of compile/children, as opposed to a toolchain's own
+
+
+class Recipe(msgspec.Struct, frozen=True, kw_only=True):
+    """How to compile.
+
+    ``ranges``: how activation ranges come from calibration (minmax, percentile, mse, entropy). ``weights``: ``full`` 8 bits,
+    ``pairs`` 8 bits without neighbours that overflow on x86 before VNNI, ``reduced`` 7 bits. ``granularity``: weight scales per
+    ``channel`` or per ``tensor``. ``scope``: ``all`` operators that the engine has in int8, or ``weighted`` ones only (convolutions
+    and matrix products). ``in_float``: nodes that stay in float, by name.
+    """
+
+    precision: str = "int8"
+    quantizer: str = OWN
+    ranges: str = "minmax"
+    weights: str = "full"
+    granularity: str = "channel"
+    scope: str = "all"
+    correct_bias: bool = True
+    in_float: tuple[str, ...] = ()
+
+    def as_dict(self) -> dict[str, Any]:
+        """As the children take it."""
+        found: dict[str, Any] = msgspec.to_builtins(self)
+        return found
+
+    @property
+    def needs_histograms(self) -> bool:
+        return self.precision == "int8" and self.ranges != "minmax"
+
+    def told(self) -> str:
+        """In words, for people: what differs from the plain way."""
+        if self.precision != "int8":
+            return self.precision
+        parts = ["int8", self.ranges]
+        if self.quantizer != OWN:
+            parts.append(f"by {self.quantizer}")
+        if self.weights != "full":
+            parts.append(f"weights {self.weights}")
+        if self.granularity != "channel":
+            parts.append(f"per {self.granularity}")
+        if self.scope != "all":
+            parts.append("weighted operators only")
+        if not self.correct_bias:
+            parts.append("biases as they were")
+        if self.in_float:
+            parts.append(f"{len(self.in_float)} nodes in float")
+        return ", ".join(parts)
+
+
+FLOAT = Recipe(precision="fp32", correct_bias=False)
+HALF = Recipe(precision="fp16", correct_bias=False)

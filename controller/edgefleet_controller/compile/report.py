@@ -1,0 +1,159 @@
+"""Stage 2, compile: the report. Receives what was tried and chosen, hands on two blobs: JSON for programs, a page for people.
+
+Both lie beside the artifact, not in it: they hold times (ADR 0004). The page is one file without scripts or outside references
+(:mod:`.report_page`); pictures whose answer changed are in it, small.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import msgspec
+from edgefleet_shared.artifact import Layout
+from safetensors.numpy import load
+
+from edgefleet_controller.compile import answers, report_page
+from edgefleet_controller.compile.port import Figures
+from edgefleet_controller.compile.search import Choice, Trial
+from edgefleet_controller.compile.steps import MAX_BLOB_BYTES, Measured
+from edgefleet_controller.manifests import DeviceClass
+from edgefleet_controller.source import ModelVersion
+
+SCHEMA = 1
+MOST_CHANGED = 200  # samples told one by one; the counts are of all
+
+
+class Written(NamedTuple):
+    """Digests of the report as JSON and as HTML."""
+
+    report: str
+    page: str
+
+
+def write(
+    version: ModelVersion, device_class: DeviceClass, choice: Choice, final: Measured, references: dict[str, Any],
+    layout: Layout,
+) -> Written:  # fmt: skip
+    """Store both forms.
+
+    Args:
+        final: what was chosen, measured alone, with its outputs.
+        references: the float model's outputs for the held-out samples.
+    """
+    report = build(version, device_class, choice, final, references)
+    pictures = _pictures(version, layout, [c["sample"] for c in report["changed"]["samples"]])
+    return Written(
+        layout.put(json.dumps(report, sort_keys=True).encode()).digest,
+        layout.put(report_page.render(report, pictures).encode()).digest,
+    )
+
+
+def build(
+    version: ModelVersion, device_class: DeviceClass, choice: Choice, final: Measured, references: dict[str, Any]
+) -> dict[str, Any]:
+    """The report as JSON holds it."""
+    trial = final.trial
+    front = _front([t.figures for t in choice.trials])
+    return {
+        "schema": SCHEMA,
+        "model": version.model,
+        "version": version.version,
+        "class": device_class.name,
+        "kind": version.output_kind,
+        "engine": trial.figures.engine,
+        "engine_version": trial.figures.engine_version,
+        "key": trial.key,
+        "recipe": trial.recipe.as_dict(),
+        "told": trial.recipe.told(),
+        "why": choice.why,
+        "fits": choice.chosen is not None and not trial.misses,
+        "misses": list(trial.misses),
+        "budgets": {
+            "min_agreement": device_class.spec.accuracy.min_agreement,
+            "max_loss": device_class.spec.accuracy.max_loss,
+            **device_class.spec.budgets.model_dump(),
+            "prefer": device_class.spec.search.prefer,
+        },
+        "figures": msgspec.to_builtins(trial.figures),
+        "candidates": [
+            _candidate(t, chosen=t.recipe == trial.recipe, on_front=on)
+            for t, on in zip(choice.trials, front, strict=True)
+        ],
+        "layers": [msgspec.to_builtins(unit) for unit in sorted(choice.sensitivity, key=lambda u: -u.noise)],
+        "in_float": list(trial.recipe.in_float),
+        "changed": _changed(version, final, references),
+    }
+
+
+def _candidate(trial: Trial, *, chosen: bool, on_front: bool) -> dict[str, Any]:
+    figures = msgspec.to_builtins(trial.figures)
+    return {
+        "recipe": trial.recipe.as_dict(), "told": trial.recipe.told(), "misses": list(trial.misses), "died": trial.died,
+        "chosen": chosen, "on_front": on_front, "key": trial.key, "figures": figures,
+    }  # fmt: skip
+
+
+def _front(figures: Sequence[Figures]) -> list[bool]:
+    """Which are on the front of accuracy, latency and bytes: no other is as good in all three and better in one."""
+    points = [
+        (-(f.agreement or 0.0), -(f.sqnr_db or 0.0), f.p50_ms if f.p50_ms is not None else 0.0, f.compiled_bytes)
+        for f in figures
+    ]
+    measured = [f.agreement is not None for f in figures]
+
+    def beaten(i: int) -> bool:
+        return any(
+            measured[j] and points[j] != points[i] and all(a <= b for a, b in zip(points[j], points[i], strict=True))
+            for j in range(len(points))
+        )
+
+    return [ok and not beaten(i) for i, ok in enumerate(measured)]
+
+
+def _changed(version: ModelVersion, final: Measured, references: dict[str, Any]) -> dict[str, Any]:
+    """Samples that got another answer than the float model's, and how often each answer became which."""
+    if not final.outputs:
+        return {"count": None, "samples": [], "confusion": []}
+    # Decoding is per sample: only those that changed are decoded again.
+    rows = list(final.changed)
+    have, want = ({name: array[rows] for name, array in side.items()} for side in (final.outputs, references))
+    pairs = list(zip(_said(have, version), _said(want, version), strict=True)) if rows else []
+    counts = Counter((was, now) for now, was in pairs)
+    samples = [
+        {"sample": row, "float": was, "compiled": now} | ({"truth": version.truth[row]} if version.truth else {})
+        for row, (now, was) in zip(rows[:MOST_CHANGED], pairs[:MOST_CHANGED], strict=True)
+    ]
+    confusion = [{"float": was, "compiled": now, "count": n} for (was, now), n in counts.most_common(50)]
+    return {"count": len(rows), "samples": samples, "confusion": confusion}
+
+
+def _said(outputs: dict[str, Any], version: ModelVersion) -> list[str]:
+    """Each sample's answer in words."""
+
+    def label(number: int) -> str:
+        return version.labels[number] if 0 <= number < len(version.labels) else str(number)
+
+    name = version.outputs[0].name
+    match version.output_kind:
+        case "classification":
+            return [" ".join(label(int(c)) for c in row[:16]) for row in answers.classes(outputs[name])]
+        case "text":
+            return answers.lines(outputs[name], version.characters)
+        case "detection":
+            found = answers.boxes(outputs, version)
+            return [", ".join(f"{label(b.kind)} {b.score:.2f}" for b in one) or "nothing" for one in found]
+        case _:
+            return ["another" for _ in range(len(outputs[name]))]
+
+
+def _pictures(version: ModelVersion, layout: Layout, rows: list[int]) -> dict[int, Any]:
+    """The held-out pictures of these rows, uint8 H x W x C; none where the samples are tensors."""
+    if version.encoding is None or not rows:
+        return {}
+    (array,) = load(layout.read(version.holdout.digest, MAX_BLOB_BYTES)).values()
+    if array.dtype != "uint8" or array.ndim != 4:
+        return {}
+    return {row: array[row] for row in rows[: report_page.MOST_PICTURES]}

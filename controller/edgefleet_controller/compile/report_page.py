@@ -1,0 +1,202 @@
+"""Stage 2, compile: the report's page. Pure: receives the report as JSON holds it and pictures, hands on one self-contained HTML file.
+
+Plots are inline SVG, pictures inline PNG; no script, no font, no address.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+from html import escape
+from typing import Any
+
+from PIL import Image
+
+MOST_PICTURES = 24
+MOST_LAYERS = 40
+THUMBNAIL = 112  # pixels
+WIDTH, HEIGHT, LEFT, BOTTOM = 640, 300, 60, 40
+_STYLE = """
+body{font:15px/1.5 system-ui,sans-serif;color:#1c2430;margin:2em auto;max-width:60em;padding:0 1em}
+h1{font-size:1.5em;margin:0 0 .2em}h2{font-size:1.1em;margin:2em 0 .5em}
+table{border-collapse:collapse;width:100%}td,th{padding:.25em .6em;border-bottom:1px solid #dfe4ea;text-align:left;vertical-align:top}
+td.n,th.n{text-align:right;font-variant-numeric:tabular-nums}tr.chosen{background:#e7f4ea}.bad{color:#a4262c}.good{color:#1a7f37}
+.grid{display:flex;flex-wrap:wrap;gap:.8em}.grid figure{margin:0;width:128px;font-size:.8em}.grid img{image-rendering:auto}
+svg text{font:12px system-ui,sans-serif;fill:#1c2430}.mute{color:#5b6673}
+"""
+
+
+def render(report: dict[str, Any], pictures: dict[int, Any]) -> str:
+    """The page.
+
+    Args:
+        pictures: by sample, uint8 H x W x C, of samples that changed.
+    """
+    title = f"{report['model']} {report['version']} for {report['class']}"
+    verdict = (
+        "<b class=good>fits all budgets</b>"
+        if report["fits"]
+        else f"<b class=bad>misses: {escape('; '.join(report['misses']) or report['why'])}</b>"
+    )
+    parts = [
+        f"<!doctype html><html lang=en><meta charset=utf-8><title>{escape(title)}</title><style>{_STYLE}</style>",
+        f"<h1>{escape(title)}</h1><p>{escape(report['engine'])} {escape(report['engine_version'])} · {verdict}<br>",
+        f"<span class=mute>{escape(report['why'])}</span></p>",
+        "<h2>Figures</h2>" + _figures(report),
+        "<h2>Candidates: accuracy, latency, bytes</h2>" + _front_plot(report) + _candidates(report),
+        "<h2>Noise of each layer in int8</h2>" + _layers(report),
+        "<h2>Changed answers</h2>" + _changed(report, pictures),
+        f"<p class=mute>key {escape(report['key'])}</p></html>",
+    ]
+    return "\n".join(parts)
+
+
+def _figures(report: dict[str, Any]) -> str:
+    figures = report["figures"]
+    rows = [("agreement with the float model", _share(figures, "agreement"))]
+    rows += [(name.replace("_", " "), _told_share(s)) for name, s in sorted(figures["shares"].items())]
+    rows += [(f"noise of output {name}", f"{db:.1f} dB below it") for name, db in figures["sqnr_db_by_output"].items()]
+    rows += [
+        (
+            "bytes",
+            f"{figures['compiled_bytes']:,} (float {figures['float_bytes']:,}, {figures['float_bytes'] / figures['compiled_bytes']:.2f} times)",
+        ),
+        ("latency p50 / p95", _times(figures)),
+        ("peak memory", _or(figures["peak_memory_bytes"], lambda v: f"{v / 1e6:.0f} MB")),
+    ]
+    return "<table>" + "".join(f"<tr><td>{escape(n)}<td class=n>{escape(v)}" for n, v in rows) + "</table>"
+
+
+def _times(figures: dict[str, Any]) -> str:
+    if figures["p50_ms"] is None:
+        return "unmeasured here; the board's acceptance decides"
+    return (
+        f"{figures['p50_ms']:.2f} / {figures['p95_ms']:.2f} ms (float {figures['float_p50_ms']:.2f} / {figures['float_p95_ms']:.2f}, "
+        f"{figures['float_p50_ms'] / figures['p50_ms']:.2f} times as fast)"
+    )
+
+
+def _share(figures: dict[str, Any], name: str) -> str:
+    if figures[name] is None:
+        return "unmeasured"
+    return f"{figures[name]:.4f} [{figures[f'{name}_low']:.4f}, {figures[f'{name}_high']:.4f}] of {figures['samples']} samples"
+
+
+def _told_share(share: dict[str, Any]) -> str:
+    return f"{share['value']:.4f} [{share['low']:.4f}, {share['high']:.4f}], {share['count']} of {share['of']}"
+
+
+def _or(value: Any, told: Any) -> str:
+    return "unmeasured" if value is None else str(told(value))
+
+
+def _candidates(report: dict[str, Any]) -> str:
+    head = "<tr><th>candidate<th class=n>agreement<th class=n>noise dB<th class=n>bytes<th class=n>p50 ms<th>front<th>misses"
+    rows = []
+    for one in report["candidates"]:
+        f = one["figures"]
+        cells = [
+            _or(f["agreement"], lambda v: f"{v:.4f}"), _or(f["sqnr_db"], lambda v: f"{v:.1f}"), f"{f['compiled_bytes']:,}",
+            _or(f["p50_ms"], lambda v: f"{v:.2f}"),
+        ]  # fmt: skip
+        numbers = "".join(f"<td class=n>{cell}" for cell in cells)
+        rows.append(
+            f"<tr{' class=chosen' if one['chosen'] else ''}><td>{escape(one['told'])}{numbers}<td>{'●' if one['on_front'] else ''}"
+            f"<td class=bad>{escape('; '.join(one['misses']))}"
+        )
+    return f"<table>{head}{''.join(rows)}</table>"
+
+
+def _front_plot(report: dict[str, Any]) -> str:
+    """Latency across (bytes, where times are unmeasured), noise up, the radius as the bytes."""
+    shown = [c for c in report["candidates"] if c["figures"]["sqnr_db"] is not None]
+    timed = all(c["figures"]["p50_ms"] is not None for c in shown)
+    if len(shown) < 2:
+        return "<p class=mute>One candidate only: nothing to draw.</p>"
+    across = [c["figures"]["p50_ms"] if timed else c["figures"]["compiled_bytes"] / 1e6 for c in shown]
+    up = [c["figures"]["agreement"] for c in shown]
+    x, y = _scale(across, LEFT, WIDTH - 20), _scale(up, HEIGHT - BOTTOM, 20)
+    most = max(c["figures"]["compiled_bytes"] for c in shown)
+    marks = "".join(
+        f"<circle cx={x(a):.1f} cy={y(b):.1f} r={3 + 9 * math.sqrt(c['figures']['compiled_bytes'] / most):.1f} "
+        f"fill='{'#1a7f37' if c['chosen'] else '#3b6fb6' if c['on_front'] else '#b6bfca'}' fill-opacity=.7>"
+        f"<title>{escape(c['told'])}: agreement {b:.4f}, {c['figures']['compiled_bytes']:,} bytes</title></circle>"
+        for c, a, b in zip(shown, across, up, strict=True)
+    )
+    axes = _axes(across, up, x, y, "p50 ms" if timed else "MB", "agreement")
+    return (
+        f"<svg viewBox='0 0 {WIDTH} {HEIGHT}' width=100% role=img aria-label='candidates'>{axes}{marks}</svg>"
+        "<p class=mute>Green: shipped. Blue: on the front. The larger, the more bytes.</p>"
+    )
+
+
+def _scale(values: list[float], low: float, high: float) -> Any:
+    a, b = min(values), max(values)
+    pad = (b - a) * 0.06 or max(abs(a) * 0.06, 1e-6)
+    return lambda v: low + (v - a + pad) / (b - a + 2 * pad) * (high - low)
+
+
+def _axes(across: list[float], up: list[float], x: Any, y: Any, name_x: str, name_y: str) -> str:
+    floor = HEIGHT - BOTTOM
+    parts = [f"<path d='M{LEFT},10V{floor}H{WIDTH - 10}' fill=none stroke='#8894a2'/>"]
+    for value in (min(across), max(across)):
+        parts.append(f"<text x={x(value):.1f} y={floor + 16} text-anchor=middle>{value:.3g}</text>")
+    for value in sorted({min(up), max(up)}):
+        parts.append(f"<text x={LEFT - 6} y={y(value) + 4:.1f} text-anchor=end>{value:.3f}</text>")
+    parts.append(f"<text x={WIDTH / 2} y={HEIGHT - 6} text-anchor=middle>{name_x}</text><text x=4 y=14>{name_y}</text>")
+    return "".join(parts)
+
+
+def _layers(report: dict[str, Any]) -> str:
+    layers = report["layers"][:MOST_LAYERS]
+    if not layers:
+        return (
+            "<p class=mute>Not measured: the plain candidate was good enough, or the search was told not to look.</p>"
+        )
+    kept = set(report["in_float"])
+    db = [10 * math.log10(max(unit["noise"], 1e-12)) for unit in layers]
+    low = min(db) - 3
+    rows = []
+    for place, (unit, value) in enumerate(zip(layers, db, strict=True)):
+        name = unit["nodes"][0] if len(unit["nodes"]) == 1 else f"{unit['kind']} x {len(unit['nodes'])}"
+        colour = "#1a7f37" if set(unit["nodes"]) <= kept else "#3b6fb6"
+        length = max(1.0, (value - low) / max(max(db) - low, 1e-6) * 330)
+        rows.append(
+            f"<text x=250 y={place * 18 + 14} text-anchor=end>{escape(name[-38:])}</text>"
+            f"<rect x=256 y={place * 18 + 4} width={length:.1f} height=12 fill='{colour}'/>"
+            f"<text x={262 + length:.1f} y={place * 18 + 14}>{value:.1f} dB</text>"
+        )
+    return (
+        f"<svg viewBox='0 0 {WIDTH} {len(layers) * 18 + 8}' width=100% role=img aria-label='noise by layer'>{''.join(rows)}</svg>"
+        "<p class=mute>Noise on the outputs when that layer alone is int8. Green: left in float.</p>"
+    )
+
+
+def _changed(report: dict[str, Any], pictures: dict[int, Any]) -> str:
+    changed = report["changed"]
+    if changed["count"] is None:
+        return "<p class=bad>The engine died; there are no answers.</p>"
+    if not changed["count"]:
+        return "<p class=good>None.</p>"
+    rows = "".join(
+        f"<tr><td>{escape(c['float'])}<td>{escape(c['compiled'])}<td class=n>{c['count']}" for c in changed["confusion"]
+    )
+    figures = "".join(
+        f"<figure><img alt='' width={THUMBNAIL} src='{_png(pictures[s['sample']])}'><figcaption>no. {s['sample']}: "
+        f"{escape(s['float'])} → {escape(s['compiled'])}</figcaption></figure>"
+        for s in changed["samples"]
+        if s["sample"] in pictures
+    )
+    return (
+        f"<p>{changed['count']} of {report['figures']['samples']} samples.</p><table><tr><th>float model<th>compiled<th class=n>times{rows}"
+        f"</table><div class=grid>{figures}</div>"
+    )
+
+
+def _png(picture: Any) -> str:
+    image = Image.fromarray(picture[..., 0] if picture.shape[-1] == 1 else picture)
+    image.thumbnail((THUMBNAIL, THUMBNAIL))
+    stream = io.BytesIO()
+    image.save(stream, "PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(stream.getvalue()).decode()

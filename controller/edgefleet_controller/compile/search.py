@@ -1,0 +1,216 @@
+"""Stage 2, compile: the quality search. Pure: receives what was measured so far, hands on the recipes to try next, and the choice.
+
+::
+
+    first ──▶ measured ──▶ fits? (quick: ship it) ──▶ by layers ──▶ measured ──▶ choose
+
+Candidates are ordered by figures that repeat exactly (agreement, noise, bytes); latency only tells apart what differs by more than its
+own noise, so that the same inputs choose the same candidate on the same machine (ADR 0008).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+
+from edgefleet_controller.compile import quality
+from edgefleet_controller.compile.port import Figures, Options, Target
+from edgefleet_controller.compile.recipe import FLOAT, OWN, Recipe
+from edgefleet_controller.manifests import DeviceClassSpec
+
+NOTHING = "nothing fits"
+METHODS = ("minmax", "mse", "percentile", "entropy")  # in the order in which they are tried
+RUNGS = (0.5, 0.75, 0.9, 0.97)  # shares of the noise that a rung of the ladder takes away by leaving layers in float
+FLOAT_WEIGHT_COST = 0.75  # of a float weight's bytes is what keeping it costs: int8 keeps a quarter
+LEADING = (0.01, 0.05)  # shares of the weights' bytes that leading layers in float may have
+MOST_BYTES = 1.3  # a rung may grow to so many times the plain candidate
+ALIKE = 1.05  # times in time or bytes: candidates that differ by less are told apart by accuracy
+MOST_BYTES_AT_LAST = 2.0  # where nothing smaller is accurate enough
+
+
+class Unit(msgspec.Struct, frozen=True, kw_only=True):
+    """A layer, or all operators of one kind: its nodes, the noise that int8 in it puts on the outputs (relative to their power), and
+    the bytes of its weights in float."""
+
+    nodes: tuple[str, ...]
+    kind: str
+    noise: float
+    weight_bytes: int
+
+
+class Trial(msgspec.Struct, frozen=True, kw_only=True):
+    """A candidate that was tried. ``misses``: the budgets that it misses, each with by how much."""
+
+    recipe: Recipe
+    figures: Figures
+    misses: tuple[str, ...]
+    key: str = ""  # of the compiled model in the cache
+    died: bool = False
+
+
+class Choice(msgspec.Struct, frozen=True, kw_only=True):
+    """What the search ends in. ``chosen`` is None when nothing fits; ``nearest`` is then what came closest. ``why`` is for people."""
+
+    trials: tuple[Trial, ...]
+    chosen: Trial | None
+    nearest: Trial
+    why: str
+    sensitivity: tuple[Unit, ...] = ()
+
+
+def plain(target: Target, spec: DeviceClassSpec, method: str, options: Options, in_float: Sequence[str]) -> Recipe:
+    """The recipe that is tried first: what the manifests say, the rest as experience has it."""
+    if spec.precision != "int8":
+        return msgspec.structs.replace(FLOAT, precision=spec.precision)
+    told: dict[str, Any] = {
+        name: options[name]
+        for name in ("weights", "granularity", "scope", "correct_bias", "quantizer")
+        if name in options
+    }
+    return Recipe(ranges=method, in_float=tuple(in_float), **told)
+
+
+def first(plain: Recipe, target: Target, effort: str) -> list[Recipe]:
+    """The first round: ``plain``, and with full effort what may beat it without leaving layers in float."""
+    if effort != "full" or plain.precision != "int8":
+        return [plain]
+    change = msgspec.structs.replace
+    others = [change(plain, ranges=m) for m in METHODS if m in target.methods and m != plain.ranges]
+    others.append(change(plain, scope="all" if plain.scope == "weighted" else "weighted"))
+    others += [change(plain, quantizer=q) for q in target.quantizers if q not in (plain.quantizer, OWN)]
+    return [plain, *others]
+
+
+def by_layers(best: Trial, units: Sequence[Unit], most_bytes: float) -> list[Recipe]:
+    """The ladder: the recipe of ``best`` with ever more of the noisiest units in float, within the bytes.
+
+    Args:
+        most_bytes: how many times the bytes of ``best`` a rung may have.
+    """
+    room = (most_bytes - 1) * best.figures.compiled_bytes
+    total = sum(unit.noise for unit in units)
+    taken: list[str] = list(best.recipe.in_float)
+    rungs: list[Recipe] = []
+    gone, goals = 0.0, list(RUNGS)
+    for unit in sorted(units, key=lambda u: (-u.noise, u.nodes)):
+        cost = unit.weight_bytes * FLOAT_WEIGHT_COST
+        if cost > room or set(unit.nodes) <= set(taken):
+            continue
+        room -= cost
+        taken += [node for node in unit.nodes if node not in taken]
+        gone += unit.noise
+        reached = [goal for goal in goals if total and gone / total >= goal]
+        if reached:
+            goals = [goal for goal in goals if goal not in reached]
+            rungs.append(msgspec.structs.replace(best.recipe, in_float=tuple(sorted(taken))))
+        if not goals:
+            break
+    else:
+        if goals and len(taken) > len(best.recipe.in_float):
+            last = msgspec.structs.replace(best.recipe, in_float=tuple(sorted(taken)))
+            rungs += [last] if last not in rungs else []
+    return rungs
+
+
+def leading(best: Trial, units: Sequence[Unit]) -> list[Recipe]:
+    """The recipe of ``best`` with the leading layers in float: there pictures are large and weights few, so that they cost few bytes, and
+    engines are often no faster in int8."""
+    weighted = [unit for unit in units if unit.weight_bytes]
+    total = sum(unit.weight_bytes for unit in weighted)
+    rungs, taken, size = [], set(best.recipe.in_float), 0
+    goals = list(LEADING)
+    for unit in weighted:
+        while goals and size + unit.weight_bytes > goals[0] * total:
+            goals.pop(0)
+            if taken - set(best.recipe.in_float):
+                rungs.append(msgspec.structs.replace(best.recipe, in_float=tuple(sorted(taken))))
+        if not goals:
+            break
+        taken |= set(unit.nodes)
+        size += unit.weight_bytes
+    return list(dict.fromkeys(rungs))
+
+
+def accurate(trial: Trial, spec: DeviceClassSpec) -> bool:
+    """Whether it agrees with the float model as the class wants, and loses no more accuracy than it allows."""
+    free = spec.model_copy(update={"search": spec.search.model_copy(update={"prefer": "size"})})
+    unbounded = msgspec.structs.replace(trial.figures, compiled_bytes=0, peak_memory_bytes=None)
+    return not trial.died and not quality.misses(unbounded, free, trial.recipe)
+
+
+def base_of_ladder(trials: Sequence[Trial]) -> Trial:
+    """The int8 trial with the least noise on the outputs."""
+    return max(
+        (t for t in trials if t.recipe.precision == "int8" and not t.died), key=lambda t: t.figures.sqnr_db or 0.0
+    )
+
+
+def float_trial(measured: Trial, spec: DeviceClassSpec) -> Trial:
+    """The float model, from what was measured of it beside ``measured``."""
+    f = measured.figures
+    figures = msgspec.structs.replace(
+        f, compiled_bytes=f.float_bytes, agreement=1.0, agreement_low=quality.wilson(f.samples, f.samples)[0], agreement_high=1.0,
+        cosine=1.0, sqnr_db=quality.EXACT_DB, p50_ms=f.float_p50_ms, p95_ms=f.float_p95_ms, peak_memory_bytes=None, shares={},
+        sqnr_db_by_output={},
+    )  # fmt: skip
+    return Trial(recipe=FLOAT, figures=figures, misses=tuple(quality.misses(figures, spec, FLOAT)))
+
+
+def choose(trials: Sequence[Trial], spec: DeviceClassSpec, units: Sequence[Unit] = ()) -> Choice:
+    """The best trial that misses no budget, by what the class prefers."""
+    fitting = [trial for trial in trials if not trial.misses]
+    nearest = max(
+        [t for t in trials if t.recipe.precision == spec.precision] or trials,
+        key=lambda t: (not t.died, t.figures.agreement or 0.0, t.figures.sqnr_db or 0.0),
+    )
+    if not fitting:
+        return Choice(trials=tuple(trials), chosen=None, nearest=nearest, why=NOTHING, sensitivity=tuple(units))
+    chosen = _best(fitting, spec.search.prefer)
+    return Choice(
+        trials=tuple(trials), chosen=chosen, nearest=nearest, why=_why(chosen, trials, spec), sensitivity=tuple(units)
+    )
+
+
+def without(choice: Choice, fallen: Sequence[Recipe], spec: DeviceClassSpec) -> Choice:
+    """The choice when these, measured alone and on all samples, missed a budget after all."""
+    return choose([t for t in choice.trials if t.recipe not in fallen], spec, choice.sensitivity)
+
+
+def _best(fitting: Sequence[Trial], prefer: str) -> Trial:
+    def quiet(trial: Trial) -> tuple[float, int]:
+        return (-(trial.figures.sqnr_db or 0.0), trial.figures.compiled_bytes)
+
+    match prefer:
+        case "accuracy":
+            return min(fitting, key=quiet)
+        case "size":
+            least = min(t.figures.compiled_bytes for t in fitting)
+            return min((t for t in fitting if t.figures.compiled_bytes <= least * ALIKE), key=quiet)
+        case _:
+            timed = {trial.recipe: _relative(trial) for trial in fitting}
+            known = [time for time in timed.values() if time is not None]
+            if not known:  # a class that can't run here: fewest bytes stand for speed, and the board decides
+                return _best(fitting, "size")
+            fast = [t for t in fitting if (timed[t.recipe] or math.inf) <= min(known) * ALIKE]
+            exact = [t for t in fast if t.recipe.precision == FLOAT.precision]
+            if exact:  # nothing gained in time is worth no other answer
+                return exact[0]
+            small = min(t.figures.compiled_bytes for t in fast)
+            return min((t for t in fast if t.figures.compiled_bytes <= small * MOST_BYTES), key=quiet)
+
+
+def _relative(trial: Trial) -> float | None:
+    """Latency as a share of the float model's in the same process: rounds of a search fall into busy and quiet moments."""
+    figures = trial.figures
+    return None if figures.p50_ms is None or not figures.float_p50_ms else figures.p50_ms / figures.float_p50_ms
+
+
+def _why(chosen: Trial, trials: Sequence[Trial], spec: DeviceClassSpec) -> str:
+    if chosen.recipe.precision == spec.precision:
+        return f"{chosen.recipe.told()}: best of {len(trials)} tried for {spec.search.prefer}"
+    lost = [t for t in trials if t.recipe.precision == spec.precision]
+    reasons = "; ".join(f"{t.recipe.told()}: {', '.join(t.misses) or 'not faster'}" for t in lost[:4])
+    return f"{chosen.recipe.precision} is shipped, because no {spec.precision} candidate is better here ({reasons})"

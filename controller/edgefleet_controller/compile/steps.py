@@ -1,0 +1,368 @@
+"""Stage 2, compile: the steps. Receives a version, a target and recipes, hands on files and figures; each step is a child process.
+
+::
+
+    prepare     simplified network, float answers to held-out and golden samples   once per network and samples
+    statistics  ranges and means of activations                                    once per network and calibration
+    rank        noise that int8 in each layer puts on the outputs                   once per statistics
+    compile     compiled models, one per recipe                                    once per recipe, target and toolchain
+    measure     outputs and times on the class's engine                            always anew
+
+What is made once is cached under a key over all that decides its bytes: network, samples, recipe, toolchain locks, and the code that
+makes it. Two classes with the same key (LiteRT on x86 and on Arm) share it; two jobs that want it at one time wait for one another.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import platform
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgspec
+from edgefleet_shared import golden
+from edgefleet_shared.artifact import Layout
+from safetensors.numpy import load, load_file, save_file
+
+from edgefleet_controller.compile import quality
+from edgefleet_controller.compile.port import Figures, Target
+from edgefleet_controller.compile.recipe import FLOAT, OWN, Recipe
+from edgefleet_controller.compile.search import Trial, Unit
+from edgefleet_controller.compile.toolchains import ChildDied, Toolchain, Toolchains
+from edgefleet_controller.manifests import DeviceClass
+from edgefleet_controller.source import ModelVersion, Split
+
+Progress = Callable[[str, int, int], None]
+
+MAX_BLOB_BYTES = 4 * 1024**3
+PREPARE = ("onnxruntime", "ort")  # toolchain and module that simplify, answer in float, gather statistics and write QDQ
+HOST_OVERHEAD_BYTES = 128 * 1024 * 1024  # samples, outputs and the float model beside the compiled one while timing
+MOST_FOR_SEVERAL = 100  # held-out samples that candidates of one round are told apart by; the chosen one answers all
+RANKED_SAMPLES = 6  # of the calibration set; a layer's noise differs between samples much less than between layers
+_CHILDREN = Path(__file__).parent / "children"
+_LOCK_POLL_S = 0.05
+
+
+class Limits(msgspec.Struct, frozen=True, kw_only=True):
+    """How long each child may take, in seconds."""
+
+    prepare_s: float = 600.0
+    compile_s: float = 1800.0
+    measure_s: float = 600.0
+
+
+class Measured(NamedTuple):
+    """One trial with the outputs it was judged by (empty where the engine died) and the samples that got another answer."""
+
+    trial: Trial
+    outputs: dict[str, Any]
+    changed: tuple[int, ...]
+
+
+class Steps:
+    """The steps of one compile, over one temporary folder ``work``."""
+
+    def __init__(
+        self, version: ModelVersion, device_class: DeviceClass, target: Target, toolchain: Toolchain, layout: Layout,
+        toolchains: Toolchains, cache: Path, work: Path, progress: Progress, limits: Limits,
+    ) -> None:  # fmt: skip
+        self._version, self._class, self._target, self._toolchain = version, device_class, target, toolchain
+        self._layout, self._toolchains, self._cache = layout, toolchains, cache
+        self._work, self._progress, self._limits = work, progress, limits
+        self._preparing = toolchains.ensure(PREPARE[0], progress)
+        self._holdout: dict[str, Any] | None = None
+        self._numbers = iter(range(10**9))
+        code = _code()
+        own = (version.network, self._preparing.lock_hash, code, _json(version.encoding))
+        self._prepared_key = content_key("prepare", *own, version.holdout.digest, version.golden.digest)
+        self._gathered_key = content_key("statistics", *own, version.calibration.digest)
+        self._target_key = (target.name, toolchain.lock_hash, code)
+
+    @property
+    def here(self) -> bool:
+        """Whether times on this host mean something for the class."""
+        return self._class.spec.arch == platform.machine()
+
+    def key(self, recipe: Recipe) -> str:
+        """Of a compiled model in the cache."""
+        # A float model does not depend on the calibration; its network and toolchains are in the other keys.
+        data = self._gathered_key if recipe.precision == "int8" else self._version.network
+        return content_key("compile", data, self._preparing.lock_hash, recipe.as_dict(), *self._target_key)
+
+    def prepare(self) -> Path:
+        """Folder with ``simplified.onnx`` and the float model's answers: ``holdout.safetensors``, ``golden.safetensors``."""
+        version = self._version
+
+        def fill(staged: Path) -> None:
+            self._child(self._preparing, PREPARE[1], self._limits.prepare_s, {
+                "action": "prepare",
+                "network": str(self._layout.path(version.network)),
+                "simplified": str(staged / "simplified.onnx"),
+                "samples": [self.samples(version.holdout), self.samples(version.golden)],
+                "references": [str(staged / "holdout.safetensors"), str(staged / "golden.safetensors")],
+            })  # fmt: skip
+
+        return self._once("prepared", self._prepared_key, fill)
+
+    def references(self, count: int | None = None) -> dict[str, Any]:
+        """The float model's outputs for the (first ``count``) held-out samples, by name."""
+        if self._holdout is None:
+            self._holdout = load_file(self.prepare() / "holdout.safetensors")
+        return {name: array[:count] for name, array in self._holdout.items()}
+
+    def rank(self, recipe: Recipe) -> list[Unit]:
+        """Noise of every layer, with the ranges and weights of a recipe."""
+        asked = {"ranges": recipe.ranges, "weights": recipe.weights}
+
+        def fill(staged: Path) -> None:
+            found = self._child(self._preparing, PREPARE[1], self._limits.compile_s, {
+                "action": "rank",
+                "simplified": str(self.prepare() / "simplified.onnx"),
+                "statistics": self._statistics([recipe]),
+                "samples": self.samples(self._version.calibration),
+                "count": RANKED_SAMPLES,
+                "recipe": asked,
+            })  # fmt: skip
+            (staged / "units.json").write_text(json.dumps(found["units"]))
+
+        folder = self._once("ranked", content_key("rank", self._gathered_key, asked), fill)
+        return msgspec.json.decode((folder / "units.json").read_bytes(), type=list[Unit])
+
+    def compile(self, recipes: Sequence[Recipe]) -> list[tuple[Path, bool]]:
+        """(file, whether it was cached) of each recipe."""
+        folders = [self._cache / "compiled" / self.key(recipe) for recipe in recipes]
+        cached = [folder.is_dir() for folder in folders]
+        if not all(cached):
+            with self._lock("compile-" + content_key(sorted({str(f) for f in folders}))):
+                wanted = {f: r for f, r in zip(folders, recipes, strict=True) if not f.is_dir()}
+                self._fill(wanted, self._compile)
+        return [(folder / "compiled", known) for folder, known in zip(folders, cached, strict=True)]
+
+    def measure(self, tried: Sequence[tuple[Recipe, Path]]) -> list[Measured]:
+        """Outputs over the held-out samples, and times interleaved with the float model's, of several compiled models in one process.
+
+        Should that die, of each alone, so that it is known whose fault it was. One alone answers all samples, several the first
+        :data:`MOST_FOR_SEVERAL`; peak memory is a figure of one alone.
+        """
+        count = self._version.holdout.count if len(tried) == 1 else min(MOST_FOR_SEVERAL, self._version.holdout.count)
+        outputs = [self._work / f"outputs-{next(self._numbers)}.safetensors" for _ in tried]
+        float_model = self._float_model()
+        budget = self._class.spec.budgets.memory_bytes + HOST_OVERHEAD_BYTES
+        budget += 4 * sum(path.stat().st_size for _, path in tried[1:])
+        try:
+            found = self._child(self._toolchain, self._target.module, self._limits.measure_s, {
+                "action": "measure",
+                "models": [{"model": str(p), "outputs": str(o)} for (_, p), o in zip(tried, outputs, strict=True)],
+                "float_model": str(float_model) if self.here else None,
+                "samples": self.samples(self._version.holdout),
+                "count": count,
+            }, budget)  # fmt: skip
+        except ChildDied as exc:
+            if len(tried) > 1:
+                return [self.measure([one])[0] for one in tried]
+            return [self._died(*tried[0], float_model, exc.how)]
+        times = found.get("times", [None] * len(tried))
+        alone = found["peak_memory_bytes"] if len(tried) == 1 else None
+        measured = []
+        for (recipe, path), file, taken in zip(tried, outputs, times, strict=True):
+            base = msgspec.structs.replace(self._figures(path, float_model), samples=count)
+            answered = load_file(file)
+            compared = quality.compare(answered, self.references(count), self._version)
+            timed = {} if taken is None else taken | {f"float_{k}": v for k, v in found["float"].items()}
+            unmeasured = () if self.here else ("latency",)
+            figures = msgspec.structs.replace(
+                base, **compared.figures, **timed, peak_memory_bytes=alone, unmeasured=unmeasured
+            )
+            misses = tuple(quality.misses(figures, self._class.spec, recipe))
+            trial = Trial(recipe=recipe, figures=figures, misses=misses, key=self.key(recipe))
+            measured.append(Measured(trial, answered, compared.changed))
+        return measured
+
+    def samples(self, split: Split) -> str:
+        """A split as the network takes it (float32, encoded), as a file in the work folder."""
+        path = self._work / f"{split.digest.rpartition(':')[2]}.safetensors"
+        if not path.exists():
+            tensors = load(self._layout.read(split.digest, MAX_BLOB_BYTES))
+            encoding = self._version.encoding
+            if encoding is not None:
+                # Tensors that came encoded (float) stay as they are; stored pictures are uint8.
+                tensors = {
+                    k: golden.encode_pictures(a, encoding) if a.dtype == "uint8" else a for k, a in tensors.items()
+                }
+            save_file(tensors, path)
+        return str(path)
+
+    # -- one step each -------------------------------------------------------------------------------------------------
+
+    def _statistics(self, recipes: Sequence[Recipe]) -> str:
+        """The file that :mod:`.children.statistics` writes; without histograms where no recipe needs them, in half the time."""
+        histograms = any(recipe.needs_histograms for recipe in recipes)
+        whole = self._cache / "statistics" / content_key(self._gathered_key, True)
+
+        def fill(staged: Path) -> None:
+            self._child(self._preparing, PREPARE[1], self._limits.compile_s, {
+                "action": "gather",
+                "simplified": str(self.prepare() / "simplified.onnx"),
+                "calibration": self.samples(self._version.calibration),
+                "statistics": str(staged / "statistics.json"),
+                "histograms": histograms,
+            })  # fmt: skip
+
+        histograms = histograms or whole.is_dir()
+        return str(self._once("statistics", content_key(self._gathered_key, histograms), fill) / "statistics.json")
+
+    def _quantized(self, recipes: Sequence[Recipe]) -> dict[Recipe, Path]:
+        """QDQ networks by recipe: the same for every target that reads them."""
+        folders = {
+            r: self._cache / "quantized" / content_key("quantize", self._gathered_key, r.as_dict()) for r in recipes
+        }
+        missing = {folder: recipe for recipe, folder in folders.items() if not folder.is_dir()}
+
+        def fill(wanted: dict[Path, Recipe]) -> None:
+            self._child(self._preparing, PREPARE[1], self._limits.compile_s, {
+                "action": "quantize",
+                "simplified": str(self.prepare() / "simplified.onnx"),
+                "statistics": self._statistics(list(wanted.values())),
+                "jobs": [{"recipe": r.as_dict(), "quantized": str(s / "network.onnx")} for s, r in wanted.items()],
+            })  # fmt: skip
+
+        if missing:
+            with self._lock("quantize-" + content_key(sorted(map(str, missing)))):
+                self._fill({f: r for f, r in missing.items() if not f.is_dir()}, fill)
+        return {recipe: folder / "network.onnx" for recipe, folder in folders.items()}
+
+    def _compile(self, wanted: dict[Path, Recipe]) -> None:
+        """Compile into staged folders."""
+        simplified = self.prepare() / "simplified.onnx"
+        int8 = [r for r in wanted.values() if r.precision == "int8" and r.quantizer == OWN]
+        quantized = self._quantized(int8) if self._target.reads_qdq and int8 else {}
+        networks = {staged: quantized.get(recipe, simplified) for staged, recipe in wanted.items()}
+        if self._target.ships_onnx:
+            for staged, network in networks.items():
+                os.link(network, staged / "compiled")
+            return
+        self._child(self._toolchain, self._target.module, self._limits.compile_s, {
+            "action": "compile",
+            "simplified": str(simplified),
+            "calibration": self.samples(self._version.calibration),
+            "statistics": self._statistics(int8) if int8 and not self._target.reads_qdq else None,
+            "jobs": [
+                {"recipe": wanted[s].as_dict(), "network": str(network), "compiled": str(s / "compiled")}
+                for s, network in networks.items()
+            ],
+        })  # fmt: skip
+
+    def _float_model(self) -> Path:
+        """The float model as the class's engine runs it."""
+        if self._target.reads_qdq:
+            return self.prepare() / "simplified.onnx"
+        ((path, _),) = self.compile([FLOAT])
+        return path
+
+    def _figures(self, path: Path, float_model: Path) -> Figures:
+        return Figures(
+            engine=self._target.engine,
+            engine_version=self._toolchain.packages[self._target.engine_package],
+            float_bytes=float_model.stat().st_size,
+            compiled_bytes=path.stat().st_size,
+            samples=self._version.holdout.count,
+        )
+
+    def _died(self, recipe: Recipe, path: Path, float_model: Path, how: str) -> Measured:
+        missing = ("agreement", "latency", "memory")
+        figures = msgspec.structs.replace(self._figures(path, float_model), unmeasured=missing)
+        misses = (f"engine died: {how}", *quality.misses(figures, self._class.spec, recipe))
+        return Measured(Trial(recipe=recipe, figures=figures, misses=misses, key=self.key(recipe), died=True), {}, ())
+
+    def _child(
+        self, toolchain: Toolchain, module: str, limit_s: float, request: dict[str, Any], memory_bytes: int | None = None
+    ) -> dict[str, Any]:  # fmt: skip
+        name = f"{self._version.model}-{self._version.version}-{self._class.name}-{request['action']}.log"
+        return self._toolchains.run(
+            toolchain, module, request, self._work, self._cache / "logs" / name, limit_s=limit_s, memory_bytes=memory_bytes,
+            progress=self._progress,
+        )  # fmt: skip
+
+    # -- the cache -----------------------------------------------------------------------------------------------------
+
+    def _once(self, kind: str, key: str, fill: Callable[[Path], None]) -> Path:
+        folder = self._cache / kind / key
+        if not folder.is_dir():
+            with self._lock(f"{kind}-{key}"):
+                if not folder.is_dir():
+                    self._fill({folder: None}, lambda staged: fill(next(iter(staged))))
+        return folder
+
+    def _fill(self, wanted: dict[Path, Any], fill: Callable[[dict[Path, Any]], None]) -> None:
+        """Fill cache folders: all are staged beside their places, and each gets its name in one step."""
+        staged = {}
+        try:
+            for folder, what in wanted.items():
+                folder.parent.mkdir(parents=True, exist_ok=True)
+                staged[Path(tempfile.mkdtemp(dir=folder.parent, prefix=".filling-"))] = (folder, what)
+            if staged:
+                fill({path: what for path, (_, what) in staged.items()})
+            for path, (folder, _) in staged.items():
+                try:
+                    os.replace(path, folder)
+                except OSError:
+                    if not folder.is_dir():  # else another process was faster, with the same content
+                        raise
+        finally:
+            for path in staged:
+                shutil.rmtree(path, ignore_errors=True)
+
+    @contextmanager
+    def _lock(self, name: str) -> Iterator[None]:
+        """Let one job at a time make a thing; who waits can be cancelled."""
+        folder = self._cache / "locks"
+        folder.mkdir(parents=True, exist_ok=True)
+        fd = os.open(folder / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            while True:
+                self._toolchains.raise_if_cancelled()
+                try:
+                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    time.sleep(_LOCK_POLL_S)
+            yield
+        finally:
+            os.close(fd)
+
+
+def host() -> str:
+    """What decides times on this machine: its processor's name and features."""
+    try:
+        told = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").split("\n\n")[0]
+    except OSError:
+        told = platform.processor()
+    kept = sorted(
+        line for line in told.splitlines() if line.startswith(("model name", "flags", "Features", "CPU part"))
+    )
+    return hashlib.sha256("\n".join([platform.machine(), *kept]).encode()).hexdigest()[:16]
+
+
+def _code() -> str:
+    """Hash over the children's code: a better recipe is another key. All modules, as they import each other."""
+    state = hashlib.sha256()
+    for path in sorted(_CHILDREN.glob("*.py")):
+        state.update(path.name.encode() + b"\0" + path.read_bytes())
+    return state.hexdigest()
+
+
+def _json(value: Any) -> str:
+    return msgspec.json.encode(value, order="deterministic").decode()
+
+
+def content_key(*parts: Any) -> str:
+    """The sha256 of parts that JSON can hold."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,149 @@
+"""Answers as the application gives them: boxes, lines, classes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+from edgefleet_controller.compile import answers
+from edgefleet_controller.compile.quality import compare, unlike, vacuous
+from edgefleet_controller.source import AcceptanceLimits, BoxDecoding, ModelVersion, Split
+from edgefleet_shared.contract import TensorSpec
+
+SPLIT = Split("sha256:" + "0" * 64, 2)
+ALPHABET = ("a", "b", " ")
+
+
+def version(kind: Any, *outputs: TensorSpec, **more: Any) -> ModelVersion:
+    limits = AcceptanceLimits(min_agreement=0.9, min_cosine=0.8, tolerance_abs=0.1, tolerance_rel=0.0, min_golden=8)
+    return ModelVersion(
+        schema=1, model="m", version="1", network=SPLIT.digest, inputs=(TensorSpec("x", "FP32", (1, 3, 64, 64)),),
+        outputs=outputs, output_kind=kind, encoding=None, labels=(), calibration=SPLIT, calibration_method="minmax",
+        holdout=SPLIT, golden=SPLIT, acceptance=limits, **more,
+    )  # fmt: skip
+
+
+YOLO = BoxDecoding(decoder="yolov3", anchors=((16.0, 8.0),), masks=((0,),), threshold=0.5, nms_iou=0.45, match_iou=0.5)
+HEAD = version("detection", TensorSpec("head", "FP32", (1, 7, 4, 4)), detection=YOLO)
+
+
+def head(*cells: tuple[int, int, int, float], count: int = 1) -> Any:
+    """One anchor, two classes on a 4 x 4 grid of 16 pixels; (row, column, class, score logit) per object."""
+    found = np.full((count, 7, 4, 4), -20.0, np.float32)
+    found[:, :4] = 0.0
+    for row, column, kind, logit in cells:
+        found[:, 4, row, column] = logit
+        found[:, 5 + kind, row, column] = 20.0
+    return found
+
+
+def test_a_yolo_head_decodes_to_corners_in_the_inputs_pixels() -> None:
+    ((box,),) = answers.boxes({"head": head((1, 2, 1, 20.0))}, HEAD)
+    assert box[:4] == pytest.approx((40 - 8, 24 - 4, 40 + 8, 24 + 4))
+    assert (round(box.score, 3), box.kind) == (1.0, 1)
+
+
+def test_boxes_below_the_applications_threshold_are_not_there() -> None:
+    assert answers.boxes({"head": head((1, 2, 1, -0.1))}, HEAD) == [[]]
+    assert len(answers.boxes({"head": head((1, 2, 1, 0.1))}, HEAD)[0]) == 1
+
+
+def test_of_two_boxes_on_one_thing_the_better_stays() -> None:
+    told = BoxDecoding(decoder="boxes", anchors=(), masks=(), threshold=0.5, nms_iou=0.45, match_iou=0.5)
+    outputs = {
+        "boxes": np.array([[[0, 0, 10, 10], [1, 1, 11, 11], [30, 30, 40, 40]]], np.float32),
+        "scores": np.array([[[0.7, 0.1], [0.9, 0.1], [0.8, 0.1]]], np.float32),
+    }
+    specs = (TensorSpec("boxes", "FP32", (1, 3, 4)), TensorSpec("scores", "FP32", (1, 3, 2)))
+    (found,) = answers.boxes(outputs, version("detection", *specs, detection=told))
+    assert [(b.left, round(b.score, 2)) for b in found] == [(1.0, 0.9), (30.0, 0.8)]
+
+
+def test_a_detector_is_judged_by_recall_and_precision_of_boxes() -> None:
+    want = head((0, 0, 0, 5.0), (3, 3, 1, 5.0))
+    missing = compare({"head": head((0, 0, 0, 5.0))}, {"head": want}, HEAD)
+    assert (missing.figures["shares"]["box_recall"].value, missing.figures["shares"]["box_precision"].value) == (
+        0.5,
+        1.0,
+    )
+    assert missing.figures["agreement"] == 0.5
+    assert missing.changed == (0,)
+    more = compare({"head": want}, {"head": head((0, 0, 0, 5.0))}, HEAD).figures["shares"]
+    assert (more["box_recall"].value, more["box_precision"].value) == (1.0, 0.5)
+    assert more["box_precision"].low < 0.5 < more["box_precision"].high
+    other = compare({"head": head((0, 0, 1, 5.0))}, {"head": head((0, 0, 0, 5.0))}, HEAD)
+    assert other.figures["agreement"] == 0.0, "the same box of another class is no match"
+
+
+def test_a_box_can_stand_for_one_other_only() -> None:
+    box = answers.Box(0, 0, 10, 10, 0.9, 0)
+    assert answers.matched([box, box], [box], 0.5) == 1
+
+
+def steps(*numbers: int) -> Any:
+    return np.eye(4, dtype=np.float32)[list(numbers)][None]
+
+
+def test_lines_keep_their_spaces_and_lose_repeats_and_blanks() -> None:
+    # a a blank a space b b -> "aa b"
+    assert answers.lines(steps(1, 1, 0, 1, 3, 2, 2), ALPHABET) == ["aa b"]
+
+
+def test_a_lost_space_is_another_line() -> None:
+    spec = version("text", TensorSpec("y", "FP32", (1, 3, 4)), characters=ALPHABET, truth=("a b",))
+    found = compare({"y": steps(1, 0, 2)}, {"y": steps(1, 3, 2)}, spec).figures
+    assert found["agreement"] == 0.0
+    assert found["shares"]["float_accuracy"].value == 1.0
+    assert found["shares"]["accuracy"].value == 0.0
+
+
+def test_a_class_that_is_not_a_number_is_no_class() -> None:
+    assert answers.classes(np.array([[1.0, np.nan], [0.0, 2.0]])).tolist() == [[-1], [1]]
+
+
+def test_a_segmented_picture_agrees_when_nearly_all_its_pixels_do() -> None:
+    want = np.zeros((2, 2, 10, 10), np.float32)
+    want[:, 0] = 1.0
+    have = want.copy()
+    have[1, 1, 0] = 2.0  # a tenth of the second picture
+    have[0, 1, 0, 0] = 2.0
+    spec = version("segmentation", TensorSpec("y", "FP32", (1, 2, 10, 10)))
+    assert compare({"y": have}, {"y": want}, spec).changed == (1,)
+
+
+def test_labelled_samples_give_the_accuracy_of_both_models() -> None:
+    spec = version("classification", TensorSpec("y", "FP32", (1, 2)), truth=("0", "1"))
+    want, have = np.array([[1, 0], [1, 0]], np.float32), np.array([[1, 0], [0, 1]], np.float32)
+    shares = compare({"y": have}, {"y": want}, spec).figures["shares"]
+    assert (shares["accuracy"].value, shares["float_accuracy"].value) == (1.0, 0.5)
+    assert msgspec.to_builtins(shares["accuracy"])["of"] == 2
+
+
+def test_held_out_samples_that_could_not_tell_damage_are_named() -> None:
+    one = {"y": np.array([[1, 0], [1, 0.5]], np.float32)}
+    plain = version("classification", TensorSpec("y", "FP32", (1, 2)))
+    assert "one and the same answer" in vacuous(one, plain)
+    assert vacuous({"y": np.array([[1, 0], [0, 1]], np.float32)}, plain) == ""
+    assert "no box in any of 3" in vacuous({"head": head(count=3)}, HEAD)
+    assert vacuous({"head": head((0, 0, 0, 5.0))}, HEAD) == ""
+
+
+def test_a_float_model_that_answers_by_chance_points_at_colours_layout_and_labels() -> None:
+    rng = np.random.default_rng(0)
+    scores = rng.normal(size=(200, 10)).astype(np.float32)
+    guessed = version("classification", TensorSpec("y", "FP32", (1, 10)), truth=tuple(str(i % 10) for i in range(200)))
+    assert "is the colour order" in vacuous({"y": scores}, guessed)
+    known = version(
+        "classification", TensorSpec("y", "FP32", (1, 10)), truth=tuple(str(i) for i in scores.argmax(axis=1))
+    )
+    assert vacuous({"y": scores}, known) == ""
+
+
+def test_calibration_of_another_spread_than_the_held_out_samples_is_told() -> None:
+    rng = np.random.default_rng(0)
+    x = rng.normal(0.1, 1.0, (16, 3, 8, 8)).astype(np.float32)
+    assert unlike({"x": x}, {"x": x + 0.2}) == ""
+    for other in (x / 128 - 1, x * 10, x + 9):
+        assert "are not like the held-out ones" in unlike({"x": other}, {"x": x})

@@ -1,0 +1,118 @@
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+from edgefleet_controller.adding import _together
+from edgefleet_controller.compile import report
+from edgefleet_controller.compile.comparing import compare
+from edgefleet_controller.compile.port import Figures, Share
+from edgefleet_controller.compile.recipe import Recipe
+from edgefleet_controller.compile.search import Choice, Trial, Unit
+from edgefleet_controller.compile.steps import Measured
+from edgefleet_controller.source import AcceptanceLimits, ModelVersion, Split
+from edgefleet_shared.artifact import Layout
+from edgefleet_shared.contract import PictureEncoding, TensorSpec
+from edgefleet_shared.errors import ModelError, QualityError
+from safetensors.numpy import save
+from support.networks import device_class
+
+
+def figures(**changes: Any) -> Figures:
+    fields: dict[str, Any] = {
+        "engine": "onnxruntime", "engine_version": "1", "float_bytes": 400, "compiled_bytes": 100, "samples": 3, "agreement": 0.667,
+        "agreement_low": 0.2, "agreement_high": 0.94, "sqnr_db": 20.0, "p50_ms": 5.0, "p95_ms": 6.0, "float_p50_ms": 10.0,
+        "float_p95_ms": 11.0, "peak_memory_bytes": 10**8, "sqnr_db_by_output": {"y": 20.0},
+    }  # fmt: skip
+    return Figures(**(fields | changes))
+
+
+def made(folder: Path) -> tuple[ModelVersion, Choice, Measured, dict[str, Any], Layout]:
+    layout = Layout(folder)
+    pictures = np.random.default_rng(0).integers(0, 255, (3, 8, 8, 3), dtype=np.uint8)
+    split = Split(layout.put(bytes(save({"x": pictures}))).digest, 3)
+    limits = AcceptanceLimits(min_agreement=0.9, min_cosine=0.8, tolerance_abs=0.1, tolerance_rel=0.0, min_golden=8)
+    version = ModelVersion(
+        schema=1, model="m", version="1", network=split.digest, inputs=(TensorSpec("x", "FP32", (1, 3, 8, 8)),),
+        outputs=(TensorSpec("y", "FP32", (1, 2)),), output_kind="classification",
+        encoding=PictureEncoding(mean=(0.0,), std=(1.0,)), labels=("cat", "<script>alert(1)</script>"), calibration=split,
+        calibration_method="minmax", holdout=split, golden=split, acceptance=limits,
+    )  # fmt: skip
+    chosen = Trial(recipe=Recipe(), figures=figures(), misses=())
+    beaten = Trial(recipe=Recipe(ranges="mse"), figures=figures(agreement=0.5, p50_ms=9.0, sqnr_db=10.0), misses=("x",))
+    units = (Unit(nodes=("stem",), kind="Conv", noise=0.01, weight_bytes=10),)
+    choice = Choice(trials=(chosen, beaten), chosen=chosen, nearest=chosen, why="best", sensitivity=units)
+    references = {"y": np.array([[1, 0], [1, 0], [0, 1]], np.float32)}
+    outputs = {"y": np.array([[1, 0], [0, 1], [0, 1]], np.float32)}
+    return version, choice, Measured(chosen, outputs, (1,)), references, layout
+
+
+def test_the_report_holds_the_front_the_layers_and_what_changed_into_what(tmp_path: Path) -> None:
+    version, choice, final, references, layout = made(tmp_path)
+    written = report.write(version, device_class(), choice, final, references, layout)
+    told = msgspec.json.decode(layout.read(written.report, 10**7))
+    assert [(c["chosen"], c["on_front"]) for c in told["candidates"]] == [(True, True), (False, False)]
+    assert told["layers"][0]["nodes"] == ["stem"]
+    assert told["changed"]["count"] == 1
+    assert told["changed"]["confusion"] == [{"float": "cat", "compiled": "<script>alert(1)</script>", "count": 1}]
+    assert told["budgets"]["min_agreement"] == 0.7
+
+
+def test_the_page_is_one_file_with_its_plots_and_pictures_and_runs_nothing(tmp_path: Path) -> None:
+    version, choice, final, references, layout = made(tmp_path)
+    page = layout.read(report.write(version, device_class(), choice, final, references, layout).page, 10**7).decode()
+    assert page.count("<svg") == 2
+    assert page.count("data:image/png;base64,") == 1
+    assert "<script" not in page, "labels are escaped"
+    assert not re.search(r"""(?:src|href)\s*=\s*['"](?!data:)""", page)
+    assert "://" not in page
+
+
+def test_an_engine_that_died_has_a_report_too(tmp_path: Path) -> None:
+    version, choice, final, references, layout = made(tmp_path)
+    dead = msgspec.structs.replace(final.trial, died=True, misses=("engine died: SIGSEGV",), figures=Figures(
+        engine="e", engine_version="1", float_bytes=4, compiled_bytes=1, samples=3))  # fmt: skip
+    choice = Choice(trials=(dead,), chosen=None, nearest=dead, why="nothing fits")
+    written = report.write(version, device_class(), choice, Measured(dead, {}, ()), references, layout)
+    assert "engine died: SIGSEGV" in layout.read(written.page, 10**7).decode()
+
+
+def artifact(name: str, **changes: Any) -> dict[str, Any]:
+    quality = msgspec.to_builtins(figures(**changes)) | {"verdict": "passed", "misses": [], "recipe": "int8"}
+    return {"class": name, "quality": quality, "timings": {"p50_ms": quality["p50_ms"], "float_p50_ms": 10.0}}
+
+
+def test_versions_are_compared_class_by_class_and_overlapping_intervals_are_alike() -> None:
+    old = artifact("a", agreement=0.9, agreement_low=0.85, agreement_high=0.94)
+    rows = {
+        r.figure: r for r in compare([old], [artifact("a", agreement=0.92, agreement_low=0.88, agreement_high=0.95)])
+    }
+    assert rows["agreement"].meaning == "alike"
+    worse = artifact("a", agreement=0.5, agreement_low=0.4, agreement_high=0.6, compiled_bytes=90, p50_ms=20.0)
+    rows = {r.figure: r for r in compare([old], [worse])}
+    assert rows["agreement"].meaning == "worse"
+    assert rows["bytes"].meaning == "-10.0%, better"
+    assert rows["times as fast as float"].meaning == "-75.0%, worse"
+
+
+def test_a_class_that_only_one_version_has_is_told() -> None:
+    (row,) = compare([], [artifact("a")])
+    assert (row.device_class, row.before, row.after) == ("a", "not compiled", "compiled")
+
+
+def test_shares_that_one_side_lacks_are_unmeasured() -> None:
+    new = artifact("a", shares={"box_recall": Share(0.9, 0.8, 0.95, 9, 10)})
+    rows = {r.figure: r for r in compare([artifact("a")], [new])}
+    assert (rows["box recall"].before, rows["box recall"].meaning) == ("unmeasured", "")
+
+
+def test_several_classes_that_failed_each_tell_their_own_error() -> None:
+    one = QualityError("agreement 0.2", hint="other pictures")
+    both = _together({"board-a": one, "board-b": ModelError("no operator Softplus")})
+    assert isinstance(both, QualityError)
+    assert both.message == "2 classes failed\nboard-a: agreement 0.2\nboard-b: no operator Softplus"
+    assert both.hint == "other pictures"
+    assert _together({"board-a": one}) is one

@@ -1,0 +1,130 @@
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import pytest
+from edgefleet_controller.compile import search
+from edgefleet_controller.compile.port import Figures, target_named
+from edgefleet_controller.compile.quality import misses
+from edgefleet_controller.compile.recipe import FLOAT, Recipe
+from edgefleet_controller.compile.search import Trial, Unit
+from support.networks import device_class
+
+PLAIN = Recipe()
+UNITS = [
+    Unit(nodes=("stem",), kind="Conv", noise=0.5, weight_bytes=100),
+    Unit(nodes=("middle",), kind="Conv", noise=0.01, weight_bytes=400_000),
+    Unit(nodes=("head",), kind="Gemm", noise=0.3, weight_bytes=2_000_000),
+    Unit(nodes=("soft1", "soft2"), kind="Softmax", noise=0.2, weight_bytes=0),
+]
+
+
+def trial(recipe: Recipe = PLAIN, spec: Any = None, **changes: Any) -> Trial:
+    fields: dict[str, Any] = {
+        "engine": "onnxruntime", "engine_version": "1", "float_bytes": 4_000_000, "compiled_bytes": 1_000_000, "samples": 100,
+        "agreement": 0.95, "agreement_low": 0.9, "agreement_high": 0.97, "sqnr_db": 20.0, "p50_ms": 5.0, "float_p50_ms": 10.0,
+    }  # fmt: skip
+    figures = Figures(**(fields | changes))
+    return Trial(recipe=recipe, figures=figures, misses=tuple(misses(figures, spec or device_class().spec, recipe)))
+
+
+def mixed(*nodes: str) -> Recipe:
+    return msgspec.structs.replace(PLAIN, in_float=nodes)
+
+
+def test_the_fastest_that_misses_no_budget_is_chosen_and_near_ties_go_to_the_quieter() -> None:
+    fast = trial(p50_ms=5.0, sqnr_db=15.0)
+    near = trial(mixed("a"), p50_ms=5.2, sqnr_db=25.0)
+    slow = trial(mixed("a", "b"), p50_ms=8.0, sqnr_db=40.0)
+    broken = trial(mixed("c"), p50_ms=1.0, agreement=0.2)
+    choice = search.choose([fast, near, slow, broken], device_class().spec)
+    assert choice.chosen == near
+
+
+def test_a_candidate_slower_than_float_is_never_chosen_unless_the_class_asks_for_size() -> None:
+    for prefer in ("latency", "accuracy"):
+        spec = device_class(search={"prefer": prefer}).spec
+        slow = trial(spec=spec, p50_ms=10.5)
+        choice = search.choose([slow, search.float_trial(slow, spec)], spec)
+        assert choice.chosen is not None
+        assert choice.chosen.recipe == FLOAT
+        assert "slower than float" in choice.why
+    spec = device_class(search={"prefer": "size"}).spec
+    slow = trial(spec=spec, p50_ms=10.5)
+    assert search.choose([slow, search.float_trial(slow, spec)], spec).chosen == slow
+
+
+def test_int8_that_gains_no_time_gives_way_to_float_unless_the_class_asks_for_size() -> None:
+    for prefer, precision in (("latency", "fp32"), ("size", "int8")):
+        spec = device_class(search={"prefer": prefer}).spec
+        even = trial(spec=spec, p50_ms=9.8)
+        chosen = search.choose([even, search.float_trial(even, spec)], spec).chosen
+        assert chosen is not None
+        assert chosen.recipe.precision == precision
+
+
+def test_nothing_is_chosen_when_nothing_fits_and_the_nearest_is_named() -> None:
+    spec = device_class(budgets={"latency_p95_ms": 1.0, "memory_bytes": 1 << 30, "size_bytes": 900_000}).spec
+    bad, nearer = trial(spec=spec, agreement=0.3), trial(mixed("a"), spec=spec, agreement=0.96)
+    choice = search.choose([bad, nearer, search.float_trial(bad, spec)], spec)
+    assert (choice.chosen, choice.nearest) == (None, nearer)
+    assert nearer.misses == ("size 1000000 bytes, budget 900000",)
+
+
+def test_rounds_timed_in_busy_and_quiet_moments_compare_by_their_share_of_float() -> None:
+    busy = trial(p50_ms=10.0, float_p50_ms=30.0, sqnr_db=10.0)
+    quiet = trial(mixed("a"), p50_ms=8.0, float_p50_ms=10.0, sqnr_db=30.0)
+    assert search.choose([busy, quiet], device_class().spec).chosen == busy
+
+
+def test_a_class_that_can_not_run_here_is_chosen_for_by_bytes() -> None:
+    spec = device_class(arch="armv7l").spec
+    small = trial(spec=spec, p50_ms=None, float_p50_ms=None, sqnr_db=10.0)
+    large = trial(mixed("a"), spec=spec, p50_ms=None, float_p50_ms=None, compiled_bytes=1_200_000, sqnr_db=50.0)
+    assert search.choose([large, small], spec).chosen == small
+
+
+def test_the_ladder_leaves_the_noisiest_in_float_and_kinds_together_within_the_bytes() -> None:
+    rungs = search.by_layers(trial(), UNITS, search.MOST_BYTES)
+    # The head holds 2 MB: three quarters of that do not fit into 0.3 MB. Softmax goes as a kind, the stem first.
+    assert rungs[0].in_float == ("soft1", "soft2", "stem") or rungs[0].in_float == ("stem",)
+    assert all("head" not in rung.in_float for rung in rungs)
+    assert set(rungs[-1].in_float) >= {"stem", "soft1", "soft2"}
+    assert any("head" in rung.in_float for rung in search.by_layers(trial(), UNITS, 10.0))
+
+
+def test_a_ladder_with_nothing_to_leave_in_float_has_no_rungs() -> None:
+    assert search.by_layers(trial(), [], search.MOST_BYTES) == []
+    assert search.leading(trial(), []) == []
+
+
+def test_leading_layers_are_taken_in_order_while_their_weights_are_few() -> None:
+    assert [rung.in_float for rung in search.leading(trial(), UNITS)] == [("stem",)]
+
+
+def test_full_effort_tries_methods_scope_and_the_toolchains_own_quantizer_and_quick_the_plain_one() -> None:
+    openvino = target_named("openvino")
+    full = search.first(PLAIN, openvino, "full")
+    assert full[0] == PLAIN
+    assert {r.ranges for r in full} == {"minmax", "percentile", "mse", "entropy"}
+    assert {r.scope for r in full} == {"all", "weighted"}
+    assert {r.quantizer for r in full} == {"edgefleet", "nncf"}
+    assert search.first(PLAIN, openvino, "quick") == search.first(PLAIN, openvino, "fixed") == [PLAIN]
+    assert search.first(FLOAT, openvino, "full") == [FLOAT]
+
+
+def test_a_candidate_that_fell_when_measured_alone_gives_way_to_the_next() -> None:
+    spec = device_class().spec
+    first, second = trial(p50_ms=4.0), trial(mixed("a"), p50_ms=6.0)
+    choice = search.choose([first, second], spec)
+    assert choice.chosen == first
+    assert search.without(choice, [first.recipe], spec).chosen == second
+
+
+@pytest.mark.parametrize("prefer", ["latency", "size", "accuracy"])
+def test_no_preference_ships_what_misses_its_accuracy_budget(prefer: str) -> None:
+    spec = device_class(search={"prefer": prefer}).spec
+    wrong = trial(spec=spec, agreement=0.69, compiled_bytes=1, p50_ms=0.1)
+    assert search.choose([wrong], spec).chosen is None
+    assert not search.accurate(wrong, spec)
