@@ -62,10 +62,6 @@ class Graph:
         """A tensor that an operator or the caller fills; returns its index. A name that is taken gets a suffix."""
         return self._add(_Tensor(name, shape, np.dtype(dtype), None))
 
-    def name(self, tensor: int) -> str:
-        """The name of a tensor by its index."""
-        return str(self._subgraph.tensors[tensor].name)
-
     def constant(self, name: str, values: Array) -> int:
         """A tensor with fixed values; equal whole numbers are stored once, floats once for each name: they get scales by use."""
         values = np.asarray(values, order="C")  # not ascontiguousarray, which makes a scalar a list
