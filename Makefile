@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-test demo test lint types unit contract integration e2e faults chaos docs docs-check lock clean
+.PHONY: help setup setup-test demo test lint types unit contract integration e2e faults chaos docs docs-check deb lock clean
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_NO_INPUT := 1
 
@@ -44,7 +44,7 @@ lint: $(READY) ## ruff (rules and format) and the import rules
 
 types: $(READY) ## mypy, strict
 	$(BIN)/mypy -p edgefleet_shared -p edgefleet_agent -p edgefleet_controller
-	$(BIN)/mypy docs/generate.py docker/healthcheck.py docker/broker_settings.py
+	$(BIN)/mypy docs/generate.py docker/healthcheck.py docker/broker_settings.py agent/debian/build.py
 
 unit: $(READY) ## pure tests
 	$(BIN)/python -m pytest -q tests/unit
@@ -72,6 +72,9 @@ docs-check: $(READY) ## fail when docs/generated/ is not what the code says
 
 bench-%: setup ## run benchmarks/%.py: bench-swap, ...; a table here, figures in build/bench/
 	$(BIN)/python benchmarks/$(subst -,_,$*).py
+
+deb: $(READY) ## build the board's Debian packages into dist/: agent and runtime, and one package per engine
+	$(BIN)/python agent/debian/build.py --out dist
 
 lock: ## resolve requirements/*.in again (scripts/lock --upgrade takes newer versions)
 	scripts/lock

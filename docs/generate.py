@@ -23,6 +23,7 @@ PROGRAMS = (
     ("fleet", "edgefleet_controller.cli.main"),
     ("fleet-agent", "edgefleet_agent.cli"),
     ("fleet-runtime", "edgefleet_agent.runtime.app"),
+    ("fleet-runtime-grpc", "edgefleet_agent.runtime.grpc_gateway"),
 )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -59,11 +60,23 @@ def enroll(
         token = token_file.read_text() if token_file.is_file() else None
     if not token:
         raise click.UsageError("give the enrolment token by --token, --token-file or EDGEFLEET_TOKEN")
+    _become_owner(state)
     settings = enrol_board(state, url, token, name, threads=threads, health_period_s=health_period)
     if as_json:
         click.echo(msgspec.json.encode(settings).decode())
     else:
         click.echo(f"enrolled as {settings.device}, class {settings.device_class}; start it: fleet-agent run")
+
+
+def _become_owner(state: Path) -> None:
+    """Go on as whoever owns the state folder: root enrols a board, but the agent must be able to read what that leaves behind."""
+    if os.geteuid() != 0 or not state.exists():
+        return
+    owner = state.stat()
+    if owner.st_uid != 0:
+        os.setgroups([])
+        os.setgid(owner.st_gid)
+        os.setuid(owner.st_uid)
 
 
 @main.command()

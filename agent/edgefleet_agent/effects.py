@@ -19,7 +19,7 @@ from edgefleet_shared.exhaustive import assert_never
 from edgefleet_shared.lifecycle import Effect, Event
 from edgefleet_shared.messages import Body, OutcomeTold
 
-from edgefleet_agent import slots, swap, verify
+from edgefleet_agent import shadow, slots, swap, verify
 from edgefleet_agent.fetch import Fetcher
 from edgefleet_agent.journal import Journal
 from edgefleet_agent.ports import Ports
@@ -77,6 +77,8 @@ class Effects:
                 return lambda stop: self._verify(_at_work(journal))
             case Effect.ACCEPT:
                 return lambda stop: self._accept(_at_work(journal), stop)
+            case Effect.SHADOW:
+                return lambda stop: self._shadow(journal, stop)
             case Effect.SWAP:
                 return lambda stop: Result(*swap.swap(state, ports, _at_work(journal), stop))
             case Effect.SOAK:
@@ -115,6 +117,10 @@ class Effects:
             # Inconclusive is the board's state now, and an error is ours: both deserve another try, a failed model does not.
             if report.verdict is Verdict.FAILED or attempt >= INCONCLUSIVE_ATTEMPTS or stop.wait(INCONCLUSIVE_PAUSE_S):
                 return Result(Event.NOT_ACCEPTED, f"acceptance {report.verdict.value}: {report.reason}", report)
+
+    def _shadow(self, journal: Journal, stop: threading.Event) -> Result:
+        report = journal.acceptance or AcceptanceReport(verdict=Verdict.PASSED)
+        return Result(*shadow.shadow(self._state, self._ports, _at_work(journal), report, stop))
 
     def _serve(self, stop: threading.Event) -> Result:
         try:

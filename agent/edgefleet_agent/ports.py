@@ -16,7 +16,7 @@ from edgefleet_shared.clock import Clock
 from edgefleet_shared.contract import AcceptanceReport
 from edgefleet_shared.files import FileSystem
 
-from edgefleet_agent.runtime.control import Loaded, Retired, StatusReport, SwapMode, Switched
+from edgefleet_agent.runtime.control import Loaded, Retired, Shadowing, StatusReport, SwapMode, Switched
 from edgefleet_agent.transport import Uplink
 from edgefleet_agent.verify import AdmitRequest, Checked
 
@@ -46,6 +46,8 @@ class ModelServer(Protocol):
     def load(self, manifest: str, mode: SwapMode = "auto", timeout_s: float = 180.0) -> Loaded: ...
 
     def switch(self, manifest: str, timeout_s: float = 180.0) -> Switched: ...
+
+    def shadow(self, manifest: str) -> Shadowing: ...
 
     def retire(self, manifest: str, timeout_s: float = 60.0) -> Retired: ...
 

@@ -89,6 +89,18 @@ class AcceptanceOverrides(_Strict):
     time_limit_s: Annotated[float, Field(gt=0)] = 120.0
 
 
+class Shadow(_Strict):
+    """On the board, after acceptance and before it may serve, the candidate answers live requests too, unseen. A rollout's ``timeout_s``
+    must leave time for it. Where nothing serves yet, or memory does not hold both, there is none, and the report says so."""
+
+    requests: Count = Field(description="live requests to compare")
+    min_agreement: Share = Field(default=0.95, description="of them answered like what serves")
+    max_latency_ratio: Annotated[float, Field(gt=0)] | None = Field(
+        default=None, description="median of the engine's time against what serves"
+    )
+    time_limit_s: Annotated[float, Field(gt=0)] = 300.0
+
+
 class Power(_Strict):
     """How fast the processor may run while a board of the class serves; applied on the board, undone when nothing asks for it."""
 
@@ -107,6 +119,7 @@ class DeviceClassSpec(_Strict):
     accuracy: Accuracy = Accuracy()
     acceptance: AcceptanceOverrides = AcceptanceOverrides()
     swap: Literal["auto", "blue-green", "in-place"] = "auto"
+    shadow: Shadow | None = None
     power: Power = Power()
     build: Literal["controller", "builder", "board"] = "controller"
     options: dict[str, str | int | float | bool] = Field(default={}, description="for the compile target")

@@ -52,6 +52,31 @@ class PictureEncoding(msgspec.Struct, frozen=True):
     colour: Literal["RGB", "BGR", "GREY"] = "RGB"
 
 
+class ShadowPlan(msgspec.Struct, frozen=True, kw_only=True):
+    """How an accepted candidate answers live requests beside what serves, unseen, before it may serve; ``requests`` 0: not at all.
+
+    ``requests`` is how many must be compared within ``time_limit_s``; ``min_agreement`` the share of them that both answer alike,
+    by the contract's kind; ``max_latency_ratio`` the median of the engine's time against that of what serves (None: not looked at).
+    """
+
+    requests: int = 0
+    min_agreement: float = 0.0
+    max_latency_ratio: float | None = None
+    time_limit_s: float = 300.0
+
+
+class ShadowFigures(msgspec.Struct, frozen=True, kw_only=True):
+    """What the runtime counted while a candidate answered unseen. ``compared`` requests were answered by both, ``agreed`` of them alike;
+    ``failed`` by what serves alone. Times are the engine's, medians in ms, None before the first."""
+
+    manifest: str
+    compared: int = 0
+    agreed: int = 0
+    failed: int = 0
+    p50_ms: float | None = None
+    serving_p50_ms: float | None = None
+
+
 class AcceptanceContract(msgspec.Struct, frozen=True, kw_only=True):
     """What a candidate must show on the board.
 
@@ -76,6 +101,7 @@ class AcceptanceContract(msgspec.Struct, frozen=True, kw_only=True):
     warmup_runs: int = 5
     timed_runs: int = 40
     time_limit_s: float = 120.0
+    shadow: ShadowPlan = ShadowPlan()
 
     def check(self) -> None:
         """Refuse a contract that could not fail.
@@ -98,6 +124,11 @@ class AcceptanceContract(msgspec.Struct, frozen=True, kw_only=True):
             problems.append("kind raw needs a tolerance")
         if not self.time_limit_s > 0:
             problems.append("time_limit_s must be above 0")
+        shadow = self.shadow
+        if shadow.requests and not (0.0 < shadow.min_agreement <= 1.0 and shadow.time_limit_s > 0):
+            problems.append("shadow needs a min_agreement in (0, 1] and a time_limit_s above 0")
+        if shadow.requests < 0 or (shadow.max_latency_ratio is not None and not shadow.max_latency_ratio > 0):
+            problems.append("shadow.requests must not be below 0, shadow.max_latency_ratio above 0")
         if self.max_watts is not None and not self.max_watts > 0:
             problems.append("max_watts must be above 0")
         if problems:
@@ -148,6 +179,7 @@ class AcceptanceReport(msgspec.Struct, frozen=True, kw_only=True):
     verdict: Verdict
     measurements: tuple[Measurement, ...] = ()
     figures: AcceptanceFigures | None = None
+    shadow: ShadowFigures | None = None
     reason: str = ""
     unconfined: tuple[str, ...] = ()
     unmeasured: tuple[str, ...] = ()
@@ -196,16 +228,45 @@ def judge(contract: AcceptanceContract, figures: AcceptanceFigures) -> Acceptanc
         else:
             rows.append(_row("power", figures.watts <= contract.max_watts, figures.watts, contract.max_watts,
                              "watts", "mean of the board while inferring without a pause"))  # fmt: skip
+    return _judged(AcceptanceReport(verdict=Verdict.PASSED, figures=figures, unmeasured=tuple(unmeasured)), tuple(rows))
+
+
+def judge_shadow(plan: ShadowPlan, figures: ShadowFigures, report: AcceptanceReport) -> AcceptanceReport:
+    """Add what a candidate showed on live requests to the report of its acceptance.
+
+    Too few requests within the time are *inconclusive*: nobody asked, so nothing is known. A candidate that disagrees, fails or is slow
+    has failed whatever their number.
+    """
+    seen = figures.compared + figures.failed
+    enough = seen >= plan.requests
+    share = figures.agreed / seen if seen else None
+    rows = [
+        _row("shadow_requests", enough, seen, plan.requests, "requests", "live requests answered beside what serves",
+             otherwise=Verdict.INCONCLUSIVE),
+    ]  # fmt: skip
+    if share is not None:
+        # Before there are enough, one odd answer of a handful is no verdict.
+        rows.append(_row("shadow_agreement", share >= plan.min_agreement, share, plan.min_agreement, "share",
+                         "same answer as what serves, on live requests",
+                         otherwise=Verdict.FAILED if enough else Verdict.INCONCLUSIVE))  # fmt: skip
+    if plan.max_latency_ratio is not None and figures.p50_ms is not None and figures.serving_p50_ms:
+        ratio = figures.p50_ms / figures.serving_p50_ms
+        rows.append(_row("shadow_latency", ratio <= plan.max_latency_ratio, ratio, plan.max_latency_ratio, "times",
+                         "median of the engine's time against what serves, on live requests",
+                         otherwise=Verdict.FAILED if enough else Verdict.INCONCLUSIVE))  # fmt: skip
+    return _judged(msgspec.structs.replace(report, shadow=figures), (*report.measurements, *rows))
+
+
+def _judged(report: AcceptanceReport, rows: tuple[Measurement, ...]) -> AcceptanceReport:
+    """The report with these measurements, and with the gravest of their verdicts."""
     verdict = next(v for v in _GRAVITY if any(r.verdict is v for r in rows))
     reason = "; ".join(
         f"{r.name} {'no number' if r.value is None else format(r.value, '.4g')} against {r.limit:.4g} {r.unit}: {r.detail}"
         for r in rows
         if r.verdict is verdict
     )
-    return AcceptanceReport(
-        verdict=verdict, measurements=tuple(rows), figures=figures, reason="" if verdict is Verdict.PASSED else reason,
-        unmeasured=tuple(unmeasured),
-    )  # fmt: skip
+    passed = verdict is Verdict.PASSED
+    return msgspec.structs.replace(report, verdict=verdict, measurements=rows, reason="" if passed else reason)
 
 
 def _row(

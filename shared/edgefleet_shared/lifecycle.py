@@ -22,6 +22,7 @@ class State(str, Enum):
     FETCHING = "fetching"
     VERIFYING = "verifying"
     ACCEPTING = "accepting"
+    SHADOWING = "shadowing"
     SWAPPING = "swapping"
     SOAKING = "soaking"
     COMMITTING = "committing"
@@ -38,6 +39,8 @@ class Event(str, Enum):
     NOT_VERIFIED = "not_verified"
     ACCEPTED = "accepted"
     NOT_ACCEPTED = "not_accepted"
+    AGREED = "agreed"  # on live requests with what serves, or nobody asked for that
+    DISAGREED = "disagreed"
     SWAPPED = "swapped"
     LOAD_FAILED = "load_failed"  # the runtime could not start the candidate; the old artifact never stopped serving
     SWAP_FAILED = "swap_failed"  # the switch itself went wrong
@@ -56,6 +59,7 @@ class Effect(str, Enum):
     FETCH = "fetch"
     VERIFY = "verify"
     ACCEPT = "accept"
+    SHADOW = "shadow"  # let the candidate answer live requests too, unseen
     SWAP = "swap"
     SOAK = "soak"
     COMMIT = "commit"
@@ -97,11 +101,18 @@ TABLE: dict[tuple[State, Event], Row] = {
     (S.VERIFYING, E.RESTARTED): Row(S.VERIFYING, (P, F.VERIFY)),
     (S.VERIFYING, E.LOOPING): Row(S.IDLE, (P, F.DISCARD, F.REPORT), O.FAILED_NO_CHANGE),
     #
-    (S.ACCEPTING, E.ACCEPTED): Row(S.SWAPPING, (P, F.SWAP)),
+    (S.ACCEPTING, E.ACCEPTED): Row(S.SHADOWING, (P, F.SHADOW)),
     (S.ACCEPTING, E.NOT_ACCEPTED): Row(S.IDLE, (P, F.DISCARD, F.REPORT), O.FAILED_NO_CHANGE),
     (S.ACCEPTING, E.BROKE): Row(S.IDLE, (P, F.DISCARD, F.REPORT), O.FAILED_NO_CHANGE),
     (S.ACCEPTING, E.RESTARTED): Row(S.ACCEPTING, (P, F.ACCEPT)),
     (S.ACCEPTING, E.LOOPING): Row(S.IDLE, (P, F.DISCARD, F.REPORT), O.FAILED_NO_CHANGE),
+    #
+    (S.SHADOWING, E.AGREED): Row(S.SWAPPING, (P, F.SWAP)),
+    (S.SHADOWING, E.DISAGREED): Row(S.IDLE, (P, F.DISCARD, F.REPORT), O.FAILED_NO_CHANGE),
+    (S.SHADOWING, E.ASSIGNED): Row(S.IDLE, (P, F.DISCARD, F.REPORT), O.SUPERSEDED),
+    (S.SHADOWING, E.BROKE): Row(S.IDLE, (P, F.DISCARD, F.REPORT), O.FAILED_NO_CHANGE),
+    (S.SHADOWING, E.RESTARTED): Row(S.SHADOWING, (P, F.SHADOW)),
+    (S.SHADOWING, E.LOOPING): Row(S.IDLE, (P, F.DISCARD, F.REPORT), O.FAILED_NO_CHANGE),
     #
     (S.SWAPPING, E.SWAPPED): Row(S.SOAKING, (P, F.SOAK)),
     (S.SWAPPING, E.LOAD_FAILED): Row(S.IDLE, (P, F.DISCARD, F.REPORT), O.FAILED_NO_CHANGE),

@@ -21,7 +21,7 @@ from edgefleet_agent.health import REGRESSION_CRASHES
 from edgefleet_agent.inbox import AdmissionDone, Item, Measured
 from edgefleet_agent.ports import Ports
 from edgefleet_agent.runner import Runner
-from edgefleet_agent.runtime.control import Loaded, Retired, StatusReport, Switched, VersionStatus
+from edgefleet_agent.runtime.control import Loaded, Retired, Shadowing, StatusReport, Switched, VersionStatus
 from edgefleet_agent.settings import Settings
 from edgefleet_agent.slots import SlotStatus
 from edgefleet_agent.transport import Chunk, Desired, MetadataFile, Up
@@ -122,6 +122,9 @@ class SimulatedRuntime:
             raise NotFoundError(f"{manifest} is not loaded")
         before, self.serving = self.serving, manifest
         return Switched(manifest=manifest, previous=before, mode="blue-green")
+
+    def shadow(self, manifest: str) -> Shadowing:
+        raise AssertionError("no release of the depot asks for a shadow")
 
     def retire(self, manifest: str, timeout_s: float = 0.0) -> Retired:
         assert manifest != self.serving, "the agent must not stop what serves"

@@ -14,6 +14,7 @@ import pytest
 from edgefleet_agent import slots
 from edgefleet_agent.slots import SlotStatus
 from edgefleet_shared.artifact import MODEL_LAYER, Descriptor
+from edgefleet_shared.contract import AcceptanceContract, ShadowPlan, Verdict
 from edgefleet_shared.fingerprint import Requirement
 from edgefleet_shared.lifecycle import State
 from edgefleet_shared.outcomes import Outcome
@@ -51,8 +52,8 @@ class Workshop:
     def release(self, **options: object) -> tuple[str, Descriptor]:
         version = str(next(self._versions))
         made = artifacts.make_artifact(
-            self.controller.layout, version=version, seed=int(version),
-            device_class=self.controller.device_class, **options,
+            self.controller.layout, version=version, device_class=self.controller.device_class,
+            **{"seed": int(version)} | options,
         )  # fmt: skip
         self.controller.release(made, "toy", version)
         return version, made
@@ -218,6 +219,57 @@ def test_an_engine_that_is_killed_while_soaking_brings_the_old_version_back(
         assert controller.outcome(board.name, assignment) is Outcome.FAILED_ROLLED_BACK
     assert load.failed == []
     assert "SIGKILL" in controller.reason(board.name)
+    assert served(board) == serving
+
+
+def shadowed(**plan: object) -> AcceptanceContract:
+    asked = {"requests": 40, "min_agreement": 0.95, "time_limit_s": 30.0} | plan
+    return artifacts.make_contract(shadow=ShadowPlan(**asked))  # type: ignore[arg-type]
+
+
+def test_a_candidate_that_agrees_on_live_requests_takes_over(
+    workshop: Workshop, controller: Controller, board: Board, serving: str
+) -> None:
+    version, twin = workshop.release(seed=int(serving), contract=shadowed())
+    with Load(board.runtime) as load:
+        load.seen(serving)
+        assert controller.outcome(board.name, controller.assign(board.name, twin, version)) is Outcome.SUCCEEDED
+        load.seen(version)
+    assert load.failed == []
+    ended = controller.reports[board.name].ended
+    assert ended is not None
+    assert ended.acceptance is not None
+    assert ended.acceptance.shadow is not None
+    assert ended.acceptance.shadow.agreed >= 40
+    assert board.runtime.client.status().shadow is None
+
+
+def test_a_candidate_that_is_right_on_golden_pictures_and_wrong_on_live_ones_never_serves(
+    workshop: Workshop, controller: Controller, board: Board, serving: str
+) -> None:
+    # Its golden pictures are of its own network, so acceptance passes it.
+    version, other = workshop.release(contract=shadowed())
+    with Load(board.runtime) as load:
+        load.seen(serving)
+        outcome = controller.outcome(board.name, controller.assign(board.name, other, version))
+        load.seen(serving)
+    assert outcome is Outcome.FAILED_NO_CHANGE
+    assert "shadow_agreement" in controller.reason(board.name)
+    assert load.failed == []
+    assert set(load.answers) == {serving}
+    assert served(board) == serving
+    assert {v.version for v in board.runtime.client.status().versions} <= {serving, *load.answers}
+
+
+def test_without_live_requests_nothing_is_known_and_nothing_changes(
+    workshop: Workshop, controller: Controller, board: Board, serving: str
+) -> None:
+    version, twin = workshop.release(seed=int(serving), contract=shadowed(time_limit_s=2.0))
+    assert controller.outcome(board.name, controller.assign(board.name, twin, version)) is Outcome.FAILED_NO_CHANGE
+    ended = controller.reports[board.name].ended
+    assert ended is not None
+    assert ended.acceptance is not None
+    assert ended.acceptance.verdict is Verdict.INCONCLUSIVE
     assert served(board) == serving
 
 

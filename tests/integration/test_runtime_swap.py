@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -49,6 +52,26 @@ def test_many_hot_swaps_under_load_fail_no_request_and_mislabel_no_answer(runtim
     assert runtime.status().failed == 0
 
 
+def test_a_request_that_comes_while_the_model_is_loaded_at_the_start_waits(runtime: Runtime) -> None:
+    digest = runtime.add("1", content=artifacts.onnx_model(1, padding_bytes=60_000_000))
+    runtime.install(digest)
+    runtime.start(ready=False)
+    status, told = runtime.get("/v2/models/toy")
+    assert (status, told["name"]) == (200, "toy")
+    assert runtime.get("/v2/health/live")[0] == 200
+    assert runtime.get("/v2/models/other")[0] == 404
+    assert runtime.infer(np.zeros((1, 8, 8, 3), np.float32))[0] == 200
+    assert runtime.get("/v2/health/ready")[0] == 200
+
+
+def test_an_artifact_that_can_not_be_loaded_at_the_start_gives_way_to_the_one_before_it(runtime: Runtime) -> None:
+    good, bad = runtime.add("1"), runtime.add("2", content=b"no model")
+    runtime.install(bad, previous=good)
+    runtime.start(ready=False)
+    until(lambda: runtime.get("/v2/health/ready")[0] == 200, what="the previous one serves")
+    assert runtime.infer(np.zeros((1, 8, 8, 3), np.float32))[1]["model_version"] == "1"
+
+
 def test_after_the_switch_returned_no_request_is_answered_by_the_old_version(runtime: Runtime) -> None:
     served(runtime)
     new = runtime.add("2")
@@ -58,6 +81,29 @@ def test_after_the_switch_returned_no_request_is_answered_by_the_old_version(run
         for _ in range(20):
             assert runtime.infer(np.zeros((1, 8, 8, 3), np.float32))[1]["model_version"] == "2"
     clean(load)
+
+
+def test_two_models_are_served_at_once_by_name_and_by_version(runtime: Runtime) -> None:
+    served(runtime)
+    other = runtime.add("2", model="other")
+    runtime.client.load(other)
+    x = np.full((1, 8, 8, 3), 0.5, np.float32)
+    for path, name, version in (
+        ("/v2/models/toy/infer", "toy", 1),
+        ("/v2/models/other/infer", "other", 2),
+        ("/v2/models/other/versions/2/infer", "other", 2),
+    ):
+        status, answer = runtime.infer(x, path)
+        assert (status, answer["model_name"], answer["model_version"]) == (200, name, str(version))
+        np.testing.assert_allclose(answer["outputs"][0]["data"], artifacts.truth(version, x).ravel(), atol=1e-4)
+    assert runtime.infer(x, "/v2/models/other/versions/1/infer")[0] == 404
+    with Load(
+        runtime
+    ) as load:  # a swap between models: whoever still asks for the old one is answered until it is retired
+        runtime.client.switch(other)
+        load.seen("1")
+    clean(load)
+    assert runtime.infer(x, "/v2/models/other/infer")[1]["model_version"] == "2"
 
 
 def test_loading_does_not_change_what_serves(runtime: Runtime) -> None:
@@ -81,6 +127,72 @@ def test_a_killed_worker_fails_no_request_and_is_counted(runtime: Runtime) -> No
             load.seen("1")
     clean(load)
     assert runtime.version("1").last_problem == "killed by SIGKILL"
+
+
+def test_the_death_of_what_starts_workers_costs_no_request(runtime: Runtime) -> None:
+    served(runtime)
+    with Load(runtime) as load:
+        for crash in (1, 2):
+            worker = runtime.version("1").pid
+            (spawner,) = children_of(runtime.client.ping().pid)
+            assert children_of(spawner) == [worker]
+            os.kill(spawner, signal.SIGKILL)
+            until(lambda crash=crash: runtime.version("1").crashes == crash, what="the crash being counted")
+            until(lambda: runtime.version("1").state == "ready", what="the worker coming back")
+            load.seen("1")
+        new = runtime.add("2")
+        runtime.client.load(new)
+        runtime.client.switch(new)
+        load.seen("2")
+    clean(load)
+
+
+def test_a_worker_that_loads_stands_aside_for_what_serves_and_serves_in_the_first_row(runtime: Runtime) -> None:
+    """Policy 5 is SCHED_IDLE, 0 the usual one (proc_pid_stat(5), field 41)."""
+    served(runtime)
+    serving = runtime.version("1").pid
+    (spawner,) = children_of(runtime.client.ping().pid)
+    new, seen = runtime.add("2"), set()
+    with ThreadPoolExecutor(1) as pool:
+        loading = pool.submit(runtime.client.load, new)
+        while not loading.done():
+            seen |= {policy_of(pid) for pid in children_of(spawner) if pid != serving}
+        loading.result()
+    assert 5 in seen
+    pid = runtime.version("2").pid
+    assert {policy_of(int(thread.name)) for thread in Path(f"/proc/{pid}/task").iterdir()} == {0}
+    assert policy_of(serving) == 0
+
+
+WITHOUT_RIGHTS = """
+import os
+os.setgid(65534)
+os.setuid(65534)
+from edgefleet_agent.runtime import priority
+priority.step_back(0)
+stood = os.sched_getscheduler(0)
+priority.come_forward(os.getpid())
+print(stood == os.SCHED_BATCH, os.sched_getscheduler(0) == os.SCHED_OTHER)
+"""
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="giving rights up needs root")
+def test_without_the_right_to_come_back_a_worker_stands_aside_only_as_far_as_it_can_return(tmp_path: Path) -> None:
+    # The interpreter's own folders need not be readable for that user.
+    early = "import contextlib, pathlib, resource, edgefleet_agent.runtime.priority\n" + WITHOUT_RIGHTS
+    told = subprocess.run([sys.executable, "-c", early], capture_output=True, text=True, check=True, cwd=tmp_path.root)
+    assert told.stdout.split() == ["True", "True"]
+
+
+def children_of(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def policy_of(pid: int) -> int | None:
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[38])
+    except OSError:
+        return None
 
 
 def test_when_a_new_versions_worker_dies_the_old_one_answers_at_once(runtime: Runtime) -> None:
@@ -126,6 +238,58 @@ def test_a_picture_that_kills_every_worker_fails_alone_after_a_bound(runtime: Ru
         load.seen("1")
     clean(load)
     assert runtime.version("1").failed == 1
+
+
+def hungry_picture() -> np.ndarray:
+    picture = np.zeros((1, 8, 8, 3), np.float32)
+    picture[0, 0, 0, 0] = 1.0
+    return picture
+
+
+SMALL = artifacts.make_contract(peak_memory_bytes=100 << 20)
+
+
+def test_a_worker_that_outgrows_its_contract_is_killed_and_started_again_and_no_request_fails(runtime: Runtime) -> None:
+    runtime.install(runtime.add("1", behaviour="hungry", contract=SMALL))
+    runtime.start()
+    with Load(runtime) as load:
+        status, answer = runtime.infer(hungry_picture())
+        # It may be killed before it answers or after; a picture that outgrows every worker fails alone.
+        assert status == 200 or "outgrew" in answer["error"]
+        until(lambda: runtime.version("1").crashes, what="the worker being killed")
+        until(lambda: runtime.version("1").state == "ready", what="the worker coming back")
+        load.seen("1")
+    clean(load)
+    assert "outgrew its" in runtime.version("1").last_problem
+    assert runtime.version("1").memory_bytes < 200 << 20
+
+
+def test_a_new_version_that_outgrows_its_contract_leaves_the_old_one_answering(runtime: Runtime) -> None:
+    old, new = served(runtime), runtime.add("2", behaviour="hungry", contract=SMALL)
+    with Load(runtime) as load:
+        runtime.client.load(new)
+        runtime.client.switch(new)
+        load.seen("2")
+        before = load.answers["1"]
+        assert runtime.infer(hungry_picture())[0] == 200
+        until(lambda: runtime.version("2").crashes, what="the worker being killed")
+        until(lambda: load.answers["1"] > before, what="the standby answering")
+        runtime.client.switch(old)
+        runtime.client.retire(new)
+        load.seen("1")
+    clean(load)
+
+
+def test_memory_beyond_any_measure_is_refused_to_the_model_at_once(runtime: Runtime) -> None:
+    tiny = artifacts.make_contract(peak_memory_bytes=1 << 20)
+    runtime.install(runtime.add("1", behaviour="hungry", contract=tiny))
+    runtime.start()
+    with Load(runtime) as load:
+        status, answer = runtime.infer(hungry_picture())
+        assert status == 500
+        assert answer["error"]
+        load.seen("1")
+    clean(load)
 
 
 @pytest.mark.parametrize(("behaviour", "reason"), [("crash", "killed by SIGFPE"), ("corrupt", "can't load the model")])

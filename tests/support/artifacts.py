@@ -23,14 +23,16 @@ from edgefleet_shared.fingerprint import Requirement
 
 SIDE, CHANNELS, CLASSES = 8, 3, 5
 FEATURES = SIDE * SIDE * CHANNELS
+HUNGRY_BYTES = 400_000_000
 ENCODING = PictureEncoding(mean=(127.5,), std=(127.5,), layout="NHWC", colour="RGB")
 
 # good      answers like its reference
 # wrong     loads and runs, but its weights are not those that the reference was computed with
 # crash     every inference divides an integer as no x86 CPU can: SIGFPE kills the process
 # poison    good, but a picture whose first value is exactly 1.0 (a pixel of 255) kills the process
+# hungry    good, but a picture whose first value is exactly 1.0 makes it take HUNGRY_BYTES, and keep them
 # corrupt   the model file is no model
-Behaviour = Literal["good", "wrong", "crash", "poison", "corrupt"]
+Behaviour = Literal["good", "wrong", "crash", "poison", "hungry", "corrupt"]
 EngineName = Literal["onnxruntime", "tflite", "openvino"]
 
 
@@ -105,6 +107,26 @@ def onnx_model(seed: int, behaviour: Behaviour = "good", batch: int | str = "n",
             nh.from_array(np.array([1], np.int32), "plus_1"),
             nh.from_array(np.array([np.iinfo(np.int32).min], np.int32), "smallest"),
             nh.from_array(np.array([0.0], np.float32), "nothing"),
+        ]
+        last = "y"
+    if behaviour == "hungry":
+        nodes += [
+            h.make_node("Reshape", ["x", "minus_one"], ["all"]),
+            h.make_node("Gather", ["all", "zero"], ["first"]),
+            h.make_node("Equal", ["first", "trigger"], ["hit"]),
+            h.make_node("Where", ["hit", "many", "few"], ["count"]),
+            h.make_node("ConstantOfShape", ["count"], ["heap"], value=nh.from_array(np.array([1.0], np.float32))),
+            h.make_node("ReduceMax", ["heap"], ["summit"], keepdims=0),
+            h.make_node("Mul", ["summit", "nothing"], ["added"]),
+            h.make_node("Add", ["logits", "added"], ["y"]),
+        ]
+        constants += [
+            nh.from_array(np.array([-1], np.int64), "minus_one"),
+            nh.from_array(np.array([0], np.int64), "zero"),
+            nh.from_array(np.array([1.0], np.float32), "trigger"),
+            nh.from_array(np.array([HUNGRY_BYTES // 4], np.int64), "many"),
+            nh.from_array(np.array([1], np.int64), "few"),
+            nh.from_array(np.array(0.0, np.float32), "nothing"),
         ]
         last = "y"
     if padding_bytes:

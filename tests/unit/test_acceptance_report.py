@@ -6,7 +6,16 @@ import math
 
 import msgspec
 import pytest
-from edgefleet_shared.contract import AcceptanceContract, AcceptanceFigures, AcceptanceReport, Verdict, judge
+from edgefleet_shared.contract import (
+    AcceptanceContract,
+    AcceptanceFigures,
+    AcceptanceReport,
+    ShadowFigures,
+    ShadowPlan,
+    Verdict,
+    judge,
+    judge_shadow,
+)
 from edgefleet_shared.errors import ArtifactError
 
 
@@ -60,3 +69,36 @@ def test_a_power_budget_is_held_where_the_board_is_measured_and_else_told_as_unm
 def test_a_power_budget_of_nothing_is_no_contract() -> None:
     with pytest.raises(ArtifactError, match="max_watts"):
         msgspec.structs.replace(CONTRACT, max_watts=0.0).check()
+
+
+PLAN = ShadowPlan(requests=100, min_agreement=0.95, max_latency_ratio=1.5)
+ACCEPTED = judge(CONTRACT, GOOD)
+
+
+@pytest.mark.parametrize(
+    ("seen", "verdict", "words"),
+    [
+        ({"compared": 100, "agreed": 96, "p50_ms": 1.0, "serving_p50_ms": 1.0}, Verdict.PASSED, ""),
+        ({"compared": 100, "agreed": 90}, Verdict.FAILED, "shadow_agreement 0.9"),
+        ({"compared": 90, "agreed": 90, "failed": 10}, Verdict.FAILED, "shadow_agreement 0.9"),
+        ({"compared": 100, "agreed": 100, "p50_ms": 3.2, "serving_p50_ms": 2.0}, Verdict.FAILED, "shadow_latency 1.6"),
+        ({"compared": 99, "agreed": 99}, Verdict.INCONCLUSIVE, "shadow_requests 99"),
+        ({}, Verdict.INCONCLUSIVE, "shadow_requests 0"),
+        ({"compared": 5, "agreed": 0}, Verdict.INCONCLUSIVE, "shadow_requests 5"),
+    ],
+)
+def test_only_enough_live_requests_that_agree_in_time_pass(seen: dict, verdict: Verdict, words: str) -> None:
+    report = judge_shadow(PLAN, ShadowFigures(manifest="m", **seen), ACCEPTED)
+    assert report.verdict is verdict
+    assert words in report.reason
+    assert report.measurements[: len(ACCEPTED.measurements)] == ACCEPTED.measurements
+    assert msgspec.json.decode(msgspec.json.encode(report), type=AcceptanceReport).shadow == report.shadow
+
+
+@pytest.mark.parametrize(
+    "plan", [ShadowPlan(requests=10), ShadowPlan(requests=10, min_agreement=1.1), ShadowPlan(requests=-1),
+             ShadowPlan(requests=10, min_agreement=0.9, max_latency_ratio=0.0)],
+)  # fmt: skip
+def test_a_shadow_that_could_not_fail_is_no_contract(plan: ShadowPlan) -> None:
+    with pytest.raises(ArtifactError, match="shadow"):
+        msgspec.structs.replace(CONTRACT, shadow=plan).check()

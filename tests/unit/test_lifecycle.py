@@ -46,9 +46,23 @@ def test_every_state_answers_a_new_assignment(state: State) -> None:
 
 def test_a_good_candidate_is_committed_and_told() -> None:
     life = walk(
-        Event.ASSIGNED, Event.FETCHED, Event.VERIFIED, Event.ACCEPTED, Event.SWAPPED, Event.HEALTHY, Event.COMMITTED
+        Event.ASSIGNED,
+        Event.FETCHED,
+        Event.VERIFIED,
+        Event.ACCEPTED,
+        Event.AGREED,
+        Event.SWAPPED,
+        Event.HEALTHY,
+        Event.COMMITTED,
     )
     assert life == Life(State.IDLE, 0, Outcome.SUCCEEDED)
+
+
+def test_a_candidate_that_disagrees_on_live_requests_never_serves() -> None:
+    life, effects = step(Life(State.SHADOWING), Event.DISAGREED)
+    assert life == Life(State.IDLE, 0, Outcome.FAILED_NO_CHANGE)
+    assert Effect.DISCARD in effects
+    assert Effect.SWAP not in effects
 
 
 def test_a_candidate_that_is_not_accepted_changes_nothing() -> None:

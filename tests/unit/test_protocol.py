@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from edgefleet_agent.runtime import protocol
+from edgefleet_agent.runtime import answer, protocol
 from edgefleet_agent.runtime.protocol import OutputTensor, RequestError
 from edgefleet_agent.runtime.tensors import NUMPY
 from support import artifacts
@@ -91,7 +91,13 @@ BAD = {
     "data twice": (*message(tensor(parameters={"binary_data_size": 8}), binary=bytes(8)), "both in JSON and in binary"),
     "an input twice": (*message(tensor(), tensor()), "given twice"),
     "an output twice": (*message(tensor(), outputs=[{"name": "y"}, {"name": "y"}]), "asked for twice"),
-    "shared memory": (*message(without_data(parameters={"shared_memory_region": "r"})), "shared memory"),
+    "shared memory without a size": (*message(without_data(parameters={"shared_memory_region": "r"})), "numbers of bytes"),
+    "shared memory of another size": (*message(without_data(parameters={"shared_memory_region": "r", "shared_memory_byte_size": 7})), "has 8 bytes"),
+    "shared memory before its region": (*message(without_data(parameters={"shared_memory_region": "r", "shared_memory_byte_size": 8, "shared_memory_offset": -8})), "numbers of bytes"),
+    "shared memory without end": (*message(without_data(parameters={"shared_memory_region": "r", "shared_memory_byte_size": 1 << 60})), "numbers of bytes"),
+    "shared memory by number": (*message(without_data(parameters={"shared_memory_region": 5, "shared_memory_byte_size": 8})), "region's name"),
+    "shared memory and data": (*message(tensor(parameters={"shared_memory_region": "r", "shared_memory_byte_size": 8})), "beside its shared memory"),
+    "output shared memory without a size": (*message(tensor(), outputs=[{"name": "y", "parameters": {"shared_memory_region": "r"}}]), "numbers of bytes"),
     "classification": (*message(tensor(), outputs=[{"name": "y", "parameters": {"classification": 3}}]), "classification"),
     "a flag that is none": (*message(tensor(), parameters={"binary_data_output": "yes"}), "true or false"),
     "an endless id": (*message(tensor(), id="i" * 5000), "longer than"),
@@ -148,7 +154,7 @@ def test_the_answer_holds_the_wanted_outputs_each_as_wanted() -> None:
     ]
     wanted = [{"name": "z", "parameters": {"binary_data": True}}, {"name": "y"}]
     request = protocol.parse_infer(message(tensor(), id="abc", outputs=wanted)[0], None)
-    body, length = protocol.encode_answer(request, "toy", "3", outputs)
+    body, length = answer.encode_answer(request, "toy", "3", outputs)
     assert length is not None
     header = json.loads(body[:length])
     assert (header["model_name"], header["model_version"], header["id"]) == ("toy", "3", "abc")

@@ -109,6 +109,7 @@ def test_each_board_lock_has_at_most_the_one_engine_that_it_is_named_for():
     by_name = {path.stem: pinned(path) & ENGINES for path in BOARD_LOCKS}
     assert by_name == {
         "agent": set(),
+        "agent-grpc": set(),
         "agent-onnxruntime": {"onnxruntime"},
         "agent-litert": {"ai-edge-litert"},
         "agent-openvino": {"openvino"},

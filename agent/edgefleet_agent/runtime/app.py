@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import signal
 import socket
@@ -20,6 +21,8 @@ from edgefleet_agent.runtime import activation, control
 from edgefleet_agent.runtime.control_server import bind_unix, serve_control
 from edgefleet_agent.runtime.front import Front
 from edgefleet_agent.runtime.http import Server
+from edgefleet_agent.runtime.nursery import Nursery
+from edgefleet_agent.runtime.regions import Regions
 from edgefleet_agent.runtime.switchboard import Switchboard
 
 log = logging.getLogger("edgefleet.runtime")
@@ -85,11 +88,15 @@ async def serve(state: Path, address: tuple[str, int] | None, socket_path: Path,
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    switchboard = Switchboard(slots.artifacts(state), threads)
+    nursery = Nursery()
+    nursery.open()  # while nobody waits for an answer
+    switchboard = Switchboard(slots.artifacts(state), threads, nursery)
     server: Server
-    front = Front(switchboard, lambda: _gauges(switchboard, server))
-    server = Server(front.handle)
+    regions = Regions()
+    front = Front(switchboard, regions, lambda: _gauges(switchboard, server, regions))
+    server = Server(front)
 
+    switchboard.expect(_serving(state))
     servers = [await serve_control(bind_unix(control.socket_path(state), 0o600), switchboard)]
     where = []
     for listener in _listeners(address, socket_path):
@@ -102,11 +109,14 @@ async def serve(state: Path, address: tuple[str, int] | None, socket_path: Path,
         host, port = listener.getsockname()[:2]
         atomic.write(state / "run" / "http.addr", f"{host}:{port}\n".encode())
         where.append(f"http://{host}:{port}")
+    # What is here now stays; the collector need not look at it again in the middle of a request.
+    gc.collect()
+    gc.freeze()
     log.info("listening", extra={"addresses": where})
     notify.ready(f"listening at {' and '.join(where)}")
 
-    starting = loop.create_task(switchboard.serve_at_start(_serving(state)))
-    ticking = loop.create_task(_tick(switchboard, server))
+    starting = loop.create_task(switchboard.serve_at_start())
+    ticking = loop.create_task(_tick(switchboard, server, regions))
     await stop.wait()
 
     notify.stopping()
@@ -119,6 +129,7 @@ async def serve(state: Path, address: tuple[str, int] | None, socket_path: Path,
         await asyncio.wait_for(switchboard.close(), DRAIN_LIMIT_S)
     except asyncio.TimeoutError:
         log.warning("stopped_before_every_answer")
+    nursery.close()
 
 
 def _serving(state: Path) -> list[str]:
@@ -132,25 +143,28 @@ def _serving(state: Path) -> list[str]:
     return list(dict.fromkeys(slot.manifest for slot in wanted if slot is not None))
 
 
-async def _tick(switchboard: Switchboard, server: Server) -> None:
+async def _tick(switchboard: Switchboard, server: Server, regions: Regions) -> None:
     period = notify.watchdog_period_s()
     fed = 0.0
     while True:
         await asyncio.sleep(TICK_S)
         switchboard.tick()
         server.tick()
+        regions.tick()
         if period is not None and time.monotonic() - fed >= period / 2:
             fed = time.monotonic()
             notify.alive()
 
 
-def _gauges(switchboard: Switchboard, server: Server) -> dict[str, float]:
+def _gauges(switchboard: Switchboard, server: Server, regions: Regions) -> dict[str, float]:
     return {
         "waiting_requests": switchboard.waiting,
+        "free_slots": sum(version.free_slots for version in switchboard.versions()),
         "connections": len(server.connections),
         "held_body_bytes": server.held_bytes,
         "refused_connections": server.refused,
         "swaps": switchboard.swaps,
+        "shared_memory_regions": len(regions),
     }
 
 

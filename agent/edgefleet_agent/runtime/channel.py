@@ -12,7 +12,8 @@ MAX_MESSAGE_BYTES = 128 * 1024
 
 
 class Start(msgspec.Struct, tag=1, array_like=True):
-    """front -> worker: what to load. ``config`` is the ModelConfig as JSON, without chunk hashes."""
+    """front -> worker: what to load. ``config`` is the ModelConfig as JSON, without chunk hashes; ``input_bytes`` and
+    ``answer_bytes`` are a slot's, of which one request commonly touches the first ``touch_bytes``; its front kills it above ``memory_bytes``."""
 
     layout: str
     model_digest: str
@@ -21,15 +22,18 @@ class Start(msgspec.Struct, tag=1, array_like=True):
     config: bytes
     threads: int
     slot_count: int
-    slot_bytes: int
+    input_bytes: int
+    answer_bytes: int
+    touch_bytes: int
+    memory_bytes: int
 
 
 class Run(msgspec.Struct, tag=2, array_like=True):
-    """front -> worker: compute what lies in ``slot``; one shape per input of the config."""
+    """front -> worker: compute what lies in ``slot``; for each input of the config its offset there and its shape."""
 
     number: int
     slot: int
-    shapes: list[tuple[int, ...]]
+    tensors: list[tuple[int, tuple[int, ...]]]
 
 
 class Ready(msgspec.Struct, tag=3, array_like=True):
@@ -48,11 +52,10 @@ class Failed(msgspec.Struct, tag=4, array_like=True):
 
 
 class Done(msgspec.Struct, tag=5, array_like=True):
-    """worker -> front: computed. Outputs lie in the slot from ``offset``, each aligned, one shape per output."""
+    """worker -> front: computed. Outputs lie in the slot's answer memory, each aligned, one shape per output."""
 
     number: int
     slot: int
-    offset: int
     shapes: list[tuple[int, ...]]
     compute_ns: int
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Literal, TypeVar
 
 import msgspec
+from edgefleet_shared.contract import ShadowFigures
 from edgefleet_shared.errors import EnvironmentProblem, TransportError, from_dict
 
 MAX_LINE_BYTES = 1 << 20
@@ -42,6 +43,12 @@ class Retire(msgspec.Struct, frozen=True, tag="retire", tag_field="op"):
     manifest: str
 
 
+class Shadow(msgspec.Struct, frozen=True, tag="shadow", tag_field="op"):
+    """Let a loaded artifact answer what the serving one is asked, unseen; until it is switched to or retired. Counts begin anew."""
+
+    manifest: str
+
+
 class Status(msgspec.Struct, frozen=True, tag="status", tag_field="op"):
     pass
 
@@ -50,7 +57,7 @@ class Ping(msgspec.Struct, frozen=True, tag="ping", tag_field="op"):
     pass
 
 
-Request = Load | Switch | Retire | Status | Ping
+Request = Load | Switch | Shadow | Retire | Status | Ping
 
 
 class Loaded(msgspec.Struct, frozen=True, kw_only=True, tag="loaded", tag_field="op"):
@@ -71,6 +78,13 @@ class Switched(msgspec.Struct, frozen=True, kw_only=True, tag="switched", tag_fi
     previous: str | None
     mode: Literal["blue-green", "in-place"]
     parked_ms: float = 0.0
+
+
+class Shadowing(msgspec.Struct, frozen=True, tag="shadowing", tag_field="op"):
+    """``beside`` is the manifest that serves."""
+
+    manifest: str
+    beside: str
 
 
 class Retired(msgspec.Struct, frozen=True, tag="retired", tag_field="op"):
@@ -116,6 +130,7 @@ class StatusReport(msgspec.Struct, frozen=True, kw_only=True, tag="status", tag_
     pid: int
     memory_bytes: int
     uptime_s: float
+    shadow: ShadowFigures | None = None
 
 
 class Pong(msgspec.Struct, frozen=True, tag="pong", tag_field="op"):
@@ -128,8 +143,8 @@ class Refused(msgspec.Struct, frozen=True, tag="refused", tag_field="op"):
     error: dict[str, str]
 
 
-Reply = Loaded | Switched | Retired | StatusReport | Pong | Refused
-_ReplyT = TypeVar("_ReplyT", Loaded, Switched, Retired, StatusReport, Pong)
+Reply = Loaded | Switched | Shadowing | Retired | StatusReport | Pong | Refused
+_ReplyT = TypeVar("_ReplyT", Loaded, Switched, Shadowing, Retired, StatusReport, Pong)
 
 
 def socket_path(state: Path) -> Path:
@@ -171,6 +186,10 @@ class RuntimeClient:
     def switch(self, manifest: str, timeout_s: float = 180.0) -> Switched:
         """Let a loaded artifact serve. When it fails (in-place only) the old one serves again. Raises like :meth:`load`."""
         return self._call(Switch(manifest), Switched, timeout_s)
+
+    def shadow(self, manifest: str) -> Shadowing:
+        """Let a loaded artifact follow what serves, see :class:`Shadow`. Raises like :meth:`load`."""
+        return self._call(Shadow(manifest), Shadowing, self._timeout_s)
 
     def retire(self, manifest: str, timeout_s: float = 60.0) -> Retired:
         """Drain and stop an artifact that does not serve. Raises like :meth:`load`."""

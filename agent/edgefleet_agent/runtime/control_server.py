@@ -11,7 +11,7 @@ import msgspec
 from edgefleet_shared.errors import EdgefleetError, InputError
 
 from edgefleet_agent.runtime import control
-from edgefleet_agent.runtime.control import Load, Ping, Pong, Refused, Reply, Request, Retire, Status, Switch
+from edgefleet_agent.runtime.control import Load, Ping, Pong, Refused, Reply, Request, Retire, Shadow, Status, Switch
 from edgefleet_agent.runtime.switchboard import Switchboard
 
 
@@ -67,6 +67,8 @@ async def _carry_out(request: Request, switchboard: Switchboard) -> Reply:
             return await switchboard.load(manifest, mode)
         case Switch(manifest):
             return await switchboard.switch(manifest)
+        case Shadow(manifest):
+            return await switchboard.shadow(manifest)
         case Retire(manifest):
             return await switchboard.retire(manifest)
         case Status():

@@ -1,30 +1,46 @@
 """The Open Inference Protocol's resources: receives whole HTTP requests, hands on jobs, metadata and metrics.
 
-Source: KServe Open Inference Protocol v2 (HTTP/REST), Triton's statistics and repository index extensions. Not served:
-loading and unloading over HTTP (the agent alone decides what serves), tracing, shared memory.
+Source: KServe Open Inference Protocol v2 (HTTP/REST), Triton's statistics, repository index and system shared memory extensions.
+Not served: loading and unloading over HTTP (the agent alone decides what serves), tracing, CUDA shared memory.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from functools import lru_cache
+from typing import cast
 from urllib.parse import unquote
 
 import msgspec
 from edgefleet_shared import __version__
 
+from edgefleet_agent.runtime import answer as answers
 from edgefleet_agent.runtime import metrics, protocol
-from edgefleet_agent.runtime.http import BINARY, JSON, TEXT, Reply, Request
+from edgefleet_agent.runtime.head import Head
+from edgefleet_agent.runtime.http import BINARY, JSON, TEXT, Place, Reply, Request
 from edgefleet_agent.runtime.job import Job
-from edgefleet_agent.runtime.protocol import OutputTensor, RequestError
+from edgefleet_agent.runtime.peer import Peer
+from edgefleet_agent.runtime.protocol import Form, InputTensor, OutputTensor, RequestError
+from edgefleet_agent.runtime.regions import Regions
 from edgefleet_agent.runtime.switchboard import Switchboard
 from edgefleet_agent.runtime.version import Version, VersionState
+from edgefleet_agent.runtime.worker_process import Lease
 
 SERVER_NAME = "edgefleet-runtime"
-EXTENSIONS = ("binary_tensor_data", "statistics")
+EXTENSIONS = ("binary_tensor_data", "statistics", "system_shared_memory")
 
 _MODEL = re.compile(r"/v2/models/(?P<model>[^/]+)(?:/versions/(?P<version>[^/]+))?(?:/(?P<what>infer|ready|stats))?")
-_HEADER_LENGTH = b"inference-header-content-length"
+_REGIONS = re.compile(r"/v2/systemsharedmemory(?:/region/(?P<name>[^/]+))?/(?P<what>status|register|unregister)")
+
+
+@lru_cache(256)
+def _model_path(path: str) -> tuple[str, str | None, str | None] | None:
+    """(model, version, what) of a model's resource, None for another path."""
+    match = _MODEL.fullmatch(path)
+    if match is None:
+        return None
+    return unquote(match["model"]), match["version"] and unquote(match["version"]), match["what"]
 
 
 class Front:
@@ -34,8 +50,8 @@ class Front:
         gauges: values of the whole runtime for ``/metrics``.
     """
 
-    def __init__(self, switchboard: Switchboard, gauges: Callable[[], dict[str, float]]) -> None:
-        self._switchboard, self._gauges = switchboard, gauges
+    def __init__(self, switchboard: Switchboard, regions: Regions, gauges: Callable[[], dict[str, float]]) -> None:
+        self._switchboard, self._regions, self._gauges = switchboard, regions, gauges
         self._fixed: dict[str, tuple[str, Callable[[], tuple[int, bytes, bytes]]]] = {
             "/v2": ("GET", self._server),
             "/v2/": ("GET", self._server),
@@ -46,41 +62,98 @@ class Front:
             "/metrics": ("GET", self._metrics),
         }
 
+    def place(self, head: Head) -> Place | None:
+        """A slot of the worker that will compute a request with this head, if it has one to spare."""
+        wanted = _model_path(head.path)
+        if wanted is None or wanted[2] != "infer" or head.inference_length is None or head.encoding is not None:
+            return None
+        return self._switchboard.lend(wanted[0], wanted[1], head.inference_length, head.content_length)
+
     def handle(self, request: Request, reply: Reply) -> None:
         """Answer one request through ``reply``, now or when its worker is done."""
         try:
-            match = _MODEL.fullmatch(request.path)
-            if match is not None and match["what"] == "infer":
+            wanted = _model_path(request.head.path)
+            if wanted is not None and wanted[2] == "infer":
                 _only(request, "POST")
-                self._infer(request, unquote(match["model"]), match["version"] and unquote(match["version"]), reply)
+                self._infer(request, wanted[0], wanted[1], reply)
                 return
-            fixed = self._fixed.get(request.path)
-            if fixed is not None:
-                _only(request, fixed[0])
-                status, body, content_type = fixed[1]()
-            elif match is not None:
-                _only(request, "GET")
-                version = match["version"] and unquote(match["version"])
-                status, body, content_type = self._model(unquote(match["model"]), version, match["what"])
-            else:
-                raise RequestError(404, f"nothing is served at {request.path[:200]!r}")
+            status, body, content_type = self._resource(request, wanted)
         except RequestError as exc:
-            status, body, content_type = exc.status, protocol.error_body(exc.message), JSON
-        reply(status, body, content_type, None)
+            status, body, content_type = exc.status, answers.error_body(exc.message), JSON
+        reply(status, body, content_type)
+
+    def _resource(
+        self, request: Request, wanted: tuple[str, str | None, str | None] | None
+    ) -> tuple[int, bytes, bytes]:
+        path = request.head.path
+        fixed = self._fixed.get(path)
+        if fixed is not None:
+            _only(request, fixed[0])
+            return fixed[1]()
+        if wanted is not None:
+            _only(request, "GET")
+            return self._model(*wanted)
+        match = _REGIONS.fullmatch(path)
+        if match is not None:
+            return self._region(request, match["name"] and unquote(match["name"]), match["what"])
+        raise RequestError(404, f"nothing is served at {path[:200]!r}")
+
+    def _region(self, request: Request, name: str | None, what: str) -> tuple[int, bytes, bytes]:
+        if what == "status":
+            _only(request, "GET")
+            return _json(self._regions.status(request.peer, name))
+        _only(request, "POST")
+        if what == "unregister":
+            self._regions.unregister(request.peer, name)
+        elif name is None:
+            raise RequestError(400, "a registration needs the region's name in its path")
+        else:
+            self._regions.register(request.peer, name, request.body)
+        return 200, b"", JSON
 
     def _infer(self, request: Request, model: str, version: str | None, reply: Reply) -> None:
-        header_length = request.headers.get(_HEADER_LENGTH)
-        parsed = protocol.parse_infer(request.body, None if header_length is None else header_length.decode("latin-1"))
+        parsed = protocol.parse_infer(request.body, request.head.inference_length)
+        form, peer = parsed.form, request.peer
+        if form.uses_regions:
+            parsed.inputs = [self._reach(peer, tensor) for tensor in parsed.inputs]
 
         def answer(name: str, number: str, outputs: list[OutputTensor]) -> None:
-            body, length = protocol.encode_answer(parsed, name, number, outputs)
+            if form.uses_regions:
+                try:
+                    self._store(peer, form, outputs)
+                except RequestError as exc:
+                    failure(exc)
+                    return
+            body, length = answers.encode_answer(parsed, name, number, outputs)
             reply(200, body, JSON if length is None else BINARY, length)
 
         def failure(error: RequestError) -> None:
             self._switchboard.failed += error.status >= 500
-            reply(error.status, protocol.error_body(error.message), JSON, None)
+            reply(error.status, answers.error_body(error.message), JSON)
 
-        self._switchboard.submit(Job(model, version, parsed, answer, failure))
+        self._switchboard.submit(Job(model, version, parsed, cast(Lease | None, request.place), answer, failure))
+
+    def _reach(self, peer: Peer, tensor: InputTensor) -> InputTensor:
+        """The tensor with its region behind it."""
+        use = tensor.region
+        if use is None:
+            return tensor
+        region = self._regions.find(peer, use)
+        return InputTensor(
+            tensor.name,
+            tensor.datatype,
+            tensor.shape,
+            lambda target: region.read_into(use, target),
+            tensor.size,
+            region=use,
+        )
+
+    def _store(self, peer: Peer, form: Form, outputs: list[OutputTensor]) -> None:
+        """Put the outputs that the client wants in regions there."""
+        for tensor in outputs:
+            wanted = form.outputs.get(tensor.name) if form.outputs is not None else None
+            if wanted is not None and wanted.region is not None:
+                self._regions.find(peer, wanted.region).write(wanted.region, tensor.data)
 
     def _server(self) -> tuple[int, bytes, bytes]:
         return _json({"name": SERVER_NAME, "version": __version__, "extensions": EXTENSIONS})
@@ -98,7 +171,7 @@ class Front:
             body = {"name": model, "ready": ready}
             return (200 if ready else 503), msgspec.json.encode(body), JSON
         versions = [v.config.version for v in self._switchboard.versions() if v.config.model == model]
-        return 200, protocol.model_metadata(found.config, versions), JSON
+        return 200, answers.model_metadata(found.config, versions), JSON
 
     def _stats(self, model: str | None, version: str | None) -> tuple[int, bytes, bytes]:
         if model is not None:
@@ -152,8 +225,8 @@ def _statistics(version: Version) -> dict[str, object]:
 
 
 def _only(request: Request, method: str) -> None:
-    if request.method != method and not (method == "GET" and request.method == "HEAD"):
-        raise RequestError(405, f"{request.path[:200]} takes {method}")
+    if request.head.method != method and not (method == "GET" and request.head.method == "HEAD"):
+        raise RequestError(405, f"{request.head.path[:200]} takes {method}")
 
 
 def _json(value: object) -> tuple[int, bytes, bytes]:

@@ -1,8 +1,10 @@
 """HTTP/1.1 on the runtime's sockets: receives bytes from anyone, hands on whole requests, writes answers in their order.
 
+A body goes from the socket straight to where the handler wants it, so that a picture is in shared memory when its last byte came;
+and a head that equals the one before it on the connection is not parsed again.
 Every resource that a client can take is bounded here: header and body sizes, time to send them, pipelined requests,
 connections, body bytes held at once. Whatever is wrong with a request costs that request or its connection, nothing else.
-Parsing is llhttp's, by httptools. Source: RFC 9112.
+Not handled here: what a head means (:mod:`head`). Source: RFC 9112.
 """
 
 from __future__ import annotations
@@ -11,57 +13,74 @@ import asyncio
 import time
 import zlib
 from collections import deque
-from collections.abc import Callable
 from http import HTTPStatus
-from typing import cast
+from typing import Protocol, cast
 
-import httptools
+from edgefleet_agent.runtime import head as heads
+from edgefleet_agent.runtime.answer import error_body
+from edgefleet_agent.runtime.head import MAX_BODY_BYTES, MAX_HEADER_BYTES, MAX_URL_BYTES, Head, Refused
+from edgefleet_agent.runtime.peer import Peer
 
-from edgefleet_agent.runtime.protocol import error_body
-
-MAX_URL_BYTES = 8 * 1024
-MAX_HEADER_BYTES = 32 * 1024
-MAX_BODY_BYTES = 64 * 1024 * 1024
 MAX_HELD_BYTES = 256 * 1024 * 1024  # all bodies of all connections
 MAX_PIPELINED = 16
 MAX_CONNECTIONS = 1024
 REQUEST_LIMIT_S = 30.0  # from a request's first byte to its last
-
-_KEPT_HEADERS = frozenset({b"inference-header-content-length", b"content-encoding"})
-
-
-class Request:
-    """A whole request. ``path`` has no query; ``headers`` are only those that matter here, lower-case names."""
-
-    __slots__ = ("body", "headers", "method", "path")
-
-    def __init__(self, method: str, path: str, headers: dict[bytes, bytes], body: bytes) -> None:
-        self.method, self.path, self.headers, self.body = method, path, headers, body
-
-
-# reply(status, body, content type, length of the inference header or None)
-Reply = Callable[[int, bytes, bytes, "int | None"], None]
-Handler = Callable[[Request, Reply], None]
+LINGER_S = 2.0  # how long a client that was hung up on may go on sending: a reset would take its last answer away
+FIRST_READ_BYTES = 2 * 1024  # enough for a head and a small body; what is beyond goes where the body belongs
 
 JSON = b"application/json"
 BINARY = b"application/octet-stream"
 TEXT = b"text/plain; version=0.0.4; charset=utf-8"
 
 
-class Server:
-    """What all connections share.
+class Place(Protocol):
+    """Where a body may be put as it comes. ``view`` is as long as the body."""
 
-    Args:
-        handler: called with each request; calls its reply exactly once, now or later.
-    """
+    view: memoryview
+
+    def release(self) -> None:
+        """Nobody writes or reads it any more, unless whoever handles the request took it over. May be called again."""
+        ...
+
+
+class Request:
+    """A whole request. ``body`` is what came; it lies in ``place`` when the handler lent one."""
+
+    __slots__ = ("body", "head", "peer", "place")
+
+    def __init__(self, head: Head, body: bytes | bytearray | memoryview, place: Place | None, peer: Peer) -> None:
+        self.head, self.body, self.place, self.peer = head, body, place, peer
+
+
+class Reply(Protocol):
+    def __call__(self, status: int, body: bytes, content_type: bytes, header_length: int | None = None) -> None:
+        """Answer; ``header_length`` is that of the inference header in ``body``, None when there is none."""
+
+
+class Handler(Protocol):
+    """What answers requests."""
+
+    def place(self, head: Head) -> Place | None:
+        """Where the body of a request with this head should go; None for memory of the connection's own."""
+        ...
+
+    def handle(self, request: Request, reply: Reply) -> None:
+        """Answer through ``reply``, exactly once, now or later."""
+        ...
+
+
+class Server:
+    """What all connections share."""
 
     def __init__(self, handler: Handler) -> None:
         self.handler = handler
         self.connections: set[Connection] = set()
         self.held_bytes = 0
         self.refused = 0
+        # The loop asks for a buffer and says how much it put there without anything in between, so one serves them all.
+        self.first_read = memoryview(bytearray(FIRST_READ_BYTES))
 
-    def connection(self) -> asyncio.Protocol:
+    def connection(self) -> asyncio.BaseProtocol:
         return Connection(self)
 
     def tick(self) -> None:
@@ -76,69 +95,68 @@ class Server:
             connection.finish()
 
 
-class Connection(asyncio.Protocol):
+class Connection(asyncio.BufferedProtocol):
     """One client."""
 
     def __init__(self, server: Server) -> None:
         self._server = server
         self._transport: asyncio.Transport | None = None
-        self._parser = httptools.HttpRequestParser(self)
-        self._waiting: deque[tuple[Request, bool]] = deque()
+        self._peer = Peer(None)
+        self._waiting: deque[Request] = deque()
         self._busy = False
         self._closing = False  # nothing more is read; what was taken is still answered
+        self._heard_all = False  # the client sends no more
         self._paused_reading = False
         self._paused_writing = False
         self._request_began = 0.0
-        self._reset()
-
-    def _reset(self) -> None:
-        self._url = b""
-        self._headers: dict[bytes, bytes] = {}
-        self._header_bytes = 0
-        self._pieces: list[bytes] = []
-        self._body_bytes = 0
+        self._hung_up = 0.0
+        self._last_raw, self._last_head = b"", Head()
+        self._pending = b""  # a head that is not whole yet
+        self._head: Head | None = None  # of the request whose body is coming
+        self._place: Place | None = None
+        self._target = memoryview(b"")  # where its body goes
+        self._filled = 0
+        self._coming_bytes = 0  # of the body that is not whole yet
 
     # --- asyncio
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)  # uvloop's is one in all but its base class
+        self._peer = Peer(transport.get_extra_info("socket"))
         self._server.connections.add(self)
         if len(self._server.connections) > MAX_CONNECTIONS:
             self._refuse(503, f"more than {MAX_CONNECTIONS} connections")
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._server.connections.discard(self)
-        self._server.held_bytes -= self._body_bytes
+        self._forget_body()
         self._forget_waiting()
-        self._reset()
         self._transport = None
 
-    def data_received(self, data: bytes) -> None:
+    def get_buffer(self, sizehint: int) -> memoryview:
+        if self._filled < len(self._target) and not self._closing:
+            return self._target[self._filled :]
+        return self._server.first_read
+
+    def buffer_updated(self, nbytes: int) -> None:
         if self._closing:
             return
-        if not self._request_began:
-            self._request_began = time.monotonic()
         try:
-            self._parser.feed_data(data)
-        except httptools.HttpParserUpgrade as exc:
-            # RFC 9110, 7.8: an offer to upgrade may be ignored. CONNECT can't be: what follows would be no HTTP.
-            if self._parser.get_method() == b"CONNECT":
-                self._closing = True
-                self._next()
-                return
-            self._parser = httptools.HttpRequestParser(self)
-            if rest := data[exc.args[0] :]:
-                self.data_received(rest)
-        except httptools.HttpParserCallbackError as exc:
-            # httptools wraps what a callback raised; ours raise _Refused, anything else is our own bug and must be heard.
-            if not isinstance(exc.__context__, _Refused):
-                raise
-            self._refuse(exc.__context__.status, str(exc.__context__))
-        except httptools.HttpParserError as exc:
-            self._refuse(400, f"not HTTP: {exc}")
+            if self._filled < len(self._target):
+                self._hold(nbytes)
+                self._filled += nbytes
+                if self._filled == len(self._target):
+                    self._body_complete()
+            else:
+                self._take(bytes(self._server.first_read[:nbytes]))
+        except Refused as exc:
+            self._refuse(exc.status, str(exc))
 
     def eof_received(self) -> bool:
         """The client sends no more; it still gets the answers to what it sent."""
+        self._heard_all = True
+        if self._request_began and not self._closing:
+            self._refuse(400, "the request is cut off")
         self._closing = True
         return self._busy or bool(self._waiting)
 
@@ -149,147 +167,220 @@ class Connection(asyncio.Protocol):
         self._paused_writing = False
         self._next()
 
-    # --- httptools
+    # --- requests in
 
-    def on_url(self, url: bytes) -> None:
-        self._url += url
-        if len(self._url) > MAX_URL_BYTES:
-            raise _Refused(414, f"the URL is longer than {MAX_URL_BYTES} bytes")
+    def _take(self, data: bytes) -> None:
+        """Whatever came while no body has a target: heads, small bodies, pieces of chunked bodies."""
+        if not self._request_began:
+            self._request_began = time.monotonic()
+        while data and not self._closing:
+            if self._head is not None:
+                self._chunk(self._head, data)
+                return
+            if self._last_raw and not self._pending and data.startswith(self._last_raw):
+                data = self._begin_body(self._last_head, data[len(self._last_raw) :])
+                continue
+            data = self._pending + data if self._pending else data
+            self._pending = b""
+            if data[:1] in b"\r\n":
+                data = data.lstrip(b"\r\n")  # RFC 9112, 2.2
+                continue
+            end = data.find(heads.END) + len(heads.END)
+            if end < len(heads.END):
+                self._keep_pending(data)
+                return
+            raw, data = data[:end], data[end:]
+            head = heads.parse(raw)
+            self._last_raw, self._last_head = (b"", head) if head.chunked else (raw, head)
+            data = self._begin_body(head, data)
+        if not data and self._head is None and not self._pending:
+            self._request_began = 0.0
 
-    def on_header(self, name: bytes, value: bytes) -> None:
-        self._header_bytes += len(name) + len(value)
-        if self._header_bytes > MAX_HEADER_BYTES:
-            raise _Refused(431, f"the headers are longer than {MAX_HEADER_BYTES} bytes")
-        name = name.lower()
-        if name in _KEPT_HEADERS:
-            self._headers[name] = value.strip()
-        elif name == b"content-length":
-            if value.isdigit() and int(value[:20]) > MAX_BODY_BYTES:
-                raise _Refused(413, f"the body is larger than {MAX_BODY_BYTES} bytes")
-        elif name == b"expect":
-            if value.strip().lower() != b"100-continue":
-                raise _Refused(417, "only Expect: 100-continue is known here")
-            if self._transport is not None and not self._busy:
-                self._transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+    def _keep_pending(self, data: bytes) -> None:
+        if not data[0:1].isalpha() or not data[0:1].isascii():
+            raise Refused(400, "not HTTP: it does not begin with a method")
+        if len(data) > MAX_URL_BYTES and b"\r\n" not in data[:MAX_URL_BYTES]:
+            raise Refused(414, f"the URL is longer than {MAX_URL_BYTES} bytes")
+        if len(data) > MAX_URL_BYTES + MAX_HEADER_BYTES:
+            raise Refused(431, f"the headers are longer than {MAX_HEADER_BYTES} bytes")
+        self._pending = data
 
-    def on_body(self, body: bytes) -> None:
-        self._body_bytes += len(body)
-        self._server.held_bytes += len(body)
-        if self._body_bytes > MAX_BODY_BYTES:
-            raise _Refused(413, f"the body is larger than {MAX_BODY_BYTES} bytes")
-        if self._server.held_bytes > MAX_HELD_BYTES:
-            raise _Refused(503, "too many large requests at once")
-        self._pieces.append(body)
+    def _begin_body(self, head: Head, data: bytes) -> bytes:
+        """A head is there, and ``data`` behind it; returns what of that belongs to the next request."""
+        length = head.content_length
+        if head.expects_continue and self._transport is not None and not self._busy and len(data) < max(length, 1):
+            self._transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        if head.chunked:
+            self._head = head
+            return data
+        if len(data) >= length:
+            self._hold(length)
+            self._complete(head, data[:length], None)
+            return data[length:]
+        self._head = head
+        # A place is for one body at a time, and the one that is being answered has it.
+        self._place = None if self._busy else self._server.handler.place(head)
+        self._target = memoryview(bytearray(length)) if self._place is None else self._place.view
+        self._target[: len(data)] = data
+        self._hold(len(data))
+        self._filled = len(data)
+        return b""
 
-    def on_message_complete(self) -> None:
-        body = self._pieces[0] if len(self._pieces) == 1 else b"".join(self._pieces)
-        path = self._url.partition(b"?")[0].decode("latin-1")
-        request = Request(self._parser.get_method().decode("latin-1"), path, self._headers, body)
-        self._waiting.append((request, self._parser.should_keep_alive()))
+    def _body_complete(self) -> None:
+        assert self._head is not None
+        head, body, place = self._head, self._target, self._place
+        self._head, self._target, self._place, self._filled = None, memoryview(b""), None, 0
         self._request_began = 0.0
-        self._reset()
+        self._complete(head, body, place)
+
+    def _chunk(self, head: Head, data: bytes) -> None:
+        assert head.parser is not None
+        self._hold(head.parser.feed(data))
+        if not head.parser.done:
+            return
+        self._head = None
+        self._request_began = 0.0
+        if head.parser.followed:
+            head.keep_alive = False  # what came behind is lost, so its sender must send it again
+        self._complete(head, head.parser.body, None)
+
+    def _hold(self, count: int) -> None:
+        self._server.held_bytes += count
+        self._coming_bytes += count
+        if self._server.held_bytes > MAX_HELD_BYTES:
+            raise Refused(503, "too many large requests at once")
+
+    def _complete(self, head: Head, body: bytes | bytearray | memoryview, place: Place | None) -> None:
+        self._coming_bytes = 0  # counted with its request from here on
+        self._waiting.append(Request(head, body, place, self._peer))
         if not self._busy:
             self._next()
         if len(self._waiting) > MAX_PIPELINED and not self._paused_reading and self._transport is not None:
             self._paused_reading = True
             self._transport.pause_reading()
 
-    # --- answers
+    # --- answers out
 
     def _next(self) -> None:
         while self._waiting and not self._busy and not self._paused_writing and self._transport is not None:
-            request, keep_alive = self._waiting.popleft()
+            request = self._waiting.popleft()
             self._busy = True
             if self._paused_reading and len(self._waiting) <= MAX_PIPELINED // 2:
                 self._paused_reading = False
                 self._transport.resume_reading()
-            self._handle(request, keep_alive)
-        if self._closing and not self._busy and not self._waiting and self._transport is not None:
-            self._transport.close()
+            self._handle(request)
+        if self._closing and not self._busy and not self._waiting:
+            self._hang_up()
 
-    def _handle(self, request: Request, keep_alive: bool) -> None:
-        held = len(request.body)
+    def _handle(self, request: Request) -> None:
+        held, keep_alive, with_body = len(request.body), request.head.keep_alive, request.head.method != "HEAD"
 
-        def reply(status: int, body: bytes, content_type: bytes, header_length: int | None) -> None:
-            nonlocal held
+        def reply(status: int, body: bytes, content_type: bytes, header_length: int | None = None) -> None:
             self._server.held_bytes -= held
-            held = 0
+            if request.place is not None:
+                request.place.release()
             self._busy = False
             if self._transport is None or self._transport.is_closing():
                 return
-            self._write(status, body, content_type, header_length, keep_alive and not self._closing)
+            self._write(status, body, content_type, header_length, keep_alive and not self._closing, with_body)
             if not keep_alive:
                 self._closing = True
                 self._forget_waiting()
             self._next()
 
-        encoding = request.headers.get(b"content-encoding")
-        if encoding:
+        if request.head.encoding is not None:
             try:
-                request.body = _decompress(request.body, encoding)
-            except _Refused as exc:
-                reply(exc.status, error_body(str(exc)), JSON, None)
+                request.body = _decompress(request.body, request.head.encoding)
+            except Refused as exc:
+                reply(exc.status, error_body(str(exc)), JSON)
                 return
-        self._server.handler(request, reply)
+        self._server.handler.handle(request, reply)
 
     def _forget_waiting(self) -> None:
-        self._server.held_bytes -= sum(len(request.body) for request, _ in self._waiting)
+        for request in self._waiting:
+            self._server.held_bytes -= len(request.body)
+            if request.place is not None:
+                request.place.release()
         self._waiting.clear()
 
+    def _forget_body(self) -> None:
+        """Give back what the body that is coming has taken."""
+        self._server.held_bytes -= self._coming_bytes
+        place, self._place = self._place, None
+        self._head, self._target, self._filled, self._coming_bytes = None, memoryview(b""), 0, 0
+        self._pending, self._request_began = b"", 0.0
+        if place is not None:
+            place.release()
+
     def _write(
-        self, status: int, body: bytes, content_type: bytes, header_length: int | None, keep_alive: bool
+        self,
+        status: int,
+        body: bytes,
+        content_type: bytes,
+        header_length: int | None,
+        keep_alive: bool,
+        with_body: bool = True,
     ) -> None:
         assert self._transport is not None
         extra = b"" if header_length is None else b"Inference-Header-Content-Length: %d\r\n" % header_length
         head = b"%sContent-Type: %s\r\n%s%sContent-Length: %d\r\n\r\n" % (
             _STATUS_LINES[status], content_type, extra, b"" if keep_alive else b"Connection: close\r\n", len(body),
         )  # fmt: skip
-        self._transport.write(head + body)
+        self._transport.write(head + body if with_body else head)
 
     def _refuse(self, status: int, message: str) -> None:
         """Answer that this connection can't go on, after what it asked before has been answered."""
         self._server.refused += 1
-        self._server.held_bytes -= self._body_bytes
-        self._reset()
-        self._request_began = 0.0
+        self._forget_body()
         if self._transport is None or self._closing:
             return
         self._closing = True
         if not self._busy and not self._waiting:
             self._write(status, error_body(message), JSON, None, keep_alive=False)
+            self._hang_up()
+
+    def _hang_up(self) -> None:
+        """Say goodbye, then listen until the client does (RFC 9112, 9.6); whatever it still sends is dropped."""
+        if self._transport is None or self._hung_up:
+            return
+        self._hung_up = time.monotonic()
+        if self._heard_all:
             self._transport.close()
+            return
+        self._transport.write_eof()
+        if self._paused_reading:
+            self._paused_reading = False
+            self._transport.resume_reading()
 
     def check_time(self, now: float) -> None:
+        if self._hung_up and now - self._hung_up > LINGER_S and self._transport is not None:
+            self._transport.close()
         if self._request_began and now - self._request_began > REQUEST_LIMIT_S and not self._paused_reading:
             self._refuse(408, f"the request did not arrive within {REQUEST_LIMIT_S:g} s")
 
     def finish(self) -> None:
-        self._closing = True
+        """The server ends: close when what was taken is answered."""
+        self._closing = self._heard_all = True
+        if self._hung_up and self._transport is not None:
+            self._transport.close()
         self._next()
 
 
-class _Refused(Exception):
-    def __init__(self, status: int, message: str) -> None:
-        super().__init__(message)
-        self.status = status
-
-
-def _decompress(body: bytes, encoding: bytes) -> bytes:
+def _decompress(body: bytes | bytearray | memoryview, encoding: str) -> bytes | bytearray | memoryview:
     """gzip or deflate (RFC 9110, 8.4.1), bounded: a small body may claim to be a large one."""
-    encoding = encoding.lower()
-    if encoding == b"identity":
+    if encoding == "identity":
         return body
-    if encoding not in (b"gzip", b"deflate"):
-        raise _Refused(415, "Content-Encoding must be gzip or deflate")
-    machine = zlib.decompressobj(wbits=31 if encoding == b"gzip" else 15)
+    if encoding not in ("gzip", "deflate"):
+        raise Refused(415, "Content-Encoding must be gzip or deflate")
+    machine = zlib.decompressobj(wbits=31 if encoding == "gzip" else 15)
     try:
         plain = machine.decompress(body, MAX_BODY_BYTES)
     except zlib.error as exc:
-        raise _Refused(400, f"the body is not {encoding.decode()}: {exc}") from exc
+        raise Refused(400, f"the body is not {encoding}: {exc}") from exc
     if machine.unconsumed_tail:
-        raise _Refused(413, f"the body unpacks to more than {MAX_BODY_BYTES} bytes")
+        raise Refused(413, f"the body unpacks to more than {MAX_BODY_BYTES} bytes")
     if not machine.eof:
-        raise _Refused(400, f"the {encoding.decode()} body is cut off")
+        raise Refused(400, f"the {encoding} body is cut off")
     return plain
 
 

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from edgefleet_agent.runtime.protocol import InferRequest, OutputTensor, RequestError
+
+if TYPE_CHECKING:
+    from edgefleet_agent.runtime.worker_process import Lease
 
 # answer(model, version, outputs) and failure(error)
 Answer = Callable[[str, str, list[OutputTensor]], None]
@@ -18,14 +22,32 @@ class Job:
     Args:
         model: the model that the client asked for.
         version: the version that the client pinned, or None for the one that serves.
+        lease: where the request's body lies, if a worker lent a slot for it.
     """
 
-    __slots__ = ("answer", "arrived_ns", "attempts", "failure", "fell_back", "model", "request", "sent_ns", "version")
+    __slots__ = (
+        "answer",
+        "arrived_ns",
+        "attempts",
+        "failure",
+        "fell_back",
+        "lease",
+        "model",
+        "request",
+        "sent_ns",
+        "version",
+    )
 
     def __init__(
-        self, model: str, version: str | None, request: InferRequest, answer: Answer, failure: Failure
+        self,
+        model: str,
+        version: str | None,
+        request: InferRequest,
+        lease: Lease | None,
+        answer: Answer,
+        failure: Failure,
     ) -> None:
-        self.model, self.version, self.request = model, version, request
+        self.model, self.version, self.request, self.lease = model, version, request, lease
         self.answer, self.failure = answer, failure
         self.arrived_ns = time.perf_counter_ns()
         self.sent_ns = 0

@@ -1,14 +1,17 @@
-"""The Open Inference Protocol's infer message: receives an HTTP body, hands on tensors; and back. Pure.
+"""The Open Inference Protocol's infer request: receives an HTTP body, hands on tensors that a model takes. Pure.
 
-Source: KServe Open Inference Protocol v2 (HTTP/REST) and Triton's binary tensor data extension: the body is a JSON header of
-``Inference-Header-Content-Length`` bytes, then each binary tensor in the header's order, little-endian, no padding.
+Source: KServe Open Inference Protocol v2 (HTTP/REST), Triton's binary tensor data and system shared memory extensions: the body is
+a JSON header of ``Inference-Header-Content-Length`` bytes, then each binary tensor in the header's order, little-endian, no padding.
+Clients send the same header again and again, so a header is understood once: what it says is a :class:`Form`, kept by its bytes.
 
-Not handled here: sockets (:mod:`http`), which version answers (:mod:`switchboard`). Refused with a reason: BYTES and BF16
-tensors, shared memory regions, Triton's classification extension.
+Not handled here: sockets (:mod:`http`), which version answers (:mod:`switchboard`), the answer (:mod:`answer`), what lies in a shared
+memory region (:mod:`regions`). Refused with a reason: BYTES and BF16 tensors, Triton's classification extension.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import msgspec
@@ -21,6 +24,7 @@ from edgefleet_agent.runtime.tensors import NUMPY, element_count
 MAX_TENSORS = 256
 MAX_RANK = 16
 MAX_ID_CHARACTERS = 1024
+KEPT_FORMS, MAX_KEPT_BYTES = 64, 4096
 
 
 class RequestError(Exception):
@@ -32,13 +36,33 @@ class RequestError(Exception):
         self.message = message
 
 
+class RegionUse(msgspec.Struct, frozen=True):
+    """``size`` bytes from ``offset`` of the shared memory region that the client registered as ``name``."""
+
+    name: str
+    offset: int
+    size: int
+
+
+# Bytes, or what puts them into memory of their size and may raise RequestError.
+Data = bytes | memoryview | Callable[[memoryview], None]
+
+
 class InputTensor:
-    """One tensor of a request: little-endian bytes of ``datatype`` in row-major order."""
+    """One tensor of a request: little-endian bytes of ``datatype`` in row-major order.
 
-    __slots__ = ("data", "datatype", "name", "shape")
+    ``data`` are its ``size`` bytes; they begin ``start`` bytes into the body, or came as JSON (then ``start`` is -1). Of a tensor in
+    a ``region`` it is what fills memory of that size from there.
+    """
 
-    def __init__(self, name: str, datatype: str, shape: tuple[int, ...], data: bytes | memoryview) -> None:
-        self.name, self.datatype, self.shape, self.data = name, datatype, shape, data
+    __slots__ = ("data", "datatype", "name", "region", "shape", "size", "start")
+
+    def __init__(
+        self, name: str, datatype: str, shape: tuple[int, ...], data: Data, size: int, start: int = -1,
+        region: RegionUse | None = None,
+    ) -> None:  # fmt: skip
+        self.name, self.datatype, self.shape = name, datatype, shape
+        self.data, self.size, self.start, self.region = data, size, start, region
 
 
 class OutputTensor:
@@ -50,14 +74,51 @@ class OutputTensor:
         self.name, self.datatype, self.shape, self.data = name, datatype, shape, data
 
 
+class Wanted(msgspec.Struct, frozen=True):
+    """How the client wants an output: in binary or as JSON, or put into a region."""
+
+    binary: bool
+    region: RegionUse | None = None
+
+
+class Form:
+    """What a header says, whatever the tensors hold.
+
+    ``inputs`` have no data yet unless it was JSON; ``binary_bytes`` follow the header, and all inputs are there if ``all_binary``. ``outputs`` maps each wanted output to how;
+    None means all of them, each as ``binary`` says. ``fits`` and ``order`` remember which config the form was last held against,
+    ``heads`` which answers it got, see :mod:`answer`.
+    """
+
+    __slots__ = (
+        "all_binary",
+        "binary",
+        "binary_bytes",
+        "fits",
+        "heads",
+        "id",
+        "inputs",
+        "order",
+        "outputs",
+        "uses_regions",
+    )
+
+    def __init__(self, id: str, inputs: list[InputTensor], binary_bytes: int, outputs: dict[str, Wanted] | None, binary: bool) -> None:  # fmt: skip
+        self.id, self.inputs, self.binary_bytes = id, inputs, binary_bytes
+        self.outputs, self.binary = outputs, binary
+        self.all_binary = all(t.start >= 0 for t in inputs)
+        self.uses_regions = any(t.region for t in inputs) or any(w.region for w in (outputs or {}).values())
+        self.fits: ModelConfig | None = None
+        self.order: list[int] = []
+        self.heads: dict[tuple[object, ...], bytes] = {}
+
+
 class InferRequest:
-    """A parsed request. ``outputs`` maps each wanted output to whether it is wanted in binary; None means all of them, each
-    as ``binary`` says."""
+    """A parsed request: its form, and its tensors in the form's order."""
 
-    __slots__ = ("binary", "id", "inputs", "outputs")
+    __slots__ = ("form", "inputs")
 
-    def __init__(self, id: str, inputs: list[InputTensor], outputs: dict[str, bool] | None, binary: bool) -> None:
-        self.id, self.inputs, self.outputs, self.binary = id, inputs, outputs, binary
+    def __init__(self, form: Form, inputs: list[InputTensor]) -> None:
+        self.form, self.inputs = form, inputs
 
 
 class _Input(msgspec.Struct):
@@ -80,27 +141,11 @@ class _Header(msgspec.Struct):
     outputs: list[_Wanted] = []
 
 
-class _Output(msgspec.Struct, omit_defaults=True):
-    name: str
-    datatype: str
-    shape: tuple[int, ...]
-    parameters: dict[str, int] = {}
-    data: list[Any] | None = None
-
-
-class _Answer(msgspec.Struct, omit_defaults=True):
-    model_name: str
-    model_version: str
-    outputs: list[_Output]
-    id: str = ""
-
-
 _decode_header = msgspec.json.Decoder(_Header).decode
 _decode_data = msgspec.json.Decoder().decode
-_encode = msgspec.json.Encoder().encode
 
 
-def parse_infer(body: bytes, header_length: str | None) -> InferRequest:
+def parse_infer(body: bytes | bytearray | memoryview, header_length: str | None) -> InferRequest:
     """Parse an infer request.
 
     Args:
@@ -111,47 +156,74 @@ def parse_infer(body: bytes, header_length: str | None) -> InferRequest:
         RequestError: 400, with what is wrong.
     """
     view = memoryview(body)
-    length = len(view)
-    if header_length is not None:
-        if not (header_length.isascii() and header_length.isdigit() and len(header_length) < 12):
-            raise RequestError(400, f"Inference-Header-Content-Length is not a length: {header_length[:40]!r}")
-        length = int(header_length)
-        if length > len(view):
-            raise RequestError(
-                400, f"Inference-Header-Content-Length is {length}, but the body has only {len(view)} bytes"
-            )
+    length = len(view) if header_length is None else _header_length(header_length, len(view))
+    raw = bytes(view[:length])
+    form = _kept_form(raw) if length <= MAX_KEPT_BYTES else _form(raw)
+    rest = len(view) - length
+    if rest > form.binary_bytes:
+        raise RequestError(400, f"{rest - form.binary_bytes} bytes follow the last binary tensor")
+    inputs = []
+    for tensor in form.inputs:
+        if tensor.start < 0:
+            inputs.append(tensor)
+            continue
+        start = length + tensor.start
+        end = start + tensor.size
+        if end > len(view):
+            raise RequestError(400, f"input {tensor.name!r}: the body ends {end - len(view)} bytes too early")
+        inputs.append(InputTensor(tensor.name, tensor.datatype, tensor.shape, view[start:end], tensor.size, start))
+    return InferRequest(form, inputs)
+
+
+def _header_length(text: str, body_bytes: int) -> int:
+    if not (text.isascii() and text.isdigit() and len(text) < 12):
+        raise RequestError(400, f"Inference-Header-Content-Length is not a length: {text[:40]!r}")
+    length = int(text)
+    if length > body_bytes:
+        raise RequestError(
+            400, f"Inference-Header-Content-Length is {length}, but the body has only {body_bytes} bytes"
+        )
+    return length
+
+
+def _form(raw: bytes) -> Form:
+    """Raises: RequestError."""
     try:
-        header = _decode_header(view[:length])
+        header = _decode_header(raw)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
         raise RequestError(400, f"the request is not an inference request: {exc}") from exc
     if not header.inputs or len(header.inputs) > MAX_TENSORS or len(header.outputs) > MAX_TENSORS:
         raise RequestError(400, f"a request has 1 to {MAX_TENSORS} inputs and at most {MAX_TENSORS} outputs")
     if len(header.id) > MAX_ID_CHARACTERS:
         raise RequestError(400, f"the id is longer than {MAX_ID_CHARACTERS} characters")
-    inputs, offset = [], length
+    inputs, offset = [], 0
     for entry in header.inputs:
-        tensor, offset = _input(entry, view, offset)
+        tensor = _input(entry, offset)
         inputs.append(tensor)
-    if offset != len(view):
-        raise RequestError(400, f"{len(view) - offset} bytes follow the last binary tensor")
+        offset += tensor.size if tensor.start >= 0 else 0
     if len({tensor.name for tensor in inputs}) != len(inputs):
         raise RequestError(400, "an input is given twice")
     binary = _flag(header.parameters, "binary_data_output", False)
-    wanted = None
-    if header.outputs:
-        wanted = {}
-        for output in header.outputs:
-            if output.name in wanted:
-                raise RequestError(400, f"output {output.name!r} is asked for twice")
-            for unsupported in ("classification", "shared_memory_region"):
-                if output.parameters.get(unsupported):
-                    raise RequestError(400, f"output {output.name!r}: {unsupported} is not supported by this server")
-            wanted[output.name] = _flag(output.parameters, "binary_data", binary)
-    return InferRequest(header.id, inputs, wanted, binary)
+    return Form(header.id, inputs, offset, _outputs(header.outputs, binary), binary)
 
 
-def _input(entry: _Input, body: memoryview, offset: int) -> tuple[InputTensor, int]:
-    """One input and where the next binary tensor starts."""
+_kept_form = lru_cache(KEPT_FORMS)(_form)
+
+
+def _outputs(entries: list[_Wanted], binary: bool) -> dict[str, Wanted] | None:
+    wanted: dict[str, Wanted] = {}
+    for entry in entries:
+        if entry.name in wanted:
+            raise RequestError(400, f"output {entry.name!r} is asked for twice")
+        if entry.parameters.get("classification"):
+            raise RequestError(400, f"output {entry.name!r}: classification is not supported by this server")
+        region = _region(f"output {entry.name!r}", entry.parameters)
+        wanted[entry.name] = Wanted(_flag(entry.parameters, "binary_data", binary), region)
+    return wanted or None
+
+
+def _input(entry: _Input, offset: int) -> InputTensor:
+    """One input, whose bytes lie ``offset`` behind the header if they are there."""
     name = entry.name
     dtype = NUMPY.get(entry.datatype)
     if dtype is None:
@@ -160,20 +232,38 @@ def _input(entry: _Input, body: memoryview, offset: int) -> tuple[InputTensor, i
         raise RequestError(400, f"input {name!r}: not a shape: {entry.shape[: MAX_RANK + 1]}")
     expected = element_count(entry.shape) * dtype.itemsize
     shape = tuple(entry.shape)
-    if entry.parameters.get("shared_memory_region"):
-        raise RequestError(400, f"input {name!r}: shared memory is not supported by this server")
     size = entry.parameters.get("binary_data_size")
+    region = _region(f"input {name!r}", entry.parameters)
+    if region is not None:
+        if size is not None or len(entry.data):
+            raise RequestError(400, f"input {name!r} has data beside its shared memory")
+        if region.size != expected:
+            raise RequestError(
+                400,
+                f"input {name!r}: shared_memory_byte_size is {region.size}, {entry.datatype} {list(shape)} has {expected} bytes",
+            )
+        return InputTensor(name, entry.datatype, shape, b"", expected, region=region)
     if size is None:
-        return InputTensor(name, entry.datatype, shape, _from_json(entry, dtype, expected)), offset
+        return InputTensor(name, entry.datatype, shape, _from_json(entry, dtype, expected), expected)
     if len(entry.data):
         raise RequestError(400, f"input {name!r} has data both in JSON and in binary")
     if type(size) is not int or size != expected:
         raise RequestError(
             400, f"input {name!r}: binary_data_size is {size!r}, {entry.datatype} {list(shape)} has {expected} bytes"
         )
-    if offset + size > len(body):
-        raise RequestError(400, f"input {name!r}: the body ends {offset + size - len(body)} bytes too early")
-    return InputTensor(name, entry.datatype, shape, body[offset : offset + size]), offset + size
+    return InputTensor(name, entry.datatype, shape, b"", expected, offset)
+
+
+def _region(what: str, parameters: dict[str, Any]) -> RegionUse | None:
+    name = parameters.get("shared_memory_region")
+    if name is None:
+        return None
+    size, offset = parameters.get("shared_memory_byte_size"), parameters.get("shared_memory_offset", 0)
+    if type(name) is not str or not name:
+        raise RequestError(400, f"{what}: shared_memory_region must be a region's name")
+    if type(size) is not int or type(offset) is not int or not 0 < size < 1 << 48 or not 0 <= offset < 1 << 48:
+        raise RequestError(400, f"{what}: shared_memory_byte_size and shared_memory_offset must be numbers of bytes")
+    return RegionUse(name, offset, size)
 
 
 def _from_json(entry: _Input, dtype: np.dtype[Any], expected: int) -> bytes:
@@ -215,8 +305,16 @@ def plan(request: InferRequest, config: ModelConfig) -> list[InputTensor]:
     Raises:
         RequestError: 400, an input or output that the model does not have, or another datatype or shape.
     """
-    given = {tensor.name: tensor for tensor in request.inputs}
-    ordered = []
+    form = request.form
+    if form.fits is not config:
+        form.order, form.fits = _fit(form, config), config
+    return [request.inputs[i] for i in form.order]
+
+
+def _fit(form: Form, config: ModelConfig) -> list[int]:
+    """Where each input of ``config`` is in the form."""
+    given = {tensor.name: tensor for tensor in form.inputs}
+    order = []
     for spec in config.inputs:
         tensor = given.pop(spec.name, None)
         if tensor is None:
@@ -227,15 +325,15 @@ def plan(request: InferRequest, config: ModelConfig) -> list[InputTensor]:
             n == m if m >= 0 else n > 0 for n, m in zip(tensor.shape, spec.shape, strict=True)
         ):
             raise RequestError(400, f"input {spec.name!r} has shape {list(tensor.shape)}; {_signature(config)}")
-        ordered.append(tensor)
+        order.append(form.inputs.index(tensor))
     if given:
         raise RequestError(400, f"no input is called {next(iter(given))!r}; {_signature(config)}")
-    if request.outputs is not None:
+    if form.outputs is not None:
         known = {spec.name for spec in config.outputs}
-        for name in request.outputs:
+        for name in form.outputs:
             if name not in known:
                 raise RequestError(400, f"no output is called {name!r}; {_signature(config)}")
-    return ordered
+    return order
 
 
 def _signature(config: ModelConfig) -> str:
@@ -243,54 +341,3 @@ def _signature(config: ModelConfig) -> str:
         return ", ".join(f"{s.name} {s.datatype} {list(s.shape)}" for s in specs)
 
     return f"{config.model} {config.version} takes {show(config.inputs)} and gives {show(config.outputs)}"
-
-
-def encode_answer(
-    request: InferRequest, model: str, version: str, outputs: list[OutputTensor]
-) -> tuple[bytes, int | None]:
-    """The answer's body, and the length of its JSON header when binary tensors follow it (else None).
-
-    Args:
-        model, version: of the worker that really computed it.
-        outputs: every output of the model.
-    """
-    entries, blobs = [], []
-    for tensor in outputs:
-        if request.outputs is None:
-            binary = request.binary
-        elif tensor.name in request.outputs:
-            binary = request.outputs[tensor.name]
-        else:
-            continue
-        if binary:
-            entries.append(_Output(tensor.name, tensor.datatype, tensor.shape, {"binary_data_size": len(tensor.data)}))
-            blobs.append(tensor.data)
-        else:
-            values = np.frombuffer(tensor.data, NUMPY[tensor.datatype]).tolist()
-            entries.append(_Output(tensor.name, tensor.datatype, tensor.shape, {}, values))
-    header = _encode(_Answer(model, version, entries, request.id))
-    if not blobs:
-        return header, None
-    return b"".join((header, *blobs)), len(header)
-
-
-def error_body(message: str) -> bytes:
-    """The protocol's error object."""
-    return _encode({"error": message})
-
-
-def model_metadata(config: ModelConfig, versions: list[str]) -> bytes:
-    """The protocol's model metadata response."""
-
-    def tensors(specs: tuple[TensorSpec, ...]) -> list[dict[str, Any]]:
-        return [{"name": s.name, "datatype": s.datatype, "shape": s.shape} for s in specs]
-
-    return _encode(
-        {
-            "name": config.model,
-            "versions": versions,
-            "platform": f"{config.engine}_{config.precision}",
-            "inputs": tensors(config.inputs),
-            "outputs": tensors(config.outputs),
-        }
-    )

@@ -1,5 +1,7 @@
 """Stage 8, swap: receives requests and the agent's orders, hands each request to the version that serves.
 
+Requests are computed one by one, in the order they came: putting several into one inference would make the first wait for the last.
+
 Blue-green: the new version's worker is loaded and warm before one pointer moves; the old one stays as *standby* until it is
 retired, and answers at once when the new one's worker dies. In-place, for boards that can't hold both: requests are parked
 while the old worker stops and the new one starts; when the new one fails, the old one is started again.
@@ -13,25 +15,25 @@ import logging
 import os
 import time
 from collections import deque
-from pathlib import Path
 from typing import Literal
 
 from edgefleet_shared.artifact import MODEL_LAYER, Layout, ModelConfig
 from edgefleet_shared.errors import ConflictError, EdgefleetError, NotFoundError
 
-from edgefleet_agent.runtime import protocol
-from edgefleet_agent.runtime.control import Loaded, Retired, StatusReport, SwapMode, Switched, VersionStatus
+from edgefleet_agent.runtime import protocol, swap_mode
+from edgefleet_agent.runtime.control import Loaded, Retired, Shadowing, StatusReport, SwapMode, Switched, VersionStatus
 from edgefleet_agent.runtime.job import Job
+from edgefleet_agent.runtime.nursery import Nursery
 from edgefleet_agent.runtime.protocol import RequestError
+from edgefleet_agent.runtime.shadow import Shadow
 from edgefleet_agent.runtime.version import Version, VersionState
+from edgefleet_agent.runtime.worker_process import Lease
 from edgefleet_agent.sandbox import memory_of
 
 log = logging.getLogger("edgefleet.runtime")
 
 MAX_WAITING = 1024  # requests without a worker; their bodies are bounded by the front
 WAIT_LIMIT_S = 60.0  # how long a request may wait for one
-MEMORY_MARGIN = 1.1  # blue-green needs the new model's peak and a little
-MEMORY_RESERVE_BYTES = 32 * 1024 * 1024
 
 
 class Switchboard:
@@ -40,13 +42,16 @@ class Switchboard:
     Args:
         layout: the board's artifacts.
         threads: threads of one inference.
+        nursery: what starts their processes.
     """
 
-    def __init__(self, layout: Layout, threads: int) -> None:
-        self._layout, self._threads = layout, threads
+    def __init__(self, layout: Layout, threads: int, nursery: Nursery) -> None:
+        self._layout, self._threads, self._nursery = layout, threads, nursery
         self._loaded: dict[str, Version] = {}
         self._serving: Version | None = None
         self._standby: Version | None = None
+        self._shadow: Shadow | None = None
+        self._expected: list[Version] = []
         self._waiting: deque[Job] = deque()
         self._parked = False
         self._order = asyncio.Lock()  # one load, switch or retire at a time
@@ -74,20 +79,31 @@ class Switchboard:
         return version is self._serving
 
     def find(self, model: str, version: str | None) -> Version:
-        """The version that answers for a model: the pinned one, or the one that serves.
+        """The version that answers for a model: the pinned one, else the one that serves, else another loaded one of that model.
 
         Raises:
             RequestError: 404 when this runtime does not have it.
         """
-        if version is None:
-            if self._serving is not None and self._serving.config.model == model:
-                return self._serving
-        else:
-            for loaded in self.versions():
-                if loaded.config.model == model and loaded.config.version == version:
-                    return loaded
+        serving = self._serving
+        if serving is not None and serving.config.model == model and version in (None, serving.config.version):
+            return serving
+        for loaded in self.versions():
+            if loaded.config.model == model and version in (None, loaded.config.version):
+                return loaded
         name = model[:200] if version is None else f"{model[:200]} version {version[:200]}"
         raise RequestError(404, f"model {name!r} is not served here")
+
+    def lend(self, model: str, version: str | None, header_length: str, body_bytes: int) -> Lease | None:
+        """A slot of the worker that would get this request now, for a body that is still coming; None when there is none."""
+        if not (header_length.isdigit() and len(header_length) < 12):
+            return None
+        if version is None:
+            target = self._target() if not self._waiting else None
+        else:
+            target = next((v for v in self._loaded.values() if v.config.version == version), None)
+        if target is None or target.config.model != model:
+            return None
+        return target.lend(body_bytes, int(header_length))
 
     def submit(self, job: Job) -> None:
         """Take a request; exactly one of ``job.answer`` and ``job.failure`` is called, now or later.
@@ -96,6 +112,8 @@ class Switchboard:
             RequestError: it can't be taken: unknown model, bad tensors, or too many are waiting.
         """
         version = self.find(job.model, job.version)
+        if job.version is None and (self._serving is None or version.config.model != self._serving.config.model):
+            job.version = version.config.version  # another model than the one that is swapped: this version or none
         if not self._place(job):
             protocol.plan(job.request, version.config)  # a bad request need not wait to be told so
             if self.waiting >= MAX_WAITING:
@@ -157,7 +175,7 @@ class Switchboard:
         self._pump()
 
     def tick(self) -> None:
-        """Fail requests that waited too long and kill workers that hang. Call a few times a second."""
+        """Fail requests that waited too long and kill workers that hang or outgrew their memory. Call a few times a second."""
         horizon = time.perf_counter_ns() - int(WAIT_LIMIT_S * 1e9)
         for queue in (self._waiting, *(v.waiting for v in self._loaded.values())):
             while queue and queue[0].arrived_ns < horizon:
@@ -166,6 +184,7 @@ class Switchboard:
                 )
         for version in self._loaded.values():
             version.check_hang()
+            version.check_memory()
 
     # --- orders
 
@@ -184,13 +203,13 @@ class Switchboard:
                     )
                 return _loaded(present, "blue-green", "it was loaded already")
             version = self._open(manifest)
-            chosen, why = self._choose_mode(version.config, mode)
+            chosen, why = swap_mode.choose(version.config, mode, self._serving is not None)
             if chosen == "in-place":
                 await asyncio.to_thread(self._layout.check, self._layout.manifest(manifest).layer(MODEL_LAYER))
                 version.state = VersionState.PREPARED
                 self._loaded[manifest] = version
                 return Loaded(manifest=manifest, mode="in-place", why=why)
-            await version.start()
+            await version.start(aside=self.ready)
             self._loaded[manifest] = version
             return _loaded(version, "blue-green", why)
 
@@ -209,6 +228,7 @@ class Switchboard:
             previous = old.manifest if old is not None else None
             if version is old:
                 return Switched(manifest=manifest, previous=previous, mode="blue-green")
+            self._unfollow()
             if version.state is VersionState.PREPARED:
                 parked_ms = await self._switch_in_place(version, old)
                 return Switched(manifest=manifest, previous=previous, mode="in-place", parked_ms=parked_ms)
@@ -224,6 +244,36 @@ class Switchboard:
                 await self._drop(forgotten)
             return Switched(manifest=manifest, previous=previous, mode="blue-green")
 
+    async def shadow(self, manifest: str) -> Shadowing:
+        """Let a loaded artifact follow what serves.
+
+        Raises:
+            NotFoundError: not loaded. ConflictError: it serves, nothing serves, or it has no worker beside what serves.
+        """
+        async with self._order:
+            version, serving = self._loaded.get(manifest), self._serving
+            if version is None:
+                raise NotFoundError(f"{manifest} is not loaded", hint="load it first")
+            if serving is None or version is serving:
+                raise ConflictError("there is nothing that it could follow" if serving is None else "it serves")
+            if version.state is not VersionState.READY:
+                raise ConflictError(f"{version.config.version} is {version.state.value}", hint=version.last_problem)
+            if _signature(version.config) != _signature(serving.config):
+                raise ConflictError("it takes and gives other tensors than what serves")
+            self._unfollow()
+            self._shadow = Shadow(version)
+            version.on_computed = self._shadow.timed
+            serving.follow(self._shadow)
+            return Shadowing(manifest, serving.manifest)
+
+    def _unfollow(self) -> None:
+        if self._shadow is None:
+            return
+        self._shadow.candidate.on_computed = lambda compute_ns: None
+        for version in self._loaded.values():
+            version.follow(None)
+        self._shadow = None
+
     async def retire(self, manifest: str) -> Retired:
         """Drain and stop a version that does not serve.
 
@@ -238,24 +288,41 @@ class Switchboard:
                 await self._drop(version)
             return Retired(manifest)
 
-    async def serve_at_start(self, manifests: list[str]) -> None:
-        """Serve the first of ``manifests`` that loads; when none does, keep trying the first that is readable."""
-        stubborn: Version | None = None
+    def expect(self, manifests: list[str]) -> None:
+        """Know what will serve before it can, so that a request for it waits. Call before the first request, then :meth:`serve_at_start`.
+
+        Args:
+            manifests: the artifacts to try, best first; one that can't be read is passed over.
+        """
         for manifest in manifests:
             try:
-                async with self._order:
-                    version = self._open(manifest)
-                    stubborn = stubborn or version
-                    await version.start()
-                    self._loaded[manifest] = self._serving = version
-                    self._pump()
-                log.info("serving", extra={"digest": manifest, "version": version.config.version})
-                return
+                self._expected.append(self._open(manifest))
             except EdgefleetError as exc:
                 log.error("start_failed", extra={"digest": manifest, "problem": exc.message})
-        if stubborn is not None:
-            self._loaded[stubborn.manifest] = self._serving = stubborn
-            stubborn.restart_soon()
+        if self._expected:
+            self._let_serve(self._expected[0])
+
+    def _let_serve(self, version: Version) -> None:
+        if self._serving is not None:
+            self._loaded.pop(self._serving.manifest, None)
+        self._loaded[version.manifest] = self._serving = version
+
+    async def serve_at_start(self) -> None:
+        """Serve the first of the expected artifacts that loads; when none does, keep trying the first."""
+        for version in self._expected:
+            async with self._order:
+                self._let_serve(version)
+                try:
+                    await version.start()
+                except EdgefleetError as exc:
+                    log.error("start_failed", extra={"digest": version.manifest, "problem": exc.message})
+                    continue
+                self._pump()
+            log.info("serving", extra={"digest": version.manifest, "version": version.config.version})
+            return
+        if self._expected:
+            self._let_serve(self._expected[0])
+            self._expected[0].restart_soon()
 
     async def close(self) -> None:
         """Stop every worker, answering what is in flight."""
@@ -294,6 +361,8 @@ class Switchboard:
             old.restart_soon()
 
     async def _drop(self, version: Version) -> None:
+        if self._shadow is not None and version is self._shadow.candidate:
+            self._unfollow()
         self._loaded.pop(version.manifest, None)
         if version is self._standby:
             self._standby = None
@@ -308,24 +377,11 @@ class Switchboard:
             config,
             self._layout,
             self._threads,
+            self._nursery,
             on_room=self._pump,
             on_orphans=self._orphans,
             on_refused=self._refused,
         )
-
-    def _choose_mode(self, config: ModelConfig, mode: SwapMode) -> tuple[Literal["blue-green", "in-place"], str]:
-        if self._serving is None:
-            return "blue-green", "nothing serves yet"
-        for wanted, by in ((mode, "the caller"), (config.swap, "the device class")):
-            if wanted == "in-place":
-                return "in-place", f"{by} wants it"
-            if wanted == "blue-green":
-                return "blue-green", f"{by} wants it"
-        needed = int(config.contract.peak_memory_bytes * MEMORY_MARGIN) + MEMORY_RESERVE_BYTES
-        free = available_memory_bytes()
-        if free >= needed:
-            return "blue-green", f"{free} bytes are free, {needed} are needed"
-        return "in-place", f"only {free} bytes are free, {needed} are needed"
 
     # --- status
 
@@ -367,7 +423,12 @@ class Switchboard:
             pid=os.getpid(),
             memory_bytes=memory_of(os.getpid())[0],
             uptime_s=time.monotonic() - self._began,
+            shadow=self._shadow.figures() if self._shadow else None,
         )
+
+
+def _signature(config: ModelConfig) -> tuple[object, ...]:
+    return (config.model, config.inputs, config.outputs)
 
 
 def _loaded(version: Version, mode: Literal["blue-green", "in-place"], why: str) -> Loaded:
@@ -380,16 +441,3 @@ def _loaded(version: Version, mode: Literal["blue-green", "in-place"], why: str)
         load_ms=version.ready.load_ms,
         first_ms=version.ready.first_ms,
     )
-
-
-def available_memory_bytes() -> int:
-    """Memory that a new process could use: the machine's, or what the control group leaves when that is less."""
-    fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-    free = int(fields["MemAvailable"].split()[0]) * 1024
-    try:
-        group = Path("/proc/self/cgroup").read_text().strip().rpartition(":")[2]
-        folder = Path("/sys/fs/cgroup") / group.lstrip("/")
-        limit, used = (folder / "memory.max").read_text().strip(), (folder / "memory.current").read_text()
-    except OSError:
-        return free
-    return free if limit == "max" else min(free, max(0, int(limit) - int(used)))

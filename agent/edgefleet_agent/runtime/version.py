@@ -11,23 +11,31 @@ from enum import Enum
 
 import msgspec
 from edgefleet_shared.artifact import GOLDEN_LAYER, MODEL_LAYER, Layout, Manifest, ModelConfig
+from edgefleet_shared.contract import TensorSpec
 from edgefleet_shared.errors import EdgefleetError
 
 from edgefleet_agent.runtime import protocol
 from edgefleet_agent.runtime.channel import Ready, Start
 from edgefleet_agent.runtime.job import Job
 from edgefleet_agent.runtime.metrics import Figures
+from edgefleet_agent.runtime.nursery import Nursery
 from edgefleet_agent.runtime.protocol import OutputTensor, RequestError
+from edgefleet_agent.runtime.shadow import Shadow
+from edgefleet_agent.runtime.shm import PAGE_BYTES
 from edgefleet_agent.runtime.tensors import NUMPY, element_count
-from edgefleet_agent.runtime.worker_process import WorkerProcess
+from edgefleet_agent.runtime.worker_process import Lease, WorkerProcess
+from edgefleet_agent.sandbox import memory_of
 
 log = logging.getLogger("edgefleet.runtime")
 
-SLOTS = 4  # one is computed, the others are filled meanwhile
+SLOTS = 6  # one is computed, the others are filled meanwhile
 SLOT_ROWS = 16  # a request may be a batch of that many pictures
+MAX_HEAD_BYTES = 1024  # of the JSON before a tensor that is read from the socket into its slot
 MIN_SLOT_BYTES, MAX_SLOT_BYTES = 256 * 1024, 64 * 1024 * 1024
 BACKOFF_FIRST_S, BACKOFF_LAST_S = 0.05, 10.0
 HEALTHY_AFTER_S = 30.0  # a worker that lived this long starts the back-off anew
+# A version may need more to serve than its acceptance saw: batches, and what the engine keeps of them.
+MEMORY_SLACK, MEMORY_SLACK_BYTES = 2.0, 64 * 1024 * 1024
 MAX_ATTEMPTS = 3  # a request that killed this many workers is not given to another
 
 
@@ -56,6 +64,7 @@ class Version:
         config: ModelConfig,
         layout: Layout,
         threads: int,
+        nursery: Nursery,
         *,
         on_room: Callable[[], None],
         on_orphans: Callable[[list[Job]], None],
@@ -67,15 +76,23 @@ class Version:
         self.waiting: deque[Job] = deque()  # jobs pinned to this version
         self.last_problem = ""
         self.ready: Ready | None = None
+        self._nursery = nursery
         self._on_room, self._on_orphans, self._on_refused = on_room, on_orphans, on_refused
         self._worker: WorkerProcess | None = None
+        self._shadow: Shadow | None = None
+        self.on_computed: Callable[[int], None] = lambda compute_ns: None
         self._restart: asyncio.Task[None] | None = None
         self._crashes_in_row = 0
         self._started_at = 0.0
         model, golden = manifest.layer(MODEL_LAYER), manifest.layer(GOLDEN_LAYER)
+        answers, inputs = _slot_bytes(config.outputs), _slot_bytes(config.inputs)
+        own = int(config.contract.peak_memory_bytes * MEMORY_SLACK) + MEMORY_SLACK_BYTES
+        # What is resident counts the shared memory too, which the front gave it.
+        self.memory_limit_bytes = own + SLOTS * (inputs + answers)
         plain = msgspec.json.encode(msgspec.structs.replace(config, chunks={}))
         self._start = Start(
-            str(layout.root.resolve()), model.digest, model.size, golden.digest, plain, threads, SLOTS, _slot_bytes(config)
+            str(layout.root.resolve()), model.digest, model.size, golden.digest, plain, threads,
+            SLOTS, inputs, answers, _picture_bytes(config.inputs) or PAGE_BYTES, self.memory_limit_bytes,
         )  # fmt: skip
         # A model's own acceptance says how slow it may be; the rest is a loaded board's.
         self.hang_limit_s = max(10.0, config.contract.latency_p95_ms * 20 / 1000)
@@ -89,23 +106,40 @@ class Version:
         return self._worker.in_flight if self._worker is not None else 0
 
     @property
+    def free_slots(self) -> int:
+        return self._worker.free_slots if self._worker is not None else 0
+
+    @property
     def has_room(self) -> bool:
         return self.state is VersionState.READY and self._worker is not None and self._worker.has_room
 
-    async def start(self) -> Ready:
+    def follow(self, shadow: Shadow | None) -> None:
+        """Have a candidate follow what this version is asked, or none any more."""
+        self._shadow = shadow
+        if self._worker is not None:
+            self._worker.shadow = shadow
+
+    async def start(self, *, aside: bool = False) -> Ready:
         """Start a worker and wait until it is warm.
+
+        Args:
+            aside: another version serves meanwhile and must not feel it.
 
         Raises:
             EdgefleetError: it could not load; nothing is left running.
         """
         self.state = VersionState.STARTING
         try:
-            self.ready = await self._launch()
+            self.ready = await self._launch(aside)
         except EdgefleetError as exc:
             self.state, self.last_problem = VersionState.STOPPED, exc.message
             raise
         self._up()
         return self.ready
+
+    def lend(self, body_bytes: int, header_bytes: int) -> Lease | None:
+        """A slot for a body that is coming, None when the worker has none to spare."""
+        return self._worker.lend(body_bytes, header_bytes) if self.has_room and self._worker is not None else None
 
     def submit(self, job: Job) -> bool:
         """Give a job to the worker; False when it has no room or is not ready. A job that can't be served here is failed here."""
@@ -123,6 +157,16 @@ class Version:
         """Kill the worker when a job has been computed for too long; the job is placed again like after any crash."""
         if self._worker is not None and self._worker.oldest_age_s() > self.hang_limit_s:
             self._worker.kill(f"did not answer within {self.hang_limit_s:g} s")
+
+    def check_memory(self) -> None:
+        """Kill the worker when it holds more memory than its artifact's contract leaves it; its jobs are placed again."""
+        if self._worker is None or not self.pid:
+            return
+        resident, _ = memory_of(self.pid)
+        if resident > self.memory_limit_bytes:
+            self._worker.kill(
+                f"outgrew its {self.memory_limit_bytes >> 20} MiB of memory: it held {resident >> 20} MiB"
+            )
 
     def restart_soon(self) -> None:
         """Bring the worker back after a failed start, with back-off."""
@@ -143,18 +187,20 @@ class Version:
                 RequestError(404, f"{self.config.model} version {self.config.version} is not loaded any more")
             )
 
-    async def _launch(self) -> Ready:
+    async def _launch(self, aside: bool = False) -> Ready:
         worker = WorkerProcess(
             self.config,
             self._start,
+            self._nursery,
             on_done=self._done,
             on_refused=self._refused,
             on_free=self._on_room,
             on_end=lambda problem, jobs: self._ended(worker, problem, jobs),
         )
+        worker.shadow = self._shadow
         self._worker = worker
         try:
-            return await worker.start(self.config.contract.time_limit_s)
+            return await worker.start(self.config.contract.time_limit_s, aside=aside)
         except BaseException:
             self._worker = None
             raise
@@ -166,11 +212,17 @@ class Version:
         self._on_room()
 
     def _done(self, job: Job, outputs: list[OutputTensor], compute_ns: int) -> None:
-        now = time.perf_counter_ns()
-        self.figures.answered(now - job.arrived_ns, max(0, now - job.arrived_ns - compute_ns), compute_ns)
+        latency_ns = time.perf_counter_ns() - job.arrived_ns
         job.answer(self.config.model, self.config.version, outputs)
+        # Counted while the answer is on its way.
+        self.figures.answered(latency_ns, max(0, latency_ns - compute_ns), compute_ns)
+        self.on_computed(compute_ns)
+        if self._shadow is not None:
+            self._shadow.answered(job, outputs, compute_ns)
 
     def _refused(self, job: Job, message: str) -> None:
+        if self._shadow is not None:
+            self._shadow.lost(job)
         self.figures.refused()
         self._on_refused(self, job, RequestError(500, message))
 
@@ -179,6 +231,9 @@ class Version:
             log.error(
                 "worker_ended", extra={"digest": self.manifest, "problem": problem, "unanswered": len(unanswered)}
             )
+        if self._shadow is not None:
+            for job in unanswered:
+                self._shadow.lost(job)
         if unanswered:
             # Only the oldest was being computed; the others merely stood behind it.
             unanswered[0].attempts += 1
@@ -215,11 +270,19 @@ class Version:
             return
 
 
-def _slot_bytes(config: ModelConfig) -> int:
-    """Memory for one request: :data:`SLOT_ROWS` pictures and their answers, or the most there is when sizes are open."""
+def _picture_bytes(tensors: tuple[TensorSpec, ...]) -> int | None:
+    """Memory for the inputs or the outputs of one picture; None where the model leaves their sizes open."""
     total = 0
-    for spec in (*config.inputs, *config.outputs):
+    for spec in tensors:
         if any(n < 0 for n in spec.shape[1:]):
-            return MAX_SLOT_BYTES // 4
-        total += element_count([abs(n) for n in spec.shape]) * NUMPY[spec.datatype].itemsize + 64
-    return max(MIN_SLOT_BYTES, min(total * SLOT_ROWS, MAX_SLOT_BYTES)) // 4096 * 4096
+            return None
+        total += element_count([abs(n) for n in spec.shape]) * NUMPY[spec.datatype].itemsize + MAX_HEAD_BYTES
+    return total
+
+
+def _slot_bytes(tensors: tuple[TensorSpec, ...]) -> int:
+    """Memory for one request: :data:`SLOT_ROWS` pictures, or much where sizes are open."""
+    one = _picture_bytes(tensors)
+    if one is None:
+        return MAX_SLOT_BYTES // 4
+    return max(MIN_SLOT_BYTES, min(one * SLOT_ROWS, MAX_SLOT_BYTES)) // PAGE_BYTES * PAGE_BYTES

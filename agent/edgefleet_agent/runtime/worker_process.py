@@ -4,23 +4,53 @@ from __future__ import annotations
 
 import asyncio
 import os
-import signal
 import socket
-import sys
 import time
 from collections.abc import Callable
 
 from edgefleet_shared.artifact import ModelConfig
+from edgefleet_shared.contract import TensorSpec
 from edgefleet_shared.errors import EngineError, from_dict
 
-from edgefleet_agent.runtime import channel, shm
+from edgefleet_agent.runtime import channel, priority, shm
 from edgefleet_agent.runtime.channel import Done, Failed, Ready, Refused, Run, Start
 from edgefleet_agent.runtime.job import Job
+from edgefleet_agent.runtime.nursery import Child, Nursery
 from edgefleet_agent.runtime.protocol import InputTensor, OutputTensor, RequestError
+from edgefleet_agent.runtime.shadow import Shadow
 from edgefleet_agent.runtime.tensors import NUMPY, element_count
-from edgefleet_agent.sandbox import child_environment, describe_exit
+from edgefleet_agent.sandbox import describe_exit
 
 EXIT_GRACE_S = 0.5  # between the end of a worker's channel and the end of the worker
+PATIENCE_S = 10.0  # how long loading may stand aside: on a board that is always busy it would never end
+KEPT_SLOTS = 2  # never lent: clients that are slow to fill theirs must not keep whole requests out
+
+
+class Lease:
+    """A slot's input memory, lent to a request whose body is still coming.
+
+    ``view`` is where the body goes, ``base`` its offset in the slot. The request that was read there takes the slot over with
+    :meth:`WorkerProcess.submit`; whoever can't use it releases it.
+    """
+
+    __slots__ = ("_owner", "base", "held", "index", "view")
+
+    def __init__(self, owner: WorkerProcess, index: int, base: int, view: memoryview) -> None:
+        self._owner, self.index, self.base, self.view = owner, index, base, view
+        self.held = True
+
+    def is_of(self, process: WorkerProcess) -> bool:
+        return self.held and self._owner is process
+
+    def take_back(self, process: WorkerProcess, index: int) -> bool:
+        """Hold the slot again that :meth:`WorkerProcess.submit` took over, if it is this one."""
+        self.held = self._owner is process and self.index == index
+        return self.held
+
+    def release(self) -> None:
+        if self.held:
+            self.held = False
+            self._owner.give_back(self.index)
 
 
 class WorkerProcess:
@@ -28,6 +58,7 @@ class WorkerProcess:
 
     Args:
         start: what it loads.
+        nursery: what starts processes.
         on_done: a job's outputs and the engine's time in ns.
         on_refused: the engine refused a job; the process goes on.
         on_free: a slot became free.
@@ -38,75 +69,116 @@ class WorkerProcess:
         self,
         config: ModelConfig,
         start: Start,
+        nursery: Nursery,
         *,
         on_done: Callable[[Job, list[OutputTensor], int], None],
         on_refused: Callable[[Job, str], None],
         on_free: Callable[[], None],
         on_end: Callable[[str, list[Job]], None],
     ) -> None:
-        self._config, self._start = config, start
+        self._config, self._start, self._nursery = config, start, nursery
         self._on_done, self._on_refused, self._on_free, self._on_end = on_done, on_refused, on_free, on_end
         self._loop = asyncio.get_running_loop()
         self._jobs: dict[int, Job] = {}
         self._free = list(range(start.slot_count))
         self._number = 0
-        self._input_types = [NUMPY[spec.datatype] for spec in config.inputs]
+        self._shapes: list[tuple[int, ...]] = []  # of the answer before, and where it lay
+        self._places: list[tuple[TensorSpec, tuple[int, ...], int, int]] = []
         self._output_types = [NUMPY[spec.datatype] for spec in config.outputs]
-        self._process: asyncio.subprocess.Process | None = None
+        self._child: Child | None = None
         self._link: socket.socket | None = None
-        self._arena: shm.Arena | None = None
+        self._inputs: shm.Arena | None = None
+        self._answers: shm.Arena | None = None
         self._ready: asyncio.Future[Ready] = self._loop.create_future()
         self._buffer = memoryview(bytearray(channel.MAX_MESSAGE_BYTES))  # recv() would map as much for every message
         self._stopping = False
         self._verdict = ""  # why this side killed it, if it did
+        self.shadow: Shadow | None = None  # follows what this worker is asked
 
     @property
     def pid(self) -> int:
-        return self._process.pid if self._process is not None else 0
+        return self._child.pid if self._child is not None else 0
 
     @property
     def in_flight(self) -> int:
         return len(self._jobs)
 
     @property
+    def free_slots(self) -> int:
+        return len(self._free)
+
+    @property
     def has_room(self) -> bool:
         return bool(self._free)
 
-    async def start(self, limit_s: float) -> Ready:
+    async def start(self, limit_s: float, *, aside: bool) -> Ready:
         """Start the process and wait until its model is loaded and warm.
+
+        Args:
+            limit_s: how long that may take.
+            aside: others serve meanwhile and must not feel it.
 
         Raises:
             EngineError or another EdgefleetError: how it failed; the process is gone.
         """
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        arena_fd = shm.create(self._start.slot_count, self._start.slot_bytes)
+        given = [theirs.fileno()]
         try:
-            self._arena = shm.Arena(arena_fd, self._start.slot_count, self._start.slot_bytes)
-            self._process = await asyncio.create_subprocess_exec(
-                sys.executable, "-m", "edgefleet_agent.runtime.worker", str(theirs.fileno()), str(arena_fd),
-                stdin=asyncio.subprocess.DEVNULL, pass_fds=(theirs.fileno(), arena_fd), cwd="/",
-                env=child_environment(),
-            )  # fmt: skip
+            given += self._share()
+            self._child = await self._nursery.spawn(given, aside=aside)
         except OSError as exc:
             ours.close()
-            raise EngineError(f"the worker could not be started: {exc}") from exc
+            raise EngineError(f"no memory to share with a worker: {exc}") from exc
+        except EngineError:
+            ours.close()
+            raise
         finally:
             theirs.close()
-            os.close(arena_fd)
+            for fd in given[1:]:
+                os.close(fd)
         ours.setblocking(False)
         self._link = ours
         self._loop.add_reader(ours.fileno(), self._readable)
-        watch = self._loop.create_task(self._watch(self._process))
+        self._child.ended.add_done_callback(lambda ended: self._exited(ended.result()))
         ours.send(channel.encode(self._start))
+        hurry = self._loop.call_later(min(PATIENCE_S, limit_s / 4), priority.come_forward, self.pid)
         try:
-            return await asyncio.wait_for(asyncio.shield(self._ready), limit_s)
+            ready = await asyncio.wait_for(asyncio.shield(self._ready), limit_s)
+            priority.come_forward(self.pid)
+            return ready
         except asyncio.TimeoutError:
             self.kill(f"did not finish loading within {limit_s:g} s")
-            await watch
+            await self._child.ended
             raise EngineError(f"the worker {self._verdict}") from None
         except asyncio.CancelledError:
             self.kill("was not wanted any more")
             raise
+        finally:
+            hurry.cancel()
+
+    def _share(self) -> list[int]:
+        """Make the shared memory; returns the descriptors of inputs and answers, for the process."""
+        start = self._start
+        fds = [shm.create(start.slot_count, size) for size in (start.input_bytes, start.answer_bytes)]
+        self._inputs = shm.Arena(fds[0], start.slot_count, start.input_bytes, writable=True)
+        self._answers = shm.Arena(fds[1], start.slot_count, start.answer_bytes, writable=False)
+        for fd, against_writing in zip(fds, (True, False), strict=True):
+            shm.seal(fd, against_writing=against_writing)
+        return fds
+
+    def lend(self, body_bytes: int, header_bytes: int) -> Lease | None:
+        """A slot for a body that is coming, so placed that what is behind its header is aligned; None when there is none to spare."""
+        base = -header_bytes % shm.ALIGNMENT
+        if len(self._free) <= KEPT_SLOTS or self._inputs is None or base + body_bytes > self._start.input_bytes:
+            return None
+        index = self._free.pop()
+        return Lease(self, index, base, self._inputs.slots[index][base : base + body_bytes])
+
+    def give_back(self, index: int) -> None:
+        """A lent slot is free again."""
+        if self._inputs is not None:
+            self._free.append(index)
+            self._on_free()
 
     def submit(self, job: Job, tensors: list[InputTensor]) -> bool:
         """Hand a job to the process.
@@ -118,30 +190,53 @@ class WorkerProcess:
             False when every slot is taken; try again at ``on_free``.
 
         Raises:
-            RequestError: 413, the inputs do not fit one request's memory.
+            RequestError: 413, the inputs do not fit one request's memory; 400, a shared memory region can't be read.
         """
-        if not self._free or self._link is None or self._arena is None:
+        if self._link is None or self._inputs is None:
             return False
-        offset, places = 0, []
-        for tensor in tensors:
-            end = offset + len(tensor.data)
-            places.append((offset, end))
-            offset = shm.aligned(end)
-        if offset > self._start.slot_bytes:
-            raise RequestError(413, f"the inputs have {offset} bytes, one request may have {self._start.slot_bytes}")
-        index = self._free.pop()
-        slot = self._arena.slots[index]
-        for tensor, (begin, end) in zip(tensors, places, strict=True):
-            slot[begin:end] = tensor.data
+        lease = job.lease
+        if lease is not None and job.request.form.all_binary and lease.is_of(self):
+            lease.held = False  # the job has it from here on
+            index = lease.index
+            placed = [(lease.base + tensor.start, tensor.shape) for tensor in tensors]
+        else:
+            if not self._free:
+                return False
+            index = self._free.pop()
+            try:
+                placed = self._copy(tensors, self._inputs.slots[index])
+            except RequestError:
+                self._free.append(index)
+                raise
+            if lease is not None:
+                lease.release()
         self._number += 1
         self._jobs[self._number] = job
         job.sent_ns = time.perf_counter_ns()
         try:
-            self._link.send(channel.encode(Run(self._number, index, [t.shape for t in tensors])))
+            self._link.send(channel.encode(Run(self._number, index, placed)))
         except OSError:
-            # It is dying: the watcher finds this job among the unanswered ones.
+            # It is dying: its end finds this job among the unanswered ones.
             self._free.clear()
+        if self.shadow is not None:  # while the worker computes
+            self.shadow.sent(job, self._inputs.slots[index], placed)
         return True
+
+    def _copy(self, tensors: list[InputTensor], slot: memoryview) -> list[tuple[int, tuple[int, ...]]]:
+        """Put the tensors into a slot; offset and shape of each there."""
+        offset, placed = 0, []
+        for tensor in tensors:
+            placed.append((offset, tensor.shape))
+            offset = shm.aligned(offset + tensor.size)
+        if offset > len(slot):
+            raise RequestError(413, f"the inputs have {offset} bytes, one request may have {len(slot)}")
+        for tensor, (begin, _) in zip(tensors, placed, strict=True):
+            target = slot[begin : begin + tensor.size]
+            if callable(tensor.data):
+                tensor.data(target)
+            else:
+                target[:] = tensor.data
+        return placed
 
     def oldest_age_s(self) -> float:
         """How long the job that is being computed has been there; 0 when there is none."""
@@ -152,23 +247,25 @@ class WorkerProcess:
     def kill(self, why: str) -> None:
         """Kill the process; ``why`` completes "the worker ..."."""
         self._verdict = self._verdict or why
-        if self._process is not None and self._process.returncode is None:
-            self._process.send_signal(signal.SIGKILL)
+        if self._child is not None:
+            self._child.kill()
 
     async def stop(self, limit_s: float = 5.0) -> None:
         """End the process in peace once its jobs are answered; kill it when it takes longer than ``limit_s``."""
         self._stopping = True
-        if self._process is None:
+        child = self._child
+        if child is None:
             return
         deadline = self._loop.time() + limit_s
-        while self._jobs and self._loop.time() < deadline and self._process.returncode is None:
+        while self._jobs and self._loop.time() < deadline and not child.ended.done():
             await asyncio.sleep(0.005)
+        priority.leave(self.pid)
         self._close_link()
         try:
-            await asyncio.wait_for(self._process.wait(), max(0.5, deadline - self._loop.time()))
+            await asyncio.wait_for(asyncio.shield(child.ended), max(0.5, deadline - self._loop.time()))
         except asyncio.TimeoutError:
             self.kill("did not stop")
-            await self._process.wait()
+            await child.ended
 
     def _readable(self) -> None:
         link = self._link
@@ -189,19 +286,23 @@ class WorkerProcess:
             except (ValueError, KeyError, IndexError) as exc:  # msgspec's errors are ValueErrors
                 self.kill(f"sent a message that makes no sense ({exc})")
                 return
+            if not self._jobs:
+                return  # it has nothing more to say now; whatever it says later wakes the loop
             link = self._link
 
     def _take(self, message: channel.FromWorker) -> None:
         match message:
-            case Done(number, slot, offset, shapes, compute_ns):
-                outputs = self._outputs(slot, offset, shapes)
+            case Done(number, slot, shapes, compute_ns):
+                outputs = self._outputs(slot, shapes)
                 job = self._jobs.pop(number)
                 self._free.append(slot)
                 self._on_done(job, outputs, compute_ns)
                 self._on_free()
             case Refused(number, slot, text):
                 job = self._jobs.pop(number)
-                self._free.append(slot)
+                # A body that was read into the slot stays there: another version may be asked with it.
+                if job.lease is None or not job.lease.take_back(self, slot):
+                    self._free.append(slot)
                 self._on_refused(job, text)
                 self._on_free()
             case Ready():
@@ -211,21 +312,29 @@ class WorkerProcess:
                 if not self._ready.done():
                     self._ready.set_exception(from_dict(error))
 
-    def _outputs(self, index: int, offset: int, shapes: list[tuple[int, ...]]) -> list[OutputTensor]:
+    def _outputs(self, index: int, shapes: list[tuple[int, ...]]) -> list[OutputTensor]:
         """Copy the outputs out of a slot, so that it is free at once; a worker's numbers are not trusted."""
-        assert self._arena is not None
-        slot = self._arena.slots[index]
-        outputs = []
-        for spec, dtype, shape in zip(self._config.outputs, self._output_types, shapes, strict=True):
-            end = offset + element_count(shape) * dtype.itemsize
-            if not 0 <= offset <= end <= len(slot):
-                raise ValueError(f"output {spec.name} of shape {shape} lies outside its slot")
-            outputs.append(OutputTensor(spec.name, spec.datatype, shape, bytes(slot[offset:end])))
-            offset = shm.aligned(end)
-        return outputs
+        assert self._answers is not None
+        slot = self._answers.slots[index]
+        if shapes != self._shapes:
+            self._places, self._shapes = self._lay_out(shapes), shapes
+        return [
+            OutputTensor(spec.name, spec.datatype, shape, slot[begin:end].tobytes())
+            for spec, shape, begin, end in self._places
+        ]
 
-    async def _watch(self, process: asyncio.subprocess.Process) -> None:
-        code = await process.wait()
+    def _lay_out(self, shapes: list[tuple[int, ...]]) -> list[tuple[TensorSpec, tuple[int, ...], int, int]]:
+        """Where outputs of these shapes lie in a slot."""
+        places, begin = [], 0
+        for spec, dtype, shape in zip(self._config.outputs, self._output_types, shapes, strict=True):
+            end = begin + element_count(shape) * dtype.itemsize
+            if not 0 <= begin <= end <= self._start.answer_bytes:
+                raise ValueError(f"output {spec.name} of shape {shape} lies outside its slot")
+            places.append((spec, shape, begin, end))
+            begin = shm.aligned(end)
+        return places
+
+    def _exited(self, code: int) -> None:
         if self._link is not None:
             self._readable()  # answers that it gave before it died
         self._close_link()
@@ -235,9 +344,7 @@ class WorkerProcess:
             self._ready.exception()  # seen: start() may have given up waiting
         unanswered, self._jobs = list(self._jobs.values()), {}
         self._free.clear()
-        if self._arena is not None:
-            self._arena.close()
-            self._arena = None
+        self._inputs = self._answers = None  # unmapped once no request looks into them any more
         self._on_end("" if self._stopping and not unanswered else problem or "ended by itself", unanswered)
 
     def _close_link(self) -> None:

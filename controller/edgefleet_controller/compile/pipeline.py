@@ -44,7 +44,7 @@ from edgefleet_shared.artifact import (
     build,
     digest_file,
 )
-from edgefleet_shared.contract import AcceptanceContract
+from edgefleet_shared.contract import AcceptanceContract, ShadowPlan
 from edgefleet_shared.errors import ManifestError, QualityError
 from edgefleet_shared.fingerprint import Requirement
 from safetensors.numpy import load, load_file, save_file
@@ -364,6 +364,19 @@ def contract(version: ModelVersion, device_class: DeviceClass, target: Target) -
         warmup_runs=own.warmup_runs,
         timed_runs=own.timed_runs,
         time_limit_s=own.time_limit_s,
+        shadow=_shadow(device_class),
+    )
+
+
+def _shadow(device_class: DeviceClass) -> ShadowPlan:
+    asked = device_class.spec.shadow
+    if asked is None:
+        return ShadowPlan()
+    return ShadowPlan(
+        requests=asked.requests,
+        min_agreement=asked.min_agreement,
+        max_latency_ratio=asked.max_latency_ratio,
+        time_limit_s=asked.time_limit_s,
     )
 
 

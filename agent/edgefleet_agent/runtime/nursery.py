@@ -1,0 +1,146 @@
+"""The front's side of the :mod:`spawner`: receives descriptors for a worker, hands on a running child, and hears how it ended."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+
+from edgefleet_shared.errors import EngineError
+
+from edgefleet_agent.runtime import spawner
+from edgefleet_agent.runtime.spawner import Ended, Kill, Spawn, Spawned
+from edgefleet_agent.sandbox import child_environment
+
+log = logging.getLogger("edgefleet.runtime")
+
+
+class Child:
+    """A worker process. ``ended`` is its exit status as :func:`subprocess.Popen.returncode` has it."""
+
+    def __init__(self, number: int, pid: int, ended: asyncio.Future[int], kill: Callable[[], None]) -> None:
+        self.number, self.pid, self.ended = number, pid, ended
+        self._kill = kill
+
+    def kill(self) -> None:
+        """Kill it, unless it has ended."""
+        if not self.ended.done():
+            self._kill()
+
+
+class Nursery:
+    """Starts the spawner when it is first needed, and again when it died."""
+
+    def __init__(self) -> None:
+        self._link: socket.socket | None = None
+        self._process: subprocess.Popen[bytes] | None = None
+        self._number = 0
+        self._awaited: dict[int, asyncio.Future[int]] = {}
+        self._ended: dict[int, asyncio.Future[int]] = {}
+
+    def open(self) -> None:
+        """Start the spawner.
+
+        Raises:
+            EngineError: it can't be started.
+        """
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "edgefleet_agent.runtime.spawner", str(theirs.fileno())],
+                stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()], cwd="/", env=child_environment(),
+            )  # fmt: skip
+        except OSError as exc:
+            ours.close()
+            raise EngineError(f"no worker can be started: {exc}") from exc
+        finally:
+            theirs.close()
+        ours.setblocking(False)
+        self._link = ours
+        asyncio.get_running_loop().add_reader(ours.fileno(), self._readable)
+
+    async def spawn(self, fds: list[int], *, aside: bool) -> Child:
+        """Start a worker.
+
+        Args:
+            fds: its channel, inputs and answers; they stay the caller's.
+            aside: others serve and must not feel it.
+
+        Raises:
+            EngineError: it could not be started.
+        """
+        if self._link is None:
+            self.open()
+        assert self._link is not None
+        loop = asyncio.get_running_loop()
+        self._number += 1
+        number = self._number
+        pid, ended = loop.create_future(), loop.create_future()
+        self._awaited[number], self._ended[number] = pid, ended
+        try:
+            socket.send_fds(self._link, [spawner.encode(Spawn(number, aside))], fds)
+        except OSError as exc:
+            self._awaited.pop(number)
+            self._ended.pop(number)
+            raise EngineError(f"the worker could not be started: {exc}") from exc
+        return Child(number, await pid, ended, lambda: self._order(Kill(number)))
+
+    def close(self) -> None:
+        """End the spawner, and with it whatever it started."""
+        self._close_link()
+        if self._process is not None:
+            self._process.wait()
+
+    def _order(self, order: Kill) -> None:
+        if self._link is not None:
+            self._link.send(spawner.encode(order))
+
+    def _readable(self) -> None:
+        while self._link is not None:
+            try:
+                message = self._link.recv(spawner.MAX_ORDER_BYTES)
+            except BlockingIOError:
+                return
+            except OSError:
+                message = b""
+            if not message:
+                self._lost()
+                return
+            match spawner.decode_report(message):
+                case Spawned(number, pid, problem):
+                    awaited = self._awaited.pop(number)
+                    if not pid:
+                        self._ended.pop(number)
+                        awaited.set_exception(EngineError(f"the worker could not be started: {problem}"))
+                    elif not awaited.cancelled():
+                        awaited.set_result(pid)
+                case Ended(number, code):
+                    ended = self._ended.pop(number)
+                    if not ended.done():
+                        ended.set_result(code)
+
+    def _lost(self) -> None:
+        """The spawner died, and the kernel killed its workers after it."""
+        log.error("spawner_ended")
+        self._close_link()
+        if self._process is not None:
+            self._process.wait()
+            self._process = None
+        for pid in self._awaited.values():
+            if not pid.done():
+                pid.set_exception(EngineError("the worker could not be started: the spawner died"))
+        for ended in self._ended.values():
+            if not ended.done():
+                ended.set_result(-signal.SIGKILL)
+        self._awaited.clear()
+        self._ended.clear()
+
+    def _close_link(self) -> None:
+        if self._link is not None:
+            asyncio.get_running_loop().remove_reader(self._link.fileno())
+            self._link.close()
+            self._link = None

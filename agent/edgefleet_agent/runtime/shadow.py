@@ -1,0 +1,111 @@
+"""Stage 7, accept: a candidate on live requests. Receives what the serving version was asked and answered, hands on how the candidate fared.
+
+At most one request is with the candidate at a time, and it is given one only after what serves had it: nothing waits for the candidate, no
+client sees its answers, and what it can't keep up with is not compared. Not handled here: the verdict (``contract.judge_shadow``).
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from statistics import median
+from typing import TYPE_CHECKING
+
+import numpy as np
+from edgefleet_shared.contract import AcceptanceContract, ShadowFigures
+
+from edgefleet_agent.runtime.job import Job
+from edgefleet_agent.runtime.protocol import Form, InferRequest, InputTensor, OutputTensor, RequestError
+from edgefleet_agent.runtime.tensors import NUMPY, Array
+
+if TYPE_CHECKING:
+    from edgefleet_agent.runtime.version import Version
+
+RECENT = 1024  # times that the medians look back on
+Placed = list[tuple[int, tuple[int, ...]]]  # offset and shape of each input in its slot
+
+
+class Shadow:
+    """A candidate beside what serves.
+
+    Args:
+        candidate: loaded and warm; serves nobody.
+    """
+
+    def __init__(self, candidate: Version) -> None:
+        self.candidate = candidate
+        self._job: Job | None = None  # the live request that is followed
+        self._inputs: list[InputTensor] = []
+        self._busy = False
+        self._compared = self._agreed = self._failed = 0
+        self._times_ms: deque[float] = deque(maxlen=RECENT)
+        self._serving_ms: deque[float] = deque(maxlen=RECENT)
+
+    def figures(self) -> ShadowFigures:
+        """Counts and medians so far."""
+        return ShadowFigures(
+            manifest=self.candidate.manifest, compared=self._compared, agreed=self._agreed, failed=self._failed,
+            p50_ms=median(self._times_ms) if self._times_ms else None,
+            serving_p50_ms=median(self._serving_ms) if self._serving_ms else None,
+        )  # fmt: skip
+
+    def sent(self, job: Job, slot: memoryview, placed: Placed) -> None:
+        """What serves has just been given a request: remember its inputs, which are in the slot until it has answered."""
+        if self._busy or self._job is not None:
+            return
+        inputs = []
+        for spec, (offset, shape) in zip(self.candidate.config.inputs, placed, strict=True):
+            size = NUMPY[spec.datatype].itemsize * int(np.prod(shape, dtype=np.int64))
+            inputs.append(InputTensor(spec.name, spec.datatype, shape, bytes(slot[offset : offset + size]), size))
+        self._job, self._inputs = job, inputs
+
+    def answered(self, job: Job, outputs: list[OutputTensor], compute_ns: int) -> None:
+        """What serves has answered: now the candidate may try."""
+        if job is not self._job:
+            return
+        self._job = None
+        self._busy = True
+        request = InferRequest(Form("", self._inputs, 0, None, True), self._inputs)
+
+        def compare(_model: str, _version: str, given: list[OutputTensor]) -> None:
+            self._busy = False
+            self._compared += 1
+            self._agreed += agree(self.candidate.config.contract, given, outputs)
+            self._serving_ms.append(compute_ns / 1e6)
+
+        def fail(_error: RequestError) -> None:
+            self._busy = False
+            self._failed += 1
+
+        if not self.candidate.submit(Job(job.model, self.candidate.config.version, request, None, compare, fail)):
+            self._busy = False  # it is being started again, which its crash counter tells
+
+    def lost(self, job: Job) -> None:
+        """What serves died or refused: nothing to compare with."""
+        if job is self._job:
+            self._job = None
+
+    def timed(self, compute_ns: int) -> None:
+        """The candidate's engine took that long."""
+        self._times_ms.append(compute_ns / 1e6)
+
+
+def agree(contract: AcceptanceContract, given: list[OutputTensor], wanted: list[OutputTensor]) -> bool:
+    """Whether two versions answered alike: the same class for each picture, or every value within the contract's tolerance."""
+    others = {tensor.name: tensor for tensor in given}
+    for tensor in wanted:
+        other = others.get(tensor.name)
+        if other is None or other.shape != tensor.shape:
+            return False
+        have, want = _values(other), _values(tensor)
+        if not np.isfinite(have).all():
+            return False
+        if contract.kind == "classification":
+            if have.ndim and not np.array_equal(have.argmax(axis=-1), want.argmax(axis=-1)):
+                return False
+        elif (np.abs(have - want) > contract.tolerance_abs + contract.tolerance_rel * np.abs(want)).any():
+            return False
+    return True
+
+
+def _values(tensor: OutputTensor) -> Array:
+    return np.frombuffer(tensor.data, NUMPY[tensor.datatype]).reshape(tensor.shape).astype(np.float64)

@@ -1,0 +1,185 @@
+"""The board's Debian packages, in a Debian that boots: install, enrol, serve, survive kills and an upgrade under load, leave."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from http.client import HTTPConnection
+from pathlib import Path
+
+import pytest
+from support.broker import free_port, until
+from support.fleet import Fleet, manifests, write
+from support.machine import Machine, MachineMissing
+
+ROOT = Path(__file__).resolve().parents[2]
+SERVICES = ("fleet-agent.service", "fleet-runtime.service")
+
+
+@pytest.fixture(scope="module")
+def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
+    try:
+        made = Machine(tmp_path_factory.mktemp("machine") / "tree")
+    except MachineMissing as exc:
+        pytest.skip(str(exc))
+    yield made
+    made.stop()
+
+
+@pytest.fixture(scope="module")
+def packages(machine: Machine, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """edgefleet-agent and edgefleet-engine-onnxruntime, as they are released."""
+    out = tmp_path_factory.mktemp("packages")
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "agent/debian/build.py"), "--out", str(out), "--engine", "onnxruntime", "--compression", "none"],
+        capture_output=True, text=True, timeout=400,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [Path(line) for line in done.stdout.splitlines()]
+
+
+@pytest.fixture(scope="module")
+def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
+    made = Fleet(tmp_path_factory.mktemp("fleet"))
+    try:
+        folder = manifests(made.folder / "manifests")
+        made.start()
+        made.json("apply", "-f", str(folder / "class.yaml"))
+        made.json("model", "add", "-f", str(folder / "model-1.yaml"))
+        made.json("model", "compile", "toy", "1", "--class", "pc")
+        yield made
+    finally:
+        made.close()
+
+
+def install(machine: Machine, *packages: Path) -> str:
+    """dpkg in there; the packages are put beside the root user's files."""
+    names = []
+    for package in packages:
+        (machine.tree / "root" / package.name).write_bytes(package.read_bytes())
+        names.append(f"/root/{package.name}")
+    return machine.run("dpkg", "--install", *names).stdout
+
+
+@pytest.fixture(scope="module")
+def port(machine: Machine, packages: list[Path]) -> int:
+    """Installed; the runtime's port is moved as an operator moves it, since this machine shares the host's loopback."""
+    chosen = free_port()
+    folder = machine.tree / "etc/systemd/system/fleet-runtime.socket.d"
+    folder.mkdir(parents=True)
+    lines = ("[Socket]", "ListenStream=", f"ListenStream=127.0.0.1:{chosen}", "ListenStream=%t/edgefleet/runtime.sock")
+    (folder / "port.conf").write_text("\n".join(lines) + "\n")
+    install(machine, *packages)
+    return chosen
+
+
+def ask(port: int, path: str) -> tuple[int, bytes]:
+    connection = HTTPConnection("127.0.0.1", port, timeout=30)
+    try:
+        connection.request("GET", path)
+        answer = connection.getresponse()
+        return answer.status, answer.read()
+    finally:
+        connection.close()
+
+
+def test_a_fresh_board_serves_at_once_and_its_agent_waits_to_be_enrolled(machine, port):
+    until(lambda: machine.active("fleet-runtime.service"), "the runtime is up")
+    assert ask(port, "/v2/health/live")[0] == 200
+    assert not machine.active("fleet-agent.service")
+    shown = machine.run("systemctl", "show", "--property=ConditionResult,UnitFileState", "fleet-agent").stdout
+    assert "ConditionResult=no" in shown
+    assert "UnitFileState=enabled" in shown
+    owner = machine.run("stat", "--format=%U %G %a", "/var/lib/edgefleet").stdout.strip()
+    assert owner == "edgefleet edgefleet 750"
+
+
+def test_root_enrols_it_and_a_rollout_reaches_it(machine, port, fleet):
+    token = fleet.client().token("pc", site="lab", device="packaged")
+    machine.run("fleet-agent", "enroll", "--url", f"https://127.0.0.1:{fleet.api_port}", "--token", token)
+    strangers = machine.run("find", "/var/lib/edgefleet", "-not", "-user", "edgefleet").stdout
+    assert strangers == ""
+    machine.run("systemctl", "start", "fleet-agent")
+    until(lambda: any(d["online"] and d["state"] for d in fleet.client().devices()), "it has reported", 60)
+    spec = {
+        "model": "toy", "version": "1", "soak_s": 1.0, "timeout_s": 120.0, "reach_window_s": 60.0,
+        "selector": {"devices": ["packaged"]}, "waves": [{"name": "all", "percent": 100}],
+    }  # fmt: skip
+    fleet.json("rollout", "create", "-f", str(write(fleet.folder / "deb.yaml", "Rollout", "to-packaged", spec)))
+    done = fleet.run("rollout", "watch", "to-packaged", "--timeout", "120", "--json")
+    assert done.returncode == 0, done.stdout
+    assert ask(port, "/v2/models/toy/ready")[0] == 200
+    told = machine.run("journalctl", "--unit=fleet-runtime", "--output=cat", "--no-pager").stdout
+    assert "worker_not_confined" not in told
+
+
+@pytest.mark.parametrize("service", SERVICES)
+def test_a_killed_service_comes_back(machine, port, service):
+    before = machine.main_pid(service)
+    machine.run("systemctl", "kill", "--kill-whom=main", "--signal=KILL", service)
+    until(lambda: machine.active(service) and machine.main_pid(service) not in (0, before), f"{service} is back", 40)
+    until(lambda: ask(port, "/v2/models/toy/ready")[0] == 200, "the model is served", 40)
+
+
+def test_an_upgrade_under_load_fails_no_request_and_keeps_the_board_what_it_was(machine, port, packages, tmp_path):
+    newer = [repacked(package, tmp_path) for package in packages]
+    before = {service: machine.main_pid(service) for service in SERVICES}
+    statuses: list[int] = []
+    stop = threading.Event()
+
+    def load() -> None:
+        while not stop.is_set():
+            try:
+                statuses.append(ask(port, "/v2/models/toy")[0])
+            except OSError as exc:
+                statuses.append(-(exc.errno or 1))
+
+    thread = threading.Thread(target=load)
+    thread.start()
+    try:
+        until(lambda: len(statuses) > 10, "requests are under way")
+        install(machine, *newer)
+        until(lambda: all(machine.active(s) and machine.main_pid(s) != before[s] for s in SERVICES), "both are new", 60)
+        enough = len(statuses) + 50
+        until(lambda: len(statuses) >= enough, "requests after it")
+    finally:
+        stop.set()
+        thread.join()
+    assert set(statuses) == {200}
+    shown = machine.run("dpkg-query", "--show", "--showformat=${Version} ${db:Status-Status}", "edgefleet-agent").stdout
+    assert shown.endswith("+next installed")
+    assert "toy 1 (good)" in machine.run("fleet-agent", "status").stdout
+
+
+def repacked(package: Path, folder: Path) -> Path:
+    """The same package as a later version."""
+    tree = folder / package.stem
+    subprocess.run(["dpkg-deb", "--raw-extract", str(package), str(tree)], check=True)
+    control = tree / "DEBIAN/control"
+    text = re.sub(r"^(Version: .*)$", r"\1+next", control.read_text(), flags=re.M)
+    control.write_text(re.sub(r"(edgefleet-agent \(= [^)]*)\)", r"\1+next)", text))
+    made = folder / package.name
+    subprocess.run(["dpkg-deb", "--root-owner-group", "-Znone", "--build", str(tree), str(made)], check=True, stdout=-3)
+    return made
+
+
+def test_removed_it_is_silent_and_purged_it_leaves_nothing_but_its_user(machine, port):
+    machine.run("dpkg", "--remove", "edgefleet-engine-onnxruntime", "edgefleet-agent")
+    assert not any(machine.active(unit) for unit in (*SERVICES, "fleet-runtime.socket"))
+    assert machine.run("test", "-f", "/var/lib/edgefleet/agent.json", check=False).returncode == 0
+    with pytest.raises(ConnectionRefusedError):
+        ask(port, "/v2/health/live")
+    machine.run("dpkg", "--purge", "edgefleet-agent", "edgefleet-engine-onnxruntime")
+    gone = (
+        "/var/lib/edgefleet",
+        "/usr/lib/edgefleet",
+        "/run/edgefleet",
+        "/usr/bin/fleet-agent",
+        "/usr/bin/fleet-runtime",
+    )
+    assert [path for path in gone if machine.run("test", "-e", path, check=False).returncode == 0] == []
+    assert machine.run("systemctl", "list-unit-files", "fleet-*", "--no-legend", check=False).stdout.strip() == ""
+    assert machine.run("id", "edgefleet").returncode == 0

@@ -1,0 +1,193 @@
+"""The gRPC face: Triton's own gRPC client unchanged against the real gateway and the real runtime."""
+
+from __future__ import annotations
+
+import queue
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+import tritonclient.grpc as triton
+from support import artifacts
+from support.runtimes import Runtime, running, until
+from tritonclient.grpc import service_pb2
+from tritonclient.utils import InferenceServerException
+
+X = np.random.default_rng(7).random((2, 8, 8, 3), np.float32)
+
+
+@pytest.fixture(scope="module")
+def runtime(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runtime]:
+    with running(tmp_path_factory.mktemp("board")) as made:
+        made.install(made.add("1"))
+        yield made.start()
+
+
+@pytest.fixture(scope="module")
+def address(runtime: Runtime) -> Iterator[str]:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "edgefleet_agent.runtime.grpc_gateway", "--state", str(runtime.state), "--listen", "127.0.0.1:0"],
+        stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stdout is not None
+    yield process.stdout.readline().removeprefix("listening at ").strip()
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(20) == 0
+
+
+@pytest.fixture
+def client(address: str) -> Iterator[triton.InferenceServerClient]:
+    made = triton.InferenceServerClient(address)
+    yield made
+    made.close()
+
+
+def tensor(x: np.ndarray = X) -> triton.InferInput:
+    made = triton.InferInput("x", list(x.shape), "FP32")
+    made.set_data_from_numpy(x)
+    return made
+
+
+def test_tritonclient_finds_the_server_live_ready_and_described(client: triton.InferenceServerClient) -> None:
+    assert client.is_server_live()
+    assert client.is_server_ready()
+    assert client.is_model_ready("toy")
+    assert client.is_model_ready("toy", "1")
+    assert not client.is_model_ready("toy", "9")
+    assert client.get_server_metadata().name == "edgefleet-runtime"
+    metadata = client.get_model_metadata("toy")
+    assert (metadata.name, list(metadata.versions), metadata.platform) == ("toy", ["1"], "onnxruntime_fp32")
+    assert [(i.name, i.datatype, list(i.shape)) for i in metadata.inputs] == [("x", "FP32", [-1, 8, 8, 3])]
+
+
+def test_tritonclient_infers_with_and_without_a_version_and_asynchronously(
+    client: triton.InferenceServerClient,
+) -> None:
+    for options in ({}, {"model_version": "1"}, {"request_id": "r-1"}, {"outputs": [triton.InferRequestedOutput("y")]}):
+        result = client.infer("toy", [tensor()], **options)
+        np.testing.assert_allclose(result.as_numpy("y"), artifacts.truth(1, X), atol=1e-4)
+        assert result.get_response().model_version == "1"
+        assert result.get_response().id == options.get("request_id", "")
+    answers: queue.Queue[Any] = queue.Queue()
+    for _ in range(20):
+        client.async_infer("toy", [tensor()], callback=lambda result, error: answers.put((result, error)))
+    for _ in range(20):
+        result, error = answers.get(timeout=30)
+        assert error is None
+        np.testing.assert_allclose(result.as_numpy("y"), artifacts.truth(1, X), atol=1e-4)
+
+
+def test_tritonclient_is_told_what_it_did_wrong(client: triton.InferenceServerClient) -> None:
+    with pytest.raises(InferenceServerException, match="not served here") as caught:
+        client.infer("other", [tensor()])
+    assert caught.value.status() == "StatusCode.NOT_FOUND"
+    with pytest.raises(InferenceServerException, match="has shape") as caught:
+        client.infer("toy", [tensor(np.zeros((1, 4, 4, 3), np.float32))])
+    assert caught.value.status() == "StatusCode.INVALID_ARGUMENT"
+    with pytest.raises(InferenceServerException, match="one request may have"):
+        client.infer("toy", [tensor(np.zeros((4000, 8, 8, 3), np.float32))])
+    shared = triton.InferInput("x", list(X.shape), "FP32")
+    shared.set_shared_memory("somebody's", X.nbytes)
+    with pytest.raises(InferenceServerException, match="over HTTP only") as caught:
+        client.infer("toy", [shared])
+    assert caught.value.status() == "StatusCode.UNIMPLEMENTED"
+
+
+def call(address: str, request: Any) -> Any:
+    with grpc.insecure_channel(address) as channel:
+        infer = channel.unary_unary(
+            "/inference.GRPCInferenceService/ModelInfer", lambda m: m if isinstance(m, bytes) else m.SerializeToString(),
+            service_pb2.ModelInferResponse.FromString,
+        )  # fmt: skip
+        return infer(request, timeout=30)
+
+
+def request(x: np.ndarray = X, raw: int = 0, typed: bool = True, model: str = "toy") -> Any:
+    made = service_pb2.ModelInferRequest(model_name=model)
+    entry = made.inputs.add(name="x", datatype="FP32", shape=list(x.shape))
+    if typed:
+        entry.contents.fp32_contents.extend(x.ravel().tolist())
+    made.raw_input_contents.extend([x.tobytes()] * raw)
+    return made
+
+
+def test_typed_contents_are_the_same_tensor_as_raw_ones(address: str) -> None:
+    for made in (request(), request(raw=1, typed=False)):
+        answer = call(address, made)
+        values = np.frombuffer(answer.raw_output_contents[0], np.float32).reshape(len(X), -1)
+        np.testing.assert_allclose(values, artifacts.truth(1, X), atol=1e-4)
+
+
+def unknown_datatype() -> Any:
+    made = request(raw=1, typed=False)
+    made.inputs[0].datatype = "FP31"
+    return made
+
+
+def value_too_large() -> Any:
+    made = service_pb2.ModelInferRequest(model_name="toy")
+    made.inputs.add(name="x", datatype="UINT8", shape=[1]).contents.uint_contents.append(256)
+    return made
+
+
+def unserved_contents() -> Any:
+    made = service_pb2.ModelInferRequest(model_name="toy")
+    made.inputs.add(name="x", datatype="BYTES", shape=[1]).contents.bytes_contents.append(b"a")
+    return made
+
+
+HOSTILE = {
+    "no input": (lambda: service_pb2.ModelInferRequest(model_name="toy"), "INVALID_ARGUMENT"),
+    "no model": (lambda: request(model=""), "NOT_FOUND"),
+    "a model outside": (lambda: request(model="../../../metrics"), "NOT_FOUND"),
+    "raw and typed": (lambda: request(raw=1), "INVALID_ARGUMENT"),
+    "more contents than inputs": (lambda: request(raw=2, typed=False), "INVALID_ARGUMENT"),
+    "no contents": (lambda: request(typed=False), "INVALID_ARGUMENT"),
+    "an unknown datatype": (unknown_datatype, "INVALID_ARGUMENT"),
+    "contents nobody serves": (unserved_contents, "INVALID_ARGUMENT"),
+    "a value that does not fit": (value_too_large, "INVALID_ARGUMENT"),
+    "no protobuf": (lambda: b"\xff" * 100, "INTERNAL"),
+    "a request of 65 MiB": (lambda: request(np.zeros((65 << 20) // 768 * 192, np.float32), raw=1, typed=False), "RESOURCE_EXHAUSTED"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_a_hostile_call_is_refused_and_the_next_one_answered(address: str, case: str) -> None:
+    make, code = HOSTILE[case]
+    with pytest.raises(grpc.RpcError) as caught:
+        call(address, make())
+    assert caught.value.code().name == code, caught.value.details()
+    assert len(call(address, request()).raw_output_contents) == 1
+
+
+def test_a_runtime_that_was_started_again_is_found_again(
+    client: triton.InferenceServerClient, runtime: Runtime
+) -> None:
+    client.infer("toy", [tensor()])
+    runtime.stop(signal.SIGKILL)
+    with pytest.raises(InferenceServerException, match="does not answer"):
+        client.infer("toy", [tensor()])
+    runtime.start()
+    until(client.is_server_ready, what="the runtime being ready again")
+    np.testing.assert_allclose(client.infer("toy", [tensor()]).as_numpy("y"), artifacts.truth(1, X), atol=1e-4)
+
+
+def test_an_address_that_others_could_reach_is_refused(tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "edgefleet_agent.runtime.grpc_gateway",
+        "--state",
+        str(tmp_path),
+        "--listen",
+        "0.0.0.0:0",
+    ]
+    ended = subprocess.run(command, capture_output=True, text=True)
+    assert ended.returncode != 0
+    assert "not loopback" in ended.stderr

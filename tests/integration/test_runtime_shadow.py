@@ -1,0 +1,98 @@
+"""A candidate that answers live requests unseen: real workers, real load."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from edgefleet_shared.contract import ShadowFigures
+from edgefleet_shared.errors import ConflictError, NotFoundError
+from support.runtimes import Load, Runtime, running, until
+
+
+@pytest.fixture
+def runtime(tmp_path: Path) -> Iterator[Runtime]:
+    with running(tmp_path) as made:
+        made.install(made.add("1"))
+        made.start()
+        yield made
+
+
+def figures(runtime: Runtime) -> ShadowFigures:
+    found = runtime.status().shadow
+    assert found is not None
+    return found
+
+
+def compared(runtime: Runtime, count: int) -> ShadowFigures:
+    until(lambda: figures(runtime).compared >= count, what=f"{count} requests are compared")
+    return figures(runtime)
+
+
+def test_a_build_of_the_same_network_agrees_and_no_client_sees_it(runtime: Runtime) -> None:
+    twin = runtime.add("2", seed=1)
+    runtime.client.load(twin)
+    with Load(runtime) as load:
+        runtime.client.shadow(twin)
+        seen = compared(runtime, 30)
+    assert load.failed == []
+    assert set(load.answers) == {"1"}
+    assert (seen.agreed, seen.failed) == (seen.compared, 0)
+    assert seen.p50_ms is not None
+    assert seen.p50_ms > 0
+    assert seen.serving_p50_ms is not None
+
+
+def test_another_network_disagrees_and_what_serves_is_not_disturbed(runtime: Runtime) -> None:
+    other = runtime.add("2", seed=77)
+    runtime.client.load(other)
+    with Load(runtime) as load:
+        runtime.client.shadow(other)
+        seen = compared(runtime, 30)
+    assert load.failed == []
+    assert load.wrong == 0
+    assert seen.agreed < seen.compared
+
+
+def test_a_candidate_whose_process_dies_costs_no_live_request(runtime: Runtime) -> None:
+    twin = runtime.add("2", seed=1)
+    runtime.client.load(twin)
+    with Load(runtime) as load:
+        runtime.client.shadow(twin)
+        compared(runtime, 5)
+        os.kill(runtime.version("2").pid, signal.SIGKILL)
+        until(lambda: runtime.version("2").crashes == 1, what="its death is counted")
+        before = figures(runtime).compared
+        compared(runtime, before + 5)
+    assert load.failed == []
+    assert set(load.answers) == {"1"}
+
+
+def test_switching_to_it_or_retiring_it_ends_the_shadow(runtime: Runtime) -> None:
+    twin = runtime.add("2", seed=1)
+    runtime.client.load(twin)
+    runtime.client.shadow(twin)
+    runtime.client.switch(twin)
+    assert runtime.status().shadow is None
+    third = runtime.add("3", seed=1)
+    runtime.client.load(third)
+    runtime.client.shadow(third)
+    runtime.client.retire(third)
+    assert runtime.status().shadow is None
+    with Load(runtime) as load:
+        load.seen("2")
+    assert load.failed == []
+
+
+def test_what_can_not_follow_is_refused(runtime: Runtime) -> None:
+    with pytest.raises(NotFoundError):
+        runtime.client.shadow("sha256:" + "0" * 64)
+    with pytest.raises(ConflictError, match="it serves"):
+        runtime.client.shadow(runtime.version("1").manifest)
+    other = runtime.add("2", model="another")
+    runtime.client.load(other)
+    with pytest.raises(ConflictError, match="other tensors"):
+        runtime.client.shadow(other)
