@@ -7,7 +7,6 @@ import os
 from pathlib import Path
 
 import pytest
-from chaos import faults
 from chaos.board import Agent, Examiner, SimulatedRuntime, Story, check_end
 from chaos.faults import FaultRunner
 from chaos.stories import came_to, depot, enrolment, play, stories
@@ -42,12 +41,21 @@ def test_a_refusal_that_is_not_heeded_is_caught(monkeypatch: pytest.MonkeyPatch)
     assert runner.failures != []
 
 
-def test_a_fetch_that_keeps_what_it_brought_onto_a_full_disk_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("edgefleet_agent.swap.make_room", lambda state, ports: None)
-    monkeypatch.setattr(faults, "PATIENCE_TURNS", 30)
-    runner = FaultRunner(depot(), limit=1)
-    runner.every_capacity(next(s for s in stories() if s.name == "install"), step_bytes=NAME_BYTES)
-    assert runner.failures != []
+def test_a_fetch_that_fills_the_disk_gives_it_back_so_that_its_end_can_be_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        "edgefleet_agent.fetch.SPARE_BYTES", -(1 << 30)
+    )  # somebody else took the space after it was measured
+    story = next(s for s in stories() if s.name == "install")
+    for room in range(3000, 8000, 250):
+        disk = MemoryDisk(story.tree)
+        agent = Agent(depot(), story, disk, SimulatedRuntime(depot(), disk, frozenset()))
+        disk.capacity_bytes = disk.used_bytes() + room
+        for _ in range(100):
+            agent.turn()
+        told = agent.wire.reported
+        assert told is not None
+        assert told.ended is not None
+        assert told.ended.outcome is Outcome.FAILED_NO_CHANGE, f"{room} bytes free: {told.state}, {told.problem}"
 
 
 @pytest.mark.parametrize("was_there", [True, False])
