@@ -219,7 +219,7 @@ def test_a_compile_that_takes_too_long_is_stopped(bench: Bench) -> None:
 def test_an_operator_that_tflite_lacks_is_named_with_its_node(bench: Bench) -> None:
     net = Net()
     net.conv(3, 8)
-    lost = net.add("Hardmax")
+    lost = net.add("Hardmax", axis=1)
     net.add("GlobalAveragePool")
     net.add("Flatten")
     version = bench.version(project(bench.folder, net.model([1, 8])))
