@@ -263,7 +263,7 @@ def test_a_new_version_that_outgrows_its_contract_leaves_the_old_one_answering(r
 def test_a_candidate_that_is_larger_than_its_contract_is_refused_and_the_old_one_serves_on(runtime: Runtime) -> None:
     served(runtime)
     tiny = artifacts.make_contract(peak_memory_bytes=1 << 20)
-    large = runtime.add("2", contract=tiny)  # the engine alone takes more than this contract leaves
+    large = runtime.add("2", contract=tiny, content=artifacts.onnx_model(2, padding_bytes=400 << 20))
     with Load(runtime) as load:
         with pytest.raises(EngineError, match="outgrew its"):
             runtime.client.load(large, "blue-green")
