@@ -280,8 +280,20 @@ def test_a_new_version_that_outgrows_its_contract_leaves_the_old_one_answering(r
     clean(load)
 
 
-def test_memory_beyond_any_measure_is_refused_to_the_model_at_once(runtime: Runtime) -> None:
+def test_a_candidate_that_is_larger_than_its_contract_is_refused_and_the_old_one_serves_on(runtime: Runtime) -> None:
+    served(runtime)
     tiny = artifacts.make_contract(peak_memory_bytes=1 << 20)
+    large = runtime.add("2", contract=tiny, content=artifacts.onnx_model(2, padding_bytes=400 << 20))
+    with Load(runtime) as load:
+        with pytest.raises(EngineError, match="outgrew its"):
+            runtime.client.load(large, "blue-green")
+        load.seen("1")
+    clean(load)
+    assert [v.version for v in runtime.status().versions] == ["1"]
+
+
+def test_memory_beyond_any_measure_is_refused_to_the_model_at_once(runtime: Runtime) -> None:
+    tiny = artifacts.make_contract(peak_memory_bytes=24 << 20)
     runtime.install(runtime.add("1", behaviour="hungry", contract=tiny))
     runtime.start()
     with Load(runtime) as load:

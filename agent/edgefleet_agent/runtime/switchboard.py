@@ -52,6 +52,7 @@ class Switchboard:
         self._standby: Version | None = None
         self._shadow: Shadow | None = None
         self._expected: list[Version] = []
+        self._candidate: Version | None = None  # being loaded
         self._waiting: deque[Job] = deque()
         self._parked = False
         self._order = asyncio.Lock()  # one load, switch or retire at a time
@@ -185,6 +186,8 @@ class Switchboard:
         for version in self._loaded.values():
             version.check_hang()
             version.check_memory()
+        if self._candidate is not None:
+            self._candidate.check_memory()
 
     # --- orders
 
@@ -209,7 +212,11 @@ class Switchboard:
                 version.state = VersionState.PREPARED
                 self._loaded[manifest] = version
                 return Loaded(manifest=manifest, mode="in-place", why=why)
-            await version.start(aside=self.ready)
+            self._candidate = version
+            try:
+                await version.start(aside=self.ready)
+            finally:
+                self._candidate = None
             self._loaded[manifest] = version
             return _loaded(version, "blue-green", why)
 

@@ -12,7 +12,7 @@ from enum import Enum
 import msgspec
 from edgefleet_shared.artifact import GOLDEN_LAYER, MODEL_LAYER, Layout, Manifest, ModelConfig
 from edgefleet_shared.contract import TensorSpec
-from edgefleet_shared.errors import EdgefleetError
+from edgefleet_shared.errors import EdgefleetError, EngineError
 
 from edgefleet_agent.runtime import protocol
 from edgefleet_agent.runtime.channel import Ready, Start
@@ -160,13 +160,15 @@ class Version:
 
     def check_memory(self) -> None:
         """Kill the worker when it holds more memory than its artifact's contract leaves it; its jobs are placed again."""
-        if self._worker is None or not self.pid:
-            return
-        resident, _ = memory_of(self.pid)
-        if resident > self.memory_limit_bytes:
-            self._worker.kill(
-                f"outgrew its {self.memory_limit_bytes >> 20} MiB of memory: it held {resident >> 20} MiB"
-            )
+        if self._worker is not None and self.pid and (problem := self._overgrown(self.pid)):
+            self._worker.kill(problem)
+
+    def _overgrown(self, pid: int) -> str:
+        """How a process broke its memory limit; empty when it did not."""
+        resident, _ = memory_of(pid)
+        if resident <= self.memory_limit_bytes:
+            return ""
+        return f"outgrew its {self.memory_limit_bytes >> 20} MiB of memory: it held {resident >> 20} MiB"
 
     def restart_soon(self) -> None:
         """Bring the worker back after a failed start, with back-off."""
@@ -200,7 +202,11 @@ class Version:
         worker.shadow = self._shadow
         self._worker = worker
         try:
-            return await worker.start(self.config.contract.time_limit_s, aside=aside)
+            ready = await worker.start(self.config.contract.time_limit_s, aside=aside)
+            if problem := self._overgrown(worker.pid):
+                worker.kill(problem)
+                raise EngineError(f"the worker {problem} once it was loaded")
+            return ready
         except BaseException:
             self._worker = None
             raise
