@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 from edgefleet_agent import slots
 from edgefleet_agent.slots import SlotStatus
@@ -247,9 +248,12 @@ def test_a_candidate_that_agrees_on_live_requests_takes_over(
 def test_a_candidate_that_is_right_on_golden_pictures_and_wrong_on_live_ones_never_serves(
     workshop: Workshop, controller: Controller, board: Board, serving: str
 ) -> None:
-    # Its golden pictures are of its own network, so acceptance passes it.
-    version, other = workshop.release(contract=shadowed())
-    with Load(board.runtime) as load:
+    # Its golden pictures are of its own network, so acceptance passes it; the live one it sees as something else.
+    live = np.random.default_rng(5).random((1, 8, 8, 3), np.float32)
+    seen = artifacts.truth(int(serving), live).argmax()
+    seed = next(n for n in itertools.count(1000) if artifacts.truth(n, live).argmax() != seen)
+    version, other = workshop.release(seed=seed, contract=shadowed())
+    with Load(board.runtime, x=live) as load:
         load.seen(serving)
         outcome = controller.outcome(board.name, controller.assign(board.name, other, version))
         load.seen(serving)
@@ -258,7 +262,6 @@ def test_a_candidate_that_is_right_on_golden_pictures_and_wrong_on_live_ones_nev
     assert load.failed == []
     assert set(load.answers) == {serving}
     assert served(board) == serving
-    assert {v.version for v in board.runtime.client.status().versions} <= {serving, *load.answers}
 
 
 def test_without_live_requests_nothing_is_known_and_nothing_changes(
