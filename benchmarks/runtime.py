@@ -127,37 +127,16 @@ def null_rows(*, with_peers: bool) -> list[Row]:
     )
     for name, share in (("kserve", 0.1), ("mlserver", 0.02)):
         if name in over:
-            rows.append(
-                Row(
-                    f"overhead over {name} gRPC's, Unix socket",
-                    over["unix"] / over[name],
-                    "x",
-                    share,
-                    f"{name} gRPC, ms",
-                    over[name],
-                )
-            )
-            rows.append(
-                Row(
-                    f"overhead over {name} gRPC's, shared memory",
-                    over["shm"] / over[name],
-                    "x",
-                    share,
-                    f"{name} gRPC, ms",
-                    over[name],
-                )
-            )
-            rows.append(
-                Row(
-                    f"overhead over {name} gRPC's, gRPC",
-                    over["grpc"] / over[name],
-                    "x",
-                    None,
-                    f"{name} gRPC, ms",
-                    over[name],
-                )
-            )
-    return rows + [Row(f"{name} gRPC {why}", 0, "count") for name, why in missing.items()]
+            for way, shown, goal in (
+                ("unix", "Unix socket", share),
+                ("shm", "shared memory", share),
+                ("grpc", "gRPC", None),
+            ):
+                what = f"overhead over {name} gRPC's, {shown}"
+                rows.append(Row(what, over[way] / over[name], "x", goal, f"{name} gRPC, ms", over[name]))
+    for name, why in missing.items():
+        print(f"{name} gRPC was not measured: {why}")
+    return rows
 
 
 def real_rows(*, with_peers: bool) -> list[Row]:

@@ -6,6 +6,7 @@ Engines are proven by loading each in a process of its own: an installed library
 
 from __future__ import annotations
 
+import logging
 import platform
 import subprocess
 import sys
@@ -15,7 +16,9 @@ import msgspec
 from edgefleet_shared.fingerprint import Fingerprint
 
 from edgefleet_agent import __version__
-from edgefleet_agent.sandbox import child_environment
+from edgefleet_agent.sandbox import child_environment, describe_exit
+
+log = logging.getLogger(__name__)
 
 PROBE_LIMIT_S = 60  # for each engine
 
@@ -72,7 +75,13 @@ def probe_engines() -> tuple[EngineProbe, ...]:
         env=child_environment(),
         check=False,
     )
-    try:
-        return tuple(msgspec.json.decode(line, type=EngineProbe) for line in child.stdout.splitlines())
-    except msgspec.DecodeError:
-        return ()
+    found = []
+    for line in child.stdout.splitlines():
+        try:
+            found.append(msgspec.json.decode(line, type=EngineProbe))
+        except msgspec.DecodeError:
+            log.error("the probe reported nonsense", extra={"reason": line[:200].decode(errors="replace")})
+    if child.returncode:
+        last = child.stderr.decode(errors="replace").strip().rpartition("\n")[2][:300]
+        log.error("the probe of the engines ended", extra={"reason": f"{describe_exit(child.returncode)}: {last}"})
+    return tuple(found)

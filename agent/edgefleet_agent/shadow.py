@@ -11,6 +11,7 @@ import threading
 from pathlib import Path
 from typing import cast
 
+import msgspec
 from edgefleet_shared.assignment import Assignment
 from edgefleet_shared.contract import AcceptanceReport, ShadowFigures, Verdict, judge_shadow
 from edgefleet_shared.errors import EdgefleetError
@@ -42,13 +43,13 @@ def shadow(
     if not plan.requests:
         return Event.AGREED, "the class asks for no shadow", report
     if ports.runtime.status().serving is None:
-        return Event.AGREED, "nothing serves that it could be compared with", report
+        return _without(report, "nothing serves that it could be compared with")
     try:
         loaded = ports.runtime.load(assignment.manifest, cast(SwapMode, assignment.swap))
     except EdgefleetError as exc:
         return Event.DISAGREED, str(exc), report
     if loaded.mode != "blue-green":
-        return Event.AGREED, f"no shadow: memory does not hold both ({loaded.why})", report
+        return _without(report, f"memory does not hold both ({loaded.why})")
     ports.runtime.shadow(assignment.manifest)
     end = ports.clock.monotonic() + plan.time_limit_s
     while True:
@@ -74,3 +75,9 @@ def shadow(
             return Event.DISAGREED, f"shadow {judged.verdict.value}: {judged.reason}", judged
         if stop.wait(LOOK_S):
             return Event.DISAGREED, "superseded", report
+
+
+def _without(report: AcceptanceReport, why: str) -> tuple[Event, str, AcceptanceReport]:
+    """Asked for, but not to be had on this board now: the update goes on, and the report says so."""
+    told = f"shadow: {why}"
+    return Event.AGREED, told, msgspec.structs.replace(report, unmeasured=(*report.unmeasured, told))

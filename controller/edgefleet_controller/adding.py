@@ -15,7 +15,8 @@ from edgefleet_shared.errors import EdgefleetError, InputError, NotFoundError, f
 from edgefleet_controller import release, source
 from edgefleet_controller.client import FleetClient
 from edgefleet_controller.compile.comparing import Row, compare
-from edgefleet_controller.manifests import Model, load_manifests, of_kind
+from edgefleet_controller.manifest_files import load_manifests, of_kind
+from edgefleet_controller.manifests import Model
 from edgefleet_controller.settings import default_cache
 from edgefleet_controller.sign import ReleaseSigner
 

@@ -8,7 +8,8 @@ from edgefleet_shared.clock import SystemClock
 
 from edgefleet_controller import release
 from edgefleet_controller.client import FleetClient
-from edgefleet_controller.manifests import DeviceClass, load_manifests
+from edgefleet_controller.manifest_files import load_manifests
+from edgefleet_controller.manifests import DeviceClass
 from edgefleet_controller.sign import ReleaseSigner
 
 

@@ -264,6 +264,21 @@ def test_a_candidate_that_is_right_on_golden_pictures_and_wrong_on_live_ones_nev
     assert served(board) == serving
 
 
+def test_the_first_model_of_a_board_has_nothing_to_follow_and_the_report_says_so(
+    workshop: Workshop, controller: Controller, tmp_path: Path
+) -> None:
+    version, made = workshop.release(contract=shadowed())
+    fresh = Board(controller, "fresh", tmp_path / "fresh").start()
+    try:
+        assert controller.outcome(fresh.name, controller.assign(fresh.name, made, version)) is Outcome.SUCCEEDED
+        ended = controller.reports[fresh.name].ended
+        assert ended is not None
+        assert ended.acceptance is not None
+        assert any("nothing serves" in told for told in ended.acceptance.unmeasured)
+    finally:
+        fresh.stop()
+
+
 def test_without_live_requests_nothing_is_known_and_nothing_changes(
     workshop: Workshop, controller: Controller, board: Board, serving: str
 ) -> None:

@@ -28,7 +28,8 @@ from starlette.types import Scope
 from edgefleet_controller import __version__, source
 from edgefleet_controller.api import views
 from edgefleet_controller.api.wire import Wire
-from edgefleet_controller.manifests import DeviceClass, Rollout, parse_value
+from edgefleet_controller.manifest_files import parse_value
+from edgefleet_controller.manifests import DeviceClass, Rollout
 from edgefleet_controller.rollout.views import IntentKind
 from edgefleet_controller.store import catalog, devices, rollouts
 

@@ -193,4 +193,5 @@ def _board(row: Device) -> dict[str, Any]:
         "outcome": ended.outcome.value if ended else "",
         "reason": ended.reason if ended else "",
         "refusal": reported.refusal if reported else "",
+        "problem": reported.problem if reported else "",
     }

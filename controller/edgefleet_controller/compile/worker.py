@@ -21,7 +21,8 @@ from edgefleet_controller import source
 from edgefleet_controller.compile.pipeline import compile_version
 from edgefleet_controller.compile.port import CompileResult
 from edgefleet_controller.compile.toolchains import Toolchains
-from edgefleet_controller.manifests import DeviceClass, parse_value
+from edgefleet_controller.manifest_files import parse_value
+from edgefleet_controller.manifests import DeviceClass
 
 MAX_VERSION_BYTES = 16 * 1024 * 1024
 

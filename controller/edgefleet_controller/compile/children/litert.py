@@ -82,11 +82,11 @@ class _Quantizer:
             left |= {n.name for n in self._model.graph.node if n.op_type not in WEIGHTED and n.op_type not in PASSIVE}
         outputs = {node.name: node.output[0] for node in self._model.graph.node}
         in_float = [converted.made.get(name, outputs[name]) for name in sorted(left) if name in outputs]
-        worker = _worker(converted.content, [*in_float, *converted.whole])
+        worker = quantizer_of(converted.content, [*in_float, *converted.whole])
         return joined(bytes(worker.quantize(self._ranges(recipe["ranges"])).quantized_model))
 
     def _calibrate(self, samples: SampleFile, count: int) -> dict[str, Any]:
-        worker = _worker(self._plain.content, self._plain.whole)
+        worker = quantizer_of(self._plain.content, self._plain.whole)
         feeds = {"serving_default": [samples[i] for i in range(count)]}
         found: dict[str, Any] = worker.calibrate(feeds, num_threads=1)
         return found
@@ -104,7 +104,7 @@ class _Quantizer:
         return out
 
 
-def _worker(content: bytes, in_float: list[str]) -> Any:
+def quantizer_of(content: bytes, in_float: list[str]) -> Any:
     """Full int8 but for the operators that make the tensors named ``in_float``."""
     from ai_edge_quantizer import algorithm_manager, qtyping, quantizer, recipe_manager
 
