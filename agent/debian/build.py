@@ -31,7 +31,11 @@ SITE = PREFIX / f"venv/lib/python{MINOR}/site-packages"
 ENGINES = ("onnxruntime", "litert", "openvino")
 MACHINES = {"amd64": "x86_64", "arm64": "aarch64"}  # PyPI has no wheels of the engines for armhf
 GLIBC = {"3.10": 35, "3.11": 36, "3.12": 39, "3.13": 41}  # of the Debian or Ubuntu release whose Python that is: 2.x
-PROGRAMS = {"fleet-agent": "edgefleet_agent.cli", "fleet-runtime": "edgefleet_agent.runtime.app"}
+PROGRAMS = {
+    "fleet-agent": "edgefleet_agent.cli",
+    "fleet-agent-launch": "edgefleet_agent.launcher",
+    "fleet-runtime": "edgefleet_agent.runtime.app",
+}
 UNITS = (
     "fleet-agent.service",
     "fleet-runtime.service",

@@ -9,12 +9,13 @@ Not handled here: the checks themselves (:mod:`edgefleet_agent.verify`), what ha
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
 from edgefleet_shared.artifact import digest_of
-from edgefleet_shared.assignment import MAX_ASSIGNMENT_BYTES, Admission, Incomplete, metadata_files
+from edgefleet_shared.assignment import MAX_ASSIGNMENT_BYTES, Admission, Incomplete, Subject, metadata_files
 from edgefleet_shared.errors import EdgefleetError, EnvironmentProblem, TrustError
 from edgefleet_shared.exhaustive import assert_never
 from edgefleet_shared.fingerprint import Fingerprint
@@ -50,6 +51,8 @@ class Admissions:
         tell: puts an event into the spool.
         put: the inbox.
         problem: notes (what, why) when the board can't do its part, (what, "") when it can again.
+        subject: what the messages are about.
+        deciding: held while the floors are read, held against and written; shared by those who share a state folder.
     """
 
     def __init__(
@@ -63,10 +66,13 @@ class Admissions:
         tell: Callable[[Body], None],
         put: Callable[[AdmissionDone | JobBroke], None],
         problem: Callable[[str, str], None],
+        subject: Subject,
+        deciding: threading.Lock,
     ) -> None:
         self._state, self._settings, self._board = state, settings, board
         self._keeper, self._ports = keeper, ports
         self._tell, self._put, self._problem = tell, put, problem
+        self._subject, self._deciding = subject, deciding
         self._desired: bytes | None = None
         self._unkept: dict[str, bytes] = {}
         self._begun = self._asking = self._fresh = self._waits_for_fresh = False
@@ -151,10 +157,7 @@ class Admissions:
         def ask() -> None:
             result: Admission | verify.Refusal | EdgefleetError
             try:
-                result = verify.admit(
-                    self._state, self._settings, self._board, desired, self._ports.clock.now(),
-                    self._ports.examiner.admit, self._ports.files,
-                )  # fmt: skip
+                result = self._admit(desired)
             except (verify.Refusal, EdgefleetError) as exc:
                 result = exc
             except Exception as exc:  # noqa: BLE001 - raised again by the loop
@@ -163,6 +166,30 @@ class Admissions:
             self._put(AdmissionDone(digest, result))
 
         self._ports.spawn("admit", ask)
+
+    def _admit(self, desired: bytes) -> Admission:
+        with self._deciding:
+            return verify.admit(
+                self._state, self._settings, self._board, desired, self._ports.clock.now(),
+                self._ports.examiner.admit, self._ports.files, self._subject,
+            )  # fmt: skip
+
+    def unverified(self) -> str:
+        """Take the newest ``desired`` message through the trust path once more, whatever was decided about it.
+
+        Returns:
+            empty when the path came to a decision, whichever; else what was in the way. Blocking; safe on a job's thread.
+        """
+        desired = self._desired
+        if desired is None or not self._fresh:
+            return "no assignment, or not all metadata, has arrived"
+        try:
+            self._admit(desired)
+        except verify.Refusal:
+            return ""
+        except EdgefleetError as exc:
+            return f"the trust path gives no answer: {exc}"
+        return ""
 
     def done(self, done: AdmissionDone) -> bool:
         """The verifying child has answered. Returns whether a decision was made, which is to be reported."""

@@ -2,30 +2,117 @@
 
 from __future__ import annotations
 
+import os
 import queue
 import secrets
 import signal
+import threading
+from functools import partial
 from pathlib import Path
 
 from edgefleet_shared import atomic, logs
+from edgefleet_shared.assignment import Subject
 from edgefleet_shared.clock import SystemClock
 from edgefleet_shared.files import DISK
+from edgefleet_shared.fingerprint import Fingerprint
 
-from edgefleet_agent import board, notify
+from edgefleet_agent import __version__, board, launcher, notify
 from edgefleet_agent import settings as board_settings
 from edgefleet_agent.examiner import SandboxedExaminer
 from edgefleet_agent.inbox import Item
 from edgefleet_agent.ports import Ports, spawn_thread
-from edgefleet_agent.runner import Runner
+from edgefleet_agent.rehearse import AgentExaminer
+from edgefleet_agent.runner import Line, Runner
 from edgefleet_agent.runtime.control import RuntimeClient, socket_path
+from edgefleet_agent.selfupdate import AgentEffects, AgentUplink, Fork, Myself, Proof
+from edgefleet_agent.settings import Settings
 from edgefleet_agent.transport import MqttUplink
 
 # Chunks are 256 KiB: this bounds what a slow disk leaves waiting in memory.
 INBOX_LIMIT = 12
 
 
+class Agent:
+    """Both lines of a board, the model's and the agent's own, on one thread and one connection.
+
+    Args:
+        manifest: of the version that runs, as the launcher said; empty for the package's.
+        package: the package's version.
+    """
+
+    def __init__(self, state: Path, settings: Settings, found: Fingerprint, manifest: str, package: str) -> None:
+        inbox: queue.Queue[Item] = queue.Queue(INBOX_LIMIT)
+        self._own_inbox: queue.Queue[Item] = queue.Queue(INBOX_LIMIT)
+        boot = secrets.token_hex(6)
+        fork = Fork(inbox.put, self._own_inbox.put)
+        self._uplink = MqttUplink(
+            settings.device,
+            boot,
+            board_settings.endpoint(state, settings),
+            fork.put,
+            settings.api_host,
+            settings.api_port,
+        )
+        ports = Ports(
+            uplink=self._uplink,
+            runtime=RuntimeClient(socket_path(state)),
+            examiner=SandboxedExaminer(),
+            clock=SystemClock(),
+            files=DISK,
+            spawn=spawn_thread,
+        )
+        deciding = threading.Lock()
+        self._models = Runner(
+            state, settings, found, boot, inbox, ports, Line(may_begin=lambda: not self._own.changes, deciding=deciding)
+        )
+        myself = Myself(
+            manifest=manifest,
+            package=package,
+            home=state,
+            unproven=Proof(lambda: fork.up, lambda: self._own.unverified(), ports),
+            models_rest=lambda: not self._models.changes,
+            restart=self.stop,
+            proven=lambda: signal.setitimer(signal.ITIMER_REAL, 0),
+        )
+        self._own = Runner(
+            launcher.folder(state),
+            settings,
+            found,
+            f"{boot}a",
+            self._own_inbox,
+            ports._replace(
+                uplink=AgentUplink(self._uplink, manifest, self._uplink.tell_agent), examiner=AgentExaminer(state)
+            ),
+            Line(
+                subject=Subject.AGENT, home=state, effects=partial(AgentEffects, myself=myself), deciding=deciding
+            ),
+        )
+
+    def run(self) -> None:
+        """Until :meth:`stop`."""
+        self._uplink.start()
+        try:
+            self._models.run(beside=self._turn_own)
+        finally:
+            notify.stopping()
+            self._uplink.stop()
+
+    def stop(self) -> None:
+        """Safe in a signal handler and on any thread."""
+        self._models.stop()
+
+    def _turn_own(self) -> None:
+        while True:
+            try:
+                item = self._own_inbox.get_nowait()
+            except queue.Empty:
+                self._own.turn(None)
+                return
+            self._own.turn(item)
+
+
 def run(state: Path) -> None:
-    """Run the agent of a board until SIGTERM.
+    """Run the agent of a board until SIGTERM, or until the launcher is to start another version.
 
     Raises:
         EnvironmentProblem: not enrolled. ConflictError: another agent owns the state folder.
@@ -33,36 +120,13 @@ def run(state: Path) -> None:
     settings = board_settings.read(state)
     with atomic.lock(state, "fleet-agent"):
         logs.configure(device=settings.device)
-        inbox: queue.Queue[Item] = queue.Queue(INBOX_LIMIT)
-        boot = secrets.token_hex(6)
-        uplink = MqttUplink(
-            settings.device,
-            boot,
-            board_settings.endpoint(state, settings),
-            inbox.put,
-            settings.api_host,
-            settings.api_port,
-        )
-        runner = Runner(
+        agent = Agent(
             state,
             settings,
             board.read_fingerprint(),
-            boot,
-            inbox,
-            Ports(
-                uplink=uplink,
-                runtime=RuntimeClient(socket_path(state)),
-                examiner=SandboxedExaminer(),
-                clock=SystemClock(),
-                files=DISK,
-                spawn=spawn_thread,
-            ),
+            os.environ.get(launcher.MANIFEST_VARIABLE, ""),
+            os.environ.get(launcher.PACKAGE_VARIABLE, __version__),
         )
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: runner.stop())
-        uplink.start()
-        try:
-            runner.run()
-        finally:
-            notify.stopping()
-            uplink.stop()
+            signal.signal(number, lambda *_: agent.stop())
+        agent.run()

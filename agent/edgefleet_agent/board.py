@@ -39,7 +39,25 @@ def read_fingerprint() -> Fingerprint:
         engines={p.name: p.version for p in probe_engines() if p.version is not None},
         memory_bytes=memory_bytes(),
         agent_version=__version__,
+        provides=provided(),
     )
+
+
+def provided() -> dict[str, str]:
+    """What the package brings for agents of other versions (:mod:`edgefleet_agent.provided`); empty when it can't be told."""
+    child = subprocess.run(
+        [sys.executable, "-m", "edgefleet_agent.provided"],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        cwd="/",
+        env=child_environment(),
+        check=False,
+    )
+    try:
+        return msgspec.json.decode(child.stdout, type=dict[str, str])
+    except msgspec.DecodeError:
+        log.error("what the package provides is not known", extra={"reason": child.stderr[-300:].decode(errors="replace")})
+        return {}
 
 
 def cpu_features(cpuinfo: Path = Path("/proc/cpuinfo")) -> tuple[str, ...]:

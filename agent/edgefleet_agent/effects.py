@@ -65,7 +65,7 @@ class Effects:
             case Effect.PERSIST:
                 raise AssertionError("persisting comes before every effect, see the runner")
             case Effect.FETCH:
-                self._fetch(_at_work(journal))
+                self._fetch(at_work(journal))
             case Effect.STOP_FETCH:
                 self._fetcher.stop()
             case Effect.DISCARD:
@@ -74,19 +74,19 @@ class Effects:
                 if journal.ended is not None:
                     self._tell(OutcomeTold(ended=journal.ended))
             case Effect.VERIFY:
-                return lambda stop: self._verify(_at_work(journal))
+                return lambda stop: self._verify(at_work(journal))
             case Effect.ACCEPT:
-                return lambda stop: self._accept(_at_work(journal), stop)
+                return lambda stop: self._accept(at_work(journal), stop)
             case Effect.SHADOW:
                 return lambda stop: self._shadow(journal, stop)
             case Effect.SWAP:
-                return lambda stop: Result(*swap.swap(state, ports, _at_work(journal), stop))
+                return lambda stop: Result(*swap.swap(state, ports, at_work(journal), stop))
             case Effect.SOAK:
-                return lambda stop: Result(*swap.soak(ports, _at_work(journal), stop))
+                return lambda stop: Result(*swap.soak(ports, at_work(journal), stop))
             case Effect.COMMIT:
                 return lambda stop: Result(*swap.commit(state, ports))
             case Effect.RETURN:
-                return lambda stop: Result(*swap.go_back(state, ports, _at_work(journal).manifest, stop))
+                return lambda stop: Result(*swap.go_back(state, ports, at_work(journal).manifest, stop))
             case Effect.SERVE:
                 return self._serve
             case _:
@@ -120,7 +120,7 @@ class Effects:
 
     def _shadow(self, journal: Journal, stop: threading.Event) -> Result:
         report = journal.acceptance or AcceptanceReport(verdict=Verdict.PASSED)
-        return Result(*shadow.shadow(self._state, self._ports, _at_work(journal), report, stop))
+        return Result(*shadow.shadow(self._state, self._ports, at_work(journal), report, stop))
 
     def _serve(self, stop: threading.Event) -> Result:
         try:
@@ -130,6 +130,7 @@ class Effects:
         return Result(None)
 
 
-def _at_work(journal: Journal) -> Assignment:
+def at_work(journal: Journal) -> Assignment:
+    """The assignment that the effects are about."""
     assert journal.assignment is not None
     return journal.assignment

@@ -22,8 +22,8 @@ from edgefleet_shared.artifact import (
     Descriptor,
     Layout,
     chunk_count,
+    chunk_plan,
     digest_file,
-    parse_config,
     parse_manifest,
 )
 from edgefleet_shared.clock import Clock
@@ -240,8 +240,8 @@ class Fetcher:
             self._need_space(self._layout.root, self.total_bytes - self.done_bytes)
             self._open([(manifest.config, None, CHUNK_BYTES)])
         elif self._round == 2:
-            config = parse_config(self._layout.read(manifest.config.digest, MAX_CONFIG_BYTES))
-            self._open([(b, config.chunks.get(b.digest, ()), config.chunk_bytes) for b in manifest.layers])
+            chunks, chunk_bytes = chunk_plan(manifest, self._layout.read(manifest.config.digest, MAX_CONFIG_BYTES))
+            self._open([(b, chunks.get(b.digest, ()), chunk_bytes) for b in manifest.layers])
         else:
             # A name may come from a start that was stopped before it had made the name durable.
             self._layout.sync()

@@ -16,17 +16,20 @@ import logging
 import queue
 import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import msgspec
 from edgefleet_shared.artifact import Layout
+from edgefleet_shared.assignment import Subject
 from edgefleet_shared.errors import ArtifactError, EdgefleetError, EnvironmentProblem
 from edgefleet_shared.exhaustive import assert_never
 from edgefleet_shared.fingerprint import Fingerprint
 from edgefleet_shared.lifecycle import TABLE, Effect, Event, State, step
+from edgefleet_shared.messages import Body
 from edgefleet_shared.outcomes import Outcome
 
 from edgefleet_agent import health, notify, reporting, slots, swap
@@ -48,6 +51,26 @@ TICK_S = 0.5
 AGAIN_S = 5.0  # between two tries of what the disk, or the runtime, refused
 TRIES = 3  # of a job, in the states that are left when the board can't do its part
 PROGRESS_EVERY_S = 1.0
+CHANGING = frozenset({State.SWAPPING, State.SOAKING, State.COMMITTING, State.ROLLING_BACK})
+
+
+@dataclass(frozen=True)
+class Line:
+    """What makes a runner one of the board's lines: the model's, or the agent's own (:mod:`edgefleet_agent.selfupdate`).
+
+    Args:
+        subject: what its assignments are about.
+        home: the folder with the board's trust, when that is not the line's own.
+        effects: makes what carries its effects out.
+        may_begin: whether an assignment may be taken up now.
+        deciding: shared by lines that share the trust.
+    """
+
+    subject: Subject = Subject.MODEL
+    home: Path | None = None
+    effects: Callable[[Path, Ports, Fetcher, int, Callable[[Body], None]], Effects] = Effects
+    may_begin: Callable[[], bool] = lambda: True
+    deciding: threading.Lock = field(default_factory=threading.Lock)
 
 
 class Happened(msgspec.Struct, frozen=True):
@@ -67,11 +90,21 @@ class Runner:
         board: what the board is.
         boot: this start's name.
         inbox: shared with the uplink, which puts into it.
+        line: which of the board's lines this is, and how it stands to the others.
     """
 
     def __init__(
-        self, state: Path, settings: Settings, board: Fingerprint, boot: str, inbox: queue.Queue[Item], ports: Ports
+        self,
+        state: Path,
+        settings: Settings,
+        board: Fingerprint,
+        boot: str,
+        inbox: queue.Queue[Item],
+        ports: Ports,
+        line: Line | None = None,
     ) -> None:
+        line = line or Line()
+        self._may_begin = line.may_begin
         self._state, self._settings = state, settings
         self._inbox, self._ports = inbox, ports
         uplink, clock = ports.uplink, ports.clock
@@ -87,10 +120,10 @@ class Runner:
             clock=clock,
         )
         self._teller = reporting.Teller(state, settings, board, boot, self._keeper, ports, self._spool, self._fetcher)
-        self._effects = Effects(state, ports, self._fetcher, settings.threads, self._spool.add)
+        self._effects = line.effects(state, ports, self._fetcher, settings.threads, self._spool.add)
         self._admissions = Admissions(
-            state, settings, board, self._keeper, ports,
-            tell=self._spool.add, put=inbox.put, problem=self._teller.note,
+            line.home or state, settings, board, self._keeper, ports,
+            tell=self._spool.add, put=inbox.put, problem=self._teller.note, subject=line.subject, deciding=line.deciding,
         )  # fmt: skip
         self._crashes = health.CrashWatch()
         self._events: deque[Happened] = deque()
@@ -108,9 +141,10 @@ class Runner:
 
     # -- the loop ------------------------------------------------------------------------------------------------------
 
-    def run(self) -> None:
-        """Until :meth:`stop`."""
+    def run(self, beside: Callable[[], None] = lambda: None) -> None:
+        """Until :meth:`stop`. ``beside`` is what else this thread turns, after each turn of its own."""
         self.turn(None)
+        beside()
         threading.Thread(target=self._watch_health, name="health", daemon=True).start()
         notify.ready(f"{self._settings.device}: {self._keeper.now.life.state.value}")
         while not self._stopping:
@@ -120,6 +154,7 @@ class Runner:
             except queue.Empty:
                 item = None
             self.turn(item)
+            beside()
             notify.alive()
         self._ending.set()
         self._stop_job.set()
@@ -127,6 +162,15 @@ class Runner:
     def stop(self) -> None:
         """End the loop at its next turn. Safe in a signal handler: it takes no lock."""
         self._stopping = True
+
+    @property
+    def changes(self) -> bool:
+        """Whether what it is about is being changed, or may be on its way back."""
+        return self._wake_at is not None or self._keeper.now.life.state in CHANGING
+
+    def unverified(self) -> str:
+        """See :meth:`edgefleet_agent.admission.Admissions.unverified`."""
+        return self._admissions.unverified()
 
     def turn(self, item: Item | None) -> None:
         """Take one item, or none, and do what is due."""
@@ -164,7 +208,7 @@ class Runner:
 
     def _take(self, item: Item) -> None:
         match item:
-            case Desired(content):
+            case Desired(content, _):
                 self._admissions.desire(content)
             case MetadataFile(name, content):
                 self._admissions.take_metadata(name, content)
@@ -229,6 +273,8 @@ class Runner:
             return
         if current.ended is not None and current.ended.assignment == pending.id:
             self._keeper.keep(pending=None)
+            return
+        if not self._may_begin():
             return
         active = slots.read(self._state, files=self._ports.files).active
         served = active is not None and active.manifest == pending.manifest and active.status is SlotStatus.GOOD

@@ -9,8 +9,9 @@ from typing import Protocol
 
 import msgspec
 from edgefleet_shared import topics
+from edgefleet_shared.assignment import Subject
 from edgefleet_shared.errors import TransportError
-from edgefleet_shared.messages import Ack, Presence, Reported, Want, decode, encode
+from edgefleet_shared.messages import Ack, AgentReport, Presence, Reported, Want, decode, encode
 from edgefleet_shared.mqtt import Endpoint, Link, Will
 from edgefleet_shared.topics import Kind
 
@@ -23,9 +24,10 @@ RECEIVE_MAXIMUM = 8
 
 
 class Desired(msgspec.Struct, frozen=True):
-    """Inbox: an assignment's bytes, unverified."""
+    """Inbox: an assignment's bytes, unverified, and what it came as one about."""
 
     content: bytes
+    subject: Subject = Subject.MODEL
 
 
 class MetadataFile(msgspec.Struct, frozen=True):
@@ -115,6 +117,8 @@ class MqttUplink:
         self._api = (api_host, api_port)
         self._fetching = threading.Lock()
         self._metadata: set[str] = set()
+        self._reported: Reported | None = None
+        self._agent: AgentReport | None = None
         offline = Presence(online=False, boot=boot)
         self._link = Link(
             endpoint,
@@ -127,7 +131,9 @@ class MqttUplink:
         )
 
     def start(self) -> None:
-        self._link.subscribe(topics.of_device(self._device, Kind.DESIRED), topics.of_device(self._device, Kind.ACK))
+        self._link.subscribe(
+            *(topics.of_device(self._device, kind) for kind in (Kind.DESIRED, Kind.DESIRED_AGENT, Kind.ACK))
+        )
         self._publish_presence(online=True)
         self._link.start()
 
@@ -161,7 +167,15 @@ class MqttUplink:
             self._link.publish(topics.of_device(self._device, Kind.WANT), encode(want))
 
     def report(self, reported: Reported) -> None:
-        self._link.publish(topics.of_device(self._device, Kind.REPORTED), encode(reported), retain=True)
+        self._reported = reported
+        told = encode(msgspec.structs.replace(reported, agent=self._agent))
+        self._link.publish(topics.of_device(self._device, Kind.REPORTED), told, retain=True)
+
+    def tell_agent(self, agent: AgentReport) -> None:
+        """What ``reported`` says of the agent itself, now and from now on."""
+        self._agent = agent
+        if self._reported is not None:
+            self.report(self._reported)
 
     def event(self, content: bytes) -> None:
         self._link.publish(topics.of_device(self._device, Kind.EVENTS), content)
@@ -188,6 +202,8 @@ class MqttUplink:
         match topics.parse(topic):
             case topics.Topic(Kind.DESIRED, self._device):
                 self._put(Desired(payload))
+            case topics.Topic(Kind.DESIRED_AGENT, self._device):
+                self._put(Desired(payload, Subject.AGENT))
             case topics.Topic(Kind.ACK, self._device):
                 try:
                     self._put(Acked(decode(payload, Ack)))

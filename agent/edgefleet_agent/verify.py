@@ -20,7 +20,7 @@ from typing import TypeVar
 import msgspec
 from edgefleet_shared import atomic
 from edgefleet_shared.artifact import Descriptor, Layout
-from edgefleet_shared.assignment import Admission, Assignment, Floors, Incomplete
+from edgefleet_shared.assignment import Admission, Assignment, Floors, Incomplete, Subject
 from edgefleet_shared.errors import (
     ArtifactError,
     EdgefleetError,
@@ -54,6 +54,7 @@ class AdmitRequest(msgspec.Struct, frozen=True, kw_only=True, tag="admit"):
     board: Fingerprint
     floors: Floors
     now: float
+    subject: Subject = Subject.MODEL
 
 
 class CheckRequest(msgspec.Struct, frozen=True, kw_only=True, tag="check"):
@@ -127,6 +128,7 @@ def admit(
     now: float,
     ask: Callable[[AdmitRequest], Admission],
     files: FileSystem = DISK,
+    subject: Subject = Subject.MODEL,
 ) -> Admission:
     """Have an assignment checked, then make the new root and floors durable: only then may anything be done for it.
 
@@ -143,6 +145,7 @@ def admit(
         board=board,
         floors=floors,
         now=now,
+        subject=subject,
     )
     admission = ask(request)
     if admission.root != request.root:
@@ -215,8 +218,10 @@ def read_floors(state: Path, *, files: FileSystem = DISK) -> Floors:
     for floors in found:
         for name, version in floors.versions.items():
             versions[name] = max(version, versions.get(name, 0))
-    newest = max(found, key=lambda f: f.assignment_version)
-    return msgspec.structs.replace(newest, versions=versions, clock=max(f.clock for f in found))
+    highest = Floors(versions=versions, clock=max(f.clock for f in found))
+    for subject in Subject:
+        highest = highest.raised(subject, *max(floors.of(subject) for floors in found))
+    return highest
 
 
 def write_floors(state: Path, floors: Floors, *, files: FileSystem = DISK) -> None:

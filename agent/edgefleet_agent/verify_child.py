@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Container
 from pathlib import Path
 
 import msgspec
 from edgefleet_shared import trust
-from edgefleet_shared.artifact import GOLDEN_LAYER, MODEL_LAYER, Descriptor, Layout
-from edgefleet_shared.assignment import Assignment, Incomplete
+from edgefleet_shared.artifact import AGENT_TYPE, CODE_LAYER, GOLDEN_LAYER, MODEL_LAYER, Descriptor, Layout, Manifest
+from edgefleet_shared.assignment import AGENT, Assignment, Incomplete, Subject, subject_of
 from edgefleet_shared.errors import ArtifactError, EdgefleetError, TrustError
 from edgefleet_shared.topics import check_name
 
@@ -58,6 +59,7 @@ def _admit(request: AdmitRequest) -> Admitted:
             board=request.board,
             floors=request.floors,
             now=request.now,
+            subject=request.subject,
         )
     )
 
@@ -92,15 +94,25 @@ def check(layout: Layout, assignment: Assignment) -> Checked:
     blobs = manifest.blobs()
     for blob in blobs:
         layout.check(blob)
-    config = layout.config(manifest)
-    named = (config.model, config.version, config.device_class)
+    named, chunked, layers = _described(layout, manifest)
     if named != (assignment.model, assignment.version, assignment.device_class):
         raise TrustError("agreement", f"the artifact is {' '.join(named)}, another one was assigned")
-    for layer in (MODEL_LAYER, GOLDEN_LAYER):
-        if manifest.layer(layer).digest not in config.chunks:
+    for layer in layers:
+        if manifest.layer(layer).digest not in chunked:
             raise ArtifactError(f"the config has no chunk hashes for its {layer} layer")
-    check_name(config.model, "model")
+    check_name(assignment.model, "model")
     return Checked(len(blobs) + 1, sum(blob.size for blob in blobs) + assignment.size)
+
+
+def _described(layout: Layout, manifest: Manifest) -> tuple[tuple[str, str, str], Container[str], tuple[str, ...]]:
+    """What an artifact calls itself (name, version, class), the digests that it has chunk hashes for, the layers that need them."""
+    if manifest.artifact_type == AGENT_TYPE:
+        agent = layout.agent_config(manifest)
+        return (AGENT, agent.version, agent.device_class), agent.chunks, (CODE_LAYER,)
+    config = layout.config(manifest)
+    if subject_of(config.model) is Subject.AGENT:
+        raise TrustError("agreement", f"a model calls itself {config.model}")
+    return (config.model, config.version, config.device_class), config.chunks, (MODEL_LAYER, GOLDEN_LAYER)
 
 
 if __name__ == "__main__":

@@ -19,15 +19,18 @@ from pathlib import Path
 import msgspec
 
 from edgefleet_shared import atomic
+from edgefleet_shared.assignment import AGENT
 from edgefleet_shared.contract import AcceptanceContract, PictureEncoding, TensorSpec
 from edgefleet_shared.errors import ArtifactError, NotFoundError
 from edgefleet_shared.files import DISK, FileSystem
 from edgefleet_shared.fingerprint import Requirement
 
 ARTIFACT_TYPE = "application/vnd.edgefleet.model.v1+json"
+AGENT_TYPE = "application/vnd.edgefleet.agent.v1+json"
 MANIFEST_TYPE = "application/vnd.oci.image.manifest.v1+json"
 INDEX_TYPE = "application/vnd.oci.image.index.v1+json"
 CONFIG_TYPE = "application/vnd.edgefleet.model.config.v1+json"
+AGENT_CONFIG_TYPE = "application/vnd.edgefleet.agent.config.v1+json"
 
 # Layer media types. The compiled model's own format is named by ModelConfig.engine.
 MODEL_LAYER = "application/vnd.edgefleet.model.compiled.v1"
@@ -36,6 +39,10 @@ GOLDEN_LAYER = "application/vnd.edgefleet.golden.v1+safetensors"
 QUALITY_LAYER = "application/vnd.edgefleet.quality.v1+json"
 PROVENANCE_LAYER = "application/vnd.in-toto+json"
 MLBOM_LAYER = "application/vnd.cyclonedx+json"
+CODE_LAYER = "application/vnd.edgefleet.agent.code.v1+zip"  # of an agent: pure Python, imported from the zip
+
+# What there must be one of, by the artifact's type.
+_LAYERS = {ARTIFACT_TYPE: (MODEL_LAYER, GOLDEN_LAYER), AGENT_TYPE: (CODE_LAYER,)}
 
 SCHEMA = 1
 CHUNK_BYTES = 256 * 1024  # what one MQTT message carries; boards hold one in memory
@@ -105,6 +112,17 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
     encoding: PictureEncoding | None = None
     swap: str = "auto"
     power: PowerProfile = PowerProfile()
+    chunk_bytes: int = CHUNK_BYTES
+    chunks: dict[str, tuple[str, ...]] = {}
+
+
+class AgentConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """The config blob of an agent: which version, for which class, and what it needs of the board's package. ``chunks`` as above."""
+
+    schema: int
+    version: str
+    device_class: str
+    requires: Requirement
     chunk_bytes: int = CHUNK_BYTES
     chunks: dict[str, tuple[str, ...]] = {}
 
@@ -241,6 +259,10 @@ class Layout:
         """The config of a manifest: bytes checked, then parsed, then its contract checked."""
         return parse_config(self.read(manifest.config.digest, MAX_CONFIG_BYTES))
 
+    def agent_config(self, manifest: Manifest) -> AgentConfig:
+        """The config of an agent's manifest: bytes checked, then parsed."""
+        return parse_agent_config(self.read(manifest.config.digest, MAX_CONFIG_BYTES))
+
     def digests(self) -> Iterator[str]:
         """Every blob that is here."""
         for name in self._names():
@@ -288,15 +310,25 @@ def parse_manifest(content: bytes) -> Manifest:
         manifest = msgspec.json.decode(content, type=Manifest)
     except msgspec.DecodeError as exc:
         raise ArtifactError(f"not an OCI manifest: {exc}") from exc
-    if manifest.artifact_type != ARTIFACT_TYPE or manifest.schema_version != 2:
-        raise ArtifactError(f"artifact type {manifest.artifact_type!r} is not {ARTIFACT_TYPE}")
+    if manifest.artifact_type not in _LAYERS or manifest.schema_version != 2:
+        raise ArtifactError(f"artifact type {manifest.artifact_type!r} is not one of {', '.join(_LAYERS)}")
     for descriptor in manifest.blobs():
         hex_of(descriptor.digest)
         if descriptor.size < 0:
             raise ArtifactError(f"blob {descriptor.digest} has a negative size")
-    manifest.layer(MODEL_LAYER)
-    manifest.layer(GOLDEN_LAYER)
+    for layer in _LAYERS[manifest.artifact_type]:
+        manifest.layer(layer)
     return manifest
+
+
+def chunk_plan(manifest: Manifest, config: bytes) -> tuple[dict[str, tuple[str, ...]], int]:
+    """The hashes of every layer's chunks, and how long a chunk is, out of a config whose bytes are already checked.
+
+    Raises:
+        ArtifactError: it is no config of such an artifact.
+    """
+    parsed = parse_agent_config(config) if manifest.artifact_type == AGENT_TYPE else parse_config(config)
+    return parsed.chunks, parsed.chunk_bytes
 
 
 def parse_config(content: bytes) -> ModelConfig:
@@ -309,14 +341,32 @@ def parse_config(content: bytes) -> ModelConfig:
         config = msgspec.json.decode(content, type=ModelConfig)
     except msgspec.DecodeError as exc:
         raise ArtifactError(f"not a model config: {exc}") from exc
-    if config.schema != SCHEMA:
-        raise ArtifactError(f"artifact format {config.schema} is not known here, this program knows {SCHEMA}")
+    _check_chunked(config)
     if not config.inputs or not config.outputs:
         raise ArtifactError("the model config names no input or no output")
-    if not 4096 <= config.chunk_bytes <= 4 * 1024 * 1024:
-        raise ArtifactError(f"chunks of {config.chunk_bytes} bytes are outside 4 KiB to 4 MiB")
     config.contract.check()
     return config
+
+
+def parse_agent_config(content: bytes) -> AgentConfig:
+    """Parse an agent's config whose bytes are already checked.
+
+    Raises:
+        ArtifactError
+    """
+    try:
+        config = msgspec.json.decode(content, type=AgentConfig)
+    except msgspec.DecodeError as exc:
+        raise ArtifactError(f"not an agent's config: {exc}") from exc
+    _check_chunked(config)
+    return config
+
+
+def _check_chunked(config: ModelConfig | AgentConfig) -> None:
+    if config.schema != SCHEMA:
+        raise ArtifactError(f"artifact format {config.schema} is not known here, this program knows {SCHEMA}")
+    if not 4096 <= config.chunk_bytes <= 4 * 1024 * 1024:
+        raise ArtifactError(f"chunks of {config.chunk_bytes} bytes are outside 4 KiB to 4 MiB")
 
 
 def build(layout: Layout, config: ModelConfig, layers: Iterable[tuple[str, bytes | Path]]) -> Descriptor:
@@ -332,23 +382,45 @@ def build(layout: Layout, config: ModelConfig, layers: Iterable[tuple[str, bytes
     Raises:
         ArtifactError: the contract is empty, or a layer is missing or double.
     """
+    descriptors, chunks = _put_layers(layout, layers, config.chunk_bytes)
+    encoded = msgspec.json.encode(msgspec.structs.replace(config, chunks=chunks))
+    parse_config(encoded)
+    return _put_manifest(layout, ARTIFACT_TYPE, CONFIG_TYPE, encoded, descriptors, config.model, config)
+
+
+def build_agent(layout: Layout, config: AgentConfig, code: bytes) -> Descriptor:
+    """Write an agent's artifact: its code as one zip, the config with its chunk hashes, the manifest. As :func:`build`."""
+    descriptors, chunks = _put_layers(layout, [(CODE_LAYER, code)], config.chunk_bytes)
+    encoded = msgspec.json.encode(msgspec.structs.replace(config, chunks=chunks))
+    parse_agent_config(encoded)
+    return _put_manifest(layout, AGENT_TYPE, AGENT_CONFIG_TYPE, encoded, descriptors, AGENT, config)
+
+
+def _put_layers(
+    layout: Layout, layers: Iterable[tuple[str, bytes | Path]], chunk_bytes: int
+) -> tuple[list[Descriptor], dict[str, tuple[str, ...]]]:
     descriptors, chunks = [], {}
     for media_type, content in layers:
         stored = layout.put(content) if isinstance(content, bytes) else layout.put_file(content)
         descriptors.append(Descriptor(media_type, stored.digest, stored.size))
-        pieces = atomic.pieces(layout.path(stored.digest), files=layout.files, size_bytes=config.chunk_bytes)
+        pieces = atomic.pieces(layout.path(stored.digest), files=layout.files, size_bytes=chunk_bytes)
         chunks[stored.digest] = tuple(hashlib.sha256(piece).hexdigest() for piece in pieces)
-    encoded = msgspec.json.encode(msgspec.structs.replace(config, chunks=chunks))
-    parse_config(encoded)
+    return descriptors, chunks
+
+
+def _put_manifest(
+    layout: Layout, kind: str, config_type: str, encoded: bytes, layers: list[Descriptor], model: str,
+    config: ModelConfig | AgentConfig,
+) -> Descriptor:  # fmt: skip
     stored = layout.put(encoded)
     manifest = Manifest(
         schema_version=2,
         media_type=MANIFEST_TYPE,
-        artifact_type=ARTIFACT_TYPE,
-        config=Descriptor(CONFIG_TYPE, stored.digest, stored.size),
-        layers=tuple(descriptors),
+        artifact_type=kind,
+        config=Descriptor(config_type, stored.digest, stored.size),
+        layers=tuple(layers),
         annotations={
-            "vnd.edgefleet.model": config.model,
+            "vnd.edgefleet.model": model,
             "vnd.edgefleet.version": config.version,
             "vnd.edgefleet.device-class": config.device_class,
         },

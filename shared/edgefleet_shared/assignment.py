@@ -5,6 +5,8 @@ Apart from the checks, because the resident agent works with a verified assignme
 
 from __future__ import annotations
 
+from enum import Enum
+
 import msgspec
 
 from edgefleet_shared.errors import EdgefleetError
@@ -12,6 +14,19 @@ from edgefleet_shared.fingerprint import Requirement
 
 DIRECTOR = "director"
 MAX_ASSIGNMENT_BYTES = 64 * 1024
+AGENT = "edgefleet-agent"  # what the agent is called where a model has its name; no model may have it
+
+
+class Subject(str, Enum):
+    """What an assignment is about. A board has one assignment of each, apart from each other (ADR 0010)."""
+
+    MODEL = "model"
+    AGENT = "agent"
+
+
+def subject_of(model: str) -> Subject:
+    """What is meant by a name in a target's path, which the release keys have signed."""
+    return Subject.AGENT if model == AGENT else Subject.MODEL
 
 
 class Incomplete(EdgefleetError):
@@ -42,12 +57,27 @@ def target_path(device_class: str, model: str, version: str) -> str:
 
 
 class Floors(msgspec.Struct, frozen=True, kw_only=True):
-    """What a board has already accepted, below which nothing is accepted again. ``clock`` is UTC seconds."""
+    """What a board has already accepted, below which nothing is accepted again: metadata, assignments about a model
+    (``assignment_``) and about the agent (``agent_``), each by version and digest. ``clock`` is UTC seconds."""
 
     versions: dict[str, int] = {}
     assignment_version: int = 0
     assignment_digest: str = ""
+    agent_version: int = 0
+    agent_digest: str = ""
     clock: float = 0.0
+
+    def of(self, subject: Subject) -> tuple[int, str]:
+        """Version and digest of the assignment about it that was accepted last."""
+        if subject is Subject.AGENT:
+            return self.agent_version, self.agent_digest
+        return self.assignment_version, self.assignment_digest
+
+    def raised(self, subject: Subject, version: int, digest: str) -> Floors:
+        """With another assignment about it accepted."""
+        if subject is Subject.AGENT:
+            return msgspec.structs.replace(self, agent_version=version, agent_digest=digest)
+        return msgspec.structs.replace(self, assignment_version=version, assignment_digest=digest)
 
 
 class Assignment(msgspec.Struct, frozen=True, kw_only=True):
@@ -69,6 +99,10 @@ class Assignment(msgspec.Struct, frozen=True, kw_only=True):
     soak_s: int = 10
     timeout_s: int = 0
     swap: str = "auto"
+
+    @property
+    def subject(self) -> Subject:
+        return subject_of(self.model)
 
 
 class Admission(msgspec.Struct, frozen=True, kw_only=True):

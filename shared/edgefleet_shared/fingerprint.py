@@ -13,24 +13,27 @@ import msgspec
 
 class Fingerprint(msgspec.Struct, frozen=True, kw_only=True):
     """What a board is. ``engines`` maps engine name to its version, for engines that load on this board;
-    ``cpu_features`` are the kernel's names (avx2, avx512_vnni, asimddp, ...); memory in bytes."""
+    ``cpu_features`` are the kernel's names (avx2, avx512_vnni, asimddp, ...); memory in bytes. ``provides`` is what the agent's
+    package brings for agents of other versions: python, the launcher and the Python distributions, by name and version."""
 
     arch: str
     cpu_features: tuple[str, ...] = ()
     engines: dict[str, str] = {}
     memory_bytes: int = 0
     agent_version: str = ""
+    provides: dict[str, str] = {}
 
 
 class Requirement(msgspec.Struct, frozen=True, kw_only=True):
     """What an artifact needs. Signed with it. ``engine_version`` is a comma-separated list of bounds such as
-    ``>=1.20,<2``; empty means any. ``contract_schema`` is the artifact format that the agent must understand."""
+    ``>=1.20,<2``; empty means any, and so does an empty architecture or engine. ``provides`` are such bounds by name."""
 
-    arch: str
-    engine: str
+    arch: str = ""
+    engine: str = ""
     engine_version: str = ""
     cpu_features: tuple[str, ...] = ()
     memory_bytes: int = 0
+    provides: dict[str, str] = {}
 
 
 _BOUND = re.compile(r"^(>=|<=|==|!=|>|<)\s*([0-9][0-9A-Za-z.+-]*)$")
@@ -39,18 +42,24 @@ _BOUND = re.compile(r"^(>=|<=|==|!=|>|<)\s*([0-9][0-9A-Za-z.+-]*)$")
 def mismatches(need: Requirement, board: Fingerprint) -> list[str]:
     """Say why ``board`` can't run an artifact that needs ``need``; an empty list means that it can."""
     reasons = []
-    if need.arch != board.arch:
+    if need.arch and need.arch != board.arch:
         reasons.append(f"needs architecture {need.arch}, the board is {board.arch}")
     missing = sorted(set(need.cpu_features) - set(board.cpu_features))
     if missing:
         reasons.append(f"needs CPU features {', '.join(missing)}")
     have = board.engines.get(need.engine)
-    if have is None:
+    if not need.engine:
+        pass
+    elif have is None:
         reasons.append(f"needs engine {need.engine}, the board has {', '.join(sorted(board.engines)) or 'none'}")
     elif not version_within(have, need.engine_version):
         reasons.append(f"needs {need.engine} {need.engine_version}, the board has {have}")
     if board.memory_bytes and need.memory_bytes > board.memory_bytes:
         reasons.append(f"needs {need.memory_bytes} bytes of memory, the board has {board.memory_bytes}")
+    for name, bounds in sorted(need.provides.items()):
+        provided = board.provides.get(name)
+        if provided is None or not version_within(provided, bounds):
+            reasons.append(f"needs {name} {bounds}".rstrip() + f" of the board's package, which has {provided or 'none'}")
     return reasons
 
 

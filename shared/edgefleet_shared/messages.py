@@ -39,11 +39,27 @@ class Ended(msgspec.Struct, frozen=True, kw_only=True):
     acceptance: AcceptanceReport | None = None
 
 
+class AgentReport(msgspec.Struct, frozen=True, kw_only=True):
+    """How the agent itself stands: the same words as for the model. ``running`` is the manifest of what runs, empty for the version
+    that the board's package brought."""
+
+    running: str = ""
+    state: State = State.IDLE
+    assignment: str = ""
+    active: SlotReport | None = None
+    candidate: SlotReport | None = None
+    previous: SlotReport | None = None
+    ended: Ended | None = None
+    desired_seen: str = ""
+    refusal: str = ""
+    problem: str = ""
+
+
 class Reported(msgspec.Struct, frozen=True, kw_only=True):
     """``reported``: where the board is. Retained. ``boot`` changes with each start of the agent; ``at`` is UTC seconds;
     ``assignment`` is the one being worked on or last ended; ``desired_seen`` the sha256 digest of the last ``desired``
     message that the agent has come to a decision about; ``refusal`` why that one was refused, if it was; ``problem`` what keeps the
-    board from going on (a full or broken disk, say) while that lasts: it tries again by itself."""
+    board from going on (a full or broken disk, say) while that lasts: it tries again by itself; ``agent`` the agent's own update."""
 
     device: str
     device_class: str
@@ -60,6 +76,7 @@ class Reported(msgspec.Struct, frozen=True, kw_only=True):
     desired_seen: str = ""
     refusal: str = ""
     problem: str = ""
+    agent: AgentReport | None = None
 
 
 class Presence(msgspec.Struct, frozen=True):

@@ -22,6 +22,7 @@ _METADATA_FILE = re.compile(r"^[a-z0-9][a-z0-9._-]{0,120}\.json$")
 
 class Kind(str, Enum):
     DESIRED = "desired"
+    DESIRED_AGENT = "desired-agent"
     REPORTED = "reported"
     EVENTS = "events"
     PRESENCE = "presence"
@@ -50,6 +51,15 @@ class Row(NamedTuple):
 
 TABLE = (
     Row(Kind.DESIRED, "d/<device>/desired", "controller", True, 1, "TUF Targets metadata", "the signed assignment"),
+    Row(
+        Kind.DESIRED_AGENT,
+        "d/<device>/desired-agent",
+        "controller",
+        True,
+        1,
+        "TUF Targets metadata",
+        "the signed assignment about the agent itself",
+    ),
     Row(Kind.REPORTED, "d/<device>/reported", "agent", True, 1, "Reported", "slots, state, fingerprint, last outcome"),
     Row(
         Kind.EVENTS,

@@ -12,7 +12,7 @@ closed; a test named after its attack stands behind each:
  5  class_role             signed by the release keys of the board's class, the one the snapshot names, not expired
  6  floor                  no version of any of them below what this board has already accepted
  7  assignment_signature   signed by the director, a role that the offline targets keys delegate
- 8  assignment_device      made out to this board and its class, exactly one artifact
+ 8  assignment_device      made out to this board and its class, about what it was sent as, exactly one artifact
  9  assignment_fresh       version above what was accepted before (or the very same bytes), not expired
 10  agreement              path, length and sha256 equal to the image repository's
 11  fingerprint            the board can run it; said before a byte is downloaded
@@ -53,6 +53,7 @@ from edgefleet_shared.assignment import (
     Assignment,
     Floors,
     Incomplete,
+    Subject,
     class_role,
     target_path,
 )
@@ -120,8 +121,9 @@ def admit(
     board: Fingerprint,
     floors: Floors,
     now: float,
+    subject: Subject = Subject.MODEL,
 ) -> Admission:
-    """Checks 7-11 on an assignment's bytes.
+    """Checks 7-11 on an assignment's bytes, which came as one about ``subject``.
 
     Returns:
         the admission, with the floors to persist before anything is done for it.
@@ -132,10 +134,12 @@ def admit(
     assignment, version = check_assignment(repository.targets, desired, now=max(now, floors.clock))
     if assignment.device != device or assignment.device_class != device_class:
         raise TrustError("assignment_device", f"made out to {assignment.device} of class {assignment.device_class}")
+    if assignment.subject is not subject:
+        raise TrustError("assignment_device", f"it is about the {assignment.subject.value}, sent as one about the {subject.value}")
     digest = digest_of(desired)
-    replayed = version < floors.assignment_version
-    if replayed or (version == floors.assignment_version and digest != floors.assignment_digest):
-        raise TrustError("assignment_fresh", f"version {version} is not above {floors.assignment_version}")
+    floor, accepted = floors.of(subject)
+    if version < floor or (version == floor and digest != accepted):
+        raise TrustError("assignment_fresh", f"version {version} is not above {floor}")
     released = repository.releases.targets.get(target_path(device_class, assignment.model, assignment.version))
     if released is None:
         raise TrustError(
@@ -147,18 +151,15 @@ def admit(
     differences = mismatches(requires, board)
     if differences:
         raise TrustError("fingerprint", "; ".join(differences))
-    versions = dict(floors.versions) | repository.versions
+    raised = msgspec.structs.replace(
+        floors, versions=dict(floors.versions) | repository.versions, clock=max(floors.clock, assignment.issued_at)
+    )
     return Admission(
         assignment=assignment,
         desired=digest,
         requires=requires,
         root=repository.root,
-        floors=Floors(
-            versions=versions,
-            assignment_version=version,
-            assignment_digest=digest,
-            clock=max(floors.clock, assignment.issued_at),
-        ),
+        floors=raised.raised(subject, version, digest),
     )
 
 

@@ -1,0 +1,188 @@
+"""Stage 8 for the agent itself: the launcher. Receives the agent's slots on disk, hands on the process: it becomes the version to run.
+
+::
+
+    <state>/agent/slots.json   which version is active, candidate, previous (slots.py)
+    <state>/agent/artifacts/   OCI layout, one zip of pure Python per version
+    <state>/agent/trial.json   the last version that was given a trial: starts so far, time limit, the package it was tried on
+
+Part of the board's package and never changed by an update; the standard library and our own way to write, nothing else. It decides
+by :data:`ORDER`, checks every byte of what it starts, counts a start on trial durably *before* it, and sets an alarm that outlives
+``exec``: a version that hangs is ended by the kernel whatever it does. The package's own version is the last resort, always there.
+
+Not handled here: starting again what ended (systemd), what a version must show on its trial (:mod:`edgefleet_agent.selfupdate`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+from edgefleet_shared import atomic
+from edgefleet_shared.errors import EdgefleetError
+from edgefleet_shared.files import DISK, FileSystem
+
+from edgefleet_agent import __version__
+
+LAUNCHER = "1"  # what a version may expect of its launcher; rises when this module's contract changes
+STARTS = 3  # that a version on trial is given to prove itself
+ALARM_FACTOR = 1.5  # of the trial's limit: the version itself gives up first, and says why
+CODE_LAYER = "application/vnd.edgefleet.agent.code.v1+zip"  # as in edgefleet_shared.artifact, which needs more than we may
+MANIFEST_VARIABLE, LAUNCHER_VARIABLE, PACKAGE_VARIABLE = "EDGEFLEET_AGENT", "EDGEFLEET_LAUNCHER", "EDGEFLEET_PACKAGE"
+
+# (status of the active slot, whether its trial is open) -> what to start, the first that is whole. The package comes last, always.
+ORDER: dict[tuple[str, bool], tuple[str, ...]] = {
+    ("none", False): (),
+    ("none", True): (),
+    ("good", False): ("active", "previous"),
+    ("good", True): ("active", "previous"),
+    ("unknown", True): ("active", "previous"),
+    ("unknown", False): ("previous",),  # its starts are used up
+    ("bad", False): ("previous",),
+    ("bad", True): ("previous",),
+}
+
+
+class Trial(NamedTuple):
+    """A version's trial. ``package`` is the package's version that it is tried on: it holds for no other."""
+
+    manifest: str
+    limit_s: float
+    package: str
+    starts: int = 0
+
+
+class Choice(NamedTuple):
+    """What to start: ``manifest`` and ``code`` (the zip) are empty for the package's own version; ``alarm_s`` 0 for none."""
+
+    manifest: str = ""
+    code: str = ""
+    alarm_s: float = 0.0
+
+
+def folder(state: Path) -> Path:
+    """Where the agent keeps its own versions, in a board's state folder."""
+    return state / "agent"
+
+
+def read_trial(state: Path, *, files: FileSystem = DISK) -> Trial | None:
+    """The record of the last trial; None when there is none, or none that can be read."""
+    found = _object(folder(state) / "trial.json", files)
+    try:
+        return Trial(str(found["manifest"]), float(found["limit_s"]), str(found["package"]), int(found["starts"]))
+    except (KeyError, TypeError, ValueError):
+        return None
+
+
+def write_trial(state: Path, trial: Trial, *, files: FileSystem = DISK) -> None:
+    """Keep the record, durably. Raises EnvironmentProblem."""
+    atomic.write(folder(state) / "trial.json", json.dumps(trial._asdict()).encode(), files=files)
+
+
+def choose(state: Path, package: str = __version__, *, files: FileSystem = DISK) -> Choice:
+    """Decide what to start, and count it when it is on trial.
+
+    Args:
+        package: the version of the package that this launcher came with.
+
+    Returns:
+        the first version in order of which every byte is there. A start that can't be counted is not made.
+    """
+    slots, trial = _object(folder(state) / "slots.json", files), read_trial(state, files=files)
+    if trial is None or trial.package != package:
+        return Choice()  # another package came: whoever installed it meant its version
+    active, status = _slot(slots, "active")
+    is_open = trial.manifest == active and trial.starts < STARTS
+    for name in ORDER.get((status, is_open), ()):
+        manifest, status = _slot(slots, name)
+        on_trial = name == "active" and status == "unknown"
+        if status != "good" and not on_trial:
+            continue
+        code = _code(folder(state), manifest, files)
+        if not code or (on_trial and not _counted(state, trial, files)):
+            continue
+        return Choice(manifest, code, trial.limit_s * ALARM_FACTOR if on_trial else 0.0)
+    return Choice()
+
+
+def _counted(state: Path, trial: Trial, files: FileSystem) -> bool:
+    try:
+        write_trial(state, trial._replace(starts=trial.starts + 1), files=files)
+    except EdgefleetError:
+        return False
+    return True
+
+
+def _slot(slots: dict[str, Any], name: str) -> tuple[str, str]:
+    slot = slots.get(name)
+    if not isinstance(slot, dict):
+        return "", "none"
+    return str(slot.get("manifest")), str(slot.get("status"))
+
+
+def _object(path: Path, files: FileSystem) -> dict[str, Any]:
+    try:
+        found = json.loads(atomic.read(path, files=files))
+    except (OSError, EdgefleetError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _code(folder: Path, manifest: str, files: FileSystem) -> str:
+    """The path of a version's zip, when manifest and zip are to the byte what their digests say; else empty."""
+    content = _blob(folder, manifest, files)
+    try:
+        layers = [layer for layer in json.loads(content)["layers"] if layer["mediaType"] == CODE_LAYER]
+        digest = str(layers[0]["digest"])
+    except (ValueError, KeyError, IndexError, TypeError, RecursionError):
+        return ""
+    return str(_path(folder, digest)) if _blob(folder, digest, files) else ""
+
+
+def _blob(folder: Path, digest: str, files: FileSystem) -> bytes:
+    path = _path(folder, digest)
+    try:
+        content = atomic.read(path, files=files) if path else b""
+    except (OSError, EdgefleetError):
+        return b""
+    return content if f"sha256:{hashlib.sha256(content).hexdigest()}" == digest else b""
+
+
+def _path(folder: Path, digest: str) -> Path | None:
+    algorithm, _, name = digest.partition(":")
+    if algorithm != "sha256" or len(name) != 64 or not set(name) <= set("0123456789abcdef"):
+        return None
+    return folder / "artifacts" / "blobs" / "sha256" / name
+
+
+def start(state: Path, choice: Choice) -> NoReturn:
+    """Become the chosen version. The process stays the same, so whoever watches it goes on watching."""
+    environment = os.environ | {
+        MANIFEST_VARIABLE: choice.manifest, LAUNCHER_VARIABLE: LAUNCHER, PACKAGE_VARIABLE: __version__,
+    }  # fmt: skip
+    if choice.code:
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [choice.code, os.environ.get("PYTHONPATH", "")]))
+    # alarm(2) survives execve(2), and its action is the default one again there: to end the process.
+    signal.setitimer(signal.ITIMER_REAL, choice.alarm_s)
+    os.chdir("/")  # nothing is imported from where we happen to be
+    os.execve(  # noqa: S606 - our own interpreter
+        sys.executable, [sys.executable, "-m", "edgefleet_agent.cli", "run", "--state", str(state)], environment
+    )
+
+
+def main() -> NoReturn:
+    """``fleet-agent-launch --state STATE``."""
+    parser = argparse.ArgumentParser(prog="fleet-agent-launch", description="Start the version of the agent that is to run.")
+    parser.add_argument("--state", type=Path, default=Path("/var/lib/edgefleet"), help="the board's state folder")
+    state = parser.parse_args().state.resolve()
+    start(state, choose(state))
+
+
+if __name__ == "__main__":
+    main()

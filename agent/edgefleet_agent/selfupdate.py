@@ -1,0 +1,292 @@
+"""Stage 8 for the agent itself: receives the effects of the life cycle when the candidate is an agent, hands on the other agent running.
+
+The agent's own line is a second :class:`edgefleet_agent.runner.Runner` over ``<state>/agent``: the same table, journal, slots, fetch
+and checks as for a model. What differs is here. To swap is to flip the slots and end, so that the launcher starts the other version;
+to soak is to stand trial; what fails is left by flipping back and ending once more.
+
+A version on trial must show, within the limit that it was given: the broker answers, the assignment passes the trust path, the runtime
+answers. When it can't, it returns by itself; when it dies or hangs, the launcher does, and the version before it tells so.
+
+Not handled here: which version is started (:mod:`edgefleet_agent.launcher`), whether a candidate starts at all (rehearse.py).
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import msgspec
+from edgefleet_shared.assignment import Assignment, Subject
+from edgefleet_shared.errors import EdgefleetError
+from edgefleet_shared.lifecycle import Effect, Event, State
+from edgefleet_shared.messages import AgentReport, Body, Reported, Want
+
+from edgefleet_agent import launcher, slots
+from edgefleet_agent.effects import Effects, Job, Result, at_work
+from edgefleet_agent.fetch import Fetcher
+from edgefleet_agent.journal import Journal
+from edgefleet_agent.launcher import Trial
+from edgefleet_agent.ports import Ports
+from edgefleet_agent.slots import Slots, SlotStatus
+from edgefleet_agent.transport import Arrival, Desired, Down, Up, Uplink
+
+log = logging.getLogger(__name__)
+
+LOOK_S = 0.5
+PROOF_LIMIT_S = 120.0  # for a version on trial to prove itself; a board that boots waits for its network meanwhile
+MODELS_LIMIT_S = 600.0  # a model that is being swapped is let finish; one that never does must not keep out what may mend it
+LIMIT_SHARE = 1 / 6  # of the whole deployment's time: three starts with their alarms fit into it
+
+
+class Myself(NamedTuple):
+    """What the running version knows of itself, and what it can do about it.
+
+    Args:
+        manifest: of what runs; empty for the package's version.
+        package: the package's version.
+        home: the board's state folder.
+        unproven: what it has not shown yet, in words; empty when nothing is left.
+        models_rest: whether no model is being swapped, or may be on its way back.
+        restart: end, to be started by the launcher again.
+        proven: committed: nobody is to end it any more.
+    """
+
+    manifest: str
+    package: str
+    home: Path
+    unproven: Callable[[], str]
+    models_rest: Callable[[], bool]
+    restart: Callable[[], None]
+    proven: Callable[[], None]
+
+
+class AgentEffects(Effects):
+    """Carries effects out on the agent's own line. Each may be carried out again from its start, by either version."""
+
+    def __init__(
+        self, state: Path, ports: Ports, fetcher: Fetcher, threads: int, tell: Callable[[Body], None], *, myself: Myself
+    ) -> None:
+        super().__init__(state, ports, fetcher, threads, tell)
+        self._myself = myself
+
+    def carry_out(self, effect: Effect, journal: Journal) -> Job | None:
+        """As of :class:`edgefleet_agent.effects.Effects`."""
+        match effect:
+            case Effect.SHADOW:
+                return lambda stop: Result(Event.AGREED)
+            case Effect.SWAP:
+                return lambda stop: self._swap_agent(at_work(journal), stop)
+            case Effect.SOAK:
+                return lambda stop: self._stand_trial(at_work(journal), stop)
+            case Effect.COMMIT:
+                return lambda stop: self._commit_agent()
+            case Effect.RETURN:
+                return lambda stop: self._return(at_work(journal).manifest)
+            case Effect.SERVE:
+                return (lambda stop: self._look(journal)) if journal.life.state is State.IDLE else None
+            case Effect.DISCARD:
+                self._discard_agent()
+                return None
+        return super().carry_out(effect, journal)
+
+    def _swap_agent(self, assignment: Assignment, stop: threading.Event) -> Result:
+        """Flip the slots and end; once more, when this version was started although they are flipped."""
+        wanted, running, files = assignment.manifest, self._myself.manifest, self._ports.files
+        now = slots.read(self._state, files=files)
+        if now.active is not None and now.active.manifest == wanted:
+            if running == wanted:
+                return Result(Event.SWAPPED, "it runs, on trial")
+            if self._starts_left(wanted):
+                self._myself.restart()
+                return Result(None)
+            return Result(Event.SWAP_FAILED, self._given_up(wanted))
+        if now.candidate is None or now.candidate.manifest != wanted:
+            return Result(Event.LOAD_FAILED, "the slots do not name it as candidate any more")
+        patience = self._ports.clock.monotonic() + MODELS_LIMIT_S
+        while not self._myself.models_rest() and self._ports.clock.monotonic() < patience:
+            if stop.wait(LOOK_S):
+                return Result(None)
+        limit_s = min(PROOF_LIMIT_S, assignment.timeout_s * LIMIT_SHARE) if assignment.timeout_s else PROOF_LIMIT_S
+        launcher.write_trial(self._myself.home, Trial(wanted, limit_s, self._myself.package), files=files)
+        slots.write(self._state, now.flipped(), files=files)
+        self._myself.restart()
+        return Result(None)
+
+    def _starts_left(self, manifest: str) -> bool:
+        trial = launcher.read_trial(self._myself.home, files=self._ports.files)
+        return trial is not None and trial.manifest == manifest and trial.starts == 0
+
+    def _given_up(self, manifest: str) -> str:
+        trial = launcher.read_trial(self._myself.home, files=self._ports.files)
+        if trial is None or trial.manifest != manifest:
+            return "the launcher knows of no trial of it"
+        if trial.package != self._myself.package:
+            return f"the board's package became {self._myself.package} meanwhile"
+        if trial.starts < launcher.STARTS:
+            return "the launcher does not start it: its bytes are not what was signed"
+        return f"it was started {trial.starts} times and ended, or hung, before it had proven itself"
+
+    def _stand_trial(self, assignment: Assignment, stop: threading.Event) -> Result:
+        """Show what has to be shown, and go on showing it for ``soak_s``."""
+        if self._myself.manifest != assignment.manifest:
+            return Result(Event.UNHEALTHY, self._given_up(assignment.manifest))
+        trial, clock = launcher.read_trial(self._myself.home, files=self._ports.files), self._ports.clock
+        began = clock.monotonic()
+        deadline = began + (trial.limit_s if trial is not None else PROOF_LIMIT_S)
+        proven_at: float | None = None
+        while True:
+            unproven, now = self._myself.unproven(), clock.monotonic()
+            proven_at = None if unproven else proven_at if proven_at is not None else now
+            if proven_at is not None and (now - proven_at >= assignment.soak_s or now >= deadline):
+                return Result(Event.HEALTHY, f"proven after {proven_at - began:.1f} s")
+            if now >= deadline:
+                return Result(Event.UNHEALTHY, f"not proven within {now - began:.0f} s: {unproven}")
+            if stop.wait(LOOK_S):
+                return Result(None)
+
+    def _commit_agent(self) -> Result:
+        files = self._ports.files
+        now = slots.read(self._state, files=files)
+        if now.active is not None:
+            now = msgspec.structs.replace(
+                now, active=msgspec.structs.replace(now.active, status=SlotStatus.GOOD), candidate=None
+            )
+            slots.write(self._state, now, files=files)
+        self._myself.proven()
+        slots.collect_garbage(self._state, now, files=files)
+        return Result(Event.COMMITTED)
+
+    def _return(self, failed: str) -> Result:
+        """Name the version before it active, and end unless that runs already. Nothing is collected under a version that runs."""
+        running, files = self._myself.manifest, self._ports.files
+        before = now = slots.read(self._state, files=files)
+        if now.active is not None and now.active.manifest == failed:
+            now = now.returned()
+        now = msgspec.structs.replace(now, candidate=None)
+        if running != failed and (now.active.manifest if now.active else "") != running:
+            now = Slots()  # the launcher found nothing of it whole: the package's version runs
+        if now != before:
+            slots.write(self._state, now, files=files)
+        if running == failed:
+            self._myself.restart()
+            return Result(None)
+        slots.collect_garbage(self._state, now, files=files)
+        return Result(Event.RETURNED, f"agent {now.active.version} runs again" if now.active else "the package's agent runs")
+
+    def _look(self, journal: Journal) -> Result:
+        """At rest, after a start: is what runs what the slots say? If not, the launcher had a reason, and it is told."""
+        now = slots.read(self._state, files=self._ports.files)
+        active = now.active.manifest if now.active else ""
+        if active == self._myself.manifest:
+            return Result(None)
+        if journal.assignment is not None and journal.assignment.manifest == active:
+            return Result(Event.UNHEALTHY, self._given_up(active))
+        slots.write(self._state, Slots(), files=self._ports.files)
+        return Result(None)
+
+    def _discard_agent(self) -> None:
+        files = self._ports.files
+        now = slots.read(self._state, files=files)
+        kept = msgspec.structs.replace(now, candidate=None)
+        if now.candidate is not None:
+            slots.write(self._state, kept, files=files)
+        slots.collect_garbage(self._state, kept, files=files)
+
+
+class AgentUplink:
+    """The line's way to the controller: the model's, but that its report becomes a part of the board's.
+
+    Args:
+        uplink: what both share.
+        manifest: of the version that runs.
+        tell: takes the report.
+    """
+
+    def __init__(self, uplink: Uplink, manifest: str, tell: Callable[[AgentReport], None]) -> None:
+        self._uplink, self._manifest, self._tell = uplink, manifest, tell
+
+    def start(self) -> None:
+        """The model's line does that."""
+
+    def stop(self) -> None:
+        """The model's line does that."""
+
+    def came_up(self) -> None:
+        """The model's line does that."""
+
+    def follow_metadata(self, files: tuple[str, ...]) -> None:
+        self._uplink.follow_metadata(files)
+
+    def listen(self, digest: str) -> None:
+        self._uplink.listen(digest)
+
+    def unlisten(self, digest: str) -> None:
+        self._uplink.unlisten(digest)
+
+    def want(self, want: Want) -> None:
+        self._uplink.want(want)
+
+    def report(self, reported: Reported) -> None:
+        self._tell(
+            AgentReport(
+                running=self._manifest, state=reported.state, assignment=reported.assignment, active=reported.active,
+                candidate=reported.candidate, previous=reported.previous, ended=reported.ended,
+                desired_seen=reported.desired_seen, refusal=reported.refusal, problem=reported.problem,
+            )
+        )  # fmt: skip
+
+    def event(self, content: bytes) -> None:
+        self._uplink.event(content)
+
+    def fetch(self, digest: str, size: int, chunk_bytes: int, numbers: list[int]) -> None:
+        self._uplink.fetch(digest, size, chunk_bytes, numbers)
+
+
+class Fork:
+    """Hands what arrives to the lines that it concerns; each has an inbox of its own. Runs on the uplink's threads.
+
+    Args:
+        models, agent: put into the inbox of that line; may block.
+    """
+
+    def __init__(self, models: Callable[[Arrival], None], agent: Callable[[Arrival], None]) -> None:
+        self._models, self._agent = models, agent
+        self.up = False
+
+    def put(self, item: Arrival) -> None:
+        if isinstance(item, Up | Down):
+            self.up = isinstance(item, Up)
+        if not isinstance(item, Desired) or item.subject is Subject.MODEL:
+            self._models(item)
+        if not isinstance(item, Desired) or item.subject is Subject.AGENT:
+            self._agent(item)
+
+
+class Proof:
+    """What a version on trial has to show, called for what is still missing.
+
+    Args:
+        line_is_up: whether the broker is connected.
+        unverified: takes the assignment in force through the trust path; what was in the way, or empty.
+    """
+
+    def __init__(self, line_is_up: Callable[[], bool], unverified: Callable[[], str], ports: Ports) -> None:
+        self._line_is_up, self._unverified, self._ports = line_is_up, unverified, ports
+        self._verified = False
+
+    def __call__(self) -> str:
+        """In words; empty when nothing is missing. Verifying is shown once, the others each time."""
+        if not self._line_is_up():
+            return "the broker was not reached"
+        if not self._verified:
+            if missing := self._unverified():
+                return missing
+            self._verified = True
+        try:
+            self._ports.runtime.status()
+        except EdgefleetError as exc:
+            return f"the runtime does not answer: {exc}"
+        return ""
