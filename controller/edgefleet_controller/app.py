@@ -126,22 +126,27 @@ class Controller:
         with self.database.read() as session:
             try:
                 row = devices.get_device(session, device)
-                if row.revoked or not row.assignment:
+                if row.revoked:
                     return False
-                manifest = rollouts.get_assignment(session, row.assignment).manifest
+                named = [name for name in (row.assignment, row.agent_assignment) if name]
+                manifests = [rollouts.get_assignment(session, name).manifest for name in named]
             except EdgefleetError:
                 return False
+        return any(digest in self._blobs(manifest) for manifest in manifests)
+
+    def _blobs(self, manifest: str) -> frozenset[str]:
+        """The digests of an artifact, its manifest's included; none when it can't be read."""
         blobs = self._blobs_of.get(manifest)
         if blobs is None:
             try:
                 blobs = frozenset({manifest, *(b.digest for b in self.layout.manifest(manifest).blobs())})
             except EdgefleetError as exc:
                 log.error("assigned artifact unreadable", extra={"digest": manifest, "reason": str(exc)})
-                return False
+                return frozenset()
             self._blobs_of[manifest] = blobs
             if len(self._blobs_of) > REMEMBERED_ARTIFACTS:
                 self._blobs_of.popitem(last=False)
-        return digest in blobs
+        return blobs
 
     def sent_bytes(self) -> int:
         """Payload bytes that left this process, over MQTT and HTTP."""

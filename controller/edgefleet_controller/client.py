@@ -95,6 +95,12 @@ class FleetClient:
     def add_model(self, digest: str) -> Json:
         return self._call("POST", "/v1/models", json={"digest": digest})
 
+    def add_agent(self, manifests: list[str]) -> Json:
+        return self._call("POST", "/v1/agents", json={"manifests": manifests})
+
+    def agents(self) -> Json:
+        return self._call("GET", "/v1/agents")
+
     def models(self, model: str = "", version: str = "") -> Json:
         return self._call("GET", "/v1/models", params={"model": model, "version": version})
 

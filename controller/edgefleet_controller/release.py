@@ -8,9 +8,18 @@ from __future__ import annotations
 
 from typing import Any
 
-from edgefleet_shared.artifact import MANIFEST_TYPE, Descriptor, digest_of, parse_config, parse_manifest
-from edgefleet_shared.assignment import class_role
+from edgefleet_shared.artifact import (
+    AGENT_TYPE,
+    MANIFEST_TYPE,
+    Descriptor,
+    digest_of,
+    parse_agent_config,
+    parse_config,
+    parse_manifest,
+)
+from edgefleet_shared.assignment import AGENT, class_role
 from edgefleet_shared.errors import NotFoundError, TrustError
+from edgefleet_shared.fingerprint import Requirement
 
 from edgefleet_controller.client import FleetClient
 from edgefleet_controller.sign import ReleaseSigner
@@ -44,11 +53,11 @@ def sign(client: FleetClient, signer: ReleaseSigner, model: str, version: str, a
     config_bytes = client.blob(manifest.config.digest)
     if digest_of(config_bytes) != manifest.config.digest:
         raise TrustError("release", f"the config of {digest} is something else")
-    config = parse_config(config_bytes)
-    if (config.model, config.version, config.device_class) != (model, version, device_class):
+    named, requires = _described(manifest.artifact_type, config_bytes)
+    if named != (model, version, device_class):
         raise TrustError(
             "release",
-            f"{digest} is {config.model} {config.version} for {config.device_class}, not {model} {version} for {device_class}",
+            f"{digest} is {named[0]} {named[1]} for {named[2]}, not {model} {version} for {device_class}",
         )
     role = f"{class_role(device_class)}.json"
     try:
@@ -58,6 +67,15 @@ def sign(client: FleetClient, signer: ReleaseSigner, model: str, version: str, a
     client.publish(
         signer.release(
             current, device_class=device_class, model=model, version=version,
-            manifest=Descriptor(MANIFEST_TYPE, digest, len(content)), requires=config.requires,
+            manifest=Descriptor(MANIFEST_TYPE, digest, len(content)), requires=requires,
         )
     )  # fmt: skip
+
+
+def _described(artifact_type: str, config: bytes) -> tuple[tuple[str, str, str], Requirement]:
+    """(name, version, class) and what it needs, by its config."""
+    if artifact_type == AGENT_TYPE:
+        agent = parse_agent_config(config)
+        return (AGENT, agent.version, agent.device_class), agent.requires
+    model = parse_config(config)
+    return (model.model, model.version, model.device_class), model.requires

@@ -86,6 +86,11 @@ def version_within(version: str, bounds: str) -> bool:
     return True
 
 
+def readable_bounds(bounds: str) -> bool:
+    """Whether :func:`version_within` understands every bound: one that it does not would never be satisfied."""
+    return all(_BOUND.match(part.strip()) for part in bounds.split(",") if part.strip())
+
+
 def _numbers(version: str) -> tuple[int, ...]:
     leading = re.match(r"[0-9.]*", version)
     return tuple(int(n) for n in (leading.group() if leading else "").split(".") if n)

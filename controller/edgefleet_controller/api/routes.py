@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 from edgefleet_shared import atomic, errors
 from edgefleet_shared.artifact import hex_of
+from edgefleet_shared.assignment import AGENT
 from edgefleet_shared.errors import ConflictError, EdgefleetError, InputError, NotFoundError, TrustError
 from fastapi import Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -25,7 +26,7 @@ from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
 from starlette.types import Scope
 
-from edgefleet_controller import __version__, source
+from edgefleet_controller import __version__, agent_catalog, source
 from edgefleet_controller.api import views
 from edgefleet_controller.api.wire import Wire
 from edgefleet_controller.manifest_files import parse_value
@@ -65,6 +66,10 @@ class EnrolWish(BaseModel):
 
 class VersionWish(BaseModel):
     digest: str
+
+
+class AgentWish(BaseModel):
+    manifests: list[str] = Field(min_length=1)
 
 
 class CompileWish(BaseModel):
@@ -213,6 +218,8 @@ def build_api(controller: Controller) -> FastAPI:
     @api.post("/v1/models", dependencies=by_operator)
     def add_model(wish: VersionWish) -> dict[str, str]:
         version = source.decode(controller.layout.read(wish.digest, MAX_VERSION_BYTES))
+        if version.model == AGENT:
+            raise InputError(f"no model may be called {AGENT}", hint="versions of the agent come by fleet agent add")
         missing = [digest for digest in source.blobs(version) if not controller.layout.has(digest)]
         if missing:
             raise InputError(f"blobs are missing: {', '.join(missing)}", hint="upload them first")
@@ -221,6 +228,15 @@ def build_api(controller: Controller) -> FastAPI:
                 session, version.model, version.version, wish.digest, version.encode().decode(), controller.clock.now()
             )
         return {"model": version.model, "version": version.version, "digest": wish.digest}
+
+    @api.get("/v1/agents", dependencies=by_operator)
+    def agents() -> list[dict[str, Any]]:
+        return views.agents(controller)
+
+    @api.post("/v1/agents", dependencies=by_operator)
+    def add_agent(wish: AgentWish) -> dict[str, Any]:
+        version = agent_catalog.register(controller.database, controller.layout, wish.manifests, controller.clock.now())
+        return next(shown for shown in views.agents(controller) if shown["version"] == version)
 
     @api.post("/v1/models/{model}/{version}/compile", dependencies=by_operator)
     def compile_model(model: str, version: str, wish: CompileWish) -> dict[str, str]:

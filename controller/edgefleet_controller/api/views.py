@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import msgspec
+from edgefleet_shared.assignment import AGENT
 from edgefleet_shared.messages import Reported
 
 from edgefleet_controller import __version__, source
@@ -100,6 +101,8 @@ def rollout_row(row: RolloutRow) -> dict[str, Any]:
 
 def models(controller: Controller, model: str, version: str) -> list[dict[str, Any]]:
     """Model versions with what they were compiled to."""
+    if model == AGENT:
+        return []  # no model: see agents
     with controller.database.read() as session:
         versions = [v for v in catalog.list_versions(session, model) if not version or v.version == version]
         artifacts = catalog.list_artifacts(session, model, version)
@@ -122,6 +125,23 @@ def models(controller: Controller, model: str, version: str) -> list[dict[str, A
                 }
             )
         return out
+
+
+def agents(controller: Controller) -> list[dict[str, Any]]:
+    """Versions of the agent with the classes that they are made for."""
+    with controller.database.read() as session:
+        artifacts = catalog.list_artifacts(session, AGENT)
+        classes = {c.name: msgspec.json.decode(c.spec)["spec"] for c in devices.list_classes(session)}
+        return [
+            {
+                "version": row.version,
+                "code": row.source_digest,
+                "created_at": row.created_at,
+                "requires": msgspec.json.decode(row.spec),
+                "artifacts": [artifact(a, classes) for a in artifacts if a.version == row.version],
+            }
+            for row in catalog.list_versions(session, AGENT)
+        ]
 
 
 def artifact(row: Artifact, classes: dict[str, Any]) -> dict[str, Any]:
@@ -194,4 +214,5 @@ def _board(row: Device) -> dict[str, Any]:
         "reason": ended.reason if ended else "",
         "refusal": reported.refusal if reported else "",
         "problem": reported.problem if reported else "",
+        "agent": reported.agent_version if reported else "",
     }

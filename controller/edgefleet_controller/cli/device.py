@@ -71,9 +71,16 @@ def show(home: Path, name: str, as_json: bool) -> None:
     fingerprint = report.get("fingerprint") or {}
     rows += [
         (key, _shown(key, fingerprint[key]))
-        for key in ("arch", "engines", "memory_bytes", "agent_version")
+        for key in ("arch", "engines", "memory_bytes", "agent_version", "provides")
         if key in fingerprint
     ]
+    own = report.get("agent") or {}
+    rows += [
+        (f"agent {slot}", f"{s['version']} ({s['status']})") for slot in ("active", "candidate", "previous") if (s := own.get(slot))
+    ]
+    rows += [(f"agent {what}", own[what]) for what in ("state", "refusal", "problem") if own.get(what)]
+    if ended := own.get("ended"):
+        rows.append(("agent outcome", f"{ended['outcome']} {ended['reason']}".rstrip()))
     acceptance = (report.get("ended") or {}).get("acceptance") or {}
     rows += [(f"acceptance {kind}", what) for kind in ("unmeasured", "unconfined") for what in acceptance.get(kind, ())]
     for row in acceptance.get("measurements", ()):

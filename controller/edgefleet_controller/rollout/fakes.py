@@ -34,10 +34,15 @@ class RetainingPublisher:
 
     def __init__(self) -> None:
         self.retained: dict[str, bytes] = {}
+        self.retained_agent: dict[str, bytes] = {}
         self.count = 0
 
     def publish_desired(self, device: str, assignment: bytes) -> None:
         self.retained[device] = assignment
+        self.count += 1
+
+    def publish_desired_agent(self, device: str, assignment: bytes) -> None:
+        self.retained_agent[device] = assignment
         self.count += 1
 
 

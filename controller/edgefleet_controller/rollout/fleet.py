@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import msgspec
+from edgefleet_shared.assignment import Subject
 from edgefleet_shared.errors import TransportError
-from edgefleet_shared.messages import Reported, SlotReport, decode
+from edgefleet_shared.messages import AgentReport, Reported, SlotReport, decode
 from sqlalchemy import text
 from sqlmodel import Session
 
@@ -12,10 +13,14 @@ from edgefleet_controller.rollout.ports import FiguresSource
 from edgefleet_controller.rollout.views import ArtifactRef, BoardView
 from edgefleet_controller.store import rollouts
 
-_ROWS = text(
-    "SELECT d.name, d.device_class, d.site, d.labels, d.online, d.last_seen, d.revoked, d.reported, d.assignment, "
-    "a.manifest, a.payload_digest FROM device d LEFT JOIN assignment a ON a.id = d.assignment"
-)
+# The assignment in force about what a rollout is about.
+_ROWS = {
+    subject: text(
+        f"SELECT d.name, d.device_class, d.site, d.labels, d.online, d.last_seen, d.revoked, d.reported, d.{column}, "
+        f"a.manifest, a.payload_digest FROM device d LEFT JOIN assignment a ON a.id = d.{column}"
+    )
+    for subject, column in ((Subject.MODEL, "assignment"), (Subject.AGENT, "agent_assignment"))
+}
 
 
 class FleetReader:
@@ -25,13 +30,16 @@ class FleetReader:
         self._figures = figures
         self._parsed: dict[str, tuple[str, Reported | None]] = {}
 
-    def read(self, session: Session, but_not_held_by: str = "") -> dict[str, BoardView]:
+    def read(
+        self, session: Session, subject: Subject = Subject.MODEL, but_not_held_by: str = ""
+    ) -> dict[str, BoardView]:
         """Every board that was ever enrolled, by name.
 
         Args:
+            subject: whether its model or its agent is looked at. The engine is told of one alike the other.
             but_not_held_by: this rollout's own hold on boards is left out of ``holder``.
         """
-        holders = {d: r for d, r in rollouts.holders(session).items() if r != but_not_held_by}
+        holders = {d: r for d, r in rollouts.holders(session, subject).items() if r != but_not_held_by}
         fleet = {}
         for (
             name,
@@ -45,8 +53,9 @@ class FleetReader:
             assignment,
             manifest,
             digest,
-        ) in session.connection().execute(_ROWS):
-            reported = self._report(name, content)
+        ) in session.connection().execute(_ROWS[subject]):
+            whole = self._report(name, content)
+            reported = whole.agent if whole is not None and subject is Subject.AGENT else whole
             active = reported.active if reported is not None else None
             ended = reported.ended if reported is not None else None
             fleet[name] = BoardView(
@@ -57,7 +66,7 @@ class FleetReader:
                 online=bool(online),
                 last_seen=seen,
                 revoked=bool(revoked),
-                fingerprint=reported.fingerprint if reported is not None else None,
+                fingerprint=whole.fingerprint if whole is not None else None,
                 state=reported.state if reported is not None else None,
                 serving=active.manifest if active is not None else "",
                 good=_good(reported),
@@ -86,7 +95,7 @@ class FleetReader:
         return parsed
 
 
-def _good(reported: Reported | None) -> ArtifactRef | None:
+def _good(reported: Reported | AgentReport | None) -> ArtifactRef | None:
     """What the board would fall back to: its active slot if that is good, else its previous one."""
     if reported is None:
         return None

@@ -36,6 +36,10 @@ class Publisher(Protocol):
         """
         ...
 
+    def publish_desired_agent(self, device: str, assignment: bytes) -> None:
+        """The same for an assignment about the agent itself, which has a topic of its own."""
+        ...
+
 
 class FiguresSource(Protocol):
     """Knows what boards measure (stage 9; :class:`edgefleet_controller.health.Intake`)."""

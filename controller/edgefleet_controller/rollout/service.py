@@ -15,6 +15,7 @@ from collections.abc import Sequence
 
 import msgspec
 from edgefleet_shared.artifact import digest_of
+from edgefleet_shared.assignment import Subject, subject_of
 from edgefleet_shared.clock import Clock
 from edgefleet_shared.errors import ConflictError, EdgefleetError, TransportError
 from edgefleet_shared.fingerprint import Requirement
@@ -80,7 +81,8 @@ class RolloutService:
         with self._database.write() as session:
             self._database.serialise(session)
             artifacts = self._artifacts(spec)
-            rollout = create(name, spec, artifacts, self._fleet.read(session), self._clock.now())
+            fleet = self._fleet.read(session, subject_of(spec.model))
+            rollout = create(name, spec, artifacts, fleet, self._clock.now())
             rollouts.add(session, rollout)
         self.wake()
         return rollout
@@ -89,7 +91,7 @@ class RolloutService:
         """What :meth:`create` would do, for every board. Raises the same, but for the name that is taken."""
         self._figures.flush()
         with self._database.read() as session:
-            fleet = self._fleet.read(session)
+            fleet = self._fleet.read(session, subject_of(spec.model))
         now = self._clock.now()
         return plan(create(name, spec, self._artifacts(spec), fleet, now), fleet, now)
 
@@ -151,7 +153,7 @@ class RolloutService:
             sent: list[tuple[str, int]] = []
             try:
                 for row in waiting:
-                    self._publisher.publish_desired(row.device, row.payload)
+                    self._publish_one(row)
                     sent.append((row.id, row.version))
             except TransportError as exc:
                 log.warning("assignments not published", extra={"count": len(waiting) - len(sent), "reason": str(exc)})
@@ -160,6 +162,12 @@ class RolloutService:
                     rollouts.mark_published(session, sent)
             if not waiting or len(sent) < len(waiting):
                 return
+
+    def _publish_one(self, row: Assignment) -> None:
+        if row.subject == Subject.AGENT.value:
+            self._publisher.publish_desired_agent(row.device, row.payload)
+        else:
+            self._publisher.publish_desired(row.device, row.payload)
 
     def publish_all_again(self) -> None:
         """The broker may have lost its retained messages: every assignment in force is published anew by the loop."""
@@ -196,7 +204,7 @@ class RolloutService:
         now = self._clock.now()
         with self._database.read() as session:
             rollout, revision = rollouts.load(session, name)
-            fleet = self._fleet.read(session, but_not_held_by=name)
+            fleet = self._fleet.read(session, subject_of(rollout.spec.model), but_not_held_by=name)
         decisions = _first(engine.decide(rollout, fleet, now))
         if not decisions:
             return []
@@ -248,7 +256,7 @@ class RolloutService:
             raise _CannotAssign(f"the assignment of {progress.device} can't be signed: {exc}") from exc
         return Assignment(
             id=wanted.id, device=wanted.device, version=version, manifest=wanted.manifest, rollout=rollout.name,
-            payload=payload, payload_digest=digest_of(payload), created_at=now,
+            payload=payload, payload_digest=digest_of(payload), created_at=now, subject=wanted.subject.value,
         )  # fmt: skip
 
     def _hold(self, rollout: Rollout, revision: int, reason: str, now: float) -> list[Decision]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from edgefleet_shared.assignment import AGENT
 from edgefleet_shared.errors import ConflictError, NotFoundError
 from edgefleet_shared.topics import check_name
 from sqlmodel import Session, col, select
@@ -43,9 +44,9 @@ def get_version(session: Session, model: str, version: str) -> ModelVersion:
 
 
 def list_versions(session: Session, model: str = "") -> list[ModelVersion]:
+    """Versions of one model, or of all; those of the agent only by its name."""
     query = select(ModelVersion).order_by(ModelVersion.model, col(ModelVersion.created_at))
-    if model:
-        query = query.where(ModelVersion.model == model)
+    query = query.where(ModelVersion.model == model if model else ModelVersion.model != AGENT)
     return list(session.exec(query))
 
 

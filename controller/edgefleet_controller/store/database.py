@@ -27,7 +27,12 @@ _MIGRATION_LOCK = 0x6566_7631  # PostgreSQL advisory lock: "efv1"
 _SERIAL_LOCK = 0x6566_7632
 
 # From version n to n+1, statements for a database that exists already; a new one is made as tables.py says.
-MIGRATIONS: dict[int, tuple[str, ...]] = {}
+MIGRATIONS: dict[int, tuple[str, ...]] = {
+    1: (
+        "ALTER TABLE device ADD COLUMN agent_assignment VARCHAR NOT NULL DEFAULT ''",
+        "ALTER TABLE assignment ADD COLUMN subject VARCHAR NOT NULL DEFAULT 'model'",
+    ),
+}
 
 
 class Database:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import msgspec
+from edgefleet_shared.assignment import Subject, subject_of
 from edgefleet_shared.errors import ConflictError, NotFoundError
 from sqlalchemy import text
 from sqlmodel import Session, col, select
@@ -127,17 +128,18 @@ def to_work_on(session: Session) -> list[str]:
     return [name for name, phase, number, seen in found if phase not in _ENDED or number > seen]
 
 
-def holders(session: Session) -> dict[str, str]:
-    """For every board that an unfinished rollout has selected, that rollout's name."""
+def holders(session: Session, subject: Subject = Subject.MODEL) -> dict[str, str]:
+    """For every board that an unfinished rollout about ``subject`` has selected, that rollout's name."""
     found = session.connection().execute(
         text(
-            "SELECT b.device, b.rollout, r.phase, b.standing FROM rollout_board b JOIN rollout r ON r.name = b.rollout"
+            "SELECT b.device, b.rollout, r.phase, b.standing, r.model FROM rollout_board b "
+            "JOIN rollout r ON r.name = b.rollout"
         )
     )
     return {
         device: rollout
-        for device, rollout, phase, standing in found
-        if phase not in _ENDED and standing != Standing.EXCLUDED.value
+        for device, rollout, phase, standing, model in found
+        if phase not in _ENDED and standing != Standing.EXCLUDED.value and subject_of(model) is subject
     }
 
 
@@ -166,9 +168,13 @@ def intend(session: Session, name: str, kind: IntentKind, by: str = "") -> Inten
 
 # ------------------------------------------------------------------------------------------------------------- assignments
 
+_IN_FORCE = {
+    Subject.MODEL: "UPDATE device SET assignment = :id WHERE name = :device",
+    Subject.AGENT: "UPDATE device SET agent_assignment = :id WHERE name = :device",
+}
 _PUT_ASSIGNMENT = """
-INSERT INTO assignment (id, device, version, manifest, rollout, payload, payload_digest, created_at, published)
-VALUES (:id, :device, :version, :manifest, :rollout, :payload, :payload_digest, :created_at, :published)
+INSERT INTO assignment (id, device, version, manifest, rollout, payload, payload_digest, created_at, published, subject)
+VALUES (:id, :device, :version, :manifest, :rollout, :payload, :payload_digest, :created_at, :published, :subject)
 ON CONFLICT (id) DO UPDATE SET version = excluded.version, manifest = excluded.manifest, payload = excluded.payload,
 payload_digest = excluded.payload_digest, created_at = excluded.created_at, published = excluded.published
 """
@@ -198,10 +204,10 @@ def put_assignments(session: Session, assignments: Iterable[Assignment]) -> None
     if given:
         connection = session.connection()
         connection.execute(text(_PUT_ASSIGNMENT), given)
-        connection.execute(
-            text("UPDATE device SET assignment = :id WHERE name = :device"),
-            [{"id": row["id"], "device": row["device"]} for row in given],
-        )
+        for subject, statement in _IN_FORCE.items():
+            named = [{"id": row["id"], "device": row["device"]} for row in given if row["subject"] == subject.value]
+            if named:
+                connection.execute(text(statement), named)
 
 
 def get_assignment(session: Session, assignment: str) -> Assignment:
@@ -215,7 +221,7 @@ def unpublished(session: Session, limit: int = 1000) -> list[Assignment]:
     """Assignments in force that the broker has not taken yet, oldest first."""
     found = session.connection().execute(
         text(
-            "SELECT a.id FROM assignment a JOIN device d ON d.assignment = a.id "
+            "SELECT a.id FROM assignment a JOIN device d ON a.id IN (d.assignment, d.agent_assignment) "
             "WHERE NOT a.published AND NOT d.revoked ORDER BY a.created_at, a.id LIMIT :limit"
         ),
         {"limit": limit},
@@ -230,7 +236,7 @@ def signed_before(session: Session, before: float, limit: int = 500) -> list[Ass
     """Assignments in force that were signed before then (seconds since 1970), oldest first."""
     query = (
         select(Assignment)
-        .join(Device, col(Device.assignment) == col(Assignment.id))
+        .join(Device, col(Assignment.id).in_([col(Device.assignment), col(Device.agent_assignment)]))
         .where(col(Assignment.created_at) < before, col(Device.revoked).is_(False))
         .order_by(col(Assignment.created_at), col(Assignment.id))
         .limit(limit)
@@ -250,7 +256,10 @@ def mark_published(session: Session, assignments: Iterable[tuple[str, int]]) -> 
 def publish_all_again(session: Session) -> int:
     """Mark every assignment in force as not published: the broker lost its retained messages. Returns how many."""
     result = session.connection().execute(
-        text("UPDATE assignment SET published = false WHERE id IN (SELECT assignment FROM device)")
+        text(
+            "UPDATE assignment SET published = false "
+            "WHERE id IN (SELECT assignment FROM device UNION SELECT agent_assignment FROM device)"
+        )
     )
     return int(result.rowcount)
 

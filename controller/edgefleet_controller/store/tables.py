@@ -9,7 +9,7 @@ from __future__ import annotations
 from sqlalchemy import BigInteger, LargeBinary, Text
 from sqlmodel import Field, SQLModel, UniqueConstraint
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 class SchemaVersion(SQLModel, table=True):
@@ -30,7 +30,8 @@ class DeviceClass(SQLModel, table=True):
 class Device(SQLModel, table=True):
     """A board. ``reported`` is its last ``reported`` message; ``figures`` what the intake last knew of its health (JSON).
 
-    ``assignment`` is the one in force; ``assignment_version`` the highest that was ever signed for it: it only rises.
+    ``assignment`` is the one in force about its model, ``agent_assignment`` the one about its agent; ``assignment_version`` the
+    highest that was ever signed for it: it only rises.
     """
 
     __tablename__ = "device"
@@ -49,6 +50,7 @@ class Device(SQLModel, table=True):
     figures: str = Field(default="", sa_type=Text)
     assignment: str = ""
     assignment_version: int = 0
+    agent_assignment: str = ""
 
 
 class EnrolmentToken(SQLModel, table=True):
@@ -66,7 +68,8 @@ class EnrolmentToken(SQLModel, table=True):
 
 
 class ModelVersion(SQLModel, table=True):
-    """An immutable model version: its source by digest, and the manifest it came with (JSON)."""
+    """An immutable model version: its source by digest, and the manifest it came with (JSON). A version of the agent stands here too,
+    under the name that no model may have; its source is its code."""
 
     __tablename__ = "model_version"
     model: str = Field(primary_key=True)
@@ -148,7 +151,8 @@ class RolloutBoard(SQLModel, table=True):
 
 
 class Assignment(SQLModel, table=True):
-    """A signed assignment: the bytes that go to the board verbatim. ``published`` once the broker took them."""
+    """A signed assignment: the bytes that go to the board verbatim. ``published`` once the broker took them; ``subject`` is what it
+    is about, model or agent."""
 
     __tablename__ = "assignment"
     __table_args__ = (UniqueConstraint("device", "version"),)
@@ -161,6 +165,7 @@ class Assignment(SQLModel, table=True):
     payload_digest: str
     created_at: float
     published: bool = Field(default=False, index=True)
+    subject: str = "model"
 
 
 class EventRow(SQLModel, table=True):

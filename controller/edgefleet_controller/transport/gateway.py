@@ -83,6 +83,10 @@ class Gateway:
         """The signed assignment, verbatim, retained."""
         self.link.publish(topics.of_device(device, Kind.DESIRED), assignment, retain=True)
 
+    def publish_desired_agent(self, device: str, assignment: bytes) -> None:
+        """The signed assignment about the agent itself, verbatim, retained."""
+        self.link.publish(topics.of_device(device, Kind.DESIRED_AGENT), assignment, retain=True)
+
     def publish_metadata(self, files: dict[str, bytes]) -> None:
         """Image repository metadata in the order given, retained."""
         for name, content in files.items():
