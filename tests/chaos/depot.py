@@ -8,9 +8,10 @@ from pathlib import Path
 import msgspec
 from edgefleet_controller.sign import DirectorSigner, ReleaseSigner, Repository, make_key
 from edgefleet_shared import artifact
-from edgefleet_shared.artifact import CHUNK_BYTES, Descriptor, Layout
-from edgefleet_shared.assignment import Assignment
+from edgefleet_shared.artifact import CHUNK_BYTES, SCHEMA, AgentConfig, Descriptor, Layout
+from edgefleet_shared.assignment import AGENT, Assignment
 from edgefleet_shared.clock import ManualClock
+from edgefleet_shared.fingerprint import Requirement
 from support import artifacts
 from support.disk import MemoryDisk
 
@@ -22,7 +23,8 @@ LAYOUT = Path("/depot")
 class Depot:
     """Versions 1 to 4 of one model, released one after the other; assignments signed on demand.
 
-    ``publications`` has the metadata as it was published with each version.
+    ``publications`` has the metadata as it was published with each version. Versions a1 to a3 of the agent come after them all; how
+    they behave is the story's matter, their code is any bytes.
 
     Args:
         model_bytes: the size of each compiled model; chunks have 4 KiB.
@@ -57,6 +59,21 @@ class Depot:
                     )
                 )
                 self.publications[version] = repository.files()
+            self.agents: dict[str, Descriptor] = {}
+            requires = Requirement(provides={"launcher": ">=1"})
+            for version in ("a1", "a2", "a3"):
+                config = AgentConfig(
+                    schema=SCHEMA, version=version, device_class=CLASS, requires=requires, chunk_bytes=CHUNK
+                )
+                made = artifact.build_agent(self.layout, config, f"code of {version} ".encode() * 500)
+                self.agents[version] = made
+                role = _need(repository, f"class-{CLASS}.json")
+                repository.publish(
+                    signer.release(
+                        role, device_class=CLASS, model=AGENT, version=version, manifest=made, requires=requires
+                    )
+                )
+            self.publications["agents"] = repository.files()
 
     def _make(self, version: str) -> Descriptor:
         def content(text: str, size: int) -> bytes:
@@ -81,15 +98,17 @@ class Depot:
 
     def chunk_bytes_of(self, digest: str) -> int:
         """Layers travel in the chunks that the config names, manifests and configs in those of the protocol."""
-        layers = {blob.digest for made in self.releases.values() for blob in self.layout.manifest(made.digest).layers}
+        all_made = [*self.releases.values(), *self.agents.values()]
+        layers = {blob.digest for made in all_made for blob in self.layout.manifest(made.digest).layers}
         return CHUNK if digest in layers else CHUNK_BYTES
 
     def assign(self, version: str, **changes: object) -> bytes:
         """The next assignment of the board, signed."""
         self._versions += 1
-        made = self.releases[version]
+        made = self.agents.get(version) or self.releases[version]
+        model = AGENT if version in self.agents else "toy"
         assignment = Assignment(
-            id=f"a{self._versions}", device=DEVICE, device_class=CLASS, rollout="r", model="toy", version=version,
+            id=f"a{self._versions}", device=DEVICE, device_class=CLASS, rollout="r", model=model, version=version,
             manifest=made.digest, size=made.size, issued_at=int(self.clock.now()), soak_s=0,
         )  # fmt: skip
         return self._director.sign(msgspec.structs.replace(assignment, **changes), self._versions)
