@@ -83,9 +83,7 @@ class Agent:
             ports._replace(
                 uplink=AgentUplink(self._uplink, manifest, self._uplink.tell_agent), examiner=AgentExaminer(state)
             ),
-            Line(
-                subject=Subject.AGENT, home=state, effects=partial(AgentEffects, myself=myself), deciding=deciding
-            ),
+            Line(subject=Subject.AGENT, home=state, effects=partial(AgentEffects, myself=myself), deciding=deciding),
         )
 
     def run(self) -> None:

@@ -56,7 +56,9 @@ def provided() -> dict[str, str]:
     try:
         return msgspec.json.decode(child.stdout, type=dict[str, str])
     except msgspec.DecodeError:
-        log.error("what the package provides is not known", extra={"reason": child.stderr[-300:].decode(errors="replace")})
+        log.error(
+            "what the package provides is not known", extra={"reason": child.stderr[-300:].decode(errors="replace")}
+        )
         return {}
 
 

@@ -33,7 +33,9 @@ from edgefleet_agent import __version__
 LAUNCHER = "1"  # what a version may expect of its launcher; rises when this module's contract changes
 STARTS = 3  # that a version on trial is given to prove itself
 ALARM_FACTOR = 1.5  # of the trial's limit: the version itself gives up first, and says why
-CODE_LAYER = "application/vnd.edgefleet.agent.code.v1+zip"  # as in edgefleet_shared.artifact, which needs more than we may
+CODE_LAYER = (
+    "application/vnd.edgefleet.agent.code.v1+zip"  # as in edgefleet_shared.artifact, which needs more than we may
+)
 MANIFEST_VARIABLE, LAUNCHER_VARIABLE, PACKAGE_VARIABLE = "EDGEFLEET_AGENT", "EDGEFLEET_LAUNCHER", "EDGEFLEET_PACKAGE"
 
 # (status of the active slot, whether its trial is open) -> what to start, the first that is whole. The package comes last, always.
@@ -104,7 +106,7 @@ def choose(state: Path, package: str = __version__, *, files: FileSystem = DISK)
         on_trial = name == "active" and status == "unknown"
         if status != "good" and not on_trial:
             continue
-        code = _code(folder(state), manifest, files)
+        code = code_of(state, manifest, files=files)
         if not code or (on_trial and not _counted(state, trial, files)):
             continue
         return Choice(manifest, code, trial.limit_s * ALARM_FACTOR if on_trial else 0.0)
@@ -134,19 +136,20 @@ def _object(path: Path, files: FileSystem) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _code(folder: Path, manifest: str, files: FileSystem) -> str:
+def code_of(state: Path, manifest: str, *, files: FileSystem = DISK) -> str:
     """The path of a version's zip, when manifest and zip are to the byte what their digests say; else empty."""
-    content = _blob(folder, manifest, files)
+    own = folder(state)
+    content = _blob(own, manifest, files)
     try:
         layers = [layer for layer in json.loads(content)["layers"] if layer["mediaType"] == CODE_LAYER]
         digest = str(layers[0]["digest"])
     except (ValueError, KeyError, IndexError, TypeError, RecursionError):
         return ""
-    return str(_path(folder, digest)) if _blob(folder, digest, files) else ""
+    return str(_path(own, digest)) if _blob(own, digest, files) else ""
 
 
-def _blob(folder: Path, digest: str, files: FileSystem) -> bytes:
-    path = _path(folder, digest)
+def _blob(own: Path, digest: str, files: FileSystem) -> bytes:
+    path = _path(own, digest)
     try:
         content = atomic.read(path, files=files) if path else b""
     except (OSError, EdgefleetError):
@@ -154,11 +157,11 @@ def _blob(folder: Path, digest: str, files: FileSystem) -> bytes:
     return content if f"sha256:{hashlib.sha256(content).hexdigest()}" == digest else b""
 
 
-def _path(folder: Path, digest: str) -> Path | None:
+def _path(own: Path, digest: str) -> Path | None:
     algorithm, _, name = digest.partition(":")
     if algorithm != "sha256" or len(name) != 64 or not set(name) <= set("0123456789abcdef"):
         return None
-    return folder / "artifacts" / "blobs" / "sha256" / name
+    return own / "artifacts" / "blobs" / "sha256" / name
 
 
 def start(state: Path, choice: Choice) -> NoReturn:
@@ -178,7 +181,9 @@ def start(state: Path, choice: Choice) -> NoReturn:
 
 def main() -> NoReturn:
     """``fleet-agent-launch --state STATE``."""
-    parser = argparse.ArgumentParser(prog="fleet-agent-launch", description="Start the version of the agent that is to run.")
+    parser = argparse.ArgumentParser(
+        prog="fleet-agent-launch", description="Start the version of the agent that is to run."
+    )
     parser.add_argument("--state", type=Path, default=Path("/var/lib/edgefleet"), help="the board's state folder")
     state = parser.parse_args().state.resolve()
     start(state, choose(state))

@@ -69,7 +69,9 @@ def rehearse(home: Path, manifest_digest: str) -> AcceptanceReport:
     if ended.problem or not told:
         lines = [line.strip() for line in ended.output.splitlines() if line.strip()]
         why = ended.problem or "ended without a word"
-        return AcceptanceReport(verdict=Verdict.FAILED, reason=f"its rehearsal {why}: {lines[-1][:300] if lines else ''}")
+        return AcceptanceReport(
+            verdict=Verdict.FAILED, reason=f"its rehearsal {why}: {lines[-1][:300] if lines else ''}"
+        )
     if told != [expected]:
         return AcceptanceReport(verdict=Verdict.FAILED, reason=f"it calls itself {told[0]}, {expected} was signed")
     return AcceptanceReport(verdict=Verdict.PASSED)

@@ -65,7 +65,16 @@ def describe_exit(returncode: int) -> str:
 
 def child_environment() -> dict[str, str]:
     """What a child inherits: where code lies and the language, no secrets, no proxy, no notify socket."""
-    kept = ("PATH", "PYTHONPATH", "PYTHONDONTWRITEBYTECODE", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "TZ", "EDGEFLEET_LAUNCHER")
+    kept = (
+        "PATH",
+        "PYTHONPATH",
+        "PYTHONDONTWRITEBYTECODE",
+        "LANG",
+        "LC_ALL",
+        "LD_LIBRARY_PATH",
+        "TZ",
+        "EDGEFLEET_LAUNCHER",
+    )
     environment = {name: os.environ[name] for name in kept if name in os.environ}
     # One inference uses the threads that it was given, whatever library computes.
     return environment | {

@@ -37,7 +37,9 @@ log = logging.getLogger(__name__)
 
 LOOK_S = 0.5
 PROOF_LIMIT_S = 120.0  # for a version on trial to prove itself; a board that boots waits for its network meanwhile
-MODELS_LIMIT_S = 600.0  # a model that is being swapped is let finish; one that never does must not keep out what may mend it
+MODELS_LIMIT_S = (
+    600.0  # a model that is being swapped is let finish; one that never does must not keep out what may mend it
+)
 LIMIT_SHARE = 1 / 6  # of the whole deployment's time: three starts with their alarms fit into it
 
 
@@ -99,10 +101,7 @@ class AgentEffects(Effects):
         if now.active is not None and now.active.manifest == wanted:
             if running == wanted:
                 return Result(Event.SWAPPED, "it runs, on trial")
-            if self._starts_left(wanted):
-                self._myself.restart()
-                return Result(None)
-            return Result(Event.SWAP_FAILED, self._given_up(wanted))
+            return self._not_started(wanted, Event.SWAP_FAILED)
         if now.candidate is None or now.candidate.manifest != wanted:
             return Result(Event.LOAD_FAILED, "the slots do not name it as candidate any more")
         patience = self._ports.clock.monotonic() + MODELS_LIMIT_S
@@ -115,24 +114,28 @@ class AgentEffects(Effects):
         self._myself.restart()
         return Result(None)
 
-    def _starts_left(self, manifest: str) -> bool:
-        trial = launcher.read_trial(self._myself.home, files=self._ports.files)
-        return trial is not None and trial.manifest == manifest and trial.starts == 0
+    def _not_started(self, manifest: str, event: Event) -> Result:
+        """Another version was started than the one on trial: have it started, or say why it is given up.
 
-    def _given_up(self, manifest: str) -> str:
-        trial = launcher.read_trial(self._myself.home, files=self._ports.files)
+        It may be that the launcher could not read the disk, or not count. How often that is tried is bounded by the life cycle.
+        """
+        home, files = self._myself.home, self._ports.files
+        trial = launcher.read_trial(home, files=files)
         if trial is None or trial.manifest != manifest:
-            return "the launcher knows of no trial of it"
+            return Result(event, "the launcher knows of no trial of it")
         if trial.package != self._myself.package:
-            return f"the board's package became {self._myself.package} meanwhile"
-        if trial.starts < launcher.STARTS:
-            return "the launcher does not start it: its bytes are not what was signed"
-        return f"it was started {trial.starts} times and ended, or hung, before it had proven itself"
+            return Result(event, f"the board's package became {self._myself.package} meanwhile")
+        if trial.starts >= launcher.STARTS:
+            return Result(event, f"it was started {trial.starts} times and ended, or hung, before it had proven itself")
+        if not launcher.code_of(home, manifest, files=files):
+            return Result(event, "its bytes on the disk are not what was signed")
+        self._myself.restart()
+        return Result(None)
 
     def _stand_trial(self, assignment: Assignment, stop: threading.Event) -> Result:
         """Show what has to be shown, and go on showing it for ``soak_s``."""
         if self._myself.manifest != assignment.manifest:
-            return Result(Event.UNHEALTHY, self._given_up(assignment.manifest))
+            return self._not_started(assignment.manifest, Event.UNHEALTHY)
         trial, clock = launcher.read_trial(self._myself.home, files=self._ports.files), self._ports.clock
         began = clock.monotonic()
         deadline = began + (trial.limit_s if trial is not None else PROOF_LIMIT_S)
@@ -166,25 +169,38 @@ class AgentEffects(Effects):
         if now.active is not None and now.active.manifest == failed:
             now = now.returned()
         now = msgspec.structs.replace(now, candidate=None)
-        if running != failed and (now.active.manifest if now.active else "") != running:
-            now = Slots()  # the launcher found nothing of it whole: the package's version runs
         if now != before:
             slots.write(self._state, now, files=files)
-        if running == failed:
-            self._myself.restart()
-            return Result(None)
+        wanted = now.active.manifest if now.active else ""
+        if running != wanted:
+            startable = launcher.choose(self._myself.home, self._myself.package, files=files).manifest == wanted
+            if running == failed or startable:
+                self._myself.restart()
+                return Result(None)
+            now = Slots()  # the launcher finds nothing of it whole: the package's version runs
+            slots.write(self._state, now, files=files)
         slots.collect_garbage(self._state, now, files=files)
-        return Result(Event.RETURNED, f"agent {now.active.version} runs again" if now.active else "the package's agent runs")
+        return Result(
+            Event.RETURNED, f"agent {now.active.version} runs again" if now.active else "the package's agent runs"
+        )
 
     def _look(self, journal: Journal) -> Result:
         """At rest, after a start: is what runs what the slots say? If not, the launcher had a reason, and it is told."""
-        now = slots.read(self._state, files=self._ports.files)
+        home, files = self._myself.home, self._ports.files
+        now = slots.read(self._state, files=files)
         active = now.active.manifest if now.active else ""
         if active == self._myself.manifest:
             return Result(None)
-        if journal.assignment is not None and journal.assignment.manifest == active:
-            return Result(Event.UNHEALTHY, self._given_up(active))
-        slots.write(self._state, Slots(), files=self._ports.files)
+        if launcher.choose(home, self._myself.package, files=files).manifest == active:
+            self._myself.restart()  # the disk could not be read when it decided
+        elif journal.assignment is not None and journal.assignment.manifest == active:
+            whole = launcher.code_of(home, active, files=files)
+            return Result(
+                Event.UNHEALTHY,
+                "another package was installed" if whole else "its bytes on the disk are not what was signed",
+            )
+        else:
+            slots.write(self._state, Slots(), files=files)
         return Result(None)
 
     def _discard_agent(self) -> None:

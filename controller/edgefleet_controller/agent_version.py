@@ -29,7 +29,10 @@ from edgefleet_controller.client import FleetClient
 from edgefleet_controller.sign import ReleaseSigner
 
 PACKAGES = {"edgefleet-agent": "edgefleet_agent", "edgefleet-shared": "edgefleet_shared"}
-NEEDED = ("edgefleet_agent/cli.py", "edgefleet_agent/rehearsal.py")  # what the launcher starts, what the version before it calls
+NEEDED = (
+    "edgefleet_agent/cli.py",
+    "edgefleet_agent/rehearsal.py",
+)  # what the launcher starts, what the version before it calls
 LAUNCHER_BOUNDS = ">=1"  # the launcher's contract that a version is started by
 MAX_WHEEL_BYTES = 16 * 1024 * 1024
 _SUFFIXES = (".py", ".proto", ".typed")

@@ -59,7 +59,9 @@ def mismatches(need: Requirement, board: Fingerprint) -> list[str]:
     for name, bounds in sorted(need.provides.items()):
         provided = board.provides.get(name)
         if provided is None or not version_within(provided, bounds):
-            reasons.append(f"needs {name} {bounds}".rstrip() + f" of the board's package, which has {provided or 'none'}")
+            reasons.append(
+                f"needs {name} {bounds}".rstrip() + f" of the board's package, which has {provided or 'none'}"
+            )
     return reasons
 
 

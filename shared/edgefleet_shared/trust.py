@@ -135,7 +135,9 @@ def admit(
     if assignment.device != device or assignment.device_class != device_class:
         raise TrustError("assignment_device", f"made out to {assignment.device} of class {assignment.device_class}")
     if assignment.subject is not subject:
-        raise TrustError("assignment_device", f"it is about the {assignment.subject.value}, sent as one about the {subject.value}")
+        raise TrustError(
+            "assignment_device", f"it is about the {assignment.subject.value}, sent as one about the {subject.value}"
+        )
     digest = digest_of(desired)
     floor, accepted = floors.of(subject)
     if version < floor or (version == floor and digest != accepted):

@@ -56,7 +56,7 @@ class FaultRunner:
         """Each kind of fault at each ``every``-th operation of the story."""
         for fault in FAULTS:
             for number in range(1, self._operations(story) + 1, every):
-                self._run(story, f"{story.name}; {fault.name} at {number}", _failing(fault, number))
+                self._run(story, f"{story.name}; {fault.name} at {number}", breaking(fault, number))
 
     def every_capacity(self, story: Story, step_bytes: int = NAME_BYTES) -> None:
         """A disk that is full at each step between what the board had on it and what it needs at most."""
@@ -118,7 +118,9 @@ class FaultRunner:
             assert told.problem or told.state is State.IDLE, f"it stands in {told.state.value} and does not tell why"
 
 
-def _failing(fault: Fault, at: int) -> Callable[[MemoryDisk], None]:
+def breaking(fault: Fault, at: int) -> Callable[[MemoryDisk], None]:
+    """What makes a disk refuse from its operation ``at``."""
+
     def break_it(disk: MemoryDisk) -> None:
         def refuse(count: int, operation: str, path: str) -> None:
             if count < at or (count > at and not fault.lasting):

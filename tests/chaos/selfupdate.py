@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import queue
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
@@ -24,18 +23,18 @@ from edgefleet_agent.inbox import AdmissionDone, Item
 from edgefleet_agent.ports import Ports
 from edgefleet_agent.runner import Line, Runner
 from edgefleet_agent.selfupdate import AgentEffects, AgentUplink, Myself
-from edgefleet_agent.slots import Slots, SlotStatus
+from edgefleet_agent.slots import SlotStatus
 from edgefleet_agent.transport import Desired, Up
 from edgefleet_agent.verify import AdmitRequest, Checked, Refusal
 from edgefleet_shared import trust
 from edgefleet_shared.artifact import Layout, digest_of
 from edgefleet_shared.assignment import Admission, Assignment, Floors, Subject
 from edgefleet_shared.contract import AcceptanceReport, Verdict
-from edgefleet_shared.errors import EdgefleetError
+from edgefleet_shared.errors import EdgefleetError, EnvironmentProblem
 from edgefleet_shared.lifecycle import State
 from edgefleet_shared.messages import AgentReport
 from edgefleet_shared.outcomes import Outcome
-from support.disk import Killed, MemoryDisk, Tree, key_of, remains
+from support.disk import MemoryDisk, Tree, remains
 
 O = Outcome  # noqa: E741 - the stories must stay readable
 OWN = launcher.folder(STATE)
@@ -69,6 +68,7 @@ class AgentStory:
         does: by version, what it does when it is started; the rest works. The package's version always does.
         ends: what may run in the end ("" is the package's version), and the outcome that may then be told.
         package: the version of the package that is installed.
+        rotten: a version whose bytes were changed on the disk.
     """
 
     name: str
@@ -78,6 +78,7 @@ class AgentStory:
     does: dict[str, Does] = field(default_factory=dict)
     next_when: State | None = None
     package: str = PACKAGE
+    rotten: str = ""
 
 
 class AgentExaminer:
@@ -100,6 +101,8 @@ class AgentExaminer:
         layout = Layout(OWN / "artifacts", read_only=True, files=self._disk)
         try:
             return verify_child.check(layout, assignment)
+        except EnvironmentProblem:
+            raise
         except EdgefleetError as exc:
             raise Refusal(exc, assignment.id) from exc
 
@@ -180,13 +183,9 @@ class Running:
             return "the broker was not reached"
         return ""
 
-    def run(self) -> bool:
-        """Until it ends to be started again (False) or rests at what is wanted (True).
-
-        Raises:
-            AssertionError: neither.
-        """
-        for _ in range(MAX_TURNS):
+    def run(self, max_turns: int = MAX_TURNS) -> bool | None:
+        """Until it ends to be started again (False), rests at what is wanted (True), or neither in so many turns (None)."""
+        for _ in range(max_turns):
             try:
                 item: Item | None = self.inbox.get_nowait()
             except queue.Empty:
@@ -201,7 +200,7 @@ class Running:
             self._next_assignment()
             if item is None and self.inbox.empty() and self._rests():
                 return True
-        raise AssertionError(f"wedged: {self.told}")
+        return None
 
     def _next_assignment(self) -> None:
         board = self.board
@@ -248,7 +247,16 @@ class OwnBoard:
         Raises:
             AssertionError: it never does, or what the launcher starts is not what it may start.
         """
-        for _ in range(MAX_STARTS):
+        if not self.live(MAX_STARTS, MAX_TURNS):
+            raise AssertionError(f"it does not come to rest: {self.last.told if self.last else 'started again and again'}")
+
+    def live(self, max_starts: int, max_turns: int) -> bool:
+        """So many starts and turns at most; returns whether it rests.
+
+        Raises:
+            AssertionError: what the launcher starts is not what it may start.
+        """
+        for _ in range(max_starts):
             choice = launcher.choose(STATE, self.story.package, files=self.disk)
             version = self.version_of[choice.manifest]
             check_startable(self.depot, self.story, self.disk, choice.manifest)
@@ -263,11 +271,14 @@ class OwnBoard:
                 continue
             self.last = Running(self, choice.manifest, does)
             self.runs = version
-            if self.last.run():
+            rests = self.last.run(max_turns)
+            if rests is None:
+                return False
+            if rests:
                 ended_later = choice.alarm_s > 0 and not self.last.proven
                 assert not ended_later, f"{version} rests, and its alarm will end it"
-                return
-        raise AssertionError("it is started again and again")
+                return True
+        return False
 
 
 def check_startable(office: Depot, story: AgentStory, disk: MemoryDisk, manifest: str) -> None:
@@ -296,8 +307,10 @@ def check_remains(office: Depot, story: AgentStory, disk: MemoryDisk, promised: 
     layout = Layout(OWN / "artifacts", read_only=True, files=files)
     for slot in (found.active, found.previous):
         if slot is not None:
-            assert slot.manifest not in _refused(office, story), f"a slot names {slot.version}, which failed its rehearsal"
-            for blob in layout.manifest(slot.manifest).blobs():
+            assert slot.manifest not in _refused(office, story), (
+                f"a slot names {slot.version}, which failed its rehearsal"
+            )
+            for blob in layout.manifest(slot.manifest).blobs() if slot.version != story.rotten else ():
                 layout.check(blob)
     # On a copy: to choose may be to count a start.
     copy = MemoryDisk(disk.tree())
@@ -311,22 +324,28 @@ def check_remains(office: Depot, story: AgentStory, disk: MemoryDisk, promised: 
         assert floors.versions.get(name, 0) >= version, f"the floor of {name} fell"
 
 
-def check_end(board: OwnBoard) -> None:
+def check_end(board: OwnBoard, ends: dict[str, tuple[Outcome, ...]] | None = None) -> None:
     """What must hold at rest: the right version runs and is committed, and what is told is true.
+
+    Args:
+        ends: in place of the story's own.
 
     Raises:
         AssertionError: it does not.
     """
     story, files = board.story, board.disk.calm()
+    ends = ends or story.ends
     check_remains(board.depot, story, board.disk, board.promised)
     found, told = slots.read(OWN, files=files), board.last.told if board.last else None
-    assert board.runs in story.ends, f"{board.runs or 'the package'} runs, allowed are {sorted(story.ends)}"
+    assert board.runs in ends, f"{board.runs or 'the package'} runs, allowed are {sorted(ends)}"
     assert told is not None, "nothing was told"
     assert board.version_of[told.running] == board.runs
-    assert (found.active.version if found.active else "") == board.runs, f"{board.runs or 'the package'} runs, the slots say {found.active}"
+    assert (found.active.version if found.active else "") == board.runs, (
+        f"{board.runs or 'the package'} runs, the slots say {found.active}"
+    )
     assert found.active is None or found.active.status is SlotStatus.GOOD, f"{board.runs} was left {found.active}"
     assert told.ended is not None, "no outcome was told"
-    assert told.ended.outcome in story.ends[board.runs], f"{board.runs or 'the package'} runs, {told.ended} was told"
+    assert told.ended.outcome in ends[board.runs], f"{board.runs or 'the package'} runs, {told.ended} was told"
     assert found.candidate is None, "a candidate was left"
     kept = {slot.manifest for slot in (found.active, found.previous) if slot is not None}
     layout = Layout(OWN / "artifacts", read_only=True, files=files)
@@ -386,110 +405,6 @@ def agent_stories() -> tuple[AgentStory, ...]:
         bad(Does.FAIL_ITS_REHEARSAL, (O.FAILED_NO_CHANGE,)),
         AgentStory("superseded while fetching", one, (office.assign("a2"), office.assign("a3")), {"a3": good},
                    next_when=State.FETCHING),
-        AgentStory("what runs has rotted", rotten(two, "a2"), (office.assign("a2"),), {"a1": (O.LATE_REGRESSION, O.SUCCEEDED), "a2": good}),
+        AgentStory("what runs has rotted", rotten(two, "a2"), (office.assign("a2"),), {"a2": good}, rotten="a2"),
         AgentStory("another package came", two, (office.assign("a3"),), {"a3": good}, package="2"),
     )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Found:
-    """A disk after a cut, and how it came to it."""
-
-    tree: Tree
-    posted: int
-    promised: Floors
-    depth: int
-    trail: str
-
-
-@dataclass
-class AgentExplorer:
-    """Like :class:`chaos.explorer.Explorer`, for the agent's own update: cuts and kills at every instant, also of the launcher."""
-
-    depot: Depot
-    make_disk: Callable[[Tree], MemoryDisk] = MemoryDisk
-    limit: int = 20
-    met: int = 0
-    recovered: int = 0
-    failures: list[str] = field(default_factory=list)
-
-    def explore(self, story: AgentStory, depth: int = 1) -> None:
-        """A cut at every instant, then, until ``depth`` of them followed one another, one at every instant of the recovery."""
-        self._seen: set[tuple[int, int, bytes]] = set()
-        self._todo: deque[Found] = deque()
-        self._live(story, self._start(story), depth)
-        self._drain(story, depth)
-
-    def explore_kills(self, story: AgentStory, depth: int = 1) -> None:
-        """A kill after every change; with ``depth`` 2 also a cut at every instant of the recovery from it."""
-        self._seen, self._todo = set(), deque()
-        for number in range(1, self._live(story, self._start(story), 0) + 1):
-            if len(self.failures) >= self.limit:
-                return
-            self._kill(story, number, depth)
-            self._drain(story, depth)
-
-    def _start(self, story: AgentStory) -> Found:
-        return Found(story.tree, 1, verify.read_floors(STATE, files=MemoryDisk(story.tree)), 0, story.name)
-
-    def _drain(self, story: AgentStory, depth: int) -> None:
-        while self._todo and len(self.failures) < self.limit:
-            found = self._todo.popleft()
-            self.recovered += 1
-            self._live(story, found, depth)
-
-    def _live(self, story: AgentStory, found: Found, depth: int) -> int:
-        disk = self.make_disk(found.tree)
-        board = OwnBoard(self.depot, story, disk, found.posted, found.promised)
-        try:
-            if found.depth:
-                check_remains(self.depot, story, disk, found.promised)
-            if found.depth < depth:
-                self._watch(board, found)
-            board.run()
-            check_end(board)
-        except Exception as exc:  # noqa: BLE001 - whatever goes wrong is a finding
-            self.failures.append(f"{found.trail}: {type(exc).__name__}: {exc}")
-        return len(disk.log)
-
-    def _watch(self, board: OwnBoard, found: Found) -> None:
-        def after(operation: str, path: str) -> None:
-            trail = f"{found.trail}; cut after {len(board.disk.log)} {operation} {path.rpartition('/')[2][:24]}"
-            for tree in remains(board.disk):
-                self.met += 1
-                key = (key_of(tree), board.posted, msgspec.json.encode(board.promised))
-                if key not in self._seen:
-                    self._seen.add(key)
-                    self._todo.append(Found(tree, board.posted, board.promised, found.depth + 1, trail))
-
-        board.disk.after = after
-
-    def _kill(self, story: AgentStory, number: int, depth: int) -> None:
-        disk = self.make_disk(story.tree)
-
-        def after(operation: str, path: str) -> None:
-            if len(disk.log) == number:
-                disk.dead = True
-                raise Killed
-
-        disk.after = after
-        trail = f"{story.name}; killed after {number}"
-        first = OwnBoard(self.depot, story, disk, 1, self._start(story).promised)
-        try:
-            first.run()
-        except Killed:
-            pass
-        else:
-            return  # the board had taken itself down before
-        disk.dead, disk.after = False, None
-        self.recovered += 1
-        second = OwnBoard(self.depot, story, disk, first.posted, first.promised)
-        try:
-            check_remains(self.depot, story, disk, first.promised)
-            disk.log.clear()
-            if depth > 1:
-                self._watch(second, Found({}, first.posted, first.promised, 1, trail))
-            second.run()
-            check_end(second)
-        except Exception as exc:  # noqa: BLE001 - whatever goes wrong is a finding
-            self.failures.append(f"{trail}: {type(exc).__name__}: {exc}")

@@ -76,7 +76,9 @@ def show(home: Path, name: str, as_json: bool) -> None:
     ]
     own = report.get("agent") or {}
     rows += [
-        (f"agent {slot}", f"{s['version']} ({s['status']})") for slot in ("active", "candidate", "previous") if (s := own.get(slot))
+        (f"agent {slot}", f"{s['version']} ({s['status']})")
+        for slot in ("active", "candidate", "previous")
+        if (s := own.get(slot))
     ]
     rows += [(f"agent {what}", own[what]) for what in ("state", "refusal", "problem") if own.get(what)]
     if ended := own.get("ended"):

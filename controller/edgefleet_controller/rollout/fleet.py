@@ -14,13 +14,11 @@ from edgefleet_controller.rollout.views import ArtifactRef, BoardView
 from edgefleet_controller.store import rollouts
 
 # The assignment in force about what a rollout is about.
-_ROWS = {
-    subject: text(
-        f"SELECT d.name, d.device_class, d.site, d.labels, d.online, d.last_seen, d.revoked, d.reported, d.{column}, "
-        f"a.manifest, a.payload_digest FROM device d LEFT JOIN assignment a ON a.id = d.{column}"
-    )
-    for subject, column in ((Subject.MODEL, "assignment"), (Subject.AGENT, "agent_assignment"))
-}
+_SELECT = (
+    "SELECT d.name, d.device_class, d.site, d.labels, d.online, d.last_seen, d.revoked, d.reported, a.id, "
+    "a.manifest, a.payload_digest FROM device d LEFT JOIN assignment a ON a.id = "
+)
+_ROWS = {Subject.MODEL: text(_SELECT + "d.assignment"), Subject.AGENT: text(_SELECT + "d.agent_assignment")}
 
 
 class FleetReader:
@@ -70,7 +68,7 @@ class FleetReader:
                 state=reported.state if reported is not None else None,
                 serving=active.manifest if active is not None else "",
                 good=_good(reported),
-                assignment=assignment,
+                assignment=assignment or "",
                 assigned_manifest=manifest or "",
                 settled=reported is not None
                 and bool(assignment)
