@@ -24,6 +24,9 @@ from chaos.enrolment import EnrolmentExplorer
 from chaos.explorer import Explorer
 from chaos.faults import FaultRunner
 from chaos.mistakes import ENROLMENT_MISTAKES, MISTAKES
+from chaos.selfupdate import agent_stories
+from chaos.selfupdate_explorer import AgentExplorer, AgentFaultRunner
+from chaos.selfupdate_mistakes import AGENT_MISTAKES
 from chaos.stories import depot, every_story, stories
 
 KILLS, SEED = 30, 1
@@ -64,6 +67,36 @@ def enrolments(depth: int) -> Count:
     explorer = EnrolmentExplorer(depot())
     explorer.explore(depth)
     return Count(explorer.recovered, explorer.met, 0, tuple(explorer.failures))
+
+
+def agent_cuts(number: int) -> Count:
+    """One story of the agent's own update, cut at every instant, and cut again at every instant of the recovery."""
+    explorer = AgentExplorer(depot())
+    explorer.explore(agent_stories()[number], depth=2)
+    return Count(explorer.recovered, explorer.met, 0, tuple(explorer.failures))
+
+
+def agent_kills(number: int) -> Count:
+    """The agent or its launcher dies at every instant of its update, and at every instant of the recovery the power is cut."""
+    explorer = AgentExplorer(depot())
+    explorer.explore_kills(agent_stories()[number], depth=2)
+    return Count(explorer.recovered, explorer.met, 0, tuple(explorer.failures))
+
+
+def agent_refusals(number: int) -> Count:
+    """Every operation of the agent's own update, made to fail in every way."""
+    runner = AgentFaultRunner(depot())
+    runner.every_operation(agent_stories()[number])
+    return Count(0, 0, runner.faults, tuple(runner.failures))
+
+
+def agent_mistakes(number: int) -> Count:
+    """One planted mistake in the agent's own update, which must be caught."""
+    mistake = AGENT_MISTAKES[number]
+    explorer = AgentExplorer(depot(), mistake.make_disk, limit=1)
+    with mistake.plant() if mistake.plant else nullcontext():
+        explorer.explore(next(s for s in agent_stories() if s.name == mistake.story))
+    return Count(failures=() if explorer.failures else (f"planted, not caught: {mistake.name}",))
 
 
 def refusals(number: int) -> Count:
@@ -110,6 +143,10 @@ PARTS: tuple[tuple[str, Callable[[int], Count], Callable[[], Sequence[int]]], ..
     ("cuts", cuts, lambda: range(len(_every()))),
     ("disks that refuse", refusals, lambda: range(len(stories()))),
     ("full disks", capacities, lambda: range(len(stories()))),
+    ("agent: mistakes", agent_mistakes, lambda: range(len(AGENT_MISTAKES))),
+    ("agent: cuts", agent_cuts, lambda: range(len(agent_stories()))),
+    ("agent: kills then cuts", agent_kills, lambda: range(len(agent_stories()))),
+    ("agent: refusing disks", agent_refusals, lambda: range(len(agent_stories()))),
 )
 
 

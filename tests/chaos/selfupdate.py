@@ -248,7 +248,9 @@ class OwnBoard:
             AssertionError: it never does, or what the launcher starts is not what it may start.
         """
         if not self.live(MAX_STARTS, MAX_TURNS):
-            raise AssertionError(f"it does not come to rest: {self.last.told if self.last else 'started again and again'}")
+            raise AssertionError(
+                f"it does not come to rest: {self.last.told if self.last else 'started again and again'}"
+            )
 
     def live(self, max_starts: int, max_turns: int) -> bool:
         """So many starts and turns at most; returns whether it rests.
