@@ -72,7 +72,7 @@ class Agent:
             unproven=Proof(lambda: fork.up, lambda: self._own.unverified(), ports),
             models_rest=lambda: not self._models.changes,
             restart=self.stop,
-            proven=lambda: signal.setitimer(signal.ITIMER_REAL, 0),
+            proven=_disarm,
         )
         self._own = Runner(
             launcher.folder(state),
@@ -107,6 +107,11 @@ class Agent:
                 self._own.turn(None)
                 return
             self._own.turn(item)
+
+
+def _disarm() -> None:
+    """The launcher's alarm: this version has proven itself."""
+    signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 def run(state: Path) -> None:

@@ -173,7 +173,8 @@ def _provides(agent: _Wheel, shared: _Wheel) -> dict[str, str]:
     for needs, extras in ((agent.needs, frozenset[str]()), (shared.needs, chosen)):
         for name, _, bounds, extra in needs:
             if name not in PACKAGES and (not extra or extra in extras):
-                wanted[name] = ",".join(filter(None, [wanted.get(name, ""), bounds.replace(" ", "")]))
+                both = [*wanted.get(name, "").split(","), *bounds.replace(" ", "").split(",")]
+                wanted[name] = ",".join(dict.fromkeys(filter(None, both)))
     for name, bounds in wanted.items():
         if not readable_bounds(bounds):
             raise InputError(f"the wheels need {name} {bounds}, which a board can't be held against")

@@ -18,7 +18,7 @@ from edgefleet_controller.transport.gateway import Gateway
 from edgefleet_controller.transport.sender import BlobSender
 from edgefleet_shared import atomic
 from edgefleet_shared.artifact import Descriptor, Layout
-from edgefleet_shared.assignment import Assignment
+from edgefleet_shared.assignment import Assignment, Subject
 from edgefleet_shared.clock import SystemClock
 from edgefleet_shared.messages import Ack, Event, OutcomeTold, Presence, Reported
 from edgefleet_shared.outcomes import Outcome
@@ -113,9 +113,16 @@ class Controller:
             soak_s=soak_s,
         )  # fmt: skip
         assignment = msgspec.structs.replace(assignment, **more)
-        self._versions[device] = self._versions.get(device, 0) + 1
-        self.gateway.publish_desired(device, self.director.sign(assignment, self._versions[device]))
+        publish = self.gateway.publish_desired
+        if assignment.subject is Subject.AGENT:
+            publish = self.gateway.publish_desired_agent
+        publish(device, self.signed(assignment))
         return assignment.id
+
+    def signed(self, assignment: Assignment) -> bytes:
+        """The next assignment of its device, signed and not published."""
+        self._versions[assignment.device] = self._versions.get(assignment.device, 0) + 1
+        return self.director.sign(assignment, self._versions[assignment.device])
 
     def outcome(self, device: str, assignment: str, timeout_s: float = 60.0) -> Outcome:
         """Wait until the board tells how an assignment ended."""
