@@ -75,6 +75,28 @@ def states() -> dict[str, str]:
     }
 
 
+def starts() -> dict[str, str]:
+    """Which version of the agent the launcher starts."""
+    from edgefleet_agent.launcher import ALARM_FACTOR, ORDER, STARTS
+
+    rows = [
+        (status, "open" if is_open else "over, or of another version", ", then ".join((*order, "the package's")))
+        for (status, is_open), order in ORDER.items()
+    ]
+    return {
+        "launcher.md": _page(
+            "edgefleet_agent.launcher",
+            "Which version of the agent is started",
+            "By the status of the agent's active slot and the state of its trial. The first version is taken of which every byte is what "
+            "its digest says; `previous` must be good. A trial is over after "
+            f"{STARTS} starts, each written down before it is made and ended by an alarm at {ALARM_FACTOR} times the trial's limit. When the "
+            "package is another one than the trial was made on, only the package's version is started. What a version does on trial is "
+            "the [life cycle](states.md)'s `swapping` to `committing`, with the agent in the model's place.",
+            _table(("active slot", "its trial is", "started, in order"), rows),
+        )
+    }
+
+
 def topics() -> dict[str, str]:
     """The MQTT topics."""
     from edgefleet_shared.topics import PREFIX, TABLE
@@ -229,6 +251,7 @@ def _json(value: object) -> str:
 
 PAGES = (
     Page("edgefleet_shared.lifecycle", states),
+    Page("edgefleet_agent.launcher", starts),
     Page("edgefleet_shared.topics", topics),
     Page("edgefleet_shared.messages", messages),
     Page("edgefleet_shared.errors", errors),
