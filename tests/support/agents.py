@@ -74,36 +74,55 @@ def release(controller: Controller, sources: list[Path]) -> Descriptor:
     return made
 
 
-class LaunchedBoard(Board):
-    """A board whose agent is started by the launcher, again and again, as its unit has it."""
+class Kept:
+    """The launcher on a state folder, started again whenever what it became has ended, as its unit has it."""
 
-    def start_agent(self) -> None:
+    def __init__(self, state: Path) -> None:
+        self.state, self.starts = state, 0
+        self._process: subprocess.Popen[bytes] | None = None
         self._ending = threading.Event()
-        self.starts = 0
         self._thread = threading.Thread(target=self._keep_up, daemon=True)
         self._thread.start()
 
     def _keep_up(self) -> None:
         while not self._ending.is_set():
             with (self.state / "agent.log").open("ab") as log:
-                self.agent = subprocess.Popen(
+                self._process = subprocess.Popen(
                     [sys.executable, "-m", "edgefleet_agent.launcher", "--state", str(self.state)],
                     stdout=log, stderr=log, env=os.environ | {"PYTHONUNBUFFERED": "1"},
                 )  # fmt: skip
             self.starts += 1
-            self.agent.wait()
+            self._process.wait()
             self._ending.wait(RESTART_S)
 
-    def kill_agent(self, number: int = signal.SIGKILL) -> None:
-        """It is started again at once, unless the board is being stopped."""
-        if self.agent is not None and self.agent.poll() is None:
-            self.agent.send_signal(number)
+    def kill(self, number: int = signal.SIGKILL) -> None:
+        if self._process is not None and self._process.poll() is None:
+            self._process.send_signal(number)
 
     def stop(self) -> None:
         self._ending.set()
         while self._thread.is_alive():
-            self.kill_agent(signal.SIGTERM)
+            self.kill(signal.SIGTERM)
             self._thread.join(5)
+
+
+class LaunchedBoard(Board):
+    """A board whose agent is started by the launcher."""
+
+    def start_agent(self) -> None:
+        self._kept = Kept(self.state)
+
+    @property
+    def starts(self) -> int:
+        """How many times the launcher was started."""
+        return self._kept.starts
+
+    def kill_agent(self, number: int = signal.SIGKILL) -> None:
+        """It is started again at once."""
+        self._kept.kill(number)
+
+    def stop(self) -> None:
+        self._kept.stop()
         if self.runtime.process is not None:
             self.runtime.stop()
 

@@ -9,6 +9,7 @@ import msgspec
 import pytest
 from edgefleet_controller.sign import DirectorSigner, ReleaseSigner, Repository, make_key
 from edgefleet_shared.artifact import Descriptor
+from edgefleet_shared.assignment import AGENT, Subject
 from edgefleet_shared.clock import ManualClock
 from edgefleet_shared.errors import EdgefleetError, TrustError
 from edgefleet_shared.fingerprint import Fingerprint, Requirement
@@ -45,11 +46,11 @@ class Fleet:
         assert content is not None
         return content
 
-    def release(self, version: str, manifest: Descriptor) -> None:
+    def release(self, version: str, manifest: Descriptor, model: str = "net") -> None:
         role = self.need("class-cam.json")
         self.repository.publish(
             self.signer.release(
-                role, device_class="cam", model="net", version=version, manifest=manifest, requires=NEED
+                role, device_class="cam", model=model, version=version, manifest=manifest, requires=NEED
             )
         )
 
@@ -61,14 +62,15 @@ class Fleet:
 
     def admit(
         self, desired: bytes, floors: Floors | None = None, board: Fingerprint = BOARD, root: bytes | None = None,
-        files: dict[str, bytes] | None = None,
+        files: dict[str, bytes] | None = None, subject: Subject = Subject.MODEL,
     ) -> Admission:  # fmt: skip
         floors = floors or Floors()
         read = (lambda name: files.get(name)) if files is not None else self.repository.read
         repository = ImageRepository(root or self.root, read, "cam", floors, self.clock.now())
         return admit(
-            repository, desired, device="b1", device_class="cam", board=board, floors=floors, now=self.clock.now()
-        )
+            repository, desired, device="b1", device_class="cam", board=board, floors=floors, now=self.clock.now(),
+            subject=subject,
+        )  # fmt: skip
 
 
 @pytest.fixture
@@ -88,6 +90,26 @@ def test_a_released_assigned_artifact_is_admitted_with_new_floors(fleet: Fleet) 
     assert admission.requires == NEED
     assert admission.floors.assignment_version == 7
     assert admission.floors.versions["class-cam"] == 3
+
+
+def test_check_8_an_assignment_about_the_agent_is_none_about_a_model_and_the_reverse(fleet: Fleet) -> None:
+    fleet.release("1", V1, AGENT)
+    model = fleet.director.sign(fleet.assignment(), 1)
+    agent = fleet.director.sign(msgspec.structs.replace(fleet.assignment(), model=AGENT), 2)
+    refused("assignment_device", fleet, agent)
+    refused("assignment_device", fleet, model, subject=Subject.AGENT)
+    assert fleet.admit(agent, subject=Subject.AGENT).assignment.subject is Subject.AGENT
+
+
+def test_check_9_each_subject_has_a_floor_of_its_own(fleet: Fleet) -> None:
+    fleet.release("1", V1, AGENT)
+    agent = msgspec.structs.replace(fleet.assignment(), model=AGENT)
+    first, second = fleet.director.sign(agent, 2), fleet.director.sign(agent, 3)
+    floors = fleet.admit(fleet.director.sign(fleet.assignment(), 9)).floors
+    floors = fleet.admit(second, floors, subject=Subject.AGENT).floors
+    assert (floors.assignment_version, floors.agent_version) == (9, 3)
+    refused("assignment_fresh", fleet, first, floors=floors, subject=Subject.AGENT)
+    refused("assignment_fresh", fleet, fleet.director.sign(fleet.assignment(), 8), floors=floors)
 
 
 def test_check_1_a_root_of_a_stranger_is_refused(fleet: Fleet, tmp_path: Path) -> None:
