@@ -13,7 +13,7 @@ from edgefleet_shared.clock import SystemClock, iso
 from edgefleet_shared.errors import EdgefleetError
 from edgefleet_shared.files import DISK
 
-from edgefleet_agent import board, journal, slots
+from edgefleet_agent import __version__, board, journal, launcher, slots
 from edgefleet_agent import settings as board_settings
 from edgefleet_agent.fetch import SPARE_BYTES
 from edgefleet_agent.runtime.control import RuntimeClient, socket_path
@@ -44,6 +44,9 @@ def describe(state: Path) -> dict[str, Any]:
     except EdgefleetError as exc:
         serving = f"unknown: {exc.message}"
     ended = current.ended
+    own = launcher.folder(state)
+    own_journal, own_slots = journal.read(own), slots.read(own)
+    own_ended = own_journal.ended
     return {
         "device": settings.device,
         "class": settings.device_class,
@@ -57,6 +60,9 @@ def describe(state: Path) -> dict[str, Any]:
         "last_reason": ended.reason if ended else "",
         "last_ended_at": iso(ended.at) if ended else "",
         "refusal": current.refusal,
+        "agent": _words(own_slots.active) or f"the package's, {__version__}",
+        "agent_state": own_journal.life.state.value,
+        "agent_outcome": f"{own_ended.outcome.value} {own_ended.reason}".rstrip() if own_ended else "",
     }
 
 

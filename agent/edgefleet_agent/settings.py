@@ -9,6 +9,7 @@
     <state>/journal.json       where the life cycle stands (journal.py)
     <state>/slots.json         what serves (slots.py)
     <state>/artifacts/         OCI layout
+    <state>/agent/             the agent's own line: journal, slots, artifacts, trial (launcher.py)
     <state>/run/               sockets
 """
 

@@ -7,10 +7,13 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from http.client import HTTPConnection
 from pathlib import Path
 
 import pytest
+from edgefleet_shared.assignment import AGENT
+from support import agents
 from support.broker import free_port, until
 from support.fleet import Fleet, manifests, write
 from support.machine import Machine, MachineMissing
@@ -124,9 +127,9 @@ def test_a_killed_service_comes_back(machine, port, service):
     until(lambda: ask(port, "/v2/models/toy/ready")[0] == 200, "the model is served", 40)
 
 
-def test_an_upgrade_under_load_fails_no_request_and_keeps_the_board_what_it_was(machine, port, packages, tmp_path):
-    newer = [repacked(package, tmp_path) for package in packages]
-    before = {service: machine.main_pid(service) for service in SERVICES}
+@contextmanager
+def under_load(port: int) -> Iterator[list[int]]:
+    """Requests without a pause; their statuses, or the negative number of the error that came instead."""
     statuses: list[int] = []
     stop = threading.Event()
 
@@ -141,13 +144,58 @@ def test_an_upgrade_under_load_fails_no_request_and_keeps_the_board_what_it_was(
     thread.start()
     try:
         until(lambda: len(statuses) > 10, "requests are under way")
-        install(machine, *newer)
-        until(lambda: all(machine.active(s) and machine.main_pid(s) != before[s] for s in SERVICES), "both are new", 60)
+        yield statuses
         enough = len(statuses) + 50
         until(lambda: len(statuses) >= enough, "requests after it")
     finally:
         stop.set()
         thread.join()
+
+
+def roll_out_agent(fleet: Fleet, name: str, wheels: list[Path]) -> dict:
+    """Add a version of the agent, roll it out, and wait for the end."""
+    version = fleet.json("agent", "add", *map(str, wheels))["version"]
+    spec = {
+        "model": AGENT, "version": version, "soak_s": 0.0, "timeout_s": 240.0, "reach_window_s": 60.0,
+        "selector": {"devices": ["packaged"]}, "waves": [{"name": "all", "percent": 100}],
+    }  # fmt: skip
+    fleet.json("rollout", "create", "-f", str(write(fleet.folder / f"{name}.yaml", "Rollout", name, spec)))
+    fleet.run("rollout", "watch", name, "--timeout", "280", "--json", timeout_s=300)
+    return fleet.client().rollout(name)
+
+
+def test_the_agent_updates_itself_under_load_and_fails_no_request(machine, port, fleet, tmp_path):
+    wheels = agents.changed(agents.wheels(tmp_path), tmp_path / "v", "0.2.0")
+    runtime = machine.main_pid("fleet-runtime.service")
+    with under_load(port) as statuses:
+        done = roll_out_agent(fleet, "agent-0.2.0", wheels)
+    assert done["phase"] == "succeeded", machine.run(
+        "journalctl", "--unit=fleet-agent", "--no-pager", "-n", "60"
+    ).stdout
+    assert set(statuses) == {200}
+    assert machine.main_pid("fleet-runtime.service") == runtime
+    assert fleet.client().device("packaged")["report"]["agent_version"] == "0.2.0"
+
+
+def test_an_agent_that_hangs_is_ended_and_the_one_before_runs_again_under_load(machine, port, fleet, tmp_path):
+    anchor = "        agent.run()\n"
+    planted = "        import time\n        time.sleep(3600)\n"
+    wheels = agents.changed(agents.wheels(tmp_path), tmp_path / "v", "0.3.0", "edgefleet_agent/app.py", anchor, planted)
+    with under_load(port) as statuses:
+        done = roll_out_agent(fleet, "agent-0.3.0", wheels)
+        (board,) = done["boards"]
+        assert board["outcome"] == "failed_rolled_back", board
+    assert "started 3 times" in board["reason"]
+    assert set(statuses) == {200}
+    assert fleet.client().device("packaged")["report"]["agent_version"] == "0.2.0"
+
+
+def test_an_upgrade_under_load_fails_no_request_and_keeps_the_board_what_it_was(machine, port, packages, tmp_path):
+    newer = [repacked(package, tmp_path) for package in packages]
+    before = {service: machine.main_pid(service) for service in SERVICES}
+    with under_load(port) as statuses:
+        install(machine, *newer)
+        until(lambda: all(machine.active(s) and machine.main_pid(s) != before[s] for s in SERVICES), "both are new", 60)
     assert set(statuses) == {200}
     shown = machine.run("dpkg-query", "--show", "--showformat=${Version} ${db:Status-Status}", "edgefleet-agent").stdout
     assert shown.endswith("+next installed")
