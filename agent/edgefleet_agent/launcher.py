@@ -15,9 +15,7 @@ Not handled here: starting again what ended (systemd), what a version must show 
 
 from __future__ import annotations
 
-import argparse
 import hashlib
-import json
 import os
 import signal
 import sys
@@ -84,6 +82,8 @@ def read_trial(state: Path, *, files: FileSystem = DISK) -> Trial | None:
 
 def write_trial(state: Path, trial: Trial, *, files: FileSystem = DISK) -> None:
     """Keep the record, durably. Raises EnvironmentProblem."""
+    import json  # here, as below, because the resident agent imports this module and seldom comes this way
+
     atomic.write(folder(state) / "trial.json", json.dumps(trial._asdict()).encode(), files=files)
 
 
@@ -129,6 +129,8 @@ def _slot(slots: dict[str, Any], name: str) -> tuple[str, str]:
 
 
 def _object(path: Path, files: FileSystem) -> dict[str, Any]:
+    import json
+
     try:
         found = json.loads(atomic.read(path, files=files))
     except (OSError, EdgefleetError, ValueError, RecursionError):
@@ -138,6 +140,8 @@ def _object(path: Path, files: FileSystem) -> dict[str, Any]:
 
 def code_of(state: Path, manifest: str, *, files: FileSystem = DISK) -> str:
     """The path of a version's zip, when manifest and zip are to the byte what their digests say; else empty."""
+    import json
+
     own = folder(state)
     content = _blob(own, manifest, files)
     try:
@@ -181,6 +185,8 @@ def start(state: Path, choice: Choice) -> NoReturn:
 
 def main() -> NoReturn:
     """``fleet-agent-launch --state STATE``."""
+    import argparse  # the resident agent imports this module too, and needs no command line
+
     parser = argparse.ArgumentParser(
         prog="fleet-agent-launch", description="Start the version of the agent that is to run."
     )

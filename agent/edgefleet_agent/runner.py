@@ -18,9 +18,8 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 from edgefleet_shared.artifact import Layout
@@ -54,8 +53,7 @@ PROGRESS_EVERY_S = 1.0
 CHANGING = frozenset({State.SWAPPING, State.SOAKING, State.COMMITTING, State.ROLLING_BACK})
 
 
-@dataclass(frozen=True)
-class Line:
+class Line(NamedTuple):
     """What makes a runner one of the board's lines: the model's, or the agent's own (:mod:`edgefleet_agent.selfupdate`).
 
     Args:
@@ -63,14 +61,14 @@ class Line:
         home: the folder with the board's trust, when that is not the line's own.
         effects: makes what carries its effects out.
         may_begin: whether an assignment may be taken up now.
-        deciding: shared by lines that share the trust.
+        deciding: shared by lines that share the trust; None for a lock of its own.
     """
 
     subject: Subject = Subject.MODEL
     home: Path | None = None
     effects: Callable[[Path, Ports, Fetcher, int, Callable[[Body], None]], Effects] = Effects
     may_begin: Callable[[], bool] = lambda: True
-    deciding: threading.Lock = field(default_factory=threading.Lock)
+    deciding: threading.Lock | None = None
 
 
 class Happened(msgspec.Struct, frozen=True):
@@ -123,7 +121,7 @@ class Runner:
         self._effects = line.effects(state, ports, self._fetcher, settings.threads, self._spool.add)
         self._admissions = Admissions(
             line.home or state, settings, board, self._keeper, ports,
-            tell=self._spool.add, put=inbox.put, problem=self._teller.note, subject=line.subject, deciding=line.deciding,
+            tell=self._spool.add, put=inbox.put, problem=self._teller.note, subject=line.subject, deciding=line.deciding or threading.Lock(),
         )  # fmt: skip
         self._crashes = health.CrashWatch()
         self._events: deque[Happened] = deque()

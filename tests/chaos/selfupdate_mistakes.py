@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -31,7 +32,7 @@ def counted_but_not_synced(state: Path, trial: Trial, files: Any) -> bool:
     path = launcher.folder(state) / "trial.json"
     fd = files.open(path.with_name(".trial.tmp"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     counted = trial._replace(starts=trial.starts + 1)
-    files.pwrite(fd, memoryview(launcher.json.dumps(counted._asdict()).encode()), 0)
+    files.pwrite(fd, memoryview(json.dumps(counted._asdict()).encode()), 0)
     files.close(fd)
     files.replace(path.with_name(".trial.tmp"), path)
     return True

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import random
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -20,6 +22,8 @@ from support.controller import Controller
 from support.runtimes import Load
 
 TIMEOUT_S = 180  # of an assignment: a sixth of it is what a version has to prove itself, on a busy machine
+
+UPDATE_S = 8.0  # an update takes about this long: the span in which a random kill falls
 
 Make = Callable[..., tuple[str, Descriptor]]
 
@@ -90,6 +94,31 @@ def test_a_good_version_runs_and_is_committed_while_the_model_serves_on(controll
     assert load.failed == []
     assert board.told.previous is not None
     assert board.told.previous.version == first[0]
+
+
+def test_a_version_that_runs_out_of_its_zip_takes_a_model_as_any_other(controller, board, make) -> None:
+    assert board.outcome(assign(controller, make())) is Outcome.SUCCEEDED
+    model = artifacts.make_artifact(controller.layout, version="2", seed=2, device_class=controller.device_class)
+    controller.release(model, "toy", "2")
+    assert controller.outcome("b1", controller.assign("b1", model, "2")) is Outcome.SUCCEEDED, board.log()[-3000:]
+    report = controller.reports["b1"].ended
+    assert report is not None
+    assert report.acceptance is not None
+    assert report.acceptance.unconfined == ()
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_it_is_killed_at_random_moments_of_its_update_and_ends_as_it_says(controller, board, make, seed) -> None:
+    chance = random.Random(seed)
+    before, made = board.version(), make()
+    assignment = assign(controller, made)
+    for _ in range(2):
+        time.sleep(chance.uniform(0, UPDATE_S))
+        board.kill_agent()
+    told = board.outcome(assignment)
+    rests(board)
+    assert told in (Outcome.SUCCEEDED, Outcome.FAILED_ROLLED_BACK)
+    assert board.version() == (made[0] if told is Outcome.SUCCEEDED else before)
 
 
 def test_it_is_killed_and_comes_back_as_the_version_that_was_committed(controller, board, make) -> None:
