@@ -1,7 +1,7 @@
 """What does the board's package bring for agents of other versions? Receives nothing, hands on one JSON object: name to version.
 
 A child of :mod:`edgefleet_agent.board`: reading the distributions' metadata costs memory that the resident agent need not hold. Python, the
-launcher when one started us, and every installed distribution that the agent or the shared code says it needs.
+launcher when one started us, and every installed distribution but our own: a later version may need what this one does not.
 """
 
 from __future__ import annotations
@@ -16,24 +16,18 @@ import msgspec
 
 from edgefleet_agent.launcher import LAUNCHER_VARIABLE
 
-OURS = ("edgefleet-agent", "edgefleet-shared")
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+OURS = ("edgefleet-agent", "edgefleet-shared", "edgefleet-controller")
 
 
 def provided() -> dict[str, str]:
-    """By names as PyPI normalises them. Engines are left out: they have a place of their own in the fingerprint."""
+    """By names as PyPI normalises them."""
     found = {"python": platform.python_version()}
     if launcher := os.environ.get(LAUNCHER_VARIABLE):
         found["launcher"] = launcher
-    for own in OURS:
-        for requirement in importlib.metadata.requires(own) or ():
-            match = _NAME.match(requirement)
-            name = re.sub(r"[-_.]+", "-", match.group()).lower() if match else ""
-            if name and name not in OURS:
-                try:
-                    found[name] = importlib.metadata.version(name)
-                except importlib.metadata.PackageNotFoundError:
-                    continue
+    for distribution in importlib.metadata.distributions():
+        name = re.sub(r"[-_.]+", "-", distribution.metadata["Name"] or "").lower()
+        if name and name not in OURS:
+            found.setdefault(name, distribution.version)  # the first on the path is the one that is imported
     return found
 
 

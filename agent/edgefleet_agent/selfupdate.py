@@ -194,14 +194,20 @@ class AgentEffects(Effects):
         if launcher.choose(home, self._myself.package, files=files).manifest == active:
             self._myself.restart()  # the disk could not be read when it decided
         elif journal.assignment is not None and journal.assignment.manifest == active:
-            whole = launcher.code_of(home, active, files=files)
-            return Result(
-                Event.UNHEALTHY,
-                "another package was installed" if whole else "its bytes on the disk are not what was signed",
-            )
+            return Result(Event.UNHEALTHY, self._why_not(active))
         else:
             slots.write(self._state, Slots(), files=files)
         return Result(None)
+
+    def _why_not(self, committed: str) -> str:
+        """Why the launcher does not start a version that was committed."""
+        home, files = self._myself.home, self._ports.files
+        trial = launcher.read_trial(home, files=files)
+        if trial is None:
+            return "the record of its trial is lost"
+        if trial.package != self._myself.package:
+            return f"the board's package became {self._myself.package}, it was taken on {trial.package}"
+        return "its bytes on the disk are not what was signed"
 
     def _discard_agent(self) -> None:
         files = self._ports.files

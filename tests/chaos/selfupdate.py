@@ -69,6 +69,7 @@ class AgentStory:
         ends: what may run in the end ("" is the package's version), and the outcome that may then be told.
         package: the version of the package that is installed.
         rotten: a version whose bytes were changed on the disk.
+        earlier: the version of the first of two assignments.
     """
 
     name: str
@@ -79,6 +80,7 @@ class AgentStory:
     next_when: State | None = None
     package: str = PACKAGE
     rotten: str = ""
+    earlier: str = ""
 
 
 class AgentExaminer:
@@ -406,7 +408,12 @@ def agent_stories() -> tuple[AgentStory, ...]:
         bad(Does.TAKE_ALL_DOWN),
         bad(Does.FAIL_ITS_REHEARSAL, (O.FAILED_NO_CHANGE,)),
         AgentStory("superseded while fetching", one, (office.assign("a2"), office.assign("a3")), {"a3": good},
-                   next_when=State.FETCHING),
+                   next_when=State.FETCHING, earlier="a2"),
+        *(
+            AgentStory(f"superseded while {moment.value}", one, (office.assign("a2"), office.assign("a3")), {"a3": good},
+                       next_when=moment, earlier="a2")
+            for moment in (State.VERIFYING, State.SWAPPING, State.SOAKING, State.COMMITTING)
+        ),
         AgentStory("what runs has rotted", rotten(two, "a2"), (office.assign("a2"),), {"a2": good}, rotten="a2"),
         AgentStory("another package came", two, (office.assign("a3"),), {"a3": good}, package="2"),
     )  # fmt: skip

@@ -175,7 +175,10 @@ def ends_after_a_fault(story: AgentStory) -> dict[str, tuple[Outcome, ...]]:
     active = had.previous if story.rotten else had.active if story.package == PACKAGE else None
     before = active.version if active is not None else ""
     ends = {version: list(outcomes) for version, outcomes in story.ends.items()}
-    ends.setdefault(before, []).extend([Outcome.FAILED_NO_CHANGE, Outcome.FAILED_ROLLED_BACK])
+    unhurt = [Outcome.FAILED_NO_CHANGE, Outcome.FAILED_ROLLED_BACK]
+    ends.setdefault(before, []).extend(unhurt)
+    if story.earlier:  # committed before the second assignment came
+        ends.setdefault(story.earlier, []).extend(unhurt)
     if story.rotten:  # what had rotted was not noticed before the assignment of the same version was looked at
         ends[before].append(Outcome.LATE_REGRESSION)
     return {version: tuple(outcomes) for version, outcomes in ends.items()}
