@@ -14,7 +14,8 @@ from edgefleet_controller.rollout.views import Assign, IntentKind, Phase
 from edgefleet_controller.store import catalog, devices, events, rollouts
 from edgefleet_controller.store.database import Database
 from edgefleet_controller.store.devices import PresenceRow
-from edgefleet_controller.store.tables import Artifact, Assignment, CompileJob
+from edgefleet_controller.store.tables import SCHEMA_VERSION, Artifact, Assignment, CompileJob
+from edgefleet_shared.assignment import AGENT, Subject
 from edgefleet_shared.errors import (
     ConflictError,
     EdgefleetError,
@@ -59,6 +60,24 @@ def test_migrating_twice_changes_nothing(database: Database) -> None:
     database.migrate()
     with database.read() as session:
         assert devices.get_device(session, "b1").site == "lab"
+
+
+def test_a_database_of_the_first_schema_is_brought_forward_and_keeps_what_it_holds(database: Database) -> None:
+    enrol(database, "b1")
+    with database.write() as session:
+        rollouts.put_assignments(session, [assignment("r1.b1.1", "b1", 1)])
+        for statement in (
+            "ALTER TABLE device DROP COLUMN agent_assignment",
+            "ALTER TABLE assignment DROP COLUMN subject",
+            "UPDATE schema_version SET version = 1",
+        ):
+            session.connection().execute(text(statement))
+    database.migrate()
+    with database.read() as session:
+        board = devices.get_device(session, "b1")
+        assert (board.assignment, board.agent_assignment) == ("r1.b1.1", "")
+        assert rollouts.get_assignment(session, "r1.b1.1").subject == "model"
+        assert session.connection().execute(text("SELECT version FROM schema_version")).scalar_one() == SCHEMA_VERSION
 
 
 def test_a_database_of_a_newer_program_is_refused(database: Database) -> None:
@@ -387,6 +406,35 @@ def test_the_operators_word_survives_what_the_engine_writes(database: Database) 
     with database.read() as session:
         loaded, _ = rollouts.load(session, "r2")
     assert (loaded.intent.kind, loaded.intent.number, loaded.intent_seen) == (IntentKind.PAUSE, 1, 0)
+
+
+def test_a_rollout_of_the_agent_holds_boards_apart_from_one_of_a_model(database: Database) -> None:
+    fleet = fleet_of({"x86": 2})
+    with database.write() as session:
+        for name, changed in (("r2", spec()), ("agents", msgspec.structs.replace(spec(), model=AGENT))):
+            rollouts.add(session, create(name, changed, artifacts(["x86"]), fleet, 1000.0))
+    with database.read() as session:
+        assert rollouts.holders(session) == dict.fromkeys(fleet, "r2")
+        assert rollouts.holders(session, Subject.AGENT) == dict.fromkeys(fleet, "agents")
+
+
+def test_an_assignment_about_the_agent_is_in_force_beside_the_one_about_a_model(database: Database) -> None:
+    enrol(database, "b1")
+    about_agent = assignment("agents.b1.1", "b1", 2)
+    about_agent.subject = Subject.AGENT.value
+    with database.write() as session:
+        rollouts.put_assignments(session, [assignment("r1.b1.1", "b1", 1), about_agent])
+    with database.read() as session:
+        board = devices.get_device(session, "b1")
+        assert (board.assignment, board.agent_assignment) == ("r1.b1.1", "agents.b1.1")
+        assert [(row.id, row.subject) for row in sorted(rollouts.unpublished(session), key=lambda row: row.version)] == [
+            ("r1.b1.1", "model"), ("agents.b1.1", "agent"),
+        ]  # fmt: skip
+        assert {row.id for row in rollouts.signed_before(session, 1e12)} == {"r1.b1.1", "agents.b1.1"}
+    with database.write() as session:
+        rollouts.mark_published(session, [("r1.b1.1", 1), ("agents.b1.1", 2)])
+        assert rollouts.unpublished(session) == []
+        assert rollouts.publish_all_again(session) == 2
 
 
 def test_an_ended_rollout_takes_only_a_roll_back_and_holds_no_board(database: Database) -> None:
