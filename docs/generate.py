@@ -77,22 +77,23 @@ def states() -> dict[str, str]:
 
 def starts() -> dict[str, str]:
     """Which version of the agent the launcher starts."""
-    from edgefleet_agent.launcher import ALARM_FACTOR, ORDER, STARTS
+    from edgefleet_agent.launcher import ALARM_FACTOR, LATE_STARTS, ORDER, SETTLED_S, STARTS
 
     rows = [
-        (status, "open" if is_open else "over, or of another version", ", then ".join((*order, "the package's")))
+        (status, "yes" if is_open else "no", ", then ".join((*order, "the package's")))
         for (status, is_open), order in ORDER.items()
     ]
     return {
         "launcher.md": _page(
             "edgefleet_agent.launcher",
             "Which version of the agent is started",
-            "By the status of the agent's active slot and the state of its trial. The first version is taken of which every byte is what "
-            "its digest says; `previous` must be good. A trial is over after "
-            f"{STARTS} starts, each written down before it is made and ended by an alarm at {ALARM_FACTOR} times the trial's limit. When the "
+            "By the status of the agent's active slot and whether it has starts left. The first version is taken of which every byte is "
+            f"what its digest says; `previous` must be good. A version on trial (`unknown`) has {STARTS} starts, each written down before it "
+            f"is made and ended by an alarm at {ALARM_FACTOR} times the trial's limit; a committed one (`good`) has {LATE_STARTS} in a row, "
+            f"counted anew once it has run for {SETTLED_S:.0f} s. When the "
             "package is another one than the trial was made on, only the package's version is started. What a version does on trial is "
             "the [life cycle](states.md)'s `swapping` to `committing`, with the agent in the model's place.",
-            _table(("active slot", "its trial is", "started, in order"), rows),
+            _table(("active slot", "starts left", "started, in order"), rows),
         )
     }
 

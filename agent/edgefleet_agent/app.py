@@ -7,12 +7,14 @@ import queue
 import secrets
 import signal
 import threading
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
 from edgefleet_shared import atomic, logs
 from edgefleet_shared.assignment import Subject
 from edgefleet_shared.clock import SystemClock
+from edgefleet_shared.errors import EnvironmentProblem
 from edgefleet_shared.files import DISK
 from edgefleet_shared.fingerprint import Fingerprint
 
@@ -61,6 +63,7 @@ class Agent:
             files=DISK,
             spawn=spawn_thread,
         )
+        self._state, self._manifest, self._clock = state, manifest, ports.clock
         deciding = threading.Lock()
         self._models = Runner(
             state, settings, found, boot, inbox, ports, Line(may_begin=lambda: not self._own.changes, deciding=deciding)
@@ -88,6 +91,7 @@ class Agent:
 
     def run(self) -> None:
         """Until :meth:`stop`."""
+        self._settles_at = self._clock.monotonic() + launcher.SETTLED_S
         self._uplink.start()
         try:
             self._models.run(beside=self._turn_own)
@@ -105,8 +109,12 @@ class Agent:
                 item = self._own_inbox.get_nowait()
             except queue.Empty:
                 self._own.turn(None)
-                return
+                break
             self._own.turn(item)
+        if self._clock.monotonic() >= self._settles_at:
+            self._settles_at = self._clock.monotonic() + launcher.SETTLED_S
+            with suppress(EnvironmentProblem):  # a disk that refuses is asked again
+                launcher.settle(self._state, self._manifest)
 
 
 def _disarm() -> None:

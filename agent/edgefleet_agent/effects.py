@@ -32,11 +32,13 @@ INCONCLUSIVE_PAUSE_S = 5.0
 
 
 class Result(msgspec.Struct, frozen=True):
-    """What came of a job. ``event`` None: nothing to tell, go on with the next one."""
+    """What came of a job. ``event`` None: nothing to tell, go on with the next one. ``about`` is the assignment that it is about, when
+    that is not the one at work."""
 
     event: Event | None
     detail: str = ""
     acceptance: AcceptanceReport | None = None
+    about: Assignment | None = None
 
 
 Job = Callable[[threading.Event], Result]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import msgspec
-from edgefleet_shared.assignment import Admission
+from edgefleet_shared.assignment import Admission, Assignment
 from edgefleet_shared.contract import AcceptanceReport
 from edgefleet_shared.errors import EdgefleetError
 from edgefleet_shared.lifecycle import Effect, Event
@@ -28,6 +28,7 @@ class JobDone(msgspec.Struct, frozen=True):
     event: Event
     detail: str
     acceptance: AcceptanceReport | None = None
+    about: Assignment | None = None
 
 
 class JobFailed(msgspec.Struct, frozen=True):

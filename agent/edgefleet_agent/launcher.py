@@ -30,27 +30,30 @@ from edgefleet_agent import __version__
 
 LAUNCHER = "1"  # what a version may expect of its launcher; rises when this module's contract changes
 STARTS = 3  # that a version on trial is given to prove itself
+LATE_STARTS = 10  # that a committed version is given in a row without having settled in between
+SETTLED_S = 60.0  # a version that has run so long has settled, whether it reaches anybody or not
 ALARM_FACTOR = 1.5  # of the trial's limit: the version itself gives up first, and says why
 CODE_LAYER = (
     "application/vnd.edgefleet.agent.code.v1+zip"  # as in edgefleet_shared.artifact, which needs more than we may
 )
 MANIFEST_VARIABLE, LAUNCHER_VARIABLE, PACKAGE_VARIABLE = "EDGEFLEET_AGENT", "EDGEFLEET_LAUNCHER", "EDGEFLEET_PACKAGE"
 
-# (status of the active slot, whether its trial is open) -> what to start, the first that is whole. The package comes last, always.
+# (status of the active slot, whether it has starts left) -> what to start, the first that is whole. The package comes last, always.
 ORDER: dict[tuple[str, bool], tuple[str, ...]] = {
     ("none", False): (),
     ("none", True): (),
-    ("good", False): ("active", "previous"),
     ("good", True): ("active", "previous"),
+    ("good", False): ("previous",),  # it was committed and keeps ending
     ("unknown", True): ("active", "previous"),
-    ("unknown", False): ("previous",),  # its starts are used up
+    ("unknown", False): ("previous",),
     ("bad", False): ("previous",),
     ("bad", True): ("previous",),
 }
 
 
 class Trial(NamedTuple):
-    """A version's trial. ``package`` is the package's version that it is tried on: it holds for no other."""
+    """A version's trial, and its starts since it settled last. ``package`` is the package's version that it was tried on: it holds
+    for no other."""
 
     manifest: str
     limit_s: float
@@ -87,27 +90,42 @@ def write_trial(state: Path, trial: Trial, *, files: FileSystem = DISK) -> None:
     atomic.write(folder(state) / "trial.json", json.dumps(trial._asdict()).encode(), files=files)
 
 
-def choose(state: Path, package: str = __version__, *, files: FileSystem = DISK) -> Choice:
-    """Decide what to start, and count it when it is on trial.
+def settle(state: Path, manifest: str, *, files: FileSystem = DISK) -> None:
+    """A committed version has run for :data:`SETTLED_S`: its starts are counted anew. Raises EnvironmentProblem."""
+    trial = read_trial(state, files=files)
+    active, status = _slot(_object(folder(state) / "slots.json", files), "active")
+    if trial is not None and trial.starts and active == manifest == trial.manifest and status == "good":
+        write_trial(state, trial._replace(starts=0), files=files)
+
+
+def choose(state: Path, package: str = __version__, *, counting: bool = True, files: FileSystem = DISK) -> Choice:
+    """Decide what to start, and count the start.
 
     Args:
         package: the version of the package that this launcher came with.
+        counting: False to ask what would be started, and change nothing.
 
     Returns:
-        the first version in order of which every byte is there. A start that can't be counted is not made.
+        the first version in order of which every byte is there. A start on trial that can't be counted is not made.
     """
     slots, trial = _object(folder(state) / "slots.json", files), read_trial(state, files=files)
     if trial is None or trial.package != package:
         return Choice()  # another package came: whoever installed it meant its version
     active, status = _slot(slots, "active")
-    is_open = trial.manifest == active and trial.starts < STARTS
+    if status == "good" and trial.manifest != active:
+        trial = trial._replace(manifest=active, starts=0)  # it is active again, after another one's trial
+    is_open = trial.manifest == active and trial.starts < (STARTS if status == "unknown" else LATE_STARTS)
     for name in ORDER.get((status, is_open), ()):
         manifest, status = _slot(slots, name)
         on_trial = name == "active" and status == "unknown"
         if status != "good" and not on_trial:
             continue
         code = code_of(state, manifest, files=files)
-        if not code or (on_trial and not _counted(state, trial, files)):
+        if not code:
+            continue
+        # The starts of a version that is only fallen back to are not counted: the record must go on telling of the other one.
+        counted = not counting or name != "active" or _counted(state, trial, files)
+        if on_trial and not counted:
             continue
         return Choice(manifest, code, trial.limit_s * ALARM_FACTOR if on_trial else 0.0)
     return Choice()

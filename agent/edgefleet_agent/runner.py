@@ -386,14 +386,16 @@ class Runner:
                     self._inbox.put(JobBroke(exc))
                     return
                 if result.event is not None:
-                    self._inbox.put(JobDone(transition, result.event, result.detail, result.acceptance))
+                    self._inbox.put(JobDone(transition, result.event, result.detail, result.acceptance, result.about))
                     return
 
         self._ports.spawn(f"job-{self._keeper.now.life.state.value}", run)
 
     def _job_ended(self, ended: JobDone | JobFailed) -> None:
         if isinstance(ended, JobDone):
-            changes = {} if ended.acceptance is None else {"acceptance": ended.acceptance}
+            changes: dict[str, Any] = {} if ended.acceptance is None else {"acceptance": ended.acceptance}
+            if ended.about is not None:
+                changes = {"assignment": ended.about, "acceptance": None}
             self._happen(ended.event, ended.detail, **changes)
             return
         self._tries += 1

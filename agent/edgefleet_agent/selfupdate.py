@@ -84,7 +84,7 @@ class AgentEffects(Effects):
             case Effect.SOAK:
                 return lambda stop: self._stand_trial(at_work(journal), stop)
             case Effect.COMMIT:
-                return lambda stop: self._commit_agent()
+                return lambda stop: self._commit_agent(at_work(journal))
             case Effect.RETURN:
                 return lambda stop: self._return(at_work(journal).manifest)
             case Effect.SERVE:
@@ -150,7 +150,10 @@ class AgentEffects(Effects):
             if stop.wait(LOOK_S):
                 return Result(None)
 
-    def _commit_agent(self) -> Result:
+    def _commit_agent(self, assignment: Assignment) -> Result:
+        """Mark the version that runs good; another one than that has nothing to commit."""
+        if self._myself.manifest != assignment.manifest:
+            return self._not_started(assignment.manifest, Event.UNHEALTHY)
         files = self._ports.files
         now = slots.read(self._state, files=files)
         if now.active is not None:
@@ -173,30 +176,40 @@ class AgentEffects(Effects):
             slots.write(self._state, now, files=files)
         wanted = now.active.manifest if now.active else ""
         if running != wanted:
-            startable = launcher.choose(self._myself.home, self._myself.package, files=files).manifest == wanted
-            if running == failed or startable:
+            if running == failed or self._would_start(wanted):
                 self._myself.restart()
                 return Result(None)
-            now = Slots()  # the launcher finds nothing of it whole: the package's version runs
+            now = self._as_it_runs(now)
             slots.write(self._state, now, files=files)
         slots.collect_garbage(self._state, now, files=files)
         return Result(
             Event.RETURNED, f"agent {now.active.version} runs again" if now.active else "the package's agent runs"
         )
 
+    def _would_start(self, manifest: str) -> bool:
+        """Whether the launcher, asked now, starts this version: then it could not read the disk when it started another one."""
+        home, package = self._myself.home, self._myself.package
+        return launcher.choose(home, package, counting=False, files=self._ports.files).manifest == manifest
+
+    def _as_it_runs(self, now: Slots) -> Slots:
+        """The slots with what runs as the active version, when the launcher had to pass over the one that was."""
+        if now.previous is not None and now.previous.manifest == self._myself.manifest:
+            return now.returned()
+        return Slots()
+
     def _look(self, journal: Journal) -> Result:
         """At rest, after a start: is what runs what the slots say? If not, the launcher had a reason, and it is told."""
-        home, files = self._myself.home, self._ports.files
+        files, done = self._ports.files, journal.committed
         now = slots.read(self._state, files=files)
         active = now.active.manifest if now.active else ""
         if active == self._myself.manifest:
             return Result(None)
-        if launcher.choose(home, self._myself.package, files=files).manifest == active:
-            self._myself.restart()  # the disk could not be read when it decided
-        elif journal.assignment is not None and journal.assignment.manifest == active:
-            return Result(Event.UNHEALTHY, self._why_not(active))
+        if self._would_start(active):
+            self._myself.restart()
+        elif done is not None and done.manifest == active:
+            return Result(Event.UNHEALTHY, self._why_not(active), about=done)
         else:
-            slots.write(self._state, Slots(), files=files)
+            slots.write(self._state, self._as_it_runs(now), files=files)
         return Result(None)
 
     def _why_not(self, committed: str) -> str:
@@ -207,6 +220,8 @@ class AgentEffects(Effects):
             return "the record of its trial is lost"
         if trial.package != self._myself.package:
             return f"the board's package became {self._myself.package}, it was taken on {trial.package}"
+        if trial.manifest == committed and trial.starts >= launcher.LATE_STARTS:
+            return f"it was started {trial.starts} times and never ran for {launcher.SETTLED_S:.0f} s"
         return "its bytes on the disk are not what was signed"
 
     def _discard_agent(self) -> None:

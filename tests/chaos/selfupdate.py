@@ -40,7 +40,7 @@ O = Outcome  # noqa: E741 - the stories must stay readable
 OWN = launcher.folder(STATE)
 PACKAGE = "1"
 PROVIDING = msgspec.structs.replace(BOARD, provides={"launcher": launcher.LAUNCHER})
-MAX_STARTS = 16  # of a board until it rests; far more than any update needs
+MAX_STARTS = 24  # of a board until it rests; far more than any update needs
 
 
 class Does(Enum):
@@ -52,6 +52,7 @@ class Does(Enum):
     STAY_CUT_OFF = "can't reach the broker"
     DIE_ON_TRIAL = "dies while it proves itself"
     TAKE_ALL_DOWN = "takes the whole board down"
+    DIE_LATE = "works until it is committed, then dies at each start"
     FAIL_ITS_REHEARSAL = "does not start in its rehearsal"
 
 
@@ -271,7 +272,8 @@ class OwnBoard:
                 after = self.disk.after
                 self.disk = self.make_disk(list(remains(self.disk))[-1])
                 self.disk.after = after
-            if does in (Does.DIE, Does.HANG, Does.TAKE_ALL_DOWN):
+            late = does is Does.DIE_LATE and slots.read(OWN, files=self.disk.calm()).active.status is SlotStatus.GOOD
+            if late or does in (Does.DIE, Does.HANG, Does.TAKE_ALL_DOWN):
                 continue
             self.last = Running(self, choice.manifest, does)
             self.runs = version
@@ -414,6 +416,9 @@ def agent_stories() -> tuple[AgentStory, ...]:
                        next_when=moment, earlier="a2")
             for moment in (State.VERIFYING, State.SWAPPING, State.SOAKING, State.COMMITTING)
         ),
+        AgentStory("what was committed dies at each start", two, (office.assign("a1"),), {"a1": good}, {"a2": Does.DIE_LATE}),
+        AgentStory("update: it dies once it is committed", one, (office.assign("a2"),), {"a1": (O.LATE_REGRESSION, O.FAILED_ROLLED_BACK), "a2": good},
+                   {"a2": Does.DIE_LATE}),
         AgentStory("what runs has rotted", rotten(two, "a2"), (office.assign("a2"),), {"a2": good}, rotten="a2"),
         AgentStory("another package came", two, (office.assign("a3"),), {"a3": good}, package="2"),
     )  # fmt: skip

@@ -38,14 +38,14 @@ def counted_but_not_synced(state: Path, trial: Trial, files: Any) -> bool:
     return True
 
 
-def no_alarm(state: Path, package: str = "", *, files: Any) -> Choice:
-    return _choose(state, package, files=files)._replace(alarm_s=0.0)
+def no_alarm(state: Path, package: str = "", **options: Any) -> Choice:
+    return _choose(state, package, **options)._replace(alarm_s=0.0)
 
 
-def whatever_the_package(state: Path, package: str = "", *, files: Any) -> Choice:
+def whatever_the_package(state: Path, package: str = "", *, files: Any, **options: Any) -> Choice:
     """A version that was taken on another package is started on this one."""
     trial = _read_trial(state, files=files)
-    return _choose(state, trial.package if trial else package, files=files)
+    return _choose(state, trial.package if trial else package, files=files, **options)
 
 
 def bytes_not_looked_at(own: Path, digest: str, files: Any) -> bytes:
@@ -79,9 +79,9 @@ def believed_at_once(self: AgentEffects, assignment: Any, stop: Any) -> Result:
     return Result(Event.HEALTHY)
 
 
-def alarm_left_set(self: AgentEffects) -> Result:
+def alarm_left_set(self: AgentEffects, assignment: Any) -> Result:
     self._myself = self._myself._replace(proven=lambda: None)
-    return _commit(self)
+    return _commit(self, assignment)
 
 
 _commit = AgentEffects._commit_agent

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from edgefleet_agent import launcher, slots
-from edgefleet_agent.launcher import ORDER, STARTS, Choice, Trial
+from edgefleet_agent.launcher import LATE_STARTS, ORDER, STARTS, Choice, Trial
 from edgefleet_agent.slots import Slot, Slots, SlotStatus
 from edgefleet_shared import artifact
 from edgefleet_shared.artifact import SCHEMA, AgentConfig, Layout
@@ -66,8 +66,35 @@ def test_a_board_that_never_took_a_version_starts_the_packages(tmp_path: Path) -
     assert launcher.choose(tmp_path, PACKAGE) == Choice()
 
 
-def test_a_committed_version_is_started_without_alarm_and_not_counted(disk: Disk) -> None:
-    assert disk.choose() == Choice(disk.new, str(disk.code(disk.new)), 0.0)
+def test_a_committed_version_is_started_without_alarm_until_it_has_ended_too_often_in_a_row(disk: Disk) -> None:
+    chosen = [disk.choose() for _ in range(LATE_STARTS + 2)]
+    assert chosen[0] == Choice(disk.new, str(disk.code(disk.new)), 0.0)
+    assert [c.manifest for c in chosen] == [disk.new] * LATE_STARTS + [disk.old] * 2
+    assert {c.alarm_s for c in chosen} == {0.0}
+
+
+def test_a_committed_version_that_settles_in_between_is_never_given_up(disk: Disk) -> None:
+    for _ in range(3):
+        assert {disk.choose().manifest for _ in range(LATE_STARTS - 1)} == {disk.new}
+        launcher.settle(disk.state, disk.new)
+
+
+def test_a_version_on_trial_does_not_settle(disk: Disk) -> None:
+    disk.install(SlotStatus.UNKNOWN)
+    for _ in range(STARTS):
+        assert disk.choose().manifest == disk.new
+        launcher.settle(disk.state, disk.new)
+    assert disk.choose().manifest == disk.old
+
+
+def test_a_version_that_is_active_again_after_another_ones_trial_is_counted_by_itself(disk: Disk) -> None:
+    disk.trial(manifest=disk.old, starts=STARTS)
+    assert disk.choose().manifest == disk.new
+    assert launcher.read_trial(disk.state) == Trial(disk.new, 20.0, PACKAGE, 1)
+
+
+def test_to_ask_what_would_be_started_counts_nothing(disk: Disk) -> None:
+    assert launcher.choose(disk.state, PACKAGE, counting=False).manifest == disk.new
     assert launcher.read_trial(disk.state) == Trial(disk.new, 20.0, PACKAGE, 0)
 
 
@@ -86,6 +113,10 @@ def test_a_start_that_can_not_be_counted_is_not_made(disk: Disk, monkeypatch: py
 
     monkeypatch.setattr(launcher.atomic, "write", full)
     assert disk.choose().manifest == disk.old
+    monkeypatch.undo()
+    disk.install(SlotStatus.GOOD)
+    monkeypatch.setattr(launcher.atomic, "write", full)
+    assert disk.choose().manifest == disk.new, "one that was committed is started all the same"
 
 
 @pytest.mark.parametrize("status", list(SlotStatus))
