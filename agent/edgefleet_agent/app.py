@@ -38,11 +38,11 @@ class Agent:
     """Both lines of a board, the model's and the agent's own, on one thread and one connection.
 
     Args:
-        manifest: of the version that runs, as the launcher said; empty for the package's.
+        manifest: of the version that runs, as the launcher said; empty for the package's; None without a launcher.
         package: the package's version.
     """
 
-    def __init__(self, state: Path, settings: Settings, found: Fingerprint, manifest: str, package: str) -> None:
+    def __init__(self, state: Path, settings: Settings, found: Fingerprint, manifest: str | None, package: str) -> None:
         inbox: queue.Queue[Item] = queue.Queue(INBOX_LIMIT)
         self._own_inbox: queue.Queue[Item] = queue.Queue(INBOX_LIMIT)
         boot = secrets.token_hex(6)
@@ -63,13 +63,14 @@ class Agent:
             files=DISK,
             spawn=spawn_thread,
         )
-        self._state, self._manifest, self._clock = state, manifest, ports.clock
+        self._state, self._manifest, self._clock = state, manifest or "", ports.clock
         deciding = threading.Lock()
         self._models = Runner(
             state, settings, found, boot, inbox, ports, Line(may_begin=lambda: not self._own.changes, deciding=deciding)
         )
         myself = Myself(
-            manifest=manifest,
+            manifest=manifest or "",
+            launched=manifest is not None,
             package=package,
             home=state,
             unproven=Proof(lambda: fork.up, lambda: self._own.unverified(), ports),
@@ -84,7 +85,7 @@ class Agent:
             f"{boot}a",
             self._own_inbox,
             ports._replace(
-                uplink=AgentUplink(self._uplink, manifest, self._uplink.tell_agent), examiner=AgentExaminer(state)
+                uplink=AgentUplink(self._uplink, manifest or "", self._uplink.tell_agent), examiner=AgentExaminer(state)
             ),
             Line(subject=Subject.AGENT, home=state, effects=partial(AgentEffects, myself=myself), deciding=deciding),
         )
@@ -135,7 +136,7 @@ def run(state: Path) -> None:
             state,
             settings,
             board.read_fingerprint(),
-            os.environ.get(launcher.MANIFEST_VARIABLE, ""),
+            os.environ.get(launcher.MANIFEST_VARIABLE),
             os.environ.get(launcher.PACKAGE_VARIABLE, __version__),
         )
         for number in (signal.SIGTERM, signal.SIGINT):

@@ -193,6 +193,10 @@ def start(state: Path, choice: Choice) -> NoReturn:
     }  # fmt: skip
     if choice.code:
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, [choice.code, os.environ.get("PYTHONPATH", "")]))
+    told = (
+        f"{choice.manifest}, on trial" if choice.alarm_s else choice.manifest or f"the package's version, {__version__}"
+    )
+    sys.stderr.write(f"fleet-agent-launch: starting {told}\n")
     # alarm(2) survives execve(2), and its action is the default one again there: to end the process.
     signal.setitimer(signal.ITIMER_REAL, choice.alarm_s)
     os.chdir("/")  # nothing is imported from where we happen to be

@@ -36,6 +36,7 @@ from edgefleet_agent.transport import Arrival, Desired, Down, Up, Uplink
 log = logging.getLogger(__name__)
 
 LOOK_S = 0.5
+PROOF_LEAST_S = 20.0  # a slow board takes half of it to load its engines once, and the alarm counts from the very start
 PROOF_LIMIT_S = 120.0  # for a version on trial to prove itself; a board that boots waits for its network meanwhile
 MODELS_LIMIT_S = (
     600.0  # a model that is being swapped is let finish; one that never does must not keep out what may mend it
@@ -48,6 +49,7 @@ class Myself(NamedTuple):
 
     Args:
         manifest: of what runs; empty for the package's version.
+        launched: by the launcher, and not by hand.
         package: the package's version.
         home: the board's state folder.
         unproven: what it has not shown yet, in words; empty when nothing is left.
@@ -57,6 +59,7 @@ class Myself(NamedTuple):
     """
 
     manifest: str
+    launched: bool
     package: str
     home: Path
     unproven: Callable[[], str]
@@ -108,7 +111,8 @@ class AgentEffects(Effects):
         while not self._myself.models_rest() and self._ports.clock.monotonic() < patience:
             if stop.wait(LOOK_S):
                 return Result(None)
-        limit_s = min(PROOF_LIMIT_S, assignment.timeout_s * LIMIT_SHARE) if assignment.timeout_s else PROOF_LIMIT_S
+        share_s = assignment.timeout_s * LIMIT_SHARE if assignment.timeout_s else PROOF_LIMIT_S
+        limit_s = min(PROOF_LIMIT_S, max(PROOF_LEAST_S, share_s))
         launcher.write_trial(self._myself.home, Trial(wanted, limit_s, self._myself.package), files=files)
         slots.write(self._state, now.flipped(), files=files)
         self._myself.restart()
@@ -198,11 +202,14 @@ class AgentEffects(Effects):
         return Slots()
 
     def _look(self, journal: Journal) -> Result:
-        """At rest, after a start: is what runs what the slots say? If not, the launcher had a reason, and it is told."""
+        """At rest, after a start: is what runs what the slots say? If not, the launcher had a reason, and it is told.
+
+        A start by hand says nothing about what the launcher would have done.
+        """
         files, done = self._ports.files, journal.committed
         now = slots.read(self._state, files=files)
         active = now.active.manifest if now.active else ""
-        if active == self._myself.manifest:
+        if active == self._myself.manifest or not self._myself.launched:
             return Result(None)
         if self._would_start(active):
             self._myself.restart()

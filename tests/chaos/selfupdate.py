@@ -159,7 +159,7 @@ class Running:
         self.inbox = Inbox(board)
         self.wire = Wire(board.depot, board.depot.publications["agents"], self.inbox.put)
         myself = Myself(
-            manifest=manifest, package=board.story.package, home=STATE, unproven=self._unproven, models_rest=lambda: True,
+            manifest=manifest, launched=True, package=board.story.package, home=STATE, unproven=self._unproven, models_rest=lambda: True,
             restart=partial(setattr, self, "restarting", True), proven=partial(setattr, self, "proven", True),
         )  # fmt: skip
         self.runner = Runner(
