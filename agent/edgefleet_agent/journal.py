@@ -13,9 +13,16 @@ from edgefleet_shared.contract import AcceptanceReport
 from edgefleet_shared.errors import ArtifactError
 from edgefleet_shared.files import DISK, FileSystem
 from edgefleet_shared.lifecycle import Life
-from edgefleet_shared.messages import Ended
+from edgefleet_shared.messages import Ended, SignedResult
 
 log = logging.getLogger(__name__)
+
+
+class Told(msgspec.Struct, frozen=True, kw_only=True):
+    """A result as it is told: signed, or without ``result`` when this board could not sign it."""
+
+    ended: Ended
+    result: SignedResult | None = None
 
 
 class Journal(msgspec.Struct, frozen=True, kw_only=True):
@@ -28,7 +35,8 @@ class Journal(msgspec.Struct, frozen=True, kw_only=True):
         committed: the assignment that was committed last: what a late regression is told of.
         reason: why the pending outcome is what it is.
         acceptance: the last verdict on this assignment.
-        ended: how the last assignment ended.
+        ended: how the last assignment ended; its ``number`` counts those that ever did.
+        told: the last such that was told, signed.
         desired_seen: digest of the last ``desired`` message that was decided about.
         refusal: why that one was refused, if it was.
     """
@@ -40,6 +48,7 @@ class Journal(msgspec.Struct, frozen=True, kw_only=True):
     reason: str = ""
     acceptance: AcceptanceReport | None = None
     ended: Ended | None = None
+    told: Told | None = None
     desired_seen: str = ""
     refusal: str = ""
 

@@ -68,7 +68,7 @@ class Teller:
         self._ports.uplink.report(
             reported(
                 self._settings, self._board, self._boot, self._ports.clock.now(), self._keeper.now, self._on_disk,
-                problem="; ".join(problems.values()),
+                problem="; ".join(problems.values()), events_dropped=self._spool.dropped,
             )
         )  # fmt: skip
 
@@ -81,8 +81,9 @@ class Teller:
 
 
 def reported(
-    settings: Settings, board: Fingerprint, boot: str, at: float, journal: Journal, on_disk: Slots, problem: str
-) -> Reported:
+    settings: Settings, board: Fingerprint, boot: str, at: float, journal: Journal, on_disk: Slots, *, problem: str,
+    events_dropped: dict[str, int],
+) -> Reported:  # fmt: skip
     """Where the board is: the whole of it, to be retained. ``problem`` is what keeps it from going on, if anything does."""
     return Reported(
         device=settings.device,
@@ -96,10 +97,12 @@ def reported(
         active=_told(on_disk.active),
         candidate=_told(on_disk.candidate),
         previous=_told(on_disk.previous),
-        ended=journal.ended,
+        ended=journal.told.ended if journal.told else None,
+        result=journal.told.result if journal.told else None,
         desired_seen=journal.desired_seen,
         refusal=journal.refusal,
         problem=problem[:MAX_DETAIL],
+        events_dropped=events_dropped,
     )
 
 
@@ -113,7 +116,14 @@ def ended(journal: Journal, at: float) -> Ended:
         reason="" if journal.life.outcome is Outcome.SUCCEEDED else journal.reason,
         at=at,
         acceptance=journal.acceptance,
+        number=next_number(journal),
     )
+
+
+def next_number(journal: Journal) -> int:
+    """The number of the next result of this board."""
+    told = journal.told.ended.number if journal.told else 0
+    return max(told, journal.ended.number if journal.ended else 0) + 1
 
 
 def progress(journal: Journal, fetcher: Fetcher, detail: str) -> Progress | None:

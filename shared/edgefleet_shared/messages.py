@@ -29,7 +29,7 @@ class SlotReport(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Ended(msgspec.Struct, frozen=True, kw_only=True):
-    """How the board's last assignment ended, and why. ``acceptance`` when it came that far."""
+    """How the board's last assignment ended, and why. ``acceptance`` when it came that far; ``number`` rises with each."""
 
     assignment: str
     manifest: str
@@ -37,13 +37,38 @@ class Ended(msgspec.Struct, frozen=True, kw_only=True):
     reason: str = ""
     at: float = 0.0
     acceptance: AcceptanceReport | None = None
+    number: int = 0
+
+
+class EnvelopeSignature(msgspec.Struct, frozen=True):
+    """``sig`` is base64; ``keyid`` a hint and no more."""
+
+    keyid: str
+    sig: str
+
+
+class Envelope(msgspec.Struct, frozen=True, kw_only=True, rename={"payload_type": "payloadType"}):
+    """A DSSE envelope; ``payload`` is base64 (:mod:`edgefleet_shared.results`)."""
+
+    payload: str
+    payload_type: str
+    signatures: tuple[EnvelopeSignature, ...]
+
+
+class SignedResult(msgspec.Struct, frozen=True, kw_only=True):
+    """How an assignment ended, signed with the board's key. ``certificate`` is that key's, PEM."""
+
+    envelope: Envelope
+    certificate: str
 
 
 class Reported(msgspec.Struct, frozen=True, kw_only=True):
-    """``reported``: where the board is. Retained. ``boot`` changes with each start of the agent; ``at`` is UTC seconds;
+    """``reported``: where the board is. Retained. ``boot`` changes with each start of the agent; ``at`` is UTC seconds; ``ended`` is told
+    once it is signed, with the signature in ``result``;
     ``assignment`` is the one being worked on or last ended; ``desired_seen`` the sha256 digest of the last ``desired``
     message that the agent has come to a decision about; ``refusal`` why that one was refused, if it was; ``problem`` what keeps the
-    board from going on (a full or broken disk, say) while that lasts: it tries again by itself."""
+    board from going on (a full or broken disk, say) while that lasts: it tries again by itself. ``events_dropped`` counts, by kind and
+    since the enrolment, the events that the board gave up because the line was down for longer than its spool could hold."""
 
     device: str
     device_class: str
@@ -57,9 +82,11 @@ class Reported(msgspec.Struct, frozen=True, kw_only=True):
     candidate: SlotReport | None = None
     previous: SlotReport | None = None
     ended: Ended | None = None
+    result: SignedResult | None = None
     desired_seen: str = ""
     refusal: str = ""
     problem: str = ""
+    events_dropped: dict[str, int] = {}
 
 
 class Presence(msgspec.Struct, frozen=True):
@@ -83,6 +110,7 @@ class OutcomeTold(msgspec.Struct, frozen=True, kw_only=True, tag="outcome"):
     """An assignment ended. The same words as in ``reported``, but in the ordered, acknowledged stream."""
 
     ended: Ended
+    result: SignedResult | None = None
 
 
 class Health(msgspec.Struct, frozen=True, kw_only=True, tag="health"):
@@ -110,10 +138,12 @@ class Health(msgspec.Struct, frozen=True, kw_only=True, tag="health"):
 
 
 class Dropped(msgspec.Struct, frozen=True, kw_only=True, tag="dropped"):
-    """The agent's spool was full: this many events, up to that sequence number, were given up."""
+    """This many events, right above what is stored up to ``up_to``, will never come: the agent's spool was full, or they were not on
+    its disk yet when it ended. ``boot`` is the start of the agent that had numbered them; empty is the one that tells it."""
 
     count: int
     up_to: int
+    boot: str = ""
 
 
 class Refused(msgspec.Struct, frozen=True, kw_only=True, tag="refused"):

@@ -48,7 +48,7 @@ def list_devices(home: Path, as_json: bool) -> None:
         return
     rows = [
         (b["name"], b["class"], b["site"], "online" if b["online"] else f"offline {_ago(b['last_seen'])}",
-         f"{b['model']} {b['version']}".strip(), b["state"], b["outcome"], b["problem"] or b["refusal"] or b["reason"])
+         f"{b['model']} {b['version']}".strip(), b["state"], b["outcome"], b["problem"] or b["result_refused"] or b["refusal"] or b["reason"])
         for b in boards
     ]  # fmt: skip
     table("devices", ("device", "class", "site", "line", "serves", "state", "outcome", "why"), rows)

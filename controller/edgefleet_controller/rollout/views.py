@@ -152,7 +152,8 @@ class BoardView(msgspec.Struct, frozen=True, kw_only=True):
     ``serving`` is the manifest digest that its active slot holds ("" for none), ``good`` the artifact it would fall back to:
     the active one if that is marked good, else the previous one. ``assignment`` and ``assigned_manifest`` are the last one
     that the controller gave; ``settled`` says that the board has come to a decision about it, ``refusal`` why it refused it.
-    ``holder`` names another unfinished rollout that has selected this board.
+    ``ended`` is its own word: signed, or unsigned of a board that need not sign. A result that is not believed is not there; ``doubt``
+    says why, ``doubted`` about which assignment it was. ``holder`` names another unfinished rollout that has selected this board.
     """
 
     device: str
@@ -171,6 +172,10 @@ class BoardView(msgspec.Struct, frozen=True, kw_only=True):
     settled: bool = False
     refusal: str = ""
     ended: Ended | None = None
+    signed: bool = False
+    must_sign: bool = False
+    doubt: str = ""
+    doubted: str = ""
     figures: Figures | None = None
     holder: str = ""
 
@@ -179,8 +184,12 @@ class BoardView(msgspec.Struct, frozen=True, kw_only=True):
         return self.online and not self.revoked and now - self.last_seen <= window_s
 
     def has(self, manifest: str) -> bool:
-        """Whether it serves this artifact, marked good, with no other one waiting for it."""
+        """Whether it serves this artifact, marked good, with no other one waiting for it. Slots are not signed: where signatures are
+        asked for, only a result that says so is believed, and another board is asked."""
         return (
+            not self.must_sign
+            or (self.ended is not None and self.ended.outcome is Outcome.SUCCEEDED and self.ended.manifest == manifest)
+        ) and (
             self.good is not None
             and self.good.manifest == manifest == self.serving
             and self.state is State.IDLE
@@ -228,7 +237,7 @@ class Progress(msgspec.Struct, frozen=True, kw_only=True):
 
     ``rank`` is its place in the spread order; ``wave`` the index of its wave (-1 none, number of waves = catch-up);
     ``left_wave`` the wave that it fell silent in; ``tries`` counts assignments of this rollout, ``attempt`` those since the last
-    resume; ``since`` when it came to its standing; ``previous`` what it served before it was first touched.
+    resume; ``signed`` whether its word is signed with its key, None before it has spoken; ``since`` when it came to its standing; ``previous`` what it served before it was first touched.
     """
 
     device: str
@@ -244,6 +253,7 @@ class Progress(msgspec.Struct, frozen=True, kw_only=True):
     previous: ArtifactRef | None = None
     outcome: Outcome | None = None
     reason: str = ""
+    signed: bool | None = None
     accept_p95_ms: float | None = None
     before_p95_ms: float | None = None
     back_reason: str = ""

@@ -77,9 +77,11 @@ def _by_boot(events: Sequence[Event]) -> list[tuple[tuple[str, str], list[int], 
     sequences: dict[tuple[str, str], set[int]] = {}
     given_up: dict[tuple[str, str], int] = {}
     for event in events:
-        key = (event.device, event.boot)
-        sequences.setdefault(key, set()).add(event.sequence)
+        sequences.setdefault((event.device, event.boot), set()).add(event.sequence)
         if isinstance(event.body, Dropped):
+            # A start of the agent also speaks for those before it.
+            key = (event.device, event.body.boot or event.boot)
+            sequences.setdefault(key, set())
             given_up[key] = max(given_up.get(key, 0), event.body.up_to)
     return [(key, sorted(found), given_up.get(key, 0)) for key, found in sorted(sequences.items())]
 
