@@ -50,7 +50,9 @@ class Effects:
         tell: has a result signed and told.
     """
 
-    def __init__(self, state: Path, ports: Ports, fetcher: Fetcher, threads: int, tell: Callable[[Ended], None]) -> None:
+    def __init__(
+        self, state: Path, ports: Ports, fetcher: Fetcher, threads: int, tell: Callable[[Ended], None]
+    ) -> None:
         self._state, self._ports, self._fetcher = state, ports, fetcher
         self._threads, self._tell = threads, tell
 

@@ -261,7 +261,9 @@ class EventStore:
     def _make_room(self, needed_bytes: int, spare: Segment) -> None:
         """Give up the oldest health, then the oldest of the rest, until the bound holds."""
         while sum(s.disk_bytes for s in self._segments) + needed_bytes > self._limit:
-            victims = sorted((s for s in self._segments if s is not spare), key=lambda s: (s.lane != "health", s.number))
+            victims = sorted(
+                (s for s in self._segments if s is not spare), key=lambda s: (s.lane != "health", s.number)
+            )
             if not victims:
                 return
             self._give_up(victims[0])
@@ -279,7 +281,9 @@ class EventStore:
                     kind = "unreadable"
                 kinds = _sum(kinds, {kind: 1})
         self._write_given_up(GivenUp(kinds=_sum(self.dropped, kinds), segments=(segment.number,)))
-        log.warning("events given up", extra={"count": sum(kinds.values()), "reason": f"the spool holds {self._limit} bytes"})
+        log.warning(
+            "events given up", extra={"count": sum(kinds.values()), "reason": f"the spool holds {self._limit} bytes"}
+        )
         self._take_out(segment)
         self.collect()
 
@@ -298,7 +302,10 @@ class EventStore:
         except FileNotFoundError:
             return GivenUp()
         except msgspec.DecodeError as exc:
-            log.error("dropped.json damaged", extra={"reason": str(exc), "kept_as": str(atomic.set_aside(path, files=self._files))})
+            log.error(
+                "dropped.json damaged",
+                extra={"reason": str(exc), "kept_as": str(atomic.set_aside(path, files=self._files))},
+            )
             return GivenUp()
 
     def _write_given_up(self, given_up: GivenUp) -> None:

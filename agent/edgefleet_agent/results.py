@@ -61,7 +61,9 @@ class ChildSigner:
                 return msgspec.json.decode(ended.reports[0], type=SignedResult)
         except msgspec.DecodeError as exc:
             raise EnvironmentProblem(f"the signing child answered nonsense: {exc}") from exc
-        raise EnvironmentProblem(f"the board's key could not sign: {ended.problem or 'no answer'} {ended.output[-300:]}".rstrip())
+        raise EnvironmentProblem(
+            f"the board's key could not sign: {ended.problem or 'no answer'} {ended.output[-300:]}".rstrip()
+        )
 
 
 class Results:

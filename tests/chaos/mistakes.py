@@ -252,7 +252,9 @@ def remove_before_counting(self: event_store.EventStore, segment: event_store.Se
 
 def count_without_naming(self: event_store.EventStore, given_up: event_store.GivenUp) -> None:
     """What was given up is counted, and which segment it was in is not said."""
-    atomic.write(self._folder / "dropped.json", msgspec.json.encode(event_store.GivenUp(kinds=given_up.kinds)), files=self._files)
+    atomic.write(
+        self._folder / "dropped.json", msgspec.json.encode(event_store.GivenUp(kinds=given_up.kinds)), files=self._files
+    )
     self._given_up, self._counted = given_up, True
 
 

@@ -58,7 +58,9 @@ class Receiver:
 class Board:
     """One start of the agent's spool on a disk, and what it may promise by now."""
 
-    def __init__(self, disk: MemoryDisk, receiver: Receiver, boot: str, loses: Callable[[int], bool] = lambda n: False) -> None:
+    def __init__(
+        self, disk: MemoryDisk, receiver: Receiver, boot: str, loses: Callable[[int], bool] = lambda n: False
+    ) -> None:
         self.clock, self.receiver, self.boot = ManualClock(), receiver, boot
         self.line: deque[bytes] = deque()
         self.added: set[Key] = set()

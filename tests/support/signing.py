@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -11,8 +12,6 @@ from edgefleet_shared import results
 from edgefleet_shared.messages import Ended, Envelope, SignedResult
 from securesystemslib import dsse
 from securesystemslib.signer import CryptoSigner
-
-import msgspec
 
 
 class BoardKey:
@@ -34,7 +33,9 @@ class BoardKey:
         key = ec.generate_private_key(ec.SECP256R1())
         request = x509.CertificateSigningRequestBuilder().subject_name(x509.Name([])).sign(key, hashes.SHA256())
         certificate = ca.enroll(request.public_bytes(serialization.Encoding.PEM), device)
-        pem = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+        pem = key.private_bytes(
+            serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+        )
         return cls(device, certificate.public_bytes(serialization.Encoding.PEM).decode(), pem)
 
     def sign(self, ended: Ended) -> SignedResult:
