@@ -37,7 +37,9 @@ LANES: tuple[Lane, Lane] = ("health", "other")
 
 MAX_SEGMENT_BYTES = 128 * 1024  # what is held in memory of a lane while it is sent
 SEGMENTS = 16  # as many at least share the bound, so that giving one up loses a sixteenth
+OTHER_SHARE = 0.75  # of the bound, for what is not health: so that health never takes its place, nor it all of health's
 BLOCK_BYTES = 4096  # what the smallest file takes of a disk
+MAX_HEADER_BYTES = 128
 
 _RECORD = struct.Struct("<IIQ")  # crc32 of the rest, length of the content, sequence
 _NAME = re.compile(r"(\d{8})-(health|other)\.seg")
@@ -81,7 +83,7 @@ class Segment:
 
     @property
     def disk_bytes(self) -> int:
-        return -(-self.size_bytes // BLOCK_BYTES) * BLOCK_BYTES
+        return _blocks(self.size_bytes)
 
 
 class EventStore:
@@ -155,17 +157,14 @@ class EventStore:
             EnvironmentProblem: none of them counts as kept.
         """
         self.collect()
-        segment = self._open.get(lane)
-        if segment is None or segment.size_bytes >= self._segment_bytes or segment not in self._segments:
-            number = self._next
-            segment = Segment(self._folder / f"{number:08}-{lane}.seg", number, lane, self._boot)
+        self._make_room(lane, sum(_RECORD.size + len(content) for _, content in events))
+        segment = self._segment(lane)
         piece, offsets = b"", list[int]()
         if not segment.size_bytes:
             piece = _record(0, msgspec.json.encode(_Header(self._boot)))
         for sequence, content in events:
             offsets.append(segment.size_bytes + len(piece))
             piece += _record(sequence, content)
-        self._make_room(len(piece) + BLOCK_BYTES, segment)
         if not self._counted:
             self._write_given_up(self._given_up)
         self._open.pop(lane, None)  # a failed append ends it: see atomic.append
@@ -258,15 +257,31 @@ class EventStore:
                 best = segment, index
         return best
 
-    def _make_room(self, needed_bytes: int, spare: Segment) -> None:
-        """Give up the oldest health, then the oldest of the rest, until the bound holds."""
-        while sum(s.disk_bytes for s in self._segments) + needed_bytes > self._limit:
-            victims = sorted(
-                (s for s in self._segments if s is not spare), key=lambda s: (s.lane != "health", s.number)
-            )
-            if not victims:
-                return
-            self._give_up(victims[0])
+    def _segment(self, lane: Lane) -> Segment:
+        """The one that is appended to: a new one when there is none, or it is large enough."""
+        segment = self._open.get(lane)
+        if segment is not None and segment.size_bytes < self._segment_bytes:
+            return segment
+        return Segment(self._folder / f"{self._next:08}-{lane}.seg", self._next, lane, self._boot)
+
+    def _make_room(self, lane: Lane, piece_bytes: int) -> None:
+        """Give up the oldest until the bound holds: of the rest when it would take more than its share, else of health."""
+
+        def over(bound: float, *lanes: Lane) -> bool:
+            segment = self._segment(lane)
+            needed = _blocks(segment.size_bytes + MAX_HEADER_BYTES + piece_bytes) - segment.disk_bytes
+            return sum(s.disk_bytes for s in self._segments if s.lane in lanes) + needed > bound
+
+        while lane == "other" and over(self._limit * OTHER_SHARE, lane) and self._give_up_oldest(lane):
+            pass
+        while over(self._limit, *LANES) and self._give_up_oldest("health"):
+            pass
+
+    def _give_up_oldest(self, lane: Lane) -> bool:
+        oldest = min((s for s in self._segments if s.lane == lane), key=lambda s: s.number, default=None)
+        if oldest is not None:
+            self._give_up(oldest)
+        return oldest is not None
 
     def _give_up(self, segment: Segment) -> None:
         kinds: dict[str, int] = {}
@@ -329,6 +344,10 @@ class EventStore:
         if found is not None:
             found.size_bytes = len(content)
         return found if found is not None and found.sequences else None
+
+
+def _blocks(size_bytes: int) -> int:
+    return -(-size_bytes // BLOCK_BYTES) * BLOCK_BYTES
 
 
 def _record(sequence: int, content: bytes) -> bytes:

@@ -34,7 +34,7 @@ def main() -> int:
 def sign(request: SignRequest) -> SignedResult:
     """The payload, signed by the key that the board's certificate is about."""
     certificate = (Path(request.identity) / "agent.pem").read_bytes()
-    public = SSlibKey.from_crypto(x509.load_pem_x509_certificate(certificate).public_key())  # type: ignore[arg-type]
+    public = SSlibKey.from_crypto(x509.load_pem_x509_certificate(certificate).public_key())
     envelope = dsse.Envelope(request.payload, PAYLOAD_TYPE, {})
     envelope.sign(Signer.from_priv_key_uri(request.key, public))
     return SignedResult(envelope=msgspec.convert(envelope.to_dict(), Envelope), certificate=certificate.decode())

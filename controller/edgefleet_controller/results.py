@@ -133,7 +133,7 @@ class ResultVerifier:
 
 def _verify(signed: SignedResult, content: bytes, certificate: x509.Certificate) -> None:
     try:
-        key = SSlibKey.from_crypto(certificate.public_key())  # type: ignore[arg-type]
+        key = SSlibKey.from_crypto(certificate.public_key())
         envelope = dsse.Envelope.from_dict(msgspec.to_builtins(signed.envelope))
         if envelope.payload != content:
             raise TrustError("result", "the envelope can be read in two ways")

@@ -265,9 +265,12 @@ def remove_what_was_sent(self: spool.Spool) -> None:
         self._store.acknowledge(boot, sequence)
 
 
-def oldest_first_whatever_it_is(self: event_store.EventStore, needed_bytes: int, spare: event_store.Segment) -> None:
-    while sum(s.disk_bytes for s in self._segments) + needed_bytes > self._limit:
-        self._give_up(min((s for s in self._segments if s is not spare), key=lambda s: s.number))
+def oldest_first_whatever_it_is(self: event_store.EventStore, lane: event_store.Lane, needed_bytes: int) -> None:
+    while (
+        self._segments
+        and sum(s.disk_bytes for s in self._segments) + needed_bytes > self._limit - event_store.BLOCK_BYTES
+    ):
+        self._give_up(min(self._segments, key=lambda s: s.number))
 
 
 @dataclass(frozen=True)

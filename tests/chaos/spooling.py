@@ -59,8 +59,9 @@ class Board:
     """One start of the agent's spool on a disk, and what it may promise by now."""
 
     def __init__(
-        self, disk: MemoryDisk, receiver: Receiver, boot: str, loses: Callable[[int], bool] = lambda n: False
-    ) -> None:
+        self, disk: MemoryDisk, receiver: Receiver, boot: str, loses: Callable[[int], bool] = lambda n: False,
+        limit_bytes: int = LIMIT_BYTES,
+    ) -> None:  # fmt: skip
         self.clock, self.receiver, self.boot = ManualClock(), receiver, boot
         self.line: deque[bytes] = deque()
         self.added: set[Key] = set()
@@ -70,7 +71,7 @@ class Board:
         self._loses = loses
         self._sequence = 0
         self.spool = Spool(
-            FOLDER, "b1", boot, self._publish, self.clock, limit_bytes=LIMIT_BYTES, flush_s=FLUSH_S, files=disk
+            FOLDER, "b1", boot, self._publish, self.clock, limit_bytes=limit_bytes, flush_s=FLUSH_S, files=disk
         )
         self.spool.tick()
 
@@ -186,7 +187,10 @@ class SpoolExplorer:
                     self._note(Found(tree, receiver.copy(), promised, added, found.depth + 1, trail))
 
             disk.after = after
-            board = Board(disk, receiver, self.boot_of(found.depth))
+            # A start that must give up counts what the controller may have already; here every count is to be exact.
+            board = Board(
+                disk, receiver, self.boot_of(found.depth), limit_bytes=LIMIT_BYTES if found.depth == 0 else 1 << 20
+            )
             if found.depth == 0:
                 play(board)
             else:
