@@ -149,6 +149,7 @@ class EventStore:
         self._next = max(numbers, default=0) + 1
         self._given_up = GivenUp(kinds=_sum(before.kinds, self._given_up.kinds), segments=before.segments)
         self.loaded = True
+        self.collect()
 
     def append(self, lane: Lane, events: Sequence[tuple[int, bytes]]) -> None:
         """Keep events of this boot, ascending, durably: when this returns, no cut takes them.
