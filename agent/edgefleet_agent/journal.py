@@ -18,13 +18,6 @@ from edgefleet_shared.messages import Ended, SignedResult
 log = logging.getLogger(__name__)
 
 
-class Told(msgspec.Struct, frozen=True, kw_only=True):
-    """A result as it is told: signed, or without ``result`` when this board could not sign it."""
-
-    ended: Ended
-    result: SignedResult | None = None
-
-
 class Journal(msgspec.Struct, frozen=True, kw_only=True):
     """Where the board stands.
 
@@ -36,7 +29,7 @@ class Journal(msgspec.Struct, frozen=True, kw_only=True):
         reason: why the pending outcome is what it is.
         acceptance: the last verdict on this assignment.
         ended: how the last assignment ended; its ``number`` counts those that ever did.
-        told: the last such that was told, signed.
+        result: the same, signed, once it is.
         desired_seen: digest of the last ``desired`` message that was decided about.
         refusal: why that one was refused, if it was.
     """
@@ -48,7 +41,7 @@ class Journal(msgspec.Struct, frozen=True, kw_only=True):
     reason: str = ""
     acceptance: AcceptanceReport | None = None
     ended: Ended | None = None
-    told: Told | None = None
+    result: SignedResult | None = None
     desired_seen: str = ""
     refusal: str = ""
 

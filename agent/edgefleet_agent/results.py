@@ -19,8 +19,9 @@ from edgefleet_shared.messages import Body, Ended, OutcomeTold, SignedResult
 
 from edgefleet_agent import sandbox
 from edgefleet_agent.inbox import JobBroke, SigningDone
-from edgefleet_agent.journal import Keeper, Told
+from edgefleet_agent.journal import Keeper
 from edgefleet_agent.ports import Ports
+from edgefleet_agent.reporting import Told
 from edgefleet_agent.sandbox import Limits
 
 log = logging.getLogger(__name__)
@@ -73,12 +74,12 @@ class Results:
         tell: puts an event into the spool.
         put: the inbox.
         problem: notes why the board can't sign, "" when it can again.
-        report: tells where the board is.
+        report: tells it with where the board is.
     """
 
     def __init__(
         self, device: str, keeper: Keeper, ports: Ports, *, tell: Callable[[Body], None],
-        put: Callable[[SigningDone | JobBroke], None], problem: Callable[[str], None], report: Callable[[], None],
+        put: Callable[[SigningDone | JobBroke], None], problem: Callable[[str], None], report: Callable[[Told], None],
     ) -> None:  # fmt: skip
         self._device, self._keeper, self._ports = device, keeper, ports
         self._tell, self._put, self._problem, self._report = tell, put, problem, report
@@ -88,9 +89,12 @@ class Results:
 
     def begin(self) -> None:
         """The journal is there: what an earlier start left unsigned is signed now."""
-        ended, told = self._keeper.now.ended, self._keeper.now.told
-        if ended is not None and (told is None or told.ended != ended or told.result is None):
-            self.sign(ended)
+        now, signed = self._keeper.now, None
+        if now.result is not None:
+            signed = results.decode(results.payload(now.result.envelope)).ended
+            self._report(Told(ended=signed, result=now.result))
+        if now.ended is not None and now.ended != signed:
+            self.sign(now.ended)
 
     def sign(self, ended: Ended) -> None:
         """An assignment ended."""
@@ -126,36 +130,26 @@ class Results:
         self._at_work = False
         match done.result:
             case SignedResult() as result:
-                try:
-                    self._keep(done.ended, result)
-                except EnvironmentProblem as exc:
-                    self._wait(str(exc))
-                    return
                 self._waiting.popleft()
                 self._tries = 0
                 self._problem("")
+                self._keep(done.ended, result)
                 self._tell(OutcomeTold(ended=done.ended, result=result))
-                self._report()
+                self._report(Told(ended=done.ended, result=result))
                 self._next()
             case error:
                 self._tries += 1
-                self._wait(str(error))
+                self._again_at = self._ports.clock.monotonic() + AGAIN_S
+                self._problem(f"the last result is not signed: {error}")
                 if self._tries == TRIES:
-                    self._tell_unsigned(done.ended)
+                    self._tell(OutcomeTold(ended=done.ended))
+                    self._report(Told(ended=done.ended))
 
-    def _keep(self, ended: Ended, result: SignedResult | None) -> None:
-        """What is told is kept first, unless something newer has ended since."""
-        if self._keeper.now.ended == ended:
-            self._keeper.keep(told=Told(ended=ended, result=result))
-
-    def _wait(self, why: str) -> None:
-        self._again_at = self._ports.clock.monotonic() + AGAIN_S
-        self._problem(f"the last result is not signed: {why}")
-
-    def _tell_unsigned(self, ended: Ended) -> None:
+    def _keep(self, ended: Ended, result: SignedResult) -> None:
+        """For the next start, unless something newer has ended since. A disk that refuses is no reason to be silent: that start signs again."""
+        if self._keeper.now.ended != ended:
+            return
         try:
-            self._keep(ended, None)
+            self._keeper.keep(result=result)
         except EnvironmentProblem as exc:
-            log.error("result not kept", extra={"reason": str(exc)})
-        self._tell(OutcomeTold(ended=ended))
-        self._report()
+            log.warning("result not kept", extra={"reason": str(exc)})

@@ -93,7 +93,7 @@ class Runner:
         self._teller = reporting.Teller(state, settings, board, boot, self._keeper, ports, self._spool, self._fetcher)
         self._results = Results(
             settings.device, self._keeper, ports, tell=self._spool.add, put=inbox.put,
-            problem=lambda why: self._teller.note("result", why), report=self._teller.report,
+            problem=lambda why: self._teller.note("result", why), report=self._teller.result,
         )  # fmt: skip
         self._effects = Effects(state, ports, self._fetcher, settings.threads, self._results.sign)
         self._admissions = Admissions(
@@ -158,7 +158,7 @@ class Runner:
                 slots.read(self._state, files=files)
             except ArtifactError:
                 # Admitted again, the same assignment finds its blobs on the disk.
-                self._keeper.keep(desired_seen="", ended=None, told=None)
+                self._keeper.keep(desired_seen="", ended=None, result=None)
                 done = self._keeper.now.committed
                 slot = Slot(done.manifest, done.model, done.version, SlotStatus.GOOD) if done else None
                 slots.mend(self._state, slot, files=files)

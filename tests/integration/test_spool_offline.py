@@ -65,8 +65,8 @@ def test_every_event_that_was_stored_comes_once_after_kills_without_a_line(
         controller.broker.broker.stop()
 
         def ended() -> bool:
-            told = journal.read(state).told
-            return told is not None and told.ended.assignment == assignment and told.result is not None
+            now = journal.read(state)
+            return now.ended is not None and now.ended.assignment == assignment and now.result is not None
 
         until(ended, "the outcome is signed while there is no line", 60)
         until(lambda: len(list((state / "spool").glob("*-health.seg"))) > 0, "health was written")
