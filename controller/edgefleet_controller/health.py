@@ -45,6 +45,7 @@ class Kept(msgspec.Struct, frozen=True, kw_only=True):
         return Figures(
             model=self.last.model, version=self.last.version, requests=self.requests, failed=self.failed,
             crashes=self.crashes, p50_ms=self.last.p50_ms, p95_ms=self.last.p95_ms,
+            drift=self.last.drift.psi if self.last.drift else None,
         )  # fmt: skip
 
 

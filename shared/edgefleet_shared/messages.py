@@ -11,6 +11,7 @@ from typing import Literal, TypeVar
 import msgspec
 
 from edgefleet_shared.contract import AcceptanceReport
+from edgefleet_shared.drift import Drift
 from edgefleet_shared.errors import TransportError
 from edgefleet_shared.fingerprint import Fingerprint
 from edgefleet_shared.lifecycle import State
@@ -117,7 +118,7 @@ class Health(msgspec.Struct, frozen=True, kw_only=True, tag="health"):
     """What the board measures, since the agent's start where it is a count. Latencies in ms, as the runtime saw them over its
     last window; ``cpu_share`` 0 to 1 over all cores; ``celsius``, ``throttled`` and ``watts`` None where there is no sensor.
     ``joules_per_request`` is what the board (or, by ``power_scope``, its processor) used since the last report over the requests
-    answered meanwhile, idling included."""
+    answered meanwhile, idling included. ``drift`` is how far inputs and answers of what serves have moved from its golden set."""
 
     model: str = ""
     version: str = ""
@@ -134,6 +135,7 @@ class Health(msgspec.Struct, frozen=True, kw_only=True, tag="health"):
     watts: float | None = None
     joules_per_request: float | None = None
     power_scope: Literal["board", "package"] | None = None
+    drift: Drift | None = None
     runtime_up: bool = False
 
 

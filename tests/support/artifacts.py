@@ -298,7 +298,9 @@ def make_artifact(
         config: overrides of :class:`ModelConfig` fields.
     """
     shown = pictures(seed) if golden_pictures is None else golden_pictures
-    references = truth(seed, golden.encode_pictures(shown, ENCODING))
+    encoded = golden.encode_pictures(shown, ENCODING)
+    references = truth(seed, encoded)
+    config.setdefault("statistics", golden.statistics({"x": encoded}, {"y": references}, classification=True))
     labels = msgspec.json.encode([f"class {i}" for i in range(CLASSES)])
     return artifact.build(
         layout,

@@ -59,6 +59,7 @@ def rollout_spec(manifest: RolloutManifest) -> RolloutSpec:
             max_failed_share=gate.max_failed_share,
             max_error_rate=gate.max_error_rate,
             max_latency_ratio=gate.max_latency_ratio,
+            max_drift=gate.max_drift,
         ),
     )
 

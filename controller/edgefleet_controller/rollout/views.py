@@ -53,6 +53,7 @@ class GateSpec(msgspec.Struct, frozen=True, kw_only=True):
     """When a wave has passed for a class. Shares and rates lie in 0 to 1; None means: not looked at.
 
     ``min_sample`` counts the boards of the class, in this wave and earlier ones, that gave a clear answer.
+    ``max_drift`` bounds the population stability index of what the version sees and says against its golden set.
     ``max_latency_ratio`` holds for both the acceptance p95 and the p95 while serving, against the same class's baseline.
     """
 
@@ -60,6 +61,7 @@ class GateSpec(msgspec.Struct, frozen=True, kw_only=True):
     max_failed_share: float = 0.0
     max_error_rate: float | None = None
     max_latency_ratio: float | None = None
+    max_drift: float | None = None
 
 
 class RolloutSpec(msgspec.Struct, frozen=True, kw_only=True):
@@ -109,6 +111,8 @@ class RolloutSpec(msgspec.Struct, frozen=True, kw_only=True):
             problems.append("gate.max_error_rate must lie in [0, 1)")
         if gate.max_latency_ratio is not None and not 0 < gate.max_latency_ratio < math.inf:
             problems.append("gate.max_latency_ratio must be above 0")
+        if gate.max_drift is not None and not 0 < gate.max_drift < math.inf:
+            problems.append("gate.max_drift must be above 0")
         if not 0 < self.timeout_s < math.inf or not 0 <= self.soak_s < math.inf:
             problems.append("timeout_s must be above 0 and soak_s not below 0")
         if not 0 < self.reach_window_s < math.inf or not 0 <= self.retry_after_s < math.inf:
@@ -135,7 +139,8 @@ class TargetArtifact(msgspec.Struct, frozen=True):
 
 
 class Figures(msgspec.Struct, frozen=True, kw_only=True):
-    """What a board measured since it began to serve ``version`` of ``model``; counts, and the last window's latencies in ms."""
+    """What a board measured since it began to serve ``version`` of ``model``; counts, and the last window's latencies in ms and drift
+    (population stability index, None while nothing can be said)."""
 
     model: str = ""
     version: str = ""
@@ -144,6 +149,7 @@ class Figures(msgspec.Struct, frozen=True, kw_only=True):
     crashes: int = 0
     p50_ms: float | None = None
     p95_ms: float | None = None
+    drift: float | None = None
 
 
 class BoardView(msgspec.Struct, frozen=True, kw_only=True):
