@@ -20,6 +20,7 @@ from edgefleet_shared.exhaustive import assert_never
 from edgefleet_shared.fingerprint import Fingerprint
 from edgefleet_shared.messages import Body, Ended, Refused
 from edgefleet_shared.outcomes import Outcome
+from edgefleet_shared.results import MAX_REASON
 
 from edgefleet_agent import verify
 from edgefleet_agent.inbox import AdmissionDone, JobBroke
@@ -199,7 +200,7 @@ class Admissions:
         ended = self._keeper.now.ended
         if refusal.assignment:
             ended = Ended(
-                assignment=refusal.assignment, manifest="", outcome=Outcome.REJECTED, reason=reason,
+                assignment=refusal.assignment, manifest="", outcome=Outcome.REJECTED, reason=reason[:MAX_REASON],
                 at=self._ports.clock.now(), number=next_number(self._keeper.now),
             )  # fmt: skip
         self._keeper.keep(desired_seen=digest, refusal=reason, ended=ended)

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+from edgefleet_shared import results
 from edgefleet_shared.artifact import Layout
 from edgefleet_shared.errors import ArtifactError, EdgefleetError, EnvironmentProblem
 from edgefleet_shared.exhaustive import assert_never
@@ -287,7 +288,8 @@ class Runner:
         if event is Event.RETURN_FAILED and before.reason:
             planned = msgspec.structs.replace(planned, reason=f"{before.reason}; then {detail}")
         if Effect.REPORT in effects:
-            planned = msgspec.structs.replace(planned, ended=reporting.ended(planned, self._ports.clock.now()))
+            ended = reporting.ended(planned, self._ports.clock.now())
+            planned = msgspec.structs.replace(planned, ended=results.fitting(self._settings.device, ended))
             if life.outcome is Outcome.SUCCEEDED:
                 planned = msgspec.structs.replace(planned, committed=planned.assignment)
             if (

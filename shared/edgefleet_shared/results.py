@@ -17,6 +17,7 @@ from edgefleet_shared.errors import TrustError
 from edgefleet_shared.messages import Ended, Envelope
 
 PAYLOAD_TYPE = "application/vnd.edgefleet.result.v1+json"
+MAX_REASON = 2000  # characters
 MAX_PAYLOAD_BYTES = 48 * 1024  # fits a pipe beside its request, and a message beside the rest of it
 
 
@@ -30,6 +31,14 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
 def encode(device: str, ended: Ended) -> bytes:
     """The bytes to be signed."""
     return msgspec.json.encode(Result(device=device, ended=ended))
+
+
+def fitting(device: str, ended: Ended) -> Ended:
+    """``ended``, shortened where it could not be signed: a candidate may make its own report as long as it likes."""
+    ended = msgspec.structs.replace(ended, reason=ended.reason[:MAX_REASON])
+    if len(encode(device, ended)) <= MAX_PAYLOAD_BYTES:
+        return ended
+    return msgspec.structs.replace(ended, acceptance=None)
 
 
 def payload(envelope: Envelope) -> bytes:

@@ -11,6 +11,7 @@ from edgefleet_controller.pki import CertificateAuthority
 from edgefleet_controller.results import Holder, Proof, ResultVerifier, Standing
 from edgefleet_shared import results
 from edgefleet_shared.clock import ManualClock
+from edgefleet_shared.contract import AcceptanceFigures, AcceptanceReport, Verdict
 from edgefleet_shared.fingerprint import Fingerprint
 from edgefleet_shared.lifecycle import State
 from edgefleet_shared.messages import Ended, Reported, SignedResult
@@ -72,6 +73,19 @@ def test_a_renewed_certificate_speaks_for_the_same_board(office: Office) -> None
     office.clock.advance(100 * 86_400)
     assert office.judge(SUCCEEDED, BoardKey.enrolled(office.ca, "b1").sign(SUCCEEDED)).standing is Standing.SIGNED
     assert office.judge(SUCCEEDED, office.key.sign(SUCCEEDED)).standing is Standing.SIGNED, "signed before the renewal"
+
+
+def test_a_report_that_is_too_long_to_be_signed_is_left_out_and_the_outcome_is_not() -> None:
+    figures = AcceptanceFigures(
+        golden_count=1, agreement=1, cosine=1, load_ms=1, first_ms=1, p50_ms=1, p95_ms=1, peak_memory_bytes=1,
+        providers=("x" * 50_000,),
+    )  # fmt: skip
+    report = AcceptanceReport(verdict=Verdict.PASSED, figures=figures)
+    long = msgspec.structs.replace(SUCCEEDED, acceptance=report, reason="r" * 10_000)
+    fits = results.fitting("b1", long)
+    assert (fits.acceptance, fits.outcome, len(fits.reason)) == (None, Outcome.SUCCEEDED, results.MAX_REASON)
+    assert len(results.encode("b1", fits)) <= results.MAX_PAYLOAD_BYTES
+    assert results.fitting("b1", SUCCEEDED) == SUCCEEDED
 
 
 def test_nothing_said_is_nothing_to_prove(office: Office) -> None:
