@@ -120,7 +120,7 @@ PARTS: tuple[tuple[str, Callable[[int], Count], Callable[[], Sequence[int]]], ..
     ("second cuts", second_cuts, lambda: range(len(stories()))),
     ("kills then cuts", kills, lambda: range(len(stories()))),
     ("enrolment", enrolments, lambda: (3,)),
-    ("spool", spools, lambda: (2,)),
+    ("spool", spools, lambda: (3,)),
     ("cuts", cuts, lambda: range(len(_every()))),
     ("disks that refuse", refusals, lambda: range(len(stories()))),
     ("full disks", capacities, lambda: range(len(stories()))),

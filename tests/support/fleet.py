@@ -151,6 +151,7 @@ class FakeBoard:
         will = Will(self._presence, encode(Presence(False, "boot-1")))
         self.active: SlotReport | None = None
         self.outcome_of: Callable[[str], Outcome] = lambda version: Outcome.SUCCEEDED
+        self.signs = True
         self.held = False  # an assignment that comes now is not answered
         self.assigned: list[str] = []  # ids, in order
         self._link = Link(endpoint, self.name, on_message=self._take, on_up=self._up, will=will)
@@ -188,7 +189,7 @@ class FakeBoard:
         report = Reported(
             device=self.name, device_class=self.device_class, boot="boot-1", at=0.0, state=State.IDLE,
             agent_version="test", fingerprint=board, active=self.active, ended=ended,
-            result=self._key.sign(ended) if ended else None, assignment=ended.assignment if ended else "",
+            result=self._key.sign(ended) if ended and self.signs else None, assignment=ended.assignment if ended else "",
             desired_seen=desired,
         )  # fmt: skip
         self._link.publish(topics.of_device(self.name, Kind.REPORTED), encode(report), retain=True)
