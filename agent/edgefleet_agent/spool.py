@@ -29,7 +29,9 @@ from edgefleet_shared.messages import Ack, Body, Dropped, Event, Health, Outcome
 
 from edgefleet_agent.event_store import LANES, EventStore, Lane
 
-WINDOW = 64  # events that go out before one of them is acknowledged: what a backlog costs in memory
+# Events that go out before one of them is acknowledged, of this boot and of all earlier ones: what a backlog costs in memory. Two windows,
+# so that a controller that can't do with an old boot still hears of the present.
+WINDOW = 64
 MEMORY_BYTES = 256 * 1024  # of events that are not on the disk
 FLUSH_BYTES = 32 * 1024  # of them that do not wait for flush_s
 RESEND_S = 30.0  # without a word from the controller, while the line is up
@@ -180,7 +182,7 @@ class Spool:
     def _send(self) -> None:
         """Send in order, earlier boots first, as long as the window is open."""
         try:
-            while self.up and len(self._in_flight) < WINDOW and (found := self._next()) is not None:
+            while self.up and (found := self._next()) is not None:
                 boot, sequence, content = found
                 content = content or self._store.read(boot, sequence)
                 self._cursor[boot] = sequence
@@ -190,10 +192,13 @@ class Spool:
             self._trouble(str(exc))
 
     def _next(self) -> tuple[str, int, bytes | None] | None:
-        """(boot, number, bytes unless they are on the disk) of what goes out next."""
-        for boot in self._store.boots():
+        """(boot, number, bytes unless they are on the disk) of what goes out next; None when the windows are full too."""
+        own = sum(boot == self._boot for boot, _ in self._in_flight)
+        for boot in self._store.boots() if len(self._in_flight) - own < WINDOW else ():
             if boot != self._boot and (sequence := self._store.next_after(boot, self._cursor.get(boot, 0))) is not None:
                 return boot, sequence, None
+        if own >= WINDOW:
+            return None
         sequence, content = self._first_after(self._cursor.get(self._boot, 0))
         return (self._boot, sequence, content) if sequence is not None else None
 
@@ -217,7 +222,11 @@ class Spool:
         lowest = self._first_after(floor)[0] if own else self._store.next_after(boot, floor)
         if lowest is None or lowest == floor + 1 or boot in self._gaps:
             return
-        content = self._add(Dropped(count=lowest - 1 - floor, up_to=lowest - 1, boot="" if own else boot))
+        # A controller that does not know ``earlier`` must not take the number for one of this boot.
+        told = Dropped(
+            count=lowest - 1 - floor, up_to=lowest - 1 if own else 0, earlier=None if own else (boot, lowest - 1)
+        )
+        content = self._add(told)
         self._gaps[boot] = lowest - 1, content
         if self.up:
             self._publish(content)

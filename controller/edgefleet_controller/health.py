@@ -70,13 +70,14 @@ def follow(kept: Kept | None, event: Event, health: Health) -> Kept | None:
 
 
 def _countable(event: Event) -> bool:
-    if isinstance(event.body, Dropped) and event.body.boot and not _BOOT.fullmatch(event.body.boot):
-        return False
     numbers = [event.sequence]
     if isinstance(event.body, Health):
         numbers += [event.body.requests, event.body.failed, event.body.crashes]
     elif isinstance(event.body, Dropped):
-        numbers.append(event.body.up_to)
+        boot, up_to = event.body.earlier or (event.boot, event.body.up_to)
+        if not _BOOT.fullmatch(boot):
+            return False
+        numbers += [event.body.up_to, up_to]
     return all(0 <= number <= _MAX_COUNT for number in numbers)
 
 

@@ -140,12 +140,12 @@ class Health(msgspec.Struct, frozen=True, kw_only=True, tag="health"):
 
 
 class Dropped(msgspec.Struct, frozen=True, kw_only=True, tag="dropped"):
-    """This many events, right above what is stored up to ``up_to``, will never come: the agent's spool was full, or they were not on
-    its disk yet when it ended. ``boot`` is the start of the agent that had numbered them; empty is the one that tells it."""
+    """This many events of this boot, from above what is stored up to ``up_to``, will never come: the agent's spool was full. Or, with
+    ``earlier``, of the boot and up to the number that stand there: that start ended before they were on its disk."""
 
     count: int
     up_to: int
-    boot: str = ""
+    earlier: tuple[str, int] | None = None
 
 
 class Refused(msgspec.Struct, frozen=True, kw_only=True, tag="refused"):

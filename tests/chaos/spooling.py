@@ -45,8 +45,8 @@ class Receiver:
             assert self.have.setdefault(key, content) == content, f"{key} was given to two events"
             boots.setdefault(event.boot, 0)
             if isinstance(event.body, Dropped):
-                about = event.body.boot or event.boot
-                boots[about] = max(boots.get(about, 0), event.body.up_to)
+                about, up_to = event.body.earlier or (event.boot, event.body.up_to)
+                boots[about] = max(boots.get(about, 0), up_to)
         for boot, given_up in boots.items():
             floor = max(self.floors.get(boot, 0), given_up)
             while (boot, floor + 1) in self.have:

@@ -260,6 +260,12 @@ def test_events_that_the_agent_gave_up_are_no_gap(database: Database) -> None:
     assert insert(database, told) == {"b1": [Ack("boot1", 6)]}
 
 
+def test_a_start_of_the_agent_speaks_for_what_an_earlier_one_lost(database: Database) -> None:
+    insert(database, event(1), event(5))
+    told = Event(device="b1", boot="boot2", sequence=1, at=6.0, body=Dropped(count=3, up_to=0, earlier=("boot1", 4)))
+    assert insert(database, told) == {"b1": [Ack("boot1", 5), Ack("boot2", 1)]}
+
+
 def test_each_boot_and_each_board_counts_for_itself(database: Database) -> None:
     acks = insert(database, event(1), event(2), event(1, boot="boot2"), event(2, device="b2"))
     assert acks == {"b1": [Ack("boot1", 2), Ack("boot2", 1)], "b2": [Ack("boot1", 0)]}

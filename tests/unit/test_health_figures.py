@@ -116,6 +116,8 @@ def test_what_no_database_can_hold_is_passed_over_and_costs_nothing_else(tmp_pat
         health(1, 1, boot=""),
         health(1, 1, boot="x" * 10_000),
         Event(device="b1", boot="a", sequence=1, at=1.0, body=Dropped(count=1, up_to=2**70)),
+        Event(device="b1", boot="a", sequence=1, at=1.0, body=Dropped(count=1, up_to=0, earlier=("\x00", 5))),
+        Event(device="b1", boot="a", sequence=1, at=1.0, body=Dropped(count=1, up_to=0, earlier=("b", 2**70))),
     ]
     told = Event(device="b1", boot="a", sequence=2, at=1.0, body=Refused(desired="x\x00", check="c", reason="\x00"))
     assert found.events([*hostile, health(1, 5), told]) == [("b1", Ack("a", 2))]

@@ -123,6 +123,20 @@ def test_a_backlog_goes_out_a_window_at_a_time() -> None:
     assert not [name for name in files.names(FOLDER) if name.endswith(".seg")]
 
 
+def test_an_old_boot_that_is_never_acknowledged_does_not_silence_the_present_one() -> None:
+    files, clock, sent = disk(), ManualClock(), list[bytes]()
+    first = spool_on(files, sent, clock)
+    for _ in range(3 * WINDOW):
+        first.add(Health())
+    first.close()
+    second = spool_on(files, sent, clock, boot="boot-2")
+    second.came_up()
+    for _ in range(2 * WINDOW):
+        second.add(Health())
+    assert len(sent) == 2 * WINDOW
+    assert ("boot-2", WINDOW) in numbers(sent)
+
+
 def test_a_window_that_nobody_answers_is_sent_again() -> None:
     clock, sent = ManualClock(), list[bytes]()
     spool = spool_on(disk(), sent, clock)

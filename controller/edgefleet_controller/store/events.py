@@ -80,9 +80,9 @@ def _by_boot(events: Sequence[Event]) -> list[tuple[tuple[str, str], list[int], 
         sequences.setdefault((event.device, event.boot), set()).add(event.sequence)
         if isinstance(event.body, Dropped):
             # A start of the agent also speaks for those before it.
-            key = (event.device, event.body.boot or event.boot)
-            sequences.setdefault(key, set())
-            given_up[key] = max(given_up.get(key, 0), event.body.up_to)
+            boot, up_to = event.body.earlier or (event.boot, event.body.up_to)
+            sequences.setdefault((event.device, boot), set())
+            given_up[event.device, boot] = max(given_up.get((event.device, boot), 0), up_to)
     return [(key, sorted(found), given_up.get(key, 0)) for key, found in sorted(sequences.items())]
 
 
