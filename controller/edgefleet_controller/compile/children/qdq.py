@@ -52,12 +52,13 @@ def quantize(model: onnx.ModelProto, statistics: Statistics, recipe: Recipe) -> 
     in_float = _with_activations(own, recipe["in_float"])
     # Its warnings are about biases that _weight_scales has made room for.
     logging.getLogger().setLevel(logging.ERROR)
+    symmetric = recipe["activations"] == "symmetric"
     writer = QDQQuantizer(
         own,
         True,
         False,
         QuantType.QInt8,
-        QuantType.QUInt8,
+        QuantType.QInt8 if symmetric else QuantType.QUInt8,
         _tensors(ranges),
         [],
         in_float,
@@ -66,6 +67,8 @@ def quantize(model: onnx.ModelProto, statistics: Statistics, recipe: Recipe) -> 
             "QDQDisableWeightAdjustForInt32Bias": True,
             "TensorQuantOverrides": overrides,
             "MatMulConstBOnly": True,
+            "ActivationSymmetric": symmetric,
+            "QuantizeBias": not symmetric,
         },
     )
     writer.quantize_model()
