@@ -64,7 +64,7 @@ def compile_version(
     began = time.monotonic()
     target = target_named(device_class.target)
     options = _check(target, device_class, version)
-    toolchain = toolchains.for_target(target, progress)
+    toolchain = toolchains.for_target(target, device_class.spec.precision, progress)
     with tempfile.TemporaryDirectory(prefix="edgefleet-compile-") as temporary:
         steps = Steps(
             version, device_class, target, options, toolchain, layout, toolchains, cache, Path(temporary), progress, limits

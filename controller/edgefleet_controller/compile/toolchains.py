@@ -64,13 +64,13 @@ class Toolchains:
         self.root = cache / "toolchains"
         self._cancel = cancel or threading.Event()
 
-    def for_target(self, target: Target, progress: Progress = lambda *_: None) -> Toolchain:
-        """What a target compiles with: its environment, installed if it is not yet, and the vendor's programs.
+    def for_target(self, target: Target, precision: str, progress: Progress = lambda *_: None) -> Toolchain:
+        """What a target compiles a precision with: its environment, installed if it is not yet, and the vendor's programs.
 
         Raises:
             ToolchainError: as :meth:`ensure`, or a program that is missing or of a version that the target does not know.
         """
-        found = tools.find_all(target.tools)  # before anything is installed for nothing
+        found = tools.find_all(target.tools, precision)  # before anything is installed for nothing
         toolchain = self.ensure(lock_of(target), progress)
         if not found:
             return toolchain

@@ -21,12 +21,18 @@ ASK_LIMIT_S = 30.0
 UNKNOWN = "unknown"
 
 
+class MissingTool(ToolchainError):
+    """A vendor's program is not on this machine."""
+
+    code = "tool_missing"
+
+
 class Tool(msgspec.Struct, frozen=True, kw_only=True):
     """A vendor's program.
 
     ``ask``: arguments that make it tell its version, which ``version`` finds in what it prints (one group); both empty: a file
     ``version_file``, relative to the folder that the program really lies in, tells; all empty: it can't be asked. ``within``: the versions that
-    the adapter was written for. ``get``: where it comes from.
+    the adapter was written for. ``get``: where it comes from. ``only_for``: the precision that needs it; empty: any.
     """
 
     name: str
@@ -35,6 +41,7 @@ class Tool(msgspec.Struct, frozen=True, kw_only=True):
     version: str = ""
     version_file: str = ""
     within: str = ""
+    only_for: str = ""
 
 
 class Found(msgspec.Struct, frozen=True, kw_only=True):
@@ -50,11 +57,11 @@ def find(tool: Tool) -> Found:
     """The program, asked for its version.
 
     Raises:
-        ToolchainError: it is not on PATH, does not answer, says nothing that is a version, or one that the adapter does not know.
+        MissingTool: it is not on PATH. ToolchainError: it does not answer, says nothing that is a version, or one that the adapter does not know.
     """
     path = shutil.which(tool.name)
     if path is None:
-        raise ToolchainError(f"{tool.name} is not on PATH", hint=tool.get)
+        raise MissingTool(f"{tool.name} is not on PATH", hint=tool.get)
     version = _version(tool, Path(path))
     if tool.within and version != UNKNOWN and not version_within(version, tool.within):
         raise ToolchainError(
@@ -65,9 +72,9 @@ def find(tool: Tool) -> Found:
     return Found(name=tool.name, path=path, version=version, content=content)
 
 
-def find_all(tools: Sequence[Tool]) -> tuple[Found, ...]:
-    """All of them; raises as :func:`find`."""
-    return tuple(find(tool) for tool in tools)
+def find_all(tools: Sequence[Tool], precision: str) -> tuple[Found, ...]:
+    """All of them that a precision needs; raises as :func:`find`."""
+    return tuple(find(tool) for tool in tools if tool.only_for in ("", precision))
 
 
 def _version(tool: Tool, path: Path) -> str:

@@ -10,7 +10,7 @@ from edgefleet_controller.source import ModelVersion
 _CANN = "Huawei's CANN toolkit (hiascend.com); source its set_env.sh before this program starts"
 # Neither program tells its version: the toolkit's version.info beside the compiler does.
 ATC = Tool(name="atc", version_file="../version.info", version=r"(?m)^Version=(\d[\w.]*)", within=">=5,<10", get=_CANN)
-AMCT = Tool(name="amct_onnx", get=f"{_CANN}; the model compression tool AMCT for ONNX comes with it")
+AMCT = Tool(name="amct_onnx", only_for="int8", get=f"{_CANN}; AMCT for ONNX is its model compression tool")
 
 
 class AclTarget:
