@@ -2,8 +2,8 @@
 
 An environment lies in ``<cache>/toolchains/<name>-<hash of lock, Python and machine>``. It is whole once the file
 ``edgefleet-toolchain.json`` in it names every package that pip put there: a folder without that file is half installed and is made
-anew. Locks are complete, so pip resolves nothing. ``<name>-unhashed.txt`` beside a lock holds what can be pinned by version only, and
-ADR 0013 says why there is one.
+anew. Locks are complete, so pip resolves nothing. torch comes in another build from each index: it is pinned by version, at the lock's end
+(ADR 0013).
 """
 
 from __future__ import annotations
@@ -32,27 +32,35 @@ Progress = Callable[[str, int, int], None]
 
 MARKER = "edgefleet-toolchain.json"
 INSTALL_LIMIT_S = 1800
+BY_VERSION = "# by version only:"  # of what follows in a lock, builds differ by accelerator and index: no hash holds for all
 _FULL = ("No space left on device", "Errno 28", "Disk quota exceeded", "Errno 122")
 # Megabytes of each environment on disk, as installed on Linux x86-64 with Python 3.11: said before, and asked of the disk.
 NEEDS_MB = {"onnxruntime": 350, "tflite": 420, "openvino": 720}
 
 
 class Lock(msgspec.Struct, frozen=True):
-    """What an environment is made from: requirements with hashes, and those that are pinned by version only."""
+    """What an environment is made from: requirements with hashes, and, behind :data:`BY_VERSION`, those that are pinned by version only."""
 
     name: str
-    hashed: str
-    unhashed: str = ""
+    text: str
 
     @property
     def hash(self) -> str:
         """Short hash over the lock, Python's version and the machine: what decides the environment's content."""
-        return hash_of_lock(self.hashed + self.unhashed)
+        return hash_of_lock(self.text)
+
+    @property
+    def hashed(self) -> str:
+        return self.text.partition(BY_VERSION)[0]
+
+    @property
+    def by_version(self) -> list[str]:
+        return self.text.partition(BY_VERSION)[2].split()
 
     @property
     def count(self) -> int:
         """How many packages it names, some of them perhaps for other Pythons only."""
-        return len(re.findall(r"^\S+==", self.hashed + "\n" + self.unhashed, re.M))
+        return len(re.findall(r"^\S+==", self.hashed, re.M)) + len(self.by_version)
 
 
 class State(msgspec.Struct, frozen=True, kw_only=True):
@@ -75,12 +83,11 @@ def lock_named(name: str) -> Lock:
         ToolchainError: it has none of that name.
     """
     folder = resources.files("edgefleet_controller.compile") / "locks"
-    lock, more = folder / f"{name}.txt", folder / f"{name}-unhashed.txt"
-    if not lock.is_file() or name.endswith("-unhashed"):
-        known = sorted(entry.name[:-4] for entry in folder.iterdir() if entry.name.endswith(".txt"))
-        have = ", ".join(one for one in known if not one.endswith("-unhashed"))
-        raise ToolchainError(f"no toolchain {name!r} in this build; it has: {have}")
-    return Lock(name, lock.read_text(), more.read_text() if more.is_file() else "")
+    lock = folder / f"{name}.txt"
+    if not lock.is_file():
+        have = sorted(entry.name.removesuffix(".txt") for entry in folder.iterdir() if entry.name.endswith(".txt"))
+        raise ToolchainError(f"no toolchain {name!r} in this build; it has: {', '.join(have)}")
+    return Lock(name, lock.read_text())
 
 
 def hash_of_lock(lock: str) -> str:
@@ -187,9 +194,8 @@ def _fill(folder: Path, lock: Lock, log: Path, cancel: threading.Event, progress
         [sys.executable, "-m", "venv", str(folder)],
         [*pip, "--require-hashes", "--requirement", str(folder / "lock.txt")],
     ]
-    if lock.unhashed:
-        (folder / "unhashed.txt").write_text(lock.unhashed)
-        commands.append([*pip, "--requirement", str(folder / "unhashed.txt")])
+    if lock.by_version:
+        commands.append([*pip, *lock.by_version])
     for command in commands:
         # pip needs what the user set: index, proxy, certificates.
         child = Child(
