@@ -62,11 +62,21 @@ def compile_model(request: job.Request, progress: job.Progress) -> dict[str, Any
             imported = _imported(one["network"], folder)
             progress("compiling", number, len(request["jobs"]))
             _compiled(imported, one["network"], one["compiled"], *own)
-            if options["arch"] != platform.machine():
+            if not _runs_here(options):
                 progress("compiling for this host", number, len(request["jobs"]))
                 _compiled(imported, one["network"], one["stand_in"], *GENERIC[platform.machine()])
     progress("compiling", len(request["jobs"]), len(request["jobs"]))
     return {}
+
+
+def _runs_here(options: dict[str, Any]) -> bool:
+    """Whether this host's processor is one of the class."""
+    if options["arch"] != platform.machine() or options["cpu"]:
+        return False
+    with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as stream:
+        flags = set(stream.read().replace("_", "").split())
+    wanted = {feature.lstrip("+").replace(".", "") for feature in options["features"].split(",") if feature}
+    return wanted <= flags | ({"bmi"} if "bmi1" in flags else set())
 
 
 def _imported(network: str, folder: str) -> str:
