@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 from pathlib import Path
 
+import numpy as np
 import pytest
 from edgefleet_controller.source import ModelVersion, import_model
 from edgefleet_shared.errors import ModelError
@@ -62,8 +63,8 @@ def test_the_same_network_gives_the_same_module_again(workshop, tmp_path: Path) 
 def test_an_operator_that_iree_lacks_is_named_with_its_node(workshop, tmp_path: Path) -> None:
     net = Net()
     net.conv(3, 8)
-    lost = net.add("MaxRoiPool", net.constant([[0.0, 0, 0, 8, 8]]), pooled_shape=[2, 2])
+    lost = net.add("MaxRoiPool", net.constant(np.array([[0, 0, 0, 8, 8]], np.float32)), pooled_shape=[2, 2])
     net.add("Flatten")
     version = import_model(project(tmp_path, net.model([1, 32])), tmp_path, workshop.layout, cache=tmp_path)
-    with pytest.raises(ModelError, match=rf"iree has no operator MaxRoiPool \(node '{lost}'\)"):
+    with pytest.raises(ModelError, match=rf"iree has no operator MaxRoiPool \(node '{lost}'\) for these types"):
         workshop.compile(version, "iree", precision="fp32")

@@ -25,6 +25,7 @@ from . import job
 from .measure import Array, Run, measure
 
 ENTRY = "main"
+MIN_IR_VERSION = 4  # of ONNX, from which constants need not be inputs too
 # (LLVM's triple, processor, features) that every processor of an architecture has.
 GENERIC = {
     "x86_64": ("x86_64-linux-gnu", "x86-64", ""),
@@ -79,10 +80,11 @@ def _runs_here(options: dict[str, Any]) -> bool:
     return wanted <= flags | ({"bmi"} if "bmi1" in flags else set())
 
 
-def _imported(network: str, folder: str) -> str:
+def _imported(network: str, folder: str) -> bytes:
     """The network as MLIR, its graph's name being the entry point's."""
     model = onnx.load(network)
     model.graph.name = ENTRY
+    model.ir_version = max(model.ir_version, MIN_IR_VERSION)
     renamed, imported = os.path.join(folder, "network.onnx"), os.path.join(folder, "network.mlir")
     onnx.save(model, renamed)
     command = [sys.executable, "-m", "iree.compiler.tools.import_onnx", renamed, "-o", imported]
@@ -92,31 +94,37 @@ def _imported(network: str, folder: str) -> str:
         sys.stderr.write(said)
         last = next((line.strip() for line in reversed(said.splitlines()) if line.strip()), "it says nothing")
         raise job.Refused("bad_model", f"iree can't import this network: {last[:400]}")
-    return imported
+    with open(imported, "rb") as stream:
+        return stream.read()
 
 
-def _compiled(imported: str, network: str, target: str, triple: str, cpu: str, features: str) -> None:
+def _compiled(imported: bytes, network: str, target: str, triple: str, cpu: str, features: str) -> None:
+    """Compile from standard input: a file's name would end up in the module."""
     arguments = [
         f"--iree-llvmcpu-target-triple={triple}", f"--iree-llvmcpu-target-cpu={cpu}",
         f"--iree-llvmcpu-target-cpu-features={features}", "--iree-llvmcpu-stack-allocation-limit=262144",
-        "--iree-opt-level=O3",
+        "--iree-opt-level=O3", "--iree-llvmcpu-debug-symbols=false", "--iree-vm-bytecode-module-strip-source-map=true",
     ]  # fmt: skip
     try:
-        iree.compiler.tools.compile_file(
+        iree.compiler.tools.compile_str(
             imported, input_type="onnx", target_backends=["llvm-cpu"], output_file=target, extra_args=arguments
         )
     except CompilerToolError as exc:
         sys.stderr.write(str(exc))
-        raise _refusal(str(exc), network) from exc
+        raise _refusal(str(exc), imported.decode(errors="replace"), network) from exc
 
 
-def _refusal(text: str, network: str) -> job.Refused:
-    """iree-compile's diagnostic as a sentence that names operator and node."""
-    missing = re.search(r"failed to legalize operation 'torch\.operator'.*?onnx\.(\w+)", text, re.S)
-    if missing:
-        nodes = [node for node in onnx.load(network).graph.node if node.op_type == missing[1]]
-        where = f" (node {nodes[0].name or nodes[0].output[0]!r})" if nodes else ""
-        return job.Refused("bad_model", f"iree has no operator {missing[1]}{where} for these types")
+def _refusal(text: str, imported: str, network: str) -> job.Refused:
+    """iree-compile's diagnostic as a sentence that names operator and node; it speaks of lines of the imported network."""
+    lines = imported.splitlines()
+    for number in re.findall(r'(?:loc\("[^"]*":|<stdin>:|^-:)(\d+):\d+', text, re.M):
+        operator = re.search(r'torch\.operator "onnx\.(\w+)"', lines[int(number) - 1] if int(number) <= len(lines) else "")
+        if operator is None:
+            continue
+        before = sum(f'"onnx.{operator[1]}"' in line for line in lines[: int(number) - 1])
+        nodes = [node for node in onnx.load(network).graph.node if node.op_type == operator[1]]
+        where = f" (node {nodes[before].name or nodes[before].output[0]!r})" if before < len(nodes) else ""
+        return job.Refused("bad_model", f"iree has no operator {operator[1]}{where} for these types and shapes")
     reason = re.search(r"error: (.+)", text)
     return job.Refused("bad_model", f"iree can't compile this network: {reason[1][:400] if reason else 'see the log'}")
 
