@@ -93,7 +93,18 @@ def _build(toolkit: Any, folder: str, settings: dict[str, Any]) -> None:
         raise _refusal(exc, network) from exc
     int8 = recipe["precision"] == "int8"
     dataset = os.path.join(folder, "dataset.txt") if int8 else None
-    _done(toolkit.build(do_quantization=int8, dataset=dataset), "build the network")
+    if not recipe["in_float"]:
+        _done(toolkit.build(do_quantization=int8, dataset=dataset), "build the network")
+        return
+    # In two steps: the first writes files named like the network into the working folder, the second reads them.
+    _done(toolkit.hybrid_quantization_step1(dataset=dataset, custom_hybrid=_edges(network, recipe["in_float"])), "leave layers in float")
+    parts = [f"network{ending}" for ending in (".model", ".data", ".quantization.cfg")]
+    _done(toolkit.hybrid_quantization_step2(*parts), "build the network with layers in float")
+
+
+def _edges(network: str, in_float: list[str]) -> list[list[str]]:
+    """Each node that stays in float as the toolkit wants it: what goes in and what comes out."""
+    return [[node.input[0], node.output[0]] for node in onnx.load(network).graph.node if node.name in in_float]
 
 
 def _done(status: int | None, what: str) -> None:
