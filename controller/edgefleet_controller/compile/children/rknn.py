@@ -8,11 +8,13 @@ Source: Rockchip's RKNN-Toolkit2 API reference (``config``, ``load_onnx``, ``bui
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import json
 import os
 import re
 import shutil
+import sys
 import tempfile
 import zipfile
 from collections.abc import Iterator
@@ -33,11 +35,10 @@ _MEMBERS = ("network.onnx", "settings.json")
 
 def load(request: job.Request, path: str) -> Run:
     """The simulator. Request: ``inputs`` and ``outputs``, names in order."""
-    toolkit = _open()
     with _unpacked(path) as folder:
         with open(os.path.join(folder, "settings.json"), encoding="utf-8") as stream:
             settings = json.load(stream)
-        _build(toolkit, folder, settings)
+        toolkit = _build(folder, settings)
     _done(toolkit.init_runtime(), "start its simulator")
 
     def run(feeds: dict[str, Array]) -> dict[str, Array]:
@@ -57,23 +58,39 @@ def compile_model(request: job.Request, progress: job.Progress) -> dict[str, Any
         progress("converting", number, len(request["jobs"]))
         samples = SampleFile(request["calibration"], MOST_SAMPLES) if one["recipe"]["precision"] == "int8" else None
         _pack(one["stand_in"], one["network"], request["options"] | {"recipe": one["recipe"]}, samples, request["inputs"])
-        toolkit = _open()
         with _unpacked(one["stand_in"]) as folder:
             with open(os.path.join(folder, "settings.json"), encoding="utf-8") as stream:
                 settings = json.load(stream)
-            _build(toolkit, folder, settings)
+            toolkit = _build(folder, settings)
             _done(toolkit.export_rknn(one["compiled"]), "write the file")
-        toolkit.release()
+            toolkit.release()
     progress("converting", len(request["jobs"]), len(request["jobs"]))
     return {}
 
 
-def _open() -> Any:
-    return RKNN(verbose=False)
+def _build(folder: str, settings: dict[str, Any]) -> Any:
+    """The toolkit with the network built; an operator that the chip lacks is refused here: the toolkit only prints a line, and leaves it to code that nobody wrote."""
+    network = os.path.join(folder, "network.onnx")
+    try:
+        with _printed() as printed:
+            toolkit = _steps(network, os.path.join(folder, "dataset.txt"), settings)
+    except job.Refused:
+        raise
+    except Exception as exc:  # the toolkit raises what it met
+        raise _refusal(str(exc)) from exc
+    lacking = re.search(r"No lowering found for: (.+?), node type = (\w+)", printed[0])
+    if lacking:
+        raise job.Refused("bad_model", f"rknn has no operator {lacking[2]} (node {lacking[1]!r})")
+    complaint = re.search(r"^E RKNN: (?:\[[\d:.]+\] )?(.+)", printed[0], re.M)
+    if complaint:
+        raise job.Refused("bad_model", f"rknn can't compile this network: {complaint[1][:400]}")
+    return toolkit
 
 
-def _build(toolkit: Any, folder: str, settings: dict[str, Any]) -> None:
+def _steps(network: str, dataset: str, settings: dict[str, Any]) -> Any:
+    toolkit = RKNN(verbose=False)
     recipe = settings["recipe"]
+    int8 = recipe["precision"] == "int8"
     _done(
         toolkit.config(
             target_platform=settings["chip"],
@@ -84,22 +101,39 @@ def _build(toolkit: Any, folder: str, settings: dict[str, Any]) -> None:
         ),
         "take these settings",
     )
-    network = os.path.join(folder, "network.onnx")
-    try:
-        _done(toolkit.load_onnx(model=network), "read the network")
-    except job.Refused:
-        raise
-    except Exception as exc:  # the toolkit raises what it met
-        raise _refusal(exc, network) from exc
-    int8 = recipe["precision"] == "int8"
-    dataset = os.path.join(folder, "dataset.txt") if int8 else None
+    _done(toolkit.load_onnx(model=network), "read the network")
     if not recipe["in_float"]:
-        _done(toolkit.build(do_quantization=int8, dataset=dataset), "build the network")
-        return
-    # In two steps: the first writes files named like the network into the working folder, the second reads them.
-    _done(toolkit.hybrid_quantization_step1(dataset=dataset, custom_hybrid=_edges(network, recipe["in_float"])), "leave layers in float")
+        _done(toolkit.build(do_quantization=int8, dataset=dataset if int8 else None), "build the network")
+        return toolkit
+    # In two steps: the first writes files named like the network into the working folder, the second, a toolkit of its own, reads them.
+    edges = _edges(network, recipe["in_float"])
+    _done(toolkit.hybrid_quantization_step1(dataset=dataset, custom_hybrid=edges), "leave layers in float")
     parts = [f"network{ending}" for ending in (".model", ".data", ".quantization.cfg")]
+    toolkit.release()
+    toolkit = RKNN(verbose=False)
     _done(toolkit.hybrid_quantization_step2(*parts), "build the network with layers in float")
+    return toolkit
+
+
+@contextlib.contextmanager
+def _printed() -> Iterator[list[str]]:
+    """What the toolkit and its native code print meanwhile, as the list's one item afterwards; it goes into the log too."""
+    said: list[str] = []
+    with tempfile.TemporaryFile(dir=".") as file:
+        kept = os.dup(1), os.dup(2)
+        for number in (1, 2):
+            os.dup2(file.fileno(), number)
+        try:
+            yield said
+        finally:
+            ctypes.CDLL(None).fflush(None)  # native code writes through C's buffers
+            sys.stderr.flush()
+            for number, old in zip((1, 2), kept, strict=True):
+                os.dup2(old, number)
+                os.close(old)
+            file.seek(0)
+            said.append(file.read().decode(errors="replace"))
+            sys.stderr.write(said[0])
 
 
 def _edges(network: str, in_float: list[str]) -> list[list[str]]:
@@ -112,15 +146,11 @@ def _done(status: int | None, what: str) -> None:
         raise job.Refused("toolchain_failed", f"rknn can't {what} (status {status}); its log says why")
 
 
-def _refusal(exc: Exception, network: str) -> job.Refused:
-    text = str(exc)
-    found = re.search(r"[Uu]nsupport\w* (?:onnx )?op\w*[:\s]+['\"]?(\w+)", text)
-    if found:
-        nodes = [node for node in onnx.load(network).graph.node if node.op_type == found[1]]
-        where = f" (node {nodes[0].name or nodes[0].output[0]!r})" if nodes else ""
-        return job.Refused("bad_model", f"rknn has no operator {found[1]}{where}")
-    last = next((line.strip() for line in reversed(text.splitlines()) if line.strip()), type(exc).__name__)
-    return job.Refused("bad_model", f"rknn can't read this network: {last[:400]}")
+def _refusal(text: str) -> job.Refused:
+    """The toolkit's exception, whose text is a traceback of its own."""
+    told = re.findall(r"^\w*(?:Error|Exception): (.+)", text, re.M)
+    last = next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "it does not say why")
+    return job.Refused("bad_model", f"rknn can't compile this network: {(told[-1] if told else last)[:400]}")
 
 
 def _pack(path: str, network: str, settings: dict[str, Any], samples: SampleFile | None, inputs: list[str]) -> None:
