@@ -7,6 +7,7 @@ be, and held against float.
 from __future__ import annotations
 
 import platform
+import shutil
 import tempfile
 import time
 from pathlib import Path
@@ -98,21 +99,24 @@ def programs() -> list[Program]:
 
 
 def try_out(toolchains: Toolchains, target: Target, progress: Progress) -> Trial:
-    """Compile the tiny network by a target, in its lowest precision."""
+    """Compile the tiny network by a target, in its lowest precision. Where that fails its logs stay in the cache."""
     began = time.monotonic()
     precision = next(p for p in LOWEST_FIRST if p in target.precisions)
+    place = toolchains.root.parent / "tried"
+    place.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(dir=place, prefix=f"{target.name}-"))
     try:
-        with tempfile.TemporaryDirectory(prefix="edgefleet-try-") as temporary:
-            folder = Path(temporary)
-            layout = Layout(folder / "layout")
-            version = import_model(_tiny(folder), folder, layout, cache=folder)
-            result = compile_version(
-                version, _class(target, precision), layout, toolchains, cache=folder / "cache", progress=progress
-            )
+        layout = Layout(folder / "layout")
+        version = import_model(_tiny(folder), folder, layout, cache=folder)
+        result = compile_version(
+            version, _class(target, precision), layout, toolchains, cache=folder, progress=progress
+        )
     except MissingTool as exc:
+        shutil.rmtree(folder)
         return Trial(target=target.name, problem="", told=f"not tried: {exc}", seconds=0.0)
     except EdgefleetError as exc:
         return Trial(target=target.name, problem=str(exc), told="", seconds=round(time.monotonic() - began, 1))
+    shutil.rmtree(folder)
     figures = result.figures
     told = f"{result.precision}, {figures.compiled_bytes} bytes"
     if figures.agreement is None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-import tensorrt_rtx as trt
+import tensorrt_rtx_bindings as trt
 
 from . import job, ort
 from .measure import measure
