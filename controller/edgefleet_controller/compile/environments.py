@@ -35,7 +35,7 @@ INSTALL_LIMIT_S = 1800
 BY_VERSION = "# by version only:"  # of what follows in a lock, builds differ by accelerator and index: no hash holds for all
 _FULL = ("No space left on device", "Errno 28", "Disk quota exceeded", "Errno 122")
 # Megabytes of each environment on disk, as installed on Linux x86-64 with Python 3.11: said before, and asked of the disk.
-NEEDS_MB = {"onnxruntime": 350, "tflite": 420, "openvino": 720, "iree": 620, "rknn": 1460}
+NEEDS_MB = {"onnxruntime": 350, "tflite": 420, "openvino": 720, "iree": 620, "rknn": 1460, "tensorrt-rtx": 520}
 
 
 class Lock(msgspec.Struct, frozen=True):

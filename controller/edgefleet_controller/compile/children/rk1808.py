@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+from onnx import numpy_helper
 
 from . import job, vendor
 from .measure import SampleFile
@@ -21,6 +22,7 @@ from .measure import SampleFile
 PROGRAM = "rknn-toolkit1-python"
 MAX_OPSET = 12  # of ONNX that RKNN-Toolkit 1.7 reads
 MOST_SAMPLES = 64
+_AS_ATTRIBUTE = {"Squeeze": "axes", "Unsqueeze": "axes", "ReduceSum": "axes", "Split": "split"}
 _BUILD = os.path.join(os.path.dirname(os.path.abspath(__file__)), "rk1808_build.py")
 
 
@@ -53,16 +55,38 @@ def _built(one: dict[str, Any], request: job.Request, folder: str) -> None:
 
 
 def _lowered(network: str, folder: str) -> str:
-    """The network with an opset that the toolkit reads."""
+    """The network with an opset that the toolkit reads. ONNX's own converter has no way down for most operators, though all but a few mean
+    the same: axes and sizes became inputs, and Softmax lost its flattening."""
     model = onnx.load(network)
+    constants = {i.name: i for i in model.graph.initializer}
+    ranks = {v.name: len(v.type.tensor_type.shape.dim) for v in onnx.shape_inference.infer_shapes(model).graph.value_info}
+    for entry in model.opset_import:
+        if entry.domain in {"", "ai.onnx"} and entry.version > MAX_OPSET:
+            for node in model.graph.node:
+                _lower(node, constants, ranks)
+            entry.version = MAX_OPSET
+    try:
+        onnx.checker.check_model(model, full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as exc:
+        said = str(exc).strip().splitlines()[0]
+        raise job.Refused("bad_model", f"rknn-toolkit reads ONNX up to opset {MAX_OPSET}, this network says more: {said}") from exc
     lowered = os.path.join(folder, "network.onnx")
-    if max(entry.version for entry in model.opset_import if entry.domain in {"", "ai.onnx"}) > MAX_OPSET:
-        try:
-            model = onnx.version_converter.convert_version(model, MAX_OPSET)
-        except Exception as exc:  # the converter's own classes share no base but this
-            raise job.Refused("bad_model", f"rknn-toolkit reads ONNX up to opset {MAX_OPSET}, and this network has no such form: {exc}") from exc  # fmt: skip
     onnx.save(model, lowered)
     return lowered
+
+
+def _lower(node: onnx.NodeProto, constants: dict[str, onnx.TensorProto], ranks: dict[str, int]) -> None:
+    if node.op_type in _AS_ATTRIBUTE and len(node.input) > 1 and node.input[1] in constants:
+        values = numpy_helper.to_array(constants[node.input[1]]).tolist()
+        node.attribute.append(onnx.helper.make_attribute(_AS_ATTRIBUTE[node.op_type], values))
+        del node.input[1:]
+    if node.op_type in ("Softmax", "LogSoftmax"):
+        axis = next((a.i for a in node.attribute if a.name == "axis"), -1)
+        last = ranks.get(node.input[0], 0) - 1
+        if axis not in (-1, last):
+            raise job.Refused("bad_model", f"rknn-toolkit has no operator {node.op_type} over another axis than the last (node {node.name!r})")
+        del node.attribute[:]
+        node.attribute.append(onnx.helper.make_attribute("axis", last))
 
 
 def _dataset(request: job.Request, folder: str) -> str:
