@@ -325,6 +325,24 @@ def test_a_float_tflite_answers_as_onnxruntime_does(bench: Bench, build: Any) ->
     assert bench.compile(version, target).figures.agreement == 1.0
 
 
+def test_a_network_of_onnxs_early_days_whose_bias_is_a_row_is_quantized(bench: Bench) -> None:
+    net = Net(3)
+    net.conv(3, 16, stride=4)
+    net.add("Relu")
+    net.add("Flatten")
+    net.add("MatMul", net.constant(net.rng.normal(size=(1024, 10)).astype(np.float32)))
+    net.add("Add", net.constant(net.rng.normal(size=(1, 10)).astype(np.float32)))
+    model = net.model([1, 10], opset=8, ir_version=3)
+    model.graph.input.extend(
+        onnx.helper.make_tensor_value_info(i.name, i.data_type, list(i.dims)) for i in model.graph.initializer
+    )
+    result = bench.compile(
+        bench.version(project(bench.folder, model)), class_here(search={"effort": "full", "prefer": "size"})
+    )
+    assert result.precision == "int8"
+    assert result.candidates > 3
+
+
 def unlike_channels(octaves: float) -> onnx.ModelProto:
     """A classifier two of whose middle value's channels are 2 ** octaves times as wide as they were, taken back by the weights that read
     them: it answers as without, and int8 leaves nothing of the other channels."""

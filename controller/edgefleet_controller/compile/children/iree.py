@@ -25,7 +25,6 @@ from . import job
 from .measure import Array, Run, measure
 
 ENTRY = "main"
-MIN_IR_VERSION = 4  # of ONNX, from which constants need not be inputs too
 # (LLVM's triple, processor, features) that every processor of an architecture has.
 GENERIC = {
     "x86_64": ("x86_64-linux-gnu", "x86-64", ""),
@@ -84,7 +83,6 @@ def _imported(network: str, folder: str) -> bytes:
     """The network as MLIR, its graph's name being the entry point's."""
     model = onnx.load(network)
     model.graph.name = ENTRY
-    model.ir_version = max(model.ir_version, MIN_IR_VERSION)
     renamed, imported = os.path.join(folder, "network.onnx"), os.path.join(folder, "network.mlir")
     onnx.save(model, renamed)
     command = [sys.executable, "-m", "iree.compiler.tools.import_onnx", renamed, "-o", imported]

@@ -40,6 +40,7 @@ def quantize(model: onnx.ModelProto, statistics: Statistics, recipe: Recipe) -> 
     ranges = {name: methods[recipe["ranges"]] for name, methods in statistics["ranges"].items()}
     own = onnx.ModelProto()
     own.CopyFrom(model)
+    _flatten_biases(own)
     scales = _weight_scales(own, ranges, recipe)
     if recipe["correct_bias"]:
         correct_biases(own, statistics["means"], scales)
@@ -77,6 +78,20 @@ def quantize(model: onnx.ModelProto, statistics: Statistics, recipe: Recipe) -> 
     _keep_float(quantized, set(in_float), activations)
     _swept(quantized)
     return quantized
+
+
+def _flatten_biases(model: onnx.ModelProto) -> None:
+    """Gemm's bias may be a row, 1 x N; a scale per channel needs it flat, and it means the same."""
+    constants = {i.name: i for i in model.graph.initializer}
+    for node in model.graph.node:
+        bias = constants.get(node.input[2]) if node.op_type == "Gemm" and len(node.input) > 2 else None
+        if bias is not None and len(bias.dims) == 2 and bias.dims[0] == 1:
+            name = f"{bias.name}/flat"
+            if name not in constants:
+                flat = numpy_helper.from_array(numpy_helper.to_array(bias).reshape(-1), name)
+                model.graph.initializer.append(flat)
+                constants[name] = flat
+            node.input[2] = name
 
 
 def _keep_float(model: onnx.ModelProto, in_float: set[str], activations: dict[str, onnx.NodeProto]) -> None:

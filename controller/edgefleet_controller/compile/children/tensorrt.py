@@ -15,7 +15,7 @@ import onnx
 from onnxruntime.transformers.float16 import convert_float_to_float16
 
 from . import job, ort
-from .measure import measure
+from .measure import Run, measure
 
 MAX_OPSET = 20  # of ONNX that every TensorRT since 10.0 parses
 
@@ -28,6 +28,11 @@ def compile_model(request: job.Request, progress: job.Progress) -> dict[str, Any
         os.link(one["compiled"], one["stand_in"])
     progress("writing types", len(request["jobs"]), len(request["jobs"]))
     return {}
+
+
+def stand_in(path: str) -> Run:
+    """Answers as an engine built from the file would."""
+    return ort.load(path, int8_kernels=False)
 
 
 def typed(network: str, target: str, precision: str) -> None:
@@ -68,4 +73,4 @@ _LACKS = frozenset({
 
 
 def main() -> None:
-    job.serve({"compile": compile_model, "measure": lambda r, p: measure(ort.load, r, p)})
+    job.serve({"compile": compile_model, "measure": lambda r, p: measure(stand_in, r, p)})
