@@ -33,6 +33,7 @@ Progress = Callable[[str, int, int], None]
 MARKER = "edgefleet-toolchain.json"
 INSTALL_LIMIT_S = 1800
 BY_VERSION = "# by version only:"  # of what follows in a lock, builds differ by accelerator and index: no hash holds for all
+SPARE_BYTES = 1_000_000
 _FULL = ("No space left on device", "Errno 28", "Disk quota exceeded", "Errno 122")
 # Megabytes of each environment on disk, as installed on Linux x86-64 with Python 3.11: said before, and asked of the disk.
 NEEDS_MB = {"onnxruntime": 350, "tflite": 420, "openvino": 720, "iree": 620, "rknn": 1460, "tensorrt-rtx": 520}
@@ -208,7 +209,8 @@ def _fill(folder: Path, lock: Lock, log: Path, cancel: threading.Event, progress
 
 def _failure(lock: Lock, log: Path) -> EnvironmentProblem | ToolchainError:
     text = log.read_text(errors="replace")
-    if any(words in text for words in _FULL):
+    # On a full disk the log may be empty too.
+    if any(words in text for words in _FULL) or shutil.disk_usage(log.parent).free < SPARE_BYTES:
         return _disk_full(lock, log.parent)
     # pip's own sentence, where it has one; the last line is often only a part of it.
     said = re.findall(r"^ERROR: (.+)$", text, re.M)
