@@ -60,7 +60,7 @@ def test_a_fresh_one_is_whole_and_its_installation_told_its_progress(tmp_path: P
     toolchain = Toolchains(tmp_path).ensure(TINY, lambda *step: told.append(step))
     assert toolchain.packages["typing_extensions"] == "4.16.0"
     assert told[0] == ("installing the tiny toolchain", 0, 1)
-    assert ("installing the tiny toolchain: typing-extensions", 1, 1) in told
+    assert any(re.match("installing the tiny toolchain: typing.extensions", what) and done == 1 for what, done, _ in told)
     state = examine(tmp_path / "toolchains", TINY)
     assert (state.installed, state.problem) == (True, "")
     assert state.size_bytes > 1_000_000

@@ -183,9 +183,10 @@ def _fill(folder: Path, lock: Lock, log: Path, cancel: threading.Event, progress
     def line(text: bytes) -> None:
         nonlocal done
         told = text.decode(errors="replace").split()
-        if told[:1] == ["Collecting"]:
+        if told[:1] in (["Collecting"], ["Processing"]):  # a package of an index, and a file of one that lies on this machine
             done = min(done + 1, total)
-            progress(f"{doing}: {told[1].partition('=')[0]}", done, total)
+            name = Path(told[1]).name.partition("=")[0].partition("-py")[0]
+            progress(f"{doing}: {name}", done, total)
         elif told[:1] == ["Installing"]:
             progress(f"{doing}: unpacking", done, total)
 
