@@ -60,7 +60,9 @@ def test_a_fresh_one_is_whole_and_its_installation_told_its_progress(tmp_path: P
     toolchain = Toolchains(tmp_path).ensure(TINY, lambda *step: told.append(step))
     assert toolchain.packages["typing_extensions"] == "4.16.0"
     assert told[0] == ("installing the tiny toolchain", 0, 1)
-    assert any(re.match("installing the tiny toolchain: typing.extensions", what) and done == 1 for what, done, _ in told)
+    assert any(
+        re.match("installing the tiny toolchain: typing.extensions", what) and done == 1 for what, done, _ in told
+    )
     state = examine(tmp_path / "toolchains", TINY)
     assert (state.installed, state.problem) == (True, "")
     assert state.size_bytes > 1_000_000
@@ -133,7 +135,9 @@ def test_a_half_installed_one_is_installed_anew_at_its_next_use(cache: Path) -> 
 
 def test_a_wrong_hash_is_told_in_pips_words_and_leaves_only_the_log(tmp_path: Path) -> None:
     bad = Lock("bad", "typing-extensions==4.16.0 --hash=sha256:" + "0" * 64 + "\n")
-    with pytest.raises(ToolchainError, match=r"can't install the bad toolchain: THESE PACKAGES DO NOT MATCH THE HASHES"):
+    with pytest.raises(
+        ToolchainError, match=r"can't install the bad toolchain: THESE PACKAGES DO NOT MATCH THE HASHES"
+    ):
         Toolchains(tmp_path).ensure(bad)
     left = [path for path in (tmp_path / "toolchains").iterdir() if not path.name.startswith(".")]
     assert [path.suffix for path in left] == [".log"]
@@ -143,7 +147,9 @@ def test_a_wrong_hash_is_told_in_pips_words_and_leaves_only_the_log(tmp_path: Pa
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     place = tmp_path / "disk"
     place.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(place)], capture_output=True, check=False)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(place)], capture_output=True, check=False
+    )
     if mounted.returncode != 0:
         pytest.skip(f"no tmpfs can be mounted: {mounted.stderr.decode().strip()}")
     yield place
@@ -213,13 +219,24 @@ def child(cache: Path, tmp_path: Path, body: str, *, limit_s: float = 30.0, **mo
     file.write_text(CHILD.replace("BODY", body.replace("\n", "\n    ")))
     toolchains = Toolchains(cache, cancel=more.pop("cancel", None))
     return toolchains.run(
-        toolchains.ensure(TINY), str(file), {"action": "try"}, tmp_path / "work", tmp_path / "child.log", limit_s=limit_s, **more
+        toolchains.ensure(TINY),
+        str(file),
+        {"action": "try"},
+        tmp_path / "work",
+        tmp_path / "child.log",
+        limit_s=limit_s,
+        **more,
     )
 
 
 def test_a_child_answers_reports_and_its_noise_goes_to_the_log(pristine: Path, tmp_path: Path) -> None:
     told: list[Any] = []
-    found = child(pristine, tmp_path, "print('noise')\nos.write(1, b'\\xff native noise\\n')\nreturn {'x': 1}", progress=lambda *s: told.append(s))
+    found = child(
+        pristine,
+        tmp_path,
+        "print('noise')\nos.write(1, b'\\xff native noise\\n')\nreturn {'x': 1}",
+        progress=lambda *s: told.append(s),
+    )
     assert found == {"x": 1}
     assert told == [("working", 1, 2)]
     assert b"noise\n" in (tmp_path / "child.log").read_bytes()
@@ -244,7 +261,9 @@ def test_a_child_answers_reports_and_its_noise_goes_to_the_log(pristine: Path, t
     ],
     ids=["memory", "disk", "refused", "exception", "module gone", "segfault", "killed", "silent", "rubbish", "no object", "too long", "too large"],
 )  # fmt: skip
-def test_a_child_that_misbehaves_is_told_as_what_it_did(pristine: Path, tmp_path: Path, body: str, error: Any, told: str) -> None:
+def test_a_child_that_misbehaves_is_told_as_what_it_did(
+    pristine: Path, tmp_path: Path, body: str, error: Any, told: str
+) -> None:
     limit = 2.0 if "limit of 2" in told else 30.0
     with pytest.raises(error, match=told):
         child(pristine, tmp_path, body, limit_s=limit, memory_bytes=200_000_000)
@@ -325,7 +344,10 @@ def test_check_fails_where_a_file_is_gone(tmp_path: Path) -> None:
     next(copy.glob("lib/python*/site-packages/onnx/checker.py")).unlink()
     told = fleet(tmp_path, "check", "onnxruntime")
     assert told.exit_code == 1
-    assert "BAD  onnxruntime: the file onnx/checker.py is gone; mend it: fleet toolchain install onnxruntime --again" in told.output
+    assert (
+        "BAD  onnxruntime: the file onnx/checker.py is gone; mend it: fleet toolchain install onnxruntime --again"
+        in told.output
+    )
 
 
 def test_a_target_that_fails_on_trial_keeps_its_log(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -35,7 +35,9 @@ class Bench:
     def compile(self, engine: str, *, progress: Any = lambda *_: None, **spec: Any) -> CompileResult:
         made = device_class(engine, arch="aarch64", **{"search": {"effort": "fixed", "prefer": "size"}, **spec})
         toolchains = Toolchains(TOOLCHAINS, cancel=self.cancel)
-        return compile_version(self.version, made, self.layout, toolchains, cache=self.folder / "cache", progress=progress)
+        return compile_version(
+            self.version, made, self.layout, toolchains, cache=self.folder / "cache", progress=progress
+        )
 
     def shipped(self, result: CompileResult) -> bytes:
         layer = self.layout.manifest(result.artifact.digest).layer(artifact.MODEL_LAYER)
@@ -62,7 +64,9 @@ def test_coral_ships_what_the_compiler_mapped_and_is_judged_by_the_file_before(b
 
 
 @pytest.mark.parametrize("precision", ["int8", "fp16"])
-def test_ascend_calibrates_compiles_and_leaves_the_judging_to_the_board(bench: Bench, monkeypatch, precision: str) -> None:
+def test_ascend_calibrates_compiles_and_leaves_the_judging_to_the_board(
+    bench: Bench, monkeypatch, precision: str
+) -> None:
     programs = vendor_tools.install(monkeypatch, bench.folder / "vendor", *ACL)
     result = bench.compile("acl", precision=precision, options={"soc": "Ascend310P3"})
     assert bench.shipped(result) == b"IMODallow_fp32_to_fp16"
@@ -71,7 +75,12 @@ def test_ascend_calibrates_compiles_and_leaves_the_judging_to_the_board(bench: B
     assert figures.unmeasured == ("agreement", "latency", "memory")
     assert (result.quality, result.misses) == ("passed", ())
     (line,) = vendor_tools.calls(programs, "atc")
-    assert {"--framework=5", "--soc_version=Ascend310P3", "--input_format=NCHW", "--input_shape=image:1,3,32,32"} <= set(json.loads(line))
+    assert {
+        "--framework=5",
+        "--soc_version=Ascend310P3",
+        "--input_format=NCHW",
+        "--input_shape=image:1,3,32,32",
+    } <= set(json.loads(line))
     assert len(vendor_tools.calls(programs, "amct_onnx")) == (1 if precision == "int8" else 0)
     statement = json.loads(
         bench.layout.read(bench.layout.manifest(result.artifact.digest).layer(artifact.PROVENANCE_LAYER).digest, 10**6)
@@ -96,7 +105,9 @@ def test_rk1808s_older_toolkit_runs_in_its_own_python(bench: Bench, monkeypatch,
         ("rknn", "rk1808", "rknn-toolkit1-python", "GitHub releases"),
     ],
 )
-def test_a_program_that_is_not_here_is_told_with_where_it_comes_from(bench: Bench, engine, target, program, where) -> None:
+def test_a_program_that_is_not_here_is_told_with_where_it_comes_from(
+    bench: Bench, engine, target, program, where
+) -> None:
     with pytest.raises(MissingTool, match=rf"{program} is not on PATH .*{where}"):
         bench.compile(engine, target=target)
 
@@ -116,7 +127,9 @@ def test_float16_for_ascend_needs_no_quantizer(bench: Bench, monkeypatch) -> Non
         (ACL, "acl", "1.77.T1", r"atc at .* has version 1\.77\.T1, this target knows >=5,<10"),
     ],
 )
-def test_a_program_of_another_version_is_refused_before_anything_is_made(bench, monkeypatch, names, engine, version, told) -> None:
+def test_a_program_of_another_version_is_refused_before_anything_is_made(
+    bench, monkeypatch, names, engine, version, told
+) -> None:
     vendor_tools.install(monkeypatch, bench.folder / "vendor", *names, version=version)
     with pytest.raises(ToolchainError, match=told):
         bench.compile(engine)
@@ -147,7 +160,9 @@ def test_another_version_of_a_program_compiles_anew(bench: Bench, monkeypatch) -
     ],
     ids=["parser", "kernel", "crash", "rubbish", "no file", "nothing mapped", "internal error", "no figures"],
 )  # fmt: skip
-def test_a_program_that_fails_is_told_by_its_reason(bench: Bench, monkeypatch, names, engine, behaviour, error, told) -> None:
+def test_a_program_that_fails_is_told_by_its_reason(
+    bench: Bench, monkeypatch, names, engine, behaviour, error, told
+) -> None:
     if engine == "acl":  # amct does its part
         vendor_tools.install(monkeypatch, bench.folder / "vendor", "amct_onnx")
     vendor_tools.install(monkeypatch, bench.folder / "vendor", names[0], behaviour=behaviour)
@@ -157,7 +172,9 @@ def test_a_program_that_fails_is_told_by_its_reason(bench: Bench, monkeypatch, n
 
 def test_rk1808s_toolkit_that_gives_a_status_is_told_by_its_step(bench: Bench, monkeypatch) -> None:
     vendor_tools.install(monkeypatch, bench.folder / "vendor", *RK1808, behaviour="return -1")
-    with pytest.raises(ToolchainError, match=r"rknn-toolkit ended with status 1: error: can't build the network \(status -1\)"):
+    with pytest.raises(
+        ToolchainError, match=r"rknn-toolkit ended with status 1: error: can't build the network \(status -1\)"
+    ):
         bench.compile("rknn", target="rk1808")
 
 

@@ -12,7 +12,27 @@ from edgefleet_controller.manifests import Model
 from PIL import Image, ImageDraw, ImageFont
 
 COUNTS = {"calibration": 24, "holdout": 48, "golden": 8}
-_WORDS = "platform train north gate closed total amount receipt fragile handle care number open daily push serial year exit staff".split()
+_WORDS = [
+    "platform",
+    "train",
+    "north",
+    "gate",
+    "closed",
+    "total",
+    "amount",
+    "receipt",
+    "fragile",
+    "handle",
+    "care",
+    "number",
+    "open",
+    "daily",
+    "push",
+    "serial",
+    "year",
+    "exit",
+    "staff",
+]
 
 
 def _fetched(cache: Path, package: tuple[str, str], member: str) -> bytes:

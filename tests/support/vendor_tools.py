@@ -130,7 +130,9 @@ def install(
         text, own = _PROGRAMS[name]
         program = programs / name
         indent = "        " if name == "rknn-toolkit1-python" else ""
-        program.write_text(_HEAD + text.replace("BEHAVIOUR", behaviour.replace("\n", "\n" + indent)).replace("VERSION", version or own))
+        program.write_text(
+            _HEAD + text.replace("BEHAVIOUR", behaviour.replace("\n", "\n" + indent)).replace("VERSION", version or own)
+        )
         program.chmod(0o755)
     (folder / "compiler" / "version.info").write_text(f"Version={version or '7.0.0.5.242'}\nversion_dir=CANN-7.0.0\n")
     monkeypatch.setenv("PATH", f"{programs}:/usr/bin:/bin")

@@ -12,7 +12,9 @@ from support.networks import Net, project
 
 
 @pytest.mark.parametrize("precision", ["int8", "fp16"])
-def test_a_trained_network_is_compiled_and_the_simulator_answers(workshop, version: ModelVersion, precision: str) -> None:
+def test_a_trained_network_is_compiled_and_the_simulator_answers(
+    workshop, version: ModelVersion, precision: str
+) -> None:
     result = workshop.compile(version, "rknn", arch="aarch64", precision=precision, options={"chip": "rk3588"})
     figures = result.figures
     assert workshop.shipped(result).read_bytes()[:4] == b"RKNN"

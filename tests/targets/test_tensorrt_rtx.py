@@ -25,7 +25,7 @@ def test_a_gpu_that_it_does_not_build_for_is_refused(workshop) -> None:
     version = workshop.version(trained.digits)
     with pytest.raises(ManifestError, match=r"builds for no GPU of capability 8\.7"):
         workshop.compile(version, "tensorrt-rtx", precision="fp16", options={"capabilities": "8.7"})
-    with pytest.raises(ManifestError, match="expected such as 8.6,8.9"):
+    with pytest.raises(ManifestError, match=r"expected such as 8\.6,8\.9"):
         workshop.compile(version, "tensorrt-rtx", precision="fp16", options={"capabilities": "ampere"})
 
 

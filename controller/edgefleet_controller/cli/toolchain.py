@@ -42,7 +42,7 @@ def install(home: Path, names: tuple[str, ...], every: bool, again: bool, as_jso
     with progress() as show:
         for name in wanted:
             lock = lock_of(inventory.targets_of(name)[0])
-            toolchains.ensure(lock, lambda doing, n, of, name=name: show(name, doing, n / (of or 1)), again=again)  # type: ignore[misc]
+            toolchains.ensure(lock, lambda doing, n, of, name=name: show(name, doing, n / (of or 1)), again=again)
             done.append(inventory.state(toolchains.root, name))
     if as_json:
         document([msgspec.to_builtins(state) for state in done])
@@ -123,7 +123,9 @@ def _report(found: list[dict[str, Any]]) -> None:
         mend = f"; mend it: fleet toolchain install {state['name']} --again" if state["problem"] else ""
         say(f"{'BAD ' if state['problem'] else 'ok  '} {state['name']}: {state['problem'] or 'whole'}{mend}")
         for trial in one["trials"]:
-            say(f"{'BAD ' if trial['problem'] else 'ok  '}   {trial['target']}: {trial['problem'] or trial['told']} ({trial['seconds']} s)")
+            say(
+                f"{'BAD ' if trial['problem'] else 'ok  '}   {trial['target']}: {trial['problem'] or trial['told']} ({trial['seconds']} s)"
+            )
 
 
 def _toolchains(home: Path) -> Any:

@@ -32,7 +32,9 @@ Progress = Callable[[str, int, int], None]
 
 MARKER = "edgefleet-toolchain.json"
 INSTALL_LIMIT_S = 1800
-BY_VERSION = "# by version only:"  # of what follows in a lock, builds differ by accelerator and index: no hash holds for all
+BY_VERSION = (
+    "# by version only:"  # of what follows in a lock, builds differ by accelerator and index: no hash holds for all
+)
 SPARE_BYTES = 1_000_000
 _FULL = ("No space left on device", "Errno 28", "Disk quota exceeded", "Errno 122")
 # Megabytes of each environment on disk, as installed on Linux x86-64 with Python 3.11: said before, and asked of the disk.
@@ -183,7 +185,10 @@ def _fill(folder: Path, lock: Lock, log: Path, cancel: threading.Event, progress
     def line(text: bytes) -> None:
         nonlocal done
         told = text.decode(errors="replace").split()
-        if told[:1] in (["Collecting"], ["Processing"]):  # a package of an index, and a file of one that lies on this machine
+        if told[:1] in (
+            ["Collecting"],
+            ["Processing"],
+        ):  # a package of an index, and a file of one that lies on this machine
             done = min(done + 1, total)
             name = Path(told[1]).name.partition("=")[0].partition("-py")[0]
             progress(f"{doing}: {name}", done, total)
@@ -263,5 +268,7 @@ def _damage(folder: Path) -> str:
 
 def _size_bytes(folder: Path) -> int:
     return sum(
-        entry.stat(follow_symlinks=False).st_size for entry in folder.rglob("*") if entry.is_file() or entry.is_symlink()
+        entry.stat(follow_symlinks=False).st_size
+        for entry in folder.rglob("*")
+        if entry.is_file() or entry.is_symlink()
     )

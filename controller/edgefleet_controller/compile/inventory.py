@@ -151,7 +151,9 @@ def _tiny(folder: Path) -> Model:
 def _network(rng: np.random.Generator) -> onnx.ModelProto:
     shapes = {"w0": (8, 3, 3, 3), "b0": (8,), "w1": (8, 8, 3, 3), "b1": (8,), "w2": (10, 128), "b2": (10,)}
     constants = [
-        numpy_helper.from_array((rng.normal(size=s) * (np.prod(s[1:]) ** -0.5 if len(s) > 1 else 0.05)).astype(np.float32), name)
+        numpy_helper.from_array(
+            (rng.normal(size=s) * (np.prod(s[1:]) ** -0.5 if len(s) > 1 else 0.05)).astype(np.float32), name
+        )
         for name, s in shapes.items()
     ]
     nodes = [

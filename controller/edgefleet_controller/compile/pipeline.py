@@ -67,7 +67,17 @@ def compile_version(
     toolchain = toolchains.for_target(target, device_class.spec.precision, progress)
     with tempfile.TemporaryDirectory(prefix="edgefleet-compile-") as temporary:
         steps = Steps(
-            version, device_class, target, options, toolchain, layout, toolchains, cache, Path(temporary), progress, limits
+            version,
+            device_class,
+            target,
+            options,
+            toolchain,
+            layout,
+            toolchains,
+            cache,
+            Path(temporary),
+            progress,
+            limits,
         )
         blind = quality.vacuous(steps.references(), version)
         if blind and not ship_despite_quality:

@@ -21,7 +21,9 @@ from edgefleet_controller.source import ModelVersion
 ENTRY_POINTS = "edgefleet.targets"
 
 Options = dict[str, str | int | float | bool]
-RECIPE_OPTIONS = frozenset({"weights", "granularity", "scope", "correct_bias", "quantizer", "float_first", "activations"})
+RECIPE_OPTIONS = frozenset(
+    {"weights", "granularity", "scope", "correct_bias", "quantizer", "float_first", "activations"}
+)
 
 
 class Target(Protocol):

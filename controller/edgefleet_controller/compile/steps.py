@@ -48,7 +48,10 @@ MAX_BLOB_BYTES = 4 * 1024**3
 PREPARE = ("onnxruntime", "ort")  # toolchain and module that simplify, answer in float, gather statistics and write QDQ
 HOST_OVERHEAD_BYTES = 128 * 1024 * 1024  # samples, outputs and the float model beside the compiled one while timing
 MOST_FOR_SEVERAL = 100  # held-out samples that candidates of one round are told apart by; the chosen one answers all
-COMPILED, STAND_IN = "compiled", "stand-in"  # files of a compiled model in the cache: for the board, and what this host can run
+COMPILED, STAND_IN = (
+    "compiled",
+    "stand-in",
+)  # files of a compiled model in the cache: for the board, and what this host can run
 RANKED_SAMPLES = 6  # of the calibration set; a layer's noise differs between samples much less than between layers
 _CHILDREN = Path(__file__).parent / "children"
 _LOCK_POLL_S = 0.05
@@ -94,7 +97,9 @@ class Steps:
         own = (version.network, self._preparing.lock_hash, code, _json(version.encoding))
         self._prepared_key = content_key("prepare", *own, version.holdout.digest, version.golden.digest)
         self._gathered_key = content_key("statistics", *own, version.calibration.digest)
-        own_code = "" if not target.module.endswith(".py") else hashlib.sha256(Path(target.module).read_bytes()).hexdigest()
+        own_code = (
+            "" if not target.module.endswith(".py") else hashlib.sha256(Path(target.module).read_bytes()).hexdigest()
+        )
         self._target_key = (target.name, toolchain.lock_hash, code + own_code, self._options)
 
     @property
@@ -284,7 +289,8 @@ class Steps:
         for staged in wanted:
             if not (staged / COMPILED).is_file() or (staged / COMPILED).stat().st_size == 0:
                 raise ToolchainError(
-                    f"the {self._toolchain.name} compile ended well, but wrote no compiled model", hint=f"see {self._log('compile')}"
+                    f"the {self._toolchain.name} compile ended well, but wrote no compiled model",
+                    hint=f"see {self._log('compile')}",
                 )
 
     def _float_model(self) -> Path:
@@ -321,11 +327,20 @@ class Steps:
         self, toolchain: Toolchain, module: str, limit_s: float, request: dict[str, Any], memory_bytes: int | None = None
     ) -> dict[str, Any]:  # fmt: skip
         log = self._log(request["action"])
-        if log not in self._logged:  # the log of one compile: what an earlier one said is gone, its own jobs follow each other
+        if (
+            log not in self._logged
+        ):  # the log of one compile: what an earlier one said is gone, its own jobs follow each other
             self._logged.add(log)
             log.unlink(missing_ok=True)
         return self._toolchains.run(
-            toolchain, module, request, self._work, log, limit_s=limit_s, memory_bytes=memory_bytes, progress=self._progress
+            toolchain,
+            module,
+            request,
+            self._work,
+            log,
+            limit_s=limit_s,
+            memory_bytes=memory_bytes,
+            progress=self._progress,
         )
 
     def _log(self, action: str) -> Path:

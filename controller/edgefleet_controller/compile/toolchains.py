@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -173,7 +173,9 @@ class Toolchains:
         said = last_line(log_file)
         if said.startswith(("ModuleNotFoundError", "ImportError")):
             said += "; its environment seems damaged"
-            return ToolchainError(f"{name} failed: {said}", hint=f"fleet toolchain check {toolchain.name}; see {log_file}")
+            return ToolchainError(
+                f"{name} failed: {said}", hint=f"fleet toolchain check {toolchain.name}; see {log_file}"
+            )
         return ToolchainError(f"{name} failed: {said}", hint=f"see {log_file}")
 
     @contextmanager
@@ -188,7 +190,9 @@ class Toolchains:
                 except BlockingIOError:
                     progress(f"waiting for another program that installs the {lock.name} toolchain", 0, 1)
                     if self._cancel.wait(_LOCK_POLL_S):
-                        raise Cancelled(f"cancelled while another program installed the {lock.name} toolchain") from None
+                        raise Cancelled(
+                            f"cancelled while another program installed the {lock.name} toolchain"
+                        ) from None
             yield
         finally:
             os.close(fd)

@@ -78,7 +78,9 @@ def main() -> int:
     except OSError as exc:
         if exc.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        problem = EnvironmentProblem(f"the disk is full: {exc.filename or request.cache} can't be written", hint="make room")
+        problem = EnvironmentProblem(
+            f"the disk is full: {exc.filename or request.cache} can't be written", hint="make room"
+        )
         say(Failed(problem.as_dict()))
     return 0
 

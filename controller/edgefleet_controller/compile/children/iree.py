@@ -86,7 +86,9 @@ def _imported(network: str, folder: str) -> bytes:
     renamed, imported = os.path.join(folder, "network.onnx"), os.path.join(folder, "network.mlir")
     onnx.save(model, renamed)
     command = [sys.executable, "-m", "iree.compiler.tools.import_onnx", renamed, "-o", imported]
-    ended = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False)
+    ended = subprocess.run(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False
+    )
     said = ended.stdout.decode(errors="replace")
     if ended.returncode != 0:
         sys.stderr.write(said)
@@ -116,7 +118,9 @@ def _refusal(text: str, imported: str, network: str) -> job.Refused:
     """iree-compile's diagnostic as a sentence that names operator and node; it speaks of lines of the imported network."""
     lines = imported.splitlines()
     for number in re.findall(r'(?:loc\("[^"]*":|<stdin>:|^-:)(\d+):\d+', text, re.M):
-        operator = re.search(r'torch\.operator "onnx\.(\w+)"', lines[int(number) - 1] if int(number) <= len(lines) else "")
+        operator = re.search(
+            r'torch\.operator "onnx\.(\w+)"', lines[int(number) - 1] if int(number) <= len(lines) else ""
+        )
         if operator is None:
             continue
         before = sum(f'"onnx.{operator[1]}"' in line for line in lines[: int(number) - 1])

@@ -46,7 +46,10 @@ def serve(actions: dict[str, Action]) -> None:
     except Refused as exc:
         say("error", exc.fields)
     except MemoryError as exc:
-        say("error", {"code": "environment", "message": f"out of memory in the step {request['action']}: {exc}", "hint": _ROOM})
+        say(
+            "error",
+            {"code": "environment", "message": f"out of memory in the step {request['action']}: {exc}", "hint": _ROOM},
+        )
     except OSError as exc:
         if exc.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise

@@ -59,7 +59,9 @@ def _lowered(network: str, folder: str) -> str:
     the same: axes and sizes became inputs, and Softmax lost its flattening."""
     model = onnx.load(network)
     constants = {i.name: i for i in model.graph.initializer}
-    ranks = {v.name: len(v.type.tensor_type.shape.dim) for v in onnx.shape_inference.infer_shapes(model).graph.value_info}
+    ranks = {
+        v.name: len(v.type.tensor_type.shape.dim) for v in onnx.shape_inference.infer_shapes(model).graph.value_info
+    }
     for entry in model.opset_import:
         if entry.domain in {"", "ai.onnx"} and entry.version > MAX_OPSET:
             for node in model.graph.node:
@@ -69,7 +71,9 @@ def _lowered(network: str, folder: str) -> str:
         onnx.checker.check_model(model, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as exc:
         said = str(exc).strip().splitlines()[0]
-        raise job.Refused("bad_model", f"rknn-toolkit reads ONNX up to opset {MAX_OPSET}, this network says more: {said}") from exc
+        raise job.Refused(
+            "bad_model", f"rknn-toolkit reads ONNX up to opset {MAX_OPSET}, this network says more: {said}"
+        ) from exc
     lowered = os.path.join(folder, "network.onnx")
     onnx.save(model, lowered)
     return lowered
@@ -84,7 +88,10 @@ def _lower(node: onnx.NodeProto, constants: dict[str, onnx.TensorProto], ranks: 
         axis = next((a.i for a in node.attribute if a.name == "axis"), -1)
         last = ranks.get(node.input[0], 0) - 1
         if axis not in (-1, last):
-            raise job.Refused("bad_model", f"rknn-toolkit has no operator {node.op_type} over another axis than the last (node {node.name!r})")
+            raise job.Refused(
+                "bad_model",
+                f"rknn-toolkit has no operator {node.op_type} over another axis than the last (node {node.name!r})",
+            )
         del node.attribute[:]
         node.attribute.append(onnx.helper.make_attribute("axis", last))
 

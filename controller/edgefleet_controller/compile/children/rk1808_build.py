@@ -5,15 +5,17 @@ Run as ``rknn-toolkit1-python rk1808_build.py settings.json`` by :mod:`.rk1808`;
 
 import json
 import sys
+from collections.abc import Callable
+from typing import Any
 
 
 def main() -> int:
-    from rknn.api import RKNN
+    from rknn.api import RKNN  # that toolkit's, not RKNN-Toolkit2's
 
     with open(sys.argv[1], encoding="utf-8") as stream:
         settings = json.load(stream)
     toolkit = RKNN(verbose=False)
-    steps = (
+    steps: tuple[tuple[str, Callable[[], Any]], ...] = (
         (
             "take these settings",
             lambda: toolkit.config(

@@ -57,7 +57,9 @@ def compile_model(request: job.Request, progress: job.Progress) -> dict[str, Any
     for number, one in enumerate(request["jobs"]):
         progress("converting", number, len(request["jobs"]))
         samples = SampleFile(request["calibration"], MOST_SAMPLES) if one["recipe"]["precision"] == "int8" else None
-        _pack(one["stand_in"], one["network"], request["options"] | {"recipe": one["recipe"]}, samples, request["inputs"])
+        _pack(
+            one["stand_in"], one["network"], request["options"] | {"recipe": one["recipe"]}, samples, request["inputs"]
+        )
         with _unpacked(one["stand_in"]) as folder:
             with open(os.path.join(folder, "settings.json"), encoding="utf-8") as stream:
                 settings = json.load(stream)
@@ -161,7 +163,7 @@ def _pack(path: str, network: str, settings: dict[str, Any], samples: SampleFile
         names = []
         for index in range(len(samples) if samples else 0):
             assert samples is not None
-            row = []
+            row: list[str] = []
             sample = samples[index]
             for value in (sample[name] for name in inputs):
                 row.append(f"{index:04}-{len(row)}.npy")

@@ -52,7 +52,9 @@ def _built(network: str, options: dict[str, Any]) -> bytes:
         raise _refusal(parser)
     config = builder.create_builder_config()
     config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, int(options["workspace_mb"]) << 20)
-    capabilities = [getattr(trt.ComputeCapability, f"SM{c.replace('.', '')}", None) for c in options["capabilities"].split(",")]
+    capabilities = [
+        getattr(trt.ComputeCapability, f"SM{c.replace('.', '')}", None) for c in options["capabilities"].split(",")
+    ]
     if None in capabilities:
         raise job.Refused("bad_manifest", f"tensorrt-rtx builds for no GPU of capability {options['capabilities']}")
     config.num_compute_capabilities = len(capabilities)
@@ -60,7 +62,9 @@ def _built(network: str, options: dict[str, Any]) -> bytes:
         config.set_compute_capability(capability, place)
     engine = builder.build_serialized_network(definition, config)
     if engine is None:
-        raise job.Refused("toolchain_failed", f"tensorrt-rtx built no engine: {log.errors[0][:400] if log.errors else 'see the log'}")
+        raise job.Refused(
+            "toolchain_failed", f"tensorrt-rtx built no engine: {log.errors[0][:400] if log.errors else 'see the log'}"
+        )
     return bytes(engine)
 
 
@@ -70,7 +74,8 @@ def _refusal(parser: Any) -> job.Refused:
         return job.Refused("bad_model", "tensorrt-rtx can't parse this network; the log says why")
     first = parser.get_error(0)
     return job.Refused(
-        "bad_model", f"tensorrt-rtx can't take the operator {first.node_operator()} (node {first.node_name()!r}): {first.desc()[:300]}"
+        "bad_model",
+        f"tensorrt-rtx can't take the operator {first.node_operator()} (node {first.node_name()!r}): {first.desc()[:300]}",
     )
 
 

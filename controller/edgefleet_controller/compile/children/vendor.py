@@ -24,7 +24,12 @@ def call(command: Sequence[str], folder: str) -> tuple[int, str]:
     sys.stderr.write(f"$ {' '.join(command)}\n")
     try:
         ended = subprocess.run(
-            list(command), cwd=folder, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False
+            list(command),
+            cwd=folder,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            check=False,
         )
     except OSError as exc:
         reason = "not found" if exc.errno == errno.ENOENT else exc.strerror
