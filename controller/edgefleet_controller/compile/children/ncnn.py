@@ -1,0 +1,121 @@
+"""Stage 2, compile: ncnn. Has pnnx make its two files from ONNX, packs them as one, and measures them.
+
+The compiled model is a ZIP, stored, with the members ``model.param`` and ``model.bin`` and no time stamps. Inputs are blobs ``in0``, ``in1``, ...
+and outputs ``out0``, ... in the network's order, without the batch axis, which is 1. pnnx writes operators that ncnn has no layer for
+all the same: they are refused here. Source: pnnx's README, ncnn's Python binding.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+import tempfile
+import zipfile
+from typing import Any
+
+import ncnn
+import numpy as np
+import onnx
+from onnx import numpy_helper
+
+from . import job, vendor
+from .measure import Array, Run, measure
+
+MEMBERS = ("model.param", "model.bin")
+_EPOCH = (1980, 1, 1, 0, 0, 0)
+
+
+def load(request: job.Request, path: str) -> Run:
+    """A network on one thread. Request: ``inputs`` and ``outputs``, names in order."""
+    network = ncnn.Net()
+    network.opt.num_threads = 1
+    network.opt.use_vulkan_compute = False
+    for half in ("use_fp16_packed", "use_fp16_storage", "use_fp16_arithmetic", "use_bf16_storage"):
+        setattr(network.opt, half, False)
+    with tempfile.TemporaryDirectory(dir=".") as folder, zipfile.ZipFile(path) as archive:
+        files = [os.path.join(folder, member) for member in MEMBERS]
+        for member, file in zip(MEMBERS, files, strict=True):
+            with open(file, "wb") as stream:
+                stream.write(archive.read(member))
+        if network.load_param(files[0]) != 0 or network.load_model(files[1]) != 0:
+            raise job.Refused("toolchain_failed", "ncnn can't load what pnnx made; the log says why")
+
+    def run(feeds: dict[str, Array]) -> dict[str, Array]:
+        extractor = network.create_extractor()
+        held = [np.ascontiguousarray(feeds[name][0]) for name in request["inputs"]]  # a Mat borrows its memory
+        for place, value in enumerate(held):
+            extractor.input(f"in{place}", ncnn.Mat(value))
+        found = {}
+        for place, name in enumerate(request["outputs"]):
+            status, value = extractor.extract(f"out{place}")
+            if status != 0:
+                raise job.Refused("toolchain_failed", f"ncnn computes no output {name!r} (status {status}); the log says why")
+            found[name] = np.array(value)[None]
+        return found
+
+    return run
+
+
+def compile_model(request: job.Request, progress: job.Progress) -> dict[str, Any]:
+    """Request: ``jobs`` (each ``network`` in float and ``compiled``, the file to write)."""
+    (home,) = importlib.util.find_spec("pnnx").submodule_search_locations  # type: ignore[union-attr,misc]
+    for number, one in enumerate(request["jobs"]):
+        progress("converting", number, len(request["jobs"]))
+        with tempfile.TemporaryDirectory(dir=".") as folder:
+            onnx.save(_with_plain_products(onnx.load(one["network"])), os.path.join(folder, "model.onnx"))
+            code, said = vendor.call([os.path.join(home, "pnnx"), "model.onnx", "fp16=0"], folder)
+            files = [os.path.join(folder, f"model.ncnn.{ending}") for ending in ("param", "bin")]
+            if code != 0 or not all(map(os.path.exists, files)):
+                raise vendor.failed("pnnx", code, said)
+            _check(files[0], one["network"])
+            _pack(files, one["compiled"])
+    progress("converting", len(request["jobs"]), len(request["jobs"]))
+    return {}
+
+
+def _with_plain_products(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Every Gemm over constants in the one form that pnnx makes ncnn's InnerProduct of: weights as rows, a flat bias."""
+    constants = {i.name: i for i in model.graph.initializer}
+    for node in model.graph.node:
+        transposed = any(a.name == "transB" and a.i for a in node.attribute)
+        if node.op_type != "Gemm" or node.input[1] not in constants:
+            continue
+        weight = numpy_helper.to_array(constants[node.input[1]])
+        if not transposed:
+            kept = [a for a in node.attribute if a.name != "transB"]
+            del node.attribute[:]
+            node.attribute.extend([*kept, onnx.helper.make_attribute("transB", 1)])
+            node.input[1] = _constant(model, f"{node.output[0]}/weight", weight.T)
+        if len(node.input) > 2 and node.input[2] in constants and len(constants[node.input[2]].dims) == 2:
+            bias = numpy_helper.to_array(constants[node.input[2]]).reshape(-1)
+            node.input[2] = _constant(model, f"{node.output[0]}/bias", bias)
+    return model
+
+
+def _constant(model: onnx.ModelProto, name: str, value: Array) -> str:
+    model.graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(value), name))
+    return name
+
+
+def _check(param: str, network: str) -> None:
+    """Refuse the first layer that ncnn does not have, by the ONNX node where it kept that operator's name."""
+    with open(param, encoding="utf-8") as stream:
+        kinds = [line.split()[0] for line in stream.read().splitlines()[2:] if line.strip()]
+    for place, kind in enumerate(kinds):
+        if ncnn.create_layer(kind) is None:
+            nodes = [node for node in onnx.load(network).graph.node if node.op_type == kind]
+            before = kinds[:place].count(kind)
+            where = f" (node {nodes[before].name or nodes[before].output[0]!r})" if before < len(nodes) else ""
+            raise job.Refused("bad_model", f"ncnn has no operator {kind}{where}")
+
+
+def _pack(files: list[str], target: str) -> None:
+    with zipfile.ZipFile(target, "w", zipfile.ZIP_STORED) as archive:
+        for member, file in zip(MEMBERS, files, strict=True):
+            with open(file, "rb") as stream:
+                archive.writestr(zipfile.ZipInfo(member, _EPOCH), stream.read())
+
+
+def main() -> None:
+    job.serve({"compile": compile_model, "measure": lambda r, p: measure(functools.partial(load, r), r, p)})
