@@ -223,6 +223,18 @@ def openvino_model(seed: int, behaviour: Behaviour = "good", batch: int | str = 
     return stream.getvalue()
 
 
+def ncnn_model(seed: int) -> bytes:
+    """The classifier as edgefleet's ncnn blob: a stored ZIP of model.param and model.bin, written by hand (one InnerProduct)."""
+    weights, bias = weights_of(seed)
+    param = f"7767517\n2 2\nInput in0 0 1 in0\nInnerProduct fc 1 1 in0 out0 0={CLASSES} 1=1 2={weights.size}\n"
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w", zipfile.ZIP_STORED) as archive:
+        archive.writestr(zipfile.ZipInfo("model.param"), param)
+        # The flag before weights says float32; a bias has none.
+        archive.writestr(zipfile.ZipInfo("model.bin"), bytes(4) + weights.tobytes() + bias.tobytes())
+    return stream.getvalue()
+
+
 def model_file(engine: EngineName, seed: int, behaviour: Behaviour = "good") -> bytes:
     """The compiled model of ``engine``."""
     if behaviour == "corrupt":
