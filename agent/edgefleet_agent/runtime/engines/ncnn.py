@@ -1,17 +1,14 @@
 """Engine adapter: receives an ncnn network as one blob, hands on a session on the CPU.
 
-ncnn's network is two files; the blob is a ZIP archive that stores (does not compress) ``model.param`` and ``model.bin``. ncnn keeps pointing
-into memory that it is given, so it reads both from files without a name (``memfd_create``), which nothing unpacks to disk. Its methods
-answer a status where others raise; here that becomes an error. It computes one picture at a time; blobs are ``in0``, ``out0``, ... in
-the artifact's order, without the batch axis. Source: ncnn's Python binding (``Net``, ``Extractor``, ``Mat``).
+ncnn's network is two files. The blob begins with ``model.bin``, which ncnn reads from the blob's own path and only as far as it goes, and ends
+with a ZIP archive that stores ``model.param``: weights that are handed over in memory would have to stay there, and a confined process
+writes no file. ncnn's methods answer a status where others raise; here that becomes an error. It computes one picture at a time; its values
+are ``in0``, ``out0``, ... in the artifact's order, without the batch axis. Source: ncnn's Python binding (``Net``, ``Extractor``, ``Mat``).
 """
 
 from __future__ import annotations
 
-import os
 import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +19,7 @@ from edgefleet_shared.errors import EngineError
 from edgefleet_agent.runtime.engines.port import installed_version, row_by_row
 from edgefleet_agent.runtime.tensors import NUMPY, Array
 
-MEMBERS = ("model.param", "model.bin")
+MEMBER = "model.param"
 _MAGIC = b"7767517"  # a .param's first line
 
 
@@ -44,48 +41,34 @@ class NcnnEngine:
 
     def load(self, path: Path, config: ModelConfig, threads: int) -> NcnnSession:
         ncnn = self.load_library()
-        param, weights = _members(path)
+        param = _param(path)
         network = ncnn.Net()
         network.opt.num_threads = threads
         network.opt.use_vulkan_compute = False
         # What was measured is float32; half precision is another network.
         for half in ("use_fp16_packed", "use_fp16_storage", "use_fp16_arithmetic", "use_bf16_storage"):
             setattr(network.opt, half, False)
-        with _unnamed(param) as topology, _unnamed(weights) as values:
-            if network.load_param(topology) != 0 or network.load_model(values) != 0:
-                raise EngineError("ncnn can't load the model: a layer that this version lacks, or a torn file")
+        if network.load_param_mem(param) != 0 or network.load_model(str(path)) != 0:
+            raise EngineError("ncnn can't load the model: a layer that this version lacks, or a torn file")
         session = NcnnSession(ncnn, network, config)
         # The files tell no shapes: one inference shows whether they are the promised ones.
         session.run({s.name: np.zeros([1 if n == -1 else n for n in s.shape], NUMPY[s.datatype]) for s in config.inputs})
         return session
 
 
-def _members(path: Path) -> tuple[bytes, bytes]:
-    """Topology and weights out of the blob."""
+def _param(path: Path) -> str:
+    """The topology, out of the blob's end."""
     try:
         with zipfile.ZipFile(path) as archive:
-            for name in MEMBERS:
-                # A stored member can't be larger than the file, so no archive bomb gets through.
-                if archive.getinfo(name).compress_type != zipfile.ZIP_STORED:
-                    raise EngineError(f"{name} in the ncnn blob is compressed; it must be stored")
-            param, weights = (archive.read(name) for name in MEMBERS)
+            # A stored member can't be larger than the file, so no archive bomb gets through.
+            if archive.getinfo(MEMBER).compress_type != zipfile.ZIP_STORED:
+                raise EngineError(f"{MEMBER} in the ncnn blob is compressed; it must be stored")
+            param = archive.read(MEMBER)
     except (zipfile.BadZipFile, KeyError, OSError) as exc:
-        raise EngineError(f"not an ncnn blob (a ZIP of {' and '.join(MEMBERS)}): {exc}") from exc
+        raise EngineError(f"not an ncnn blob (model.bin, then a ZIP of {MEMBER}): {exc}") from exc
     if not param.startswith(_MAGIC):
-        raise EngineError(f"{MEMBERS[0]} in the ncnn blob does not begin as ncnn's text does")
-    return param, weights
-
-
-@contextmanager
-def _unnamed(content: bytes) -> Iterator[str]:
-    """A file in memory; its path for this process."""
-    fd = os.memfd_create("edgefleet-ncnn", os.MFD_CLOEXEC)
-    try:
-        with os.fdopen(os.dup(fd), "wb") as stream:
-            stream.write(content)
-        yield f"/proc/self/fd/{fd}"
-    finally:
-        os.close(fd)
+        raise EngineError(f"{MEMBER} in the ncnn blob does not begin as ncnn's text does")
+    return param.decode(errors="replace")
 
 
 class NcnnSession:

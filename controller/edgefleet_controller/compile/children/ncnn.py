@@ -1,6 +1,7 @@
 """Stage 2, compile: ncnn. Has pnnx make its two files from ONNX, packs them as one, and measures them.
 
-The compiled model is a ZIP, stored, with the members ``model.param`` and ``model.bin`` and no time stamps. Inputs are blobs ``in0``, ``in1``, ...
+The compiled model is ``model.bin`` with a ZIP behind it that stores ``model.param``, without a time stamp: the board's engine reads weights
+from the file's beginning. Inputs are blobs ``in0``, ``in1``, ...
 and outputs ``out0``, ... in the network's order, without the batch axis, which is 1. pnnx writes operators that ncnn has no layer for
 all the same: they are refused here. Source: pnnx's README, ncnn's Python binding.
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+import shutil
 import tempfile
 import zipfile
 from typing import Any
@@ -22,7 +24,7 @@ from onnx import numpy_helper
 from . import job, vendor
 from .measure import Array, Run, measure
 
-MEMBERS = ("model.param", "model.bin")
+MEMBER = "model.param"
 _EPOCH = (1980, 1, 1, 0, 0, 0)
 
 
@@ -33,13 +35,10 @@ def load(request: job.Request, path: str) -> Run:
     network.opt.use_vulkan_compute = False
     for half in ("use_fp16_packed", "use_fp16_storage", "use_fp16_arithmetic", "use_bf16_storage"):
         setattr(network.opt, half, False)
-    with tempfile.TemporaryDirectory(dir=".") as folder, zipfile.ZipFile(path) as archive:
-        files = [os.path.join(folder, member) for member in MEMBERS]
-        for member, file in zip(MEMBERS, files, strict=True):
-            with open(file, "wb") as stream:
-                stream.write(archive.read(member))
-        if network.load_param(files[0]) != 0 or network.load_model(files[1]) != 0:
-            raise job.Refused("toolchain_failed", "ncnn can't load what pnnx made; the log says why")
+    with zipfile.ZipFile(path) as archive:
+        param = archive.read(MEMBER).decode()
+    if network.load_param_mem(param) != 0 or network.load_model(path) != 0:
+        raise job.Refused("toolchain_failed", "ncnn can't load what pnnx made; the log says why")
 
     def run(feeds: dict[str, Array]) -> dict[str, Array]:
         extractor = network.create_extractor()
@@ -69,7 +68,7 @@ def compile_model(request: job.Request, progress: job.Progress) -> dict[str, Any
             if code != 0 or not all(map(os.path.exists, files)):
                 raise vendor.failed("pnnx", code, said)
             _check(files[0], one["network"])
-            _pack(files, one["compiled"])
+            _pack(*files, one["compiled"])
     progress("converting", len(request["jobs"]), len(request["jobs"]))
     return {}
 
@@ -110,11 +109,10 @@ def _check(param: str, network: str) -> None:
             raise job.Refused("bad_model", f"ncnn has no operator {kind}{where}")
 
 
-def _pack(files: list[str], target: str) -> None:
-    with zipfile.ZipFile(target, "w", zipfile.ZIP_STORED) as archive:
-        for member, file in zip(MEMBERS, files, strict=True):
-            with open(file, "rb") as stream:
-                archive.writestr(zipfile.ZipInfo(member, _EPOCH), stream.read())
+def _pack(param: str, weights: str, target: str) -> None:
+    shutil.copyfile(weights, target)
+    with zipfile.ZipFile(target, "a", zipfile.ZIP_STORED) as archive, open(param, "rb") as stream:
+        archive.writestr(zipfile.ZipInfo(MEMBER, _EPOCH), stream.read())
 
 
 def main() -> None:
