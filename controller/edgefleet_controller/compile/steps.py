@@ -92,6 +92,7 @@ class Steps:
             "options": self._options,
             "inputs": [spec.name for spec in version.inputs],
             "outputs": [spec.name for spec in version.outputs],
+            "output_shapes": [list(spec.shape) for spec in version.outputs],
         }
         code = _code()
         own = (version.network, self._preparing.lock_hash, code, _json(version.encoding))
