@@ -52,7 +52,9 @@ def test_the_boards_engine_gives_the_same_answers(workshop) -> None:
     manifest = workshop.layout.manifest(result.artifact.digest)
     config = workshop.layout.config(manifest)
     session = engines.find("ncnn").load(workshop.shipped(result), config, threads=1)
-    inputs, references = golden.unpack(workshop.layout.read(manifest.layer(GOLDEN_LAYER).digest, 10**8), config.encoding)
+    inputs, references = golden.unpack(
+        workshop.layout.read(manifest.layer(GOLDEN_LAYER).digest, 10**8), config.encoding
+    )
     answers = session.run(inputs)
     assert session.providers == ("CPU",)
     for name, wanted in references.items():

@@ -38,7 +38,16 @@ BY_VERSION = (
 SPARE_BYTES = 1_000_000
 _FULL = ("No space left on device", "Errno 28", "Disk quota exceeded", "Errno 122")
 # Megabytes of each environment on disk, as installed on Linux x86-64 with Python 3.11: said before, and asked of the disk.
-NEEDS_MB = {"onnxruntime": 350, "tflite": 420, "openvino": 720, "iree": 620, "rknn": 1460, "tensorrt-rtx": 520, "ncnn": 250, "hls4ml": 360}
+NEEDS_MB = {
+    "onnxruntime": 350,
+    "tflite": 420,
+    "openvino": 720,
+    "iree": 620,
+    "rknn": 1460,
+    "tensorrt-rtx": 520,
+    "ncnn": 250,
+    "hls4ml": 360,
+}
 
 
 class Lock(msgspec.Struct, frozen=True):

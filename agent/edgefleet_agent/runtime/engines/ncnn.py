@@ -52,7 +52,9 @@ class NcnnEngine:
             raise EngineError("ncnn can't load the model: a layer that this version lacks, or a torn file")
         session = NcnnSession(ncnn, network, config)
         # The files tell no shapes: one inference shows whether they are the promised ones.
-        session.run({s.name: np.zeros([1 if n == -1 else n for n in s.shape], NUMPY[s.datatype]) for s in config.inputs})
+        session.run(
+            {s.name: np.zeros([1 if n == -1 else n for n in s.shape], NUMPY[s.datatype]) for s in config.inputs}
+        )
         return session
 
 
@@ -91,7 +93,9 @@ class NcnnSession:
 
     def _run(self, inputs: dict[str, Array]) -> dict[str, Array]:
         extractor = self._network.create_extractor()
-        held = [np.ascontiguousarray(inputs[spec.name][0], np.float32) for spec in self._inputs]  # a Mat borrows its memory
+        held = [
+            np.ascontiguousarray(inputs[spec.name][0], np.float32) for spec in self._inputs
+        ]  # a Mat borrows its memory
         for place, value in enumerate(held):
             if extractor.input(f"in{place}", self._ncnn.Mat(value)) != 0:
                 raise EngineError(f"ncnn does not take the input {self._inputs[place].name}")
@@ -103,6 +107,8 @@ class NcnnSession:
             answer = np.array(value, NUMPY[spec.datatype])  # a copy: the Mat's memory is ncnn's
             wanted = [1 if n == -1 else n for n in spec.shape]
             if answer.size != int(np.prod(wanted)):
-                raise EngineError(f"output {spec.name} is {list(answer.shape)}, the artifact promises {list(spec.shape)}")
+                raise EngineError(
+                    f"output {spec.name} is {list(answer.shape)}, the artifact promises {list(spec.shape)}"
+                )
             found[spec.name] = answer.reshape(wanted)
         return found

@@ -20,6 +20,7 @@ from typing import Any
 import hls4ml
 import numpy as np
 import onnx
+from onnx import numpy_helper
 from qonnx.core.modelwrapper import ModelWrapper
 from qonnx.transformation.channels_last import ConvertToChannelsLastAndClean
 from qonnx.transformation.gemm_to_matmul import GemmToMatMul
@@ -27,6 +28,7 @@ from qonnx.util.cleanup import cleanup_model
 
 from . import job, vendor
 from .measure import Array, Run, measure
+from .products import with_plain_products
 
 NAME = "network"
 _EPOCH = (1980, 1, 1, 0, 0, 0)
@@ -72,7 +74,7 @@ def compile_model(request: job.Request, progress: job.Progress) -> dict[str, Any
 
 
 def _written(network: str, options: dict[str, Any], folder: str) -> None:
-    model = ModelWrapper(_explicit(onnx.load(network)))
+    model = ModelWrapper(_explicit(with_plain_products(onnx.load(network))))
     fixed = f"fixed<{options['total_bits']},{options['integer_bits']},RND,SAT>"
     try:
         for step in (ConvertToChannelsLastAndClean(), GemmToMatMul()):
@@ -82,23 +84,62 @@ def _written(network: str, options: dict[str, Any], folder: str) -> None:
             model, granularity="name", default_precision=fixed, default_reuse_factor=options["reuse"], backend="Vitis"
         )
         hls4ml.converters.convert_from_onnx_model(
-            model, output_dir=folder, project_name=NAME, io_type="io_stream", hls_config=settings, backend="Vitis", part=options["part"]
+            model,
+            output_dir=folder,
+            project_name=NAME,
+            io_type="io_stream",
+            hls_config=settings,
+            backend="Vitis",
+            part=options["part"],
         ).write()
     except Exception as exc:  # hls4ml and qonnx raise bare Exception
         raise _refusal(str(exc), network) from exc
 
 
 def _explicit(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Attributes that ONNX leaves to their defaults, and qonnx asks for."""
+    """What ONNX leaves to defaults, and qonnx asks for: attributes, and that what flattens a picture is called Flatten, for it turns the axes
+    of the weights behind that only."""
     constants = {i.name: i for i in model.graph.initializer}
+    inferred = onnx.shape_inference.infer_shapes(model).graph
+    sizes = {
+        value.name: [d.dim_value for d in value.type.tensor_type.shape.dim]
+        for value in (*inferred.input, *inferred.value_info, *inferred.output)
+    }
     for node in model.graph.node:
+        given = {attribute.name: attribute for attribute in node.attribute}
+        defaults: dict[str, Any] = {}
         if node.op_type == "Conv" and node.input[1] in constants:
             kernel = list(constants[node.input[1]].dims)[2:]
-            ones = [1] * len(kernel)
-            defaults = {"kernel_shape": kernel, "dilations": ones, "strides": ones, "pads": [0, 0] * len(kernel), "group": 1}
-            given = {attribute.name for attribute in node.attribute}
+            defaults = {"kernel_shape": kernel, "dilations": [1] * len(kernel), "group": 1}
+        elif node.op_type in ("MaxPool", "AveragePool"):
+            kernel = list(given["kernel_shape"].ints)
+            defaults = {"ceil_mode": 0}
+        if defaults:
+            strides = list(given["strides"].ints) if "strides" in given else [1] * len(kernel)
+            defaults |= {"strides": strides, "pads": _pads(node, kernel, strides, sizes)}
             node.attribute.extend(onnx.helper.make_attribute(n, v) for n, v in defaults.items() if n not in given)
+            for attribute in [a for a in node.attribute if a.name == "auto_pad"]:
+                node.attribute.remove(attribute)
+        if node.op_type == "Reshape" and node.input[1] in constants:
+            shape = numpy_helper.to_array(constants[node.input[1]]).tolist()
+            if len(shape) == 2 and shape[0] in (0, 1):
+                flatten = onnx.helper.make_node("Flatten", [node.input[0]], list(node.output), name=node.name, axis=1)
+                node.CopyFrom(flatten)
     return model
+
+
+def _pads(node: onnx.NodeProto, kernel: list[int], strides: list[int], sizes: dict[str, list[int]]) -> list[int]:
+    """What ``auto_pad`` means in numbers. Source: ONNX's description of Conv."""
+    way = next((a.s.decode() for a in node.attribute if a.name == "auto_pad"), "NOTSET")
+    if way not in ("SAME_UPPER", "SAME_LOWER"):
+        return [0, 0] * len(kernel)
+    before, after = [], []
+    for size, out, k, s in zip(sizes[node.input[0]][2:], sizes[node.output[0]][2:], kernel, strides, strict=True):
+        total = max((out - 1) * s + k - size, 0)
+        least = total // 2
+        before.append(least if way == "SAME_UPPER" else total - least)
+        after.append(total - before[-1])
+    return [*before, *after]
 
 
 def _simulation(folder: str, target: str) -> None:

@@ -19,10 +19,10 @@ from typing import Any
 import ncnn
 import numpy as np
 import onnx
-from onnx import numpy_helper
 
 from . import job, vendor
 from .measure import Array, Run, measure
+from .products import with_plain_products
 
 MEMBER = "model.param"
 _EPOCH = (1980, 1, 1, 0, 0, 0)
@@ -49,7 +49,9 @@ def load(request: job.Request, path: str) -> Run:
         for place, name in enumerate(request["outputs"]):
             status, value = extractor.extract(f"out{place}")
             if status != 0:
-                raise job.Refused("toolchain_failed", f"ncnn computes no output {name!r} (status {status}); the log says why")
+                raise job.Refused(
+                    "toolchain_failed", f"ncnn computes no output {name!r} (status {status}); the log says why"
+                )
             found[name] = np.array(value)[None]
         return found
 
@@ -62,7 +64,7 @@ def compile_model(request: job.Request, progress: job.Progress) -> dict[str, Any
     for number, one in enumerate(request["jobs"]):
         progress("converting", number, len(request["jobs"]))
         with tempfile.TemporaryDirectory(dir=".") as folder:
-            onnx.save(_with_plain_products(onnx.load(one["network"])), os.path.join(folder, "model.onnx"))
+            onnx.save(with_plain_products(onnx.load(one["network"])), os.path.join(folder, "model.onnx"))
             code, said = vendor.call([os.path.join(home, "pnnx"), "model.onnx", "fp16=0"], folder)
             files = [os.path.join(folder, f"model.ncnn.{ending}") for ending in ("param", "bin")]
             if code != 0 or not all(map(os.path.exists, files)):
@@ -71,30 +73,6 @@ def compile_model(request: job.Request, progress: job.Progress) -> dict[str, Any
             _pack(*files, one["compiled"])
     progress("converting", len(request["jobs"]), len(request["jobs"]))
     return {}
-
-
-def _with_plain_products(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Every Gemm over constants in the one form that pnnx makes ncnn's InnerProduct of: weights as rows, a flat bias."""
-    constants = {i.name: i for i in model.graph.initializer}
-    for node in model.graph.node:
-        transposed = any(a.name == "transB" and a.i for a in node.attribute)
-        if node.op_type != "Gemm" or node.input[1] not in constants:
-            continue
-        weight = numpy_helper.to_array(constants[node.input[1]])
-        if not transposed:
-            kept = [a for a in node.attribute if a.name != "transB"]
-            del node.attribute[:]
-            node.attribute.extend([*kept, onnx.helper.make_attribute("transB", 1)])
-            node.input[1] = _constant(model, f"{node.output[0]}/weight", weight.T)
-        if len(node.input) > 2 and node.input[2] in constants and len(constants[node.input[2]].dims) == 2:
-            bias = numpy_helper.to_array(constants[node.input[2]]).reshape(-1)
-            node.input[2] = _constant(model, f"{node.output[0]}/bias", bias)
-    return model
-
-
-def _constant(model: onnx.ModelProto, name: str, value: Array) -> str:
-    model.graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(value), name))
-    return name
 
 
 def _check(param: str, network: str) -> None:

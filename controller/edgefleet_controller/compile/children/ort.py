@@ -96,9 +96,13 @@ def _inferred(path: str) -> onnx.ModelProto:
 
 
 def _name_nodes(path: str) -> None:
-    """Give every node a name, by what it makes: recipes speak of nodes by name. And no constant need be an input: other tools insist on it."""
+    """Give every node a name, by what it makes: recipes speak of nodes by name. And no constant is an input, as it was in ONNX's early days."""
     model = onnx.load(path)
     model.ir_version = max(model.ir_version, MIN_IR_VERSION)
+    constants = {i.name for i in model.graph.initializer}
+    given = [value for value in model.graph.input if value.name not in constants]
+    del model.graph.input[:]
+    model.graph.input.extend(given)
     seen: set[str] = set()
     for node in model.graph.node:
         if not node.name or node.name in seen:
