@@ -70,7 +70,7 @@ def compile_model(request: job.Request, progress: job.Progress) -> dict[str, Any
             if code != 0 or not all(map(os.path.exists, files)):
                 raise vendor.failed("pnnx", code, said)
             _check(files[0], one["network"])
-            _pack(*files, one["compiled"])
+            _pack(files[0], files[1], one["compiled"])
     progress("converting", len(request["jobs"]), len(request["jobs"]))
     return {}
 
