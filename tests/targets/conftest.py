@@ -23,7 +23,7 @@ class Workshop:
     """Trained networks as versions in one layout, and a cache of compiled models that all tests of a module share."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
+        self.folder, self.cache = folder, CACHE
         self.layout = Layout(folder / "layout")
         self._versions: dict[str, ModelVersion] = {}
 

@@ -2,13 +2,35 @@
 
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
 
+import edgefleet_controller.compile
 import pytest
+from edgefleet_controller.compile.toolchains import Toolchains
 from edgefleet_controller.source import ModelVersion, import_model
 from edgefleet_shared.errors import ManifestError, ModelError
 from support import trained
 from support.networks import Net, project
+
+ASK = """
+import sys
+sys.path.append(sys.argv[1])
+import onnx, tensorrt_rtx_bindings as trt
+from children.tensorrt import LACKS
+log = trt.Logger(trt.Logger.ERROR)
+network = trt.Builder(log).create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+parser = trt.OnnxParser(network, log)
+names = {s.name for s in onnx.defs.get_all_schemas() if s.domain == "" and not s.deprecated}
+print(sorted({name for name in names if not parser.supports_operator(name)} ^ set(LACKS)))
+"""
+
+
+def test_the_operators_that_are_refused_are_those_that_the_parser_does_not_know(workshop) -> None:
+    python = Toolchains(workshop.cache).ensure("tensorrt-rtx").python
+    package = str(Path(edgefleet_controller.compile.__file__).parent)
+    told = subprocess.run([python, "-s", "-c", ASK, package], capture_output=True, text=True, timeout=120, check=True)
+    assert told.stdout.strip().splitlines()[-1] == "[]"
 
 
 @pytest.mark.parametrize("precision", ["int8", "fp16"])

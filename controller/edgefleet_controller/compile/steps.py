@@ -48,10 +48,8 @@ MAX_BLOB_BYTES = 4 * 1024**3
 PREPARE = ("onnxruntime", "ort")  # toolchain and module that simplify, answer in float, gather statistics and write QDQ
 HOST_OVERHEAD_BYTES = 128 * 1024 * 1024  # samples, outputs and the float model beside the compiled one while timing
 MOST_FOR_SEVERAL = 100  # held-out samples that candidates of one round are told apart by; the chosen one answers all
-COMPILED, STAND_IN = (
-    "compiled",
-    "stand-in",
-)  # files of a compiled model in the cache: for the board, and what this host can run
+COMPILED = "compiled"  # file of a compiled model in the cache
+STAND_IN = "stand-in"  # beside it, what this host runs in its place
 RANKED_SAMPLES = 6  # of the calibration set; a layer's noise differs between samples much less than between layers
 _CHILDREN = Path(__file__).parent / "children"
 _LOCK_POLL_S = 0.05
@@ -98,9 +96,8 @@ class Steps:
         own = (version.network, self._preparing.lock_hash, code, _json(version.encoding))
         self._prepared_key = content_key("prepare", *own, version.holdout.digest, version.golden.digest)
         self._gathered_key = content_key("statistics", *own, version.calibration.digest)
-        own_code = (
-            "" if not target.module.endswith(".py") else hashlib.sha256(Path(target.module).read_bytes()).hexdigest()
-        )
+        # A target from elsewhere has its child in a file of its own.
+        own_code = hashlib.sha256(Path(target.module).read_bytes()).hexdigest() if target.module.endswith(".py") else ""
         self._target_key = (target.name, toolchain.lock_hash, code + own_code, self._options)
 
     @property
@@ -328,21 +325,12 @@ class Steps:
         self, toolchain: Toolchain, module: str, limit_s: float, request: dict[str, Any], memory_bytes: int | None = None
     ) -> dict[str, Any]:  # fmt: skip
         log = self._log(request["action"])
-        if (
-            log not in self._logged
-        ):  # the log of one compile: what an earlier one said is gone, its own jobs follow each other
+        if log not in self._logged:  # an earlier compile's; this one's own jobs follow each other in it
             self._logged.add(log)
             log.unlink(missing_ok=True)
         return self._toolchains.run(
-            toolchain,
-            module,
-            request,
-            self._work,
-            log,
-            limit_s=limit_s,
-            memory_bytes=memory_bytes,
-            progress=self._progress,
-        )
+            toolchain, module, request, self._work, log, limit_s=limit_s, memory_bytes=memory_bytes, progress=self._progress
+        )  # fmt: skip
 
     def _log(self, action: str) -> Path:
         return self._cache / "logs" / f"{self._version.model}-{self._version.version}-{self._class.name}-{action}.log"

@@ -51,7 +51,7 @@ def load(request: job.Request, path: str) -> Run:
 
 
 def compile_model(request: job.Request, progress: job.Progress) -> dict[str, Any]:
-    """Request: ``options`` (``arch``, ``cpu``, ``features``), ``jobs`` (each ``network`` in float or QDQ, ``compiled`` and ``stand_in``, files to
+    """Request: ``options`` (``arch``, ``cpu``, ``features``), ``jobs`` (each ``network``, ``compiled`` and ``stand_in``, files to
     write)."""
     options = request["options"]
     triple, cpu, features = GENERIC[options["arch"]]

@@ -1,6 +1,6 @@
-"""Stage 2, compile: IREE (.vmfb, by MLIR, for any processor of :data:`ARCHITECTURES`). Data only; the work is in ``children/iree.py``.
+"""Stage 2, compile: IREE (.vmfb, by MLIR). Data only; the work is in ``children/iree.py``.
 
-Float only: what it makes of QDQ is slower than its own float code. Where a class has another architecture than this host, the same
+Float only: int8 by QDQ was not tried through it. Where a class has another architecture than this host, the same
 network compiled for this host answers in its place.
 """
 
