@@ -83,6 +83,8 @@ def _quality(trial: Trial, device_class: DeviceClass) -> bytes:
         "compiled_bytes": figures.compiled_bytes,
         "engine": figures.engine,
         "engine_version": figures.engine_version,
+        "stand_in": figures.stand_in,
+        "unmeasured": list(figures.unmeasured),
         "recipe": trial.recipe.as_dict(),
         "budget_agreement": device_class.spec.accuracy.min_agreement,
     }
