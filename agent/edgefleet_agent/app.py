@@ -24,6 +24,7 @@ from edgefleet_agent.examiner import SandboxedExaminer
 from edgefleet_agent.inbox import Item
 from edgefleet_agent.ports import Ports, spawn_thread
 from edgefleet_agent.rehearse import AgentExaminer
+from edgefleet_agent.results import ChildSigner
 from edgefleet_agent.runner import Line, Runner
 from edgefleet_agent.runtime.control import RuntimeClient, socket_path
 from edgefleet_agent.selfupdate import AgentEffects, AgentUplink, Fork, Myself, Proof
@@ -59,6 +60,7 @@ class Agent:
             uplink=self._uplink,
             runtime=RuntimeClient(socket_path(state)),
             examiner=SandboxedExaminer(),
+            signer=ChildSigner(state / "identity", settings.signing_key),
             clock=SystemClock(),
             files=DISK,
             spawn=spawn_thread,

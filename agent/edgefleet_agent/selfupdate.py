@@ -22,7 +22,7 @@ import msgspec
 from edgefleet_shared.assignment import Assignment, Subject
 from edgefleet_shared.errors import EdgefleetError
 from edgefleet_shared.lifecycle import Effect, Event, State
-from edgefleet_shared.messages import AgentReport, Body, Reported, Want
+from edgefleet_shared.messages import AgentReport, Ended, Reported, Want
 
 from edgefleet_agent import launcher, slots
 from edgefleet_agent.effects import Effects, Job, Result, at_work
@@ -72,7 +72,14 @@ class AgentEffects(Effects):
     """Carries effects out on the agent's own line. Each may be carried out again from its start, by either version."""
 
     def __init__(
-        self, state: Path, ports: Ports, fetcher: Fetcher, threads: int, tell: Callable[[Body], None], *, myself: Myself
+        self,
+        state: Path,
+        ports: Ports,
+        fetcher: Fetcher,
+        threads: int,
+        tell: Callable[[Ended], None],
+        *,
+        myself: Myself,
     ) -> None:
         super().__init__(state, ports, fetcher, threads, tell)
         self._myself = myself

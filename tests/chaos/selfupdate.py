@@ -15,7 +15,7 @@ from enum import Enum
 from functools import partial
 
 import msgspec
-from chaos.board import BOARD, CLASS, DEVICE, MAX_TURNS, SETTINGS, STATE, Clock, Wire
+from chaos.board import BOARD, CLASS, DEVICE, MAX_TURNS, SETTINGS, STATE, Clock, NotedSigner, Wire
 from chaos.depot import Depot
 from chaos.stories import depot, enrolled
 from edgefleet_agent import journal, launcher, slots, verify, verify_child
@@ -166,7 +166,7 @@ class Running:
             OWN, SETTINGS, PROVIDING, "boot", self.inbox,
             Ports(
                 uplink=AgentUplink(self.wire if does is not Does.STAY_CUT_OFF else _Silent(self.wire), manifest, partial(setattr, self, "told")),
-                runtime=None, examiner=AgentExaminer(board.depot, board.disk, board.story), clock=self.clock, files=board.disk,
+                runtime=None, examiner=AgentExaminer(board.depot, board.disk, board.story), signer=NotedSigner(), clock=self.clock, files=board.disk,
                 spawn=lambda name, work: work(),
             ),
             Line(subject=Subject.AGENT, home=STATE, effects=partial(AgentEffects, myself=myself)),

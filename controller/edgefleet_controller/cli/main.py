@@ -10,6 +10,7 @@ from edgefleet_controller.cli.agent import agent
 from edgefleet_controller.cli.device import device
 from edgefleet_controller.cli.model import model
 from edgefleet_controller.cli.rollout import rollout
+from edgefleet_controller.cli.toolchain import toolchain
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -21,7 +22,9 @@ def main() -> None:
     """
 
 
-for command in (fleet.init, fleet.serve, fleet.apply, fleet.doctor, fleet.demo, model, device, rollout, agent):
+for command in (
+    fleet.init, fleet.serve, fleet.apply, fleet.doctor, fleet.demo, model, device, rollout, agent, toolchain,
+):  # fmt: skip
     main.add_command(command)
 
 if __name__ == "__main__":

@@ -9,14 +9,17 @@ from edgefleet_shared.messages import AgentReport, Reported, SlotReport, decode
 from sqlalchemy import text
 from sqlmodel import Session
 
+from edgefleet_controller.results import Proof, Standing
 from edgefleet_controller.rollout.ports import FiguresSource
 from edgefleet_controller.rollout.views import ArtifactRef, BoardView
 from edgefleet_controller.store import rollouts
 
+MAX_REMEMBERED_PROOFS = 20_000
+
 # The assignment in force about what a rollout is about.
 _SELECT = (
-    "SELECT d.name, d.device_class, d.site, d.labels, d.online, d.last_seen, d.revoked, d.reported, a.id, "
-    "a.manifest, a.payload_digest FROM device d LEFT JOIN assignment a ON a.id = "
+    "SELECT d.name, d.device_class, d.site, d.labels, d.online, d.last_seen, d.revoked, d.reported, d.proof, d.must_sign, "
+    "a.id, a.manifest, a.payload_digest FROM device d LEFT JOIN assignment a ON a.id = "
 )
 _ROWS = {Subject.MODEL: text(_SELECT + "d.assignment"), Subject.AGENT: text(_SELECT + "d.agent_assignment")}
 
@@ -27,6 +30,7 @@ class FleetReader:
     def __init__(self, figures: FiguresSource) -> None:
         self._figures = figures
         self._parsed: dict[str, tuple[str, Reported | None]] = {}
+        self._proofs: dict[str, Proof] = {}
 
     def read(
         self, session: Session, subject: Subject = Subject.MODEL, but_not_held_by: str = ""
@@ -48,6 +52,8 @@ class FleetReader:
             seen,
             revoked,
             content,
+            stored,
+            must_sign,
             assignment,
             manifest,
             digest,
@@ -56,6 +62,12 @@ class FleetReader:
             reported = whole.agent if whole is not None and subject is Subject.AGENT else whole
             active = reported.active if reported is not None else None
             ended = reported.ended if reported is not None else None
+            proof = self._proof(stored)
+            signed, doubt, doubted = proof.standing is Standing.SIGNED, "", ""
+            # The proof is about the model's result; the agent's own stands signed in its event only.
+            of_model = subject is Subject.MODEL
+            if of_model and ended is not None and (proof.standing is Standing.REFUSED or (must_sign and not signed)):
+                doubt, doubted, ended = proof.why, ended.assignment, None
             fleet[name] = BoardView(
                 device=name,
                 device_class=device_class,
@@ -75,10 +87,21 @@ class FleetReader:
                 and (reported.desired_seen == digest or (ended is not None and ended.assignment == assignment)),
                 refusal=reported.refusal if reported is not None and reported.desired_seen == digest else "",
                 ended=ended,
+                signed=of_model and signed,
+                must_sign=of_model and bool(must_sign),
+                doubt=doubt,
+                doubted=doubted,
                 figures=self._figures.of(name),
                 holder=holders.get(name, ""),
             )
         return fleet
+
+    def _proof(self, content: str) -> Proof:
+        if content not in self._proofs:
+            if len(self._proofs) > MAX_REMEMBERED_PROOFS:
+                self._proofs.clear()
+            self._proofs[content] = msgspec.json.decode(content, type=Proof) if content else Proof()
+        return self._proofs[content]
 
     def _report(self, device: str, content: str) -> Reported | None:
         known = self._parsed.get(device)

@@ -31,6 +31,9 @@ MIGRATIONS: dict[int, tuple[str, ...]] = {
     1: (
         "ALTER TABLE device ADD COLUMN agent_assignment VARCHAR NOT NULL DEFAULT ''",
         "ALTER TABLE assignment ADD COLUMN subject VARCHAR NOT NULL DEFAULT 'model'",
+        # Boards that were enrolled before may send results without a signature until their first signed one.
+        "ALTER TABLE device ADD COLUMN must_sign BOOLEAN NOT NULL DEFAULT false",
+        "ALTER TABLE device ADD COLUMN proof TEXT NOT NULL DEFAULT ''",
     ),
 }
 
