@@ -81,6 +81,7 @@ class Bench:
                 version,
                 device_class,
                 target,
+                target.options(device_class.spec, version),
                 toolchain,
                 self._layout,
                 self._toolchains,
