@@ -77,10 +77,12 @@ class Accuracy(_Strict):
 class Search(_Strict):
     """How hard the compiler looks for the best artifact. ``fixed``: what the manifests say, pass or fail. ``quick``: that, and more only
     when it misses a budget. ``full``: every candidate that makes sense. ``prefer``: what is best among those within all budgets;
-    only ``size`` lets a candidate win that is slower than float."""
+    only ``size`` and ``transfer`` (fewest bytes sent) let a candidate win that is slower than float. ``pruned``: whether networks that the model's
+    ``prune`` made are among them."""
 
     effort: Literal["fixed", "quick", "full"] = "full"
-    prefer: Literal["latency", "size", "accuracy"] = "latency"
+    prefer: Literal["latency", "size", "transfer", "accuracy"] = "latency"
+    pruned: bool = True
 
 
 class AcceptanceOverrides(_Strict):
@@ -253,6 +255,36 @@ class Holdout(Pictures):
     )
 
 
+class Training(Pictures):
+    truth: str | None = Field(
+        default=None, description="text file with the class of each sample, one a line, in order of name: its number or label"
+    )
+
+
+class Pruning(_Strict):
+    """Gradual pruning, as variants that the quality search may choose: a step takes some weights, then the network is tuned to answer as the float
+    one does, and where labelled samples are given, right. A class whose accuracy budget does not come back gets the last step that was good.
+
+    ``structured``: whole channels go; the network gets smaller and faster. ``unstructured``: single weights become zero; it gets smaller in
+    transfer only. With both, channels go first.
+    """
+
+    structured: Annotated[float, Field(ge=0, lt=1)] = Field(default=0.0, description="share of the weights that go")
+    unstructured: Annotated[float, Field(ge=0, lt=1)] = Field(default=0.0, description="share of those left")
+    steps: Annotated[int, Field(ge=1, le=32)] = Field(default=4, description="of each kind, by a cubic schedule")
+    epochs: Count = Field(default=4, description="after each step; as many again where the accuracy is not back")
+    learning_rate: Annotated[float, Field(gt=0, lt=1)] = 1e-3
+    batch: Count = 64
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    training: Training | None = Field(default=None, description="default: the calibration samples, without labels")
+
+    @model_validator(mode="after")
+    def _something(self) -> Pruning:
+        if not (self.structured or self.unstructured):
+            raise ValueError("give structured or unstructured, the share of the weights to prune")
+        return self
+
+
 class ModelAcceptance(_Strict):
     """What every board must show on the golden pictures. ``tolerance_*`` are for all output kinds but ``classification``: a board
     compares values, it decodes no boxes and no text."""
@@ -278,6 +310,7 @@ class ModelSpec(_Strict):
     holdout: Holdout
     golden: Pictures
     acceptance: ModelAcceptance = ModelAcceptance()
+    prune: Pruning | None = None
     options: dict[str, str | int | float | bool] = Field(default={}, description="for the compile targets")
 
     @model_validator(mode="after")
@@ -288,6 +321,9 @@ class ModelSpec(_Strict):
             raise ValueError(f"output kind {kind} needs acceptance.tolerance_abs or acceptance.tolerance_rel")
         if self.holdout.truth is not None and kind not in ("classification", "text"):
             raise ValueError(f"holdout.truth has no form for output kind {kind}")
+        training = self.prune.training if self.prune is not None else None
+        if training is not None and training.truth is not None and kind != "classification":
+            raise ValueError(f"prune.training.truth has no form for output kind {kind}")
         return self
 
 

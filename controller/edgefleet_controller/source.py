@@ -19,10 +19,11 @@ from safetensors.numpy import save
 
 from edgefleet_controller import network, pictures
 from edgefleet_controller.importers import importer
-from edgefleet_controller.manifests import Model, Output, PictureInput, Pictures
+from edgefleet_controller.manifests import Holdout, Model, Output, PictureInput, Pictures, Pruning, Training
 
 SCHEMA = 1
 VERSION_TYPE = "application/vnd.edgefleet.version.v1+json"
+MIN_TRAINING = 64  # samples below which a pruned network is tuned to them and to nothing else
 MAX_NETWORK_BYTES = 2**31 - 1  # protobuf's own limit
 
 Progress = Callable[[str, int, int], None]  # (what is being done, how many done, of how many)
@@ -56,6 +57,18 @@ class BoxDecoding(msgspec.Struct, frozen=True, kw_only=True):
     match_iou: float
 
 
+class PruningPlan(msgspec.Struct, frozen=True, kw_only=True):
+    """How the network may be pruned (see the Model manifest's ``prune``)."""
+
+    structured: float
+    unstructured: float
+    steps: int
+    epochs: int
+    learning_rate: float
+    batch: int
+    seed: int
+
+
 class ModelVersion(msgspec.Struct, frozen=True, kw_only=True):
     """One version of one network with everything that compiling and judging it needs. Immutable."""
 
@@ -77,6 +90,9 @@ class ModelVersion(msgspec.Struct, frozen=True, kw_only=True):
     detection: BoxDecoding | None = None
     characters: tuple[str, ...] = ()  # of text output, by class less one: class 0 is the blank
     truth: tuple[str, ...] = ()  # of the held-out samples: class numbers, or lines of text
+    pruning: PruningPlan | None = None
+    training: Split | None = None  # what a pruned network is tuned on, in place of the calibration samples
+    training_truth: tuple[str, ...] = ()  # class numbers
 
     def encode(self) -> bytes:
         """The JSON that is stored; the same version always gives the same bytes."""
@@ -110,7 +126,8 @@ def store(version: ModelVersion, layout: Layout) -> Descriptor:
 
 def blobs(version: ModelVersion) -> tuple[str, ...]:
     """Digests of everything a version names: what must be copied to hold it."""
-    return (version.network, version.calibration.digest, version.holdout.digest, version.golden.digest)
+    training = () if version.training is None else (version.training.digest,)
+    return (version.network, version.calibration.digest, version.holdout.digest, version.golden.digest, *training)
 
 
 def import_model(
@@ -151,7 +168,8 @@ def import_model(
     if len(splits[2]) < spec.acceptance.min_golden:
         raise DataError(f"golden: {len(splits[2])} samples, acceptance.min_golden wants {spec.acceptance.min_golden}")
     pictures.keep_apart(splits)
-    truth = _truth(manifest, base, labels, outputs, len(splits[1]))
+    truth = _truth(spec.holdout, spec.output.kind, base, labels, outputs, len(splits[1]))
+    trained = _training(spec.prune, spec.output.kind, base, picture, inputs, labels, outputs, splits, progress)
 
     progress("storing", 0, 1)
     stored = [Split(layout.put(bytes(save(s.inputs))).digest, len(s)) for s in splits]
@@ -174,6 +192,9 @@ def import_model(
         detection=detection,
         characters=characters,
         truth=truth,
+        pruning=_plan(spec.prune),
+        training=Split(layout.put(bytes(save(trained[0].inputs))).digest, len(trained[0])) if trained else None,
+        training_truth=trained[1] if trained else (),
     )
     store(version, layout)
     progress("storing", 1, 1)
@@ -293,27 +314,54 @@ def _characters(manifest: Model, base: Path, outputs: tuple[TensorSpec, ...], or
 
 
 def _truth(
-    manifest: Model, base: Path, labels: tuple[str, ...], outputs: tuple[TensorSpec, ...], count: int
+    samples: Holdout | Training, kind: str, base: Path, labels: tuple[str, ...], outputs: tuple[TensorSpec, ...], count: int
 ) -> tuple[str, ...]:
-    """The right answers of the held-out samples; classes by number."""
-    name = manifest.spec.holdout.truth
-    if name is None:
+    """The right answers of labelled samples; classes by number."""
+    if samples.truth is None:
         return ()
-    path = base / name
+    path = base / samples.truth
     try:
         lines = [line.rstrip("\r") for line in path.read_text(encoding="utf-8").rstrip("\n").split("\n")]
     except (OSError, UnicodeDecodeError) as exc:
         raise DataError(f"can't read the truth {path}: {exc}") from exc
-    if len(lines) < count or (manifest.spec.holdout.count is None and len(lines) != count):
-        raise DataError(f"{path} has {len(lines)} lines, there are {count} held-out samples")
-    if manifest.spec.output.kind == "text":
+    if len(lines) < count or (samples.count is None and len(lines) != count):
+        raise DataError(f"{path} has {len(lines)} lines, there are {count} samples")
+    if kind == "text":
         return tuple(lines[:count])
     classes, numbers = outputs[0].shape[-1], {label: str(i) for i, label in enumerate(labels)}
     found = tuple(numbers.get(line.strip(), line.strip()) for line in lines[:count])
     for number, answer in enumerate(found, 1):
         if not answer.isdecimal() or int(answer) >= classes:
             raise DataError(f"{path}, line {number}: {answer!r} is no label and no number from 0 to {classes - 1}")
-    return found
+    return tuple(str(int(answer)) for answer in found)
+
+
+def _training(
+    prune: Pruning | None, kind: str, base: Path, picture: tuple[PictureInput, TensorSpec] | None, inputs: tuple[TensorSpec, ...],
+    labels: tuple[str, ...], outputs: tuple[TensorSpec, ...], splits: list[pictures.Samples], progress: Progress,
+) -> tuple[pictures.Samples, tuple[str, ...]] | None:  # fmt: skip
+    """What a pruned network is tuned on, with its labels; None where that is the calibration samples, or nothing is pruned.
+
+    Calibration samples may be among them, held-out and golden ones may not: they judge.
+    """
+    if prune is None:
+        return None
+    calibration, holdout, golden = splits
+    given = prune.training
+    samples = calibration if given is None else _samples("training", given, base, picture, inputs, progress)
+    if len(samples) < MIN_TRAINING:
+        raise DataError(
+            f"{samples.split}: {len(samples)} samples, pruning needs at least {MIN_TRAINING} to tune and judge the network with",
+            hint="name more under spec.prune.training, or leave spec.prune away",
+        )
+    if given is None:
+        return None
+    pictures.keep_apart([samples, holdout, golden])
+    return samples, _truth(given, kind, base, labels, outputs, len(samples))
+
+
+def _plan(prune: Pruning | None) -> PruningPlan | None:
+    return None if prune is None else PruningPlan(**prune.model_dump(exclude={"training"}))
 
 
 def _samples(

@@ -26,13 +26,15 @@ from edgefleet_shared.artifact import Layout
 from edgefleet_shared.errors import ManifestError, QualityError
 from safetensors.numpy import load_file
 
-from edgefleet_controller.compile import answers, quality, report, search
+from edgefleet_controller.compile import answers, pruning, quality, report, search
 from edgefleet_controller.compile.packing import pack
 from edgefleet_controller.compile.port import CompileResult, Options, Target, target_named
+from edgefleet_controller.compile.pruner import TOOLCHAIN as PRUNING_TOOLCHAIN
+from edgefleet_controller.compile.pruner import Pruner
 from edgefleet_controller.compile.recipe import FLOAT, HALF, Recipe
 from edgefleet_controller.compile.search import Choice, Trial, Unit
 from edgefleet_controller.compile.steps import Limits, Measured, Progress, Steps, content_key, host
-from edgefleet_controller.compile.toolchains import Toolchains
+from edgefleet_controller.compile.toolchains import Toolchains, hash_of_lock, lock_text
 from edgefleet_controller.manifests import DeviceClass
 from edgefleet_controller.source import ModelVersion
 
@@ -157,11 +159,15 @@ class _Search:
             spec.search.model_dump(),
         )  # fmt: skip
         # Another rule for choosing, or another measure, is another search.
-        rules = [Path(str(module.__file__)).read_text(encoding="utf-8") for module in (search, quality, answers)]
-        key = content_key("search", self._steps.key(plain), self._version.digest, *judged_by, host(), rules)
+        rules = [Path(str(module.__file__)).read_text(encoding="utf-8") for module in (search, quality, answers, pruning)]
+        # Pruned networks are made by a toolchain that the recipe's key does not know.
+        pruner = hash_of_lock(lock_text(PRUNING_TOOLCHAIN)) if self._version.pruning is not None else ""
+        key = content_key("search", self._steps.key(plain), self._version.digest, *judged_by, host(), rules, pruner)
         file = cache / "searched" / f"{key}.json"
         if file.exists():
-            return msgspec.json.decode(file.read_bytes(), type=Choice)
+            known = msgspec.json.decode(file.read_bytes(), type=Choice)
+            if all(self._steps.simplified(trial.recipe.pruned).exists() for trial in known.trials):
+                return known
         found = self._search(plain)
         if not any(trial.died for trial in found.trials):  # it may have been the machine's fault
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -199,6 +205,23 @@ class _Search:
         return search.plain(self._target, self._class.spec, self._version.calibration_method, self._options, names)
 
     def _search(self, plain: Recipe) -> Choice:
+        found = self._unpruned(plain)
+        wanted = self._version.pruning is not None and self._class.spec.search.pruned
+        if not wanted or not any(search.accurate(trial, self._class.spec) for trial in found.trials):
+            return found
+        return self._with_pruned(found)
+
+    def _with_pruned(self, found: Choice) -> Choice:
+        """The search over pruned networks too: from the sparsest that was good back to one that holds in the class's precision."""
+        spec, trials = self._class.spec, list(found.trials)
+        pruned = Pruner(self._steps, self._version, self._class).run()
+        while (recipe := search.pruned(trials, pruned.good, spec)) is not None:
+            trials += self._try([recipe])
+        choice = search.choose(trials, spec, found.sensitivity)
+        why = "; ".join(told for told in (choice.why, pruned.stopped) if told)
+        return msgspec.structs.replace(choice, pruning=pruned, why=why)
+
+    def _unpruned(self, plain: Recipe) -> Choice:
         spec = self._class.spec
         effort = spec.search.effort
         trials = self._try(search.first(plain, self._target, effort))

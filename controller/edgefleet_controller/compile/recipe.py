@@ -15,7 +15,8 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True):
     ``ranges``: how activation ranges come from calibration (minmax, percentile, mse, entropy). ``weights``: ``full`` 8 bits,
     ``pairs`` 8 bits without neighbours that overflow on x86 before VNNI, ``reduced`` 7 bits. ``granularity``: weight scales per
     ``channel`` or per ``tensor``. ``scope``: ``all`` operators that the engine has in int8, or ``weighted`` ones only (convolutions
-    and matrix products). ``in_float``: nodes that stay in float, by name.
+    and matrix products). ``in_float``: nodes that stay in float, by name. ``pruned``: the pruned network that it starts from, by its key
+    (empty: the network as it came), of whose weights the share ``sparsity`` is gone.
     """
 
     precision: str = "int8"
@@ -26,6 +27,8 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True):
     scope: str = "all"
     correct_bias: bool = True
     in_float: tuple[str, ...] = ()
+    pruned: str = ""
+    sparsity: float = 0.0
 
     def as_dict(self) -> dict[str, Any]:
         """As the children take it."""
@@ -33,14 +36,22 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True):
         return found
 
     @property
+    def exact(self) -> bool:
+        """Whether what it makes answers as the float model does: nothing rounded, nothing pruned."""
+        return self.precision == "fp32" and not self.pruned
+
+    @property
     def needs_histograms(self) -> bool:
         return self.precision == "int8" and self.ranges != "minmax"
 
     def told(self) -> str:
         """In words, for people: what differs from the plain way."""
+        parts = [self.precision]
+        if self.pruned:
+            parts.append(f"{self.sparsity:.0%} pruned")
         if self.precision != "int8":
-            return self.precision
-        parts = ["int8", self.ranges]
+            return ", ".join(parts)
+        parts.append(self.ranges)
         if self.quantizer != OWN:
             parts.append(f"by {self.quantizer}")
         if self.weights != "full":

@@ -5,6 +5,7 @@
     prepare     simplified network, float answers to held-out and golden samples   once per network and samples
     statistics  ranges and means of activations                                    once per network and calibration
     rank        noise that int8 in each layer puts on the outputs                   once per statistics
+    prune       smaller networks, one per step (:mod:`.pruner`)                     once per network, training samples and step
     compile     compiled models, one per recipe                                    once per recipe, target and toolchain
     measure     outputs and times on the class's engine                            always anew
 
@@ -28,7 +29,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import msgspec
-from edgefleet_shared import golden
+from edgefleet_shared import chunks, golden
 from edgefleet_shared.artifact import Layout
 from safetensors.numpy import load, load_file, save_file
 
@@ -55,6 +56,7 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     """How long each child may take, in seconds."""
 
     prepare_s: float = 600.0
+    prune_s: float = 4 * 3600.0  # each step; it trains
     compile_s: float = 1800.0
     measure_s: float = 600.0
 
@@ -75,14 +77,15 @@ class Steps:
         toolchains: Toolchains, cache: Path, work: Path, progress: Progress, limits: Limits,
     ) -> None:  # fmt: skip
         self._version, self._class, self._target, self._toolchain = version, device_class, target, toolchain
-        self._layout, self._toolchains, self._cache = layout, toolchains, cache
-        self._work, self._progress, self._limits = work, progress, limits
-        self._preparing = toolchains.ensure(PREPARE[0], progress)
+        self.layout, self.toolchains, self._cache = layout, toolchains, cache
+        self.work, self.progress, self.limits = work, progress, limits
+        self.preparing = toolchains.ensure(PREPARE[0], progress)
         self._holdout: dict[str, Any] | None = None
+        self._float_sent: int | None = None
         self._numbers = iter(range(10**9))
         code = _code()
-        own = (version.network, self._preparing.lock_hash, code, _json(version.encoding))
-        self._prepared_key = content_key("prepare", *own, version.holdout.digest, version.golden.digest)
+        own = (version.network, self.preparing.lock_hash, code, _json(version.encoding))
+        self.prepared_key = content_key("prepare", *own, version.holdout.digest, version.golden.digest)
         self._gathered_key = content_key("statistics", *own, version.calibration.digest)
         self._target_key = (target.name, toolchain.lock_hash, code)
 
@@ -94,23 +97,27 @@ class Steps:
     def key(self, recipe: Recipe) -> str:
         """Of a compiled model in the cache."""
         # A float model does not depend on the calibration; its network and toolchains are in the other keys.
-        data = self._gathered_key if recipe.precision == "int8" else self._version.network
-        return content_key("compile", data, self._preparing.lock_hash, recipe.as_dict(), *self._target_key)
+        data = self._gathered_key if recipe.precision == "int8" else self._version.network  # a pruned network's key is in its recipe
+        return content_key("compile", data, self.preparing.lock_hash, recipe.as_dict(), *self._target_key)
 
     def prepare(self) -> Path:
         """Folder with ``simplified.onnx`` and the float model's answers: ``holdout.safetensors``, ``golden.safetensors``."""
         version = self._version
 
         def fill(staged: Path) -> None:
-            self._child(self._preparing, PREPARE[1], self._limits.prepare_s, {
+            self.child(self.preparing, PREPARE[1], self.limits.prepare_s, {
                 "action": "prepare",
-                "network": str(self._layout.path(version.network)),
+                "network": str(self.layout.path(version.network)),
                 "simplified": str(staged / "simplified.onnx"),
                 "samples": [self.samples(version.holdout), self.samples(version.golden)],
                 "references": [str(staged / "holdout.safetensors"), str(staged / "golden.safetensors")],
             })  # fmt: skip
 
-        return self._once("prepared", self._prepared_key, fill)
+        return self.once("prepared", self.prepared_key, fill)
+
+    def simplified(self, pruned: str = "") -> Path:
+        """The network in float: as it came, or as pruning left it (the key of a pruned one in the cache)."""
+        return self._cache / "pruned" / pruned / "network.onnx" if pruned else self.prepare() / "simplified.onnx"
 
     def references(self, count: int | None = None) -> dict[str, Any]:
         """The float model's outputs for the (first ``count``) held-out samples, by name."""
@@ -123,17 +130,17 @@ class Steps:
         asked = {"ranges": recipe.ranges, "weights": recipe.weights}
 
         def fill(staged: Path) -> None:
-            found = self._child(self._preparing, PREPARE[1], self._limits.compile_s, {
+            found = self.child(self.preparing, PREPARE[1], self.limits.compile_s, {
                 "action": "rank",
                 "simplified": str(self.prepare() / "simplified.onnx"),
-                "statistics": self._statistics([recipe]),
+                "statistics": self._statistics("", [recipe]),
                 "samples": self.samples(self._version.calibration),
                 "count": RANKED_SAMPLES,
                 "recipe": asked,
             })  # fmt: skip
             (staged / "units.json").write_text(json.dumps(found["units"]))
 
-        folder = self._once("ranked", content_key("rank", self._gathered_key, asked), fill)
+        folder = self.once("ranked", content_key("rank", self._gathered_key, asked), fill)
         return msgspec.json.decode((folder / "units.json").read_bytes(), type=list[Unit])
 
     def compile(self, recipes: Sequence[Recipe]) -> list[tuple[Path, bool]]:
@@ -153,12 +160,12 @@ class Steps:
         :data:`MOST_FOR_SEVERAL`; peak memory is a figure of one alone.
         """
         count = self._version.holdout.count if len(tried) == 1 else min(MOST_FOR_SEVERAL, self._version.holdout.count)
-        outputs = [self._work / f"outputs-{next(self._numbers)}.safetensors" for _ in tried]
+        outputs = [self.work / f"outputs-{next(self._numbers)}.safetensors" for _ in tried]
         float_model = self._float_model()
         budget = self._class.spec.budgets.memory_bytes + HOST_OVERHEAD_BYTES
         budget += 4 * sum(path.stat().st_size for _, path in tried[1:])
         try:
-            found = self._child(self._toolchain, self._target.module, self._limits.measure_s, {
+            found = self.child(self._toolchain, self._target.module, self.limits.measure_s, {
                 "action": "measure",
                 "models": [{"model": str(p), "outputs": str(o)} for (_, p), o in zip(tried, outputs, strict=True)],
                 "float_model": str(float_model) if self.here else None,
@@ -188,9 +195,9 @@ class Steps:
 
     def samples(self, split: Split) -> str:
         """A split as the network takes it (float32, encoded), as a file in the work folder."""
-        path = self._work / f"{split.digest.rpartition(':')[2]}.safetensors"
+        path = self.work / f"{split.digest.rpartition(':')[2]}.safetensors"
         if not path.exists():
-            tensors = load(self._layout.read(split.digest, MAX_BLOB_BYTES))
+            tensors = load(self.layout.read(split.digest, MAX_BLOB_BYTES))
             encoding = self._version.encoding
             if encoding is not None:
                 # Tensors that came encoded (float) stay as they are; stored pictures are uint8.
@@ -202,35 +209,39 @@ class Steps:
 
     # -- one step each -------------------------------------------------------------------------------------------------
 
-    def _statistics(self, recipes: Sequence[Recipe]) -> str:
+    def _gathered(self, pruned: str) -> str:
+        """Key of what calibration tells of a network."""
+        return content_key(self._gathered_key, pruned) if pruned else self._gathered_key
+
+    def _statistics(self, pruned: str, recipes: Sequence[Recipe]) -> str:
         """The file that :mod:`.children.statistics` writes; without histograms where no recipe needs them, in half the time."""
         histograms = any(recipe.needs_histograms for recipe in recipes)
-        whole = self._cache / "statistics" / content_key(self._gathered_key, True)
+        whole = self._cache / "statistics" / content_key(self._gathered(pruned), True)
 
         def fill(staged: Path) -> None:
-            self._child(self._preparing, PREPARE[1], self._limits.compile_s, {
+            self.child(self.preparing, PREPARE[1], self.limits.compile_s, {
                 "action": "gather",
-                "simplified": str(self.prepare() / "simplified.onnx"),
+                "simplified": str(self.simplified(pruned)),
                 "calibration": self.samples(self._version.calibration),
                 "statistics": str(staged / "statistics.json"),
                 "histograms": histograms,
             })  # fmt: skip
 
         histograms = histograms or whole.is_dir()
-        return str(self._once("statistics", content_key(self._gathered_key, histograms), fill) / "statistics.json")
+        key = content_key(self._gathered(pruned), histograms)
+        return str(self.once("statistics", key, fill) / "statistics.json")
 
-    def _quantized(self, recipes: Sequence[Recipe]) -> dict[Recipe, Path]:
+    def _quantized(self, pruned: str, recipes: Sequence[Recipe]) -> dict[Recipe, Path]:
         """QDQ networks by recipe: the same for every target that reads them."""
-        folders = {
-            r: self._cache / "quantized" / content_key("quantize", self._gathered_key, r.as_dict()) for r in recipes
-        }
+        data = self._gathered(pruned)
+        folders = {r: self._cache / "quantized" / content_key("quantize", data, r.as_dict()) for r in recipes}
         missing = {folder: recipe for recipe, folder in folders.items() if not folder.is_dir()}
 
         def fill(wanted: dict[Path, Recipe]) -> None:
-            self._child(self._preparing, PREPARE[1], self._limits.compile_s, {
+            self.child(self.preparing, PREPARE[1], self.limits.compile_s, {
                 "action": "quantize",
-                "simplified": str(self.prepare() / "simplified.onnx"),
-                "statistics": self._statistics(list(wanted.values())),
+                "simplified": str(self.simplified(pruned)),
+                "statistics": self._statistics(pruned, list(wanted.values())),
                 "jobs": [{"recipe": r.as_dict(), "quantized": str(s / "network.onnx")} for s, r in wanted.items()],
             })  # fmt: skip
 
@@ -240,20 +251,24 @@ class Steps:
         return {recipe: folder / "network.onnx" for recipe, folder in folders.items()}
 
     def _compile(self, wanted: dict[Path, Recipe]) -> None:
-        """Compile into staged folders."""
-        simplified = self.prepare() / "simplified.onnx"
+        """Compile into staged folders, one network after the other."""
+        for pruned in dict.fromkeys(recipe.pruned for recipe in wanted.values()):
+            self._compile_one(pruned, {staged: r for staged, r in wanted.items() if r.pruned == pruned})
+
+    def _compile_one(self, pruned: str, wanted: dict[Path, Recipe]) -> None:
+        simplified = self.simplified(pruned)
         int8 = [r for r in wanted.values() if r.precision == "int8" and r.quantizer == OWN]
-        quantized = self._quantized(int8) if self._target.reads_qdq and int8 else {}
+        quantized = self._quantized(pruned, int8) if self._target.reads_qdq and int8 else {}
         networks = {staged: quantized.get(recipe, simplified) for staged, recipe in wanted.items()}
         if self._target.ships_onnx:
             for staged, network in networks.items():
                 os.link(network, staged / "compiled")
             return
-        self._child(self._toolchain, self._target.module, self._limits.compile_s, {
+        self.child(self._toolchain, self._target.module, self.limits.compile_s, {
             "action": "compile",
             "simplified": str(simplified),
             "calibration": self.samples(self._version.calibration),
-            "statistics": self._statistics(int8) if int8 and not self._target.reads_qdq else None,
+            "statistics": self._statistics(pruned, int8) if int8 and not self._target.reads_qdq else None,
             "jobs": [
                 {"recipe": wanted[s].as_dict(), "network": str(network), "compiled": str(s / "compiled")}
                 for s, network in networks.items()
@@ -273,8 +288,15 @@ class Steps:
             engine_version=self._toolchain.packages[self._target.engine_package],
             float_bytes=float_model.stat().st_size,
             compiled_bytes=path.stat().st_size,
+            wire_bytes=chunks.sent_bytes(path),
+            float_wire_bytes=self._float_wire_bytes(float_model),
             samples=self._version.holdout.count,
         )
+
+    def _float_wire_bytes(self, float_model: Path) -> int:
+        if self._float_sent is None:
+            self._float_sent = chunks.sent_bytes(float_model)
+        return self._float_sent
 
     def _died(self, recipe: Recipe, path: Path, float_model: Path, how: str) -> Measured:
         missing = ("agreement", "latency", "memory")
@@ -282,18 +304,18 @@ class Steps:
         misses = (f"engine died: {how}", *quality.misses(figures, self._class.spec, recipe))
         return Measured(Trial(recipe=recipe, figures=figures, misses=misses, key=self.key(recipe), died=True), {}, ())
 
-    def _child(
+    def child(
         self, toolchain: Toolchain, module: str, limit_s: float, request: dict[str, Any], memory_bytes: int | None = None
     ) -> dict[str, Any]:  # fmt: skip
         name = f"{self._version.model}-{self._version.version}-{self._class.name}-{request['action']}.log"
-        return self._toolchains.run(
-            toolchain, module, request, self._work, self._cache / "logs" / name, limit_s=limit_s, memory_bytes=memory_bytes,
-            progress=self._progress,
+        return self.toolchains.run(
+            toolchain, module, request, self.work, self._cache / "logs" / name, limit_s=limit_s, memory_bytes=memory_bytes,
+            progress=self.progress,
         )  # fmt: skip
 
     # -- the cache -----------------------------------------------------------------------------------------------------
 
-    def _once(self, kind: str, key: str, fill: Callable[[Path], None]) -> Path:
+    def once(self, kind: str, key: str, fill: Callable[[Path], None]) -> Path:
         folder = self._cache / kind / key
         if not folder.is_dir():
             with self._lock(f"{kind}-{key}"):
@@ -328,7 +350,7 @@ class Steps:
         fd = os.open(folder / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
             while True:
-                self._toolchains.raise_if_cancelled()
+                self.toolchains.raise_if_cancelled()
                 try:
                     fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     break

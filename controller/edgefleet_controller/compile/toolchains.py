@@ -1,7 +1,8 @@
 """Stage 2, compile: toolchains. Receives a lock's name, hands on an environment of its own and runs jobs in it.
 
 Each toolchain lives in ``<cache>/toolchains/<name>-<hash of lock, Python and machine>``, installed on first use from the
-hashed lock in ``locks/``: their pins contradict each other, so they share no environment, and none is the controller's.
+hashed lock in ``locks/``: their pins contradict each other, so they share no environment, and none is the controller's. torch and what
+else comes in another build from each index is pinned by version, at the lock's end.
 A job is a child process in a session of its own with a JSON request, JSON lines back, a log file, and a time limit;
 cancelling kills the whole session. Source of the arrangement: PEP 517's build environments.
 """
@@ -32,6 +33,7 @@ from edgefleet_shared.errors import ToolchainError
 
 Progress = Callable[[str, int, int], None]
 
+BY_VERSION = "# by version only:"  # of what follows in a lock, builds differ by accelerator and index, so that no hash holds for all
 INSTALL_LIMIT_S = 1200
 POLL_S = 0.05  # how often cancel, time and memory are looked at
 _FOLDER = Path(__file__).parent
@@ -211,13 +213,16 @@ class Toolchains:
         progress(f"installing the {name} toolchain", 0, 1)
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        lock_file = folder / "lock.txt"
-        lock_file.write_text(lock)
+        by_hash, _, by_version = lock.partition(BY_VERSION)
+        lock_file, versions = folder / "lock.txt", by_version.split()
+        lock_file.write_text(by_hash)
         log = folder / "install.log"
         pip = [str(folder / "bin" / "python"), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
         for command in (
             [sys.executable, "-m", "venv", str(folder)],
-            [*pip, "--only-binary", ":all:", "--require-hashes", "--requirement", str(lock_file)],
+            # A lock is whole, and may leave out what a package asks for and never uses.
+            [*pip, "--only-binary", ":all:", "--no-deps", "--require-hashes", "--requirement", str(lock_file)],
+            *([[*pip, "--only-binary", ":all:", *versions]] if versions else []),
         ):
             # pip needs what the user set: index, proxy, certificates.
             code = self._watch(
