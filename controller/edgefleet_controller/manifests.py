@@ -238,10 +238,20 @@ class Output(_Strict):
 
 
 class Pictures(_Strict):
-    """A folder of pictures, or a ``.safetensors`` file of input tensors (float, already encoded; first axis the samples)."""
+    """A folder of pictures; a ``.safetensors`` file of one tensor per input, first axis the samples (float32 as the network takes it, or uint8
+    pictures in the input's size); or a Python function that yields such samples one by one, run in a process of its own."""
 
-    path: str
+    path: str | None = None
+    entry: str | None = Field(
+        default=None, pattern=r"^[^:]+\.py:[A-Za-z_][A-Za-z0-9_]*$", description="file.py:function, which takes nothing"
+    )
     count: Count | None = Field(default=None, description="how many to take, in order of name; default: all")
+
+    @model_validator(mode="after")
+    def _one(self) -> Pictures:
+        if (self.path is None) == (self.entry is None):
+            raise ValueError("give either path or entry")
+        return self
 
 
 class Calibration(Pictures):

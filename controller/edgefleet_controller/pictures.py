@@ -1,7 +1,7 @@
 """Stage 1, source: calibration, held-out and golden data. Receives folders of pictures or tensor files, hands on arrays.
 
 Pictures become uint8, N x H x W x C, as the network will see them: shortest side resized, centre cropped, RGB (or grey).
-Tensor files are safetensors with one float32 tensor per input, first axis the samples. Whatever would make a calibration
+Tensor files are safetensors with one tensor per input, first axis the samples: float32 as the network takes it, or uint8 pictures. Whatever would make a calibration
 meaningless without anybody noticing is an error here: too few, unreadable, too small, blank, all the same, not finite.
 """
 
@@ -89,8 +89,13 @@ def read_folder(
     return Samples(split, str(folder), {input_name: np.stack(arrays)}, [f.name for f in files[:wanted]])
 
 
-def read_tensors(split: str, file: Path, inputs: Sequence[TensorSpec], count: int | None) -> Samples:
-    """Read a safetensors file of input tensors that are already encoded.
+def read_tensors(
+    split: str, file: Path, inputs: Sequence[TensorSpec], count: int | None, *, pictures: tuple[int, int, int] | None = None
+) -> Samples:
+    """Read a safetensors file: one tensor per input, first axis the samples; float32 as the network takes them, or uint8 pictures.
+
+    Args:
+        pictures: height, width and channels of a picture, where the network takes one.
 
     Raises:
         DataError: missing, not safetensors, other names, shapes or types than the network's, not finite, constant, too few.
@@ -112,23 +117,32 @@ def read_tensors(split: str, file: Path, inputs: Sequence[TensorSpec], count: in
     if len(counts) != 1 or available < max(wanted, MIN_COUNT):
         raise DataError(f"{split}: {file} has {available} samples, {max(wanted, MIN_COUNT)} are needed")
     for spec in inputs:
-        array = found[spec.name]
-        if tuple(array.shape[1:]) != spec.shape[1:]:
-            raise DataError(
-                f"{split}: {spec.name} in {file} has shape {array.shape}, expected N x {' x '.join(map(str, spec.shape[1:]))}"
-            )
-        if array.dtype != np.float32:
-            raise DataError(f"{split}: {spec.name} in {file} is {array.dtype}, expected float32")
-        if not np.isfinite(array).all():
-            raise DataError(f"{split}: {spec.name} in {file} holds values that are not finite")
-        if array.min() == array.max():
-            raise DataError(f"{split}: {spec.name} in {file} is constant, {float(array.min())} everywhere")
+        _check(f"{split}: {spec.name} in {file}", found[spec.name][:wanted], spec, pictures)
     return Samples(
         split,
         str(file),
         {k: np.ascontiguousarray(a[:wanted]) for k, a in found.items()},
         [f"sample {i}" for i in range(wanted)],
     )
+
+
+def _check(where: str, array: Array, spec: TensorSpec, pictures: tuple[int, int, int] | None) -> None:
+    if array.dtype == np.uint8 and pictures is not None:
+        if array.shape[1:] != pictures:
+            raise DataError(f"{where} has shape {array.shape}, expected N x {' x '.join(map(str, pictures))} (uint8 pictures)")
+    elif array.dtype != np.float32:
+        also = ", or uint8 pictures" if pictures is not None else ""
+        raise DataError(f"{where} is {array.dtype}, expected float32{also}")
+    elif tuple(array.shape[1:]) != spec.shape[1:]:
+        raise DataError(f"{where} has shape {array.shape}, expected N x {' x '.join(map(str, spec.shape[1:]))}")
+    elif not np.isfinite(array).all():
+        raise DataError(f"{where} holds values that are not finite")
+    flat = array.reshape(len(array), -1)
+    if array.min() == array.max():
+        raise DataError(f"{where} is constant, {float(array.min())} everywhere")
+    blank = np.flatnonzero(flat.min(axis=1) == flat.max(axis=1))
+    if len(blank) and pictures is not None:
+        raise DataError(f"{where}: sample {blank[0]} is blank: every value is {float(flat[blank[0], 0])}")
 
 
 def keep_apart(splits: Sequence[Samples]) -> None:

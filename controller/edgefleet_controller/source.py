@@ -7,6 +7,7 @@ Formats other than ONNX come in through importers (:mod:`edgefleet_controller.im
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
@@ -17,7 +18,7 @@ from edgefleet_shared.contract import PictureEncoding, TensorSpec
 from edgefleet_shared.errors import ArtifactError, DataError, ModelError
 from safetensors.numpy import save
 
-from edgefleet_controller import network, pictures
+from edgefleet_controller import network, pictures, samples_entry
 from edgefleet_controller.importers import importer
 from edgefleet_controller.manifests import Holdout, Model, Output, PictureInput, Pictures, Pruning, Training
 
@@ -372,17 +373,26 @@ def _samples(
     inputs: tuple[TensorSpec, ...],
     progress: Progress,
 ) -> pictures.Samples:
-    path = base / source.path
+    size = None
+    if picture is not None:
+        given, tensor = picture
+        height, width = tensor.shape[2:4] if given.layout == "NCHW" else tensor.shape[1:3]
+        size = (height, width, 1 if given.colour == "GREY" else 3)
+    if source.entry is not None:
+        progress(f"running {source.entry} for {split} samples", 0, 1)
+        with tempfile.TemporaryDirectory(prefix="edgefleet-samples-") as temporary:
+            written = Path(temporary) / "samples.safetensors"
+            samples_entry.write(split, base, source.entry, source.count, written)
+            return pictures.read_tensors(split, written, inputs, source.count, pictures=size)
+    path = base / (source.path or "")
     if path.suffix == ".safetensors":
-        return pictures.read_tensors(split, path, inputs, source.count)
-    if picture is None:
+        return pictures.read_tensors(split, path, inputs, source.count, pictures=size)
+    if picture is None or size is None:
         raise DataError(
             f"{split}: {path} is a folder of pictures but the manifest describes no picture input",
             hint="describe it under spec.inputs, or give a .safetensors file",
         )
-    given, tensor = picture
-    height, width = tensor.shape[2:4] if given.layout == "NCHW" else tensor.shape[1:3]
     return pictures.read_folder(
-        split, path, height=height, width=width, grey=given.colour == "GREY", fit=pictures.Fit(given.fit, given.resize, given.fill),
+        split, path, height=size[0], width=size[1], grey=given.colour == "GREY", fit=pictures.Fit(given.fit, given.resize, given.fill),
         count=source.count, input_name=tensor.name, progress=lambda done, total: progress(f"reading {split} pictures", done, total),
     )  # fmt: skip
