@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from edgefleet_shared.contract import TensorSpec
+from edgefleet_shared.contract import PictureEncoding, TensorSpec
 from edgefleet_shared.errors import DataError
 from PIL import Image, ImageOps, UnidentifiedImageError
 from safetensors import SafetensorError
@@ -23,6 +23,7 @@ from safetensors.numpy import load_file
 
 Array = npt.NDArray[Any]
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff"}
+NEARLY_WHOLE = 0.02  # of a grey level: what rounding leaves of one that was encoded
 MIN_COUNT = 8  # fewer pictures than this can't calibrate, nor tell a damaged model from a sound one
 
 
@@ -145,21 +146,42 @@ def _check(where: str, array: Array, spec: TensorSpec, pictures: tuple[int, int,
         raise DataError(f"{where}: sample {blank[0]} is blank: every value is {float(flat[blank[0], 0])}")
 
 
-def keep_apart(splits: Sequence[Samples]) -> None:
+def keep_apart(splits: Sequence[Samples], encoding: PictureEncoding | None = None) -> None:
     """Refuse a sample that is in two splits: a model would be judged by what it was tuned on.
+
+    Args:
+        encoding: how pictures become inputs: one that is a picture in one split and already encoded in another is found too.
 
     Raises:
         DataError: names both.
     """
     owner: dict[bytes, tuple[Samples, str]] = {}
     for samples in splits:
-        for name, digest in zip(samples.names, samples.hashes, strict=True):
+        hashes = samples.hashes if encoding is None else _hashes_as_pictures(samples, encoding)
+        for name, digest in zip(samples.names, hashes, strict=True):
             first, first_name = owner.setdefault(digest, (samples, name))
             if first is not samples:
                 raise DataError(
                     f"{name} ({samples.split}) is the same picture as {first_name} ({first.split})",
-                    hint="a picture may be in one of calibration, holdout and golden only",
+                    hint="a picture may be in one of calibration, holdout and golden only, and of training in calibration only",
                 )
+
+
+def _hashes_as_pictures(samples: Samples, encoding: PictureEncoding) -> list[bytes]:
+    """Content hashes, of encoded samples that were pictures those of the pictures."""
+    ((_, array),) = samples.inputs.items()
+    if array.dtype == np.uint8 or array.ndim != 4:
+        return samples.hashes
+    found = []
+    for sample, known in zip(array, samples.hashes, strict=True):
+        x = sample.transpose(1, 2, 0) if encoding.layout == "NCHW" else sample
+        x = x * np.asarray(encoding.std, np.float32) + np.asarray(encoding.mean, np.float32)
+        x = x[..., ::-1] if encoding.colour == "BGR" else x
+        whole = np.round(x)
+        # Whole numbers from 0 to 255 throughout are no accident.
+        picture = whole.min() >= 0 and whole.max() <= 255 and np.abs(x - whole).max() < NEARLY_WHOLE
+        found.append(hashlib.sha256(np.ascontiguousarray(whole.astype(np.uint8)).tobytes()).digest() if picture else known)
+    return found
 
 
 def _read(split: str, file: Path, height: int, width: int, grey: bool, fit: Fit) -> Array:

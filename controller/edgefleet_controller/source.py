@@ -19,6 +19,7 @@ from edgefleet_shared.errors import ArtifactError, DataError, ModelError
 from safetensors.numpy import save
 
 from edgefleet_controller import network, pictures, samples_entry
+from edgefleet_controller.formats import format_of
 from edgefleet_controller.importers import importer
 from edgefleet_controller.manifests import Holdout, Model, Output, PictureInput, Pictures, Pruning, Training
 
@@ -168,7 +169,7 @@ def import_model(
         splits.append(_samples(name, source, base, picture, inputs, progress))
     if len(splits[2]) < spec.acceptance.min_golden:
         raise DataError(f"golden: {len(splits[2])} samples, acceptance.min_golden wants {spec.acceptance.min_golden}")
-    pictures.keep_apart(splits)
+    pictures.keep_apart(splits, _encoding(picture))
     truth = _truth(spec.holdout, spec.output.kind, base, labels, outputs, len(splits[1]))
     trained = _training(spec.prune, spec.output.kind, base, picture, inputs, labels, outputs, splits, progress)
 
@@ -207,14 +208,12 @@ def _network(manifest: Model, base: Path, cache: Path) -> tuple[bytes, str]:
     if source.importer is not None:
         return importer(source.importer)(cache), source.importer
     path = base / (source.path or "")
-    try:
-        if path.stat().st_size > MAX_NETWORK_BYTES:
-            raise ModelError(f"{path} is larger than an ONNX file can be")
-        return path.read_bytes(), str(path)
-    except OSError as exc:
-        raise ModelError(
-            f"can't read {path}: {exc.strerror}", hint="paths are relative to the manifest's file"
-        ) from exc
+    found = format_of(path)
+    if found != "onnx":
+        raise ModelError(f"{path} is {found}")
+    if path.stat().st_size > MAX_NETWORK_BYTES:
+        raise ModelError(f"{path} is larger than an ONNX file can be")
+    return path.read_bytes(), str(path)
 
 
 def _picture_input(
@@ -357,7 +356,7 @@ def _training(
         )
     if given is None:
         return None
-    pictures.keep_apart([samples, holdout, golden])
+    pictures.keep_apart([samples, holdout, golden], _encoding(picture))
     return samples, _truth(given, kind, base, labels, outputs, len(samples))
 
 
