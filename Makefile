@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-test demo test lint types unit contract integration e2e faults chaos docs docs-check deb lock clean
+.PHONY: help setup setup-test demo test test-targets lint types unit contract integration e2e faults chaos docs docs-check deb lock clean
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_NO_INPUT := 1
 
@@ -60,6 +60,9 @@ chaos: setup-test ## all of them, half an hour or so; the last line counts state
 
 integration: setup-test ## real mosquitto, PostgreSQL, engines, units
 	$(BIN)/python -m pytest -q tests/integration
+
+test-targets: $(READY) ## heavy toolchains for real: they are installed on first use, gigabytes of them
+	$(BIN)/python -m pytest -q tests/targets
 
 e2e: setup ## the real programs, and the demo in its short form
 	$(BIN)/python -m pytest -q tests/e2e
