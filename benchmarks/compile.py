@@ -109,7 +109,6 @@ class Bench:
             )
         return Outcome(ours.trial.figures, theirs.trial.figures, result.precision, result.why)
 
-
     def sent_bytes(self, artifact: str) -> int:
         """What is published of a whole artifact: manifest, config and every layer, as :mod:`edgefleet_shared.chunks` packs them."""
         blobs = [blob.digest for blob in self.layout.manifest(artifact).blobs()]
@@ -204,13 +203,17 @@ def pruned(bench: Bench) -> list[Row]:
     version = bench.subject(subjects.fashion)
     size = {"effort": bench.effort, "prefer": "transfer"}
     small = bench.ship(version, accuracy={"min_agreement": 0.85, "max_loss": 0.003}, search=size)
-    plain = bench.ship(version, accuracy={"min_agreement": 0.85}, search={"effort": "fixed", "prefer": "size", "pruned": False})
+    plain = bench.ship(
+        version, accuracy={"min_agreement": 0.85}, search={"effort": "fixed", "prefer": "size", "pruned": False}
+    )
     exact = bench.ship(version, precision="fp32", search={"pruned": False})
     print(f"  fashion: {small.why}", flush=True)
     for name, one in (("pruned", small), ("plain int8", plain), ("float", exact)):
         f, sent = one.figures, bench.sent_bytes(one.artifact.digest)
         accuracy = f.shares["accuracy"].value if f.shares else f.agreement
-        print(f"    {name} ({one.recipe}): {accuracy:.4f}, {f.compiled_bytes:,} bytes, {f.wire_bytes:,} sent, artifact {sent:,} sent, {f.p50_ms:.3f} ms")
+        print(
+            f"    {name} ({one.recipe}): {accuracy:.4f}, {f.compiled_bytes:,} bytes, {f.wire_bytes:,} sent, artifact {sent:,} sent, {f.p50_ms:.3f} ms"
+        )
     right = small.figures.shares
     lost = 100 * (right["float_accuracy"].value - right["accuracy"].value)
     dense = 100 * (plain.figures.shares["float_accuracy"].value - plain.figures.shares["accuracy"].value)

@@ -158,7 +158,9 @@ def fashion(cache: Path, folder: Path) -> Model:
     """
     package = packages.debian(cache, "dataset-fashion-mnist")
     if package is None:
-        raise EnvironmentProblem("no Debian package dataset-fashion-mnist: this machine has no apt, or apt can't get it")
+        raise EnvironmentProblem(
+            "no Debian package dataset-fashion-mnist: this machine has no apt, or apt can't get it"
+        )
     files = {Path(n).name: gzip.decompress(c) for n, c in packages.debian_members(package, re.compile(r"-ubyte\.gz$"))}
     sets = {
         split: (_idx(files[f"{split}-images-idx3-ubyte.gz"], 3), _idx(files[f"{split}-labels-idx1-ubyte.gz"], 1))

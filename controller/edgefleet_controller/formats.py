@@ -43,7 +43,11 @@ def format_of(path: Path) -> Format:
     if head.startswith(b"PK\x03\x04"):
         return _archive(path)
     # A pickle of protocol 2 and above, as torch.save wrote before it wrote archives.
-    if head[:1] == b"\x80" and head[1:2] in b"\x02\x03\x04\x05" and path.suffix in (".pt", ".pth", ".pkl", ".bin", ".ckpt"):
+    if (
+        head[:1] == b"\x80"
+        and head[1:2] in b"\x02\x03\x04\x05"
+        and path.suffix in (".pt", ".pth", ".pkl", ".bin", ".ckpt")
+    ):
         raise ModelError(f"{path} is a PyTorch file: a pickle, which holds code and is never loaded", hint=_EXPORT)
     return "onnx"
 

@@ -267,7 +267,8 @@ class Holdout(Pictures):
 
 class Training(Pictures):
     truth: str | None = Field(
-        default=None, description="text file with the class of each sample, one a line, in order of name: its number or label"
+        default=None,
+        description="text file with the class of each sample, one a line, in order of name: its number or label",
     )
 
 

@@ -91,7 +91,12 @@ def read_folder(
 
 
 def read_tensors(
-    split: str, file: Path, inputs: Sequence[TensorSpec], count: int | None, *, pictures: tuple[int, int, int] | None = None
+    split: str,
+    file: Path,
+    inputs: Sequence[TensorSpec],
+    count: int | None,
+    *,
+    pictures: tuple[int, int, int] | None = None,
 ) -> Samples:
     """Read a safetensors file: one tensor per input, first axis the samples; float32 as the network takes them, or uint8 pictures.
 
@@ -130,7 +135,9 @@ def read_tensors(
 def _check(where: str, array: Array, spec: TensorSpec, pictures: tuple[int, int, int] | None) -> None:
     if array.dtype == np.uint8 and pictures is not None:
         if array.shape[1:] != pictures:
-            raise DataError(f"{where} has shape {array.shape}, expected N x {' x '.join(map(str, pictures))} (uint8 pictures)")
+            raise DataError(
+                f"{where} has shape {array.shape}, expected N x {' x '.join(map(str, pictures))} (uint8 pictures)"
+            )
     elif array.dtype != np.float32:
         also = ", or uint8 pictures" if pictures is not None else ""
         raise DataError(f"{where} is {array.dtype}, expected float32{also}")
@@ -180,7 +187,9 @@ def _hashes_as_pictures(samples: Samples, encoding: PictureEncoding) -> list[byt
         whole = np.round(x)
         # Whole numbers from 0 to 255 throughout are no accident.
         picture = whole.min() >= 0 and whole.max() <= 255 and np.abs(x - whole).max() < NEARLY_WHOLE
-        found.append(hashlib.sha256(np.ascontiguousarray(whole.astype(np.uint8)).tobytes()).digest() if picture else known)
+        found.append(
+            hashlib.sha256(np.ascontiguousarray(whole.astype(np.uint8)).tobytes()).digest() if picture else known
+        )
     return found
 
 

@@ -21,7 +21,7 @@ ENTRY = re.compile(r"^(?P<file>[^:]+\.py):(?P<function>[A-Za-z_][A-Za-z0-9_]*)$"
 LIMIT_S = 1800.0
 
 # What runs in the child: file, function, how many (or 0) and the file to write are its arguments.
-_CHILD = '''
+_CHILD = """
 import importlib.util, itertools, sys
 import numpy as np
 from safetensors.numpy import save_file
@@ -49,7 +49,7 @@ for number, sample in enumerate(itertools.islice(given, int(count) or None)):
 if not rows:
     sys.exit("it yields no sample")
 save_file({name: np.stack(values) for name, values in rows.items()}, target)
-'''
+"""
 
 
 def write(split: str, base: Path, entry: str, count: int | None, target: Path, *, limit_s: float = LIMIT_S) -> None:

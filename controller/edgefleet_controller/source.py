@@ -314,7 +314,12 @@ def _characters(manifest: Model, base: Path, outputs: tuple[TensorSpec, ...], or
 
 
 def _truth(
-    samples: Holdout | Training, kind: str, base: Path, labels: tuple[str, ...], outputs: tuple[TensorSpec, ...], count: int
+    samples: Holdout | Training,
+    kind: str,
+    base: Path,
+    labels: tuple[str, ...],
+    outputs: tuple[TensorSpec, ...],
+    count: int,
 ) -> tuple[str, ...]:
     """The right answers of labelled samples; classes by number."""
     if samples.truth is None:

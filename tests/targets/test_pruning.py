@@ -38,7 +38,9 @@ class Bench:
 
     def version(self, network: onnx.ModelProto, prune: dict[str, Any], **spec: Any) -> ModelVersion:
         (self.folder / "net.onnx").write_bytes(network.SerializeToString(deterministic=True))
-        for seed, (split, count) in enumerate({"calibration": 24, "holdout": 100, "golden": 8, "training": 400}.items()):
+        for seed, (split, count) in enumerate(
+            {"calibration": 24, "holdout": 100, "golden": 8, "training": 400}.items()
+        ):
             pictures, truth = blobs_of_light(count, seed)
             save_file({"image": pictures}, self.folder / f"{split}.safetensors")
             (self.folder / f"{split}.txt").write_text("\n".join(map(str, truth)) + "\n")
@@ -52,10 +54,14 @@ class Bench:
         manifest = Model.model_validate({"kind": "Model", "metadata": {"name": "net"}, "spec": fields | spec})
         return import_model(manifest, self.folder, self.layout, cache=self.cache)
 
-    def compile(self, version: ModelVersion, engine: str = "onnxruntime", *, prefer: str = "size", **more: Any) -> CompileResult:
+    def compile(
+        self, version: ModelVersion, engine: str = "onnxruntime", *, prefer: str = "size", **more: Any
+    ) -> CompileResult:
         accuracy = more.pop("accuracy", {"min_agreement": 0.8})
         search = {"effort": "quick", "prefer": prefer, "pruned": more.pop("pruned", True)}
-        wanted = device_class(engine, arch=platform.machine(), accuracy=accuracy, search=search, precision=more.pop("precision", "int8"))
+        wanted = device_class(
+            engine, arch=platform.machine(), accuracy=accuracy, search=search, precision=more.pop("precision", "int8")
+        )
         toolchains = Toolchains(TOOLCHAINS, cancel=self.cancel)
         return compile_version(version, wanted, self.layout, toolchains, cache=self.cache, **more)
 
@@ -223,5 +229,5 @@ def test_a_network_that_can_not_be_pruned_is_told(bench: Bench) -> None:
     net.add("GlobalAveragePool")
     net.add("Flatten")
     net.dense(16, CLASSES)
-    with pytest.raises(ModelError, match="this network can't be trained, so not pruned.*Hardmax"):
+    with pytest.raises(ModelError, match=r"this network can't be trained, so not pruned.*Hardmax"):
         bench.compile(bench.version(net.model([1, CLASSES]), {"structured": 0.5}), accuracy={"min_agreement": 0.01})

@@ -8,7 +8,11 @@ import numpy as np
 import pytest
 from edgefleet_shared import chunks
 
-SPARSE = (np.random.default_rng(0).integers(-20, 20, 50_000) * (np.random.default_rng(1).random(50_000) < 0.2)).astype(np.int8).tobytes()
+SPARSE = (
+    (np.random.default_rng(0).integers(-20, 20, 50_000) * (np.random.default_rng(1).random(50_000) < 0.2))
+    .astype(np.int8)
+    .tobytes()
+)
 
 
 @pytest.mark.parametrize("piece", [b"", b"a", b"\0" * 100_000, SPARSE, os.urandom(5000), SPARSE[:17]])
@@ -33,7 +37,14 @@ def test_a_stream_that_would_fill_memory_is_cut_off_at_the_length_of_the_piece()
 
 @pytest.mark.parametrize(
     "message",
-    [b"", b"no stream at all", chunks.pack(SPARSE)[:-10], chunks.pack(SPARSE) + b"more", chunks.pack(SPARSE[:-1]), SPARSE + b"x"],
+    [
+        b"",
+        b"no stream at all",
+        chunks.pack(SPARSE)[:-10],
+        chunks.pack(SPARSE) + b"more",
+        chunks.pack(SPARSE[:-1]),
+        SPARSE + b"x",
+    ],
     ids=["empty", "rubbish", "cut off", "something behind it", "one byte short", "too long"],
 )
 def test_what_is_not_one_whole_piece_is_none(message: bytes) -> None:

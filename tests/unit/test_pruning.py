@@ -39,7 +39,12 @@ def test_the_schedule_is_cubic_takes_most_first_and_ends_at_the_target() -> None
 
 def test_channels_go_before_single_weights() -> None:
     steps = pruning.schedule(msgspec.structs.replace(PLAN, unstructured=0.5, steps=2))
-    assert [(round(s.structured, 3), round(s.unstructured, 4)) for s in steps] == [(0.7, 0), (0.8, 0), (0.8, 0.4375), (0.8, 0.5)]
+    assert [(round(s.structured, 3), round(s.unstructured, 4)) for s in steps] == [
+        (0.7, 0),
+        (0.8, 0),
+        (0.8, 0.4375),
+        (0.8, 0.5),
+    ]
     assert [s.number for s in steps] == [1, 2, 3, 4]
 
 
@@ -63,7 +68,10 @@ def test_a_network_that_does_not_come_back_stops_there_and_the_last_good_step_is
     assert [(t.step.number, t.step.again) for t in done] == [(1, False), (2, False), (3, False), (3, True)]
     found = pruning.ended(done)
     assert found.good[-1].key == "2"
-    assert "stopped where 79% of the weights were gone: agreement with the float model 0.412, after being tuned twice" in found.stopped
+    assert (
+        "stopped where 79% of the weights were gone: agreement with the float model 0.412, after being tuned twice"
+        in found.stopped
+    )
     assert "what was good is kept, 70% gone" in found.stopped
 
 

@@ -336,7 +336,9 @@ def dies():
 
 
 def test_a_python_function_gives_samples_from_a_process_of_its_own(tmp_path: Path) -> None:
-    (tmp_path / "own.py").write_text(ENTRY + f"import os\nopen({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid()))\n")
+    (tmp_path / "own.py").write_text(
+        ENTRY + f"import os\nopen({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid()))\n"
+    )
     version = run(tmp_path, project(tmp_path, classifier(), calibration={"entry": "own.py:samples", "count": 12}))
     assert version.calibration.count == 12
     assert (tmp_path / "pid").read_text() != str(os.getpid())

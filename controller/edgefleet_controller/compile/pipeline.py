@@ -159,7 +159,9 @@ class _Search:
             spec.search.model_dump(),
         )  # fmt: skip
         # Another rule for choosing, or another measure, is another search.
-        rules = [Path(str(module.__file__)).read_text(encoding="utf-8") for module in (search, quality, answers, pruning)]
+        rules = [
+            Path(str(module.__file__)).read_text(encoding="utf-8") for module in (search, quality, answers, pruning)
+        ]
         # Pruned networks are made by a toolchain that the recipe's key does not know.
         pruner = hash_of_lock(lock_text(PRUNING_TOOLCHAIN)) if self._version.pruning is not None else ""
         key = content_key("search", self._steps.key(plain), self._version.digest, *judged_by, host(), rules, pruner)

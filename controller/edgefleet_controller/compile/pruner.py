@@ -32,9 +32,7 @@ AXES = {"classification": -1, "text": -1, "segmentation": 1}  # of the distribut
 class Pruner:
     """Prunes one version, for the accuracy that one class asks for."""
 
-    def __init__(
-        self, steps: Steps, version: ModelVersion, device_class: DeviceClass
-    ) -> None:
+    def __init__(self, steps: Steps, version: ModelVersion, device_class: DeviceClass) -> None:
         assert version.pruning is not None
         self._steps, self._version, self._class = steps, version, device_class
         self._plan, self._split = version.pruning, version.training or version.calibration
@@ -63,7 +61,12 @@ class Pruner:
         outputs, version = load_file(folder / "answers.safetensors"), self._judged_by()
         found = quality.compare(outputs, load_file(self._answers() / "answers.safetensors"), version)
         figures = Figures(
-            engine=PREPARE[0], engine_version="", float_bytes=0, compiled_bytes=0, samples=len(self._aside), **found.figures
+            engine=PREPARE[0],
+            engine_version="",
+            float_bytes=0,
+            compiled_bytes=0,
+            samples=len(self._aside),
+            **found.figures,
         )
         shares = figures.shares
         return Tried(
@@ -123,8 +126,9 @@ class Pruner:
 
     def _encoded(self, array: Any) -> Any:
         encoding = self._version.encoding
-        pictures = encoding is not None and array.dtype == np.uint8
-        return golden.encode_pictures(array, encoding) if pictures else np.ascontiguousarray(array)
+        if encoding is None or array.dtype != np.uint8:
+            return np.ascontiguousarray(array)
+        return golden.encode_pictures(array, encoding)
 
     def _judged_by(self) -> ModelVersion:
         """The version with the labels of the samples set aside in place of the held-out ones'."""
@@ -133,7 +137,11 @@ class Pruner:
 
     def _source(self) -> str:
         """What all steps depend on."""
-        plan = msgspec.to_builtins(self._plan) | {"structured": 0, "unstructured": 0, "steps": 0}  # these are in each step
+        plan = msgspec.to_builtins(self._plan) | {
+            "structured": 0,
+            "unstructured": 0,
+            "steps": 0,
+        }  # these are in each step
         return content_key(
             self._steps.prepared_key, self._split.digest, self._version.training_truth, self._version.output_kind, plan
         )

@@ -156,7 +156,8 @@ def accurate(trial: Trial, spec: DeviceClassSpec) -> bool:
 def base_of_ladder(trials: Sequence[Trial]) -> Trial:
     """The int8 trial with the least noise on the outputs."""
     return max(
-        (t for t in trials if t.recipe.precision == "int8" and not t.recipe.pruned and not t.died), key=lambda t: t.figures.sqnr_db or 0.0
+        (t for t in trials if t.recipe.precision == "int8" and not t.recipe.pruned and not t.died),
+        key=lambda t: t.figures.sqnr_db or 0.0,
     )
 
 
@@ -200,7 +201,9 @@ def _best(fitting: Sequence[Trial], prefer: str) -> Trial:
         case "accuracy":
             return min(fitting, key=quiet)
         case "size" | "transfer":
-            sizes = {t.recipe: t.figures.wire_bytes if prefer == "transfer" else t.figures.compiled_bytes for t in fitting}
+            sizes = {
+                t.recipe: t.figures.wire_bytes if prefer == "transfer" else t.figures.compiled_bytes for t in fitting
+            }
             least = min(sizes.values())
             return min((t for t in fitting if sizes[t.recipe] <= least * ALIKE), key=quiet)
         case _:

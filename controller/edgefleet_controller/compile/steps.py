@@ -97,7 +97,9 @@ class Steps:
     def key(self, recipe: Recipe) -> str:
         """Of a compiled model in the cache."""
         # A float model does not depend on the calibration; its network and toolchains are in the other keys.
-        data = self._gathered_key if recipe.precision == "int8" else self._version.network  # a pruned network's key is in its recipe
+        data = (
+            self._gathered_key if recipe.precision == "int8" else self._version.network
+        )  # a pruned network's key is in its recipe
         return content_key("compile", data, self.preparing.lock_hash, recipe.as_dict(), *self._target_key)
 
     def prepare(self) -> Path:

@@ -73,7 +73,9 @@ def _take_channels(network: Network, keep: int, example: list[Any]) -> None:
         fits = [tuple(output.shape) for output in _called(network, example)] == shapes
     except (RuntimeError, ValueError) as exc:
         raise job.Refused(
-            "bad_model", f"channels of this network can't be taken: {str(exc).splitlines()[0]}", "prune.unstructured takes single weights"
+            "bad_model",
+            f"channels of this network can't be taken: {str(exc).splitlines()[0]}",
+            "prune.unstructured takes single weights",
         ) from exc
     if not fits:
         raise job.Refused("bad_model", "channels of this network can't be taken: its outputs would change their shapes")
@@ -94,7 +96,12 @@ def _take_weights(network: Network, share: float) -> list[tuple[Any, Any]]:
 
 
 def _tune(
-    teacher: Network, student: Network, samples: _Samples, masks: list[tuple[Any, Any]], request: job.Request, progress: job.Progress
+    teacher: Network,
+    student: Network,
+    samples: _Samples,
+    masks: list[tuple[Any, Any]],
+    request: job.Request,
+    progress: job.Progress,
 ) -> None:
     """Train the pruned network to answer like the teacher."""
     teacher.module.eval().requires_grad_(False)

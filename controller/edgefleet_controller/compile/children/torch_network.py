@@ -137,7 +137,11 @@ class Network:
             array = np.ascontiguousarray(array.T)
         rank = len(before.dims)
         if array.ndim < rank:
-            array = array.reshape(-1, *[1] * (rank - 1)) if node.op_type == "PRelu" else array.reshape([1] * (rank - array.ndim) + [*array.shape])
+            array = (
+                array.reshape(-1, *[1] * (rank - 1))
+                if node.op_type == "PRelu"
+                else array.reshape([1] * (rank - array.ndim) + [*array.shape])
+            )
         return array
 
 
