@@ -27,6 +27,7 @@ from edgefleet_shared.errors import ManifestError, QualityError
 from safetensors.numpy import load_file
 
 from edgefleet_controller.compile import answers, pruning, quality, report, search
+from edgefleet_controller.compile.input_check import better_description
 from edgefleet_controller.compile.packing import pack
 from edgefleet_controller.compile.port import CompileResult, Options, Target, target_named
 from edgefleet_controller.compile.pruner import TOOLCHAIN as PRUNING_TOOLCHAIN
@@ -72,6 +73,7 @@ def compile_version(
             version, device_class, target, toolchain, layout, toolchains, cache, Path(temporary), progress, limits
         )
         blind = quality.vacuous(steps.references(), version)
+        blind = "; ".join(told for told in (blind, better_description(steps, version)) if told)
         if blind and not ship_despite_quality:
             raise QualityError(
                 f"{version.model} {version.version} for {device_class.name}: {blind}",
