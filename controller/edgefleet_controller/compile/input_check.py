@@ -17,7 +17,7 @@ from edgefleet_shared.contract import PictureEncoding
 from safetensors.numpy import load, load_file, save_file
 
 from edgefleet_controller.compile import answers, quality
-from edgefleet_controller.compile.steps import MAX_BLOB_BYTES, PREPARE, Steps, content_key
+from edgefleet_controller.compile.steps import MAX_BLOB_BYTES, Steps, content_key
 from edgefleet_controller.source import ModelVersion
 
 ENOUGH = 32  # labelled pictures that can tell two descriptions apart
@@ -66,10 +66,7 @@ def better_description(steps: Steps, version: ModelVersion) -> str:
         samples = steps.work / "described.safetensors"
         encoded = [golden.encode_pictures(array[:count], encoding) for encoding in ways.values()]
         save_file({name: np.concatenate(encoded)}, samples)
-        steps.child(steps.preparing, PREPARE[1], steps.limits.measure_s, {
-            "action": "measure", "models": [{"model": str(steps.simplified()), "outputs": str(staged / "answers.safetensors")}],
-            "float_model": None, "samples": str(samples), "count": count * len(ways),
-        })  # fmt: skip
+        steps.answer(steps.simplified(), samples, count * len(ways), staged / "answers.safetensors")
 
     key = content_key(
         "described", steps.prepared_key, version.truth[:count], [msgspec.to_builtins(w) for w in ways.values()]

@@ -36,7 +36,7 @@ class Pruner:
         assert version.pruning is not None
         self._steps, self._version, self._class = steps, version, device_class
         self._plan, self._split = version.pruning, version.training or version.calibration
-        self._toolchain = steps.toolchains.ensure(TOOLCHAIN, steps.progress)
+        self._toolchain = steps.toolchain(TOOLCHAIN)
         # Rows in a fixed, even pattern: samples in order of their labels, or of their camera, are common.
         every = max(SET_ASIDE, -(-self._split.count // MOST_SET_ASIDE))
         self._aside = np.arange(0, self._split.count, every)
@@ -83,8 +83,7 @@ class Pruner:
         rows.write_text(json.dumps(self._trained_on.tolist()))
         if labelled := bool(self._version.training_truth):
             truth.write_text(json.dumps([int(self._version.training_truth[row]) for row in self._trained_on]))
-        found = self._steps.child(self._toolchain, MODULE, self._steps.limits.prune_s, {
-            "action": "prune",
+        found = self._steps.prune(self._toolchain, MODULE, {
             "teacher": str(simplified),
             "network": str(self._steps.simplified(before)),
             "pruned": str(staged / "network.onnx"),
@@ -109,20 +108,14 @@ class Pruner:
         )
 
     def _answer(self, network: Path, outputs: Path) -> None:
-        self._steps.child(self._steps.preparing, PREPARE[1], self._steps.limits.measure_s, {
-            "action": "measure",
-            "models": [{"model": str(network), "outputs": str(outputs)}],
-            "float_model": None,
-            "samples": self._set_aside(),
-            "count": len(self._aside),
-        })  # fmt: skip
+        self._steps.answer(network, self._set_aside(), len(self._aside), outputs)
 
-    def _set_aside(self) -> str:
+    def _set_aside(self) -> Path:
         path = self._steps.work / "set-aside.safetensors"
         if not path.exists():
             tensors = load(self._steps.layout.read(self._split.digest, MAX_BLOB_BYTES))
             save_file({name: self._encoded(array[self._aside]) for name, array in tensors.items()}, path)
-        return str(path)
+        return path
 
     def _encoded(self, array: Any) -> Any:
         encoding = self._version.encoding

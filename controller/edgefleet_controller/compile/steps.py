@@ -77,15 +77,15 @@ class Steps:
         toolchains: Toolchains, cache: Path, work: Path, progress: Progress, limits: Limits,
     ) -> None:  # fmt: skip
         self._version, self._class, self._target, self._toolchain = version, device_class, target, toolchain
-        self.layout, self.toolchains, self._cache = layout, toolchains, cache
-        self.work, self.progress, self.limits = work, progress, limits
-        self.preparing = toolchains.ensure(PREPARE[0], progress)
+        self._layout, self._toolchains, self._cache = layout, toolchains, cache
+        self._work, self._progress, self._limits = work, progress, limits
+        self._preparing = toolchains.ensure(PREPARE[0], progress)
         self._holdout: dict[str, Any] | None = None
         self._float_sent: int | None = None
         self._numbers = iter(range(10**9))
         code = _code()
-        own = (version.network, self.preparing.lock_hash, code, _json(version.encoding))
-        self.prepared_key = content_key("prepare", *own, version.holdout.digest, version.golden.digest)
+        own = (version.network, self._preparing.lock_hash, code, _json(version.encoding))
+        self._prepared_key = content_key("prepare", *own, version.holdout.digest, version.golden.digest)
         self._gathered_key = content_key("statistics", *own, version.calibration.digest)
         self._target_key = (target.name, toolchain.lock_hash, code)
 
@@ -94,28 +94,61 @@ class Steps:
         """Whether times on this host mean something for the class."""
         return self._class.spec.arch == platform.machine()
 
+    # -- for what works over the same cache and folder: pruning, the check of the input --------------------------------
+
+    @property
+    def layout(self) -> Layout:
+        return self._layout
+
+    @property
+    def work(self) -> Path:
+        """A folder that is gone when the compile is over."""
+        return self._work
+
+    @property
+    def prepared_key(self) -> str:
+        """Of the simplified network and what it was asked: changes with the network and with the code of the children."""
+        return self._prepared_key
+
+    def toolchain(self, name: str) -> Toolchain:
+        return self._toolchains.ensure(name, self._progress)
+
+    def once(self, kind: str, key: str, fill: Callable[[Path], None]) -> Path:
+        """The cache's folder of that kind and key, filled if it is not there."""
+        return self._once(kind, key, fill)
+
+    def prune(self, toolchain: Toolchain, module: str, request: dict[str, Any]) -> dict[str, Any]:
+        return self._child(toolchain, module, self._limits.prune_s, {"action": "prune", **request})
+
+    def answer(self, network: Path, samples: Path, count: int, outputs: Path) -> None:
+        """Write what a float network answers to the first ``count`` samples (encoded, safetensors)."""
+        self._child(self._preparing, PREPARE[1], self._limits.measure_s, {
+            "action": "measure", "models": [{"model": str(network), "outputs": str(outputs)}], "float_model": None,
+            "samples": str(samples), "count": count,
+        })  # fmt: skip
+
     def key(self, recipe: Recipe) -> str:
         """Of a compiled model in the cache."""
         # A float model does not depend on the calibration; its network and toolchains are in the other keys.
         data = (
             self._gathered_key if recipe.precision == "int8" else self._version.network
         )  # a pruned network's key is in its recipe
-        return content_key("compile", data, self.preparing.lock_hash, recipe.as_dict(), *self._target_key)
+        return content_key("compile", data, self._preparing.lock_hash, recipe.as_dict(), *self._target_key)
 
     def prepare(self) -> Path:
         """Folder with ``simplified.onnx`` and the float model's answers: ``holdout.safetensors``, ``golden.safetensors``."""
         version = self._version
 
         def fill(staged: Path) -> None:
-            self.child(self.preparing, PREPARE[1], self.limits.prepare_s, {
+            self._child(self._preparing, PREPARE[1], self._limits.prepare_s, {
                 "action": "prepare",
-                "network": str(self.layout.path(version.network)),
+                "network": str(self._layout.path(version.network)),
                 "simplified": str(staged / "simplified.onnx"),
                 "samples": [self.samples(version.holdout), self.samples(version.golden)],
                 "references": [str(staged / "holdout.safetensors"), str(staged / "golden.safetensors")],
             })  # fmt: skip
 
-        return self.once("prepared", self.prepared_key, fill)
+        return self._once("prepared", self._prepared_key, fill)
 
     def simplified(self, pruned: str = "") -> Path:
         """The network in float: as it came, or as pruning left it (the key of a pruned one in the cache)."""
@@ -132,7 +165,7 @@ class Steps:
         asked = {"ranges": recipe.ranges, "weights": recipe.weights}
 
         def fill(staged: Path) -> None:
-            found = self.child(self.preparing, PREPARE[1], self.limits.compile_s, {
+            found = self._child(self._preparing, PREPARE[1], self._limits.compile_s, {
                 "action": "rank",
                 "simplified": str(self.prepare() / "simplified.onnx"),
                 "statistics": self._statistics("", [recipe]),
@@ -142,7 +175,7 @@ class Steps:
             })  # fmt: skip
             (staged / "units.json").write_text(json.dumps(found["units"]))
 
-        folder = self.once("ranked", content_key("rank", self._gathered_key, asked), fill)
+        folder = self._once("ranked", content_key("rank", self._gathered_key, asked), fill)
         return msgspec.json.decode((folder / "units.json").read_bytes(), type=list[Unit])
 
     def compile(self, recipes: Sequence[Recipe]) -> list[tuple[Path, bool]]:
@@ -162,12 +195,12 @@ class Steps:
         :data:`MOST_FOR_SEVERAL`; peak memory is a figure of one alone.
         """
         count = self._version.holdout.count if len(tried) == 1 else min(MOST_FOR_SEVERAL, self._version.holdout.count)
-        outputs = [self.work / f"outputs-{next(self._numbers)}.safetensors" for _ in tried]
+        outputs = [self._work / f"outputs-{next(self._numbers)}.safetensors" for _ in tried]
         float_model = self._float_model()
         budget = self._class.spec.budgets.memory_bytes + HOST_OVERHEAD_BYTES
         budget += 4 * sum(path.stat().st_size for _, path in tried[1:])
         try:
-            found = self.child(self._toolchain, self._target.module, self.limits.measure_s, {
+            found = self._child(self._toolchain, self._target.module, self._limits.measure_s, {
                 "action": "measure",
                 "models": [{"model": str(p), "outputs": str(o)} for (_, p), o in zip(tried, outputs, strict=True)],
                 "float_model": str(float_model) if self.here else None,
@@ -197,9 +230,9 @@ class Steps:
 
     def samples(self, split: Split) -> str:
         """A split as the network takes it (float32, encoded), as a file in the work folder."""
-        path = self.work / f"{split.digest.rpartition(':')[2]}.safetensors"
+        path = self._work / f"{split.digest.rpartition(':')[2]}.safetensors"
         if not path.exists():
-            tensors = load(self.layout.read(split.digest, MAX_BLOB_BYTES))
+            tensors = load(self._layout.read(split.digest, MAX_BLOB_BYTES))
             encoding = self._version.encoding
             if encoding is not None:
                 # Tensors that came encoded (float) stay as they are; stored pictures are uint8.
@@ -221,7 +254,7 @@ class Steps:
         whole = self._cache / "statistics" / content_key(self._gathered(pruned), True)
 
         def fill(staged: Path) -> None:
-            self.child(self.preparing, PREPARE[1], self.limits.compile_s, {
+            self._child(self._preparing, PREPARE[1], self._limits.compile_s, {
                 "action": "gather",
                 "simplified": str(self.simplified(pruned)),
                 "calibration": self.samples(self._version.calibration),
@@ -231,7 +264,7 @@ class Steps:
 
         histograms = histograms or whole.is_dir()
         key = content_key(self._gathered(pruned), histograms)
-        return str(self.once("statistics", key, fill) / "statistics.json")
+        return str(self._once("statistics", key, fill) / "statistics.json")
 
     def _quantized(self, pruned: str, recipes: Sequence[Recipe]) -> dict[Recipe, Path]:
         """QDQ networks by recipe: the same for every target that reads them."""
@@ -240,7 +273,7 @@ class Steps:
         missing = {folder: recipe for recipe, folder in folders.items() if not folder.is_dir()}
 
         def fill(wanted: dict[Path, Recipe]) -> None:
-            self.child(self.preparing, PREPARE[1], self.limits.compile_s, {
+            self._child(self._preparing, PREPARE[1], self._limits.compile_s, {
                 "action": "quantize",
                 "simplified": str(self.simplified(pruned)),
                 "statistics": self._statistics(pruned, list(wanted.values())),
@@ -266,7 +299,7 @@ class Steps:
             for staged, network in networks.items():
                 os.link(network, staged / "compiled")
             return
-        self.child(self._toolchain, self._target.module, self.limits.compile_s, {
+        self._child(self._toolchain, self._target.module, self._limits.compile_s, {
             "action": "compile",
             "simplified": str(simplified),
             "calibration": self.samples(self._version.calibration),
@@ -306,18 +339,18 @@ class Steps:
         misses = (f"engine died: {how}", *quality.misses(figures, self._class.spec, recipe))
         return Measured(Trial(recipe=recipe, figures=figures, misses=misses, key=self.key(recipe), died=True), {}, ())
 
-    def child(
+    def _child(
         self, toolchain: Toolchain, module: str, limit_s: float, request: dict[str, Any], memory_bytes: int | None = None
     ) -> dict[str, Any]:  # fmt: skip
         name = f"{self._version.model}-{self._version.version}-{self._class.name}-{request['action']}.log"
-        return self.toolchains.run(
-            toolchain, module, request, self.work, self._cache / "logs" / name, limit_s=limit_s, memory_bytes=memory_bytes,
-            progress=self.progress,
+        return self._toolchains.run(
+            toolchain, module, request, self._work, self._cache / "logs" / name, limit_s=limit_s, memory_bytes=memory_bytes,
+            progress=self._progress,
         )  # fmt: skip
 
     # -- the cache -----------------------------------------------------------------------------------------------------
 
-    def once(self, kind: str, key: str, fill: Callable[[Path], None]) -> Path:
+    def _once(self, kind: str, key: str, fill: Callable[[Path], None]) -> Path:
         folder = self._cache / kind / key
         if not folder.is_dir():
             with self._lock(f"{kind}-{key}"):
@@ -352,7 +385,7 @@ class Steps:
         fd = os.open(folder / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
             while True:
-                self.toolchains.raise_if_cancelled()
+                self._toolchains.raise_if_cancelled()
                 try:
                     fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     break
