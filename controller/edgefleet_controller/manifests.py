@@ -153,7 +153,9 @@ class DeviceClass(ManifestBase):
 class Source(_Strict):
     """Where the network comes from: a file, or an importer that knows a published one."""
 
-    path: str | None = Field(default=None, description="an ONNX file")
+    path: str | None = Field(
+        default=None, description="an ONNX file, a .tflite, a .keras or .h5 file, or the folder of a SavedModel"
+    )
     importer: Name | None = None
 
     @model_validator(mode="after")

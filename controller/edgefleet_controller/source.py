@@ -1,8 +1,8 @@
-"""Stage 1, source: receives a Model manifest with its ONNX file and pictures, hands on an immutable model version.
+"""Stage 1, source: receives a Model manifest with its network's file and pictures, hands on an immutable model version.
 
 Runs on the operator's side, where the files are. What it hands on is content-addressed: a :class:`ModelVersion` names its
 blobs (network, calibration, held-out and golden data) by digest, and its own digest is the sha256 of its JSON.
-Formats other than ONNX come in through importers (:mod:`edgefleet_controller.importers`).
+The network is ONNX: Keras and TFLite are converted (:mod:`.converters`), published networks come through :mod:`.importers`.
 """
 
 from __future__ import annotations
@@ -92,6 +92,7 @@ class ModelVersion(msgspec.Struct, frozen=True, kw_only=True):
     detection: BoxDecoding | None = None
     characters: tuple[str, ...] = ()  # of text output, by class less one: class 0 is the blank
     truth: tuple[str, ...] = ()  # of the held-out samples: class numbers, or lines of text
+    as_is: str = ""  # digest of the .tflite that it came as, where that is quantized already; the network is then what it means in floats
     pruning: PruningPlan | None = None
     training: Split | None = None  # what a pruned network is tuned on, in place of the calibration samples
     training_truth: tuple[str, ...] = ()  # class numbers
@@ -128,8 +129,10 @@ def store(version: ModelVersion, layout: Layout) -> Descriptor:
 
 def blobs(version: ModelVersion) -> tuple[str, ...]:
     """Digests of everything a version names: what must be copied to hold it."""
-    training = () if version.training is None else (version.training.digest,)
-    return (version.network, version.calibration.digest, version.holdout.digest, version.golden.digest, *training)
+    named = [version.network, version.calibration.digest, version.holdout.digest, version.golden.digest]
+    named += [version.as_is] if version.as_is else []
+    named += [version.training.digest] if version.training is not None else []
+    return tuple(named)
 
 
 def import_model(
@@ -149,7 +152,7 @@ def import_model(
     """
     spec = manifest.spec
     progress("reading the network", 0, 1)
-    content, origin = _network(manifest, base, cache)
+    content, origin, as_is = _network(manifest, base, cache, progress)
     model = network.fix_shapes(network.load(content, origin), spec.sizes, origin)
     inputs = network.specs(network.graph_inputs(model), origin)
     outputs = network.specs(model.graph.output, origin)
@@ -194,6 +197,7 @@ def import_model(
         detection=detection,
         characters=characters,
         truth=truth,
+        as_is="" if as_is is None else layout.put(as_is).digest,
         pruning=_plan(spec.prune),
         training=Split(layout.put(bytes(save(trained[0].inputs))).digest, len(trained[0])) if trained else None,
         training_truth=trained[1] if trained else (),
@@ -203,17 +207,24 @@ def import_model(
     return version
 
 
-def _network(manifest: Model, base: Path, cache: Path) -> tuple[bytes, str]:
+def _network(manifest: Model, base: Path, cache: Path, progress: Progress) -> tuple[bytes, str, bytes | None]:
+    """(ONNX, what to call it, the .tflite that it was where that is quantized already)."""
     source = manifest.spec.source
     if source.importer is not None:
-        return importer(source.importer)(cache), source.importer
+        return importer(source.importer)(cache), source.importer, None
     path = base / (source.path or "")
-    found = format_of(path)
-    if found != "onnx":
-        raise ModelError(f"{path} is {found}")
+    kind = format_of(path)
+    if kind != "onnx":
+        from edgefleet_controller.converters import to_onnx  # compiling, which it is a part of, knows versions
+
+        try:
+            converted = to_onnx(path, kind, cache, progress)
+        except ModelError as exc:
+            raise ModelError(f"{path}: {exc.message}", hint=exc.hint) from exc
+        return converted.onnx, str(path), converted.as_is
     if path.stat().st_size > MAX_NETWORK_BYTES:
         raise ModelError(f"{path} is larger than an ONNX file can be")
-    return path.read_bytes(), str(path)
+    return path.read_bytes(), str(path), None
 
 
 def _picture_input(

@@ -32,7 +32,7 @@ from edgefleet_controller.compile.packing import pack
 from edgefleet_controller.compile.port import CompileResult, Options, Target, target_named
 from edgefleet_controller.compile.pruner import TOOLCHAIN as PRUNING_TOOLCHAIN
 from edgefleet_controller.compile.pruner import Pruner
-from edgefleet_controller.compile.recipe import FLOAT, HALF, Recipe
+from edgefleet_controller.compile.recipe import AS_IS, FLOAT, HALF, Recipe
 from edgefleet_controller.compile.search import Choice, Trial, Unit
 from edgefleet_controller.compile.steps import Limits, Measured, Progress, Steps, content_key, host
 from edgefleet_controller.compile.toolchains import Toolchains, hash_of_lock, lock_text
@@ -204,6 +204,8 @@ class _Search:
         return self._steps.measure([(recipe, path)])[0], cached
 
     def _plain(self) -> Recipe:
+        if self._version.as_is and self._target.engine == "tflite" and self._class.spec.precision == "int8":
+            return Recipe(quantizer=AS_IS, correct_bias=False)
         wanted = int(self._options.get("float_first", 0))
         names = _convolutions(self._steps.prepare() / "simplified.onnx")[:wanted] if wanted else []
         return search.plain(self._target, self._class.spec, self._version.calibration_method, self._options, names)
@@ -229,7 +231,12 @@ class _Search:
         spec = self._class.spec
         effort = spec.search.effort
         trials = self._try(search.first(plain, self._target, effort))
-        if plain.precision != "int8" or effort == "fixed" or all(trial.died for trial in trials):
+        if (
+            plain.precision != "int8"
+            or plain.quantizer == AS_IS
+            or effort == "fixed"
+            or all(trial.died for trial in trials)
+        ):
             return search.choose(trials, spec)
         if effort == "quick" and not trials[0].misses:
             return search.choose(trials, spec)

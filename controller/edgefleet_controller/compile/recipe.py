@@ -6,6 +6,7 @@ from typing import Any
 
 import msgspec
 
+AS_IS = "its own"  # the file came quantized, and is taken as it is
 OWN = "edgefleet"  # the quantizer of compile/children, as opposed to a toolchain's own
 
 
@@ -46,6 +47,8 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True):
 
     def told(self) -> str:
         """In words, for people: what differs from the plain way."""
+        if self.quantizer == AS_IS:
+            return f"{self.precision}, as it came"
         parts = [self.precision]
         if self.pruned:
             parts.append(f"{self.sparsity:.0%} pruned")

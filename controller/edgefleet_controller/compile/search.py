@@ -19,7 +19,7 @@ import msgspec
 from edgefleet_controller.compile import quality
 from edgefleet_controller.compile.port import Figures, Options, Target
 from edgefleet_controller.compile.pruning import Pruned, Tried
-from edgefleet_controller.compile.recipe import FLOAT, OWN, Recipe
+from edgefleet_controller.compile.recipe import AS_IS, FLOAT, OWN, Recipe
 from edgefleet_controller.manifests import DeviceClassSpec
 
 NOTHING = "nothing fits"
@@ -77,7 +77,7 @@ def plain(target: Target, spec: DeviceClassSpec, method: str, options: Options, 
 
 def first(plain: Recipe, target: Target, effort: str) -> list[Recipe]:
     """The first round: ``plain``, and with full effort what may beat it without leaving layers in float."""
-    if effort != "full" or plain.precision != "int8":
+    if effort != "full" or plain.precision != "int8" or plain.quantizer == AS_IS:
         return [plain]
     change = msgspec.structs.replace
     others = [change(plain, ranges=m) for m in METHODS if m in target.methods and m != plain.ranges]

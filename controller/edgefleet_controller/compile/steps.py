@@ -35,7 +35,7 @@ from safetensors.numpy import load, load_file, save_file
 
 from edgefleet_controller.compile import quality
 from edgefleet_controller.compile.port import Figures, Target
-from edgefleet_controller.compile.recipe import FLOAT, OWN, Recipe
+from edgefleet_controller.compile.recipe import AS_IS, FLOAT, OWN, Recipe
 from edgefleet_controller.compile.search import Trial, Unit
 from edgefleet_controller.compile.toolchains import ChildDied, Toolchain, Toolchains
 from edgefleet_controller.manifests import DeviceClass
@@ -291,6 +291,11 @@ class Steps:
             self._compile_one(pruned, {staged: r for staged, r in wanted.items() if r.pruned == pruned})
 
     def _compile_one(self, pruned: str, wanted: dict[Path, Recipe]) -> None:
+        for staged in [staged for staged, recipe in wanted.items() if recipe.quantizer == AS_IS]:
+            os.link(self._layout.path(self._version.as_is), staged / "compiled")
+            del wanted[staged]
+        if not wanted:
+            return
         simplified = self.simplified(pruned)
         int8 = [r for r in wanted.values() if r.precision == "int8" and r.quantizer == OWN]
         quantized = self._quantized(pruned, int8) if self._target.reads_qdq and int8 else {}

@@ -1,0 +1,187 @@
+"""Stage 1, source: networks in TensorFlow's formats. Receives .keras, .h5, a SavedModel or a .tflite, hands on ONNX (tf2onnx) with fixed shapes.
+
+A model file of Keras can name code to run (Lambda layers, functions by module and name, SavedModels inside), and a SavedModel can hold operators that
+read and write files. What a file is made of is read before anything is loaded, and only what is Keras' own is let through; :mod:`.hostile_keras`
+says what. What comes out is held against the network that went in, on one random input.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx.reference
+
+from . import hostile_keras, job
+
+os.environ |= {"TF_CPP_MIN_LOG_LEVEL": "2", "CUDA_VISIBLE_DEVICES": "", "KERAS_BACKEND": "tensorflow"}
+
+OPSET = 15
+CLOSE = 1e-3  # of the largest output: what other orders of the same sums may differ by
+
+
+def convert(request: job.Request, progress: job.Progress) -> dict[str, Any]:
+    """Request: ``path``, ``format`` (of :mod:`edgefleet_controller.formats`), ``onnx`` (file to write). Result: ``quantized``, whether it came with int8 weights
+    and activations, which the ONNX has as floats."""
+    progress("loading TensorFlow", 0, 2)
+    if request["format"] == "tflite":
+        return _from_tflite(request, progress)
+    function, specs, outputs = (_saved_model if request["format"] == "saved-model" else _keras)(request)
+    import tf2onnx
+
+    progress("converting to ONNX", 1, 2)
+    model = _told(lambda: tf2onnx.convert.from_function(function, input_signature=specs, opset=OPSET)[0])
+    _rename(model, [spec.name for spec in specs], outputs)
+    fed = [np.random.default_rng(0).random(spec.shape.as_list(), np.float32) for spec in specs]
+    answered = function(*fed)
+    _check(model, dict(zip([spec.name for spec in specs], fed, strict=True)), [a.numpy() for a in _listed(answered)])
+    onnx.save(model, request["onnx"])
+    return {"quantized": False}
+
+
+def _keras(request: job.Request) -> tuple[Any, list[Any], list[str]]:
+    """(function, its inputs, its outputs' names) of a Keras model."""
+    hostile_keras.check(request["path"], request["format"])
+    import keras
+    import tensorflow as tf
+
+    try:
+        model = keras.models.load_model(request["path"], compile=False, safe_mode=True)
+    except Exception as exc:  # whatever Keras raises about a file
+        raise job.Refused(
+            "bad_model", f"Keras {keras.__version__} can't load this model: {str(exc).splitlines()[0]}"
+        ) from exc
+    specs = []
+    for number, tensor in enumerate(model.inputs):
+        shape = [1, *tensor.shape[1:]]
+        if None in shape:
+            raise job.Refused(
+                "bad_model", f"input {tensor.name!r} has the shape {tuple(tensor.shape)}; all but its first dimension must be fixed",
+                "give keras.Input its whole shape, and save the model again",
+            )  # fmt: skip
+        specs.append(tf.TensorSpec(shape, tensor.dtype, name=_plain(tensor.name) or f"input_{number}"))
+
+    def call(*given: Any) -> Any:
+        return model(list(given) if len(given) > 1 else given[0], training=False)
+
+    names = [
+        _plain(name) for name in getattr(model, "output_names", None) or [layer.name for layer in model.layers[-1:]]
+    ]
+    return tf.function(call, input_signature=specs), specs, names
+
+
+def _saved_model(request: job.Request) -> tuple[Any, list[Any], list[str]]:
+    hostile_keras.check_saved_model(request["path"])
+    import tensorflow as tf
+
+    try:
+        loaded = tf.saved_model.load(request["path"])
+        signature = loaded.signatures["serving_default"]
+    except Exception as exc:
+        raise job.Refused(
+            "bad_model",
+            f"TensorFlow can't load this SavedModel, or it has no signature serving_default: {str(exc).splitlines()[0]}",
+        ) from exc
+    wanted = signature.structured_input_signature[1]
+    specs = []
+    for name, spec in sorted(wanted.items()):
+        shape = [1, *spec.shape.as_list()[1:]]
+        if None in shape:
+            raise job.Refused(
+                "bad_model", f"input {name!r} has the shape {spec.shape}; all but its first dimension must be fixed"
+            )
+        specs.append(tf.TensorSpec(shape, spec.dtype, name=_plain(name)))
+    names, outputs = sorted(wanted), sorted(signature.structured_outputs)
+
+    def call(*given: Any) -> Any:
+        found = signature(**dict(zip(names, given, strict=True)))
+        return [found[name] for name in outputs]
+
+    function = tf.function(call, input_signature=specs)
+    function.keep = loaded  # its variables live as long as it does
+    return function, specs, [_plain(name) for name in outputs]
+
+
+def _from_tflite(request: job.Request, progress: job.Progress) -> dict[str, Any]:
+    import tensorflow as tf
+    import tf2onnx
+
+    try:
+        interpreter = tf.lite.Interpreter(request["path"])
+        interpreter.allocate_tensors()
+    except (RuntimeError, ValueError) as exc:
+        raise job.Refused("bad_model", f"this .tflite can't be loaded: {str(exc).splitlines()[0]}") from exc
+    details = interpreter.get_tensor_details()
+    quantized = any(
+        detail["dtype"] in (np.int8, np.uint8) and len(detail["quantization_parameters"]["scales"])
+        for detail in details
+    )
+    ends = [*interpreter.get_input_details(), *interpreter.get_output_details()]
+    if not quantized and any(detail["dtype"] != np.float32 for detail in ends):
+        raise job.Refused("bad_model", "inputs and outputs of a float .tflite must be float32")
+    progress("converting to ONNX", 1, 2)
+    model = _told(lambda: tf2onnx.convert.from_tflite(request["path"], opset=OPSET, dequantize=quantized)[0])
+    if not quantized:
+        fed = {
+            d["name"]: np.random.default_rng(0).random(d["shape"], np.float32) for d in interpreter.get_input_details()
+        }
+        for detail in interpreter.get_input_details():
+            interpreter.set_tensor(detail["index"], fed[detail["name"]])
+        interpreter.invoke()
+        _check(model, fed, [interpreter.get_tensor(d["index"]) for d in interpreter.get_output_details()])
+    onnx.save(model, request["onnx"])
+    return {"quantized": quantized}
+
+
+def _told(made: Any) -> onnx.ModelProto:
+    """What tf2onnx makes, or its refusal in words."""
+    try:
+        model: onnx.ModelProto = made()
+        onnx.checker.check_model(model)
+    except Exception as exc:  # tf2onnx raises whatever comes
+        raise job.Refused("bad_model", f"this network can't be written as ONNX: {str(exc).splitlines()[0]}") from exc
+    return model
+
+
+def _check(model: onnx.ModelProto, fed: dict[str, Any], wanted: list[Any]) -> None:
+    run = onnx.reference.ReferenceEvaluator(model)
+    for have, want in zip(run.run(None, fed), wanted, strict=True):
+        off = float(np.abs(have - want).max()) / max(float(np.abs(want).max()), 1e-6)
+        if have.shape != want.shape or not off <= CLOSE:
+            raise job.Refused(
+                "bad_model",
+                f"as ONNX this network answers otherwise (by {off:.2g} of its largest output): tf2onnx got it wrong",
+            )
+
+
+def _rename(model: onnx.ModelProto, inputs: list[str], outputs: list[str]) -> None:
+    """Give inputs and outputs the names that Keras has for them."""
+    graph = model.graph
+    new = dict(zip([v.name for v in graph.input], inputs, strict=False)) | dict(
+        zip([v.name for v in graph.output], outputs, strict=False)
+    )
+    for value in (*graph.input, *graph.output):
+        value.name = new.get(value.name, value.name)
+    for node in graph.node:
+        node.input[:] = [new.get(name, name) for name in node.input]
+        node.output[:] = [new.get(name, name) for name in node.output]
+
+
+def _plain(name: str) -> str:
+    return name.split(":")[0].replace("/", "_")
+
+
+def _listed(value: Any) -> list[Any]:
+    return (
+        list(value.values())
+        if isinstance(value, dict)
+        else list(value)
+        if isinstance(value, (list, tuple))
+        else [value]
+    )
+
+
+def main() -> None:
+    job.serve({"convert": convert})
