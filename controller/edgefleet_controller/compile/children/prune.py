@@ -20,6 +20,7 @@ from torch.nn import functional
 from . import job
 from .torch_network import Network
 
+FEW = 5000  # pictures below which they are moved about, so that the network is not tuned to the very ones; more make up for it by themselves
 SHIFT = 1 / 14  # of a side: how far a picture is moved at most
 TEMPERATURE = 2.0  # of distillation; softer answers say more than the largest one
 LABELS_SHARE = 0.5  # of the loss, where there are labels
@@ -61,7 +62,7 @@ def _take_channels(network: Network, keep: int, example: list[Any]) -> None:
     module.eval()
     shapes = [tuple(output.shape) for output in _called(network, example)]
     pruner = torch_pruning.pruner.MetaPruner(
-        module, tuple(example), importance=torch_pruning.importance.GroupMagnitudeImportance(p=2), global_pruning=True,
+        module, tuple(example), importance=torch_pruning.importance.GroupMagnitudeImportance(p=2), global_pruning=False,
         pruning_ratio=MOST_OF_A_LAYER, max_pruning_ratio=MOST_OF_A_LAYER, iterative_steps=FINEST, ignored_layers=network.last_layers(),
         round_to=WIDE if widest >= 128 else NARROW,
     )  # fmt: skip
@@ -116,7 +117,7 @@ def _tune(
     for step, rows in enumerate(_batches(len(samples), request["batch"], request["epochs"], chance)):
         if step % 10 == 0:
             progress("tuning the pruned network", step, steps)
-        batch = [_augmented(x, chance) if samples.pictures else x for x in samples.batch(rows)]
+        batch = [_augmented(x, chance) if samples.few else x for x in samples.batch(rows)]
         with torch.no_grad():
             wanted = _called(teacher, batch)
         loss = _loss(_called(student, batch), wanted, request["axis"], made, samples.labels(rows))
@@ -194,7 +195,7 @@ class _Samples:
         if request["truth"]:
             with open(request["truth"], encoding="utf-8") as stream:
                 self._truth = torch.tensor(json.load(stream))
-        self.pictures = self._encoding is not None
+        self.few = self._encoding is not None and len(self._rows) < FEW
 
     def __len__(self) -> int:
         return len(self._rows)
