@@ -289,6 +289,11 @@ class Pruning(_Strict):
     learning_rate: Annotated[float, Field(gt=0, lt=1)] = 1e-3
     batch: Count = 64
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    max_loss: Annotated[float, Field(ge=0, lt=1)] | None = Field(
+        default=None,
+        description="accuracy that a step may lose on training samples set aside, where labelled; default: the class's. The float network may have "
+        "been trained on these very samples, and then knows them better than any other network: give it room. Held-out samples judge in the end",
+    )
     training: Training | None = Field(default=None, description="default: the calibration samples, without labels")
 
     @model_validator(mode="after")

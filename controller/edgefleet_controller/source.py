@@ -69,6 +69,7 @@ class PruningPlan(msgspec.Struct, frozen=True, kw_only=True):
     learning_rate: float
     batch: int
     seed: int
+    max_loss: float | None = None
 
 
 class ModelVersion(msgspec.Struct, frozen=True, kw_only=True):

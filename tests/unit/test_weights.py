@@ -44,7 +44,9 @@ def test_pairs_keep_more_of_the_weights_than_seven_bits_do() -> None:
 
 
 def test_taps_over_one_grey_channel_are_neighbours() -> None:
-    weight = np.random.default_rng(0).standard_t(3, (16, 1, 3, 3)).astype(np.float32)  # as a depthwise one's shape, and is none
+    weight = (
+        np.random.default_rng(0).standard_t(3, (16, 1, 3, 3)).astype(np.float32)
+    )  # as a depthwise one's shape, and is none
     assert neighbours(weight, channel_scales(weight, 0, "pairs", groups=1)).max() * 255 <= 32767
     assert neighbours(weight, channel_scales(weight, 0, "pairs", groups=16)).max() * 255 > 32767
 

@@ -20,7 +20,7 @@ from edgefleet_controller.compile import pruning, quality
 from edgefleet_controller.compile.port import Figures
 from edgefleet_controller.compile.pruning import Pruned, Step, Tried
 from edgefleet_controller.compile.steps import MAX_BLOB_BYTES, PREPARE, Steps, content_key
-from edgefleet_controller.manifests import DeviceClass
+from edgefleet_controller.manifests import Accuracy, DeviceClass
 from edgefleet_controller.source import ModelVersion
 
 TOOLCHAIN, MODULE = "pruning", "prune"
@@ -73,7 +73,7 @@ class Pruner:
             step=step, key=key, sparsity=1 - left / of, agreement=figures.agreement or 0.0,
             accuracy=shares["accuracy"].value if "accuracy" in shares else None,
             float_accuracy=shares["float_accuracy"].value if "float_accuracy" in shares else None,
-            misses=tuple(quality.inaccuracies(figures, self._class.spec.accuracy)),
+            misses=tuple(quality.inaccuracies(figures, self._budget())),
         )  # fmt: skip
 
     def _prune(self, staged: Path, step: Step, before: str) -> None:
@@ -128,13 +128,17 @@ class Pruner:
         truth = self._version.training_truth
         return msgspec.structs.replace(self._version, truth=tuple(truth[row] for row in self._aside) if truth else ())
 
+    def _budget(self) -> Accuracy:
+        asked = self._class.spec.accuracy
+        return asked if self._plan.max_loss is None else asked.model_copy(update={"max_loss": self._plan.max_loss})
+
     def _source(self) -> str:
         """What all steps depend on."""
         plan = msgspec.to_builtins(self._plan) | {
             "structured": 0,
             "unstructured": 0,
             "steps": 0,
-        }  # these are in each step
+        }  # in each step, or judge it
         return content_key(
             self._steps.prepared_key, self._split.digest, self._version.training_truth, self._version.output_kind, plan
         )
