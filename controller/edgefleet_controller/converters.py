@@ -9,7 +9,9 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
-from edgefleet_controller.compile.toolchains import Progress, Toolchains
+from edgefleet_shared.errors import ModelError
+
+from edgefleet_controller.compile.toolchains import ChildDied, Progress, Toolchains
 from edgefleet_controller.formats import Format
 
 TOOLCHAIN, MODULE = "keras", "tensorflow_source"
@@ -36,8 +38,13 @@ def to_onnx(path: Path, kind: Format, cache: Path, progress: Progress) -> Conver
     with tempfile.TemporaryDirectory(prefix="edgefleet-convert-") as temporary:
         made = Path(temporary) / "network.onnx"
         request = {"action": "convert", "path": str(path.resolve()), "format": kind, "onnx": str(made)}
-        found = toolchains.run(
-            toolchain, MODULE, request, Path(temporary), cache / "logs" / "convert.log", limit_s=LIMIT_S, memory_bytes=MEMORY_BYTES,
-            progress=progress,
-        )  # fmt: skip
+        try:
+            found = toolchains.run(
+                toolchain, MODULE, request, Path(temporary), cache / "logs" / "convert.log", limit_s=LIMIT_S, memory_bytes=MEMORY_BYTES,
+                progress=progress,
+            )  # fmt: skip
+        except ChildDied as exc:
+            raise ModelError(
+                f"TensorFlow broke over this file: {exc.how}", hint="it is damaged, or made to break what reads it"
+            ) from exc
         return Converted(made.read_bytes(), path.read_bytes() if found["quantized"] else None)

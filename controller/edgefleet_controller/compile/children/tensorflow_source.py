@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import os
 import re
+import sys
 from typing import Any
 
 import numpy as np
@@ -108,7 +109,6 @@ def _saved_model(request: job.Request) -> tuple[Any, list[Any], list[str]]:
 
 def _from_tflite(request: job.Request, progress: job.Progress) -> dict[str, Any]:
     import tensorflow as tf
-    import tf2onnx
 
     try:
         interpreter = tf.lite.Interpreter(request["path"])
@@ -124,7 +124,7 @@ def _from_tflite(request: job.Request, progress: job.Progress) -> dict[str, Any]
     if not quantized and any(detail["dtype"] != np.float32 for detail in ends):
         raise job.Refused("bad_model", "inputs and outputs of a float .tflite must be float32")
     progress("converting to ONNX", 1, 2)
-    model = _told(lambda: tf2onnx.convert.from_tflite(request["path"], opset=OPSET, dequantize=quantized)[0])
+    model = _told(lambda: _by_command(request["path"], request["onnx"], quantized))
     _canonical(model, [v.name for v in model.graph.input], [v.name for v in model.graph.output])
     if not quantized:
         fed = {
@@ -136,6 +136,21 @@ def _from_tflite(request: job.Request, progress: job.Progress) -> dict[str, Any]
         _check(model, fed, [interpreter.get_tensor(d["index"]) for d in interpreter.get_output_details()])
     onnx.save(model, request["onnx"])
     return {"quantized": quantized}
+
+
+def _by_command(path: str, onnx_file: str, quantized: bool) -> onnx.ModelProto:
+    """tf2onnx's command, which alone can take integers for the floats that they mean."""
+    from tf2onnx import convert as command
+
+    given, sys.argv = (
+        sys.argv,
+        ["tf2onnx", "--tflite", path, "--output", onnx_file, "--opset", str(OPSET), *["--dequantize"] * quantized],
+    )
+    try:
+        command.main()
+    finally:
+        sys.argv = given
+    return onnx.load(onnx_file)
 
 
 def _told(made: Any) -> onnx.ModelProto:
@@ -169,7 +184,7 @@ def _canonical(model: onnx.ModelProto, inputs: list[str], outputs: list[str]) ->
         )
     made = {name: node for node in graph.node for name in node.output}
     constants = {i.name: i for i in graph.initializer}
-    new = dict(zip([v.name for v in graph.input], inputs, strict=True)) | dict(
+    new: dict[str, str] = dict(zip([v.name for v in graph.input], inputs, strict=True)) | dict(
         zip([v.name for v in graph.output], outputs, strict=True)
     )
     taken = set(new.values())
