@@ -125,6 +125,8 @@ def _from_tflite(request: job.Request, progress: job.Progress) -> dict[str, Any]
         raise job.Refused("bad_model", "inputs and outputs of a float .tflite must be float32")
     progress("converting to ONNX", 1, 2)
     model = _told(lambda: _by_command(request["path"], request["onnx"], quantized))
+    if quantized:
+        _float_ends(model)
     _canonical(model, [v.name for v in model.graph.input], [v.name for v in model.graph.output])
     if not quantized:
         fed = {
@@ -151,6 +153,57 @@ def _by_command(path: str, onnx_file: str, quantized: bool) -> onnx.ModelProto:
     finally:
         sys.argv = given
     return onnx.load(onnx_file)
+
+
+def _float_ends(model: onnx.ModelProto) -> None:
+    """Inputs and outputs in the floats that their integers mean: boards take and give floats, and their engine quantizes at the file's edge."""
+    graph, integers = model.graph, (onnx.TensorProto.INT8, onnx.TensorProto.UINT8)
+    readers: dict[str, list[Any]] = {}
+    for node in graph.node:
+        for name in node.input:
+            readers.setdefault(name, []).append(node)
+    made = {name: node for node in graph.node for name in node.output}
+    gone: list[Any] = []
+    for value in graph.input:
+        if value.type.tensor_type.elem_type not in integers:
+            continue
+        last, found = value.name, []
+        while len(readers.get(last, [])) == 1 and readers[last][0].op_type in (
+            "Cast",
+            "Sub",
+            "Mul",
+            "DequantizeLinear",
+        ):
+            found.append(readers[last][0])
+            last = found[-1].output[0]
+            if found[-1].op_type in ("Mul", "DequantizeLinear"):
+                break
+        if not found or found[-1].op_type not in ("Mul", "DequantizeLinear"):
+            raise job.Refused(
+                "bad_model", f"what the integers of input {value.name!r} mean can't be told from this .tflite"
+            )
+        gone += found
+        for node in readers.get(last, []):
+            node.input[:] = [value.name if name == last else name for name in node.input]
+        value.type.tensor_type.elem_type = onnx.TensorProto.FLOAT
+    for value in graph.output:
+        if value.type.tensor_type.elem_type not in integers:
+            continue
+        rounding = made[value.name]
+        if rounding.op_type != "QuantizeLinear":
+            raise job.Refused(
+                "bad_model", f"what the integers of output {value.name!r} mean can't be told from this .tflite"
+            )
+        gone.append(rounding)
+        exact = rounding.input[0]
+        for node in graph.node:
+            node.input[:] = [value.name if name == exact else name for name in node.input]
+            node.output[:] = [value.name if name == exact else name for name in node.output]
+        value.type.tensor_type.elem_type = onnx.TensorProto.FLOAT
+    kept = [_copied(node) for node in graph.node if not any(node is other for other in gone)]
+    del graph.node[:]
+    graph.node.extend(kept)
+    onnx.checker.check_model(model)
 
 
 def _told(made: Any) -> onnx.ModelProto:
