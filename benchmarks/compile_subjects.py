@@ -184,7 +184,10 @@ def fashion(cache: Path, folder: Path) -> Model:
         "inputs": [{"name": "image", "colour": "GREY", "std": [255.0]}],
         "calibration": {"path": "calibration.safetensors"}, "golden": {"path": "golden.safetensors"},
         "holdout": {"path": "holdout.safetensors", "truth": "holdout.txt"},
-        "prune": {"structured": 0.7, "steps": 4, "epochs": 4, "batch": 128, "learning_rate": 2e-3, "training": training_data},
+        "prune": {
+            "structured": 0.3, "unstructured": 0.6, "steps": 2, "epochs": 5, "batch": 128, "learning_rate": 3e-3, "max_loss": 0.03,
+            "training": training_data,
+        },
     }})  # fmt: skip
 
 

@@ -279,12 +279,12 @@ class Pruning(_Strict):
     one does, and where labelled samples are given, right. A class whose accuracy budget does not come back gets the last step that was good.
 
     ``structured``: whole channels go; the network gets smaller and faster. ``unstructured``: single weights become zero; it gets smaller in
-    transfer only. With both, channels go first.
+    transfer only. With both, each step takes channels first.
     """
 
     structured: Annotated[float, Field(ge=0, lt=1)] = Field(default=0.0, description="share of the weights that go")
     unstructured: Annotated[float, Field(ge=0, lt=1)] = Field(default=0.0, description="share of those left")
-    steps: Annotated[int, Field(ge=1, le=32)] = Field(default=4, description="of each kind, by a cubic schedule")
+    steps: Annotated[int, Field(ge=1, le=32)] = Field(default=4, description="by a cubic schedule: the first take most")
     epochs: Count = Field(default=4, description="after each step; as many again where the accuracy is not back")
     learning_rate: Annotated[float, Field(gt=0, lt=1)] = 1e-3
     batch: Count = 64

@@ -57,11 +57,12 @@ class Pruned(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def schedule(plan: PruningPlan) -> tuple[Step, ...]:
-    """The steps to the target: channels first, then single weights of what is left."""
-    shares = [1 - (1 - i / plan.steps) ** POWER for i in range(1, plan.steps + 1)]
-    whole = [(share * plan.structured, 0.0) for share in shares if plan.structured]
-    whole += [(plan.structured, share * plan.unstructured) for share in shares if plan.unstructured]
-    return tuple(Step(number=n, structured=s, unstructured=u) for n, (s, u) in enumerate(whole, 1))
+    """The steps to the target; each takes channels, then single weights of what is left."""
+    shares = [1 - (1 - number / plan.steps) ** POWER for number in range(1, plan.steps + 1)]
+    return tuple(
+        Step(number=number, structured=share * plan.structured, unstructured=share * plan.unstructured)
+        for number, share in enumerate(shares, 1)
+    )
 
 
 def following(plan: PruningPlan, done: Sequence[Tried]) -> Step | None:
