@@ -119,10 +119,10 @@ class BlobSender:
                 stream.seek(number * chunk_bytes)
                 piece = stream.read(chunk_bytes)
             message = chunks.pack(piece)
-            self._publish(topics.chunk(digest, number), message)
             earned -= len(message)
             self.sent_chunks += 1
             self.sent_bytes += len(message)
+            self._publish(topics.chunk(digest, number), message)
 
     def _pick(self, now: float) -> tuple[str, int, int] | None:
         with self._lock:
