@@ -19,7 +19,13 @@ import onnx.reference
 
 from . import hostile_keras, job
 
-os.environ |= {"TF_CPP_MIN_LOG_LEVEL": "2", "CUDA_VISIBLE_DEVICES": "", "KERAS_BACKEND": "tensorflow"}
+# KERAS_HOME: what somebody set up in their own ~/.keras decides nothing here.
+os.environ |= {
+    "TF_CPP_MIN_LOG_LEVEL": "2",
+    "CUDA_VISIBLE_DEVICES": "",
+    "KERAS_BACKEND": "tensorflow",
+    "KERAS_HOME": os.getcwd(),
+}
 
 OPSET = 15
 CLOSE = 1e-3  # of the largest output: what other orders of the same sums may differ by
