@@ -157,7 +157,9 @@ def test_half_of_the_weights_go_channel_by_channel_and_the_answers_stay(bench: B
     assert report["pruning"]["stopped"] == ""
     assert [round(s["sparsity"], 1) for s in report["pruning"]["steps"]][-1] >= 0.5
     assert result.figures.agreement >= 0.8
-    assert result.figures.wire_bytes < 0.8 * whole.figures.wire_bytes  # most of so small a file of OpenVINO's is its XML
+    assert (
+        result.figures.wire_bytes < 0.8 * whole.figures.wire_bytes
+    )  # most of so small a file of OpenVINO's is its XML
     assert result.figures.compiled_bytes < whole.figures.compiled_bytes
     assert bench.report(whole)["pruning"] is None
     if engine == "onnxruntime":
