@@ -7,8 +7,6 @@ The network is ONNX: Keras and TFLite are converted (:mod:`.converters`), publis
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
@@ -18,17 +16,15 @@ from edgefleet_shared.contract import PictureEncoding, TensorSpec
 from edgefleet_shared.errors import ArtifactError, DataError, ModelError
 from safetensors.numpy import save
 
-from edgefleet_controller import network, pictures, samples_entry
+from edgefleet_controller import network, pictures, sample_sets
 from edgefleet_controller.formats import format_of
 from edgefleet_controller.importers import importer
-from edgefleet_controller.manifests import Holdout, Model, Output, PictureInput, Pictures, Pruning, Training
+from edgefleet_controller.manifests import Model, Output, PictureInput, Pruning
+from edgefleet_controller.sample_sets import Progress as Progress
 
 SCHEMA = 1
 VERSION_TYPE = "application/vnd.edgefleet.version.v1+json"
-MIN_TRAINING = 64  # samples below which a pruned network is tuned to them and to nothing else
 MAX_NETWORK_BYTES = 2**31 - 1  # protobuf's own limit
-
-Progress = Callable[[str, int, int], None]  # (what is being done, how many done, of how many)
 
 
 class Split(msgspec.Struct, frozen=True):
@@ -170,12 +166,14 @@ def import_model(
 
     splits = []
     for name, source in (("calibration", spec.calibration), ("holdout", spec.holdout), ("golden", spec.golden)):
-        splits.append(_samples(name, source, base, picture, inputs, progress))
+        splits.append(sample_sets.read(name, source, base, picture, inputs, progress))
     if len(splits[2]) < spec.acceptance.min_golden:
         raise DataError(f"golden: {len(splits[2])} samples, acceptance.min_golden wants {spec.acceptance.min_golden}")
-    pictures.keep_apart(splits, _encoding(picture))
-    truth = _truth(spec.holdout, spec.output.kind, base, labels, outputs, len(splits[1]))
-    trained = _training(spec.prune, spec.output.kind, base, picture, inputs, labels, outputs, splits, progress)
+    pictures.keep_apart(splits, sample_sets.encoding(picture))
+    truth = sample_sets.truth(spec.holdout, spec.output.kind, base, labels, outputs, len(splits[1]))
+    trained = sample_sets.training(
+        spec.prune, spec.output.kind, base, picture, inputs, labels, outputs, splits, progress
+    )
 
     progress("storing", 0, 1)
     stored = [Split(layout.put(bytes(save(s.inputs))).digest, len(s)) for s in splits]
@@ -187,7 +185,7 @@ def import_model(
         inputs=inputs,
         outputs=outputs,
         output_kind=spec.output.kind,
-        encoding=_encoding(picture),
+        encoding=sample_sets.encoding(picture),
         labels=labels,
         calibration=stored[0],
         calibration_method=spec.calibration.method,
@@ -249,13 +247,6 @@ def _picture_input(
     if tensor.datatype != "FP32":
         raise ModelError(f"{origin}: picture input {tensor.name!r} is {tensor.datatype}, expected FP32")
     return picture, tensor
-
-
-def _encoding(picture: tuple[PictureInput, TensorSpec] | None) -> PictureEncoding | None:
-    if picture is None:
-        return None
-    given, _ = picture
-    return PictureEncoding(mean=tuple(given.mean), std=tuple(given.std), layout=given.layout, colour=given.colour)
 
 
 def _labels(manifest: Model, base: Path, outputs: tuple[TensorSpec, ...], origin: str) -> tuple[str, ...]:
@@ -325,90 +316,5 @@ def _characters(manifest: Model, base: Path, outputs: tuple[TensorSpec, ...], or
     return tuple(found)
 
 
-def _truth(
-    samples: Holdout | Training,
-    kind: str,
-    base: Path,
-    labels: tuple[str, ...],
-    outputs: tuple[TensorSpec, ...],
-    count: int,
-) -> tuple[str, ...]:
-    """The right answers of labelled samples; classes by number."""
-    if samples.truth is None:
-        return ()
-    path = base / samples.truth
-    try:
-        lines = [line.rstrip("\r") for line in path.read_text(encoding="utf-8").rstrip("\n").split("\n")]
-    except (OSError, UnicodeDecodeError) as exc:
-        raise DataError(f"can't read the truth {path}: {exc}") from exc
-    if len(lines) < count or (samples.count is None and len(lines) != count):
-        raise DataError(f"{path} has {len(lines)} lines, there are {count} samples")
-    if kind == "text":
-        return tuple(lines[:count])
-    classes, numbers = outputs[0].shape[-1], {label: str(i) for i, label in enumerate(labels)}
-    found = tuple(numbers.get(line.strip(), line.strip()) for line in lines[:count])
-    for number, answer in enumerate(found, 1):
-        if not answer.isdecimal() or int(answer) >= classes:
-            raise DataError(f"{path}, line {number}: {answer!r} is no label and no number from 0 to {classes - 1}")
-    return tuple(str(int(answer)) for answer in found)
-
-
-def _training(
-    prune: Pruning | None, kind: str, base: Path, picture: tuple[PictureInput, TensorSpec] | None, inputs: tuple[TensorSpec, ...],
-    labels: tuple[str, ...], outputs: tuple[TensorSpec, ...], splits: list[pictures.Samples], progress: Progress,
-) -> tuple[pictures.Samples, tuple[str, ...]] | None:  # fmt: skip
-    """What a pruned network is tuned on, with its labels; None where that is the calibration samples, or nothing is pruned.
-
-    Calibration samples may be among them, held-out and golden ones may not: they judge.
-    """
-    if prune is None:
-        return None
-    calibration, holdout, golden = splits
-    given = prune.training
-    samples = calibration if given is None else _samples("training", given, base, picture, inputs, progress)
-    if len(samples) < MIN_TRAINING:
-        raise DataError(
-            f"{samples.split}: {len(samples)} samples, pruning needs at least {MIN_TRAINING} to tune and judge the network with",
-            hint="name more under spec.prune.training, or leave spec.prune away",
-        )
-    if given is None:
-        return None
-    pictures.keep_apart([samples, holdout, golden], _encoding(picture))
-    return samples, _truth(given, kind, base, labels, outputs, len(samples))
-
-
 def _plan(prune: Pruning | None) -> PruningPlan | None:
     return None if prune is None else PruningPlan(**prune.model_dump(exclude={"training"}))
-
-
-def _samples(
-    split: str,
-    source: Pictures,
-    base: Path,
-    picture: tuple[PictureInput, TensorSpec] | None,
-    inputs: tuple[TensorSpec, ...],
-    progress: Progress,
-) -> pictures.Samples:
-    size = None
-    if picture is not None:
-        given, tensor = picture
-        height, width = tensor.shape[2:4] if given.layout == "NCHW" else tensor.shape[1:3]
-        size = (height, width, 1 if given.colour == "GREY" else 3)
-    if source.entry is not None:
-        progress(f"running {source.entry} for {split} samples", 0, 1)
-        with tempfile.TemporaryDirectory(prefix="edgefleet-samples-") as temporary:
-            written = Path(temporary) / "samples.safetensors"
-            samples_entry.write(split, base, source.entry, source.count, written)
-            return pictures.read_tensors(split, written, inputs, source.count, pictures=size)
-    path = base / (source.path or "")
-    if path.suffix == ".safetensors":
-        return pictures.read_tensors(split, path, inputs, source.count, pictures=size)
-    if picture is None or size is None:
-        raise DataError(
-            f"{split}: {path} is a folder of pictures but the manifest describes no picture input",
-            hint="describe it under spec.inputs, or give a .safetensors file",
-        )
-    return pictures.read_folder(
-        split, path, height=size[0], width=size[1], grey=given.colour == "GREY", fit=pictures.Fit(given.fit, given.resize, given.fill),
-        count=source.count, input_name=tensor.name, progress=lambda done, total: progress(f"reading {split} pictures", done, total),
-    )  # fmt: skip
