@@ -37,6 +37,9 @@ test: setup-test ## everything that must be green, from lint to the short demo
 	  echo "== $$stage"; SECONDS=0; $(MAKE) --no-print-directory $$stage; echo "== $$stage: $$SECONDS s"; \
 	done
 
+test-targets: setup ## compile by the large toolchains, IREE, RKNN, TensorRT-RTX, ncnn, hls4ml, torch, TensorFlow; installs them first (7 GB, some minutes)
+	$(BIN)/python -m pytest -v -rs --durations=0 --durations-min=1 tests/targets
+
 lint: $(READY) ## ruff (rules and format) and the import rules
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -60,9 +63,6 @@ chaos: setup-test ## all of them, half an hour or so; the last line counts state
 
 integration: setup-test ## real mosquitto, PostgreSQL, engines, units
 	$(BIN)/python -m pytest -q tests/integration
-
-test-targets: $(READY) ## heavy toolchains for real: they are installed on first use, gigabytes of them
-	$(BIN)/python -m pytest -q tests/targets
 
 e2e: setup ## the real programs, and the demo in its short form
 	$(BIN)/python -m pytest -q tests/e2e

@@ -11,7 +11,9 @@ from typing import NamedTuple
 
 from edgefleet_shared.errors import ModelError
 
-from edgefleet_controller.compile.toolchains import ChildDied, Progress, Toolchains
+from edgefleet_controller.compile.environments import Progress
+from edgefleet_controller.compile.toolchains import Toolchains
+from edgefleet_controller.compile.watching import ChildDied
 from edgefleet_controller.formats import Format
 
 TOOLCHAIN, MODULE = "keras", "tensorflow_source"

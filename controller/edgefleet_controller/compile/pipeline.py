@@ -27,6 +27,7 @@ from edgefleet_shared.errors import ManifestError, QualityError
 from safetensors.numpy import load_file
 
 from edgefleet_controller.compile import answers, pruning, quality, report, search
+from edgefleet_controller.compile.environments import lock_named
 from edgefleet_controller.compile.input_check import better_description
 from edgefleet_controller.compile.packing import pack
 from edgefleet_controller.compile.port import CompileResult, Options, Target, target_named
@@ -35,7 +36,7 @@ from edgefleet_controller.compile.pruner import Pruner
 from edgefleet_controller.compile.recipe import AS_IS, FLOAT, HALF, Recipe
 from edgefleet_controller.compile.search import Choice, Trial, Unit
 from edgefleet_controller.compile.steps import Limits, Measured, Progress, Steps, content_key, host
-from edgefleet_controller.compile.toolchains import Toolchains, hash_of_lock, lock_text
+from edgefleet_controller.compile.toolchains import Toolchains
 from edgefleet_controller.manifests import DeviceClass
 from edgefleet_controller.source import ModelVersion
 
@@ -67,10 +68,20 @@ def compile_version(
     began = time.monotonic()
     target = target_named(device_class.target)
     options = _check(target, device_class, version)
-    toolchain = toolchains.ensure(target.toolchain, progress)
+    toolchain = toolchains.for_target(target, device_class.spec.precision, progress)
     with tempfile.TemporaryDirectory(prefix="edgefleet-compile-") as temporary:
         steps = Steps(
-            version, device_class, target, toolchain, layout, toolchains, cache, Path(temporary), progress, limits
+            version,
+            device_class,
+            target,
+            options,
+            toolchain,
+            layout,
+            toolchains,
+            cache,
+            Path(temporary),
+            progress,
+            limits,
         )
         blind = quality.vacuous(steps.references(), version)
         blind = "; ".join(told for told in (blind, better_description(steps, version)) if told)
@@ -165,7 +176,7 @@ class _Search:
             Path(str(module.__file__)).read_text(encoding="utf-8") for module in (search, quality, answers, pruning)
         ]
         # Pruned networks are made by a toolchain that the recipe's key does not know.
-        pruner = hash_of_lock(lock_text(PRUNING_TOOLCHAIN)) if self._version.pruning is not None else ""
+        pruner = lock_named(PRUNING_TOOLCHAIN).hash if self._version.pruning is not None else ""
         key = content_key("search", self._steps.key(plain), self._version.digest, *judged_by, host(), rules, pruner)
         file = cache / "searched" / f"{key}.json"
         if file.exists():
@@ -212,7 +223,7 @@ class _Search:
 
     def _search(self, plain: Recipe) -> Choice:
         found = self._unpruned(plain)
-        wanted = self._version.pruning is not None and self._class.spec.search.pruned
+        wanted = self._version.pruning is not None and self._class.spec.search.pruned and self._target.runs_here
         if not wanted or not any(search.accurate(trial, self._class.spec) for trial in found.trials):
             return found
         return self._with_pruned(found)
@@ -229,7 +240,8 @@ class _Search:
 
     def _unpruned(self, plain: Recipe) -> Choice:
         spec = self._class.spec
-        effort = spec.search.effort
+        # Candidates that can't be told apart here are not made: the board's acceptance judges the plain one.
+        effort = spec.search.effort if self._target.runs_here else "fixed"
         trials = self._try(search.first(plain, self._target, effort))
         if (
             plain.precision != "int8"
@@ -245,7 +257,7 @@ class _Search:
             if reason:  # layers in float would hide it
                 return msgspec.structs.replace(search.choose(trials, spec), chosen=None, why=reason)
         units: list[Unit] = []
-        if effort == "full" or not search.accurate(trials[0], spec):
+        if self._target.leaves_in_float and (effort == "full" or not search.accurate(trials[0], spec)):
             best = search.base_of_ladder(trials)
             units = self._steps.rank(best.recipe)
             rungs = search.by_layers(best, units, search.MOST_BYTES)

@@ -201,9 +201,10 @@ def unlike(calibration: dict[str, Array], holdout: dict[str, Array]) -> str:
 
 def inaccuracies(figures: Figures, budget: Accuracy) -> list[str]:
     """In what, and by how much, a network answers unlike the float one; empty when it is within the budget."""
-    found = []
+    found: list[str] = []
     if figures.agreement is None:
-        found.append("agreement with the float model could not be measured")
+        if "agreement" not in figures.unmeasured:
+            found.append("agreement with the float model could not be measured")
     elif figures.agreement < budget.min_agreement:
         counted = " of boxes" if "box_recall" in figures.shares else ""
         found.append(
