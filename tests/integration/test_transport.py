@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 import threading
 from collections.abc import Iterator, Sequence
@@ -12,7 +13,7 @@ import pytest
 from edgefleet_controller.transport.broker import CONTROLLER, Broker, BrokerFiles
 from edgefleet_controller.transport.gateway import Gateway
 from edgefleet_controller.transport.sender import BlobSender
-from edgefleet_shared import topics
+from edgefleet_shared import chunks, topics
 from edgefleet_shared.artifact import Layout
 from edgefleet_shared.clock import SystemClock
 from edgefleet_shared.errors import EnvironmentProblem
@@ -246,3 +247,26 @@ def test_a_missing_broker_program_is_named_with_what_to_do(monkeypatch: pytest.M
         find_mosquitto()
     with pytest.raises(EnvironmentProblem, match="no right to install"):
         install_mosquitto()
+
+
+def test_sparse_weights_are_sent_in_fewer_bytes_and_arrive_whole(broker: TestBroker, tmp_path: Path) -> None:
+    layout = Layout(tmp_path / "layout")
+    chance = random.Random(0)
+    weights = bytes(chance.randrange(256) if chance.random() < 0.2 else 0 for _ in range(65536 * 3 + 100))
+    blob = layout.put(weights)
+    gateway = Gateway(broker.endpoint(CONTROLLER), Sink(), lambda d, w: sender.want(d, w), lambda: None)
+    sender = BlobSender(
+        layout, gateway.publish_chunk, lambda: gateway.link.backlog, lambda *_: True, SystemClock(), bytes_per_s=50_000_000
+    )  # fmt: skip
+    gateway.start()
+    sender.start()
+    board = Board(broker, "w0", blob.digest, 4, frozenset())
+    until(lambda: board.link.connected.is_set() and gateway.link.connected.is_set(), "connected")
+    board.want()
+    until(lambda: len(board.have) == 4, "all chunks")
+    sizes = [65536, 65536, 65536, 100]
+    assert b"".join(chunks.unpack(board.have[n], size) or b"" for n, size in enumerate(sizes)) == weights
+    assert sender.sent_bytes == chunks.sent_bytes(layout.path(blob.digest), 65536) < 0.4 * blob.size
+    board.link.stop()
+    sender.stop()
+    gateway.stop()
