@@ -72,10 +72,10 @@ class Teller:
             )
         )  # fmt: skip
 
-    def progress(self, detail: str = "") -> None:
-        """A step of the life cycle, or how far the fetch has come."""
+    def progress(self, detail: str = "", done: int = 0, total: int = 0) -> None:
+        """A step of the life cycle, or how far the fetch has come, or the build (``done`` of ``total`` steps)."""
         self.progress_told_at = self._ports.clock.monotonic()
-        step = progress(self._keeper.now, self._fetcher, detail)
+        step = progress(self._keeper.now, self._fetcher, detail, done, total)
         if step is not None:
             self._spool.add(step)
 
@@ -116,7 +116,7 @@ def ended(journal: Journal, at: float) -> Ended:
     )
 
 
-def progress(journal: Journal, fetcher: Fetcher, detail: str) -> Progress | None:
+def progress(journal: Journal, fetcher: Fetcher, detail: str, done: int, total: int) -> Progress | None:
     """A step of the life cycle; None when there never was an assignment."""
     if journal.assignment is None:
         return None
@@ -125,8 +125,8 @@ def progress(journal: Journal, fetcher: Fetcher, detail: str) -> Progress | None
         assignment=journal.assignment.id,
         state=journal.life.state,
         detail=detail[:MAX_DETAIL],
-        done=fetcher.done_bytes if fetching else 0,
-        total=fetcher.total_bytes if fetching else 0,
+        done=fetcher.done_bytes if fetching else done,
+        total=fetcher.total_bytes if fetching else total,
     )
 
 

@@ -77,7 +77,7 @@ class FaultRunner:
 
     def _agent(self, story: Story, disk: MemoryDisk, first: Agent | None = None) -> Agent:
         if first is None:
-            runtime = SimulatedRuntime(self.depot, disk, story.ailing)
+            runtime = SimulatedRuntime(self.depot, disk, story.ailing, story.key)
             return Agent(self.depot, story, disk, runtime, 1, verify.read_floors(STATE, files=disk.calm()))
         return Agent(self.depot, story, disk, first.runtime, first.posted, first.promised)
 

@@ -33,7 +33,7 @@ ENCODING = PictureEncoding(mean=(127.5,), std=(127.5,), layout="NHWC", colour="R
 # hungry    good, but a picture whose first value is exactly 1.0 makes it take HUNGRY_BYTES, and keep them
 # corrupt   the model file is no model
 Behaviour = Literal["good", "wrong", "crash", "poison", "hungry", "corrupt"]
-EngineName = Literal["onnxruntime", "tflite", "openvino"]
+EngineName = Literal["onnxruntime", "tflite", "openvino", "building"]
 
 
 def weights_of(seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -234,7 +234,9 @@ def model_file(engine: EngineName, seed: int, behaviour: Behaviour = "good") -> 
     return onnx_model(seed, behaviour)
 
 
-PROVIDERS = {"onnxruntime": ("CPUExecutionProvider",), "tflite": ("CPU",), "openvino": ("CPU",)}
+PROVIDERS = {
+    "onnxruntime": ("CPUExecutionProvider",), "tflite": ("CPU",), "openvino": ("CPU",), "building": ("CPUExecutionProvider",),
+}  # fmt: skip
 
 
 def make_contract(engine: EngineName = "onnxruntime", **changes: Any) -> AcceptanceContract:
