@@ -169,11 +169,11 @@ TABLE: dict[tuple[State, Event], Row] = {
     (S.ROLLING_BACK, E.RESTARTED): Row(S.ROLLING_BACK, (P, F.RETURN)),
     (S.ROLLING_BACK, E.LOOPING): Row(S.IDLE, (P, F.REPORT), O.FAILED_UNABLE_TO_ROLL_BACK),
     #
-    (S.REBUILDING, E.REBUILT): Row(S.IDLE, (P, F.SERVE)),
-    (S.REBUILDING, E.NOT_BUILT): Row(S.IDLE, (P, F.SERVE)),  # what can be served is
-    (S.REBUILDING, E.BROKE): Row(S.IDLE, (P, F.SERVE)),
+    (S.REBUILDING, E.REBUILT): Row(S.IDLE, (P, F.DISCARD, F.SERVE)),
+    (S.REBUILDING, E.NOT_BUILT): Row(S.IDLE, (P, F.DISCARD, F.SERVE)),  # what can be served is
+    (S.REBUILDING, E.BROKE): Row(S.IDLE, (P, F.DISCARD, F.SERVE)),
     (S.REBUILDING, E.RESTARTED): Row(S.REBUILDING, (P, F.REBUILD)),
-    (S.REBUILDING, E.LOOPING): Row(S.IDLE, (P, F.SERVE)),
+    (S.REBUILDING, E.LOOPING): Row(S.IDLE, (P, F.DISCARD, F.SERVE)),
 } | {
     # Not interrupted: what is wanted is looked at again when the board is idle (level-triggered).
     (state, E.ASSIGNED): Row(state, ())

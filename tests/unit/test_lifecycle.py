@@ -96,7 +96,7 @@ def test_after_rebuilding_the_board_serves_what_it_can(event: Event) -> None:
     assert life == Life(State.REBUILDING)
     after, effects = step(life, event)
     assert after == Life(State.IDLE)
-    assert effects == (Effect.PERSIST, Effect.SERVE)
+    assert effects == (Effect.PERSIST, Effect.DISCARD, Effect.SERVE)
 
 
 def test_what_a_newer_board_calls_its_state_is_kept_and_is_none_of_ours() -> None:
