@@ -140,7 +140,7 @@ def test_damaged_records_cost_a_build_and_nothing_else(bench: Bench) -> None:
 
 
 HOSTILE = [
-    ("hang", {"time_limit_s": 3.0}, Event.TIMED_OUT, "over its time limit of 3 s while building"),
+    ("hang", {"time_limit_s": 10.0}, Event.TIMED_OUT, "over its time limit of 10 s while building"),
     ("eat", {"memory_bytes": 400 * MB}, Event.NOT_BUILT, "over its memory limit"),
     ("crash", {}, Event.NOT_BUILT, "killed by SIGSEGV while building"),
     ("flood", {"disk_bytes": 8 * MB}, Event.NOT_BUILT, "over its limit of 8388608 bytes sent"),
@@ -271,7 +271,7 @@ def test_a_version_is_built_on_the_board_before_it_is_accepted_and_no_request_is
 @pytest.mark.parametrize(
     ("deed", "budget", "outcome"),
     [
-        ("hang", {"time_limit_s": 3.0}, Outcome.TIMED_OUT),
+        ("hang", {"time_limit_s": 10.0}, Outcome.TIMED_OUT),
         ("eat", {"memory_bytes": 400 * MB}, Outcome.FAILED_NO_CHANGE),
         ("crash", {}, Outcome.FAILED_NO_CHANGE),
         ("flood", {"disk_bytes": 8 * MB}, Outcome.FAILED_NO_CHANGE),

@@ -7,6 +7,7 @@ changes it as an upgrade of the package does.
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import os
 import signal
@@ -143,4 +144,4 @@ class Installed:
         """For the rest of a test, here and in what is started from here."""
         monkeypatch.setattr(sys, "path", [str(self.folder), *sys.path])
         monkeypatch.setenv("PYTHONPATH", self.environment["PYTHONPATH"])
-        importlib.metadata.MetadataPathFinder.invalidate_caches()
+        importlib.invalidate_caches()
