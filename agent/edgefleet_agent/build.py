@@ -96,12 +96,9 @@ def ensure(
     began = time.monotonic()
     try:
         report = examiner.build(state, manifest, BuildOrder(have, incoming.take, tell, stop))
-        if stop.is_set():
+        if report.reason or stop.is_set():
             incoming.drop()
-            return Event.NOT_BUILT, "not wanted any more"
-        if report.reason:
-            incoming.drop()
-            return (Event.TIMED_OUT if report.out_of_time else Event.NOT_BUILT), report.reason
+            return (Event.TIMED_OUT if report.out_of_time else Event.NOT_BUILT), report.reason or "not wanted any more"
         if not report.anew:
             return Event.BUILT, f"the plan at hand is of {report.key}"
         plans.keep(layout, incoming.adopt(report.key))
@@ -142,6 +139,8 @@ def build(state: Path, manifest: str, order: BuildOrder) -> BuildReport:
         on_piece=order.take,
         stop=order.stop,
     )
+    if order.stop.is_set():
+        return BuildReport(reason="not wanted any more")
     return watch.report(ended, config)
 
 

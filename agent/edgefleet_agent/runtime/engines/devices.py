@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import glob
 
+# Discrete boards have /dev/nvidia*, Jetson the nvhost and nvmap devices beside them.
+_NVIDIA = ("/dev/nvidia*", "/dev/nvhost*", "/dev/nvmap", "/dev/nvgpu/*", "/dev/nvsciipc", "/dev/host1x-fence")
 _PATTERNS: dict[str, tuple[str, ...]] = {
-    # Discrete boards have /dev/nvidia*, Jetson the nvhost and nvmap devices beside them.
-    "tensorrt": ("/dev/nvidia*", "/dev/nvhost*", "/dev/nvmap", "/dev/nvgpu/*", "/dev/nvsciipc", "/dev/host1x-fence"),
+    "tensorrt": _NVIDIA,
+    "tensorrt-rtx": _NVIDIA,
     "rknn": ("/dev/rknpu*", "/dev/dri/renderD*", "/dev/dma_heap/*", "/dev/mpp_service"),
     "acl": ("/dev/davinci*", "/dev/devmm_svm", "/dev/hisi_hdc", "/dev/svm0", "/dev/ascend_manager"),
     "coral": ("/dev/apex_*", "/dev/bus/usb"),

@@ -38,11 +38,12 @@ class IreeEngine:
 
     def load(self, path: Path, config: ModelConfig, threads: int) -> IreeSession:
         runtime = self.load_library()
+        driver = "local-task" if threads > 1 else "local-sync"
         try:
             if threads > 1:
                 # Read when the driver is made, which is once in a process: a worker holds one model.
                 runtime.flags.parse_flags(f"--task_topology_group_count={threads}")
-            device = runtime.get_device("local-task" if threads > 1 else "local-sync")
+            device = runtime.get_device(driver)
             instance = runtime.VmInstance()
             module = runtime.VmModule.mmap(instance, str(path))
             context = runtime.VmContext(instance, [runtime.create_hal_module(instance, device), module])
@@ -50,7 +51,7 @@ class IreeEngine:
             invoker = runtime.FunctionInvoker(context, device, function)
         except (ValueError, RuntimeError, OSError) as exc:
             raise EngineError(f"iree can't load the module: {_first_line(exc)}") from exc
-        session = IreeSession(invoker, config)
+        session = IreeSession(invoker, config, driver)
         try:
             session.run({spec.name: np.zeros(_one_picture(spec), NUMPY[spec.datatype]) for spec in config.inputs})
         except EngineError as exc:
@@ -71,15 +72,15 @@ def _one_picture(spec: TensorSpec) -> tuple[int, ...]:
 
 
 class IreeSession:
-    def __init__(self, invoker: Any, config: ModelConfig) -> None:
-        self._invoker = invoker
+    def __init__(self, invoker: Any, config: ModelConfig, driver: str) -> None:
+        self._invoker, self._driver = invoker, driver
         self._inputs = [spec.name for spec in config.inputs]
         self._outputs = config.outputs
 
     @property
     def providers(self) -> tuple[str, ...]:
-        # The drivers asked for compute on the processor; code for another device in the module is not found by them, and is refused.
-        return ("CPU",)
+        # Both drivers compute on the processor; what a module has for another device they do not find, and it is refused.
+        return (self._driver,)
 
     def run(self, inputs: dict[str, Array]) -> dict[str, Array]:
         return row_by_row(self._run, inputs)
