@@ -68,7 +68,7 @@ class NvidiaEngine:
     """An engine that loads plans.
 
     Args:
-        module: TensorRT's own.
+        module: TensorRT's own; NVIDIA's wheels also have it as ``<module>_bindings``, alone.
         distributions: what brings it, NVIDIA's Debian packages and wheels.
         provider: what a session says of what computes.
     """
@@ -92,7 +92,7 @@ class NvidiaEngine:
         """TensorRT and CUDA. The GPU's context is made here: it reserves more addresses than any model may have."""
         if self._library is not None:
             return self._library
-        trt = self._import((self._module,), "TensorRT")
+        trt = self._import((self._module, f"{self._module}_bindings"), "TensorRT")
         cuda = Cuda(self._import(_CUDA_MODULES, "CUDA's Python package"))
         if not hasattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED"):
             raise EngineError(f"{self._module} {trt.__version__} is too old here", hint="TensorRT 10 or newer is needed")
