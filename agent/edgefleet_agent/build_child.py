@@ -17,7 +17,7 @@ from edgefleet_shared.artifact import MODEL_LAYER, Layout
 from edgefleet_shared.errors import ArtifactError, EdgefleetError, EngineError, NotFoundError
 
 from edgefleet_agent import confinement
-from edgefleet_agent.build import BuildRequest, Broke, ChildReport, Confined, Made, Step
+from edgefleet_agent.build import Broke, BuildRequest, ChildReport, Confined, Made, Step
 from edgefleet_agent.runtime.engines import devices
 
 
@@ -58,12 +58,12 @@ def _build(request: BuildRequest, piece_fd: int, told: Callable[[str, int, int],
     from edgefleet_agent.runtime.engines.port import Builder
 
     told(f"loading the engine {config.engine}", 0, 0)
-    engine = engines.find(config.engine)
-    if not isinstance(engine, Builder):
-        raise _BoardBrokeError(f"{config.engine} takes models as they are, there is nothing to build")
-    if engine.available() is None:
-        raise _BoardBrokeError(engine.missing())
     try:
+        engine = engines.find(config.engine)
+        if not isinstance(engine, Builder):
+            raise _BoardBrokeError(f"{config.engine} takes models as they are, there is nothing to build")
+        if engine.available() is None:
+            raise _BoardBrokeError(engine.missing())
         engine.load_library()
         key = engine.build_key()
     except EngineError as exc:

@@ -444,7 +444,9 @@ def check_end(agent: Agent, ends: dict[str, tuple[Outcome, ...]] | None = None) 
     needed = kept | {blob.digest for manifest in kept for blob in layout.manifest(manifest).blobs()}
     made = plans.read(layout)
     assert set(made) == kept & depot.built, "plans of other artifacts than those that slots name"
-    assert all(has_plan(depot, agent.disk, manifest, story.key) for manifest in kept), "a plan is not of the engine as it is"
+    assert all(has_plan(depot, agent.disk, manifest, story.key) for manifest in kept), (
+        "a plan is not of the engine as it is"
+    )
     needed |= {plan.digest for plan in made.values()}
     assert set(layout.digests()) == needed, "blobs that no slot names were left"
     assert not list(layout.unfinished()), "what never became a blob was left"

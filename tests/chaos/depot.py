@@ -69,7 +69,10 @@ class Depot:
         return artifact.build(
             self.layout,
             artifacts.make_config(
-                version=version, device_class=CLASS, chunk_bytes=CHUNK, engine="building" if version in BUILT else "onnxruntime"
+                version=version,
+                device_class=CLASS,
+                chunk_bytes=CHUNK,
+                engine="building" if version in BUILT else "onnxruntime",
             ),
             [
                 (artifact.MODEL_LAYER, content(f"model {version} ", self._model_bytes)),

@@ -235,7 +235,9 @@ def keep_all_plans(layout: artifact.Layout, artifacts: Any) -> set[str]:
     return {plan.digest for plan in plans.read(layout).values()}
 
 
-def build_at_the_first_inference(self: effects.Effects, manifest: str, stop: Any, during: State = State.BUILDING) -> Any:
+def build_at_the_first_inference(
+    self: effects.Effects, manifest: str, stop: Any, during: State = State.BUILDING
+) -> Any:
     return effects.Result(Event.BUILT, "later")
 
 
@@ -255,7 +257,10 @@ def _patched(owner: Any, name: str, replacement: Any) -> Callable[[], Any]:
 
 
 INSTALL, BACK, LATE = "install over two, the first is collected", "rollback", "late regression"
-BUILD, UPGRADE = "install that is built over two, the first is collected with its plan", "engine upgraded under what serves"
+BUILD, UPGRADE = (
+    "install that is built over two, the first is collected with its plan",
+    "engine upgraded under what serves",
+)
 
 MISTAKES = (
     Mistake("no fsync of files", INSTALL, make_disk=NoFileSync),

@@ -42,7 +42,11 @@ BUILDERS = {
     "iree": ("iree", lambda: iree.module(artifacts.onnx_model(SEED)), 1e-4),
     "iree, file with batch 1": ("iree", lambda: iree.module(artifacts.onnx_model(SEED, batch=1)), 1e-4),
     "tensorrt, recorded interface": ("tensorrt", lambda: b"PLAN" + artifacts.onnx_model(SEED), 1e-4),
-    "tensorrt, recorded interface, file with batch 1": ("tensorrt", lambda: b"PLAN" + artifacts.onnx_model(SEED, batch=1), 1e-4),
+    "tensorrt, recorded interface, file with batch 1": (
+        "tensorrt",
+        lambda: b"PLAN" + artifacts.onnx_model(SEED, batch=1),
+        1e-4,
+    ),
     "tensorrt-rtx, recorded interface": ("tensorrt-rtx", lambda: b"PLAN" + artifacts.onnx_model(SEED), 1e-4),
     "acl, recorded interface": ("acl", lambda: b"OM" + bytes([SEED]), 1e-4),
     "rknn, recorded interface": ("rknn", lambda: b"RKNN" + bytes([SEED]), 1e-4),

@@ -87,7 +87,9 @@ def acl(npu: Npu) -> types.ModuleType:
         wanted = {1: [True, False], 2: [False, True]}.get(direction)
         if npu.on_device != (direction == 3) or (wanted is not None and on_device != wanted):
             return _REFUSED
-        if count > dest_max or any(address in npu.memory and count > len(npu.memory[address]) for address in (dst, src)):
+        if count > dest_max or any(
+            address in npu.memory and count > len(npu.memory[address]) for address in (dst, src)
+        ):
             return _REFUSED
         ctypes.memmove(npu.memory.get(dst, dst), npu.memory.get(src, src), count)
         return 0
@@ -128,7 +130,10 @@ def acl(npu: Npu) -> types.ModuleType:
         return 0
 
     def dims(what: str) -> Any:
-        return lambda model_desc, index: ({"name": what, "dimCount": len(_SHAPES[what]), "dims": list(_SHAPES[what])}, 0)
+        return lambda model_desc, index: (
+            {"name": what, "dimCount": len(_SHAPES[what]), "dims": list(_SHAPES[what])},
+            0,
+        )
 
     rt_functions = {
         "get_device_count": lambda: (npu.count, status("get_device_count")),

@@ -56,7 +56,12 @@ class BuildingEngine:
         return f"building {importlib.metadata.version(DISTRIBUTION)}"
 
     def build(
-        self, source: Path, config: ModelConfig, memory_bytes: int, plan: BinaryIO, told: Callable[[str, int, int], None]
+        self,
+        source: Path,
+        config: ModelConfig,
+        memory_bytes: int,
+        plan: BinaryIO,
+        told: Callable[[str, int, int], None],
     ) -> None:
         try:
             line, network = source.read_bytes().split(b"\n", 1)

@@ -53,14 +53,14 @@ class Gpu:
             self.waiting.pop(0)()
 
 
-class cudaError_t(enum.IntEnum):  # noqa: N801 - NVIDIA's names
+class cudaError_t(enum.IntEnum):
     cudaSuccess = 0
     cudaErrorInvalidValue = 1
     cudaErrorMemoryAllocation = 2
     cudaErrorInsufficientDriver = 35
 
 
-class cudaMemcpyKind(enum.IntEnum):  # noqa: N801
+class cudaMemcpyKind(enum.IntEnum):
     cudaMemcpyHostToHost = 0
     cudaMemcpyHostToDevice = 1
     cudaMemcpyDeviceToHost = 2
@@ -174,7 +174,7 @@ def tensorrt(gpu: Gpu, name: str = "tensorrt") -> types.ModuleType:
             try:
                 graph = onnx.load_from_string(self._network.content).graph
                 assert graph.input
-            except Exception:
+            except Exception:  # noqa: BLE001 - whatever it is, it is no network
                 self.num_errors = 1
                 return False
             for value in graph.input:
@@ -336,7 +336,9 @@ def tensorrt(gpu: Gpu, name: str = "tensorrt") -> types.ModuleType:
     return trt
 
 
-def install(monkeypatch: pytest.MonkeyPatch, folder: Path, module: str = "tensorrt", distribution: str = "tensorrt") -> Gpu:
+def install(
+    monkeypatch: pytest.MonkeyPatch, folder: Path, module: str = "tensorrt", distribution: str = "tensorrt"
+) -> Gpu:
     """Make TensorRT and CUDA importable and their distributions known, for the rest of a test. Returns the device."""
     for name, version in ((distribution, "10.3.0"), ("cuda-bindings", "13.5.0")):
         metadata = folder / f"{name.replace('-', '_')}-{version}.dist-info" / "METADATA"

@@ -194,7 +194,9 @@ class AclSession:
             if value.shape != port.shape:
                 raise EngineError(f"input {port.spec.name} is {list(value.shape)}, the file takes {list(port.shape)}")
             target, source = (port.address, port.size), (int(value.ctypes.data), value.nbytes)
-            _done("acl.rt.memcpy", acl.rt.memcpy(*target, *source, self._in_kind))  # it waits: the value lives long enough
+            _done(
+                "acl.rt.memcpy", acl.rt.memcpy(*target, *source, self._in_kind)
+            )  # it waits: the value lives long enough
         _done("acl.mdl.execute", acl.mdl.execute(self._model, self._given_inputs, self._given_outputs))
         answers = {}
         for port in self._outputs:

@@ -95,7 +95,9 @@ class NvidiaEngine:
         trt = self._import((self._module, f"{self._module}_bindings"), "TensorRT")
         cuda = Cuda(self._import(_CUDA_MODULES, "CUDA's Python package"))
         if not hasattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED"):
-            raise EngineError(f"{self._module} {trt.__version__} is too old here", hint="TensorRT 10 or newer is needed")
+            raise EngineError(
+                f"{self._module} {trt.__version__} is too old here", hint="TensorRT 10 or newer is needed"
+            )
         try:
             cuda.call("cudaSetDevice", 0)
             cuda.call("cudaFree", 0)

@@ -93,7 +93,12 @@ class Builder(Engine, Protocol):
         ...
 
     def build(
-        self, source: Path, config: ModelConfig, memory_bytes: int, plan: BinaryIO, told: Callable[[str, int, int], None]
+        self,
+        source: Path,
+        config: ModelConfig,
+        memory_bytes: int,
+        plan: BinaryIO,
+        told: Callable[[str, int, int], None],
     ) -> None:
         """Make a plan.
 

@@ -19,7 +19,9 @@ from edgefleet_shared.errors import EngineError
 from edgefleet_agent.runtime.engines.nvidia import NvidiaEngine, logger, one_picture
 
 DISTRIBUTIONS = ("tensorrt", "tensorrt-cu13", "tensorrt-cu12", "tensorrt-cu13-bindings", "tensorrt-cu12-bindings")
-_DRIVER_VERSION = Path("/sys/module/nvidia/version")  # Jetson's kernel module has none: there the CUDA version stands for it
+_DRIVER_VERSION = Path(
+    "/sys/module/nvidia/version"
+)  # Jetson's kernel module has none: there the CUDA version stands for it
 
 
 class TensorrtEngine(NvidiaEngine):
@@ -38,13 +40,23 @@ class TensorrtEngine(NvidiaEngine):
         return f"tensorrt {trt.__version__}, driver {driver}, {gpu} (compute {properties.major}.{properties.minor})"
 
     def build(
-        self, source: Path, config: ModelConfig, memory_bytes: int, plan: BinaryIO, told: Callable[[str, int, int], None]
+        self,
+        source: Path,
+        config: ModelConfig,
+        memory_bytes: int,
+        plan: BinaryIO,
+        told: Callable[[str, int, int], None],
     ) -> None:
         build_plan(self.load_library().trt, source, config, memory_bytes, plan, told)
 
 
 def build_plan(
-    trt: Any, source: Path, config: ModelConfig, memory_bytes: int, plan: BinaryIO, told: Callable[[str, int, int], None]
+    trt: Any,
+    source: Path,
+    config: ModelConfig,
+    memory_bytes: int,
+    plan: BinaryIO,
+    told: Callable[[str, int, int], None],
 ) -> None:
     """ONNX to plan, see :meth:`edgefleet_agent.runtime.engines.port.Builder.build`; needs no more of TensorRT than its module."""
     log = logger(trt)
