@@ -144,6 +144,8 @@ class SimulatedRuntime:
         return Retired(manifest)
 
     def status(self, crashes: int = 0) -> StatusReport:
+        if self.serving is None:
+            self._boot()  # as the real one, it goes on trying to serve what it should
         return StatusReport(
             serving=self.serving, standby=None, waiting=0, requests=0, failed=0, swaps=0, pid=1, memory_bytes=0,
             uptime_s=1.0, versions=tuple(self._version(m, crashes) for m in self.loaded),
