@@ -118,7 +118,6 @@ class FaultRunner:
         if not resting:
             assert told.problem or told.state is State.IDLE, f"it stands in {told.state.value} and does not tell why"
 
-
     def _something_can_be_served(self, agent: Agent) -> bool:
         """Of an engine that was upgraded nothing can, until a disk takes the plan that it needs now."""
         found = slots.read(STATE, files=agent.disk.calm())

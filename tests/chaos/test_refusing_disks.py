@@ -99,7 +99,9 @@ def test_a_deadline_may_pass_at_any_moment_also_with_the_last_chunk(turns: int) 
     check_end(agent)
 
 
-@pytest.mark.parametrize(("question", "before", "version"), [("check", "1", "3"), ("build", "5", "7"), ("accept", "1", "3")])
+@pytest.mark.parametrize(
+    ("question", "before", "version"), [("check", "1", "3"), ("build", "5", "7"), ("accept", "1", "3")]
+)
 @pytest.mark.parametrize("times", [2, 3])
 def test_a_board_that_can_start_no_child_tries_again_and_at_last_says_that_nothing_changed(
     monkeypatch: pytest.MonkeyPatch, question: str, before: str, version: str, times: int
