@@ -41,6 +41,7 @@ from edgefleet_agent.settings import Settings
 from edgefleet_agent.slots import Slot, SlotStatus
 from edgefleet_agent.spool import Spool
 from edgefleet_agent.transport import Acked, Chunk, Desired, Down, MetadataFile, Up
+from edgefleet_agent.upkeep import Upkeep
 
 log = logging.getLogger(__name__)
 
@@ -87,10 +88,8 @@ class Runner:
             clock=clock,
         )
         self._teller = reporting.Teller(state, settings, board, boot, self._keeper, ports, self._spool, self._fetcher)
-        self._effects = Effects(
-            state, ports, self._fetcher, settings.threads, board.build_keys,
-            tell=self._spool.add, told=lambda *step: inbox.put(JobTold(*step)),
-        )  # fmt: skip
+        self._upkeep = Upkeep(state, ports, board.build_keys, self._job_told)
+        self._effects = Effects(state, ports, self._fetcher, settings.threads, self._upkeep, self._spool.add)
         self._admissions = Admissions(
             state, settings, board, self._keeper, ports,
             tell=self._spool.add, put=inbox.put, problem=self._teller.note,
@@ -230,7 +229,7 @@ class Runner:
         pending = current.pending
         if self._look_at_plans and current.life.state is State.IDLE:
             # Before anything new: what the board fell back to must be able to serve.
-            outdated = self._effects.outdated()
+            outdated = self._upkeep.outdated()
             self._look_at_plans = False
             if outdated:
                 self._happen(Event.OUTDATED, outdated)
@@ -369,6 +368,11 @@ class Runner:
                     return
 
         self._ports.spawn(f"job-{self._keeper.now.life.state.value}", run)
+
+    def _job_told(self, state: State, detail: str, done: int, total: int) -> None:
+        """On the job's thread, which must not wait for this loop: it may be waiting for the job. Progress can be missed."""
+        with suppress(queue.Full):
+            self._inbox.put_nowait(JobTold(state, detail, done, total))
 
     def _job_ended(self, ended: JobDone | JobFailed) -> None:
         if isinstance(ended, JobDone):

@@ -11,7 +11,7 @@ from typing import Any
 from unittest.mock import patch
 
 import msgspec
-from edgefleet_agent import admission, effects, enroll, journal, plans, runner, slots, swap, verify
+from edgefleet_agent import admission, effects, enroll, journal, plans, runner, slots, swap, upkeep, verify
 from edgefleet_agent import settings as board_settings
 from edgefleet_shared import artifact, atomic
 from edgefleet_shared.lifecycle import Effect, Event, State
@@ -235,10 +235,8 @@ def keep_all_plans(layout: artifact.Layout, artifacts: Any) -> set[str]:
     return {plan.digest for plan in plans.read(layout).values()}
 
 
-def build_at_the_first_inference(
-    self: effects.Effects, manifest: str, stop: Any, during: State = State.BUILDING
-) -> Any:
-    return effects.Result(Event.BUILT, "later")
+def build_at_the_first_inference(self: upkeep.Upkeep, manifest: str, stop: Any, during: State = State.BUILDING) -> Any:
+    return Event.BUILT, "later"
 
 
 @dataclass(frozen=True)
@@ -285,8 +283,8 @@ MISTAKES = (
     Mistake("plan named before its bytes are safe", BUILD, _patched(plans.Incoming, "adopt", adopt_a_plan_that_is_not_safe)),
     Mistake("plan of what one can return to is collected", BUILD, _patched(plans, "forget_others", forget_all_plans_but_one)),
     Mistake("plans are never collected", BUILD, _patched(plans, "forget_others", keep_all_plans)),
-    Mistake("build at the first inference", "first install that is built", _patched(effects.Effects, "_build", build_at_the_first_inference)),
-    Mistake("plans of another engine's version are left", UPGRADE, _patched(effects.Effects, "outdated", lambda self: "")),
+    Mistake("build at the first inference", "first install that is built", _patched(upkeep.Upkeep, "build", build_at_the_first_inference)),
+    Mistake("plans of another engine's version are left", UPGRADE, _patched(upkeep.Upkeep, "outdated", lambda self: "")),
     Mistake("plans: no fsync of files", UPGRADE, make_disk=NoFileSync),
     Mistake("folders of a killed start taken for durable", "first install", _patched(artifact.Layout, "sync", no_sync_of_the_layout), kills=True),
 )  # fmt: skip

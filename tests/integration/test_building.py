@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import platform
 import shutil
 import threading
 from collections.abc import Callable, Iterator
@@ -11,13 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from edgefleet_agent import accept, build, plans, slots
+from edgefleet_agent import accept, build, doctor, plans, slots
 from edgefleet_agent.examiner import SandboxedExaminer
 from edgefleet_agent.slots import Slot, Slots, SlotStatus
 from edgefleet_shared.artifact import Descriptor, Layout
 from edgefleet_shared.contract import BuildBudget, Verdict
 from edgefleet_shared.errors import EnvironmentProblem
 from edgefleet_shared.files import DISK
+from edgefleet_shared.fingerprint import Requirement
 from edgefleet_shared.lifecycle import Event, State
 from edgefleet_shared.messages import Progress
 from edgefleet_shared.outcomes import Outcome
@@ -30,11 +32,17 @@ from support.runtimes import Load
 MB = 1 << 20
 
 
-def artifact(layout: Layout, version: str = "1", budget: dict[str, Any] | None = None, **does: Any) -> Descriptor:
+def artifact(
+    layout: Layout,
+    version: str = "1",
+    budget: dict[str, Any] | None = None,
+    requires: Requirement | None = None,
+    **does: Any,
+) -> Descriptor:
     return artifacts.make_artifact(
         layout, version=version, engine="building", seed=int(version), content=building.model(int(version), **does),
         contract=artifacts.make_contract("building", build=BuildBudget(**(budget or {}))),
-        device_class="test-class",
+        device_class="test-class", requires=requires or Requirement(arch=platform.machine(), engine="building"),
     )  # fmt: skip
 
 
@@ -253,6 +261,19 @@ def test_the_board_says_that_its_engine_builds_and_what_a_plan_depends_on(worksh
     fingerprint = workshop.controller.reports["b1"].fingerprint
     assert fingerprint.engines["building"] == "1.0"
     assert fingerprint.build_keys == {"building": "building 1.0"}
+
+
+def test_an_artifact_for_an_engine_that_the_board_lacks_is_refused_before_download(workshop: Workshop) -> None:
+    sent = workshop.controller.sender.sent_chunks
+    version, made = workshop.release(requires=Requirement(arch=platform.machine(), engine="tensorrt"))
+    assert workshop.controller.outcome("b1", workshop.controller.assign("b1", made, version), 90) is Outcome.REJECTED
+    assert "needs engine tensorrt, the board has building" in workshop.controller.reason("b1")
+    assert workshop.controller.sender.sent_chunks == sent
+    (engines,) = [finding for finding in doctor.examine(workshop.board.state) if finding.what == "engines"]
+    assert engines.ok
+    assert "building 1.0" in engines.detail
+    assert "tensorrt (NVIDIA's Python packages tensorrt and cuda-python are not installed)" in engines.detail
+    assert "acl (the Python package acl of Huawei's CANN is not on the Python path)" in engines.detail
 
 
 def test_a_version_is_built_on_the_board_before_it_is_accepted_and_no_request_is_lost(workshop: Workshop) -> None:

@@ -81,12 +81,10 @@ class NvidiaEngine:
         return installed_version(*self._distributions)
 
     def missing(self) -> str:
-        lacking = []
-        if self.available() is None:
-            lacking.append(f"NVIDIA's Python package {self._module}")
-        if installed_version(*_CUDA) is None:
-            lacking.append("NVIDIA's Python package cuda-python")
-        return " and ".join(lacking) + (" is not installed" if lacking else "")
+        lacking = [] if self.available() else [self._module]
+        lacking += [] if installed_version(*_CUDA) else ["cuda-python"]
+        which = f"package {lacking[0]} is" if len(lacking) == 1 else f"packages {' and '.join(lacking)} are"
+        return f"NVIDIA's Python {which} not installed" if lacking else ""
 
     def load_library(self) -> Library:
         """TensorRT and CUDA. The GPU's context is made here: it reserves more addresses than any model may have."""
