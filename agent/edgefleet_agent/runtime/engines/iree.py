@@ -3,12 +3,13 @@
 A module that came by way of ONNX says how its function is called, and not what it takes and gives: so one inference at loading shows whether that
 is what the artifact promises; IREE checks number, shape and type of every input by itself. It computes one picture at a time: the driver
 ``local-sync`` on this thread, ``local-task`` on several.
-Source: IREE's Python API (``iree.runtime``: ``VmModule.mmap``, ``create_hal_module``, ``VmContext``, ``FunctionInvoker``); task flags of ``iree-run-module``.
+Source: IREE's Python API (``iree.runtime``: ``VmModule.wrap_buffer``, ``create_hal_module``, ``VmContext``, ``FunctionInvoker``); task flags of ``iree-run-module``.
 """
 
 from __future__ import annotations
 
 import importlib
+import mmap
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ class IreeEngine:
                 runtime.flags.parse_flags(f"--task_topology_group_count={threads}")
             device = runtime.get_device(driver)
             instance = runtime.VmInstance()
-            module = runtime.VmModule.mmap(instance, str(path))
+            module = runtime.VmModule.wrap_buffer(instance, _mapped(path), close_buffer=True)
             context = runtime.VmContext(instance, [runtime.create_hal_module(instance, device), module])
             function = module.lookup_function(_entry(module.function_names))
             invoker = runtime.FunctionInvoker(context, device, function)
@@ -57,6 +58,12 @@ class IreeEngine:
         except EngineError as exc:
             raise EngineError(f"the module does not do what the artifact promises: {exc.message}") from exc
         return session
+
+
+def _mapped(path: Path) -> mmap.mmap:
+    """The file as memory that can only be read: IREE's own ``VmModule.mmap`` opens it for writing, which a confined process may not."""
+    with path.open("rb") as stream:
+        return mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
 
 
 def _entry(names: list[str]) -> str:
