@@ -100,6 +100,7 @@ def ensure(
             incoming.drop()
             return (Event.TIMED_OUT if report.out_of_time else Event.NOT_BUILT), report.reason or "not wanted any more"
         if not report.anew:
+            plans.settle(layout)
             return Event.BUILT, f"the plan at hand is of {report.key}"
         plans.keep(layout, incoming.adopt(report.key))
     except BaseException:

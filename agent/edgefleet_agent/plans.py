@@ -96,6 +96,16 @@ def keep(layout: Layout, plan: Plan) -> None:
     _write(layout, read(layout) | {plan.artifact: plan})
 
 
+def settle(layout: Layout) -> None:
+    """The plans and records that are there survive a power cut from now on: an earlier start may have been killed between naming one and
+    syncing its name.
+
+    Raises:
+        EnvironmentProblem: the disk refused.
+    """
+    layout.sync()
+
+
 def forget_others(layout: Layout, artifacts: Iterable[str]) -> set[str]:
     """Drop the records of all artifacts but these. Returns the digests of the plans that stay.
 

@@ -286,6 +286,7 @@ MISTAKES = (
     Mistake("build at the first inference", "first install that is built", _patched(upkeep.Upkeep, "build", build_at_the_first_inference)),
     Mistake("plans of another engine's version are left", UPGRADE, _patched(upkeep.Upkeep, "outdated", lambda self: "")),
     Mistake("plans: no fsync of files", UPGRADE, make_disk=NoFileSync),
+    Mistake("plan of a killed start taken for durable", "first install that is built", _patched(plans, "settle", lambda layout: None), kills=True),
     Mistake("folders of a killed start taken for durable", "first install", _patched(artifact.Layout, "sync", no_sync_of_the_layout), kills=True),
 )  # fmt: skip
 

@@ -10,6 +10,7 @@ Source: NVIDIA TensorRT Python API 10.x and 11.x (``Runtime``, ``ICudaEngine``, 
 from __future__ import annotations
 
 import importlib
+import os
 import weakref
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
@@ -90,6 +91,8 @@ class NvidiaEngine:
         """TensorRT and CUDA. The GPU's context is made here: it reserves more addresses than any model may have."""
         if self._library is not None:
             return self._library
+        # The driver keeps what it compiles in a file of its own, which a confined process may not write.
+        os.environ["CUDA_CACHE_DISABLE"] = "1"
         trt = self._import((self._module, f"{self._module}_bindings"), "TensorRT")
         cuda = Cuda(self._import(_CUDA_MODULES, "CUDA's Python package"))
         if not hasattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED"):
