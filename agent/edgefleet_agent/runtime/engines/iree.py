@@ -9,7 +9,6 @@ Source: IREE's Python API (``iree.runtime``: ``VmModule.wrap_buffer``, ``create_
 from __future__ import annotations
 
 import importlib
-import mmap
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +45,8 @@ class IreeEngine:
                 runtime.flags.parse_flags(f"--task_topology_group_count={threads}")
             device = runtime.get_device(driver)
             instance = runtime.VmInstance()
-            module = runtime.VmModule.wrap_buffer(instance, _mapped(path), close_buffer=True)
+            # IREE's own ``VmModule.mmap`` opens the file for writing, which a confined process may not.
+            module = runtime.VmModule.wrap_buffer(instance, np.memmap(path, np.uint8, mode="r"))
             context = runtime.VmContext(instance, [runtime.create_hal_module(instance, device), module])
             function = module.lookup_function(_entry(module.function_names))
             invoker = runtime.FunctionInvoker(context, device, function)
@@ -58,12 +58,6 @@ class IreeEngine:
         except EngineError as exc:
             raise EngineError(f"the module does not do what the artifact promises: {exc.message}") from exc
         return session
-
-
-def _mapped(path: Path) -> mmap.mmap:
-    """The file as memory that can only be read: IREE's own ``VmModule.mmap`` opens it for writing, which a confined process may not."""
-    with path.open("rb") as stream:
-        return mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
 
 
 def _entry(names: list[str]) -> str:
