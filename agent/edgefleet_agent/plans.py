@@ -116,6 +116,10 @@ def forget_others(layout: Layout, artifacts: Iterable[str]) -> set[str]:
     kept = {artifact: plan for artifact, plan in known.items() if artifact in wanted}
     if kept != known:
         _write(layout, kept)
+    elif known:
+        # What they no longer name is removed next: a killed start may not have synced the name that says so.
+        with atomic.disk_errors(layout.root):
+            atomic.sync_folder(layout.root, files=layout.files)
     return {plan.digest for plan in kept.values()}
 
 

@@ -301,6 +301,8 @@ class Runner:
         self._stop_job = threading.Event()
         self._tries, self._again = 0, ()
         self._look_at_plans = True
+        if life.state is State.BUILDING:
+            self._look_at_pending = True  # what came while it could not be heeded need not wait for a build
         self._teller.note("work")
         log.info(
             "transition",
