@@ -102,6 +102,8 @@ def ensure(
         if not report.anew:
             plans.settle(layout)
             return Event.BUILT, f"the plan at hand is of {report.key}"
+        if not incoming.size:
+            return Event.NOT_BUILT, f"{report.key} made an empty plan"
         plans.keep(layout, incoming.adopt(report.key))
     except BaseException:
         incoming.drop()

@@ -155,6 +155,7 @@ HOSTILE = [
     ("flood", {"disk_bytes": 8 * MB}, Event.NOT_BUILT, "over its limit of 8388608 bytes sent"),
     ("refuse", {}, Event.NOT_BUILT, "an operator of this network is not supported"),
     ("fork", {}, Event.NOT_BUILT, "no other process"),
+    ("empty", {}, Event.NOT_BUILT, "building 1.0 made an empty plan"),
 ]
 
 

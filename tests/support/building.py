@@ -33,7 +33,7 @@ _HEAD = b"a plan by "
 class Does(msgspec.Struct, frozen=True):
     """How building goes. ``linger_s`` is how long a good build takes; ``plan_bytes`` how large its plan is at least."""
 
-    building: Literal["good", "refuse", "hang", "eat", "crash", "flood", "fork"] = "good"
+    building: Literal["good", "refuse", "hang", "eat", "crash", "flood", "fork", "empty"] = "good"
     linger_s: float = 0.0
     plan_bytes: int = 0
 
@@ -68,6 +68,8 @@ class BuildingEngine:
             does = msgspec.json.decode(line, type=Does)
         except (ValueError, msgspec.DecodeError) as exc:
             raise EngineError(f"not a model to build: {exc}") from exc
+        if does.building == "empty":
+            return
         _DEEDS[does.building](plan)
         end = time.monotonic() + does.linger_s
         while time.monotonic() < end:
