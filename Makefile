@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-test demo test lint types unit contract integration e2e faults chaos docs docs-check deb lock clean
+.PHONY: help setup setup-test demo test test-targets lint types unit contract integration e2e faults chaos docs docs-check deb lock clean
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_NO_INPUT := 1
 
@@ -36,6 +36,9 @@ test: setup-test ## everything that must be green, from lint to the short demo
 	@for stage in lint types docs-check unit contract faults integration e2e; do \
 	  echo "== $$stage"; SECONDS=0; $(MAKE) --no-print-directory $$stage; echo "== $$stage: $$SECONDS s"; \
 	done
+
+test-targets: setup ## compile by the large toolchains, IREE, RKNN, TensorRT-RTX, ncnn, hls4ml; installs them first (4 GB, some minutes)
+	$(BIN)/python -m pytest -v -rs --durations=0 --durations-min=1 tests/targets
 
 lint: $(READY) ## ruff (rules and format) and the import rules
 	$(BIN)/ruff check .

@@ -67,7 +67,8 @@ class Enrolment:
             certificate = self._ca.enroll(request.encode(), check_name(name, "device"))
             devices.enrol(
                 session, name, row.device_class, site=row.site,
-                certificate_serial=f"{certificate.serial_number:x}", now=self._clock.now(),
+                certificate_serial=f"{certificate.serial_number:x}",
+                must_sign=not self._settings.trust_unsigned_results, now=self._clock.now(),
             )  # fmt: skip
             return Enrolled(
                 device=name,

@@ -39,6 +39,10 @@ class Settings(BaseModel):
     blob_bytes_per_s: int = Field(default=20_000_000, gt=0)
     max_blob_bytes: int = Field(default=4_000_000_000, gt=0)
     compile_workers: int = Field(default=2, ge=1)
+    trust_unsigned_results: bool = Field(
+        default=False,
+        description="boards enrolled while this is so may send results without a signature (agents before 0.2), until their first signed one",
+    )
     operator_sha256: str = Field(default="", description="of the operator's token")
 
     @field_validator("listen")

@@ -39,6 +39,7 @@ BUILDERS = {
     "tflite, int8 file": ("tflite", lambda: artifacts.tflite_model(SEED, quantized=True), 0.25),
     "openvino": ("openvino", lambda: artifacts.openvino_model(SEED), 1e-3),
     "openvino, file with batch 1": ("openvino", lambda: artifacts.openvino_model(SEED, batch=1), 1e-3),
+    "ncnn": ("ncnn", lambda: artifacts.ncnn_model(SEED), 1e-4),
     "iree": ("iree", lambda: iree.module(artifacts.onnx_model(SEED)), 1e-4),
     "iree, file with batch 1": ("iree", lambda: iree.module(artifacts.onnx_model(SEED, batch=1)), 1e-4),
     "tensorrt, recorded interface": ("tensorrt", lambda: b"PLAN" + artifacts.onnx_model(SEED), 1e-4),

@@ -15,7 +15,7 @@ NOT_ON_A_BOARD = {
     "torch", "iree-base-compiler", "tensorflow", "tensorflow-cpu", "ai-edge-quantizer", "litert-torch", "onnx2torch", "scipy", "pillow", "pytest",
     "mypy", "ruff", "hatchling", "edgefleet-controller",
 }  # fmt: skip
-ENGINES = {"onnxruntime", "ai-edge-litert", "openvino", "iree-base-runtime"}
+ENGINES = {"onnxruntime", "ai-edge-litert", "openvino", "iree-base-runtime", "ncnn"}
 
 
 def tracked() -> list[Path]:
@@ -113,6 +113,7 @@ def test_each_board_lock_has_at_most_the_one_engine_that_it_is_named_for():
         "agent-onnxruntime": {"onnxruntime"},
         "agent-litert": {"ai-edge-litert"},
         "agent-openvino": {"openvino"},
+        "agent-ncnn": {"ncnn"},
         "agent-iree": {"iree-base-runtime"},
     }
 

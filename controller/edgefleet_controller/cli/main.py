@@ -9,6 +9,7 @@ from edgefleet_controller.cli import fleet
 from edgefleet_controller.cli.device import device
 from edgefleet_controller.cli.model import model
 from edgefleet_controller.cli.rollout import rollout
+from edgefleet_controller.cli.toolchain import toolchain
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -20,7 +21,7 @@ def main() -> None:
     """
 
 
-for command in (fleet.init, fleet.serve, fleet.apply, fleet.doctor, fleet.demo, model, device, rollout):
+for command in (fleet.init, fleet.serve, fleet.apply, fleet.doctor, fleet.demo, model, device, rollout, toolchain):
     main.add_command(command)
 
 if __name__ == "__main__":

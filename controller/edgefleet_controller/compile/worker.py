@@ -6,6 +6,7 @@ crashes takes this process with it and nothing else.
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import sys
@@ -15,7 +16,7 @@ from pathlib import Path
 
 import msgspec
 from edgefleet_shared.artifact import Layout
-from edgefleet_shared.errors import EdgefleetError
+from edgefleet_shared.errors import EdgefleetError, EnvironmentProblem
 
 from edgefleet_controller import source
 from edgefleet_controller.compile.pipeline import compile_version
@@ -72,6 +73,15 @@ def main() -> int:
         say(Finished(_compile(request, cancel, say)))
     except EdgefleetError as exc:
         say(Failed(exc.as_dict()))
+    except MemoryError:
+        say(Failed(EnvironmentProblem("the compile worker ran out of memory").as_dict()))
+    except OSError as exc:
+        if exc.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        problem = EnvironmentProblem(
+            f"the disk is full: {exc.filename or request.cache} can't be written", hint="make room"
+        )
+        say(Failed(problem.as_dict()))
     return 0
 
 

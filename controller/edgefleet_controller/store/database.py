@@ -27,7 +27,13 @@ _MIGRATION_LOCK = 0x6566_7631  # PostgreSQL advisory lock: "efv1"
 _SERIAL_LOCK = 0x6566_7632
 
 # From version n to n+1, statements for a database that exists already; a new one is made as tables.py says.
-MIGRATIONS: dict[int, tuple[str, ...]] = {}
+MIGRATIONS: dict[int, tuple[str, ...]] = {
+    1: (
+        # Boards that were enrolled before may send results without a signature until their first signed one.
+        "ALTER TABLE device ADD COLUMN must_sign BOOLEAN NOT NULL DEFAULT false",
+        "ALTER TABLE device ADD COLUMN proof TEXT NOT NULL DEFAULT ''",
+    ),
+}
 
 
 class Database:
