@@ -110,6 +110,15 @@ class Shadow(_Strict):
     time_limit_s: Annotated[float, Field(gt=0)] = 300.0
 
 
+class BuildBudget(_Strict):
+    """What making a plan may cost on a board of the class, where the engine needs one (tensorrt). A rollout's ``timeout_s`` must leave time
+    for it."""
+
+    time_limit_s: Annotated[float, Field(gt=0)] = 900.0
+    memory_bytes: Bytes = Field(default=2 << 30, description="resident, of the process that builds")
+    disk_bytes: Bytes = Field(default=1 << 30, description="of the plan")
+
+
 class Power(_Strict):
     """How fast the processor may run while a board of the class serves; applied on the board, undone when nothing asks for it."""
 
@@ -134,6 +143,7 @@ class DeviceClassSpec(_Strict):
     shadow: Shadow | None = None
     power: Power = Power()
     build: Literal["controller", "builder", "board"] = "controller"
+    build_budget: BuildBudget = BuildBudget()
     options: dict[str, str | int | float | bool] = Field(default={}, description="for the compile target")
     proven: str = Field(default="", description="how far this class was proven, in words")
 

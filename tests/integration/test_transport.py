@@ -17,7 +17,9 @@ from edgefleet_shared import chunks, topics
 from edgefleet_shared.artifact import Layout
 from edgefleet_shared.clock import SystemClock
 from edgefleet_shared.errors import EnvironmentProblem
-from edgefleet_shared.messages import Ack, Event, Health, Presence, Reported, Want, encode
+from edgefleet_shared.fingerprint import Fingerprint
+from edgefleet_shared.lifecycle import State
+from edgefleet_shared.messages import Ack, Event, Health, Presence, Progress, Reported, Want, encode
 from edgefleet_shared.mqtt import Link, Will
 from edgefleet_shared.topics import Kind
 from support.broker import TestBroker, until
@@ -56,6 +58,15 @@ class Sink:
     def events(self, events: Sequence[Event]) -> list[tuple[str, Ack]]:
         self.stored.extend(events)
         return [(event.device, Ack(event.boot, event.sequence)) for event in events]
+
+
+class Listener(Sink):
+    def __init__(self) -> None:
+        super().__init__()
+        self.reports: list[Reported] = []
+
+    def reported(self, device: str, message: Reported) -> None:
+        self.reports.append(message)
 
 
 def test_a_board_can_neither_read_nor_write_below_another_boards_name(broker: TestBroker) -> None:
@@ -165,6 +176,30 @@ class Board:
         ranges: list[tuple[int, int]] = [(n, n) for n in missing]
         message = Want(digest=self.digest, chunk_bytes=65536, missing=tuple(ranges))
         self.link.publish(topics.of_device(self.name, Kind.WANT), encode(message))
+
+
+def test_a_board_of_a_newer_agent_is_heard_though_its_state_has_no_name_here(broker: TestBroker) -> None:
+    sink = Listener()
+    gateway = Gateway(broker.endpoint(CONTROLLER), sink, lambda device, want: None, lambda: None)
+    gateway.start()
+    link = Link(broker.endpoint("b2"), "b2", on_message=Received())
+    link.start()
+    until(lambda: link.connected.is_set() and gateway.link.connected.is_set(), "both connected")
+    progress = Event(device="b2", boot="x", sequence=1, at=0.0, body=Progress(assignment="a", state=State.BUILDING))
+    report = Reported(
+        device="b2", device_class="c", boot="x", at=0.0, state=State.BUILDING, agent_version="9", fingerprint=Fingerprint(arch="x86_64")
+    )  # fmt: skip
+    for kind, message in ((Kind.EVENTS, progress), (Kind.REPORTED, report)):
+        link.publish(topics.of_device("b2", kind), encode(message).replace(b'"building"', b'"dreaming"'))
+    until(lambda: sink.stored and sink.reports, "both are heard")
+    assert sink.reports[-1].state.value == "dreaming"
+    body = sink.stored[0].body
+    assert isinstance(body, Progress)
+    assert body.state.value == "dreaming"
+    assert b'"state":"dreaming"' in encode(sink.reports[-1])
+    assert gateway.malformed == 0
+    link.stop()
+    gateway.stop()
 
 
 def test_many_boards_cost_the_sender_one_copy_and_only_gaps_are_sent_again(broker: TestBroker, tmp_path: Path) -> None:
