@@ -200,6 +200,8 @@ class Admissions:
         self._asking = False
         try:
             match done.result:
+                case Admission() if self._overtaken(done.digest):
+                    pass  # the board goes where it should be, not where it should have been
                 case Admission(assignment=assignment):
                     self._keeper.keep(desired_seen=done.digest, refusal="", pending=assignment)
                     self._follow_metadata()
@@ -215,6 +217,10 @@ class Admissions:
         self._problem("admission", "")
         self._consider()  # a newer message may have come meanwhile
         return True
+
+    def _overtaken(self, digest: str) -> bool:
+        """Whether a newer message came while that one was verified. After an absence the broker brings what was missed, then the newest."""
+        return self._desired is not None and digest_of(self._desired) != digest
 
     def _wait(self, error: EdgefleetError) -> None:
         """It can't be decided yet: ask again. Metadata on its way is nothing to tell, a board that can't do its part is."""

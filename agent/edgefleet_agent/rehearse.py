@@ -14,6 +14,7 @@ from edgefleet_shared.contract import AcceptanceReport, Verdict
 from edgefleet_shared.errors import ArtifactError, NotFoundError
 
 from edgefleet_agent import launcher, sandbox, slots, verify
+from edgefleet_agent.ports import BuildOrder, BuildReport
 from edgefleet_agent.sandbox import Limits
 
 LIMITS = Limits(memory_bytes=192 * 1024 * 1024, time_s=90.0)
@@ -41,6 +42,10 @@ class AgentExaminer(verify.SandboxedChild):
 
     def __init__(self, home: Path) -> None:
         self._home = home
+
+    def build(self, state: Path, manifest: str, order: BuildOrder) -> BuildReport:
+        """Never asked: what the agent is made of needs no engine, so no plan of one either (:class:`edgefleet_agent.upkeep.Upkeep`)."""
+        raise NotFoundError("the agent's own versions have no plans")
 
     def accept(self, state: Path, manifest: str, threads: int) -> AcceptanceReport:
         """Rehearse the candidate. Raises EnvironmentProblem when no child can be started."""
