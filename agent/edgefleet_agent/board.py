@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import logging
 import platform
+import struct
 import subprocess
 import sys
 from pathlib import Path
 
 import msgspec
-from edgefleet_shared.fingerprint import Fingerprint
+from edgefleet_shared.fingerprint import Fingerprint, architecture
 
 from edgefleet_agent import __version__
 from edgefleet_agent.sandbox import child_environment, describe_exit
@@ -34,7 +35,7 @@ class EngineProbe(msgspec.Struct, frozen=True):
 def read_fingerprint() -> Fingerprint:
     """What this board is. Takes about half a second per installed engine: call once per start, not per message."""
     return Fingerprint(
-        arch=platform.machine(),
+        arch=architecture(platform.machine(), 8 * struct.calcsize("P")),
         cpu_features=cpu_features(),
         engines={p.name: p.version for p in probe_engines() if p.version is not None},
         memory_bytes=memory_bytes(),

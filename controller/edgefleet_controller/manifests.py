@@ -133,7 +133,9 @@ class DeviceClassSpec(_Strict):
     power: Power = Power()
     build: Literal["controller", "builder", "board"] = "controller"
     options: dict[str, str | int | float | bool] = Field(default={}, description="for the compile target")
-    proven: str = Field(default="", description="how far this class was proven, in words")
+    proven: str = Field(
+        default="", description="how far this class was proven, in words; fleet apply and fleet class show them"
+    )
 
 
 class DeviceClass(ManifestBase):

@@ -7,6 +7,7 @@ import click
 from edgefleet_controller import __version__
 from edgefleet_controller.cli import fleet
 from edgefleet_controller.cli.device import device
+from edgefleet_controller.cli.device_class import device_class
 from edgefleet_controller.cli.model import model
 from edgefleet_controller.cli.rollout import rollout
 
@@ -20,7 +21,7 @@ def main() -> None:
     """
 
 
-for command in (fleet.init, fleet.serve, fleet.apply, fleet.doctor, fleet.demo, model, device, rollout):
+for command in (fleet.init, fleet.serve, fleet.apply, fleet.doctor, fleet.demo, device_class, model, device, rollout):
     main.add_command(command)
 
 if __name__ == "__main__":

@@ -88,8 +88,9 @@ class Steps:
 
     @property
     def here(self) -> bool:
-        """Whether times on this host mean something for the class."""
-        return self._class.spec.arch == platform.machine()
+        """Whether times on this host mean something for the class: it could be a board of it."""
+        spec = self._class.spec
+        return spec.arch == platform.machine() and set(spec.cpu_features) <= cpu_features()
 
     def key(self, recipe: Recipe) -> str:
         """Of a compiled model in the cache."""
@@ -341,14 +342,23 @@ class Steps:
 
 def host() -> str:
     """What decides times on this machine: its processor's name and features."""
+    kept = sorted(line for line in _cpuinfo() if line.startswith(("model name", "flags", "Features", "CPU part")))
+    return hashlib.sha256("\n".join([platform.machine(), *kept]).encode()).hexdigest()[:16]
+
+
+def cpu_features() -> set[str]:
+    """The kernel's names of what this machine's processor can do."""
+    named = (line.partition(":") for line in _cpuinfo())
+    return {feature for name, _, value in named if name.strip() in ("flags", "Features") for feature in value.split()}
+
+
+def _cpuinfo() -> list[str]:
+    """What the kernel tells of the first processor, line by line."""
     try:
-        told = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").split("\n\n")[0]
+        told = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
     except OSError:
         told = platform.processor()
-    kept = sorted(
-        line for line in told.splitlines() if line.startswith(("model name", "flags", "Features", "CPU part"))
-    )
-    return hashlib.sha256("\n".join([platform.machine(), *kept]).encode()).hexdigest()[:16]
+    return told.split("\n\n")[0].splitlines()
 
 
 def _code() -> str:

@@ -1,0 +1,210 @@
+"""Debian for Arm without an Arm: a tree made by mmdebstrap, its programs run by qemu-user, and the agent's wheels from the project's locks.
+
+The tree is unpacked, never booted, and kept in the cache under a key of everything that is in it. Programs run in it by a binfmt_misc of
+their own, in a user namespace (kernel 6.7 or newer): nothing of the host is registered, mounted or left behind.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[2]
+CACHE = Path(os.environ.get("EDGEFLEET_CACHE", Path.home() / ".cache" / "edgefleet")) / "userlands"
+SUITE, PYTHON = "bookworm", "3.11"  # the newest Python that tflite-runtime has wheels for
+MAKE_LIMIT_S, RUN_LIMIT_S = 600.0, 300.0
+OWN = ("edgefleet-shared", "edgefleet-agent")
+
+
+class Architecture(NamedTuple):
+    """Debian's name of it, the kernel's, qemu's, and how its programs begin (ELF class and machine)."""
+
+    debian: str
+    machine: str
+    qemu: str
+    elf_class: int
+    elf_machine: int
+    glibc: int  # of wheels: 2.x, as the suite has it
+    libraries: str
+    packages: tuple[str, ...]  # beside Python
+    from_debian: frozenset[str]  # distributions that have no wheel for it on the package index
+
+
+ARM64 = Architecture(
+    "arm64", "aarch64", "qemu-aarch64-static", 2, 0xB7, 36, "aarch64-linux-gnu", ("libstdc++6", "libgomp1"), frozenset()
+)
+ARMHF = Architecture(
+    "armhf", "armv7l", "qemu-arm-static", 1, 0x28, 36, "arm-linux-gnueabihf",
+    ("libstdc++6", "python3-numpy", "python3-psutil", "python3-cffi-backend"), frozenset({"numpy", "psutil", "cffi"}),
+)  # fmt: skip
+
+
+class UserlandMissing(Exception):
+    """No such userland can be had here, and why."""
+
+
+class Userland:
+    """A Debian tree with one set of wheels.
+
+    Args:
+        lock: of the wheels, such as ``agent-litert``; the agent itself is installed from this tree.
+
+    Raises:
+        UserlandMissing: not here, and why.
+    """
+
+    def __init__(self, architecture: Architecture, lock: Path, *, agent: bool = True) -> None:
+        self.architecture = architecture
+        _require("mmdebstrap", architecture.qemu, "unshare", "chroot")
+        with _held(CACHE / f".{architecture.debian}.lock"):
+            self.tree = _tree(architecture)
+            self.site = _site(architecture, self.tree, lock, agent=agent)
+
+    def run(self, *command: str, timeout_s: float = RUN_LIMIT_S, **environment: str) -> subprocess.CompletedProcess[str]:
+        """Run a command in there, with the wheels on Python's path."""
+        inside = {
+            "PATH": "/usr/bin:/bin", "LC_ALL": "C.UTF-8", "PYTHONPATH": f"/{self.site.relative_to(self.tree)}",
+            "PYTHONDONTWRITEBYTECODE": "1",
+        }  # fmt: skip
+        return subprocess.run(
+            [*_NAMESPACES, "sh", "-ceu", _ENTER, "sh", str(self.tree), _format(self.architecture), *command],
+            capture_output=True, text=True, timeout=timeout_s, env=inside | environment, check=False,
+        )  # fmt: skip
+
+    @contextmanager
+    def folder(self) -> Iterator[tuple[Path, str]]:
+        """A folder in there for a test: its path here, and inside."""
+        (self.tree / "srv").mkdir(exist_ok=True)
+        made = Path(tempfile.mkdtemp(dir=self.tree / "srv"))
+        try:
+            yield made, f"/{made.relative_to(self.tree)}"
+        finally:
+            shutil.rmtree(made)
+
+
+_NAMESPACES = ("unshare", "--user", "--map-root-user", "--mount", "--pid", "--fork", "--propagation=private")
+_ENTER = """
+tree=$1 format=$2
+shift 2
+export PATH=$PATH:/usr/sbin:/sbin
+mount -t binfmt_misc none /proc/sys/fs/binfmt_misc
+printf %s "$format" > /proc/sys/fs/binfmt_misc/register
+mount --rbind /dev "$tree/dev"
+mount -t proc proc "$tree/proc" 2>/dev/null || mount --rbind /proc "$tree/proc"
+exec chroot "$tree" "$@"
+"""
+
+
+def _format(architecture: Architecture) -> str:
+    """The line for binfmt_misc: programs of that ELF class and machine, whatever their type; F opens qemu before the chroot.
+    Source: kernel ``Documentation/admin-guide/binfmt-misc.rst``."""
+    head = bytes([0x7F, *b"ELF", architecture.elf_class, 1, 1, *bytes(9), 2, 0, architecture.elf_machine, 0])
+    mask = bytes([*b"\xff" * 7, *bytes(9), 0xFE, 0xFF, 0xFF, 0xFF])
+    told = ["".join(f"\\x{byte:02x}" for byte in part) for part in (head, mask)]
+    return f":arm:M::{told[0]}:{told[1]}:{shutil.which(architecture.qemu)}:F"
+
+
+def _require(*programs: str) -> None:
+    if os.geteuid() != 0:
+        raise UserlandMissing("making a Debian tree needs root")
+    absent = [name for name in programs if shutil.which(name) is None]
+    if absent:
+        raise UserlandMissing(f"not installed: {', '.join(absent)}; scripts/setup-system arm installs them")
+    tried = subprocess.run(
+        [*_NAMESPACES, "mount", "-t", "binfmt_misc", "none", "/proc/sys/fs/binfmt_misc"], capture_output=True, text=True
+    )
+    if tried.returncode:
+        raise UserlandMissing(f"no binfmt_misc in a user namespace (kernel 6.7 or newer has it): {tried.stderr.strip()}")
+
+
+def _tree(architecture: Architecture) -> Path:
+    packages = ",".join(("python3", *architecture.packages))
+    key = hashlib.sha256(f"{SUITE} {packages} {_LINKS}".encode()).hexdigest()[:12]
+    tree = CACHE / f"{architecture.debian}-{SUITE}-{key}"
+    if tree.is_dir():
+        return tree
+    staged = Path(tempfile.mkdtemp(dir=CACHE, prefix=".making-"))
+    _run(
+        "make a Debian tree",
+        ["mmdebstrap", "--mode=root", "--variant=extract", f"--architectures={architecture.debian}",
+         f"--include={packages}", SUITE, str(staged / "tree")],
+    )  # fmt: skip
+    # Unpacked only: what a package's script would have linked is linked here.
+    for library in _LINKS:
+        folder = staged / "tree/usr/lib" / architecture.libraries
+        for found in folder.glob(f"*/{library}"):
+            (folder / library).symlink_to(found.relative_to(folder))
+    (staged / "tree").rename(tree)
+    staged.rmdir()
+    return tree
+
+
+_LINKS = ("libblas.so.3", "liblapack.so.3")  # alternatives, which numpy loads
+
+
+def _site(architecture: Architecture, tree: Path, lock: Path, *, agent: bool) -> Path:
+    """The folder of the wheels inside the tree; the agent's own is installed anew each time, as it is here."""
+    wanted = _without(lock.read_text(), architecture.from_debian)
+    key = hashlib.sha256(wanted.encode()).hexdigest()[:12]
+    site = tree / "opt" / f"{lock.stem}-{key}"
+    if not site.is_dir():
+        staged = Path(tempfile.mkdtemp(dir=CACHE, prefix=".wheels-"))
+        (staged / "lock.txt").write_text(wanted)
+        _pip(
+            staged / "site", f"install {lock.name} for {architecture.machine}", "--require-hashes", "--only-binary=:all:",
+            "--implementation=cp", f"--python-version={PYTHON}", *_platforms(architecture), f"--requirement={staged / 'lock.txt'}",
+        )  # fmt: skip
+        site.parent.mkdir(exist_ok=True)
+        (staged / "site").rename(site)
+        shutil.rmtree(staged)
+    if agent:
+        for package in ("edgefleet_agent", "edgefleet_shared"):
+            for old in site.glob(f"{package}*"):
+                shutil.rmtree(old)
+        _pip(site, "install the agent", "--no-build-isolation", *(str(ROOT / name) for name in ("shared", "agent")))
+    return site
+
+
+def _platforms(architecture: Architecture) -> list[str]:
+    """Every manylinux that the suite's glibc can load, newest first."""
+    known = [f"manylinux_2_{minor}_{architecture.machine}" for minor in range(architecture.glibc, 16, -1)]
+    known += [f"manylinux2014_{architecture.machine}", f"linux_{architecture.machine}"]
+    return [f"--platform={name}" for name in known]
+
+
+def _without(lock: str, names: frozenset[str]) -> str:
+    """A hashed lock without some distributions, and without what is for other Pythons."""
+    entries = re.split(r"\n(?=\S)", lock.strip())
+    return "\n".join(entry for entry in entries if entry.partition("==")[0] not in names) + "\n"
+
+
+def _pip(site: Path, what: str, *arguments: str) -> None:
+    _run(what, [
+        sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-compile", "--no-deps",
+        f"--target={site}", *arguments,
+    ])  # fmt: skip
+
+
+def _run(what: str, command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, timeout=MAKE_LIMIT_S, check=False)
+    if done.returncode:
+        raise UserlandMissing(f"can't {what}: {done.stderr.strip()[-600:]}")
+
+
+@contextmanager
+def _held(path: Path) -> Iterator[None]:
+    """One maker at a time."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
