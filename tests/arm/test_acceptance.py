@@ -6,13 +6,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import msgspec
-import pytest
-from conftest import CLASSES, KINDS, Board, Compiled
 from edgefleet_controller.manifests import DeviceClass
 from edgefleet_shared import artifact
 from edgefleet_shared.artifact import MODEL_LAYER, Layout
 from edgefleet_shared.contract import Verdict
 from edgefleet_shared.fingerprint import Fingerprint, version_within
+from support.arm import CLASSES, KINDS, Board, Compiled
 
 
 def like(board: Board) -> list[DeviceClass]:

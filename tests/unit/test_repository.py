@@ -101,7 +101,7 @@ def test_what_is_shipped_is_pinned_as_it_was_tested():
     for lock in LOCKS:
         untested = {pin.partition("==")[0] for pin in pins(lock) - tested}
         assert untested == TESTED_ON_ARM.get(lock.name, set()), lock.name
-    on_arm = (ROOT / "tests/arm/conftest.py").read_text()
+    on_arm = (ROOT / "tests/support/arm.py").read_text()
     assert all(f'"{name.removesuffix(".txt")}"' in on_arm for name in TESTED_ON_ARM)
 
 

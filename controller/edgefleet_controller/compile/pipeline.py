@@ -27,6 +27,7 @@ from edgefleet_shared.errors import ManifestError, QualityError
 from safetensors.numpy import load_file
 
 from edgefleet_controller.compile import answers, quality, report, search
+from edgefleet_controller.compile.boards import Measure
 from edgefleet_controller.compile.packing import pack
 from edgefleet_controller.compile.port import CompileResult, Options, Target, target_named
 from edgefleet_controller.compile.recipe import FLOAT, HALF, Recipe
@@ -47,13 +48,15 @@ def compile_version(
     ship_despite_quality: bool = False,
     progress: Progress = lambda *_: None,
     limits: Limits = Limits(),  # noqa: B008 - frozen
+    measure: Measure | None = None,
 ) -> CompileResult:
-    """Compile one version for one class, measure it here, and pack it.
+    """Compile one version for one class, measure it, and pack it.
 
     Args:
         layout: holds the version's blobs; the artifact and its report go in here.
         cache: where compiled models are kept by key.
         ship_despite_quality: pack what came closest although it misses its budgets; the result says so and which.
+        measure: has a candidate that can't be timed on this host measured by a builder board of the class; None where there is no such board.
 
     Raises:
         QualityError: nothing fits (each budget with by how much), or the engine's process died while measuring.
@@ -67,8 +70,9 @@ def compile_version(
     toolchain = toolchains.ensure(target.toolchain, progress)
     with tempfile.TemporaryDirectory(prefix="edgefleet-compile-") as temporary:
         steps = Steps(
-            version, device_class, target, toolchain, layout, toolchains, cache, Path(temporary), progress, limits
-        )
+            version, device_class, target, toolchain, layout, toolchains, cache, Path(temporary), progress, limits,
+            measure,
+        )  # fmt: skip
         blind = quality.vacuous(steps.references(), version)
         if blind and not ship_despite_quality:
             raise QualityError(
@@ -154,7 +158,7 @@ class _Search:
         plain = self._plain()
         judged_by = (
             spec.arch, spec.precision, spec.accuracy.model_dump(), spec.budgets.size_bytes, spec.budgets.memory_bytes,
-            spec.search.model_dump(),
+            spec.search.model_dump(), spec.measure_on, self._steps.has_builder,
         )  # fmt: skip
         # Another rule for choosing, or another measure, is another search.
         rules = [Path(str(module.__file__)).read_text(encoding="utf-8") for module in (search, quality, answers)]
@@ -163,7 +167,8 @@ class _Search:
         if file.exists():
             return msgspec.json.decode(file.read_bytes(), type=Choice)
         found = self._search(plain)
-        if not any(trial.died for trial in found.trials):  # it may have been the machine's fault
+        unanswered = self._steps.has_builder and any(trial.figures.unmeasured for trial in found.trials)
+        if not unanswered and not any(trial.died for trial in found.trials):  # it may have been the machine's fault
             file.parent.mkdir(parents=True, exist_ok=True)
             atomic.write(file, msgspec.json.encode(found))
         return found

@@ -17,6 +17,7 @@ from edgefleet_controller.manifests import DeviceClassSpec
 from edgefleet_controller.source import ModelVersion
 
 ENTRY_POINTS = "edgefleet.targets"
+MAX_BLOB_BYTES = 4 * 1024**3
 
 Options = dict[str, str | int | float | bool]
 
@@ -61,7 +62,7 @@ class Figures(msgspec.Struct, frozen=True, kw_only=True):
     Agreement is the share of held-out samples with the float model's answer (of boxes, for a detector: the lower of recall and
     precision), with its 95 % Wilson interval; ``shares`` are the other shares of the output's kind by name, and ``accuracy`` and
     ``float_accuracy`` where the samples are labelled. Times in ms on one thread, float and compiled interleaved in one process on the
-    class's engine; ``sqnr_db`` is the signal-to-quantization-noise ratio over all outputs, ``sqnr_db_by_output`` that of each; memory
+    class's engine, on what ``timed_on`` names: ``host``, a builder board, or empty where nobody could; ``sqnr_db`` is the signal-to-quantization-noise ratio over all outputs, ``sqnr_db_by_output`` that of each; memory
     the peak of the process that held engine and model.
     """
 
@@ -82,6 +83,7 @@ class Figures(msgspec.Struct, frozen=True, kw_only=True):
     peak_memory_bytes: int | None = None
     shares: dict[str, Share] = {}
     sqnr_db_by_output: dict[str, float] = {}
+    timed_on: str = ""
     unmeasured: tuple[str, ...] = ()
 
 

@@ -33,7 +33,8 @@ from edgefleet_shared.artifact import Layout
 from safetensors.numpy import load, load_file, save_file
 
 from edgefleet_controller.compile import quality
-from edgefleet_controller.compile.port import Figures, Target
+from edgefleet_controller.compile.boards import BuilderBoard, Measure
+from edgefleet_controller.compile.port import MAX_BLOB_BYTES, Figures, Target
 from edgefleet_controller.compile.recipe import FLOAT, OWN, Recipe
 from edgefleet_controller.compile.search import Trial, Unit
 from edgefleet_controller.compile.toolchains import ChildDied, Toolchain, Toolchains
@@ -42,7 +43,6 @@ from edgefleet_controller.source import ModelVersion, Split
 
 Progress = Callable[[str, int, int], None]
 
-MAX_BLOB_BYTES = 4 * 1024**3
 PREPARE = ("onnxruntime", "ort")  # toolchain and module that simplify, answer in float, gather statistics and write QDQ
 HOST_OVERHEAD_BYTES = 128 * 1024 * 1024  # samples, outputs and the float model beside the compiled one while timing
 MOST_FOR_SEVERAL = 100  # held-out samples that candidates of one round are told apart by; the chosen one answers all
@@ -72,12 +72,14 @@ class Steps:
 
     def __init__(
         self, version: ModelVersion, device_class: DeviceClass, target: Target, toolchain: Toolchain, layout: Layout,
-        toolchains: Toolchains, cache: Path, work: Path, progress: Progress, limits: Limits,
+        toolchains: Toolchains, cache: Path, work: Path, progress: Progress, limits: Limits, measure: Measure | None,
     ) -> None:  # fmt: skip
         self._version, self._class, self._target, self._toolchain = version, device_class, target, toolchain
         self._layout, self._toolchains, self._cache = layout, toolchains, cache
         self._work, self._progress, self._limits = work, progress, limits
         self._preparing = toolchains.ensure(PREPARE[0], progress)
+        self._measure = measure
+        self._board: BuilderBoard | None = None
         self._holdout: dict[str, Any] | None = None
         self._numbers = iter(range(10**9))
         code = _code()
@@ -90,7 +92,13 @@ class Steps:
     def here(self) -> bool:
         """Whether times on this host mean something for the class: it could be a board of it."""
         spec = self._class.spec
-        return spec.arch == platform.machine() and set(spec.cpu_features) <= cpu_features()
+        could = spec.arch == platform.machine() and set(spec.cpu_features) <= cpu_features()
+        return could and spec.measure_on == "auto"
+
+    @property
+    def has_builder(self) -> bool:
+        """Whether a builder board of the class is there to time what this host can't."""
+        return not self.here and self._measure is not None
 
     def key(self, recipe: Recipe) -> str:
         """Of a compiled model in the cache."""
@@ -178,14 +186,24 @@ class Steps:
             answered = load_file(file)
             compared = quality.compare(answered, self.references(count), self._version)
             timed = {} if taken is None else taken | {f"float_{k}": v for k, v in found["float"].items()}
-            unmeasured = () if self.here else ("latency",)
             figures = msgspec.structs.replace(
-                base, **compared.figures, **timed, peak_memory_bytes=alone, unmeasured=unmeasured
-            )
+                base, **compared.figures, **timed, peak_memory_bytes=alone,
+                timed_on="host" if self.here else "", unmeasured=() if self.here else ("latency",),
+            )  # fmt: skip
             misses = tuple(quality.misses(figures, self._class.spec, recipe))
             trial = Trial(recipe=recipe, figures=figures, misses=misses, key=self.key(recipe))
+            if self._measure is not None and not self.here:
+                trial = self._builder(self._measure).measured(trial, path, float_model, self.key(FLOAT), alone=len(tried) == 1)
             measured.append(Measured(trial, answered, compared.changed))
         return measured
+
+    def _builder(self, measure: Measure) -> BuilderBoard:
+        if self._board is None:
+            self._board = BuilderBoard(
+                self._version, self._class, self._target, self._toolchain, self._layout, measure,
+                self.prepare() / "golden.safetensors",
+            )  # fmt: skip
+        return self._board
 
     def samples(self, split: Split) -> str:
         """A split as the network takes it (float32, encoded), as a file in the work folder."""

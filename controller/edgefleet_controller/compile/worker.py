@@ -1,48 +1,52 @@
 """Stage 2, compile: one job in a process of its own. Receives a request (one line on stdin), hands back lines: progress, then result or error.
 
-Run as ``python -m edgefleet_controller.compile.worker`` by :mod:`edgefleet_controller.compile.jobs`. A compiler that eats memory or
+Run as ``python -m edgefleet_controller.compile.worker`` by :mod:`edgefleet_controller.compile.attempt`. A compiler that eats memory or
 crashes takes this process with it and nothing else.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from queue import Empty, SimpleQueue
 
 import msgspec
 from edgefleet_shared.artifact import Layout
 from edgefleet_shared.errors import EdgefleetError
+from edgefleet_shared.work import Answer, Progress
 
 from edgefleet_controller import source
 from edgefleet_controller.compile.pipeline import compile_version
 from edgefleet_controller.compile.port import CompileResult
-from edgefleet_controller.compile.toolchains import Toolchains
+from edgefleet_controller.compile.toolchains import Cancelled, Toolchains
 from edgefleet_controller.manifest_files import parse_value
 from edgefleet_controller.manifests import DeviceClass
 
 MAX_VERSION_BYTES = 16 * 1024 * 1024
+CANCEL_POLL_S = 0.2
 
 
 class JobRequest(msgspec.Struct, frozen=True, kw_only=True):
-    """server -> worker. ``device_class`` is the class's manifest as JSON; folders are absolute."""
+    """Who asks -> process. ``device_class`` is the class's manifest as JSON; folders are absolute; ``builder``: a board of the class is
+    there to measure."""
 
     layout: str
     cache: str
     version: str
     device_class: str
     ship_despite_quality: bool = False
+    builder: bool = False
 
 
-class Step(msgspec.Struct, frozen=True, tag="step"):
-    """worker -> server: what it is doing; ``done`` of ``total``."""
+class Wanted(msgspec.Struct, frozen=True, tag="wanted"):
+    """process -> who asked: an artifact that a board of its class shall measure. The answer is a line back."""
 
-    doing: str
-    done: int
-    total: int
+    manifest: str
 
 
 class Finished(msgspec.Struct, frozen=True, tag="finished"):
@@ -53,14 +57,15 @@ class Failed(msgspec.Struct, frozen=True, tag="failed"):
     error: dict[str, str]
 
 
-Line = Step | Finished | Failed
+Line = Progress | Wanted | Finished | Failed
 
 
 def main() -> int:
     request = msgspec.json.decode(sys.stdin.buffer.readline(), type=JobRequest)
     cancel = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: cancel.set())
-    threading.Thread(target=_watch_controller, args=(cancel,), name="watch-controller", daemon=True).start()
+    answers: SimpleQueue[bytes] = SimpleQueue()
+    threading.Thread(target=_listen, args=(cancel, answers), name="listen", daemon=True).start()
     # Whatever a library prints must not end up between our lines.
     lines = os.fdopen(os.dup(1), "wb", buffering=0)
     os.dup2(2, 1)
@@ -68,22 +73,35 @@ def main() -> int:
     def say(line: Line) -> None:
         lines.write(msgspec.json.encode(line) + b"\n")
 
+    def measure(manifest: str) -> Answer:
+        say(Wanted(manifest))
+        while True:
+            with contextlib.suppress(Empty):
+                return msgspec.json.decode(answers.get(timeout=CANCEL_POLL_S), type=Answer)
+            if cancel.is_set():
+                raise Cancelled("cancelled while a board measured")
+
     try:
-        say(Finished(_compile(request, cancel, say)))
+        say(Finished(_compile(request, cancel, say, measure)))
     except EdgefleetError as exc:
         say(Failed(exc.as_dict()))
     return 0
 
 
-def _watch_controller(cancel: threading.Event) -> None:
-    """The controller holds the other end of stdin: when that closes it is gone, and the next one runs this job again. Read from the
-    descriptor, because a thread that waits inside ``sys.stdin`` would block the interpreter's end."""
-    while os.read(0, 4096):
-        pass
+def _listen(cancel: threading.Event, answers: SimpleQueue[bytes]) -> None:
+    """Answers come line by line. The other end of stdin is held by who listens: when that closes it is gone, and this job is another's.
+    Read from the descriptor, because a thread that waits inside ``sys.stdin`` would block the interpreter's end."""
+    pending = b""
+    while piece := os.read(0, 65536):
+        *lines, pending = (pending + piece).split(b"\n")
+        for line in lines:
+            answers.put(line)
     cancel.set()
 
 
-def _compile(request: JobRequest, cancel: threading.Event, say: Callable[[Line], None]) -> CompileResult:
+def _compile(
+    request: JobRequest, cancel: threading.Event, say: Callable[[Line], None], measure: Callable[[str], Answer]
+) -> CompileResult:
     layout, cache = Layout(Path(request.layout)), Path(request.cache)
     manifest = parse_value(msgspec.json.decode(request.device_class))
     assert isinstance(manifest, DeviceClass)
@@ -94,7 +112,8 @@ def _compile(request: JobRequest, cancel: threading.Event, say: Callable[[Line],
         Toolchains(cache, cancel=cancel),
         cache=cache,
         ship_despite_quality=request.ship_despite_quality,
-        progress=lambda doing, done, total: say(Step(doing, done, total)),
+        progress=lambda doing, done, total: say(Progress(doing, done, total)),
+        measure=measure if request.builder else None,
     )
 
 
