@@ -75,7 +75,12 @@ class Enrolment:
                 certificate = self._ca.enroll(request.encode(), check_name(name, "device"))
                 serial = f"{certificate.serial_number:x}"
                 devices.enrol(
-                    session, name, row.device_class or "", site=row.site, certificate_serial=serial, now=self._clock.now()
+                    session,
+                    name,
+                    row.device_class or "",
+                    site=row.site,
+                    certificate_serial=serial,
+                    now=self._clock.now(),
                 )
             return Enrolled(
                 device=name,

@@ -32,9 +32,7 @@ def new_key() -> tuple[ec.EllipticCurvePrivateKey, bytes]:
     return key, pem
 
 
-def ask(
-    url: str, token: str, name: str, make_key: Callable[[], ec.EllipticCurvePrivateKey]
-) -> tuple[Enrolled, str]:
+def ask(url: str, token: str, name: str, make_key: Callable[[], ec.EllipticCurvePrivateKey]) -> tuple[Enrolled, str]:
     """(what the controller gives, the CA certificate that the token named, as PEM).
 
     Args:

@@ -87,6 +87,8 @@ def test_a_damaged_model_fails_while_it_loads_on_arm(board: Board, compiled: Com
     made = compiled.artifact(like(board)[0], max_celsius=None)
     manifest = compiled.layout.manifest(made.artifact.digest)
     whole = compiled.layout.path(manifest.layer(MODEL_LAYER).digest).read_bytes()
-    report = board.accept(*changed(compiled.layout, made.artifact.digest, whole[:200] + bytes(len(whole) - 200), tmp_path))
+    report = board.accept(
+        *changed(compiled.layout, made.artifact.digest, whole[:200] + bytes(len(whole) - 200), tmp_path)
+    )
     assert report.verdict is Verdict.FAILED
     assert "while loading the model" in report.reason

@@ -11,7 +11,7 @@ import pytest
 from edgefleet_controller.rollout import engine
 from edgefleet_controller.rollout.plan import create
 from edgefleet_controller.rollout.views import Assign, IntentKind, Phase
-from edgefleet_controller.store import catalog, devices, events, rollouts
+from edgefleet_controller.store import catalog, devices, events, jobs, rollouts
 from edgefleet_controller.store.database import Database
 from edgefleet_controller.store.devices import PresenceRow
 from edgefleet_controller.store.tables import Artifact, Assignment, CompileJob
@@ -319,7 +319,7 @@ def test_a_job_goes_to_one_worker_and_is_queued_again_after_a_restart(database: 
     enrol(database)
     with database.write() as session:
         for n in range(8):
-            catalog.put_job(
+            jobs.put_job(
                 session,
                 CompileJob(id=f"j{n}", model="m", version="1", device_class="x86", state="queued", created_at=float(n)),
             )
@@ -328,7 +328,7 @@ def test_a_job_goes_to_one_worker_and_is_queued_again_after_a_restart(database: 
     def work() -> None:
         while True:
             with database.write() as session:
-                job = catalog.take_job(session, 5.0)
+                job = jobs.take_job(session, "compile", "", 5.0)
             if job is None:
                 return
             taken.append(job.id)
@@ -340,8 +340,12 @@ def test_a_job_goes_to_one_worker_and_is_queued_again_after_a_restart(database: 
         thread.join(30)
     assert sorted(taken) == [f"j{n}" for n in range(8)]
     with database.write() as session:
-        assert catalog.requeue_running(session) == 8
-        assert len(catalog.list_jobs(session, unfinished=True)) == 8
+        running = jobs.own_running(session)
+        assert len(running) == 8
+        for row in running:
+            jobs.requeue(session, row)
+    with database.read() as session:
+        assert {row.state for row in jobs.list_jobs(session, unfinished=True)} == {"queued"}
 
 
 # -------------------------------------------------------------------------------------------------------------- rollouts

@@ -38,7 +38,10 @@ def test_apply_prints_how_far_each_class_was_proven_and_the_class_commands_show_
     done = fleet.run("apply", "-f", str(FOLDER))
     assert done.returncode == 0, done.stderr
     for one in SHIPPED:
-        assert f"DeviceClass {one.name}: registered, its release role delegated; proven here: {one.spec.proven}" in done.stdout
+        assert (
+            f"DeviceClass {one.name}: registered, its release role delegated; proven here: {one.spec.proven}"
+            in done.stdout
+        )
     listed = {c["metadata"]["name"]: c["spec"]["proven"] for c in fleet.json("class", "list")}
     assert {one.name: one.spec.proven for one in SHIPPED}.items() <= listed.items()
     shown = " ".join(fleet.run("class", "list").stdout.split())
@@ -84,7 +87,9 @@ def test_a_network_is_compiled_for_each_class_and_times_are_told_only_of_a_host_
     assert figures.unmeasured == (() if member else ("latency",))
     config = layout.config(layout.manifest(result.artifact.digest))
     assert config.requires.cpu_features == tuple(sorted(shipped.spec.cpu_features))
-    assert config.contract.latency_p95_ms == shipped.spec.budgets.latency_p95_ms, "what was not measured the board judges"
+    assert config.contract.latency_p95_ms == shipped.spec.budgets.latency_p95_ms, (
+        "what was not measured the board judges"
+    )
     told = json.loads(layout.read(result.report, 10**7))
     assert {c["figures"]["p50_ms"] is not None for c in told["candidates"] if not c["died"]} == {member}
     if not member:

@@ -38,6 +38,7 @@ class Architecture(NamedTuple):
     libraries: str
     packages: tuple[str, ...]  # beside Python
     from_debian: frozenset[str]  # distributions that have no wheel for it on the package index
+    from_source: frozenset[str] = frozenset()  # nor are they in Debian: compiled here, by gcc for that architecture
 
 
 ARM64 = Architecture(
@@ -45,7 +46,8 @@ ARM64 = Architecture(
 )
 ARMHF = Architecture(
     "armhf", "armv7l", "qemu-arm-static", 1, 0x28, 36, "arm-linux-gnueabihf",
-    ("libstdc++6", "python3-numpy", "python3-psutil", "python3-cffi-backend"), frozenset({"numpy", "psutil", "cffi"}),
+    ("libstdc++6", "libpython3-dev", "python3-numpy", "python3-psutil", "python3-cffi-backend", "python3-httptools", "python3-uvloop"),
+    frozenset({"numpy", "psutil", "cffi", "httptools", "uvloop"}), frozenset({"msgspec"}),
 )  # fmt: skip
 
 
@@ -70,7 +72,9 @@ class Userland:
             self.tree = _tree(architecture)
             self.site = _site(architecture, self.tree, lock, agent=agent)
 
-    def run(self, *command: str, timeout_s: float = RUN_LIMIT_S, **environment: str) -> subprocess.CompletedProcess[str]:
+    def run(
+        self, *command: str, timeout_s: float = RUN_LIMIT_S, **environment: str
+    ) -> subprocess.CompletedProcess[str]:
         """Run a command in there, with the wheels on Python's path."""
         inside = {
             "PATH": "/usr/bin:/bin", "LC_ALL": "C.UTF-8", "PYTHONPATH": f"/{self.site.relative_to(self.tree)}",
@@ -84,7 +88,6 @@ class Userland:
     @contextmanager
     def folder(self) -> Iterator[tuple[Path, str]]:
         """A folder in there for a test: its path here, and inside."""
-        (self.tree / "srv").mkdir(exist_ok=True)
         made = Path(tempfile.mkdtemp(dir=self.tree / "srv"))
         try:
             yield made, f"/{made.relative_to(self.tree)}"
@@ -124,7 +127,9 @@ def _require(*programs: str) -> None:
         [*_NAMESPACES, "mount", "-t", "binfmt_misc", "none", "/proc/sys/fs/binfmt_misc"], capture_output=True, text=True
     )
     if tried.returncode:
-        raise UserlandMissing(f"no binfmt_misc in a user namespace (kernel 6.7 or newer has it): {tried.stderr.strip()}")
+        raise UserlandMissing(
+            f"no binfmt_misc in a user namespace (kernel 6.7 or newer has it): {tried.stderr.strip()}"
+        )
 
 
 def _tree(architecture: Architecture) -> Path:
@@ -137,8 +142,10 @@ def _tree(architecture: Architecture) -> Path:
     _run(
         "make a Debian tree",
         ["mmdebstrap", "--mode=root", "--variant=extract", f"--architectures={architecture.debian}",
-         f"--include={packages}", SUITE, str(staged / "tree")],
+         f"--include={packages}", SUITE, str(staged / "tree"), *_mirror()],
     )  # fmt: skip
+    for name in ("dev", "proc", "srv", "tmp"):
+        (staged / "tree" / name).mkdir(exist_ok=True)
     # Unpacked only: what a package's script would have linked is linked here.
     for library in _LINKS:
         folder = staged / "tree/usr/lib" / architecture.libraries
@@ -149,12 +156,25 @@ def _tree(architecture: Architecture) -> Path:
     return tree
 
 
+def _mirror() -> list[str]:
+    """This machine's own mirror of the suite, where it has one: without the suites for updates, so that the tree repeats. Else
+    mmdebstrap knows one."""
+    if shutil.which("apt-get") is None:
+        return []
+    asked = ["apt-get", "indextargets", "--format", "$(REPO_URI) $(RELEASE) $(COMPONENT)", "Created-By: Packages"]
+    lines = subprocess.run(asked, capture_output=True, text=True, check=False).stdout.splitlines()
+    found = [uri for uri, suite, component in map(str.split, lines) if (suite, component) == (SUITE, "main")]
+    return [f"deb {found[0]} {SUITE} main"] if found else []
+
+
 _LINKS = ("libblas.so.3", "liblapack.so.3")  # alternatives, which numpy loads
 
 
 def _site(architecture: Architecture, tree: Path, lock: Path, *, agent: bool) -> Path:
     """The folder of the wheels inside the tree; the agent's own is installed anew each time, as it is here."""
-    wanted = _without(lock.read_text(), architecture.from_debian)
+    entries = _entries(lock)
+    index = architecture.from_debian | architecture.from_source
+    wanted = "\n".join(text for name, text in entries.items() if name not in index) + "\n"
     key = hashlib.sha256(wanted.encode()).hexdigest()[:12]
     site = tree / "opt" / f"{lock.stem}-{key}"
     if not site.is_dir():
@@ -164,6 +184,9 @@ def _site(architecture: Architecture, tree: Path, lock: Path, *, agent: bool) ->
             staged / "site", f"install {lock.name} for {architecture.machine}", "--require-hashes", "--only-binary=:all:",
             "--implementation=cp", f"--python-version={PYTHON}", *_platforms(architecture), f"--requirement={staged / 'lock.txt'}",
         )  # fmt: skip
+        for name in sorted(architecture.from_source & entries.keys()):
+            (staged / "lock.txt").write_text(entries[name] + "\n")
+            _compile(architecture, tree, name, staged)
         site.parent.mkdir(exist_ok=True)
         (staged / "site").rename(site)
         shutil.rmtree(staged)
@@ -182,10 +205,44 @@ def _platforms(architecture: Architecture) -> list[str]:
     return [f"--platform={name}" for name in known]
 
 
-def _without(lock: str, names: frozenset[str]) -> str:
-    """A hashed lock without some distributions, and without what is for other Pythons."""
-    entries = re.split(r"\n(?=\S)", lock.strip())
-    return "\n".join(entry for entry in entries if entry.partition("==")[0] not in names) + "\n"
+def _entries(lock: Path) -> dict[str, str]:
+    """A hashed lock's entries by distribution; where there are several (for other Pythons), all of them."""
+    found: dict[str, str] = {}
+    for entry in re.split(r"\n(?=\S)", lock.read_text().strip()):
+        name = entry.partition("==")[0]
+        found[name] = f"{found[name]}\n{entry}" if name in found else entry
+    return found
+
+
+def _compile(architecture: Architecture, tree: Path, name: str, staged: Path) -> None:
+    """Build a distribution's C for the architecture, from its locked source, and install it into ``staged / "site"``.
+
+    The tree's own headers come before those of this Python, whose numbers are of another processor.
+    """
+    gcc = f"{architecture.libraries}-gcc"
+    _require(gcc)
+    headers = (f"usr/include/python{PYTHON}", "usr/include")
+    environment = {
+        "CC": gcc, "LDSHARED": f"{gcc} -shared", "_PYTHON_HOST_PLATFORM": f"linux-{architecture.machine}",
+        "CFLAGS": "-O2 -fPIC " + " ".join(f"-I{tree / folder}" for folder in headers),
+        "SETUPTOOLS_EXT_SUFFIX": f".cpython-{PYTHON.replace('.', '')}-{architecture.libraries}.so",
+    }  # fmt: skip
+    _run(
+        f"compile {name} for {architecture.machine}",
+        [sys.executable, "-m", "pip", "wheel", "--quiet", "--disable-pip-version-check", "--no-deps", "--require-hashes",
+         f"--no-binary={name}", f"--wheel-dir={staged}", f"--requirement={staged / 'lock.txt'}"],
+        **environment,
+    )  # fmt: skip
+    (wheel,) = staged.glob("*.whl")
+    _pip(
+        staged / "site",
+        f"install {name}",
+        "--only-binary=:all:",
+        f"--python-version={PYTHON}",
+        *_platforms(architecture),
+        str(wheel),
+    )
+    wheel.unlink()
 
 
 def _pip(site: Path, what: str, *arguments: str) -> None:
@@ -195,8 +252,10 @@ def _pip(site: Path, what: str, *arguments: str) -> None:
     ])  # fmt: skip
 
 
-def _run(what: str, command: list[str]) -> None:
-    done = subprocess.run(command, capture_output=True, text=True, timeout=MAKE_LIMIT_S, check=False)
+def _run(what: str, command: list[str], **environment: str) -> None:
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=MAKE_LIMIT_S, check=False, env=os.environ | environment
+    )
     if done.returncode:
         raise UserlandMissing(f"can't {what}: {done.stderr.strip()[-600:]}")
 

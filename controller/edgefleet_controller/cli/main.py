@@ -10,6 +10,7 @@ from edgefleet_controller.cli.device import device
 from edgefleet_controller.cli.device_class import device_class
 from edgefleet_controller.cli.model import model
 from edgefleet_controller.cli.rollout import rollout
+from edgefleet_controller.cli.worker import worker
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -21,7 +22,18 @@ def main() -> None:
     """
 
 
-for command in (fleet.init, fleet.serve, fleet.apply, fleet.doctor, fleet.demo, device_class, model, device, rollout):
+for command in (
+    fleet.init,
+    fleet.serve,
+    fleet.apply,
+    fleet.doctor,
+    fleet.demo,
+    device_class,
+    model,
+    device,
+    rollout,
+    worker,
+):
     main.add_command(command)
 
 if __name__ == "__main__":

@@ -82,7 +82,9 @@ class BuilderBoard:
 
 
 def _failed(trial: Trial, board: str, report: AcceptanceReport) -> Trial:
-    return msgspec.structs.replace(trial, misses=(*trial.misses, f"refused by the builder board {board}: {report.reason}"))
+    return msgspec.structs.replace(
+        trial, misses=(*trial.misses, f"refused by the builder board {board}: {report.reason}")
+    )
 
 
 def _bare(figures: Figures, model: Path) -> Figures:

@@ -45,7 +45,9 @@ def checked(
     device_class = parse_value(msgspec.json.decode(manifest))
     assert isinstance(device_class, DeviceClass)
     if (result.model, result.version, result.device_class) != (version.model, version.version, device_class.name):
-        raise TrustError("result", f"it is of {result.model} {result.version} for {result.device_class}, not what was asked")
+        raise TrustError(
+            "result", f"it is of {result.model} {result.version} for {result.device_class}, not what was asked"
+        )
     config = whole(result.artifact.digest, layout)
     found = layout.manifest(result.artifact.digest)
     asked = packing.config(version, device_class, target_named(device_class.target), config.precision)

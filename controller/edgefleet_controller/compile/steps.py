@@ -193,7 +193,9 @@ class Steps:
             misses = tuple(quality.misses(figures, self._class.spec, recipe))
             trial = Trial(recipe=recipe, figures=figures, misses=misses, key=self.key(recipe))
             if self._measure is not None and not self.here:
-                trial = self._builder(self._measure).measured(trial, path, float_model, self.key(FLOAT), alone=len(tried) == 1)
+                trial = self._builder(self._measure).measured(
+                    trial, path, float_model, self.key(FLOAT), alone=len(tried) == 1
+                )
             measured.append(Measured(trial, answered, compared.changed))
         return measured
 

@@ -21,7 +21,7 @@ _SPARE_BYTES = 65536  # for what is no constant; the builder grows by itself
 class _Aligned(schema.BufferT):  # type: ignore[misc]  # the generated module has no types
     """A buffer whose content lies where the schema asks it to."""
 
-    def Pack(self, builder: Any) -> int:  # noqa: N802 - the generated class's name
+    def Pack(self, builder: Any) -> int:
         if self.data is None:
             return int(super().Pack(builder))
         content = np.ascontiguousarray(self.data, np.uint8).tobytes()
