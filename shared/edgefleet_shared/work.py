@@ -9,7 +9,7 @@
       wish to have measured ───────▶ a MeasureTask for a builder board of the class; Answer, once there is one
       ended: blobs by digest, then the result; or the error ─▶ the lease ends
 
-A lease that is not renewed for :data:`LEASE_S` ends, and its job is given to the next who asks. What comes late is refused.
+A lease that is not renewed for ``lease_s`` ends, and its job is given to the next who asks. What comes late is refused.
 The worker's end is :mod:`edgefleet_shared.work_client`.
 """
 
@@ -21,8 +21,7 @@ import msgspec
 
 from edgefleet_shared.contract import AcceptanceReport
 
-LEASE_S = 60.0
-RENEW_S = 15.0  # three tries before a lease ends
+RENEWALS = 4  # in the time of one lease: three may be lost
 POLL_S = 2.0  # how often a worker asks for work, and for an answer
 IDENTITY_PREFIX = "worker:"  # of a worker's name in its certificate; no board's name can have it
 
@@ -32,6 +31,7 @@ class CompileTask(msgspec.Struct, frozen=True, kw_only=True, tag="compile"):
     ``builder`` whether a builder board of the class is there to measure."""
 
     lease: str
+    lease_s: float
     job: str
     version: str
     device_class: str
@@ -44,6 +44,7 @@ class MeasureTask(msgspec.Struct, frozen=True, kw_only=True, tag="measure"):
     """Accept an artifact (its manifest's digest) on this board and say what was measured. Nothing is installed."""
 
     lease: str
+    lease_s: float
     job: str
     manifest: str
     blobs: tuple[str, ...]

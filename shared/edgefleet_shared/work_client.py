@@ -178,8 +178,10 @@ class Held:
         on_end: called once, when the job is no longer wanted or the lease has ended: whoever works on it should stop.
     """
 
-    def __init__(self, client: WorkClient, lease: str, on_end: Callable[[], None] = lambda: None) -> None:
-        self._client, self.lease, self.on_end = client, lease, on_end
+    def __init__(
+        self, client: WorkClient, lease: str, lease_s: float, on_end: Callable[[], None] = lambda: None
+    ) -> None:
+        self._client, self.lease, self._lease_s, self.on_end = client, lease, lease_s, on_end
         self.step = work.Progress("begun", 0, 1)
         self.ended = threading.Event()
         self._done = threading.Event()
@@ -209,12 +211,12 @@ class Held:
 
     def _renew(self) -> None:
         heard = time.monotonic()
-        while not self._done.wait(work.RENEW_S if time.monotonic() - heard < work.RENEW_S else work.POLL_S):
+        while not self._done.wait(self._lease_s / work.RENEWALS):
             try:
                 wanted = self._client.progress(self.lease, self.step)
                 heard = time.monotonic()
             except TransportError:
-                wanted = time.monotonic() - heard < work.LEASE_S
+                wanted = time.monotonic() - heard < self._lease_s
             except EdgefleetError as exc:
                 log.warning("lease ended", extra={"reason": str(exc)})
                 wanted = False
@@ -241,7 +243,7 @@ def work_until(stopping: threading.Event, client: WorkClient, carry_out: Callabl
             stopping.wait(work.POLL_S)
             continue
         log.info("job begun", extra={"job": task.job})
-        with Held(client, task.lease) as held:
+        with Held(client, task.lease, task.lease_s) as held:
             try:
                 carry_out(task, held)
                 log.info("job done", extra={"job": task.job})

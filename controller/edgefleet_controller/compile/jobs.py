@@ -37,14 +37,17 @@ class CompileQueue:
         layout: versions and artifacts.
         cache: toolchains and compiled models.
         workers: how many jobs run at once here; 0 leaves all to workers on other machines.
+        lease_s: how long one of those may be silent.
     """
 
-    def __init__(self, database: Database, layout: Layout, cache: Path, clock: Clock, workers: int) -> None:
+    def __init__(
+        self, database: Database, layout: Layout, cache: Path, clock: Clock, workers: int, lease_s: float
+    ) -> None:
         self._database, self._layout, self._cache, self._clock = database, layout, cache, clock
         self._wake, self._stopping = threading.Event(), threading.Event()
         self._running: dict[str, Attempt] = {}
         self._lock = threading.Lock()
-        self.leases = Leases(database, layout, clock)
+        self.leases = Leases(database, layout, clock, lease_s)
         self.leases.new_work = self._wake.set
         self._threads = [threading.Thread(target=self._work, name=f"compile-{n}", daemon=True) for n in range(workers)]
 

@@ -16,7 +16,7 @@ from edgefleet_shared.artifact import Layout
 from edgefleet_shared.clock import Clock
 from edgefleet_shared.contract import AcceptanceReport
 from edgefleet_shared.errors import ConflictError, EdgefleetError, ToolchainError, TrustError
-from edgefleet_shared.work import LEASE_S, Answer, CompileTask, MeasureTask, Progress, Task
+from edgefleet_shared.work import Answer, CompileTask, MeasureTask, Progress, Task
 from sqlmodel import Session
 
 from edgefleet_controller import source
@@ -47,10 +47,11 @@ class Leases:
 
     Args:
         layout: versions and artifacts; a result's blobs are here before it is.
+        lease_s: a worker on another machine that is not heard of for so long loses its job.
     """
 
-    def __init__(self, database: Database, layout: Layout, clock: Clock) -> None:
-        self._database, self._layout, self._clock = database, layout, clock
+    def __init__(self, database: Database, layout: Layout, clock: Clock, lease_s: float) -> None:
+        self._database, self._layout, self._clock, self._lease_s = database, layout, clock, lease_s
         self._taking = threading.Lock()
         self.new_work: Callable[[], None] = lambda: None  # called when a job may be there to be taken
 
@@ -73,7 +74,7 @@ class Leases:
             if row is None:
                 return None
             row.worker, row.lease = claimant.name, secrets.token_hex(16)
-            row.lease_until = now + LEASE_S if claimant.name else None
+            row.lease_until = now + self._lease_s if claimant.name else None
             session.add(row)
             return self._task(session, row)
 
@@ -90,7 +91,7 @@ class Leases:
                 return False
             row.step, row.progress = step.doing[:200], share
             if claimant.name:
-                row.lease_until = self._clock.now() + LEASE_S
+                row.lease_until = self._clock.now() + self._lease_s
             session.add(row)
         return True
 
@@ -219,11 +220,11 @@ class Leases:
         if row.kind == "measure":
             found = self._layout.manifest(row.manifest)
             blobs = (row.manifest, *(blob.digest for blob in found.blobs()))
-            return MeasureTask(lease=row.lease, job=row.id, manifest=row.manifest, blobs=blobs)
+            return MeasureTask(lease=row.lease, lease_s=self._lease_s, job=row.id, manifest=row.manifest, blobs=blobs)
         digest = catalog.get_version(session, row.model, row.version).source_digest
         version = source.decode(self._layout.read(digest, MAX_VERSION_BYTES))
         return CompileTask(
-            lease=row.lease, job=row.id, version=digest, device_class=devices.get_class(session, row.device_class).spec,
+            lease=row.lease, lease_s=self._lease_s, job=row.id, version=digest, device_class=devices.get_class(session, row.device_class).spec,
             ship_despite_quality=row.ship_despite_quality,
             builder=bool(workers.builders(session, row.device_class, self._clock.now() - BUILDER_SEEN_S)),
             blobs=(digest, *source.blobs(version)),
@@ -253,7 +254,7 @@ class Leases:
 
     def _expire(self, session: Session, now: float) -> None:
         for row in jobs.expired(session, now):
-            self._lost(session, row, ToolchainError(f"worker {row.worker} was not heard of for {LEASE_S:.0f} s"))
+            self._lost(session, row, ToolchainError(f"worker {row.worker} was not heard of for {self._lease_s:.0f} s"))
 
     def _put_back(self, lease: str, claimant: Claimant, error: EdgefleetError) -> None:
         with self._database.write() as session:
