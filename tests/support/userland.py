@@ -59,18 +59,19 @@ class Userland:
     """A Debian tree with one set of wheels.
 
     Args:
-        lock: of the wheels, such as ``agent-litert``; the agent itself is installed from this tree.
+        lock: of the wheels; the agent itself is installed from this tree.
+        only: these wheels of the lock alone, and no agent.
 
     Raises:
         UserlandMissing: not here, and why.
     """
 
-    def __init__(self, architecture: Architecture, lock: Path, *, agent: bool = True) -> None:
+    def __init__(self, architecture: Architecture, lock: Path, *, only: frozenset[str] = frozenset()) -> None:
         self.architecture = architecture
         _require("mmdebstrap", architecture.qemu, "unshare", "chroot")
         with _held(CACHE / f".{architecture.debian}.lock"):
             self.tree = _tree(architecture)
-            self.site = _site(architecture, self.tree, lock, agent=agent)
+            self.site = _site(architecture, self.tree, lock, only)
 
     def run(
         self, *command: str, timeout_s: float = RUN_LIMIT_S, **environment: str
@@ -170,9 +171,9 @@ def _mirror() -> list[str]:
 _LINKS = ("libblas.so.3", "liblapack.so.3")  # alternatives, which numpy loads
 
 
-def _site(architecture: Architecture, tree: Path, lock: Path, *, agent: bool) -> Path:
+def _site(architecture: Architecture, tree: Path, lock: Path, only: frozenset[str]) -> Path:
     """The folder of the wheels inside the tree; the agent's own is installed anew each time, as it is here."""
-    entries = _entries(lock)
+    entries = {name: text for name, text in _entries(lock).items() if not only or name in only}
     index = architecture.from_debian | architecture.from_source
     wanted = "\n".join(text for name, text in entries.items() if name not in index) + "\n"
     key = hashlib.sha256(wanted.encode()).hexdigest()[:12]
@@ -190,7 +191,7 @@ def _site(architecture: Architecture, tree: Path, lock: Path, *, agent: bool) ->
         site.parent.mkdir(exist_ok=True)
         (staged / "site").rename(site)
         shutil.rmtree(staged)
-    if agent:
+    if not only:
         for package in ("edgefleet_agent", "edgefleet_shared"):
             for old in site.glob(f"{package}*"):
                 shutil.rmtree(old)
