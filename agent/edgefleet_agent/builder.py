@@ -8,14 +8,13 @@ in a state folder of its own.
 from __future__ import annotations
 
 import logging
-import signal
-import threading
 from pathlib import Path
 
 from edgefleet_shared.artifact import Layout
 from edgefleet_shared.errors import InputError
 from edgefleet_shared.work import MeasureTask, Progress, Task
-from edgefleet_shared.work_client import Held, WorkClient, work_until
+from edgefleet_shared.work_client import WorkClient
+from edgefleet_shared.work_loop import Held, run_until_signalled
 
 from edgefleet_agent import settings as board_settings
 from edgefleet_agent import slots
@@ -28,23 +27,16 @@ def run(state: Path) -> None:
     """Measure until SIGTERM or SIGINT.
 
     Raises:
-        EnvironmentProblem: not enrolled. TrustError: the certificate can't be used.
+        EnvironmentProblem: not enrolled. TrustError: the certificate can't be used, or the controller knows it no more.
     """
     settings, identity = board_settings.read(state), state / "identity"
     client = WorkClient(
         settings.api_host, settings.api_port,
         ca=identity / "ca.pem", certificate=identity / "agent.pem", key=identity / "agent.key",
     )  # fmt: skip
-    stopping = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stopping.set())
-    log.info("builder board ready", extra={"device": settings.device, "class": settings.device_class})
+    log.info("builder board", extra={"device": settings.device, "class": settings.device_class})
     builder = Builder(client, state, settings.threads)
-    # The signal's handler runs in this thread, which therefore only waits.
-    thread = threading.Thread(target=work_until, args=(stopping, client, builder.carry_out), name="work", daemon=True)
-    thread.start()
-    stopping.wait()
-    thread.join()
+    run_until_signalled(client, builder.carry_out, at_once=1, end=lambda: None)
 
 
 class Builder:

@@ -10,7 +10,7 @@
       ended: blobs by digest, then the result; or the error ─▶ the lease ends
 
 A lease that is not renewed for ``lease_s`` ends, and its job is given to the next who asks. What comes late is refused.
-The worker's end is :mod:`edgefleet_shared.work_client`.
+The worker's end is :mod:`edgefleet_shared.work_client` and :mod:`edgefleet_shared.work_loop`.
 """
 
 from __future__ import annotations

@@ -8,13 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import http.client
-import logging
 import os
-import random
 import ssl
-import threading
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,13 +17,15 @@ import msgspec
 
 from edgefleet_shared import atomic, work
 from edgefleet_shared.artifact import CHUNK_BYTES, Layout
-from edgefleet_shared.errors import ArtifactError, ConflictError, EdgefleetError, TransportError, TrustError, from_dict
-
-log = logging.getLogger(__name__)
+from edgefleet_shared.errors import (
+    ArtifactError,
+    TransportError,
+    TrustError,
+    from_dict,
+)
 
 T = TypeVar("T")
 TIMEOUT_S = 60.0
-RETRY_S = 5.0
 MAX_ERROR_BYTES = 1024 * 1024
 _TASK: msgspec.json.Decoder[work.Task | None] = msgspec.json.Decoder(work.CompileTask | work.MeasureTask | None)
 
@@ -169,92 +166,3 @@ def _decoded(content: bytes, decoder: msgspec.json.Decoder[T]) -> T:
         return decoder.decode(content)
     except msgspec.DecodeError as exc:
         raise TransportError(f"the controller's answer can't be read: {exc}") from exc
-
-
-class Held:
-    """A lease that is renewed, in a thread of its own, for as long as the ``with`` block lasts.
-
-    Args:
-        on_end: called once, when the job is no longer wanted or the lease has ended: whoever works on it should stop.
-    """
-
-    def __init__(
-        self, client: WorkClient, lease: str, lease_s: float, on_end: Callable[[], None] = lambda: None
-    ) -> None:
-        self._client, self.lease, self._lease_s, self.on_end = client, lease, lease_s, on_end
-        self.step = work.Progress("begun", 0, 1)
-        self.ended = threading.Event()
-        self._done = threading.Event()
-        self._thread = threading.Thread(target=self._renew, name="lease", daemon=True)
-
-    def __enter__(self) -> Held:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._done.set()
-        self._thread.join()
-
-    def persistently(self, call: Callable[[], T]) -> T:
-        """Call until the controller can be reached: it may be starting again, and the lease outlives that.
-
-        Raises:
-            ConflictError: the lease ended first. EdgefleetError: what the controller answered.
-        """
-        while True:
-            try:
-                return call()
-            except TransportError as exc:
-                log.warning("controller out of reach", extra={"reason": str(exc)})
-                if self.ended.wait(work.POLL_S):
-                    raise ConflictError("the lease has ended") from exc
-
-    def _renew(self) -> None:
-        heard = time.monotonic()
-        while not self._done.wait(self._lease_s / work.RENEWALS):
-            try:
-                wanted = self._client.progress(self.lease, self.step)
-                heard = time.monotonic()
-            except TransportError:
-                wanted = time.monotonic() - heard < self._lease_s
-            except EdgefleetError as exc:
-                log.warning("lease ended", extra={"reason": str(exc)})
-                wanted = False
-            if not wanted:
-                self.ended.set()
-                self.on_end()
-                return
-
-
-def work_until(stopping: threading.Event, client: WorkClient, carry_out: Callable[[work.Task, Held], None]) -> None:
-    """Claim one task after the other until told to stop; what goes wrong with one is told to the controller and ends nothing else.
-
-    Args:
-        carry_out: does a task and hands in its result; raises what it failed by.
-    """
-    while not stopping.is_set():
-        try:
-            task = client.claim()
-        except TransportError as exc:
-            log.warning("controller out of reach", extra={"reason": str(exc)})
-            stopping.wait(RETRY_S * random.uniform(0.5, 1.5))  # noqa: S311 - jitter: not all at once when it is back
-            continue
-        if task is None:
-            stopping.wait(work.POLL_S)
-            continue
-        log.info("job begun", extra={"job": task.job})
-        with Held(client, task.lease, task.lease_s) as held:
-            try:
-                carry_out(task, held)
-                log.info("job done", extra={"job": task.job})
-            except EdgefleetError as exc:
-                log.warning("job failed", extra={"job": task.job, "code": exc.code, "reason": str(exc)})
-                if not (held.ended.is_set() or stopping.is_set()):
-                    _tell(held, client, exc)
-
-
-def _tell(held: Held, client: WorkClient, error: EdgefleetError) -> None:
-    try:
-        held.persistently(lambda: client.fail(held.lease, error.as_dict()))
-    except EdgefleetError as exc:  # it was refused, or is another's by now
-        log.warning("failure not taken", extra={"reason": str(exc)})

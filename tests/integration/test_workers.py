@@ -22,6 +22,7 @@ from edgefleet_shared.contract import AcceptanceReport, Verdict
 from edgefleet_shared.errors import ConflictError, EdgefleetError, InputError, NotFoundError, TrustError
 from edgefleet_shared.work import CompileTask, Progress
 from edgefleet_shared.work_client import WorkClient
+from edgefleet_shared.work_loop import Held
 from support import workers
 from support.broker import until
 from support.fleet import Fleet, device_class, manifests, workers_of
@@ -205,6 +206,26 @@ def test_work_is_for_workers_alone_and_a_revoked_one_is_none(fleet):
     settle(fleet, job)
 
 
+def test_a_worker_that_was_revoked_ends_and_says_why(fleet, started):
+    far = started(workers.worker(fleet, "unwanted"))
+    fleet.run("worker", "revoke", "unwanted")
+    assert far.process.wait(30) == 1
+    assert "unwanted is no worker of this fleet" in far.log()
+
+
+def test_a_job_whose_blobs_are_gone_fails_and_keeps_no_other_from_being_done(fleet):
+    client = workers.client(fleet, "behind")
+    fleet.json("model", "add", "-f", str(fleet.folder / "manifests/model-1.yaml"), "--version", "gone")
+    (shown,) = fleet.client().models("toy", "gone")
+    lost = fleet.client().compile("toy", "gone", "pc", despite_quality=False)
+    good = fleet.client().compile("toy", "1", "pc", despite_quality=False)
+    Layout(fleet.home / "artifacts").remove(shown["digest"])
+    claimed(client, good)
+    assert fleet.client().job(lost)["state"] == "failed"
+    assert shown["digest"] in fleet.client().job(lost)["error"]["message"]
+    settle(fleet, good)
+
+
 def test_a_worker_reads_the_blobs_of_its_task_alone_and_a_board_none_of_them(fleet, tmp_path):
     client = workers.client(fleet, "curious")
     job = fleet.client().compile("toy", "1", "pc", despite_quality=False)
@@ -329,8 +350,6 @@ class Keeping:
     """Renews a lease by hand while a test is busy."""
 
     def __init__(self, client: WorkClient, lease: str) -> None:
-        from edgefleet_shared.work_client import Held
-
         self._held = Held(client, lease, LEASE_S)
 
     def __enter__(self) -> None:

@@ -7,7 +7,6 @@ another version, or name bytes that are not there.
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import msgspec
@@ -25,6 +24,8 @@ from edgefleet_controller.source import ModelVersion
 from edgefleet_controller.store.tables import Artifact
 
 MAX_QUALITY_BYTES = 1024 * 1024
+MAX_GOLDEN_BYTES = 1 << 30  # as a board takes them
+_QUALITY = msgspec.json.Decoder(dict[str, Any])
 _REPEATED = ("samples", "agreement", "cosine", "sqnr_db", "float_bytes", "compiled_bytes", "engine", "engine_version")
 
 
@@ -79,7 +80,7 @@ def whole(digest: str, layout: Layout) -> ModelConfig:
 
 def _same_pictures(manifest: Manifest, version: ModelVersion, layout: Layout) -> None:
     """Boards prove themselves on the version's own golden pictures, not on some that suit the artifact."""
-    have, references = golden.unpack(layout.read(manifest.layer(GOLDEN_LAYER).digest, MAX_BLOB_BYTES), None)
+    have, references = golden.unpack(layout.read(manifest.layer(GOLDEN_LAYER).digest, MAX_GOLDEN_BYTES), None)
     want = load(layout.read(version.golden.digest, MAX_BLOB_BYTES))
     if have.keys() != want.keys() or not all(np.array_equal(have[name], want[name]) for name in want):
         raise TrustError("result", "the artifact's golden pictures are not the version's")
@@ -88,7 +89,10 @@ def _same_pictures(manifest: Manifest, version: ModelVersion, layout: Layout) ->
 
 
 def _same_figures(manifest: Manifest, result: CompileResult, layout: Layout) -> None:
-    told: dict[str, Any] = json.loads(layout.read(manifest.layer(QUALITY_LAYER).digest, MAX_QUALITY_BYTES))
+    try:
+        told = _QUALITY.decode(layout.read(manifest.layer(QUALITY_LAYER).digest, MAX_QUALITY_BYTES))
+    except msgspec.DecodeError as exc:
+        raise ArtifactError(f"the artifact's quality layer can't be read: {exc}") from exc
     differing = [name for name in _REPEATED if told.get(name) != getattr(result.figures, name)]
     if differing or result.figures.compiled_bytes != manifest.layer(MODEL_LAYER).size:
         raise TrustError("result", f"its figures are not the artifact's: {', '.join(differing) or 'compiled_bytes'}")

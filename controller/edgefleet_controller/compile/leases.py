@@ -76,7 +76,13 @@ class Leases:
             row.worker, row.lease = claimant.name, secrets.token_hex(16)
             row.lease_until = now + self._lease_s if claimant.name else None
             session.add(row)
-            return self._task(session, row)
+            try:
+                return self._task(session, row)
+            except EdgefleetError as exc:
+                # What it needs is not here any more. Left where it is, it would keep all others from their work.
+                row.error = msgspec.json.encode(exc.as_dict()).decode()
+                self._end(session, row, "failed")
+                return None
 
     def renew(self, lease: str, claimant: Claimant, step: Progress) -> bool:
         """Note progress; whether to go on.

@@ -7,7 +7,6 @@ and toolchains give the same digest. ``fleet worker run`` runs it; a controller 
 from __future__ import annotations
 
 import logging
-import signal
 import threading
 from pathlib import Path
 from typing import NamedTuple
@@ -17,7 +16,8 @@ from edgefleet_shared import atomic, enrolling
 from edgefleet_shared.artifact import Layout
 from edgefleet_shared.errors import ConflictError, InputError, NotFoundError
 from edgefleet_shared.work import POLL_S, Answer, CompileTask, Progress, Task
-from edgefleet_shared.work_client import Held, WorkClient, work_until
+from edgefleet_shared.work_client import WorkClient
+from edgefleet_shared.work_loop import Held, run_until_signalled
 
 from edgefleet_controller.compile.attempt import Attempt
 from edgefleet_controller.compile.port import CompileResult
@@ -69,7 +69,7 @@ def run(folder: Path, cache: Path, *, workers: int) -> None:
     """Work until SIGTERM or SIGINT.
 
     Raises:
-        NotFoundError: nobody is enrolled in ``folder``. TrustError: its certificate can't be used.
+        NotFoundError: nobody is enrolled in ``folder``. TrustError: the certificate can't be used, or the controller knows it no more.
     """
     if not (folder / "worker.json").exists():
         raise NotFoundError(f"no worker is enrolled in {folder}", hint="give a token from: fleet worker token")
@@ -77,22 +77,10 @@ def run(folder: Path, cache: Path, *, workers: int) -> None:
     client = WorkClient(
         who.host, who.port, ca=identity / "ca.pem", certificate=identity / "worker.pem", key=identity / "worker.key"
     )
-    stopping = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stopping.set())
-    worker = RemoteWorker(client, Layout(folder / "blobs"), cache, stopping)
+    worker = RemoteWorker(client, Layout(folder / "blobs"), cache)
+    log.info("worker enrolled", extra={"worker": who.name, "controller": f"{who.host}:{who.port}"})
     with atomic.lock(folder, "fleet worker run"):
-        threads = [
-            threading.Thread(target=work_until, args=(stopping, client, worker.carry_out), name=f"work-{n}")
-            for n in range(workers)
-        ]
-        for thread in threads:
-            thread.start()
-        log.info("worker ready", extra={"worker": who.name, "controller": f"{who.host}:{who.port}"})
-        stopping.wait()
-        worker.cancel()
-        for thread in threads:
-            thread.join()
+        run_until_signalled(client, worker.carry_out, at_once=workers, end=worker.cancel)
 
 
 class Made(NamedTuple):
@@ -105,14 +93,16 @@ class Made(NamedTuple):
 class RemoteWorker:
     """Does tasks, several at once."""
 
-    def __init__(self, client: WorkClient, layout: Layout, cache: Path, stopping: threading.Event) -> None:
-        self._client, self._layout, self._cache, self._stopping = client, layout, cache, stopping
+    def __init__(self, client: WorkClient, layout: Layout, cache: Path) -> None:
+        self._client, self._layout, self._cache = client, layout, cache
         self._attempts: set[Attempt] = set()
         self._lock = threading.Lock()
+        self._ending = False
 
     def cancel(self) -> None:
-        """End what is under way; their leases end, and others get the jobs."""
+        """End what is under way, and begin nothing more; their leases end, and others get the jobs."""
         with self._lock:
+            self._ending = True
             for attempt in self._attempts:
                 attempt.cancel()
 
@@ -142,7 +132,7 @@ class RemoteWorker:
             with self._lock:
                 self._attempts.add(attempt)
             try:
-                if held.ended.is_set() or self._stopping.is_set():
+                if held.ended.is_set() or self._ending:
                     raise Cancelled("cancelled before it began")
                 result = attempt.run(_Listener(self._client, self._layout, held))
             finally:
