@@ -73,18 +73,38 @@ class Userland:
             self.tree = _tree(architecture)
             self.site = _site(architecture, self.tree, lock, only)
 
-    def run(
-        self, *command: str, timeout_s: float = RUN_LIMIT_S, **environment: str
-    ) -> subprocess.CompletedProcess[str]:
+    def run(self, *command: str, timeout_s: float = RUN_LIMIT_S) -> subprocess.CompletedProcess[str]:
         """Run a command in there, with the wheels on Python's path."""
-        inside = {
+        return subprocess.run(
+            self._entering(*command),
+            capture_output=True,
+            text=True,
+            timeout=timeout_s,
+            env=self._environment(),
+            check=False,
+        )
+
+    @contextmanager
+    def started(self, log_file: Path, *command: str) -> Iterator[subprocess.Popen[bytes]]:
+        """A command that runs in there for as long as the block lasts; then its namespace, and all that runs in it, is ended."""
+        with log_file.open("wb") as log:
+            process = subprocess.Popen(
+                self._entering(*command), stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=self._environment()
+            )
+        try:
+            yield process
+        finally:
+            process.kill()
+            process.wait()
+
+    def _entering(self, *command: str) -> list[str]:
+        return [*_NAMESPACES, "sh", "-ceu", _ENTER, "sh", str(self.tree), _format(self.architecture), *command]
+
+    def _environment(self) -> dict[str, str]:
+        return {
             "PATH": "/usr/bin:/bin", "LC_ALL": "C.UTF-8", "PYTHONPATH": f"/{self.site.relative_to(self.tree)}",
             "PYTHONDONTWRITEBYTECODE": "1",
         }  # fmt: skip
-        return subprocess.run(
-            [*_NAMESPACES, "sh", "-ceu", _ENTER, "sh", str(self.tree), _format(self.architecture), *command],
-            capture_output=True, text=True, timeout=timeout_s, env=inside | environment, check=False,
-        )  # fmt: skip
 
     @contextmanager
     def folder(self) -> Iterator[tuple[Path, str]]:
@@ -96,7 +116,7 @@ class Userland:
             shutil.rmtree(made)
 
 
-_NAMESPACES = ("unshare", "--user", "--map-root-user", "--mount", "--pid", "--fork", "--propagation=private")
+_NAMESPACES = ("unshare", "--user", "--map-root-user", "--mount", "--pid", "--kill-child", "--propagation=private")
 _ENTER = """
 tree=$1 format=$2
 shift 2

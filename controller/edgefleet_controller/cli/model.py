@@ -178,7 +178,8 @@ def _artifacts(title: str, artifacts: list[dict[str, Any]]) -> None:
         if q.get("agreement") is not None:
             agreement = f"{q['agreement']:.3f} ({q['agreement_low']:.3f} to {q['agreement_high']:.3f})"
         if t.get("p50_ms") is not None:
-            latency = f"{t['p50_ms']:.1f} / {t['p95_ms']:.1f} (float {t['float_p50_ms']:.1f})"
+            beside = "unmeasured" if t["float_p50_ms"] is None else f"{t['float_p50_ms']:.1f}"
+            latency = f"{t['p50_ms']:.1f} / {t['p95_ms']:.1f} (float {beside})"
         size = f"{megabytes(q['float_bytes'])} -> {megabytes(q['compiled_bytes'])}"
         state = "; ".join(filter(None, [a["state"], q.get("recipe"), *q["misses"]]))
         rows.append((a["class"], a["engine"], a["arch"], size, agreement, latency, state))

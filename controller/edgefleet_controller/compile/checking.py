@@ -30,7 +30,14 @@ _REPEATED = ("samples", "agreement", "cosine", "sqnr_db", "float_bytes", "compil
 
 
 def checked(
-    result: CompileResult, version: ModelVersion, manifest: str, layout: Layout, now: float, *, despite_quality: bool
+    result: CompileResult,
+    version: ModelVersion,
+    manifest: str,
+    layout: Layout,
+    now: float,
+    *,
+    despite_quality: bool,
+    by: str,
 ) -> Artifact:
     """A result that is what was asked for, as the row that is stored of it.
 
@@ -38,6 +45,7 @@ def checked(
         manifest: the device class's, as JSON.
         layout: where the artifact's and the report's blobs are by now.
         despite_quality: whether the job asked for what misses its budgets, too.
+        by: the worker's name; empty for the controller's own.
 
     Raises:
         ArtifactError, NotFoundError: bytes that are missing, or not what their digest says.
@@ -63,7 +71,8 @@ def checked(
     for name, digest in (("report", result.report), ("page", result.page)):
         if not layout.has(digest):
             raise ArtifactError(f"the {name} {digest} is missing")
-    return _row(result, layout.path(result.artifact.digest).stat().st_size, found, config, now)
+    told = {"seconds": result.seconds, "cached": result.cached, "compiled_by": by or "controller"}
+    return _row(result, told, layout.path(result.artifact.digest).stat().st_size, found, config, now)
 
 
 def whole(digest: str, layout: Layout) -> ModelConfig:
@@ -98,10 +107,17 @@ def _same_figures(manifest: Manifest, result: CompileResult, layout: Layout) -> 
         raise TrustError("result", f"its figures are not the artifact's: {', '.join(differing) or 'compiled_bytes'}")
 
 
-def _row(result: CompileResult, manifest_bytes: int, manifest: Manifest, config: ModelConfig, now: float) -> Artifact:
+def _row(
+    result: CompileResult,
+    told: dict[str, Any],
+    manifest_bytes: int,
+    manifest: Manifest,
+    config: ModelConfig,
+    now: float,
+) -> Artifact:
     figures = msgspec.to_builtins(result.figures)
     timings = {key: figures.pop(key) for key in list(figures) if key.endswith("_ms")}
-    timings |= {"seconds": result.seconds, "cached": result.cached}
+    timings |= told
     quality = figures | {
         "verdict": result.quality, "misses": list(result.misses), "key": result.key, "recipe": result.recipe,
         "precision": result.precision, "why": result.why, "candidates": result.candidates, "report": result.report,

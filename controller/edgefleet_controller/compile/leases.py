@@ -124,7 +124,13 @@ class Leases:
             manifest = devices.get_class(session, row.device_class).spec
         try:
             artifact = checking.checked(
-                result, version, manifest, self._layout, self._clock.now(), despite_quality=row.ship_despite_quality
+                result,
+                version,
+                manifest,
+                self._layout,
+                self._clock.now(),
+                despite_quality=row.ship_despite_quality,
+                by=claimant.name,
             )
         except EdgefleetError as exc:
             self._put_back(lease, claimant, exc)
