@@ -212,7 +212,7 @@ def _seccomp(policy: Policy) -> None:
     # Calls are numbered by the program's architecture, whatever the kernel's.
     machine = architecture(platform.machine(), 8 * struct.calcsize("P"))
     if machine not in _ARCHITECTURES:
-        raise OSError(errno.ENOSYS, f"no filter for programs of {machine}")
+        raise OSError(errno.ENOSYS, f"no filter for {machine} programs")
     audit, clone, kill, tgkill = _ARCHITECTURES[machine]
     code = [(_LOAD, 0, 0, _ARCH), (_JUMP_EQUAL, 1, 0, audit), (_RETURN, 0, 0, _KILL), (_LOAD, 0, 0, _NR)]
     if machine == "x86_64":  # the x32 calls are the same calls under other numbers

@@ -105,6 +105,10 @@ class FleetClient:
     def job(self, job: str) -> Json:
         return self._call("GET", f"/v1/jobs/{job}")
 
+    def log(self, model: str, version: str, device_class: str) -> str:
+        """What the toolchains printed when a version was last compiled for a class."""
+        return self._request("GET", f"/v1/models/{model}/{version}/log", params={"device_class": device_class}).text
+
     def cancel_job(self, job: str) -> None:
         self._call("DELETE", f"/v1/jobs/{job}")
 

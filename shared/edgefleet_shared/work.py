@@ -5,6 +5,7 @@
     worker                          controller
       claim ───────────────────────▶ a task, leased: CompileTask or MeasureTask, or nothing to do
       blobs by digest ◀────────────▶
+      log ─────────────────────────▶
       progress ────────────────────▶ renews the lease; Going says whether to go on
       wish to have measured ───────▶ a MeasureTask for a builder board of the class; Answer, once there is one
       ended: blobs by digest, then the result; or the error ─▶ the lease ends
@@ -59,6 +60,12 @@ class Progress(msgspec.Struct, frozen=True, tag="progress"):
     doing: str
     done: int
     total: int
+
+
+class Log(msgspec.Struct, frozen=True):
+    """What a job's toolchains printed, for people."""
+
+    text: str
 
 
 class Going(msgspec.Struct, frozen=True):

@@ -60,6 +60,10 @@ class WorkClient:
         """
         return self._ask(f"/v1/work/{lease}/progress", step, work.Going).go_on
 
+    def log(self, lease: str, text: str) -> None:
+        """What the job's toolchains printed."""
+        self._call("POST", f"/v1/work/{lease}/log", msgspec.json.encode(work.Log(text)))
+
     def wish(self, lease: str, manifest: str) -> str:
         """Have an artifact measured; the id to ask by, empty where there is nobody to do it."""
         return self._ask(f"/v1/work/{lease}/wishes", work.Wish(manifest), work.Wished).job

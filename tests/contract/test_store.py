@@ -68,7 +68,7 @@ SCHEMA_1 = (
     "DROP INDEX ix_compile_job_parent",
     *(
         f"ALTER TABLE compile_job DROP COLUMN {name}"
-        for name in ("kind", "parent", "worker", "lease", "lease_until", "attempts", "report")
+        for name in ("kind", "parent", "worker", "lease", "lease_until", "attempts", "report", "log")
     ),
     "DROP TABLE enrolment_token",
     "CREATE TABLE enrolment_token (sha256 VARCHAR NOT NULL PRIMARY KEY, device_class VARCHAR NOT NULL REFERENCES device_class (name))",

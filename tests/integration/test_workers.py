@@ -18,7 +18,7 @@ from edgefleet_controller.manifest_files import parse_value
 from edgefleet_controller.manifests import DeviceClass
 from edgefleet_shared import artifact, golden
 from edgefleet_shared.artifact import GOLDEN_LAYER, Layout, digest_of
-from edgefleet_shared.contract import AcceptanceReport, Verdict
+from edgefleet_shared.contract import AcceptanceContract, AcceptanceFigures, AcceptanceReport, Verdict, judge
 from edgefleet_shared.errors import ConflictError, EdgefleetError, InputError, NotFoundError, TrustError
 from edgefleet_shared.work import CompileTask, Progress
 from edgefleet_shared.work_client import WorkClient
@@ -115,6 +115,9 @@ def test_a_worker_on_another_machine_makes_the_digest_that_is_made_here(fleet, s
         layout.check(blob)
     here = compiled(layout, "1", fleet, workers.own_cache(tmp_path / "cache"))
     assert here.artifact.digest == done["manifest"]
+    logged = fleet.run("model", "log", "toy", "1", "pc").stdout
+    assert all(f"== {step}\n" in logged for step in ("prepare", "measure")), logged
+    assert fleet.run("model", "log", "toy", "3", "pc").returncode == 2, "never compiled"
     assert [w["name"] for w in fleet.json("worker", "list") if w["last_seen"]] == ["far"]
 
 
@@ -403,13 +406,50 @@ def test_a_builder_board_times_what_the_compiler_may_not_and_its_figures_are_tol
 
 
 def test_what_a_builder_board_refuses_is_not_shipped(fleet, started):
-    apply(fleet, on_board("slow", budgets={"latency_p95_ms": 1e-6, "memory_bytes": 2_000_000_000}))
+    # A fall-back to the CPU, which only a board's acceptance sees.
+    apply(fleet, on_board("slow", acceptance={"allowed_providers": ["NpuExecutionProvider"]}))
     started(workers.worker(fleet, "compiler-2"))
     started(workers.builder(fleet, "slow-builder", "slow"))
     until(lambda: any(w["name"] == "slow-builder" and w["last_seen"] for w in fleet.client().workers()), "it asks", 20)
     done = ended(fleet, fleet.client().compile("toy", "1", "slow", despite_quality=False))
     assert done["state"] == "failed"
-    assert "refused by the builder board slow-builder: latency_p95" in done["error"]["message"]
+    assert "refused by the builder board slow-builder: providers" in done["error"]["message"]
+
+
+def test_a_builder_board_that_was_busy_is_asked_again_and_then_left_unmeasured(fleet, started):
+    apply(fleet, on_board("busy"))
+    board = workers.client(fleet, "busy-builder", "busy")
+    assert board.claim() is None
+    started(workers.worker(fleet, "compiler-3"))
+    job = fleet.client().compile("toy", "1", "busy", despite_quality=False)
+    contract = AcceptanceContract(
+        kind="classification",
+        min_agreement=0.5,
+        latency_p95_ms=1.0,
+        peak_memory_bytes=1 << 30,
+        allowed_providers=("CPU",),
+    )
+    slow = AcceptanceFigures(
+        golden_count=16, agreement=1.0, cosine=1.0, load_ms=1.0, first_ms=1.0, p50_ms=5.0, p95_ms=9.0, peak_memory_bytes=1,
+        providers=("CPU",), cpu_share=0.2,
+    )  # fmt: skip
+    asked = 0
+
+    def answered() -> bool:
+        nonlocal asked
+        task = board.claim()
+        if task is not None:
+            asked += 1
+            board.finish(task.lease, judge(contract, slow))
+        return bool(fleet.client().job(job)["state"] not in ("queued", "running"))
+
+    until(answered, "the job has ended", 120)
+    done = fleet.client().job(job)
+    assert done["state"] == "done", done
+    (made,) = [a for a in fleet.client().models("toy", "1")[0]["artifacts"] if a["class"] == "busy"]
+    assert asked >= 3
+    assert made["timings"]["p50_ms"] is None
+    assert made["quality"]["unmeasured"] == ["latency"]
 
 
 def test_figures_come_from_a_builder_board_of_that_class_with_a_lease_or_not_at_all(fleet, honest, tmp_path):

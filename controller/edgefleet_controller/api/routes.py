@@ -216,6 +216,11 @@ def build_api(controller: Controller) -> FastAPI:
         with controller.database.read() as session:
             return views.job(jobs.get_job(session, job))
 
+    @api.get("/v1/models/{model}/{version}/log", dependencies=by_operator)
+    def get_log(model: str, version: str, device_class: str) -> PlainTextResponse:
+        with controller.database.read() as session:
+            return PlainTextResponse(jobs.newest(session, model, version, device_class).log)
+
     @api.delete("/v1/jobs/{job}", dependencies=by_operator)
     def cancel_job(job: str) -> dict[str, str]:
         controller.compiling.cancel(job)

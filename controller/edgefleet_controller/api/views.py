@@ -150,7 +150,7 @@ def mark_signed(controller: Controller) -> None:
 
 
 def job(row: CompileJob) -> dict[str, Any]:
-    shown = row.model_dump(exclude={"error", "lease", "report"})  # a lease is its holder's secret
+    shown = row.model_dump(exclude={"error", "lease", "log", "report"})  # a lease is its holder's secret
     return shown | {"error": msgspec.json.decode(row.error) if row.error else None}
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import msgspec
 from edgefleet_shared.contract import AcceptanceReport
 from edgefleet_shared.errors import InputError, NotFoundError, from_dict
-from edgefleet_shared.work import IDENTITY_PREFIX, Failure, Going, Progress, Wish, Wished
+from edgefleet_shared.work import IDENTITY_PREFIX, Failure, Going, Log, Progress, Wish, Wished
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import FileResponse, Response
 
@@ -56,6 +56,11 @@ def routes(controller: Controller) -> APIRouter:
     @router.post("/{lease}/progress")
     def progress(lease: str, claimant: Claimant = by_worker, told: bytes = content) -> Response:
         return _json(Going(leases.renew(lease, claimant, _decoded(told, Progress))))
+
+    @router.post("/{lease}/log")
+    def log(lease: str, claimant: Claimant = by_worker, told: bytes = content) -> Response:
+        leases.log(lease, claimant, _decoded(told, Log).text)
+        return _json(None)
 
     @router.get("/{lease}/blobs/{digest}")
     def get_blob(lease: str, digest: str, claimant: Claimant = by_worker) -> FileResponse:

@@ -1,4 +1,4 @@
-"""``fleet model add | compile | sign | list | show | compare | report``. A face, no logic."""
+"""``fleet model add | compile | sign | list | show | compare | report | log``. A face, no logic."""
 
 from __future__ import annotations
 
@@ -168,6 +168,19 @@ def report(home: Path, name: str, version: str, device_class: str, output: Path 
     target = output or Path(f"{name}-{version}-{device_class}.html")
     target.write_bytes(fetch_report(home, name, version, device_class, page=True))
     say(f"written to {target}")
+
+
+@model.command()
+@home_option
+@click.argument("name")
+@click.argument("version")
+@click.argument("device_class")
+@told
+def log(home: Path, name: str, version: str, device_class: str) -> None:
+    """What the toolchains printed when this was last compiled, wherever that was."""
+    from edgefleet_controller.client import FleetClient
+
+    click.echo(FleetClient(home).log(name, version, device_class))
 
 
 def _artifacts(title: str, artifacts: list[dict[str, Any]]) -> None:

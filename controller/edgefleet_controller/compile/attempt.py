@@ -17,7 +17,7 @@ from edgefleet_shared.errors import ToolchainError, from_dict
 from edgefleet_shared.work import Answer, Progress
 
 from edgefleet_controller.compile.port import CompileResult
-from edgefleet_controller.compile.worker import Failed, Finished, JobRequest, Line, Wanted
+from edgefleet_controller.compile.worker import Failed, Finished, JobRequest, Line, Said, Wanted
 
 END_PATIENCE_S = 5.0
 
@@ -27,6 +27,10 @@ class Listener(Protocol):
 
     def progress(self, step: Progress) -> None:
         """What is being done now."""
+        ...
+
+    def log(self, text: str) -> None:
+        """What the toolchains printed."""
         ...
 
     def measure(self, manifest: str) -> Answer:
@@ -92,6 +96,8 @@ class Attempt:
                     listener.progress(step)
                 case Wanted(manifest):
                     self._say(listener.measure(manifest))
+                case Said(log):
+                    listener.log(log)
                 case Finished(result):
                     return result
                 case Failed(error):

@@ -160,6 +160,9 @@ class _Listener:
         if not self._leases.renew(self._lease, OWN, step):
             raise Cancelled("cancelled")
 
+    def log(self, text: str) -> None:
+        self._leases.log(self._lease, OWN, text)
+
     def measure(self, manifest: str) -> Answer:
         job = self._leases.wish(self._lease, OWN, manifest)
         if not job:

@@ -27,6 +27,7 @@ from edgefleet_controller.store.database import Database
 from edgefleet_controller.store.tables import CompileJob
 
 MAX_VERSION_BYTES = 16 * 1024 * 1024
+MAX_LOG_CHARACTERS = 256 * 1024
 MAX_ATTEMPTS = 3  # a job that ends its workers is given to no fourth
 BUILDER_SEEN_S = 300.0  # a builder board that was not heard of for so long is not waited for
 WISH_LIMIT_S = 900.0  # how long one is waited for
@@ -100,6 +101,17 @@ class Leases:
                 row.lease_until = self._clock.now() + self._lease_s
             session.add(row)
         return True
+
+    def log(self, lease: str, claimant: Claimant, text: str) -> None:
+        """Keep what a job's toolchains printed; of too much, the end.
+
+        Raises:
+            ConflictError: the lease has ended. TrustError: it is another worker's.
+        """
+        with self._database.write() as session:
+            row = self._held(session, lease, claimant)
+            row.log = text[-MAX_LOG_CHARACTERS:]
+            session.add(row)
 
     def blobs(self, lease: str, claimant: Claimant) -> tuple[str, ...]:
         """What the task of a lease needs."""

@@ -150,6 +150,9 @@ class _Listener:
     def progress(self, step: Progress) -> None:
         self._held.step = step
 
+    def log(self, text: str) -> None:
+        self._held.persistently(lambda: self._client.log(self._held.lease, text))
+
     def measure(self, manifest: str) -> Answer:
         held, client = self._held, self._client
         for digest in _blobs(self._layout, manifest):

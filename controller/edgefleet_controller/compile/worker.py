@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -29,6 +30,7 @@ from edgefleet_controller.manifests import DeviceClass
 
 MAX_VERSION_BYTES = 16 * 1024 * 1024
 CANCEL_POLL_S = 0.2
+MAX_LOG_CHARACTERS = 32 * 1024  # of each child: its last words
 
 
 class JobRequest(msgspec.Struct, frozen=True, kw_only=True):
@@ -49,6 +51,12 @@ class Wanted(msgspec.Struct, frozen=True, tag="wanted"):
     manifest: str
 
 
+class Said(msgspec.Struct, frozen=True, tag="said"):
+    """process -> who asked: what the toolchains printed; before the end, however that is."""
+
+    log: str
+
+
 class Finished(msgspec.Struct, frozen=True, tag="finished"):
     result: CompileResult
 
@@ -57,7 +65,7 @@ class Failed(msgspec.Struct, frozen=True, tag="failed"):
     error: dict[str, str]
 
 
-Line = Progress | Wanted | Finished | Failed
+Line = Progress | Wanted | Said | Finished | Failed
 
 
 def main() -> int:
@@ -81,11 +89,28 @@ def main() -> int:
             if cancel.is_set():
                 raise Cancelled("cancelled while a board measured")
 
+    began = time.time()
     try:
-        say(Finished(_compile(request, cancel, say, measure)))
+        last: Line = Finished(_compile(request, cancel, say, measure))
     except EdgefleetError as exc:
-        say(Failed(exc.as_dict()))
+        last = Failed(exc.as_dict())
+    with contextlib.suppress(EdgefleetError):  # where the version itself can't be read nothing ran
+        say(Said(_log(request, began)))
+    say(last)
     return 0
+
+
+def _log(request: JobRequest, began: float) -> str:
+    """What the job's children printed, each one's end, in the order in which they ended."""
+    asked = source.decode(Layout(Path(request.layout)).read(request.version, MAX_VERSION_BYTES))
+    name = msgspec.json.decode(request.device_class)["metadata"]["name"]
+    files = (Path(request.cache) / "logs").glob(f"{asked.model}-{asked.version}-{name}-*.log")
+    written = sorted((file.stat().st_mtime, file) for file in files)
+    return "".join(
+        f"== {file.stem.rpartition('-')[2]}\n{file.read_text(errors='replace')[-MAX_LOG_CHARACTERS:]}\n"
+        for at, file in written
+        if at >= began
+    )
 
 
 def _listen(cancel: threading.Event, answers: SimpleQueue[bytes]) -> None:

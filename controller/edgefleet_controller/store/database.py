@@ -41,7 +41,7 @@ MIGRATIONS: dict[int, tuple[str, ...]] = {
             for column in (
                 "kind VARCHAR NOT NULL DEFAULT 'compile'", "parent VARCHAR NOT NULL DEFAULT ''", "worker VARCHAR NOT NULL DEFAULT ''",
                 "lease VARCHAR NOT NULL DEFAULT ''", "lease_until FLOAT", "attempts INTEGER NOT NULL DEFAULT 0",
-                "report TEXT NOT NULL DEFAULT ''",
+                "report TEXT NOT NULL DEFAULT ''", "log TEXT NOT NULL DEFAULT ''",
             )
         ),
         "CREATE INDEX ix_compile_job_lease ON compile_job (lease)",

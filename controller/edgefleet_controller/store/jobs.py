@@ -38,6 +38,20 @@ def list_jobs(session: Session, model: str = "", version: str = "", unfinished: 
     return list(session.exec(query))
 
 
+def newest(session: Session, model: str, version: str, device_class: str) -> CompileJob:
+    """The compile job that began last.
+
+    Raises:
+        NotFoundError: there was none.
+    """
+    found = [row for row in list_jobs(session, model, version) if row.device_class == device_class and row.started_at]
+    if not found:
+        raise NotFoundError(
+            f"{model} {version} was never compiled for {device_class}", hint="fleet model compile does it"
+        )
+    return max(found, key=lambda row: row.started_at or 0.0)
+
+
 def take_job(session: Session, kind: str, device_class: str, now: float) -> CompileJob | None:
     """The oldest queued job, marked running; None when there is none. Two workers never get the same one.
 

@@ -126,6 +126,7 @@ class CompileJob(SQLModel, table=True):
     lease_until: float | None = None
     attempts: int = 0
     report: str = Field(default="", sa_type=Text)  # JSON: AcceptanceReport
+    log: str = Field(default="", sa_type=Text)
     model: str
     version: str
     device_class: str = Field(foreign_key="device_class.name")
