@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shutil
 from pathlib import Path
 
 import pytest
+from edgefleet_agent.accept import accept
 from edgefleet_controller.compile.pipeline import compile_version
 from edgefleet_controller.compile.port import target_named
 from edgefleet_controller.compile.steps import cpu_features
@@ -16,6 +18,7 @@ from edgefleet_controller.manifest_files import load_manifests, of_kind
 from edgefleet_controller.manifests import DeviceClass
 from edgefleet_controller.source import ModelVersion, import_model
 from edgefleet_shared.artifact import Layout
+from edgefleet_shared.contract import Verdict
 from edgefleet_shared.errors import ToolchainError
 from support.fleet import Fleet
 from support.networks import classifier, decided
@@ -66,7 +69,7 @@ def version(folder: Path) -> ModelVersion:
 
 @pytest.mark.parametrize("shipped", SHIPPED, ids=lambda one: one.name)
 def test_a_network_is_compiled_for_each_class_and_times_are_told_only_of_a_host_that_could_be_a_board_of_it(
-    shipped: DeviceClass, version: ModelVersion, folder: Path
+    shipped: DeviceClass, version: ModelVersion, folder: Path, tmp_path: Path
 ) -> None:
     try:
         target = target_named(shipped.target)
@@ -94,3 +97,7 @@ def test_a_network_is_compiled_for_each_class_and_times_are_told_only_of_a_host_
     assert {c["figures"]["p50_ms"] is not None for c in told["candidates"] if not c["died"]} == {member}
     if not member:
         assert "unmeasured" in layout.read(result.page, 10**7).decode()
+        return
+    shutil.copytree(layout.root, tmp_path / "artifacts")
+    report = accept(tmp_path, result.artifact.digest)
+    assert report.verdict is Verdict.PASSED, report.reason
