@@ -8,7 +8,8 @@
       log ─────────────────────────▶
       progress ────────────────────▶ renews the lease; Going says whether to go on
       wish to have measured ───────▶ a MeasureTask for a builder board of the class; Answer, once there is one
-      ended: blobs by digest, then the result; or the error ─▶ the lease ends
+      ended: blobs by digest, then the result; or the error, or that it
+      is given back ───────────────▶ the lease ends
 
 A lease that is not renewed for ``lease_s`` ends, and its job is given to the next who asks. What comes late is refused.
 The worker's end is :mod:`edgefleet_shared.work_client` and :mod:`edgefleet_shared.work_loop`.

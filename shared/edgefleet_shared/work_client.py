@@ -80,6 +80,10 @@ class WorkClient:
         """
         self._call("POST", f"/v1/work/{lease}/result", msgspec.json.encode(result))
 
+    def give_back(self, lease: str) -> None:
+        """Let the next worker have the job."""
+        self._call("DELETE", f"/v1/work/{lease}")
+
     def fail(self, lease: str, error: dict[str, str]) -> None:
         """Say that it failed."""
         self._call("POST", f"/v1/work/{lease}/failure", msgspec.json.encode(work.Failure(error)))

@@ -5,6 +5,7 @@ Compile workers and builder boards share it: standard library only. What is said
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import random
 import signal
@@ -111,7 +112,10 @@ def work_until(
                 log.info("job done", extra={"job": task.job})
             except EdgefleetError as exc:
                 log.warning("job failed", extra={"job": task.job, "code": exc.code, "reason": str(exc)})
-                if not (held.ended.is_set() or stopping.is_set()):
+                if stopping.is_set():
+                    with contextlib.suppress(EdgefleetError):  # else the lease ends by itself
+                        client.give_back(task.lease)
+                elif not held.ended.is_set():
                     _tell(held, client, exc)
     return None
 

@@ -141,6 +141,16 @@ def test_a_job_whose_worker_was_killed_is_done_by_the_next(fleet, started):
     assert (done["worker"], done["attempts"]) == ("heir", 2)
 
 
+def test_a_worker_that_is_told_to_stop_gives_its_job_back_at_once(fleet, started):
+    far = started(workers.worker(fleet, "tidy"))
+    job = fleet.client().compile("toy", "2", "pc", despite_quality=False)
+    until(lambda: bool(workers_of(far.process.pid)), "the worker has begun", 60)
+    assert far.end(signal.SIGTERM) == 0
+    told = fleet.client().job(job)
+    assert (told["state"], told["attempts"], told["worker"]) == ("queued", 0, "")
+    settle(fleet, job)
+
+
 def test_a_controller_that_was_killed_gets_the_result_of_a_worker_that_went_on(fleet, started):
     far = started(workers.worker(fleet, "patient"))
     job = fleet.client().compile("toy", "3", "pc", despite_quality=False)

@@ -97,6 +97,11 @@ def routes(controller: Controller) -> APIRouter:
             leases.finish(lease, claimant, _decoded(told, CompileResult))
         return _json(None)
 
+    @router.delete("/{lease}")
+    def give_back(lease: str, claimant: Claimant = by_worker) -> Response:
+        leases.give_back(lease, claimant)
+        return _json(None)
+
     @router.post("/{lease}/failure")
     def failure(lease: str, claimant: Claimant = by_worker, told: bytes = content) -> Response:
         leases.fail(lease, claimant, from_dict(_decoded(told, Failure).error))

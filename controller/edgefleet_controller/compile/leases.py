@@ -184,6 +184,20 @@ class Leases:
                 row.error = msgspec.json.encode(error.as_dict()).decode()
                 self._end(session, row, "failed")
 
+    def give_back(self, lease: str, claimant: Claimant) -> None:
+        """A worker that is told to stop gives its job to the next at once; that counts for no attempt.
+
+        Raises:
+            ConflictError: the lease has ended. TrustError: it is another worker's.
+        """
+        with self._database.write() as session:
+            row = self._running(session, lease, claimant)
+            for wished in jobs.wishes(session, row.id):
+                self._end(session, wished, "cancelled")
+            row.attempts -= 1
+            jobs.requeue(session, row)
+        self.new_work()
+
     def wish(self, lease: str, claimant: Claimant, manifest: str) -> str:
         """Have a candidate of a leased compile measured by a builder board of its class.
 
