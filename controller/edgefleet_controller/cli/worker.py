@@ -42,7 +42,11 @@ def token(home: Path, name: str, device_class: str, ttl: float, as_json: bool) -
 
 @worker.command()
 @click.option(
-    "--controller", "url", default="", help="The controller, https://host:port; with the token, the first time."
+    "--controller",
+    "url",
+    envvar="EDGEFLEET_CONTROLLER",
+    default="",
+    help="The controller, https://host:port; with the token, the first time.",
 )
 @click.option("--token", envvar="EDGEFLEET_TOKEN", default="", help="From fleet worker token; the first time.")
 @click.option(
