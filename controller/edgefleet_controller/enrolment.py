@@ -67,7 +67,7 @@ class Enrolment:
             if row.label and device and device != row.label:
                 raise InputError(f"the token is for {row.label}, not for {device}")
             if row.role == "worker":
-                # A prefix that no board's name can have: the broker gives such a name nothing, and no board can be taken for a worker.
+                # A prefix that no board's name can have: neither can be taken for the other, by the broker or by the API.
                 certificate = self._ca.enroll(request.encode(), IDENTITY_PREFIX + check_name(name, "worker"))
                 serial = f"{certificate.serial_number:x}"
                 workers.enrol(session, name, row.device_class or "", certificate_serial=serial, now=self._clock.now())
