@@ -10,6 +10,7 @@ import hashlib
 import http.client
 import os
 import ssl
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -96,21 +97,23 @@ class WorkClient:
         """
         if layout.has(digest):
             return
-        target = layout.path(digest)
+        target, files = layout.path(digest), layout.files
         staged = target.with_name(f".fetch-{os.getpid()}-{target.name}")
         link = self._open("GET", f"/v1/work/{lease}/blobs/{digest}")
         try:
-            state, answer = hashlib.sha256(), self._answered(link)
-            with atomic.disk_errors(staged), staged.open("wb") as file:
-                while piece := _piece(answer):
-                    state.update(piece)
-                    file.write(piece)
+            state, size, answer = hashlib.sha256(), 0, self._answered(link)
+            atomic.write_piece(staged, b"", 0, files=files)  # an empty blob is a file, too
+            while piece := _piece(answer):
+                atomic.write_piece(staged, piece, size, files=files)
+                state.update(piece)
+                size += len(piece)
             if "sha256:" + state.hexdigest() != digest:
                 raise ArtifactError(f"what came for {digest} hashes to sha256:{state.hexdigest()}")
-            atomic.adopt(staged, target)
+            atomic.adopt(staged, target, files=files)
         finally:
             link.close()
-            staged.unlink(missing_ok=True)
+            with suppress(FileNotFoundError):
+                files.unlink(staged)
 
     def upload(self, lease: str, digest: str, layout: Layout) -> None:
         """Send a blob of the result, unless the controller has it."""
@@ -118,8 +121,8 @@ class WorkClient:
         known = self._call("GET", f"/v1/work/{lease}/uploads/{digest}")
         if msgspec.json.decode(known, type=bool):
             return
-        with path.open("rb") as file:
-            self._call("PUT", f"/v1/work/{lease}/uploads/{digest}", file, path.stat().st_size)
+        pieces = atomic.pieces(path, files=layout.files)
+        self._call("PUT", f"/v1/work/{lease}/uploads/{digest}", pieces, path.stat().st_size)
 
     def _ask(self, path: str, message: msgspec.Struct, kind: type[T]) -> T:
         return _decoded(self._call("POST", path, msgspec.json.encode(message)), msgspec.json.Decoder(kind))
