@@ -8,6 +8,7 @@ in a state folder of its own.
 from __future__ import annotations
 
 import logging
+from functools import partial
 from pathlib import Path
 
 from edgefleet_shared.artifact import Layout
@@ -56,7 +57,7 @@ class Builder:
             raise InputError("this board measures; it compiles nothing")
         try:
             for digest in task.blobs:
-                held.persistently(lambda digest=digest: self._client.fetch(held.lease, digest, self._layout))  # type: ignore[misc]
+                held.persistently(partial(self._client.fetch, held.lease, digest, self._layout))
             held.step = Progress("accepting", 0, 1)
             report = accept(self._state, task.manifest, threads=self._threads)
             held.persistently(lambda: self._client.finish(held.lease, report))

@@ -90,7 +90,8 @@ class BuilderBoard:
 
 def _was_busy(report: AcceptanceReport) -> bool:
     """Whether the board itself says that its times tell nothing of the model."""
-    return any(row.name == "latency_p95" and row.verdict is Verdict.INCONCLUSIVE for row in report.measurements)
+    doubted = any(row.name == "latency_p95" and row.verdict is Verdict.INCONCLUSIVE for row in report.measurements)
+    return doubted and report.verdict is not Verdict.FAILED  # what else it proved against the model stands
 
 
 def _failed(trial: Trial, board: str, report: AcceptanceReport) -> Trial:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -115,11 +116,11 @@ class RemoteWorker:
         if not isinstance(task, CompileTask):
             raise InputError("this worker compiles; it measures nothing")
         for digest in task.blobs:
-            held.persistently(lambda digest=digest: self._client.fetch(held.lease, digest, self._layout))  # type: ignore[misc]
+            held.persistently(partial(self._client.fetch, held.lease, digest, self._layout))
         made = self._attempt(task, held)
         held.step = Progress("uploading", 0, 1)
         for digest in made.blobs:
-            held.persistently(lambda digest=digest: self._client.upload(held.lease, digest, self._layout))  # type: ignore[misc]
+            held.persistently(partial(self._client.upload, held.lease, digest, self._layout))
         held.persistently(lambda: self._client.finish(held.lease, made.result))
 
     def _attempt(self, task: CompileTask, held: Held) -> Made:
@@ -156,7 +157,7 @@ class _Listener:
     def measure(self, manifest: str) -> Answer:
         held, client = self._held, self._client
         for digest in _blobs(self._layout, manifest):
-            held.persistently(lambda digest=digest: client.upload(held.lease, digest, self._layout))  # type: ignore[misc]
+            held.persistently(partial(client.upload, held.lease, digest, self._layout))
         job = held.persistently(lambda: client.wish(held.lease, manifest))
         while job:
             answer = held.persistently(lambda: client.answer(held.lease, job))
