@@ -133,7 +133,7 @@ def compiled(layout: Layout, version: str, fleet: Fleet, cache: Path) -> Compile
 def test_a_job_whose_worker_was_killed_is_done_by_the_next(fleet, started):
     first = started(workers.worker(fleet, "mortal"))
     job = fleet.client().compile("toy", "2", "pc", despite_quality=False)
-    until(lambda: bool(workers_of(first.process.pid)), "the worker has begun", 60)
+    until(lambda: bool(workers_of(first.process.pid)), "the worker has begun", 150)
     first.end(signal.SIGKILL)
     second = started(workers.worker(fleet, "heir"))
     done = ended(fleet, job)
@@ -144,7 +144,7 @@ def test_a_job_whose_worker_was_killed_is_done_by_the_next(fleet, started):
 def test_a_worker_that_is_told_to_stop_gives_its_job_back_at_once(fleet, started):
     far = started(workers.worker(fleet, "tidy"))
     job = fleet.client().compile("toy", "2", "pc", despite_quality=False)
-    until(lambda: bool(workers_of(far.process.pid)), "the worker has begun", 60)
+    until(lambda: bool(workers_of(far.process.pid)), "the worker has begun", 150)
     assert far.end(signal.SIGTERM) == 0
     told = fleet.client().job(job)
     assert (told["state"], told["attempts"], told["worker"]) == ("queued", 0, "")
@@ -154,7 +154,7 @@ def test_a_worker_that_is_told_to_stop_gives_its_job_back_at_once(fleet, started
 def test_a_controller_that_was_killed_gets_the_result_of_a_worker_that_went_on(fleet, started):
     far = started(workers.worker(fleet, "patient"))
     job = fleet.client().compile("toy", "3", "pc", despite_quality=False)
-    until(lambda: bool(workers_of(far.process.pid)), "the worker has begun", 60)
+    until(lambda: bool(workers_of(far.process.pid)), "the worker has begun", 150)
     fleet.end(signal.SIGKILL)
     serve(fleet)
     done = ended(fleet, job)
@@ -164,9 +164,9 @@ def test_a_controller_that_was_killed_gets_the_result_of_a_worker_that_went_on(f
 def test_a_cancelled_job_ends_the_process_on_the_other_machine(fleet, started):
     far = started(workers.worker(fleet, "obedient"))
     job = fleet.client().compile("toy", "1", "pc", despite_quality=False)
-    until(lambda: bool(workers_of(far.process.pid)), "the worker has begun", 60)
+    until(lambda: bool(workers_of(far.process.pid)), "the worker has begun", 150)
     fleet.client().cancel_job(job)
-    until(lambda: not workers_of(far.process.pid), "its process has ended", 60)
+    until(lambda: not workers_of(far.process.pid), "its process has ended", 150)
     assert fleet.client().job(job)["state"] == "cancelled"
     assert far.process.poll() is None, "it goes on with other work"
 

@@ -46,7 +46,7 @@ class Process:
     def end(self, number: int = signal.SIGTERM) -> int:
         if self.process.poll() is None:
             self.process.send_signal(number)
-        return self.process.wait(60)
+        return self.process.wait(120)
 
 
 def worker(fleet: Fleet, name: str) -> Process:
