@@ -4,7 +4,8 @@
 
 - ``edgefleet-agent``: agent, runtime, units and user, with every Python dependency at its locked hash in a virtual environment below
   ``/usr/lib/edgefleet`` that nothing else on the board can disturb;
-- ``edgefleet-engine-ENGINE``, one per inference engine: what that engine adds to it.
+- ``edgefleet-engine-ENGINE``, one per inference engine: what that engine adds to it;
+- ``edgefleet-runtime-grpc``: what clients that speak gRPC need, with the units that it runs in.
 
 The environment is Debian's own Python, whose minor version must be the one that runs this script: wheels are chosen for it. Needs pip,
 hatchling (``requirements/build.txt``) and ``dpkg-deb``. Wheels of another architecture are fetched as such; nothing of it is run.
@@ -39,6 +40,8 @@ UNITS = (
     "fleet-power.service",
     "fleet-power.path",
 )
+GRPC_PROGRAMS = {"fleet-runtime-grpc": "edgefleet_agent.runtime.grpc_gateway"}
+GRPC_UNITS = ("fleet-runtime-grpc.socket", "fleet-runtime-grpc-proxy.service", "fleet-runtime-grpc.service")
 SCRIPTS = ("postinst", "prerm", "postrm")
 
 
@@ -74,6 +77,9 @@ def main() -> None:
             tree = Path(folder) / engine
             _engine(tree, engine, target, held)
             packages.append(_pack(tree, f"edgefleet-engine-{engine}", target, chosen.out))
+        grpc = Path(folder) / "grpc"
+        _grpc(grpc, target, held)
+        packages.append(_pack(grpc, "edgefleet-runtime-grpc", target, chosen.out))
     sys.stdout.write("".join(f"{path}\n" for path in packages))
 
 
@@ -115,16 +121,8 @@ def _installed(site: Path) -> dict[str, str]:
 
 def _agent(tree: Path, target: Target) -> None:
     _environment(tree / PREFIX / "venv")
-    (tree / "usr/bin").mkdir(parents=True)
-    for name, module in PROGRAMS.items():
-        program = tree / PREFIX / "venv/bin" / name
-        program.write_text(f"#!/{PREFIX}/venv/bin/python\nfrom {module} import main\n\nmain()\n")
-        program.chmod(0o755)
-        (tree / "usr/bin" / name).symlink_to(Path("..") / PREFIX.relative_to("usr") / "venv/bin" / name)
-    units = tree / "usr/lib/systemd/system"
-    units.mkdir(parents=True)
-    for unit in UNITS:
-        shutil.copy(ROOT / "agent/edgefleet_agent/systemd" / unit, units)
+    _programs(tree, PROGRAMS)
+    _units(tree, UNITS)
     users = tree / "usr/lib/sysusers.d"
     users.mkdir(parents=True)
     shutil.copy(HERE / "edgefleet.sysusers", users / "edgefleet.conf")
@@ -137,8 +135,29 @@ def _agent(tree: Path, target: Target) -> None:
         text="Keeps a board at its signed assignment: fetches compiled models, verifies them, proves on this very board that\n"
         "they run, swaps them into the running inference server, and reports. Enrol it with fleet-agent enroll.",
     )  # fmt: skip
-    for script in SCRIPTS:
-        shutil.copy(HERE / f"edgefleet-agent.{script}", tree / "DEBIAN" / script)
+    _scripts(tree, "edgefleet-agent", SCRIPTS)
+
+
+def _programs(tree: Path, programs: dict[str, str]) -> None:
+    for folder in ("usr/bin", PREFIX / "venv/bin"):
+        (tree / folder).mkdir(parents=True, exist_ok=True)
+    for name, module in programs.items():
+        program = tree / PREFIX / "venv/bin" / name
+        program.write_text(f"#!/{PREFIX}/venv/bin/python\nfrom {module} import main\n\nmain()\n")
+        program.chmod(0o755)
+        (tree / "usr/bin" / name).symlink_to(Path("..") / PREFIX.relative_to("usr") / "venv/bin" / name)
+
+
+def _units(tree: Path, names: tuple[str, ...]) -> None:
+    units = tree / "usr/lib/systemd/system"
+    units.mkdir(parents=True)
+    for name in names:
+        shutil.copy(ROOT / "agent/edgefleet_agent/systemd" / name, units)
+
+
+def _scripts(tree: Path, source: str, names: tuple[str, ...]) -> None:
+    for script in names:
+        shutil.copy(HERE / f"{source}.{script}", tree / "DEBIAN" / script)
         (tree / "DEBIAN" / script).chmod(0o755)
 
 
@@ -150,30 +169,45 @@ def _environment(folder: Path) -> None:
 
 
 def _engine(tree: Path, engine: str, target: Target, held: dict[str, str]) -> None:
-    """What an engine adds: its lock without what the agent's package holds, in a folder of its own on the environment's path."""
-    folder = tree / PREFIX / "engines" / engine
-    _install(ROOT / "requirements" / f"agent-{engine}.txt", folder, target)
-    for name, version in _installed(folder).items():
-        if name not in held:
-            continue
-        if held[name] != version:
-            raise SystemExit(
-                f"{engine} wants {name} {version}, the agent's package holds {held[name]}: lock them together"
-            )
-        _take_out(folder, f"{name}-{version}.dist-info")
-    path = tree / SITE / f"edgefleet-engine-{engine}.pth"
-    path.parent.mkdir(parents=True)
-    path.write_text(f"/{PREFIX}/engines/{engine}\n")
-    _document(tree, f"edgefleet-engine-{engine}")
+    _added(tree, engine, f"edgefleet-engine-{engine}", target, held)
     _control(
         tree, f"edgefleet-engine-{engine}", target,
         depends=f"edgefleet-agent (= {target.version})", recommends="",
         summary=f"edgefleet: {engine} for the inference runtime of a board",
         text=f"The inference engine {engine}, at the version that the agent was released with.",
     )  # fmt: skip
-    for script in ("postinst", "prerm"):
-        shutil.copy(HERE / f"edgefleet-engine.{script}", tree / "DEBIAN" / script)
-        (tree / "DEBIAN" / script).chmod(0o755)
+    _scripts(tree, "edgefleet-engine", ("postinst", "prerm"))
+
+
+def _grpc(tree: Path, target: Target, held: dict[str, str]) -> None:
+    _added(tree, "grpc", "edgefleet-runtime-grpc", target, held)
+    _programs(tree, GRPC_PROGRAMS)
+    _units(tree, GRPC_UNITS)
+    _control(
+        tree, "edgefleet-runtime-grpc", target,
+        depends=f"edgefleet-agent (= {target.version})", recommends="",
+        summary="edgefleet: the gRPC face of the inference runtime of a board",
+        text="For applications that speak the Open Inference Protocol over gRPC. Started by the first of them that connects.",
+    )  # fmt: skip
+    _scripts(tree, "edgefleet-runtime-grpc", SCRIPTS)
+
+
+def _added(tree: Path, what: str, package: str, target: Target, held: dict[str, str]) -> None:
+    """A lock without what the agent's package holds, in a folder of its own on the environment's path."""
+    folder = tree / PREFIX / "engines" / what
+    _install(ROOT / "requirements" / f"agent-{what}.txt", folder, target)
+    for name, version in _installed(folder).items():
+        if name not in held:
+            continue
+        if held[name] != version:
+            raise SystemExit(
+                f"{what} wants {name} {version}, the agent's package holds {held[name]}: lock them together"
+            )
+        _take_out(folder, f"{name}-{version}.dist-info")
+    path = tree / SITE / f"{package}.pth"
+    path.parent.mkdir(parents=True)
+    path.write_text(f"/{PREFIX}/engines/{what}\n")
+    _document(tree, package)
 
 
 def _take_out(site: Path, dist_info: str) -> None:

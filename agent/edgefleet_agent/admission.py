@@ -18,13 +18,15 @@ from edgefleet_shared.assignment import MAX_ASSIGNMENT_BYTES, Admission, Incompl
 from edgefleet_shared.errors import EdgefleetError, EnvironmentProblem, TrustError
 from edgefleet_shared.exhaustive import assert_never
 from edgefleet_shared.fingerprint import Fingerprint
-from edgefleet_shared.messages import Body, Ended, OutcomeTold, Refused
+from edgefleet_shared.messages import Body, Ended, Refused
 from edgefleet_shared.outcomes import Outcome
+from edgefleet_shared.results import MAX_REASON
 
 from edgefleet_agent import verify
 from edgefleet_agent.inbox import AdmissionDone, JobBroke
 from edgefleet_agent.journal import Keeper
 from edgefleet_agent.ports import Ports
+from edgefleet_agent.reporting import next_number
 from edgefleet_agent.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -48,6 +50,7 @@ class Admissions:
 
     Args:
         tell: puts an event into the spool.
+        tell_result: has a result signed and told.
         put: the inbox.
         problem: notes (what, why) when the board can't do its part, (what, "") when it can again.
     """
@@ -61,12 +64,13 @@ class Admissions:
         ports: Ports,
         *,
         tell: Callable[[Body], None],
+        tell_result: Callable[[Ended], None],
         put: Callable[[AdmissionDone | JobBroke], None],
         problem: Callable[[str, str], None],
     ) -> None:
         self._state, self._settings, self._board = state, settings, board
         self._keeper, self._ports = keeper, ports
-        self._tell, self._put, self._problem = tell, put, problem
+        self._tell, self._tell_result, self._put, self._problem = tell, tell_result, put, problem
         self._desired: bytes | None = None
         self._unkept: dict[str, bytes] = {}
         self._begun = self._asking = self._fresh = self._waits_for_fresh = False
@@ -196,12 +200,12 @@ class Admissions:
         ended = self._keeper.now.ended
         if refusal.assignment:
             ended = Ended(
-                assignment=refusal.assignment, manifest="", outcome=Outcome.REJECTED, reason=reason,
-                at=self._ports.clock.now(),
+                assignment=refusal.assignment, manifest="", outcome=Outcome.REJECTED, reason=reason[:MAX_REASON],
+                at=self._ports.clock.now(), number=next_number(self._keeper.now),
             )  # fmt: skip
         self._keeper.keep(desired_seen=digest, refusal=reason, ended=ended)
         log.warning("assignment refused", extra={"digest": digest, "reason": reason})
         check = getattr(refusal.error, "check", refusal.error.code)
         self._tell(Refused(desired=digest, check=check, reason=reason))
         if ended is not None and refusal.assignment:
-            self._tell(OutcomeTold(ended=ended))
+            self._tell_result(ended)

@@ -16,6 +16,7 @@ from edgefleet_agent import settings as board_settings
 from edgefleet_agent.examiner import SandboxedExaminer
 from edgefleet_agent.inbox import Item
 from edgefleet_agent.ports import Ports, spawn_thread
+from edgefleet_agent.results import ChildSigner
 from edgefleet_agent.runner import Runner
 from edgefleet_agent.runtime.control import RuntimeClient, socket_path
 from edgefleet_agent.transport import MqttUplink
@@ -53,6 +54,7 @@ def run(state: Path) -> None:
                 uplink=uplink,
                 runtime=RuntimeClient(socket_path(state)),
                 examiner=SandboxedExaminer(),
+                signer=ChildSigner(state / "identity", settings.signing_key),
                 clock=SystemClock(),
                 files=DISK,
                 spawn=spawn_thread,

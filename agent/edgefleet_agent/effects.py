@@ -17,7 +17,7 @@ from edgefleet_shared.contract import AcceptanceReport, Verdict
 from edgefleet_shared.errors import EdgefleetError
 from edgefleet_shared.exhaustive import assert_never
 from edgefleet_shared.lifecycle import Effect, Event
-from edgefleet_shared.messages import Body, OutcomeTold
+from edgefleet_shared.messages import Ended
 
 from edgefleet_agent import shadow, slots, swap, verify
 from edgefleet_agent.fetch import Fetcher
@@ -47,10 +47,12 @@ class Effects:
 
     Args:
         threads: how many one inference may use.
-        tell: puts an event into the spool.
+        tell: has a result signed and told.
     """
 
-    def __init__(self, state: Path, ports: Ports, fetcher: Fetcher, threads: int, tell: Callable[[Body], None]) -> None:
+    def __init__(
+        self, state: Path, ports: Ports, fetcher: Fetcher, threads: int, tell: Callable[[Ended], None]
+    ) -> None:
         self._state, self._ports, self._fetcher = state, ports, fetcher
         self._threads, self._tell = threads, tell
 
@@ -72,7 +74,7 @@ class Effects:
                 swap.discard(state, ports)
             case Effect.REPORT:
                 if journal.ended is not None:
-                    self._tell(OutcomeTold(ended=journal.ended))
+                    self._tell(journal.ended)
             case Effect.VERIFY:
                 return lambda stop: self._verify(_at_work(journal))
             case Effect.ACCEPT:

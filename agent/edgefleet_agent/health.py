@@ -138,5 +138,6 @@ def measure(state: Path, client: ModelServer, meters: Meters) -> tuple[Health, S
         watts=used.watts if used else None,
         joules_per_request=used.joules_per_request if used else None,
         power_scope=meters.energy.scope,
+        drift=serving.drift if serving else None,
         runtime_up=status is not None,
     ), status

@@ -7,7 +7,7 @@ from edgefleet_shared.assignment import Admission
 from edgefleet_shared.contract import AcceptanceReport
 from edgefleet_shared.errors import EdgefleetError
 from edgefleet_shared.lifecycle import Effect, Event
-from edgefleet_shared.messages import Health
+from edgefleet_shared.messages import Ended, Health, SignedResult
 
 from edgefleet_agent.runtime.control import StatusReport
 from edgefleet_agent.transport import Arrival
@@ -44,6 +44,13 @@ class JobBroke(msgspec.Struct, frozen=True):
     error: Exception
 
 
+class SigningDone(msgspec.Struct, frozen=True):
+    """Inbox: what the signing child made of a result."""
+
+    ended: Ended
+    result: SignedResult | EdgefleetError
+
+
 class Measured(msgspec.Struct, frozen=True):
     """Inbox: a look at the board's health."""
 
@@ -51,4 +58,4 @@ class Measured(msgspec.Struct, frozen=True):
     status: StatusReport | None
 
 
-Item = Arrival | JobDone | JobFailed | JobBroke | AdmissionDone | Measured
+Item = Arrival | JobDone | JobFailed | JobBroke | AdmissionDone | SigningDone | Measured

@@ -13,7 +13,7 @@ from edgefleet_shared.contract import AcceptanceReport
 from edgefleet_shared.errors import ArtifactError
 from edgefleet_shared.files import DISK, FileSystem
 from edgefleet_shared.lifecycle import Life
-from edgefleet_shared.messages import Ended
+from edgefleet_shared.messages import Ended, SignedResult
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +28,8 @@ class Journal(msgspec.Struct, frozen=True, kw_only=True):
         committed: the assignment that was committed last: what a late regression is told of.
         reason: why the pending outcome is what it is.
         acceptance: the last verdict on this assignment.
-        ended: how the last assignment ended.
+        ended: how the last assignment ended; its ``number`` counts those that ever did.
+        result: the same, signed, once it is.
         desired_seen: digest of the last ``desired`` message that was decided about.
         refusal: why that one was refused, if it was.
     """
@@ -40,6 +41,7 @@ class Journal(msgspec.Struct, frozen=True, kw_only=True):
     reason: str = ""
     acceptance: AcceptanceReport | None = None
     ended: Ended | None = None
+    result: SignedResult | None = None
     desired_seen: str = ""
     refusal: str = ""
 

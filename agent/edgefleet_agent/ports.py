@@ -15,6 +15,7 @@ from edgefleet_shared.assignment import Admission, Assignment
 from edgefleet_shared.clock import Clock
 from edgefleet_shared.contract import AcceptanceReport
 from edgefleet_shared.files import FileSystem
+from edgefleet_shared.messages import SignedResult
 
 from edgefleet_agent.runtime.control import Loaded, Retired, Shadowing, StatusReport, SwapMode, Switched
 from edgefleet_agent.transport import Uplink
@@ -54,6 +55,14 @@ class ModelServer(Protocol):
     def status(self) -> StatusReport: ...
 
 
+class Signer(Protocol):
+    """Stage 9: the board's own key."""
+
+    def sign(self, payload: bytes) -> SignedResult:
+        """The payload in an envelope. Raises EnvironmentProblem when the board could not do its part."""
+        ...
+
+
 Spawn = Callable[[str, Callable[[], None]], None]
 
 
@@ -68,6 +77,7 @@ class Ports(NamedTuple):
     uplink: Uplink
     runtime: ModelServer
     examiner: Examiner
+    signer: Signer
     clock: Clock
     files: FileSystem
     spawn: Spawn

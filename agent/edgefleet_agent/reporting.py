@@ -8,10 +8,11 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
+import msgspec
 from edgefleet_shared.errors import EdgefleetError
 from edgefleet_shared.fingerprint import Fingerprint
 from edgefleet_shared.lifecycle import State
-from edgefleet_shared.messages import Ended, Progress, Reported, SlotReport
+from edgefleet_shared.messages import Ended, Progress, Reported, SignedResult, SlotReport
 from edgefleet_shared.outcomes import Outcome
 
 from edgefleet_agent import __version__, slots
@@ -25,6 +26,13 @@ from edgefleet_agent.spool import Spool
 log = logging.getLogger(__name__)
 
 MAX_DETAIL = 500  # characters
+
+
+class Told(msgspec.Struct, frozen=True, kw_only=True):
+    """A result as it is told: signed, or without ``result`` when this board could not sign it."""
+
+    ended: Ended
+    result: SignedResult | None = None
 
 
 class Teller:
@@ -45,6 +53,7 @@ class Teller:
         self._keeper, self._ports, self._spool, self._fetcher = keeper, ports, spool, fetcher
         self._problems: dict[str, str] = {}
         self._on_disk = Slots()
+        self._told: Told | None = None
         self.progress_told_at = 0.0
 
     def note(self, what: str, problem: str = "") -> None:
@@ -68,9 +77,14 @@ class Teller:
         self._ports.uplink.report(
             reported(
                 self._settings, self._board, self._boot, self._ports.clock.now(), self._keeper.now, self._on_disk,
-                problem="; ".join(problems.values()),
+                problem="; ".join(problems.values()), events_dropped=self._spool.dropped, told=self._told,
             )
         )  # fmt: skip
+
+    def result(self, told: Told) -> None:
+        """How the last assignment ended can be told."""
+        self._told = told
+        self.report()
 
     def progress(self, detail: str = "") -> None:
         """A step of the life cycle, or how far the fetch has come."""
@@ -81,8 +95,9 @@ class Teller:
 
 
 def reported(
-    settings: Settings, board: Fingerprint, boot: str, at: float, journal: Journal, on_disk: Slots, problem: str
-) -> Reported:
+    settings: Settings, board: Fingerprint, boot: str, at: float, journal: Journal, on_disk: Slots, *, problem: str,
+    events_dropped: dict[str, int], told: Told | None,
+) -> Reported:  # fmt: skip
     """Where the board is: the whole of it, to be retained. ``problem`` is what keeps it from going on, if anything does."""
     return Reported(
         device=settings.device,
@@ -96,10 +111,12 @@ def reported(
         active=_told(on_disk.active),
         candidate=_told(on_disk.candidate),
         previous=_told(on_disk.previous),
-        ended=journal.ended,
+        ended=told.ended if told else None,
+        result=told.result if told else None,
         desired_seen=journal.desired_seen,
         refusal=journal.refusal,
         problem=problem[:MAX_DETAIL],
+        events_dropped=events_dropped,
     )
 
 
@@ -113,7 +130,13 @@ def ended(journal: Journal, at: float) -> Ended:
         reason="" if journal.life.outcome is Outcome.SUCCEEDED else journal.reason,
         at=at,
         acceptance=journal.acceptance,
+        number=next_number(journal),
     )
+
+
+def next_number(journal: Journal) -> int:
+    """The number of the next result of this board."""
+    return journal.ended.number + 1 if journal.ended else 1
 
 
 def progress(journal: Journal, fetcher: Fetcher, detail: str) -> Progress | None:

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+from edgefleet_shared import results
 from edgefleet_shared.artifact import Layout
 from edgefleet_shared.errors import ArtifactError, EdgefleetError, EnvironmentProblem
 from edgefleet_shared.exhaustive import assert_never
@@ -33,9 +34,10 @@ from edgefleet_agent import health, notify, reporting, slots, swap
 from edgefleet_agent.admission import Admissions
 from edgefleet_agent.effects import Effects, Job
 from edgefleet_agent.fetch import Fetcher
-from edgefleet_agent.inbox import AdmissionDone, Item, JobBroke, JobDone, JobFailed, Measured
+from edgefleet_agent.inbox import AdmissionDone, Item, JobBroke, JobDone, JobFailed, Measured, SigningDone
 from edgefleet_agent.journal import Keeper
 from edgefleet_agent.ports import Ports
+from edgefleet_agent.results import Results
 from edgefleet_agent.runtime.control import StatusReport
 from edgefleet_agent.settings import Settings
 from edgefleet_agent.slots import Slot, SlotStatus
@@ -76,7 +78,10 @@ class Runner:
         self._inbox, self._ports = inbox, ports
         uplink, clock = ports.uplink, ports.clock
         self._keeper = Keeper(state, ports.files)
-        self._spool = Spool(settings.device, boot, uplink.event, clock, settings.spool_events)
+        self._spool = Spool(
+            state / "spool", settings.device, boot, uplink.event, clock, limit_bytes=settings.spool_bytes,
+            flush_s=settings.spool_flush_s, files=ports.files, problem=lambda why: self._teller.note("spool", why),
+        )  # fmt: skip
         self._fetcher = Fetcher(
             # Its folder is made when the disk lets it, see _wake.
             Layout(state / "artifacts", read_only=True, files=ports.files),
@@ -87,10 +92,14 @@ class Runner:
             clock=clock,
         )
         self._teller = reporting.Teller(state, settings, board, boot, self._keeper, ports, self._spool, self._fetcher)
-        self._effects = Effects(state, ports, self._fetcher, settings.threads, self._spool.add)
+        self._results = Results(
+            settings.device, self._keeper, ports, tell=self._spool.add, put=inbox.put,
+            problem=lambda why: self._teller.note("result", why), report=self._teller.result,
+        )  # fmt: skip
+        self._effects = Effects(state, ports, self._fetcher, settings.threads, self._results.sign)
         self._admissions = Admissions(
             state, settings, board, self._keeper, ports,
-            tell=self._spool.add, put=inbox.put, problem=self._teller.note,
+            tell=self._spool.add, tell_result=self._results.sign, put=inbox.put, problem=self._teller.note,
         )  # fmt: skip
         self._crashes = health.CrashWatch()
         self._events: deque[Happened] = deque()
@@ -123,6 +132,7 @@ class Runner:
             notify.alive()
         self._ending.set()
         self._stop_job.set()
+        self._spool.close()
 
     def stop(self) -> None:
         """End the loop at its next turn. Safe in a signal handler: it takes no lock."""
@@ -135,6 +145,7 @@ class Runner:
             self._wake(now)
         if item is not None:
             self._take(item)
+        self._spool.tick()
         if self._wake_at is None:
             self._tick(now)
             self._work_off(now)
@@ -148,7 +159,7 @@ class Runner:
                 slots.read(self._state, files=files)
             except ArtifactError:
                 # Admitted again, the same assignment finds its blobs on the disk.
-                self._keeper.keep(desired_seen="", ended=None)
+                self._keeper.keep(desired_seen="", ended=None, result=None)
                 done = self._keeper.now.committed
                 slot = Slot(done.manifest, done.model, done.version, SlotStatus.GOOD) if done else None
                 slots.mend(self._state, slot, files=files)
@@ -160,6 +171,7 @@ class Runner:
             return
         self._wake_at = None
         self._teller.note("start")
+        self._results.begin()
         self._happen(Event.RESTARTED, "the agent started")
 
     def _take(self, item: Item) -> None:
@@ -189,6 +201,8 @@ class Runner:
                 if self._admissions.done(item):
                     self._look_at_pending = True
                     self._teller.report()
+            case SigningDone():
+                self._results.done(item)
             case Measured(figures, status):
                 self._spool.add(figures)
                 self._look_for_regression(status)
@@ -197,6 +211,7 @@ class Runner:
 
     def _tick(self, now: float) -> None:
         self._admissions.tick()
+        self._results.tick()
         if self._again and now >= self._again_at:
             effects, self._again = self._again, ()
             self._carry_out(effects)
@@ -273,7 +288,8 @@ class Runner:
         if event is Event.RETURN_FAILED and before.reason:
             planned = msgspec.structs.replace(planned, reason=f"{before.reason}; then {detail}")
         if Effect.REPORT in effects:
-            planned = msgspec.structs.replace(planned, ended=reporting.ended(planned, self._ports.clock.now()))
+            ended = reporting.ended(planned, self._ports.clock.now())
+            planned = msgspec.structs.replace(planned, ended=results.fitting(self._settings.device, ended))
             if life.outcome is Outcome.SUCCEEDED:
                 planned = msgspec.structs.replace(planned, committed=planned.assignment)
             if (

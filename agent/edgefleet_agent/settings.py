@@ -9,6 +9,7 @@
     <state>/journal.json       where the life cycle stands (journal.py)
     <state>/slots.json         what serves (slots.py)
     <state>/artifacts/         OCI layout
+    <state>/spool/             events that the controller has not acknowledged (event_store.py)
     <state>/run/               sockets
 """
 
@@ -24,7 +25,9 @@ from edgefleet_shared.mqtt import Endpoint
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
-    """The board's enrolment and its limits. ``api`` is host:port of the controller's HTTPS, empty for none."""
+    """The board's enrolment and its limits. ``api`` is host:port of the controller's HTTPS, empty for none. ``spool_bytes`` bounds what
+    waits on the disk for the controller; health waits ``spool_flush_s`` in memory before it goes there (:mod:`edgefleet_agent.spool`). ``signing_key`` says where the
+    certificate's private key is when it is not the file in ``identity/`` (:mod:`edgefleet_agent.results`)."""
 
     device: str
     device_class: str
@@ -34,8 +37,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     api_host: str = ""
     api_port: int = 0
     health_period_s: float = 10.0
-    spool_events: int = 2000
+    spool_bytes: int = 4 << 20
+    spool_flush_s: float = 60.0
     threads: int = 1
+    signing_key: str = ""
 
 
 def read(state: Path, *, files: FileSystem = DISK) -> Settings:

@@ -21,6 +21,7 @@ from edgefleet_controller.compile.jobs import CompileQueue
 from edgefleet_controller.enrolment import Enrolment
 from edgefleet_controller.health import Intake
 from edgefleet_controller.pki import CertificateAuthority
+from edgefleet_controller.results import ResultVerifier
 from edgefleet_controller.rollout.service import RolloutService
 from edgefleet_controller.settings import Settings
 from edgefleet_controller.sign import ASSIGNMENT_LIFE, DirectorSigner, Repository, read_key
@@ -56,7 +57,7 @@ class Controller:
         self.layout = Layout(home / "artifacts")
         self.database = Database(settings.database)
         self.database.migrate()
-        self.intake = Intake(self.database, self.clock)
+        self.intake = Intake(self.database, self.clock, ResultVerifier(self.ca.certificate))
         self.enrolment = Enrolment(self.database, self.ca, self.repository, settings, self.clock)
         self.compiling = CompileQueue(
             self.database,

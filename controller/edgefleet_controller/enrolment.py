@@ -80,6 +80,7 @@ class Enrolment:
                     row.device_class or "",
                     site=row.site,
                     certificate_serial=serial,
+                    must_sign=not self._settings.trust_unsigned_results,
                     now=self._clock.now(),
                 )
             return Enrolled(

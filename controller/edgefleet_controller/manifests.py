@@ -344,6 +344,10 @@ class Gate(_Strict):
     max_latency_ratio: Annotated[float, Field(gt=0)] | None = Field(
         default=None, description="p95 against the class's baseline"
     )
+    max_drift: Annotated[float, Field(gt=0)] | None = Field(
+        default=None,
+        description="population stability index of what the version sees and says against its golden set; above 0.25 much has moved",
+    )
 
 
 class RolloutSpec(_Strict):

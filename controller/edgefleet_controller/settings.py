@@ -44,6 +44,10 @@ class Settings(BaseModel):
     work_lease_s: float = Field(
         default=60.0, ge=1, description="a worker that is silent for so long loses its job to another"
     )
+    trust_unsigned_results: bool = Field(
+        default=False,
+        description="boards enrolled while this is so may send results without a signature (agents before 0.2), until their first signed one",
+    )
     operator_sha256: str = Field(default="", description="of the operator's token")
 
     @field_validator("listen")

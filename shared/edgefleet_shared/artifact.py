@@ -20,6 +20,7 @@ import msgspec
 
 from edgefleet_shared import atomic
 from edgefleet_shared.contract import AcceptanceContract, PictureEncoding, TensorSpec
+from edgefleet_shared.drift import Statistics
 from edgefleet_shared.errors import ArtifactError, NotFoundError
 from edgefleet_shared.files import DISK, FileSystem
 from edgefleet_shared.fingerprint import Requirement
@@ -86,7 +87,8 @@ class PowerProfile(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """The config blob: what the artifact is, what it needs, how it is accepted, and the hash of every chunk of every layer.
+    """The config blob: what the artifact is, what it needs, how it is accepted, what is normal for it, and the hash of every chunk of
+    every layer.
 
     ``chunks`` maps a layer's digest to the sha256 (hex) of its consecutive pieces of ``chunk_bytes``; the last may be
     shorter. A board checks each chunk as it comes, so one flipped byte costs one chunk.
@@ -105,6 +107,7 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
     encoding: PictureEncoding | None = None
     swap: str = "auto"
     power: PowerProfile = PowerProfile()
+    statistics: Statistics | None = None
     chunk_bytes: int = CHUNK_BYTES
     chunks: dict[str, tuple[str, ...]] = {}
 

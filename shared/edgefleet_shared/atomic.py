@@ -129,6 +129,24 @@ def write_piece(path: Path, piece: bytes, offset: int, *, files: FileSystem = DI
             files.close(fd)
 
 
+def append(path: Path, piece: bytes, offset: int, *, files: FileSystem = DISK) -> None:
+    """Put a piece at ``offset``, the end of what is safe of a file, durably; at 0 the file begins.
+
+    Raises:
+        EnvironmentProblem: nobody can tell how much of the piece is there. After a failed fsync not even a second try would:
+            begin another file (see :func:`adopt`).
+    """
+    with disk_errors(path):
+        fd = files.open(path, os.O_WRONLY | os.O_CREAT, 0o600)
+        try:
+            _write_all(fd, piece, offset, files)
+            files.fsync(fd)
+        finally:
+            files.close(fd)
+        if offset == 0:
+            sync_folder(path.parent, files=files)
+
+
 def _write_all(fd: int, content: bytes, offset: int, files: FileSystem) -> None:
     view = memoryview(content)
     while view:

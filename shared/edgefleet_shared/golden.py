@@ -15,7 +15,16 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from edgefleet_shared.contract import PictureEncoding
+from edgefleet_shared.drift import MIN_GOLDEN_PER_CLASS, Statistics, TensorStatistics
 from edgefleet_shared.errors import ArtifactError
+
+MIN_BINS, MAX_BINS = 2, 10  # of a histogram, between its outermost edges
+VALUES_PER_BIN = 30  # at least: with fewer, chance alone moves a histogram by as much as a drift does
+OUTSIDE_PERCENT = 0.5  # of the golden values lie beyond either of them
+MAX_VALUES = (
+    16384  # of one sample's tensor, by chance and always the same ones: enough for a histogram, and no gigabytes
+)
+MAX_TENSORS = 8  # of each kind, in name order: a status line is no place for hundreds
 
 Array = npt.NDArray[Any]
 
@@ -55,3 +64,50 @@ def unpack(content: bytes, encoding: PictureEncoding | None) -> tuple[dict[str, 
             k: encode_pictures(v, encoding) if v.dtype == np.uint8 and v.ndim == 4 else v for k, v in inputs.items()
         }
     return inputs, references
+
+
+def statistics(inputs: dict[str, Array], references: dict[str, Array], *, classification: bool) -> Statistics:
+    """What is normal for a model (:mod:`edgefleet_shared.drift`).
+
+    Args:
+        inputs: as the network takes them, first axis the samples.
+        references: the float model's answers, likewise.
+        classification: whether the only answer is a score for each class.
+    """
+    samples = len(next(iter(inputs.values())))
+    classes: tuple[float, ...] = ()
+    if classification and len(references) == 1:
+        scores = next(iter(references.values())).reshape(samples, -1)
+        if samples >= MIN_GOLDEN_PER_CLASS * scores.shape[1]:
+            counts = np.bincount(scores.argmax(axis=1), minlength=scores.shape[1])
+            classes = tuple(_short(count / samples) for count in counts)
+    return Statistics(samples=samples, inputs=_normal(inputs), outputs=_normal(references), classes=classes)
+
+
+def _normal(tensors: dict[str, Array]) -> tuple[TensorStatistics, ...]:
+    return tuple(_tensor(name, tensors[name]) for name in sorted(tensors)[:MAX_TENSORS])
+
+
+def _tensor(name: str, values: Array) -> TensorStatistics:
+    rows = values.reshape(len(values), -1)
+    if rows.shape[1] > MAX_VALUES:
+        rows = rows[:, np.sort(np.random.default_rng(0).choice(rows.shape[1], MAX_VALUES, replace=False))]
+    rows = rows.astype(np.float64)
+    finite = rows[np.isfinite(rows)]
+    if not finite.size:
+        return TensorStatistics(name=name, edges=(), shares=(1.0,), mean=0.0, spread=0.0)
+    low, high = np.percentile(finite, (OUTSIDE_PERCENT, 100 - OUTSIDE_PERCENT))
+    # Bins of equal width: a compiled model's coarser steps move few values over an edge, where deciles of what is mostly zero would jump.
+    bins = max(MIN_BINS, min(MAX_BINS, finite.size // VALUES_PER_BIN))
+    edges = tuple(dict.fromkeys(_short(edge) for edge in np.linspace(low, high, bins + 1)))
+    counts = np.bincount(np.searchsorted(edges, finite, side="right"), minlength=len(edges) + 1)
+    means = np.array([row[np.isfinite(row)].mean() for row in rows if np.isfinite(row).any()])
+    return TensorStatistics(
+        name=name, edges=edges, shares=tuple(_short(count / finite.size) for count in counts),
+        mean=_short(means.mean()), spread=_short(means.std()),
+    )  # fmt: skip
+
+
+def _short(value: float) -> float:
+    """Six digits: enough, the same on every host, and not a page of JSON."""
+    return float(f"{value:.6g}")

@@ -11,6 +11,7 @@ from typing import Literal, TypeVar
 import msgspec
 
 from edgefleet_shared.contract import AcceptanceReport
+from edgefleet_shared.drift import Drift
 from edgefleet_shared.errors import TransportError
 from edgefleet_shared.fingerprint import Fingerprint
 from edgefleet_shared.lifecycle import State
@@ -29,7 +30,7 @@ class SlotReport(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Ended(msgspec.Struct, frozen=True, kw_only=True):
-    """How the board's last assignment ended, and why. ``acceptance`` when it came that far."""
+    """How the board's last assignment ended, and why. ``acceptance`` when it came that far; ``number`` rises with each."""
 
     assignment: str
     manifest: str
@@ -37,13 +38,38 @@ class Ended(msgspec.Struct, frozen=True, kw_only=True):
     reason: str = ""
     at: float = 0.0
     acceptance: AcceptanceReport | None = None
+    number: int = 0
+
+
+class EnvelopeSignature(msgspec.Struct, frozen=True):
+    """``sig`` is base64; ``keyid`` a hint and no more."""
+
+    keyid: str
+    sig: str
+
+
+class Envelope(msgspec.Struct, frozen=True, kw_only=True, rename={"payload_type": "payloadType"}):
+    """A DSSE envelope; ``payload`` is base64 (:mod:`edgefleet_shared.results`)."""
+
+    payload: str
+    payload_type: str
+    signatures: tuple[EnvelopeSignature, ...]
+
+
+class SignedResult(msgspec.Struct, frozen=True, kw_only=True):
+    """How an assignment ended, signed with the board's key. ``certificate`` is that key's, PEM."""
+
+    envelope: Envelope
+    certificate: str
 
 
 class Reported(msgspec.Struct, frozen=True, kw_only=True):
-    """``reported``: where the board is. Retained. ``boot`` changes with each start of the agent; ``at`` is UTC seconds;
+    """``reported``: where the board is. Retained. ``boot`` changes with each start of the agent; ``at`` is UTC seconds; ``ended`` is told
+    once it is signed, with the signature in ``result``;
     ``assignment`` is the one being worked on or last ended; ``desired_seen`` the sha256 digest of the last ``desired``
     message that the agent has come to a decision about; ``refusal`` why that one was refused, if it was; ``problem`` what keeps the
-    board from going on (a full or broken disk, say) while that lasts: it tries again by itself."""
+    board from going on (a full or broken disk, say) while that lasts: it tries again by itself. ``events_dropped`` counts, by kind and
+    since the enrolment, the events that the board gave up because the line was down for longer than its spool could hold."""
 
     device: str
     device_class: str
@@ -57,9 +83,11 @@ class Reported(msgspec.Struct, frozen=True, kw_only=True):
     candidate: SlotReport | None = None
     previous: SlotReport | None = None
     ended: Ended | None = None
+    result: SignedResult | None = None
     desired_seen: str = ""
     refusal: str = ""
     problem: str = ""
+    events_dropped: dict[str, int] = {}
 
 
 class Presence(msgspec.Struct, frozen=True):
@@ -83,13 +111,14 @@ class OutcomeTold(msgspec.Struct, frozen=True, kw_only=True, tag="outcome"):
     """An assignment ended. The same words as in ``reported``, but in the ordered, acknowledged stream."""
 
     ended: Ended
+    result: SignedResult | None = None
 
 
 class Health(msgspec.Struct, frozen=True, kw_only=True, tag="health"):
     """What the board measures, since the agent's start where it is a count. Latencies in ms, as the runtime saw them over its
     last window; ``cpu_share`` 0 to 1 over all cores; ``celsius``, ``throttled`` and ``watts`` None where there is no sensor.
     ``joules_per_request`` is what the board (or, by ``power_scope``, its processor) used since the last report over the requests
-    answered meanwhile, idling included."""
+    answered meanwhile, idling included. ``drift`` is how far inputs and answers of what serves have moved from its golden set."""
 
     model: str = ""
     version: str = ""
@@ -106,14 +135,17 @@ class Health(msgspec.Struct, frozen=True, kw_only=True, tag="health"):
     watts: float | None = None
     joules_per_request: float | None = None
     power_scope: Literal["board", "package"] | None = None
+    drift: Drift | None = None
     runtime_up: bool = False
 
 
 class Dropped(msgspec.Struct, frozen=True, kw_only=True, tag="dropped"):
-    """The agent's spool was full: this many events, up to that sequence number, were given up."""
+    """This many events of this boot, from above what is stored up to ``up_to``, will never come: the agent's spool was full. Or, with
+    ``earlier``, of the boot and up to the number that stand there: that start ended before they were on its disk."""
 
     count: int
     up_to: int
+    earlier: tuple[str, int] | None = None
 
 
 class Refused(msgspec.Struct, frozen=True, kw_only=True, tag="refused"):

@@ -23,10 +23,12 @@ from chaos import processes
 from chaos.enrolment import EnrolmentExplorer
 from chaos.explorer import Explorer
 from chaos.faults import FaultRunner
-from chaos.mistakes import ENROLMENT_MISTAKES, MISTAKES
+from chaos.mistakes import ENROLMENT_MISTAKES, MISTAKES, SPOOL_MISTAKES
+from chaos.spooling import SpoolExplorer
 from chaos.stories import depot, every_story, stories
 
 KILLS, SEED = 30, 1
+PLANTED = (*MISTAKES, *ENROLMENT_MISTAKES, *SPOOL_MISTAKES)
 WHENS = ("2", "5+")
 FREE_BYTES = (0, 4096, 16384, 65536, 262144, 1 << 20, 4 << 20, 16 << 20, 18 << 20)
 
@@ -66,6 +68,13 @@ def enrolments(depth: int) -> Count:
     return Count(explorer.recovered, explorer.met, 0, tuple(explorer.failures))
 
 
+def spools(depth: int) -> Count:
+    """Events that wait for their controller, with so many cuts one after the other."""
+    explorer = SpoolExplorer()
+    explorer.explore(depth)
+    return Count(explorer.recovered, explorer.met, 0, tuple(explorer.failures))
+
+
 def refusals(number: int) -> Count:
     """Every operation of a story, made to fail in every way."""
     runner = FaultRunner(depot())
@@ -82,10 +91,14 @@ def capacities(number: int) -> Count:
 
 def mistakes(number: int) -> Count:
     """One planted mistake, which must be caught."""
-    mistake = (*MISTAKES, *ENROLMENT_MISTAKES)[number]
+    mistake = PLANTED[number]
     with mistake.plant() if mistake.plant else nullcontext():
+        explorer: Explorer | EnrolmentExplorer | SpoolExplorer
         if mistake in ENROLMENT_MISTAKES:
-            explorer: Explorer | EnrolmentExplorer = EnrolmentExplorer(depot(), mistake.make_disk, limit=1)
+            explorer = EnrolmentExplorer(depot(), mistake.make_disk, limit=1)
+            explorer.explore(1)
+        elif mistake in SPOOL_MISTAKES:
+            explorer = SpoolExplorer(mistake.make_disk, limit=1)
             explorer.explore(1)
         else:
             explorer = Explorer(depot(), mistake.make_disk, limit=1)
@@ -103,10 +116,11 @@ def _every() -> Sequence:
 _stories: list = []
 
 PARTS: tuple[tuple[str, Callable[[int], Count], Callable[[], Sequence[int]]], ...] = (
-    ("planted mistakes", mistakes, lambda: range(len(MISTAKES) + len(ENROLMENT_MISTAKES))),
+    ("planted mistakes", mistakes, lambda: range(len(PLANTED))),
     ("second cuts", second_cuts, lambda: range(len(stories()))),
     ("kills then cuts", kills, lambda: range(len(stories()))),
     ("enrolment", enrolments, lambda: (3,)),
+    ("spool", spools, lambda: (3,)),
     ("cuts", cuts, lambda: range(len(_every()))),
     ("disks that refuse", refusals, lambda: range(len(stories()))),
     ("full disks", capacities, lambda: range(len(stories()))),

@@ -95,7 +95,7 @@ class Explorer:
 
     def _agent(self, story: Story, disk: MemoryDisk, runtime: SimulatedRuntime | None, found: Found) -> Agent:
         served = runtime.on(disk) if runtime else SimulatedRuntime(self.depot, disk, story.ailing)
-        return Agent(self.depot, story, disk, served, found.posted, found.promised)
+        return Agent(self.depot, story, disk, served, found.posted, found.promised, found.depth)
 
     def _watch(self, disk: MemoryDisk, agent: Agent, found: Found) -> None:
         def after(operation: str, path: str) -> None:

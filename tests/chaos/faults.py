@@ -79,7 +79,7 @@ class FaultRunner:
         if first is None:
             runtime = SimulatedRuntime(self.depot, disk, story.ailing)
             return Agent(self.depot, story, disk, runtime, 1, verify.read_floors(STATE, files=disk.calm()))
-        return Agent(self.depot, story, disk, first.runtime, first.posted, first.promised)
+        return Agent(self.depot, story, disk, first.runtime, first.posted, first.promised, first.start + 1)
 
     def _run(self, story: Story, trail: str, break_it: Callable[[MemoryDisk], None]) -> None:
         if len(self.failures) >= self.limit:

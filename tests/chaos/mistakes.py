@@ -11,7 +11,7 @@ from typing import Any
 from unittest.mock import patch
 
 import msgspec
-from edgefleet_agent import admission, effects, enroll, journal, runner, slots, swap, verify
+from edgefleet_agent import admission, effects, enroll, event_store, journal, runner, slots, spool, swap, verify
 from edgefleet_agent import settings as board_settings
 from edgefleet_shared import artifact, atomic
 from edgefleet_shared.lifecycle import Effect, State
@@ -215,6 +215,64 @@ def decide_by_old_metadata() -> Iterator[None]:
         yield
 
 
+_take_out, _find, _send = event_store.EventStore._take_out, event_store.EventStore._find, spool.Spool._send
+
+
+def append_without_sync(path: Path, piece: bytes, offset: int, *, files: Any) -> None:
+    atomic.write_piece(path, piece, offset, files=files)
+    if offset == 0:
+        atomic.sync_folder(path.parent, files=files)
+
+
+def append_without_folder_sync(path: Path, piece: bytes, offset: int, *, files: Any) -> None:
+    fd = files.open(path, os.O_WRONLY | os.O_CREAT)
+    files.pwrite(fd, memoryview(piece), offset)
+    files.fsync(fd)
+    files.close(fd)
+
+
+def records_without_checksum(content: bytes, offset: int) -> Iterator[tuple[int, bytes]]:
+    """Whatever has a length is taken for a record."""
+    header = event_store._RECORD
+    while offset + header.size <= len(content):
+        _, length, sequence = header.unpack_from(content, offset)
+        end = offset + header.size + length
+        if end > len(content):
+            return
+        yield sequence, content[offset + header.size : end]
+        offset = end
+
+
+def remove_before_counting(self: event_store.EventStore, segment: event_store.Segment) -> None:
+    kinds = {segment.lane: len(segment.sequences)}
+    _take_out(self, segment)
+    self.collect()
+    self._write_given_up(event_store.GivenUp(kinds=event_store._sum(self.dropped, kinds), segments=(segment.number,)))
+
+
+def count_without_naming(self: event_store.EventStore, given_up: event_store.GivenUp) -> None:
+    """What was given up is counted, and which segment it was in is not said."""
+    atomic.write(
+        self._folder / "dropped.json", msgspec.json.encode(event_store.GivenUp(kinds=given_up.kinds)), files=self._files
+    )
+    self._given_up, self._counted = given_up, True
+
+
+def remove_what_was_sent(self: spool.Spool) -> None:
+    """What went out is taken for what came in."""
+    _send(self)
+    for boot, sequence in self._in_flight:
+        self._store.acknowledge(boot, sequence)
+
+
+def oldest_first_whatever_it_is(self: event_store.EventStore, lane: event_store.Lane, needed_bytes: int) -> None:
+    while (
+        self._segments
+        and sum(s.disk_bytes for s in self._segments) + needed_bytes > self._limit - event_store.BLOCK_BYTES
+    ):
+        self._give_up(min(self._segments, key=lambda s: s.number))
+
+
 @dataclass(frozen=True)
 class Mistake:
     """A mistake, and the story whose exploration catches it; ``kills`` when it takes a killed agent before the cut."""
@@ -260,3 +318,15 @@ ENROLMENT_MISTAKES = (
     Mistake("enrolment: in-place write", "enrolment", _patched(atomic, "write", write_in_place)),
     Mistake("enrolment: the last file first", "enrolment", _patched(enroll, "keep", keep_enrolment_backwards)),
 )
+
+SPOOL_MISTAKES = (
+    Mistake("spool: no fsync of files", "spool", make_disk=NoFileSync),
+    Mistake("spool: no fsync of folders", "spool", make_disk=NoFolderSync),
+    Mistake("spool: append without fsync", "spool", _patched(atomic, "append", append_without_sync)),
+    Mistake("spool: a segment's name is not synced", "spool", _patched(atomic, "append", append_without_folder_sync)),
+    Mistake("spool: no checksum", "spool", _patched(event_store, "_records", records_without_checksum)),
+    Mistake("spool: removed before it is counted", "spool", _patched(event_store.EventStore, "_give_up", remove_before_counting)),
+    Mistake("spool: counted, and not said what", "spool", _patched(event_store.EventStore, "_write_given_up", count_without_naming)),
+    Mistake("spool: sent is taken for stored", "spool", _patched(spool.Spool, "_send", remove_what_was_sent)),
+    Mistake("spool: outcomes are given up with the rest", "spool", _patched(event_store.EventStore, "_make_room", oldest_first_whatever_it_is)),
+)  # fmt: skip

@@ -8,7 +8,8 @@ import pytest
 from chaos.board import STATE, Story
 from chaos.enrolment import EnrolmentExplorer
 from chaos.explorer import Explorer
-from chaos.mistakes import ENROLMENT_MISTAKES, MISTAKES, Mistake
+from chaos.mistakes import ENROLMENT_MISTAKES, MISTAKES, SPOOL_MISTAKES, Mistake
+from chaos.spooling import SpoolExplorer
 from chaos.stories import depot, stories
 
 
@@ -53,6 +54,27 @@ def test_a_planted_mistake_of_the_enrolment_is_caught(mistake: Mistake) -> None:
     explorer = EnrolmentExplorer(depot(), mistake.make_disk, limit=1)
     with mistake.plant() if mistake.plant else nullcontext():
         explorer.explore(depth=1)
+    assert explorer.failures != []
+
+
+def test_whatever_a_cut_leaves_every_event_that_was_stored_comes_once_or_is_counted() -> None:
+    explorer = SpoolExplorer()
+    explorer.explore(depth=1)
+    assert explorer.failures == []
+    assert explorer.recovered > 50
+
+
+@pytest.mark.parametrize("mistake", SPOOL_MISTAKES, ids=lambda mistake: mistake.name)
+def test_a_planted_mistake_of_the_spool_is_caught(mistake: Mistake) -> None:
+    explorer = SpoolExplorer(mistake.make_disk, limit=1)
+    with mistake.plant() if mistake.plant else nullcontext():
+        explorer.explore(depth=1)
+    assert explorer.failures != []
+
+
+def test_a_start_that_takes_an_earlier_ones_name_is_caught() -> None:
+    explorer = SpoolExplorer(limit=1, boot_of=lambda depth: "boot")
+    explorer.explore(depth=1)
     assert explorer.failures != []
 
 

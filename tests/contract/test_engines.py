@@ -39,6 +39,7 @@ BUILDERS = {
     "tflite, int8 file": ("tflite", lambda: artifacts.tflite_model(SEED, quantized=True), 0.25),
     "openvino": ("openvino", lambda: artifacts.openvino_model(SEED), 1e-3),
     "openvino, file with batch 1": ("openvino", lambda: artifacts.openvino_model(SEED, batch=1), 1e-3),
+    "ncnn": ("ncnn", lambda: artifacts.ncnn_model(SEED), 1e-4),
     "rknn, recorded interface": ("rknn", lambda: b"RKNN" + bytes([SEED]), 1e-4),
     "coral, recorded interface": ("coral", lambda: artifacts.tflite_model(SEED, quantized=True), 0.25),
     "fake": ("fake", lambda: msgspec.json.encode({"scale": 1.0, "offset": 0.0}), 1e-4),

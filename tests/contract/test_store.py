@@ -61,7 +61,7 @@ def test_migrating_twice_changes_nothing(database: Database) -> None:
         assert devices.get_device(session, "b1").site == "lab"
 
 
-# What made schema 1 of schema 2, on either database: the newer columns and tables taken away again.
+# What makes schema 1 of today's, on either database: the newer columns and tables taken away again.
 SCHEMA_1 = (
     "DROP TABLE worker",
     "DROP INDEX ix_compile_job_lease",
@@ -72,6 +72,8 @@ SCHEMA_1 = (
     ),
     "DROP TABLE enrolment_token",
     "CREATE TABLE enrolment_token (sha256 VARCHAR NOT NULL PRIMARY KEY, device_class VARCHAR NOT NULL REFERENCES device_class (name))",
+    "ALTER TABLE device DROP COLUMN must_sign",
+    "ALTER TABLE device DROP COLUMN proof",
     "UPDATE schema_version SET version = 1",
 )
 
@@ -108,6 +110,24 @@ def test_a_database_of_a_newer_program_is_refused(database: Database) -> None:
         session.connection().execute(text("UPDATE schema_version SET version = 99"))
     with pytest.raises(EnvironmentProblem, match="schema 99"):
         database.migrate()
+
+
+def test_boards_from_before_signatures_are_brought_along_and_need_not_sign(database: Database) -> None:
+    with database.write() as session:
+        devices.put_class(session, "old", "{}", 1.0)
+        devices.enrol(session, "old-board", "old", now=1.0)
+        for statement in (
+            "ALTER TABLE device DROP COLUMN must_sign",
+            "ALTER TABLE device DROP COLUMN proof",
+            "UPDATE schema_version SET version = 1",
+        ):
+            session.connection().execute(text(statement))
+    database.migrate()
+    with database.write() as session:
+        board = devices.get_device(session, "old-board")
+        assert (board.must_sign, board.proof) == (False, "")
+        assert devices.enrol(session, "new-board", "old", now=2.0).must_sign
+        session.connection().execute(text("DELETE FROM device WHERE device_class = 'old'"))
 
 
 def test_two_programs_that_start_at_once_make_one_schema(url: str) -> None:
@@ -282,6 +302,12 @@ def test_events_that_the_agent_gave_up_are_no_gap(database: Database) -> None:
     insert(database, event(1), event(5))
     told = Event(device="b1", boot="boot1", sequence=6, at=6.0, body=Dropped(count=3, up_to=4))
     assert insert(database, told) == {"b1": [Ack("boot1", 6)]}
+
+
+def test_a_start_of_the_agent_speaks_for_what_an_earlier_one_lost(database: Database) -> None:
+    insert(database, event(1), event(5))
+    told = Event(device="b1", boot="boot2", sequence=1, at=6.0, body=Dropped(count=3, up_to=0, earlier=("boot1", 4)))
+    assert insert(database, told) == {"b1": [Ack("boot1", 5), Ack("boot2", 1)]}
 
 
 def test_each_boot_and_each_board_counts_for_itself(database: Database) -> None:

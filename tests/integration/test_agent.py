@@ -14,10 +14,12 @@ import numpy as np
 import pytest
 from edgefleet_agent import slots
 from edgefleet_agent.slots import SlotStatus
+from edgefleet_controller.results import Holder, ResultVerifier, Standing
 from edgefleet_shared.artifact import MODEL_LAYER, Descriptor
 from edgefleet_shared.contract import AcceptanceContract, ShadowPlan, Verdict
 from edgefleet_shared.fingerprint import Requirement
 from edgefleet_shared.lifecycle import State
+from edgefleet_shared.messages import OutcomeTold
 from edgefleet_shared.outcomes import Outcome
 from support import artifacts
 from support.broker import until
@@ -118,6 +120,20 @@ def test_a_board_takes_a_version_under_load_without_losing_a_request(
         lambda: controller.outcomes_told(board.name)[told:] == [Outcome.SUCCEEDED],
         "the outcome is told once",
     )
+
+
+def test_a_result_is_signed_with_the_boards_own_key_and_the_key_stays_out_of_the_agent(
+    workshop: Workshop, controller: Controller, board: Board, serving: str
+) -> None:
+    report = controller.reports[board.name]
+    verifier = ResultVerifier(controller.broker.ca.certificate)
+    proof = verifier.judge(report, Holder(device=board.name, enrolled_at=0.0))
+    assert (proof.standing, proof.why) == (Standing.SIGNED, "")
+    assert verifier.judge(report, Holder(device="another", enrolled_at=0.0)).standing is Standing.REFUSED
+    told = [e.body for e in controller.events_seen if isinstance(e.body, OutcomeTold) and e.body.ended == report.ended]
+    assert [body.result for body in told] == [report.result]
+    assert board.agent is not None
+    assert "cryptography" not in Path(f"/proc/{board.agent.pid}/maps").read_text()
 
 
 def test_a_model_that_answers_wrongly_changes_nothing_and_says_why(

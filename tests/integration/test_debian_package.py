@@ -14,6 +14,8 @@ import pytest
 from support.broker import free_port, until
 from support.fleet import Fleet, manifests, write
 from support.machine import Machine, MachineMissing
+from tritonclient.grpc import InferenceServerClient
+from tritonclient.utils import InferenceServerException
 
 ROOT = Path(__file__).resolve().parents[2]
 SERVICES = ("fleet-agent.service", "fleet-runtime.service")
@@ -31,7 +33,7 @@ def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
 
 @pytest.fixture(scope="module")
 def packages(machine: Machine, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """edgefleet-agent and edgefleet-engine-onnxruntime, as they are released."""
+    """edgefleet-agent, edgefleet-engine-onnxruntime and edgefleet-runtime-grpc, as they are released."""
     out = tmp_path_factory.mktemp("packages")
     done = subprocess.run(
         [sys.executable, str(ROOT / "agent/debian/build.py"), "--out", str(out), "--engine", "onnxruntime", "--compression", "none"],
@@ -65,7 +67,17 @@ def install(machine: Machine, *packages: Path) -> str:
 
 
 @pytest.fixture(scope="module")
-def port(machine: Machine, packages: list[Path]) -> int:
+def grpc_port(machine: Machine) -> int:
+    """Where its gRPC face will be, moved in the same way as the runtime's."""
+    chosen = free_port()
+    folder = machine.tree / "etc/systemd/system/fleet-runtime-grpc.socket.d"
+    folder.mkdir(parents=True)
+    (folder / "port.conf").write_text(f"[Socket]\nListenStream=\nListenStream=127.0.0.1:{chosen}\n")
+    return chosen
+
+
+@pytest.fixture(scope="module")
+def port(machine: Machine, packages: list[Path], grpc_port: int) -> int:
     """Installed; the runtime's port is moved as an operator moves it, since this machine shares the host's loopback."""
     chosen = free_port()
     folder = machine.tree / "etc/systemd/system/fleet-runtime.socket.d"
@@ -114,6 +126,29 @@ def test_root_enrols_it_and_a_rollout_reaches_it(machine, port, fleet):
     assert ask(port, "/v2/models/toy/ready")[0] == 200
     told = machine.run("journalctl", "--unit=fleet-runtime", "--output=cat", "--no-pager").stdout
     assert "worker_not_confined" not in told
+
+
+GATEWAY = "fleet-runtime-grpc.service"
+
+
+def test_the_grpc_gateway_starts_with_its_first_client_and_comes_back_after_a_kill(machine, port, grpc_port):
+    assert machine.active("fleet-runtime-grpc.socket")
+    assert not machine.active(GATEWAY), "nobody has asked yet"
+
+    def ready() -> bool:
+        client = InferenceServerClient(f"127.0.0.1:{grpc_port}")
+        try:
+            return bool(client.is_model_ready("toy"))
+        except InferenceServerException:
+            return False
+        finally:
+            client.close()
+
+    until(ready, "the first client is answered", 60)
+    before = machine.main_pid(GATEWAY)
+    machine.run("systemctl", "kill", "--kill-whom=main", "--signal=KILL", GATEWAY)
+    until(lambda: machine.active(GATEWAY) and machine.main_pid(GATEWAY) not in (0, before), "it is back", 40)
+    until(ready, "and answers", 60)
 
 
 @pytest.mark.parametrize("service", SERVICES)
@@ -167,12 +202,14 @@ def repacked(package: Path, folder: Path) -> Path:
 
 
 def test_removed_it_is_silent_and_purged_it_leaves_nothing_but_its_user(machine, port):
-    machine.run("dpkg", "--remove", "edgefleet-engine-onnxruntime", "edgefleet-agent")
-    assert not any(machine.active(unit) for unit in (*SERVICES, "fleet-runtime.socket"))
+    machine.run("dpkg", "--remove", "edgefleet-engine-onnxruntime", "edgefleet-runtime-grpc", "edgefleet-agent")
+    assert not any(
+        machine.active(unit) for unit in (*SERVICES, GATEWAY, "fleet-runtime.socket", "fleet-runtime-grpc.socket")
+    )
     assert machine.run("test", "-f", "/var/lib/edgefleet/agent.json", check=False).returncode == 0
     with pytest.raises(ConnectionRefusedError):
         ask(port, "/v2/health/live")
-    machine.run("dpkg", "--purge", "edgefleet-agent", "edgefleet-engine-onnxruntime")
+    machine.run("dpkg", "--purge", "edgefleet-agent", "edgefleet-engine-onnxruntime", "edgefleet-runtime-grpc")
     gone = (
         "/var/lib/edgefleet",
         "/usr/lib/edgefleet",

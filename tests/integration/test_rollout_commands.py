@@ -87,6 +87,25 @@ def test_a_bad_version_stops_at_the_canary_which_returns_and_the_command_says_wh
     assert {b.active.version for b in boards} == {"1"}
 
 
+def test_an_outcome_that_nobody_signed_takes_no_wave_further_and_the_commands_say_so(released, boards):
+    for board in boards:
+        board.signs = False
+    released.json("rollout", "create", "-f", str(rollout_for(released, boards, "1", "unsigned")))
+
+    def doubted() -> list[dict[str, object]]:
+        return [b for b in released.client().rollout("unsigned")["boards"] if b["standing"] == "unclear"]
+
+    until(lambda: len(doubted()) == 1, "the canary has spoken, and is not believed")
+    (canary,) = doubted()
+    assert (canary["signed"], canary["reason"]) == (False, "its result is not signed")
+    assert "its result is not signed" in released.run("rollout", "status", "unsigned").stdout
+    shown = released.json("device", "show", str(canary["device"]))
+    assert (shown["result"], shown["must_sign"], shown["outcome"]) == ("unsigned", True, "succeeded")
+    assert [len(b.assigned) for b in boards if b.name != canary["device"]] == [0, 0]
+    released.json("rollout", "abort", "unsigned")
+    until(lambda: released.client().rollout("unsigned")["ended"], "it is over")
+
+
 def test_a_controller_killed_in_the_middle_of_a_rollout_goes_on_where_it_was(released, boards):
     for board in boards[1:] + boards[:1]:
         board.held = True

@@ -9,6 +9,8 @@ from pathlib import Path
 import msgspec
 import pytest
 from edgefleet_controller.health import Intake
+from edgefleet_controller.pki import CertificateAuthority
+from edgefleet_controller.results import ResultVerifier
 from edgefleet_controller.rollout.fakes import RetainingPublisher, UnsignedDirector, read_unsigned
 from edgefleet_controller.rollout.service import RolloutService
 from edgefleet_controller.rollout.views import (
@@ -26,13 +28,15 @@ from edgefleet_controller.store.database import Database
 from edgefleet_controller.store.tables import Artifact
 from edgefleet_shared.artifact import digest_of
 from edgefleet_shared.clock import ManualClock
+from edgefleet_shared.contract import Verdict
 from edgefleet_shared.errors import ConflictError, InputError, NotFoundError, TransportError, TrustError
 from edgefleet_shared.lifecycle import State
-from edgefleet_shared.messages import Ended, Event, Health, Presence, Reported, SlotReport
+from edgefleet_shared.messages import Ended, Event, Health, Presence, Reported, SignedResult, SlotReport
 from edgefleet_shared.outcomes import Outcome
 from edgefleet_shared.trust import Assignment
 from sqlalchemy import event
 from support.broker import until
+from support.signing import BoardKey
 from support.simulated_boards import FINGERPRINT, REQUIREMENT, manifest, spec
 
 
@@ -106,6 +110,8 @@ class Site:
                 devices.enrol(session, name, device_class, now=1.0)
         database.close()
         self.boards = boards
+        self.ca = CertificateAuthority.create(folder / "ca", self.clock)
+        self.keys = {name: BoardKey.enrolled(self.ca, name) for name in boards}
         self.start()
         for name, device_class in boards.items():
             self.reports[name] = Reported(
@@ -122,7 +128,7 @@ class Site:
         """A controller process: all that it knows is in the database."""
         self.database = Database(self.url)
         event.listen(self.database.engine, "commit", lambda _connection: self.chaos.between())
-        self.intake = Intake(self.database, self.clock)
+        self.intake = Intake(self.database, self.clock, ResultVerifier(self.ca.certificate))
         self.service = RolloutService(self.database, self.director, self.broker, self.intake, self.clock)
 
     def tick(self) -> None:
@@ -151,12 +157,13 @@ class Site:
             known.append((wanted.id, version))
             good = wanted.version not in self.bad_versions
             active = self.slot(device_class, wanted.version) if good else report.active
+            ended = Ended(
+                assignment=wanted.id, manifest=wanted.manifest, reason="" if good else "agreement too low",
+                outcome=Outcome.SUCCEEDED if good else Outcome.FAILED_NO_CHANGE, number=len(known),
+            )  # fmt: skip
             report = msgspec.structs.replace(
-                report, assignment=wanted.id, desired_seen=digest_of(payload), active=active,
-                ended=Ended(
-                    assignment=wanted.id, manifest=wanted.manifest, reason="" if good else "agreement too low",
-                    outcome=Outcome.SUCCEEDED if good else Outcome.FAILED_NO_CHANGE,
-                ),
+                report, assignment=wanted.id, desired_seen=digest_of(payload), active=active, ended=ended,
+                result=self.keys[name].sign(ended),
             )  # fmt: skip
             self.reports[name] = report
             self.intake.reported(name, report)
@@ -370,3 +377,72 @@ def test_a_board_in_flight_ends_by_the_assignment_that_was_signed_anew_meanwhile
     assert site.service.renew_assignments(100.0) == 1
     assert site.run("r2").phase is Phase.SUCCEEDED
     assert site.versions() == {"a1": "2"}
+
+
+def claimed(report: Reported, wanted: Assignment, result: SignedResult | None) -> Reported:
+    """What a broker makes of a board's report: that it took what it was assigned."""
+    active = SlotReport(manifest=wanted.manifest, model="m", version=wanted.version, status="good")
+    ended = Ended(assignment=wanted.id, manifest=wanted.manifest, outcome=Outcome.SUCCEEDED)
+    return msgspec.structs.replace(report, assignment=wanted.id, active=active, ended=ended, result=result)
+
+
+@pytest.mark.parametrize("forge", ["without a signature", "signed by another board", "with an old signature"])
+def test_a_broker_that_forges_outcomes_advances_no_wave(tmp_path: Path, forge: str) -> None:
+    site = Site(tmp_path, dict.fromkeys(("a1", "a2", "a3"), "x86"))
+    site.create("r1", version="3")
+    assert site.run("r1").phase is Phase.SUCCEEDED
+    site.create(attempts=2, retry_after_s=3.0)
+    asked: set[str] = set()
+    for _ in range(40):
+        site.tick()
+        for name, payload in site.broker.retained.items():
+            wanted, _ = read_unsigned(payload)
+            if wanted.version != "2":
+                continue
+            asked.add(name)
+            report = site.reports[name]
+            result = {
+                "without a signature": None,
+                "signed by another board": site.keys["a1" if name != "a1" else "a2"].sign(
+                    Ended(assignment=wanted.id, manifest=wanted.manifest, outcome=Outcome.SUCCEEDED)
+                ),
+                "with an old signature": report.result,
+            }[forge]
+            site.intake.reported(name, claimed(report, wanted, result))
+        site.clock.advance(1)
+    rollout = site.service.get("r2")
+    assert rollout.phase is Phase.PAUSED
+    assert len(asked) == 1, "only the canary was ever asked"
+    (canary,) = asked
+    assert rollout.boards[canary].standing is Standing.UNCLEAR
+    assert rollout.boards[canary].signed is False
+    assert all(gate.verdict is Verdict.INCONCLUSIVE for gate in rollout.gates)
+
+
+def test_a_broker_that_says_everybody_has_it_already_advances_no_wave(tmp_path: Path) -> None:
+    site = Site(tmp_path, dict.fromkeys(("a1", "a2", "a3"), "x86"))
+    for name, report in site.reports.items():
+        site.intake.reported(name, msgspec.structs.replace(report, active=site.slot("x86", "2")))
+    site.create()
+    assert not [p for p in site.service.get("r2").boards.values() if p.standing is Standing.HAD_IT]
+
+
+def test_a_board_from_before_signatures_is_believed_until_its_first_signed_word(tmp_path: Path) -> None:
+    site = Site(tmp_path, {"a1": "x86"})
+    with site.database.write() as session:
+        devices.get_device(session, "a1").must_sign = False
+    unsigned: list[bool] = []
+    real = site.intake.reported
+    site.intake.reported = lambda d, m: real(d, msgspec.structs.replace(m, result=None) if unsigned else m)  # type: ignore[method-assign]
+    unsigned.append(True)
+    site.create()
+    rollout = site.run("r2")
+    assert rollout.phase is Phase.SUCCEEDED
+    assert rollout.boards["a1"].signed is False
+    unsigned.clear()
+    site.create("r3", version="3")
+    rollout = site.run("r3")
+    assert rollout.boards["a1"].signed is True
+    unsigned.append(True)
+    site.create("r4", attempts=1)
+    assert site.run("r4").phase is Phase.PAUSED

@@ -66,6 +66,23 @@ def test_tritonclient_finds_the_server_live_ready_and_described(client: triton.I
     assert [(i.name, i.datatype, list(i.shape)) for i in metadata.inputs] == [("x", "FP32", [-1, 8, 8, 3])]
 
 
+def test_it_can_listen_on_a_unix_socket_and_says_so(runtime: Runtime, tmp_path: Path) -> None:
+    path = tmp_path / "grpc.sock"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "edgefleet_agent.runtime.grpc_gateway", "--state", str(runtime.state), "--listen", f"unix:{path}"],
+        stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline().strip() == f"listening at unix:{path}"
+        client = triton.InferenceServerClient(f"unix:{path}")
+        np.testing.assert_allclose(client.infer("toy", [tensor()]).as_numpy("y"), artifacts.truth(1, X), atol=1e-4)
+        client.close()
+    finally:
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 0
+
+
 def test_tritonclient_infers_with_and_without_a_version_and_asynchronously(
     client: triton.InferenceServerClient,
 ) -> None:

@@ -269,6 +269,22 @@ def test_a_token_printed_into_a_file_enrols_the_real_agent(fleet, tmp_path):
     assert not (tmp_path / "other" / "agent.json").exists()
 
 
+def test_boards_that_enrol_must_sign_unless_the_operator_trusts_unsigned_results(tmp_path):
+    made = Fleet(tmp_path).start(EDGEFLEET_TRUST_UNSIGNED_RESULTS="true")
+    try:
+        (tmp_path / "class.yaml").write_text(yaml.safe_dump(device_class("pc")))
+        made.json("apply", "-f", str(tmp_path / "class.yaml"))
+        made.enroll(made.client().token("pc"), "lenient")
+        assert made.json("device", "show", "lenient")["must_sign"] is False
+        made.end()
+        made.start()
+        made.enroll(made.client().token("pc"), "strict")
+        shown = {d["name"]: d["must_sign"] for d in made.json("device", "list")}
+        assert shown == {"lenient": False, "strict": True}
+    finally:
+        made.close()
+
+
 def test_a_token_is_kept_when_the_request_was_bad_and_a_taken_name_is_refused(fleet):
     fleet.client().token("pc", device="taken-1")
     first = fleet.client().token("pc", device="taken-1")

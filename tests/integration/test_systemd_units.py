@@ -15,6 +15,7 @@ UNITS = sorted(ROOT.glob("*/edgefleet_*/systemd/*.service"))
 EXPOSURE = {
     "fleet-agent.service": 1.5, "fleet-runtime.service": 0.6, "fleet-power.service": 1.5, "fleet-controller.service": 1.5,
     "fleet-worker.service": 1.5,
+    "fleet-runtime-grpc.service": 0.6, "fleet-runtime-grpc-proxy.service": 0.6,
 }  # fmt: skip
 
 pytestmark = pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd-analyze is not installed")
@@ -44,7 +45,7 @@ def test_the_services_are_there():
     assert {unit.name for unit in UNITS} == set(EXPOSURE)
 
 
-@pytest.mark.parametrize("name", [*EXPOSURE, "fleet-runtime.socket", "fleet-power.path"])
+@pytest.mark.parametrize("name", [*EXPOSURE, "fleet-runtime.socket", "fleet-runtime-grpc.socket", "fleet-power.path"])
 def test_systemd_reads_the_unit_without_a_word(installed, name):
     _, complaints = analyze("verify", "--man=no", installed / name)
     assert complaints == ""
@@ -81,8 +82,9 @@ def test_neither_service_of_a_board_stops_the_other(name, other):
     assert not tying.search(text)
 
 
-def test_the_runtime_is_reached_from_the_board_only():
-    lines = (ROOT / "agent/edgefleet_agent/systemd/fleet-runtime.socket").read_text().splitlines()
+@pytest.mark.parametrize("name", ["fleet-runtime.socket", "fleet-runtime-grpc.socket"])
+def test_the_runtime_is_reached_from_the_board_only(name):
+    lines = (ROOT / "agent/edgefleet_agent/systemd" / name).read_text().splitlines()
     addresses = [line.partition("=")[2] for line in lines if line.startswith("ListenStream=")]
     assert addresses
     assert all(address.startswith(("127.0.0.1:", "%t/")) for address in addresses)

@@ -33,7 +33,7 @@ ENCODING = PictureEncoding(mean=(127.5,), std=(127.5,), layout="NHWC", colour="R
 # hungry    good, but a picture whose first value is exactly 1.0 makes it take HUNGRY_BYTES, and keep them
 # corrupt   the model file is no model
 Behaviour = Literal["good", "wrong", "crash", "poison", "hungry", "corrupt"]
-EngineName = Literal["onnxruntime", "tflite", "openvino"]
+EngineName = Literal["onnxruntime", "tflite", "openvino", "ncnn"]
 
 
 def weights_of(seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -223,6 +223,19 @@ def openvino_model(seed: int, behaviour: Behaviour = "good", batch: int | str = 
     return stream.getvalue()
 
 
+def ncnn_model(seed: int, behaviour: Behaviour = "good") -> bytes:
+    """The classifier as edgefleet's ncnn blob: model.bin, then a stored ZIP of model.param, written by hand (one InnerProduct)."""
+    weights, bias = weights_of(seed)
+    if behaviour == "wrong":
+        weights = -weights
+    param = f"7767517\n2 2\nInput in0 0 1 in0\nInnerProduct fc 1 1 in0 out0 0={CLASSES} 1=1 2={weights.size}\n"
+    stream = io.BytesIO()
+    stream.write(bytes(4) + weights.tobytes() + bias.tobytes())  # the flag before weights says float32; a bias has none
+    with zipfile.ZipFile(stream, "a", zipfile.ZIP_STORED) as archive:
+        archive.writestr(zipfile.ZipInfo("model.param"), param)
+    return stream.getvalue()
+
+
 def model_file(engine: EngineName, seed: int, behaviour: Behaviour = "good") -> bytes:
     """The compiled model of ``engine``."""
     if behaviour == "corrupt":
@@ -231,10 +244,12 @@ def model_file(engine: EngineName, seed: int, behaviour: Behaviour = "good") -> 
         return tflite_model(seed, behaviour)
     if engine == "openvino":
         return openvino_model(seed, behaviour)
+    if engine == "ncnn":
+        return ncnn_model(seed, behaviour)
     return onnx_model(seed, behaviour)
 
 
-PROVIDERS = {"onnxruntime": ("CPUExecutionProvider",), "tflite": ("CPU",), "openvino": ("CPU",)}
+PROVIDERS = {"onnxruntime": ("CPUExecutionProvider",), "tflite": ("CPU",), "openvino": ("CPU",), "ncnn": ("CPU",)}
 
 
 def make_contract(engine: EngineName = "onnxruntime", **changes: Any) -> AcceptanceContract:
@@ -298,7 +313,9 @@ def make_artifact(
         config: overrides of :class:`ModelConfig` fields.
     """
     shown = pictures(seed) if golden_pictures is None else golden_pictures
-    references = truth(seed, golden.encode_pictures(shown, ENCODING))
+    encoded = golden.encode_pictures(shown, ENCODING)
+    references = truth(seed, encoded)
+    config.setdefault("statistics", golden.statistics({"x": encoded}, {"y": references}, classification=True))
     labels = msgspec.json.encode([f"class {i}" for i in range(CLASSES)])
     return artifact.build(
         layout,

@@ -33,6 +33,7 @@ from tuf.api.metadata import Metadata
 
 from support import artifacts
 from support.broker import free_port, until
+from support.signing import BoardKey
 
 FLEET = (sys.executable, "-m", "edgefleet_controller.cli.main")
 START_TIMEOUT_S = 60.0
@@ -145,10 +146,12 @@ class FakeBoard:
             host=told["broker_host"], port=told["broker_port"], ca=folder / "ca.pem", certificate=folder / "b.pem",
             key=folder / "b.key",
         )  # fmt: skip
+        self._key = BoardKey(self.name, told["certificate"], key)
         self._presence = topics.of_device(self.name, Kind.PRESENCE)
         will = Will(self._presence, encode(Presence(False, "boot-1")))
         self.active: SlotReport | None = None
         self.outcome_of: Callable[[str], Outcome] = lambda version: Outcome.SUCCEEDED
+        self.signs = True
         self.held = False  # an assignment that comes now is not answered
         self.assigned: list[str] = []  # ids, in order
         self._link = Link(endpoint, self.name, on_message=self._take, on_up=self._up, will=will)
@@ -186,7 +189,8 @@ class FakeBoard:
         report = Reported(
             device=self.name, device_class=self.device_class, boot="boot-1", at=0.0, state=State.IDLE,
             agent_version="test", fingerprint=board, active=self.active, ended=ended,
-            assignment=ended.assignment if ended else "", desired_seen=desired,
+            result=self._key.sign(ended) if ended and self.signs else None, assignment=ended.assignment if ended else "",
+            desired_seen=desired,
         )  # fmt: skip
         self._link.publish(topics.of_device(self.name, Kind.REPORTED), encode(report), retain=True)
 

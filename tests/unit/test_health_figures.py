@@ -6,6 +6,8 @@ from functools import reduce
 from pathlib import Path
 
 from edgefleet_controller.health import Intake, Kept, follow
+from edgefleet_controller.pki import CertificateAuthority
+from edgefleet_controller.results import ResultVerifier
 from edgefleet_controller.store import devices
 from edgefleet_controller.store.database import Database
 from edgefleet_shared.clock import ManualClock
@@ -57,13 +59,17 @@ def test_a_counter_that_began_anew_counts_what_it_shows() -> None:
     assert figures(health(1, 0), health(2, 100), health(3, 7)) == (107, 0, "1")
 
 
+def verifier(tmp_path: Path) -> ResultVerifier:
+    return ResultVerifier(CertificateAuthority.create(tmp_path / "ca", ManualClock()).certificate)
+
+
 def intake(tmp_path: Path) -> tuple[Database, Intake, ManualClock]:
     database, clock = Database(f"sqlite:///{tmp_path}/fleet.db"), ManualClock(1000.0)
     database.migrate()
     with database.write() as session:
         devices.put_class(session, "x86", "{}", 1.0)
         devices.enrol(session, "b1", "x86", now=1.0)
-    return database, Intake(database, clock), clock
+    return database, Intake(database, clock, verifier(tmp_path)), clock
 
 
 def test_nothing_is_acknowledged_that_the_database_did_not_take(tmp_path: Path) -> None:
@@ -78,7 +84,7 @@ def test_nothing_is_acknowledged_that_the_database_did_not_take(tmp_path: Path) 
     assert found.events(big) == []
     assert found.of("b1") is None, "figures follow what is stored"
     database.engine.dispose()
-    again = Intake(Database(f"sqlite:///{tmp_path}/fleet.db"), ManualClock())
+    again = Intake(Database(f"sqlite:///{tmp_path}/fleet.db"), ManualClock(), verifier(tmp_path))
     assert again.events(big) == [("b1", Ack("a", 199))]
 
 
@@ -110,6 +116,8 @@ def test_what_no_database_can_hold_is_passed_over_and_costs_nothing_else(tmp_pat
         health(1, 1, boot=""),
         health(1, 1, boot="x" * 10_000),
         Event(device="b1", boot="a", sequence=1, at=1.0, body=Dropped(count=1, up_to=2**70)),
+        Event(device="b1", boot="a", sequence=1, at=1.0, body=Dropped(count=1, up_to=0, earlier=("\x00", 5))),
+        Event(device="b1", boot="a", sequence=1, at=1.0, body=Dropped(count=1, up_to=0, earlier=("b", 2**70))),
     ]
     told = Event(device="b1", boot="a", sequence=2, at=1.0, body=Refused(desired="x\x00", check="c", reason="\x00"))
     assert found.events([*hostile, health(1, 5), told]) == [("b1", Ack("a", 2))]

@@ -15,7 +15,7 @@ NOT_ON_A_BOARD = {
     "torch", "tensorflow", "tensorflow-cpu", "ai-edge-quantizer", "litert-torch", "onnx2torch", "scipy", "pillow", "pytest",
     "mypy", "ruff", "hatchling", "edgefleet-controller",
 }  # fmt: skip
-ENGINES = {"onnxruntime", "ai-edge-litert", "openvino", "tflite-runtime"}
+ENGINES = {"onnxruntime", "ai-edge-litert", "openvino", "tflite-runtime", "ncnn"}
 # tflite-runtime wants a numpy that fits nothing else here: tests/arm installs this lock, and runs it.
 TESTED_ON_ARM = {"agent-tflite.txt": {"tflite-runtime", "numpy"}}
 
@@ -119,6 +119,7 @@ def test_each_board_lock_has_at_most_the_one_engine_that_it_is_named_for():
         "agent-litert": {"ai-edge-litert"},
         "agent-tflite": {"tflite-runtime"},
         "agent-openvino": {"openvino"},
+        "agent-ncnn": {"ncnn"},
     }
 
 

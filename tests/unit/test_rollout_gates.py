@@ -19,8 +19,12 @@ def boards(*outcomes: Outcome | None, name: str = "c", **fields: object) -> list
     return [Sample(device=f"{name}{n}", outcome=o, reason="why", **fields) for n, o in enumerate(outcomes)]  # type: ignore[arg-type]
 
 
-def figures(requests: int = 1000, failed: int = 0, crashes: int = 0, p95_ms: float | None = None) -> Figures:
-    return Figures(model="m", version="2", requests=requests, failed=failed, crashes=crashes, p95_ms=p95_ms)
+def figures(
+    requests: int = 1000, failed: int = 0, crashes: int = 0, p95_ms: float | None = None, drift: float | None = None
+) -> Figures:
+    return Figures(
+        model="m", version="2", requests=requests, failed=failed, crashes=crashes, p95_ms=p95_ms, drift=drift
+    )
 
 
 def row(report: Report, name: str) -> Verdict | None:
@@ -28,6 +32,7 @@ def row(report: Report, name: str) -> Verdict | None:
 
 
 ALL = GateSpec(max_error_rate=0.01, max_latency_ratio=1.5)
+DRIFT = GateSpec(max_drift=0.3)
 
 CASES = {
     "nobody at all": (GateSpec(), [], [], Verdict.INCONCLUSIVE),
@@ -58,6 +63,14 @@ CASES = {
         ALL, boards(TOOK, accept_p95_ms=16.0), boards(None, name="b", accept_p95_ms=10.0), Verdict.FAILED),
     "a latency that is no number": (
         ALL, boards(TOOK, accept_p95_ms=math.nan), boards(None, name="b", accept_p95_ms=10.0), Verdict.ERROR),
+    "drifted more than it may": (DRIFT, boards(TOOK, figures=figures(drift=0.31)), [], Verdict.FAILED),
+    "drifted as much as it may": (DRIFT, boards(TOOK, figures=figures(drift=0.3)), [], Verdict.PASSED),
+    "drift that nobody asks about": (GateSpec(), boards(TOOK, figures=figures(drift=9.0)), [], Verdict.PASSED),
+    "drift that can't be told yet": (DRIFT, boards(TOOK, figures=figures(drift=None)), [], Verdict.PASSED),
+    "the world has drifted for the old version too": (
+        DRIFT, boards(TOOK, figures=figures(drift=0.9)), boards(None, name="b", figures=figures(drift=0.8)), Verdict.INCONCLUSIVE),
+    "a drift that is no number": (DRIFT, boards(TOOK, figures=figures(drift=math.nan)), [], Verdict.ERROR),
+    "a drift below nothing": (DRIFT, boards(TOOK, figures=figures(drift=-1.0)), [], Verdict.ERROR),
     "crashes": (GateSpec(), boards(TOOK, figures=figures(crashes=1)), [], Verdict.FAILED),
     "crashes no more than the baseline": (
         GateSpec(), boards(TOOK, figures=figures(crashes=1)), boards(None, name="b", figures=figures(crashes=1)), Verdict.PASSED),

@@ -68,8 +68,18 @@ class Refused(msgspec.Struct, tag=6, array_like=True):
     message: str
 
 
+class Observed(msgspec.Struct, tag=7, array_like=True):
+    """worker -> front: what one request was like, by the artifact's statistics: for each of their inputs and outputs how many of the values
+    that were looked at fell into each bin, how many are no number, and the mean of the others (None where there are none); the
+    answer's class, -1 without one; a checksum of the inputs' values."""
+
+    tensors: list[tuple[list[int], int, float | None]]
+    answer: int
+    checksum: int
+
+
 ToWorker = Start | Run
-FromWorker = Ready | Failed | Done | Refused
+FromWorker = Ready | Failed | Done | Refused | Observed
 
 encode = msgspec.msgpack.Encoder().encode
 decode_to_worker = msgspec.msgpack.Decoder(ToWorker).decode

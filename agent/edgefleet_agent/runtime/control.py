@@ -18,6 +18,7 @@ from typing import Literal, TypeVar
 
 import msgspec
 from edgefleet_shared.contract import ShadowFigures
+from edgefleet_shared.drift import Drift
 from edgefleet_shared.errors import EnvironmentProblem, TransportError, from_dict
 
 MAX_LINE_BYTES = 1 << 20
@@ -114,6 +115,7 @@ class VersionStatus(msgspec.Struct, frozen=True, kw_only=True):
     providers: tuple[str, ...]
     unconfined: tuple[str, ...]
     last_problem: str
+    drift: Drift | None = None
 
 
 class StatusReport(msgspec.Struct, frozen=True, kw_only=True, tag="status", tag_field="op"):

@@ -27,6 +27,7 @@ from edgefleet_shared import logs
 from edgefleet_shared.errors import EdgefleetError, EnvironmentProblem
 from google.protobuf.message import Message
 
+from edgefleet_agent import notify
 from edgefleet_agent.runtime import open_inference_pb2
 from edgefleet_agent.runtime.control import short_path
 from edgefleet_agent.runtime.head import MAX_BODY_BYTES
@@ -285,6 +286,21 @@ def _answering(call: Callable[[Any], Message]) -> Callable[[Any, grpc.ServicerCo
     return answer
 
 
+def _host_and_port(listen: str) -> str:
+    """A loopback address as gRPC writes it.
+
+    Raises:
+        InputError, EnvironmentProblem: it is none.
+    """
+    from edgefleet_agent.runtime.app import parse_address
+
+    address = parse_address(listen)
+    if address is None:
+        raise EnvironmentProblem("there is nothing to do with --listen off")
+    host, port = address
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.option(
     "--state", required=True, type=click.Path(path_type=Path, file_okay=False), help="The agent's state folder."
@@ -296,28 +312,32 @@ def _answering(call: Callable[[Any], Message]) -> Callable[[Any, grpc.ServicerCo
     help="The runtime's Unix socket; default STATE/run/infer.sock.",
 )
 @click.option(
-    "--listen", default="127.0.0.1:8001", show_default=True, help="Loopback HOST:PORT; port 0 picks a free one."
+    "--listen",
+    default="127.0.0.1:8001",
+    show_default=True,
+    help="Loopback HOST:PORT, port 0 picks a free one; or unix:PATH.",
 )
 def main(state: Path, socket_path: Path | None, listen: str) -> None:
     """Serve the board's model over the Open Inference Protocol's gRPC face. The runtime must run beside it."""
-    from edgefleet_agent.runtime.app import parse_address
-
     logs.configure()
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
     try:
-        address = parse_address(listen)
-        if address is None:
-            raise EnvironmentProblem("there is nothing to do with --listen off")
-        host, port = address
-        shown = f"[{host}]" if ":" in host else host
-        server, port = serve(Gateway(Runtime(socket_path or state.resolve() / "run" / "infer.sock")), f"{shown}:{port}")
+        gateway = Gateway(Runtime(socket_path or state.resolve() / "run" / "infer.sock"))
+        if listen.startswith("unix:"):
+            server, shown = serve(gateway, listen)[0], listen
+        else:
+            host = _host_and_port(listen)
+            server, port = serve(gateway, host)
+            shown = f"{host.rpartition(':')[0]}:{port}"
     except EdgefleetError as exc:
         click.echo(f"fleet-runtime-grpc: {exc}", err=True)
         sys.exit(exc.exit_status)
-    click.echo(f"listening at {shown}:{port}")
+    click.echo(f"listening at {shown}")
+    notify.ready(f"listening at {shown}")
     stop.wait()
+    notify.stopping()
     server.stop(GRACE_S).wait()
 
 

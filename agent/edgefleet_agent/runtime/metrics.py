@@ -9,14 +9,23 @@ from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 
+from edgefleet_shared.drift import Statistics
+
+from edgefleet_agent.runtime.drift import DriftMeter
+
 RECENT = 1024  # requests that the percentiles look back on
 BUCKETS_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 
 
 class Figures:
-    """Counters of one model version since the runtime started."""
+    """Counters of one model version since the runtime started.
 
-    def __init__(self) -> None:
+    Args:
+        normal: what its artifact says is normal.
+    """
+
+    def __init__(self, normal: Statistics | None = None) -> None:
+        self.drift = DriftMeter(normal)
         self.requests = 0
         self.failed = 0
         self.crashes = 0
@@ -86,9 +95,25 @@ def exposition(versions: Iterable[tuple[str, str, bool, Figures]], gauges: dict[
         "# TYPE edgefleet_runtime_serving gauge",
     ]
     lines += [f"edgefleet_runtime_serving{{{_labels(m, v)}}} {int(serving)}" for m, v, serving, _ in rows]
+    lines += _drift(rows)
     for gauge, number in gauges.items():
         lines += [f"# TYPE edgefleet_runtime_{gauge} gauge", f"edgefleet_runtime_{gauge} {number:g}"]
     return ("\n".join(lines) + "\n").encode()
+
+
+def _drift(rows: list[tuple[str, str, bool, Figures]]) -> list[str]:
+    """Nothing for a version of which nothing can be said yet."""
+    name = "edgefleet_runtime_drift"
+    lines = [f"# HELP {name}_psi Population stability index against the golden set", f"# TYPE {name}_psi gauge"]
+    samples = [f"# HELP {name}_samples Requests that the drift is about", f"# TYPE {name}_samples gauge"]
+    for model, version, _, figures in rows:
+        found, labels = figures.drift.figures(), _labels(model, version)
+        samples.append(f"{name}_samples{{{labels}}} {found.samples}")
+        lines += [
+            f'{name}_psi{{{labels},kind="{tensor.kind}",tensor="{_escape(tensor.name)}"}} {tensor.psi:g}'
+            for tensor in found.tensors
+        ]
+    return lines + samples
 
 
 def _labels(model: str, version: str) -> str:

@@ -15,6 +15,7 @@ from edgefleet_shared.errors import EngineError
 from edgefleet_agent import confinement
 from edgefleet_agent.runtime import channel, engines
 from edgefleet_agent.runtime.channel import Done, Refused, Run, Start
+from edgefleet_agent.runtime.observing import Observer
 from edgefleet_agent.runtime.shm import Arena, aligned
 from edgefleet_agent.runtime.tensors import NUMPY, Array
 
@@ -57,6 +58,7 @@ class Serving:
         # The front looks at resident memory a few times a second; this bounds what a model can take in between. Allocators
         # reserve more than they touch, hence twice as much.
         self.unconfined = confinement.limit_address_space(start.memory_bytes * 2)
+        self._observer = Observer(config.statistics)
         # What is here now stays; the collector need not look at it again in the middle of a request.
         gc.collect()
         gc.freeze()
@@ -75,6 +77,8 @@ class Serving:
             except MemoryError:
                 answer = Refused(message.number, message.slot, "out of memory")
             self._link.send(channel.encode(answer))
+            if self._observer.has_something:
+                self._link.send(channel.encode(self._observer.observed()))
 
     def _run(self, message: Run) -> Done:
         slot = self._inputs[message.slot]
@@ -85,6 +89,8 @@ class Serving:
         began = time.perf_counter_ns()
         outputs = self.session.run(inputs)
         compute_ns = time.perf_counter_ns() - began
+        if self._observer.is_due():
+            self._observer.look(inputs, outputs)
         slot, at, shapes = self._answers[message.slot], 0, []
         for name, dtype in self._gives:
             value = outputs[name]

@@ -417,6 +417,7 @@ class Switchboard:
                     providers=version.ready.providers if version.ready else (),
                     unconfined=version.ready.unconfined if version.ready else (),
                     last_problem=version.last_problem,
+                    drift=version.figures.drift.figures(),
                 )
             )
         return StatusReport(

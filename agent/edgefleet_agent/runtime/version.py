@@ -72,7 +72,7 @@ class Version:
     ) -> None:
         self.manifest, self.config = manifest_digest, config
         self.state = VersionState.STOPPED
-        self.figures = Figures()
+        self.figures = Figures(config.statistics)
         self.waiting: deque[Job] = deque()  # jobs pinned to this version
         self.last_problem = ""
         self.ready: Ready | None = None
@@ -197,6 +197,7 @@ class Version:
             on_done=self._done,
             on_refused=self._refused,
             on_free=self._on_room,
+            on_observed=self.figures.drift.add,
             on_end=lambda problem, jobs: self._ended(worker, problem, jobs),
         )
         worker.shadow = self._shadow

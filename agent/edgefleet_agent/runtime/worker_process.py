@@ -13,7 +13,7 @@ from edgefleet_shared.contract import TensorSpec
 from edgefleet_shared.errors import EngineError, from_dict
 
 from edgefleet_agent.runtime import channel, priority, shm
-from edgefleet_agent.runtime.channel import Done, Failed, Ready, Refused, Run, Start
+from edgefleet_agent.runtime.channel import Done, Failed, Observed, Ready, Refused, Run, Start
 from edgefleet_agent.runtime.job import Job
 from edgefleet_agent.runtime.nursery import Child, Nursery
 from edgefleet_agent.runtime.protocol import InputTensor, OutputTensor, RequestError
@@ -62,6 +62,7 @@ class WorkerProcess:
         on_done: a job's outputs and the engine's time in ns.
         on_refused: the engine refused a job; the process goes on.
         on_free: a slot became free.
+        on_observed: what a request was like. Raises ValueError when that makes no sense.
         on_end: the process ended: how, and the jobs that it did not answer, oldest first.
     """
 
@@ -74,10 +75,12 @@ class WorkerProcess:
         on_done: Callable[[Job, list[OutputTensor], int], None],
         on_refused: Callable[[Job, str], None],
         on_free: Callable[[], None],
+        on_observed: Callable[[Observed], None],
         on_end: Callable[[str, list[Job]], None],
     ) -> None:
         self._config, self._start, self._nursery = config, start, nursery
         self._on_done, self._on_refused, self._on_free, self._on_end = on_done, on_refused, on_free, on_end
+        self._on_observed = on_observed
         self._loop = asyncio.get_running_loop()
         self._jobs: dict[int, Job] = {}
         self._free = list(range(start.slot_count))
@@ -305,6 +308,8 @@ class WorkerProcess:
                     self._free.append(slot)
                 self._on_refused(job, text)
                 self._on_free()
+            case Observed():
+                self._on_observed(message)
             case Ready():
                 if not self._ready.done():
                     self._ready.set_result(message)

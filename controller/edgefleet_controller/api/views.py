@@ -9,6 +9,7 @@ from edgefleet_shared.messages import Reported
 
 from edgefleet_controller import __version__, source
 from edgefleet_controller.manifests import Rollout as RolloutManifest
+from edgefleet_controller.results import Proof, Standing
 from edgefleet_controller.rollout.views import ENDED, GateSpec, Rollout, RolloutSpec, Selector, Wave
 from edgefleet_controller.store import catalog, devices, rollouts
 from edgefleet_controller.store import jobs as compile_jobs
@@ -60,6 +61,7 @@ def rollout_spec(manifest: RolloutManifest) -> RolloutSpec:
             max_failed_share=gate.max_failed_share,
             max_error_rate=gate.max_error_rate,
             max_latency_ratio=gate.max_latency_ratio,
+            max_drift=gate.max_drift,
         ),
     )
 
@@ -188,6 +190,7 @@ def _board(row: Device) -> dict[str, Any]:
     reported = msgspec.json.decode(row.reported, type=Reported) if row.reported else None
     active = reported.active if reported else None
     ended = reported.ended if reported else None
+    proof = msgspec.json.decode(row.proof, type=Proof) if row.proof else Proof()
     return {
         "name": row.name,
         "class": row.device_class,
@@ -202,4 +205,8 @@ def _board(row: Device) -> dict[str, Any]:
         "reason": ended.reason if ended else "",
         "refusal": reported.refusal if reported else "",
         "problem": reported.problem if reported else "",
+        "result": proof.standing.value,
+        "result_refused": proof.why if proof.standing is Standing.REFUSED else "",
+        "must_sign": row.must_sign,
+        "events_dropped": reported.events_dropped if reported else {},
     }

@@ -48,7 +48,7 @@ def list_devices(home: Path, as_json: bool) -> None:
         return
     rows = [
         (b["name"], b["class"], b["site"], "online" if b["online"] else f"offline {_ago(b['last_seen'])}",
-         f"{b['model']} {b['version']}".strip(), b["state"], b["outcome"], b["problem"] or b["refusal"] or b["reason"])
+         f"{b['model']} {b['version']}".strip(), b["state"], b["outcome"], b["problem"] or b["result_refused"] or b["refusal"] or b["reason"])
         for b in boards
     ]  # fmt: skip
     table("devices", ("device", "class", "site", "line", "serves", "state", "outcome", "why"), rows)
@@ -80,8 +80,26 @@ def show(home: Path, name: str, as_json: bool) -> None:
         rows.append(
             (f"acceptance {row['name']}", f"{row['verdict']}: {row['value']} against {row['limit']} {row['unit']}")
         )
+    drift = health.pop("drift", None)
     rows += [(f"health {key}", _shown(key, value)) for key, value in health.items() if key != "type"]
+    rows += _drift(drift) if drift else []
     table(name, ("what", "value"), rows)
+
+
+def _drift(drift: dict[str, Any]) -> list[tuple[str, str]]:
+    """How far what the model sees and says is from its golden set."""
+    if drift["psi"] is None:
+        return [("drift", drift["note"])]
+    rows = [
+        ("drift", f"psi {drift['psi']:.2f} over {drift['samples']} requests; inputs repeated {drift['repeated']:.0%}")
+    ]
+    if drift["classes"] is not None:
+        rows.append(("drift classes", f"divergence {drift['classes']:.2f}"))
+    for tensor in drift["tensors"]:
+        moved = "" if tensor["shift"] is None else f", mean moved by {tensor['shift']:.1f} sd"
+        broken = f", {tensor['non_finite']:.1%} not finite" if tensor["non_finite"] else ""
+        rows.append((f"drift {tensor['kind']} {tensor['name']}", f"psi {tensor['psi']:.2f}{moved}{broken}"))
+    return rows
 
 
 def _ago(at: float) -> str:

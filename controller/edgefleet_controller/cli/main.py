@@ -10,6 +10,7 @@ from edgefleet_controller.cli.device import device
 from edgefleet_controller.cli.device_class import device_class
 from edgefleet_controller.cli.model import model
 from edgefleet_controller.cli.rollout import rollout
+from edgefleet_controller.cli.toolchain import toolchain
 from edgefleet_controller.cli.worker import worker
 
 
@@ -32,6 +33,7 @@ for command in (
     model,
     device,
     rollout,
+    toolchain,
     worker,
 ):
     main.add_command(command)

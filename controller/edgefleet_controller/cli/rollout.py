@@ -167,10 +167,10 @@ rollback = _intent("rollback", "Bring every touched board back to what it had, a
 def render(state: dict[str, Any]) -> Group:
     """A rollout as a table of boards under its gates; used by the demo too."""
     boards = grid(
-        ("wave", "board", "class", "state", "standing", "outcome", "why"),
+        ("wave", "board", "class", "state", "standing", "outcome", "signed", "why"),
         [
             (b["wave"], b["device"], b["device_class"], b["state"], Text(b["standing"], style=_COLOURS.get(b["standing"], "")),
-             b["outcome"], b["reason"] or b["back_reason"])
+             b["outcome"], {True: "yes", False: "no", None: ""}[b["signed"]], b["reason"] or b["back_reason"])
             for b in state["boards"]
         ],
     )  # fmt: skip

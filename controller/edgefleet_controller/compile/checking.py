@@ -61,12 +61,12 @@ def checked(
     found = layout.manifest(result.artifact.digest)
     asked = packing.config(version, device_class, target_named(device_class.target), config.precision)
     for field in asked.__struct_fields__:
-        if field != "chunks" and getattr(config, field) != getattr(asked, field):
+        if field not in ("chunks", "statistics") and getattr(config, field) != getattr(asked, field):
             raise TrustError("result", f"the artifact's {field} is not what the manifests ask for")
     agreement, budget = result.figures.agreement, device_class.spec.accuracy.min_agreement
     if not despite_quality and (result.quality != "passed" or agreement is None or agreement < budget):
         raise TrustError("result", f"agreement {agreement}, budget {budget}: that was not to be shipped")
-    _same_pictures(found, version, layout)
+    _same_pictures(found, config, version, layout)
     _same_figures(found, result, layout)
     for name, digest in (("report", result.report), ("page", result.page)):
         if not layout.has(digest):
@@ -87,14 +87,18 @@ def whole(digest: str, layout: Layout) -> ModelConfig:
     return layout.config(manifest)
 
 
-def _same_pictures(manifest: Manifest, version: ModelVersion, layout: Layout) -> None:
+def _same_pictures(manifest: Manifest, config: ModelConfig, version: ModelVersion, layout: Layout) -> None:
     """Boards prove themselves on the version's own golden pictures, not on some that suit the artifact."""
-    have, references = golden.unpack(layout.read(manifest.layer(GOLDEN_LAYER).digest, MAX_GOLDEN_BYTES), None)
+    content = layout.read(manifest.layer(GOLDEN_LAYER).digest, MAX_GOLDEN_BYTES)
+    have, references = golden.unpack(content, None)
     want = load(layout.read(version.golden.digest, MAX_BLOB_BYTES))
     if have.keys() != want.keys() or not all(np.array_equal(have[name], want[name]) for name in want):
         raise TrustError("result", "the artifact's golden pictures are not the version's")
     if references.keys() != {spec.name for spec in version.outputs}:
         raise TrustError("result", "the artifact's reference answers are not of the version's outputs")
+    vectors, classification = golden.unpack(content, version.encoding), version.output_kind == "classification"
+    if config.statistics != golden.statistics(*vectors, classification=classification):
+        raise TrustError("result", "the artifact's statistics are not those of its golden pictures")
 
 
 def _same_figures(manifest: Manifest, result: CompileResult, layout: Layout) -> None:

@@ -18,7 +18,7 @@ from edgefleet_shared.work import POLL_S, Answer, CompileTask, Progress
 
 from edgefleet_controller.compile.attempt import Attempt
 from edgefleet_controller.compile.leases import OWN, Leases
-from edgefleet_controller.compile.toolchains import Cancelled
+from edgefleet_controller.compile.watching import Cancelled
 from edgefleet_controller.compile.worker import JobRequest
 from edgefleet_controller.store import catalog, devices, jobs
 from edgefleet_controller.store.database import Database

@@ -52,15 +52,20 @@ def pack(
     labels: list[tuple[str, bytes | Path]] = (
         [(LABELS_LAYER, msgspec.json.encode(version.labels))] if version.labels else []
     )
+    vectors = golden.pack(inputs, load_file(answers))
     layers: list[tuple[str, bytes | Path]] = [
         (MODEL_LAYER, model),
         *labels,
-        (GOLDEN_LAYER, golden.pack(inputs, load_file(answers))),
+        (GOLDEN_LAYER, vectors),
         (QUALITY_LAYER, _quality(trial, device_class)),
         (PROVENANCE_LAYER, provenance.statement(version, device_class, target, toolchain, trial.recipe, trial.key, digest)),
         (MLBOM_LAYER, provenance.ml_bom(version, device_class, toolchain, digest)),
     ]  # fmt: skip
-    return build(layout, config(version, device_class, target, trial.recipe.precision), layers)
+    normal = golden.statistics(
+        *golden.unpack(vectors, version.encoding), classification=version.output_kind == "classification"
+    )
+    said = config(version, device_class, target, trial.recipe.precision)
+    return build(layout, msgspec.structs.replace(said, statistics=normal), layers)
 
 
 def _quality(trial: Trial, device_class: DeviceClass) -> bytes:
@@ -77,6 +82,8 @@ def _quality(trial: Trial, device_class: DeviceClass) -> bytes:
         "compiled_bytes": figures.compiled_bytes,
         "engine": figures.engine,
         "engine_version": figures.engine_version,
+        "stand_in": figures.stand_in,
+        "unmeasured": list(figures.unmeasured),
         "recipe": trial.recipe.as_dict(),
         "budget_agreement": device_class.spec.accuracy.min_agreement,
     }

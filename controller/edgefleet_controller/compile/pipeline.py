@@ -67,12 +67,22 @@ def compile_version(
     began = time.monotonic()
     target = target_named(device_class.target)
     options = _check(target, device_class, version)
-    toolchain = toolchains.ensure(target.toolchain, progress)
+    toolchain = toolchains.for_target(target, device_class.spec.precision, progress)
     with tempfile.TemporaryDirectory(prefix="edgefleet-compile-") as temporary:
         steps = Steps(
-            version, device_class, target, toolchain, layout, toolchains, cache, Path(temporary), progress, limits,
+            version,
+            device_class,
+            target,
+            options,
+            toolchain,
+            layout,
+            toolchains,
+            cache,
+            Path(temporary),
+            progress,
+            limits,
             measure,
-        )  # fmt: skip
+        )
         blind = quality.vacuous(steps.references(), version)
         if blind and not ship_despite_quality:
             raise QualityError(
@@ -205,7 +215,8 @@ class _Search:
 
     def _search(self, plain: Recipe) -> Choice:
         spec = self._class.spec
-        effort = spec.search.effort
+        # Candidates that can't be told apart here are not made: the board's acceptance judges the plain one.
+        effort = spec.search.effort if self._target.runs_here else "fixed"
         trials = self._try(search.first(plain, self._target, effort))
         if plain.precision != "int8" or effort == "fixed" or all(trial.died for trial in trials):
             return search.choose(trials, spec)
@@ -216,7 +227,7 @@ class _Search:
             if reason:  # layers in float would hide it
                 return msgspec.structs.replace(search.choose(trials, spec), chosen=None, why=reason)
         units: list[Unit] = []
-        if effort == "full" or not search.accurate(trials[0], spec):
+        if self._target.leaves_in_float and (effort == "full" or not search.accurate(trials[0], spec)):
             best = search.base_of_ladder(trials)
             units = self._steps.rank(best.recipe)
             rungs = search.by_layers(best, units, search.MOST_BYTES)

@@ -13,6 +13,8 @@ import msgspec
 from edgefleet_shared.artifact import Descriptor
 from edgefleet_shared.errors import ManifestError, ToolchainError
 
+from edgefleet_controller.compile.environments import Lock, lock_named
+from edgefleet_controller.compile.tools import Tool
 from edgefleet_controller.manifests import DeviceClassSpec
 from edgefleet_controller.source import ModelVersion
 
@@ -20,25 +22,40 @@ ENTRY_POINTS = "edgefleet.targets"
 MAX_BLOB_BYTES = 4 * 1024**3
 
 Options = dict[str, str | int | float | bool]
+RECIPE_OPTIONS = frozenset(
+    {"weights", "granularity", "scope", "correct_bias", "quantizer", "float_first", "activations"}
+)
 
 
 class Target(Protocol):
-    """What the pipeline asks of a compile target."""
+    """What the pipeline asks of a compile target: mostly data, so that nothing need be inherited.
+
+    What can be run here: a compiled model that this host's engine loads is run itself. Where the compile step wrote a *stand-in* beside it
+    (the same network for this host's processor, a simulator's input), that is run, its answers count and its times do not.
+    """
 
     name: str
     engine: str  # on the board
-    toolchain: str  # name of a lock
-    module: str  # of edgefleet_controller.compile.children, run in that toolchain; has the actions compile and measure
+    toolchain: str  # the environment's name
+    lock: str  # what is in it: requirements with hashes; empty: this build has a lock of that name
+    module: str  # of edgefleet_controller.compile.children, or a file's path; run in that toolchain; has the actions compile and measure
+    tools: tuple[Tool, ...]  # vendor's programs that the compile step calls
     engine_package: str  # the package whose version is the engine's, as installed in the toolchain
     precisions: frozenset[str]
     methods: frozenset[str]  # calibration methods
-    quantizers: tuple[str, ...]  # ours, and a toolchain's own
-    reads_qdq: bool  # the engine takes ONNX, with QDQ too, in which our quantizer writes
-    ships_onnx: bool  # and compiles it when it loads: the network itself is the compiled model
+    quantizers: tuple[str, ...]  # ours, and a toolchain's own; the first is tried first
+    reads_qdq: bool  # the compile step takes ONNX, with QDQ too, in which our quantizer writes
+    ships_onnx: bool  # the network itself is the compiled model: the engine compiles it when it loads
+    measures_onnx: bool  # the action measure takes the float network as ONNX; else it is compiled first
+    leaves_in_float: bool  # single layers can stay in float
+    runs_here: bool  # compiled models, or their stand-ins, can be run on the controller's host
+    stand_in: str  # what runs here where it is not the compiled model itself, in words
     providers: tuple[str, ...]  # what may compute on the board, unless the class says otherwise
 
     def options(self, device_class: DeviceClassSpec, version: ModelVersion) -> Options:
         """Every choice of this target that changes the compiled bytes; part of the cache key.
+
+        Those of :data:`RECIPE_OPTIONS` become part of recipes, the others reach the compile step as they are.
 
         Raises:
             ManifestError: an option that this target does not know.
@@ -62,8 +79,10 @@ class Figures(msgspec.Struct, frozen=True, kw_only=True):
     Agreement is the share of held-out samples with the float model's answer (of boxes, for a detector: the lower of recall and
     precision), with its 95 % Wilson interval; ``shares`` are the other shares of the output's kind by name, and ``accuracy`` and
     ``float_accuracy`` where the samples are labelled. Times in ms on one thread, float and compiled interleaved in one process on the
-    class's engine, on what ``timed_on`` names: ``host``, a builder board, or empty where nobody could; ``sqnr_db`` is the signal-to-quantization-noise ratio over all outputs, ``sqnr_db_by_output`` that of each; memory
-    the peak of the process that held engine and model.
+    class's engine, on what ``timed_on`` names: ``host``, a builder board, or empty where nobody could; ``sqnr_db`` is the
+    signal-to-quantization-noise ratio over all outputs, ``sqnr_db_by_output`` that of each; memory
+    the peak of the process that held engine and model. ``stand_in`` says in words what answered in the compiled model's place, where this
+    host could not run that itself; ``unmeasured`` names what the board's acceptance has to decide alone.
     """
 
     engine: str
@@ -85,6 +104,7 @@ class Figures(msgspec.Struct, frozen=True, kw_only=True):
     sqnr_db_by_output: dict[str, float] = {}
     timed_on: str = ""
     unmeasured: tuple[str, ...] = ()
+    stand_in: str = ""
 
 
 class CompileResult(msgspec.Struct, frozen=True, kw_only=True):
@@ -130,6 +150,21 @@ def target_named(name: str) -> Target:
     except (ImportError, AttributeError) as exc:
         raise ToolchainError(f"the target {name} is installed but broken: {exc}") from exc
     return made
+
+
+def all_targets() -> dict[str, Target]:
+    """Every installed target by name. Raises as :func:`target_named`."""
+    names = sorted(entry.name for entry in entry_points(group=ENTRY_POINTS))
+    return {name: target_named(name) for name in names}
+
+
+def lock_of(target: Target) -> Lock:
+    """What the target's environment is made from.
+
+    Raises:
+        ToolchainError: neither the target nor this build has its lock.
+    """
+    return Lock(target.toolchain, target.lock) if target.lock else lock_named(target.toolchain)
 
 
 def chosen_options(target: str, device_class: DeviceClassSpec, version: ModelVersion, defaults: Options) -> Options:

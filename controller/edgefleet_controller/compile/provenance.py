@@ -61,6 +61,7 @@ def statement(
                     "resolvedDependencies": [
                         *({"name": name, "digest": {"sha256": hex_of(digest)}} for name, digest in materials.items()),
                         {"name": f"toolchain {toolchain.name}", "annotations": {"lock": toolchain.lock_hash}},
+                        *({"name": f"program {n}", "annotations": {"version": v}} for n, v in toolchain.tools.items()),
                     ],
                 },
                 "runDetails": {"builder": {"id": f"https://edgefleet.dev/controller/{__version__}"}},

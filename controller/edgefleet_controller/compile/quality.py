@@ -206,7 +206,8 @@ def misses(figures: Figures, device_class: DeviceClassSpec, recipe: Recipe) -> l
     """
     budgets, found = device_class.budgets, []
     if figures.agreement is None:
-        found.append("agreement with the float model could not be measured")
+        if "agreement" not in figures.unmeasured:
+            found.append("agreement with the float model could not be measured")
     elif figures.agreement < device_class.accuracy.min_agreement:
         counted = " of boxes" if "box_recall" in figures.shares else ""
         found.append(

@@ -14,7 +14,7 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True):
 
     ``ranges``: how activation ranges come from calibration (minmax, percentile, mse, entropy). ``weights``: ``full`` 8 bits,
     ``pairs`` 8 bits without neighbours that overflow on x86 before VNNI, ``reduced`` 7 bits. ``granularity``: weight scales per
-    ``channel`` or per ``tensor``. ``scope``: ``all`` operators that the engine has in int8, or ``weighted`` ones only (convolutions
+    ``channel`` or per ``tensor``. ``activations``: ``uint8``, or ``symmetric`` (int8 without a zero point, biases in float). ``scope``: ``all`` operators that the engine has in int8, or ``weighted`` ones only (convolutions
     and matrix products). ``in_float``: nodes that stay in float, by name.
     """
 
@@ -23,6 +23,7 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True):
     ranges: str = "minmax"
     weights: str = "full"
     granularity: str = "channel"
+    activations: str = "uint8"
     scope: str = "all"
     correct_bias: bool = True
     in_float: tuple[str, ...] = ()

@@ -22,7 +22,7 @@ from edgefleet_shared.work_loop import Held, run_until_signalled
 
 from edgefleet_controller.compile.attempt import Attempt
 from edgefleet_controller.compile.port import CompileResult
-from edgefleet_controller.compile.toolchains import Cancelled
+from edgefleet_controller.compile.watching import Cancelled
 from edgefleet_controller.compile.worker import JobRequest
 
 log = logging.getLogger(__name__)

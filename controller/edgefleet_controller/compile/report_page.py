@@ -63,6 +63,7 @@ def _figures(report: dict[str, Any]) -> str:
             f"{figures['compiled_bytes']:,} (float {figures['float_bytes']:,}, {figures['float_bytes'] / figures['compiled_bytes']:.2f} times)",
         ),
         ("latency p50 / p95", _times(figures)),
+        *([("answers above are those of", figures["stand_in"])] if figures["stand_in"] else []),
         ("peak memory", _or(figures["peak_memory_bytes"], lambda v: f"{v / 1e6:.0f} MB")),
     ]
     return "<table>" + "".join(f"<tr><td>{escape(n)}<td class=n>{escape(v)}" for n, v in rows) + "</table>"

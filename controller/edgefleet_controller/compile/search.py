@@ -67,7 +67,7 @@ def plain(target: Target, spec: DeviceClassSpec, method: str, options: Options, 
         return msgspec.structs.replace(FLOAT, precision=spec.precision)
     told: dict[str, Any] = {
         name: options[name]
-        for name in ("weights", "granularity", "scope", "correct_bias", "quantizer")
+        for name in ("weights", "granularity", "scope", "correct_bias", "quantizer", "activations")
         if name in options
     }
     return Recipe(ranges=method, in_float=tuple(in_float), **told)
@@ -79,7 +79,8 @@ def first(plain: Recipe, target: Target, effort: str) -> list[Recipe]:
         return [plain]
     change = msgspec.structs.replace
     others = [change(plain, ranges=m) for m in METHODS if m in target.methods and m != plain.ranges]
-    others.append(change(plain, scope="all" if plain.scope == "weighted" else "weighted"))
+    if plain.quantizer == OWN:
+        others.append(change(plain, scope="all" if plain.scope == "weighted" else "weighted"))
     others += [change(plain, quantizer=q) for q in target.quantizers if q not in (plain.quantizer, OWN)]
     return [plain, *others]
 

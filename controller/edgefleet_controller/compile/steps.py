@@ -6,7 +6,7 @@
     statistics  ranges and means of activations                                    once per network and calibration
     rank        noise that int8 in each layer puts on the outputs                   once per statistics
     compile     compiled models, one per recipe                                    once per recipe, target and toolchain
-    measure     outputs and times on the class's engine                            always anew
+    measure     outputs and times on the class's engine, or of a stand-in          always anew
 
 What is made once is cached under a key over all that decides its bytes: network, samples, recipe, toolchain locks, and the code that
 makes it. Two classes with the same key (LiteRT on x86 and on Arm) share it; two jobs that want it at one time wait for one another.
@@ -30,14 +30,16 @@ from typing import Any, NamedTuple
 import msgspec
 from edgefleet_shared import golden
 from edgefleet_shared.artifact import Layout
+from edgefleet_shared.errors import ToolchainError
 from safetensors.numpy import load, load_file, save_file
 
 from edgefleet_controller.compile import quality
 from edgefleet_controller.compile.boards import BuilderBoard, Measure
-from edgefleet_controller.compile.port import MAX_BLOB_BYTES, Figures, Target
-from edgefleet_controller.compile.recipe import FLOAT, OWN, Recipe
+from edgefleet_controller.compile.port import MAX_BLOB_BYTES, RECIPE_OPTIONS, Figures, Options, Target
+from edgefleet_controller.compile.recipe import FLOAT, HALF, OWN, Recipe
 from edgefleet_controller.compile.search import Trial, Unit
-from edgefleet_controller.compile.toolchains import ChildDied, Toolchain, Toolchains
+from edgefleet_controller.compile.toolchains import Toolchain, Toolchains
+from edgefleet_controller.compile.watching import ChildDied
 from edgefleet_controller.manifests import DeviceClass
 from edgefleet_controller.source import ModelVersion, Split
 
@@ -46,6 +48,8 @@ Progress = Callable[[str, int, int], None]
 PREPARE = ("onnxruntime", "ort")  # toolchain and module that simplify, answer in float, gather statistics and write QDQ
 HOST_OVERHEAD_BYTES = 128 * 1024 * 1024  # samples, outputs and the float model beside the compiled one while timing
 MOST_FOR_SEVERAL = 100  # held-out samples that candidates of one round are told apart by; the chosen one answers all
+COMPILED = "compiled"  # file of a compiled model in the cache
+STAND_IN = "stand-in"  # beside it, what this host runs in its place
 RANKED_SAMPLES = 6  # of the calibration set; a layer's noise differs between samples much less than between layers
 _CHILDREN = Path(__file__).parent / "children"
 _LOCK_POLL_S = 0.05
@@ -71,8 +75,8 @@ class Steps:
     """The steps of one compile, over one temporary folder ``work``."""
 
     def __init__(
-        self, version: ModelVersion, device_class: DeviceClass, target: Target, toolchain: Toolchain, layout: Layout,
-        toolchains: Toolchains, cache: Path, work: Path, progress: Progress, limits: Limits, measure: Measure | None,
+        self, version: ModelVersion, device_class: DeviceClass, target: Target, options: Options, toolchain: Toolchain,
+        layout: Layout, toolchains: Toolchains, cache: Path, work: Path, progress: Progress, limits: Limits, measure: Measure | None,
     ) -> None:  # fmt: skip
         self._version, self._class, self._target, self._toolchain = version, device_class, target, toolchain
         self._layout, self._toolchains, self._cache = layout, toolchains, cache
@@ -82,11 +86,21 @@ class Steps:
         self._board: BuilderBoard | None = None
         self._holdout: dict[str, Any] | None = None
         self._numbers = iter(range(10**9))
+        self._logged: set[Path] = set()
+        self._options = {name: value for name, value in sorted(options.items()) if name not in RECIPE_OPTIONS}
+        self._told = {  # to the target's own children
+            "options": self._options,
+            "inputs": [spec.name for spec in version.inputs],
+            "outputs": [spec.name for spec in version.outputs],
+            "output_shapes": [list(spec.shape) for spec in version.outputs],
+        }
         code = _code()
         own = (version.network, self._preparing.lock_hash, code, _json(version.encoding))
         self._prepared_key = content_key("prepare", *own, version.holdout.digest, version.golden.digest)
         self._gathered_key = content_key("statistics", *own, version.calibration.digest)
-        self._target_key = (target.name, toolchain.lock_hash, code)
+        # A target from elsewhere has its child in a file of its own.
+        own_code = hashlib.sha256(Path(target.module).read_bytes()).hexdigest() if target.module.endswith(".py") else ""
+        self._target_key = (target.name, toolchain.lock_hash, code + own_code, self._options)
 
     @property
     def here(self) -> bool:
@@ -153,42 +167,53 @@ class Steps:
             with self._lock("compile-" + content_key(sorted({str(f) for f in folders}))):
                 wanted = {f: r for f, r in zip(folders, recipes, strict=True) if not f.is_dir()}
                 self._fill(wanted, self._compile)
-        return [(folder / "compiled", known) for folder, known in zip(folders, cached, strict=True)]
+        return [(folder / COMPILED, known) for folder, known in zip(folders, cached, strict=True)]
 
     def measure(self, tried: Sequence[tuple[Recipe, Path]]) -> list[Measured]:
         """Outputs over the held-out samples, and times interleaved with the float model's, of several compiled models in one process.
 
         Should that die, of each alone, so that it is known whose fault it was. One alone answers all samples, several the first
-        :data:`MOST_FOR_SEVERAL`; peak memory is a figure of one alone.
+        :data:`MOST_FOR_SEVERAL`; peak memory is a figure of one alone. What stands in for a compiled model gives answers only: its times and
+        its memory are not the board's. What can't be run here at all is judged by the board alone.
         """
+        float_model = self._float_model()
+        if not self._target.runs_here:
+            return [self._unmeasured(*one, float_model) for one in tried]
         count = self._version.holdout.count if len(tried) == 1 else min(MOST_FOR_SEVERAL, self._version.holdout.count)
         outputs = [self._work / f"outputs-{next(self._numbers)}.safetensors" for _ in tried]
-        float_model = self._float_model()
+        stood_in = any((path.parent / STAND_IN).exists() for _, path in tried)
+        timed_here = self.here and not stood_in
         budget = self._class.spec.budgets.memory_bytes + HOST_OVERHEAD_BYTES
         budget += 4 * sum(path.stat().st_size for _, path in tried[1:])
         try:
             found = self._child(self._toolchain, self._target.module, self._limits.measure_s, {
                 "action": "measure",
-                "models": [{"model": str(p), "outputs": str(o)} for (_, p), o in zip(tried, outputs, strict=True)],
-                "float_model": str(float_model) if self.here else None,
+                "models": [
+                    {"model": str(_runnable(path)), "outputs": str(file)}
+                    for (_, path), file in zip(tried, outputs, strict=True)
+                ],
+                "float_model": str(_runnable(float_model)) if timed_here else None,
                 "samples": self.samples(self._version.holdout),
                 "count": count,
-            }, budget)  # fmt: skip
+                **self._told,
+            }, None if stood_in else budget)  # fmt: skip
         except ChildDied as exc:
             if len(tried) > 1:
                 return [self.measure([one])[0] for one in tried]
             return [self._died(*tried[0], float_model, exc.how)]
         times = found.get("times", [None] * len(tried))
-        alone = found["peak_memory_bytes"] if len(tried) == 1 else None
+        alone = found["peak_memory_bytes"] if len(tried) == 1 and not stood_in else None
         measured = []
         for (recipe, path), file, taken in zip(tried, outputs, times, strict=True):
             base = msgspec.structs.replace(self._figures(path, float_model), samples=count)
             answered = load_file(file)
             compared = quality.compare(answered, self.references(count), self._version)
             timed = {} if taken is None else taken | {f"float_{k}": v for k, v in found["float"].items()}
+            unmeasured = () if timed_here else ("latency", "memory") if stood_in else ("latency",)
             figures = msgspec.structs.replace(
-                base, **compared.figures, **timed, peak_memory_bytes=alone,
-                timed_on="host" if self.here else "", unmeasured=() if self.here else ("latency",),
+                base, **compared.figures, **timed, peak_memory_bytes=alone, unmeasured=unmeasured,
+                timed_on="host" if timed_here else "",
+                stand_in=self._target.stand_in if stood_in else "",
             )  # fmt: skip
             misses = tuple(quality.misses(figures, self._class.spec, recipe))
             trial = Trial(recipe=recipe, figures=figures, misses=misses, key=self.key(recipe))
@@ -268,24 +293,32 @@ class Steps:
         networks = {staged: quantized.get(recipe, simplified) for staged, recipe in wanted.items()}
         if self._target.ships_onnx:
             for staged, network in networks.items():
-                os.link(network, staged / "compiled")
+                os.link(network, staged / COMPILED)
             return
         self._child(self._toolchain, self._target.module, self._limits.compile_s, {
             "action": "compile",
             "simplified": str(simplified),
             "calibration": self.samples(self._version.calibration),
             "statistics": self._statistics(int8) if int8 and not self._target.reads_qdq else None,
+            **self._told,
             "jobs": [
-                {"recipe": wanted[s].as_dict(), "network": str(network), "compiled": str(s / "compiled")}
+                {"recipe": wanted[s].as_dict(), "network": str(network), "compiled": str(s / COMPILED), "stand_in": str(s / STAND_IN)}
                 for s, network in networks.items()
             ],
         })  # fmt: skip
+        for staged in wanted:
+            if not (staged / COMPILED).is_file() or (staged / COMPILED).stat().st_size == 0:
+                raise ToolchainError(
+                    f"the {self._toolchain.name} compile ended well, but wrote no compiled model",
+                    hint=f"see {self._log('compile')}",
+                )
 
     def _float_model(self) -> Path:
         """The float model as the class's engine runs it."""
-        if self._target.reads_qdq:
+        if self._target.measures_onnx:
             return self.prepare() / "simplified.onnx"
-        ((path, _),) = self.compile([FLOAT])
+        half = FLOAT.precision not in self._target.precisions and HALF.precision in self._target.precisions
+        ((path, _),) = self.compile([HALF if half else FLOAT])
         return path
 
     def _figures(self, path: Path, float_model: Path) -> Figures:
@@ -303,14 +336,26 @@ class Steps:
         misses = (f"engine died: {how}", *quality.misses(figures, self._class.spec, recipe))
         return Measured(Trial(recipe=recipe, figures=figures, misses=misses, key=self.key(recipe), died=True), {}, ())
 
+    def _unmeasured(self, recipe: Recipe, path: Path, float_model: Path) -> Measured:
+        figures = msgspec.structs.replace(
+            self._figures(path, float_model), unmeasured=("agreement", "latency", "memory")
+        )
+        misses = tuple(quality.misses(figures, self._class.spec, recipe))
+        return Measured(Trial(recipe=recipe, figures=figures, misses=misses, key=self.key(recipe)), {}, ())
+
     def _child(
         self, toolchain: Toolchain, module: str, limit_s: float, request: dict[str, Any], memory_bytes: int | None = None
     ) -> dict[str, Any]:  # fmt: skip
-        name = f"{self._version.model}-{self._version.version}-{self._class.name}-{request['action']}.log"
+        log = self._log(request["action"])
+        if log not in self._logged:  # an earlier compile's; this one's own jobs follow each other in it
+            self._logged.add(log)
+            log.unlink(missing_ok=True)
         return self._toolchains.run(
-            toolchain, module, request, self._work, self._cache / "logs" / name, limit_s=limit_s, memory_bytes=memory_bytes,
-            progress=self._progress,
+            toolchain, module, request, self._work, log, limit_s=limit_s, memory_bytes=memory_bytes, progress=self._progress
         )  # fmt: skip
+
+    def _log(self, action: str) -> Path:
+        return self._cache / "logs" / f"{self._version.model}-{self._version.version}-{self._class.name}-{action}.log"
 
     # -- the cache -----------------------------------------------------------------------------------------------------
 
@@ -358,6 +403,12 @@ class Steps:
             yield
         finally:
             os.close(fd)
+
+
+def _runnable(compiled: Path) -> Path:
+    """What this host runs: the stand-in where there is one."""
+    stand_in = compiled.parent / STAND_IN
+    return stand_in if stand_in.exists() else compiled
 
 
 def host() -> str:

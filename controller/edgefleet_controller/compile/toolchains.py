@@ -1,9 +1,9 @@
-"""Stage 2, compile: toolchains. Receives a lock's name, hands on an environment of its own and runs jobs in it.
+"""Stage 2, compile: toolchains. Receives a lock or a target, hands on an environment of its own and runs jobs in it.
 
-Each toolchain lives in ``<cache>/toolchains/<name>-<hash of lock, Python and machine>``, installed on first use from the
-hashed lock in ``locks/``: their pins contradict each other, so they share no environment, and none is the controller's.
-A job is a child process in a session of its own with a JSON request, JSON lines back, a log file, and a time limit;
-cancelling kills the whole session. Source of the arrangement: PEP 517's build environments.
+Each toolchain lives in an environment (:mod:`.environments`) that is installed on first use from a hashed lock: their pins contradict
+each other, so they share none, and none is the controller's. A job is a child process (:mod:`.watching`) with a JSON request, JSON
+lines back, a log file, and a time limit; cancelling kills it and all that it started. Source of the arrangement: PEP 517's build
+environments.
 """
 
 from __future__ import annotations
@@ -12,17 +12,9 @@ import fcntl
 import hashlib
 import json
 import os
-import platform
-import selectors
-import shutil
-import signal
-import subprocess
-import sys
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +22,13 @@ import msgspec
 from edgefleet_shared import errors
 from edgefleet_shared.errors import ToolchainError
 
-Progress = Callable[[str, int, int], None]
+from edgefleet_controller.compile import environments, tools
+from edgefleet_controller.compile.environments import Lock, Progress
+from edgefleet_controller.compile.port import Target, lock_of
+from edgefleet_controller.compile.watching import Cancelled, Child, ChildDied, last_line, signal_name, watch
 
-INSTALL_LIMIT_S = 1200
-POLL_S = 0.05  # how often cancel, time and memory are looked at
-_FOLDER = Path(__file__).parent
+_START = Path(__file__).parent / "children" / "start.py"
+_LOCK_POLL_S = 0.1
 # onnxruntime, openvino and nncf report usage to their makers unless told not to. Hashes and threads are fixed so that the
 # same inputs give the same bytes.
 _JOB_ENVIRONMENT = {
@@ -42,59 +36,69 @@ _JOB_ENVIRONMENT = {
     "PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1",
 }  # fmt: skip
 _KEPT = ("PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "LD_LIBRARY_PATH")
-_RUN = "import sys; sys.path.append(sys.argv[1]); from importlib import import_module; import_module('children.' + sys.argv[2]).main()"
-
-
-class Cancelled(ToolchainError):
-    """The operator, or the program's end, cancelled a compile."""
-
-    code = "cancelled"
-
-
-class ChildDied(ToolchainError):
-    """A child crashed, or was killed because it outgrew its memory limit; ``how`` is for people."""
-
-    code = "child_died"
-
-    def __init__(self, name: str, how: str, log: str) -> None:
-        self.how = how
-        super().__init__(f"the {name} process died: {how}", hint=log)
 
 
 class Toolchain(msgspec.Struct, frozen=True):
-    """An installed environment. ``lock_hash`` stands for every version in it and is part of a compile's cache key."""
+    """An installed environment, and the vendor's programs that are used beside it. ``lock_hash`` stands for every version in both and is
+    part of a compile's cache key."""
 
     name: str
     python: str
     lock_hash: str
     packages: dict[str, str]
+    tools: dict[str, str] = {}
+
+
+class _Line(msgspec.Struct):
+    """What a child may say, one at a time (see :mod:`.children.job`)."""
+
+    progress: tuple[str, int, int] | None = None
+    result: dict[str, Any] | None = None
+    error: dict[str, str] | None = None
 
 
 class Toolchains:
     """The toolchains of one cache folder; safe to use from several processes."""
 
     def __init__(self, cache: Path, *, cancel: threading.Event | None = None) -> None:
-        self._root = cache / "toolchains"
+        self.root = cache / "toolchains"
         self._cancel = cancel or threading.Event()
 
-    def ensure(self, name: str, progress: Progress = lambda *_: None) -> Toolchain:
-        """The toolchain of that name, installed if it is not yet.
+    def for_target(self, target: Target, precision: str, progress: Progress = lambda *_: None) -> Toolchain:
+        """What a target compiles a precision with: its environment, installed if it is not yet, and the vendor's programs.
 
         Raises:
-            ToolchainError: no such lock, or the installation failed; the message has pip's last line.
-            Cancelled: while installing.
+            ToolchainError: as :meth:`ensure`, or a program that is missing or of a version that the target does not know.
         """
-        lock = lock_text(name)
-        lock_hash = hash_of_lock(lock)
-        folder = self._root / f"{name}-{lock_hash}"
-        marker = folder / "edgefleet-toolchain.json"
-        if not marker.exists():
-            self._root.mkdir(parents=True, exist_ok=True)
-            with _waiting_lock(self._root / f".{folder.name}.lock"):
-                if not marker.exists():
-                    self._install(name, lock, folder, progress)
-                    marker.write_text(json.dumps(self._installed(folder)))
-        return Toolchain(name, str(folder / "bin" / "python"), lock_hash, json.loads(marker.read_text()))
+        found = tools.find_all(target.tools, precision)  # before anything is installed for nothing
+        toolchain = self.ensure(lock_of(target), progress)
+        if not found:
+            return toolchain
+        told = hashlib.sha256(json.dumps([(f.name, f.version, f.content) for f in found]).encode()).hexdigest()[:12]
+        return msgspec.structs.replace(
+            toolchain, lock_hash=f"{toolchain.lock_hash}-{told}", tools={f.name: f.version for f in found}
+        )
+
+    def ensure(self, wanted: str | Lock, progress: Progress = lambda *_: None, *, again: bool = False) -> Toolchain:
+        """The environment of a lock (of this build, by name, or any), installed if it is not yet.
+
+        Args:
+            again: install it even if it is there.
+
+        Raises:
+            ToolchainError: no such lock, a broken environment, or the installation failed; the message has pip's reason.
+            EnvironmentProblem: the disk is full.
+            Cancelled: while installing, or while waiting for another program that does.
+        """
+        lock = environments.lock_named(wanted) if isinstance(wanted, str) else wanted
+        folder = environments.folder_of(self.root, lock)
+        marker = folder / environments.MARKER
+        if again or not marker.exists():
+            self.root.mkdir(parents=True, exist_ok=True)
+            with self._waiting_lock(self.root / f".{folder.name}.lock", lock, progress):
+                if again or not marker.exists():
+                    environments.install(self.root, lock, self._cancel, progress)
+        return Toolchain(lock.name, str(folder / "bin" / "python"), lock.hash, environments.whole(folder))
 
     def raise_if_cancelled(self) -> None:
         """Raises Cancelled once the event given to this object is set: for whoever waits between children."""
@@ -116,9 +120,9 @@ class Toolchains:
         """Run one job in a toolchain's environment.
 
         Args:
-            module: of :mod:`edgefleet_controller.compile.children`.
+            module: of :mod:`edgefleet_controller.compile.children`, or the path of a file with a function ``main``.
             work: folder for the request; the child's working folder.
-            log_file: receives what the child and its libraries print; outlives the job.
+            log_file: gets, at its end, what the child and its libraries print; outlives the job.
             limit_s: the child is killed after so many seconds.
             memory_bytes: the child is killed when more than this is resident.
 
@@ -126,164 +130,69 @@ class Toolchains:
             EdgefleetError: what the child refused, as it said it.
             ChildDied: it crashed or outgrew ``memory_bytes``.
             Cancelled: by the event given to this object.
-            ToolchainError: it broke or ran past its limit; the message ends with the log's last line.
+            ToolchainError: it broke, answered rubbish, or ran past its limit; the message ends with the log's last line.
         """
         work.mkdir(parents=True, exist_ok=True)
-        action = request["action"]
-        request_file = work / f"{action}.request.json"
-        log_file.parent.mkdir(parents=True, exist_ok=True)
+        request_file = work / f"{request['action']}.request.json"
         request_file.write_text(json.dumps(request))
-        name = f"{toolchain.name} {action}"
-        command = [toolchain.python, "-I", "-c", _RUN, str(_FOLDER), module, str(request_file)]
-        answers: list[dict[str, Any]] = []
+        name = f"{toolchain.name} {request['action']}"
+        answers: list[_Line] = []
 
         def line(text: bytes) -> None:
             try:
-                message = json.loads(text)
-            except ValueError:
-                return  # a cut line of a child that died
-            if "progress" in message:
-                progress(*message["progress"])
+                message = msgspec.json.decode(text, type=_Line, strict=False)
+            except msgspec.DecodeError as exc:
+                said = text[:200].decode(errors="replace")
+                raise ToolchainError(f"{name} answered what is no answer: {said!r}", hint=f"see {log_file}") from exc
+            if message.progress is not None:
+                progress(*message.progress)
             else:
                 answers.append(message)
 
-        environment = {k: v for k, v in os.environ.items() if k in _KEPT} | _JOB_ENVIRONMENT
-        code = self._watch(command, environment, work, log_file, limit_s, name, line, memory_bytes)
+        child = Child(
+            name=name,
+            command=[toolchain.python, "-s", str(_START), module, str(request_file)],
+            environment={k: v for k, v in os.environ.items() if k in _KEPT} | _JOB_ENVIRONMENT,
+            folder=work,
+            log=log_file,
+            limit_s=limit_s,
+            memory_bytes=memory_bytes,
+        )
+        code = watch(child, line, self._cancel)
         if code < 0:
-            raise ChildDied(name, _signal_name(-code), f"see {log_file}")
+            raise ChildDied(name, signal_name(-code), f"see {log_file}")
         if code != 0 or not answers:
-            raise ToolchainError(f"{name} failed: {_last_line(log_file)}", hint=f"see {log_file}")
-        if "error" in answers[-1]:
-            raise errors.from_dict(answers[-1]["error"])
-        result: dict[str, Any] = answers[-1]["result"]
-        return result
+            raise self._failure(name, toolchain, log_file)
+        last = answers[-1]
+        if last.error is not None:
+            raise errors.from_dict(last.error)
+        return last.result or {}
 
-    def _watch(
-        self, command: list[str], environment: dict[str, str], folder: Path, log_file: Path, limit_s: float, name: str,
-        line: Callable[[bytes], None], memory_bytes: int | None = None,
-    ) -> int:  # fmt: skip
-        """Run a command in a session of its own; returns its exit status, negative for a signal."""
-        deadline = time.monotonic() + limit_s
-        with log_file.open("wb") as log:
-            try:
-                process = subprocess.Popen(
-                    command, cwd=folder, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log,
-                    start_new_session=True,
-                )  # fmt: skip
-            except OSError as exc:
-                raise ToolchainError(
-                    f"can't start {command[0]}: {exc.strerror}",
-                    hint="remove that toolchain's folder; it is installed anew",
-                ) from exc
-        assert process.stdout is not None
-        pending = b""
-        try:
-            with selectors.DefaultSelector() as selector:
-                os.set_blocking(process.stdout.fileno(), False)
-                selector.register(process.stdout, selectors.EVENT_READ)
-                while True:
-                    if self._cancel.is_set():
-                        raise Cancelled(f"{name} was cancelled")
-                    if time.monotonic() > deadline:
-                        raise ToolchainError(
-                            f"{name} ran past its limit of {limit_s:.0f} s and was stopped", hint=f"see {log_file}"
-                        )
-                    if memory_bytes is not None and _resident_bytes(process.pid) > memory_bytes:
-                        how = f"over its memory limit of {memory_bytes} bytes (SIGKILL)"
-                        raise ChildDied(name, how, f"see {log_file}")
-                    if selector.select(timeout=POLL_S):
-                        piece = process.stdout.read(65536)
-                        if not piece:
-                            break
-                        *complete, pending = (pending + piece).split(b"\n")
-                        for text in complete:
-                            line(text)
-            return process.wait(timeout=max(1.0, deadline - time.monotonic()))
-        except subprocess.TimeoutExpired as exc:
-            raise ToolchainError(f"{name} closed its output but did not end", hint=f"see {log_file}") from exc
-        finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-            process.stdout.close()
-
-    def _install(self, name: str, lock: str, folder: Path, progress: Progress) -> None:
-        progress(f"installing the {name} toolchain", 0, 1)
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        lock_file = folder / "lock.txt"
-        lock_file.write_text(lock)
-        log = folder / "install.log"
-        pip = [str(folder / "bin" / "python"), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-        for command in (
-            [sys.executable, "-m", "venv", str(folder)],
-            [*pip, "--only-binary", ":all:", "--require-hashes", "--requirement", str(lock_file)],
-        ):
-            # pip needs what the user set: index, proxy, certificates.
-            code = self._watch(
-                command, dict(os.environ), folder, log, INSTALL_LIMIT_S, f"installing {name}", lambda _: None
+    def _failure(self, name: str, toolchain: Toolchain, log_file: Path) -> ToolchainError:
+        """A child that broke: because its environment did, if that is so."""
+        said = last_line(log_file)
+        if said.startswith(("ModuleNotFoundError", "ImportError")):
+            said += "; its environment seems damaged"
+            return ToolchainError(
+                f"{name} failed: {said}", hint=f"fleet toolchain check {toolchain.name}; see {log_file}"
             )
-            if code != 0:
-                reason = _last_line(log)
-                raise ToolchainError(
-                    f"can't install the {name} toolchain: {reason}",
-                    hint=f"see {log}; needed are a line to the package index, disk space, and Python's venv module",
-                )
-        progress(f"installing the {name} toolchain", 1, 1)
+        return ToolchainError(f"{name} failed: {said}", hint=f"see {log_file}")
 
-    def _installed(self, folder: Path) -> dict[str, str]:
-        """Name and version of everything in the environment, for the bill of materials."""
-        found: dict[str, str] = {}
-        for entry in sorted(folder.glob("lib/python*/site-packages/*.dist-info")):
-            name, _, version = entry.name.removesuffix(".dist-info").rpartition("-")
-            found[name] = version
-        return found
-
-
-def lock_text(name: str) -> str:
-    """The lock of a toolchain.
-
-    Raises:
-        ToolchainError: this build has none of that name.
-    """
-    lock = resources.files("edgefleet_controller.compile") / "locks" / f"{name}.txt"
-    if not lock.is_file():
-        raise ToolchainError(f"no toolchain {name!r} in this build")
-    return lock.read_text()
-
-
-def hash_of_lock(lock: str) -> str:
-    """Short hash over the lock, Python's version and the machine: what decides the environment's content."""
-    what = f"{lock}\n{sys.version_info[:2]}\n{platform.machine()}"
-    return hashlib.sha256(what.encode()).hexdigest()[:12]
-
-
-@contextmanager
-def _waiting_lock(path: Path) -> Iterator[None]:
-    """Hold a file lock, waiting for whoever has it: two programs may want one toolchain at one time."""
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(fd)
-
-
-def _last_line(log: Path) -> str:
-    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    return lines[-1] if lines else "no output"
-
-
-def _resident_bytes(pid: int) -> int:
-    try:
-        pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
-    except (OSError, IndexError):
-        return 0  # it has just ended
-    return pages * os.sysconf("SC_PAGE_SIZE")
-
-
-def _signal_name(number: int) -> str:
-    try:
-        return signal.Signals(number).name
-    except ValueError:
-        return f"signal {number}"
+    @contextmanager
+    def _waiting_lock(self, path: Path, lock: Lock, progress: Progress) -> Iterator[None]:
+        """Hold a file lock, waiting for whoever has it: two programs may want one toolchain at one time."""
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            while True:
+                try:
+                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    progress(f"waiting for another program that installs the {lock.name} toolchain", 0, 1)
+                    if self._cancel.wait(_LOCK_POLL_S):
+                        raise Cancelled(
+                            f"cancelled while another program installed the {lock.name} toolchain"
+                        ) from None
+            yield
+        finally:
+            os.close(fd)

@@ -7,6 +7,7 @@ crashes takes this process with it and nothing else.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import signal
 import sys
@@ -18,13 +19,14 @@ from queue import Empty, SimpleQueue
 
 import msgspec
 from edgefleet_shared.artifact import Layout
-from edgefleet_shared.errors import EdgefleetError
+from edgefleet_shared.errors import EdgefleetError, EnvironmentProblem
 from edgefleet_shared.work import Answer, Progress
 
 from edgefleet_controller import source
 from edgefleet_controller.compile.pipeline import compile_version
 from edgefleet_controller.compile.port import CompileResult
-from edgefleet_controller.compile.toolchains import Cancelled, Toolchains
+from edgefleet_controller.compile.toolchains import Toolchains
+from edgefleet_controller.compile.watching import Cancelled
 from edgefleet_controller.manifest_files import parse_value
 from edgefleet_controller.manifests import DeviceClass
 
@@ -94,6 +96,15 @@ def main() -> int:
         last: Line = Finished(_compile(request, cancel, say, measure))
     except EdgefleetError as exc:
         last = Failed(exc.as_dict())
+    except MemoryError:
+        last = Failed(EnvironmentProblem("the compile worker ran out of memory").as_dict())
+    except OSError as exc:
+        if exc.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        problem = EnvironmentProblem(
+            f"the disk is full: {exc.filename or request.cache} can't be written", hint="make room"
+        )
+        last = Failed(problem.as_dict())
     with contextlib.suppress(EdgefleetError):  # where the version itself can't be read nothing ran
         say(Said(_log(request, began)))
     say(last)

@@ -68,6 +68,7 @@ def to_in_flight(rollout: str, progress: Progress, board: BoardView, now: float)
         before_p95_ms=board.figures.p95_ms if first and board.figures is not None else progress.before_p95_ms,
         outcome=None,
         reason="",
+        signed=None,
     )
 
 
@@ -131,6 +132,11 @@ def _word(rollout: Rollout, progress: Progress, board: BoardView, now: float) ->
         outcome, reason, acceptance = ended.outcome, ended.reason, ended.acceptance
     elif board.assignment == progress.assignment and board.settled and board.refusal:
         outcome, reason, acceptance = Outcome.REJECTED, board.refusal, None
+    elif board.doubt and board.doubted == progress.assignment:
+        # Somebody spoke, and not surely the board: that advances nothing and is held against nobody.
+        if progress.standing is not S.IN_FLIGHT:
+            return None
+        return msgspec.structs.replace(progress, standing=S.UNCLEAR, reason=board.doubt, signed=False, since=now)
     else:
         return None
     if outcome is Outcome.SUCCEEDED:
@@ -154,6 +160,7 @@ def _word(rollout: Rollout, progress: Progress, board: BoardView, now: float) ->
         standing=standing,
         outcome=outcome,
         reason=reason,
+        signed=board.signed and ended is not None,
         since=now,
         accept_p95_ms=figures.p95_ms if figures is not None else progress.accept_p95_ms,
     )
@@ -214,12 +221,13 @@ def _returning(rollout: Rollout, progress: Progress, board: BoardView, now: floa
         return _moved_on(progress, board, now)
     name = f"{previous.model} {previous.version}".strip() or previous.manifest
     there = board.serving == previous.manifest and board.state is State.IDLE
-    if there and board.settled:
+    ended = board.ended if board.ended is not None and board.ended.assignment == progress.assignment else None
+    proven = not board.must_sign or (ended is not None and ended.outcome is Outcome.SUCCEEDED)
+    if there and board.settled and proven:
         return _back(progress, S.RETURNED, now, f"serves {name} again")
     if board.settled and board.refusal:
         return _back(progress, S.STUCK, now, f"refused to return to {name}: {board.refusal}")
-    ended = board.ended
-    if ended is not None and ended.assignment == progress.assignment and ended.outcome in ENDED_BADLY:
+    if ended is not None and ended.outcome in ENDED_BADLY:
         return _back(
             progress, S.STUCK, now, f"could not return to {name}: {ended.outcome.value} {ended.reason}".rstrip()
         )

@@ -8,13 +8,16 @@ from edgefleet_shared.messages import Reported, SlotReport, decode
 from sqlalchemy import text
 from sqlmodel import Session
 
+from edgefleet_controller.results import Proof, Standing
 from edgefleet_controller.rollout.ports import FiguresSource
 from edgefleet_controller.rollout.views import ArtifactRef, BoardView
 from edgefleet_controller.store import rollouts
 
+MAX_REMEMBERED_PROOFS = 20_000
+
 _ROWS = text(
-    "SELECT d.name, d.device_class, d.site, d.labels, d.online, d.last_seen, d.revoked, d.reported, d.assignment, "
-    "a.manifest, a.payload_digest FROM device d LEFT JOIN assignment a ON a.id = d.assignment"
+    "SELECT d.name, d.device_class, d.site, d.labels, d.online, d.last_seen, d.revoked, d.reported, d.proof, d.must_sign, "
+    "d.assignment, a.manifest, a.payload_digest FROM device d LEFT JOIN assignment a ON a.id = d.assignment"
 )
 
 
@@ -24,6 +27,7 @@ class FleetReader:
     def __init__(self, figures: FiguresSource) -> None:
         self._figures = figures
         self._parsed: dict[str, tuple[str, Reported | None]] = {}
+        self._proofs: dict[str, Proof] = {}
 
     def read(self, session: Session, but_not_held_by: str = "") -> dict[str, BoardView]:
         """Every board that was ever enrolled, by name.
@@ -42,6 +46,8 @@ class FleetReader:
             seen,
             revoked,
             content,
+            stored,
+            must_sign,
             assignment,
             manifest,
             digest,
@@ -49,6 +55,10 @@ class FleetReader:
             reported = self._report(name, content)
             active = reported.active if reported is not None else None
             ended = reported.ended if reported is not None else None
+            proof = self._proof(stored)
+            signed, doubt, doubted = proof.standing is Standing.SIGNED, "", ""
+            if ended is not None and (proof.standing is Standing.REFUSED or (must_sign and not signed)):
+                doubt, doubted, ended = proof.why, ended.assignment, None
             fleet[name] = BoardView(
                 device=name,
                 device_class=device_class,
@@ -68,10 +78,21 @@ class FleetReader:
                 and (reported.desired_seen == digest or (ended is not None and ended.assignment == assignment)),
                 refusal=reported.refusal if reported is not None and reported.desired_seen == digest else "",
                 ended=ended,
+                signed=signed,
+                must_sign=bool(must_sign),
+                doubt=doubt,
+                doubted=doubted,
                 figures=self._figures.of(name),
                 holder=holders.get(name, ""),
             )
         return fleet
+
+    def _proof(self, content: str) -> Proof:
+        if content not in self._proofs:
+            if len(self._proofs) > MAX_REMEMBERED_PROOFS:
+                self._proofs.clear()
+            self._proofs[content] = msgspec.json.decode(content, type=Proof) if content else Proof()
+        return self._proofs[content]
 
     def _report(self, device: str, content: str) -> Reported | None:
         known = self._parsed.get(device)

@@ -78,6 +78,8 @@ def judge(
         rows.append(_serving_ratio(gate.max_latency_ratio, took, baseline))
     if gate.max_error_rate is not None:
         rows.append(_error_rate(gate.max_error_rate, took, baseline))
+    if gate.max_drift is not None:
+        rows.append(_drift(gate.max_drift, took, baseline))
     rows.append(_crashes(took, baseline))
     verdict = next((v for v in _GRAVITY if any(row.verdict is v for row in rows)), Verdict.PASSED)
     reason = "" if verdict is Verdict.PASSED else "; ".join(row.detail for row in rows if row.verdict is verdict)
@@ -196,6 +198,26 @@ def _error_rate(limit: float, took: Sequence[Sample], baseline: Sequence[Sample]
         # If the untouched boards fail as often, the new version is not shown to be at fault, nor to be sound.
         verdict = Verdict.INCONCLUSIVE if base_rate is not None and rate <= base_rate else Verdict.FAILED
     return GateRow(name="error_rate", verdict=verdict, value=rate, limit=limit, unit="share", detail=detail)
+
+
+def _drift(limit: float, took: Sequence[Sample], baseline: Sequence[Sample]) -> GateRow:
+    """The new version on pictures that it was not made for, or answering as it did for none of its golden ones."""
+    seen = {b.device: b.figures.drift for b in took if b.figures is not None and b.figures.drift is not None}
+    if not seen:
+        return GateRow(name="drift", verdict=None, value=None, limit=limit, unit="psi",
+                       detail="no board has seen enough requests to tell its drift")  # fmt: skip
+    if not all(0 <= drift < float("inf") for drift in seen.values()):
+        return GateRow(name="drift", verdict=Verdict.ERROR, value=None, limit=limit, unit="psi",
+                       detail=f"impossible figures: {sorted(seen.values())}")  # fmt: skip
+    device, worst = max(seen.items(), key=lambda entry: entry[1])
+    other = [b.figures.drift for b in baseline if b.figures is not None and b.figures.drift is not None]
+    detail = f"{device} has drifted by {worst:.2f} from its golden set, {limit:.2f} allowed"
+    verdict = Verdict.PASSED
+    if worst > limit:
+        # Where the boards with the old version see as strange a world, it is the world, and the new version is not shown to be at fault.
+        verdict = Verdict.INCONCLUSIVE if other and median(other) > limit else Verdict.FAILED
+        detail += f"; baseline {median(other):.2f}" if other else ""
+    return GateRow(name="drift", verdict=verdict, value=worst, limit=limit, unit="psi", detail=detail)
 
 
 def _requests(boards: Sequence[Sample]) -> tuple[int, int]:

@@ -53,6 +53,7 @@ class GateSpec(msgspec.Struct, frozen=True, kw_only=True):
     """When a wave has passed for a class. Shares and rates lie in 0 to 1; None means: not looked at.
 
     ``min_sample`` counts the boards of the class, in this wave and earlier ones, that gave a clear answer.
+    ``max_drift`` bounds the population stability index of what the version sees and says against its golden set.
     ``max_latency_ratio`` holds for both the acceptance p95 and the p95 while serving, against the same class's baseline.
     """
 
@@ -60,6 +61,7 @@ class GateSpec(msgspec.Struct, frozen=True, kw_only=True):
     max_failed_share: float = 0.0
     max_error_rate: float | None = None
     max_latency_ratio: float | None = None
+    max_drift: float | None = None
 
 
 class RolloutSpec(msgspec.Struct, frozen=True, kw_only=True):
@@ -109,6 +111,8 @@ class RolloutSpec(msgspec.Struct, frozen=True, kw_only=True):
             problems.append("gate.max_error_rate must lie in [0, 1)")
         if gate.max_latency_ratio is not None and not 0 < gate.max_latency_ratio < math.inf:
             problems.append("gate.max_latency_ratio must be above 0")
+        if gate.max_drift is not None and not 0 < gate.max_drift < math.inf:
+            problems.append("gate.max_drift must be above 0")
         if not 0 < self.timeout_s < math.inf or not 0 <= self.soak_s < math.inf:
             problems.append("timeout_s must be above 0 and soak_s not below 0")
         if not 0 < self.reach_window_s < math.inf or not 0 <= self.retry_after_s < math.inf:
@@ -135,7 +139,8 @@ class TargetArtifact(msgspec.Struct, frozen=True):
 
 
 class Figures(msgspec.Struct, frozen=True, kw_only=True):
-    """What a board measured since it began to serve ``version`` of ``model``; counts, and the last window's latencies in ms."""
+    """What a board measured since it began to serve ``version`` of ``model``; counts, and the last window's latencies in ms and drift
+    (population stability index, None while nothing can be said)."""
 
     model: str = ""
     version: str = ""
@@ -144,6 +149,7 @@ class Figures(msgspec.Struct, frozen=True, kw_only=True):
     crashes: int = 0
     p50_ms: float | None = None
     p95_ms: float | None = None
+    drift: float | None = None
 
 
 class BoardView(msgspec.Struct, frozen=True, kw_only=True):
@@ -152,7 +158,8 @@ class BoardView(msgspec.Struct, frozen=True, kw_only=True):
     ``serving`` is the manifest digest that its active slot holds ("" for none), ``good`` the artifact it would fall back to:
     the active one if that is marked good, else the previous one. ``assignment`` and ``assigned_manifest`` are the last one
     that the controller gave; ``settled`` says that the board has come to a decision about it, ``refusal`` why it refused it.
-    ``holder`` names another unfinished rollout that has selected this board.
+    ``ended`` is its own word: signed, or unsigned of a board that need not sign. A result that is not believed is not there; ``doubt``
+    says why, ``doubted`` about which assignment it was. ``holder`` names another unfinished rollout that has selected this board.
     """
 
     device: str
@@ -171,6 +178,10 @@ class BoardView(msgspec.Struct, frozen=True, kw_only=True):
     settled: bool = False
     refusal: str = ""
     ended: Ended | None = None
+    signed: bool = False
+    must_sign: bool = False
+    doubt: str = ""
+    doubted: str = ""
     figures: Figures | None = None
     holder: str = ""
 
@@ -179,8 +190,12 @@ class BoardView(msgspec.Struct, frozen=True, kw_only=True):
         return self.online and not self.revoked and now - self.last_seen <= window_s
 
     def has(self, manifest: str) -> bool:
-        """Whether it serves this artifact, marked good, with no other one waiting for it."""
+        """Whether it serves this artifact, marked good, with no other one waiting for it. Slots are not signed: where signatures are
+        asked for, only a result that says so is believed, and another board is asked."""
         return (
+            not self.must_sign
+            or (self.ended is not None and self.ended.outcome is Outcome.SUCCEEDED and self.ended.manifest == manifest)
+        ) and (
             self.good is not None
             and self.good.manifest == manifest == self.serving
             and self.state is State.IDLE
@@ -228,7 +243,7 @@ class Progress(msgspec.Struct, frozen=True, kw_only=True):
 
     ``rank`` is its place in the spread order; ``wave`` the index of its wave (-1 none, number of waves = catch-up);
     ``left_wave`` the wave that it fell silent in; ``tries`` counts assignments of this rollout, ``attempt`` those since the last
-    resume; ``since`` when it came to its standing; ``previous`` what it served before it was first touched.
+    resume; ``signed`` whether its word is signed with its key, None before it has spoken; ``since`` when it came to its standing; ``previous`` what it served before it was first touched.
     """
 
     device: str
@@ -244,6 +259,7 @@ class Progress(msgspec.Struct, frozen=True, kw_only=True):
     previous: ArtifactRef | None = None
     outcome: Outcome | None = None
     reason: str = ""
+    signed: bool | None = None
     accept_p95_ms: float | None = None
     before_p95_ms: float | None = None
     back_reason: str = ""

@@ -28,8 +28,13 @@ _SERIAL_LOCK = 0x6566_7632
 
 # From version n to n+1, statements for a database that exists already; a new one is made as tables.py says.
 MIGRATIONS: dict[int, tuple[str, ...]] = {
-    # Workers over HTTPS (ADR 0015). The token's class may be missing: SQLite can't drop NOT NULL, and tokens are short-lived.
     1: (
+        # Boards that were enrolled before may send results without a signature until their first signed one.
+        "ALTER TABLE device ADD COLUMN must_sign BOOLEAN NOT NULL DEFAULT false",
+        "ALTER TABLE device ADD COLUMN proof TEXT NOT NULL DEFAULT ''",
+    ),
+    # Workers over HTTPS (ADR 0015). The token's class may be missing: SQLite can't drop NOT NULL, and tokens are short-lived.
+    2: (
         "CREATE TABLE worker (name VARCHAR NOT NULL PRIMARY KEY, device_class VARCHAR REFERENCES device_class (name), "
         "certificate_serial VARCHAR NOT NULL, revoked BOOLEAN NOT NULL, enrolled_at FLOAT NOT NULL, last_seen FLOAT NOT NULL)",
         "DROP TABLE enrolment_token",

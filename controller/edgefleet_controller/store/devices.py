@@ -10,19 +10,22 @@ from collections.abc import Iterable
 import msgspec
 from edgefleet_shared.errors import ConflictError, NotFoundError, TrustError
 from edgefleet_shared.topics import check_name
-from sqlalchemy import text
+from sqlalchemy import bindparam, text
 from sqlmodel import Session, col, select
 
 from edgefleet_controller.store.tables import Device, DeviceClass, EnrolmentToken
 
 
 class ReportedRow(msgspec.Struct, frozen=True):
-    """A board's ``reported`` message as it is stored: ``content`` is its JSON."""
+    """A board's ``reported`` message as it is stored: ``content`` is its JSON, ``proof`` what is known about its result (JSON),
+    ``signed`` whether that is signed: from then on the board must sign."""
 
     device: str
     boot: str
     content: str
     at: float
+    proof: str = ""
+    signed: bool = False
 
 
 class PresenceRow(msgspec.Struct, frozen=True):
@@ -71,9 +74,13 @@ def enrol(
     site: str = "",
     labels: dict[str, str] | None = None,
     certificate_serial: str = "",
+    must_sign: bool = True,
     now: float,
 ) -> Device:
     """Take a board into the fleet.
+
+    Args:
+        must_sign: whether a result without a signature is nobody's word.
 
     Raises:
         InputError: the name is not usable.
@@ -93,6 +100,8 @@ def enrol(
     row.device_class, row.site, row.revoked, row.enrolled_at = device_class, site, False, now
     row.labels = msgspec.json.encode(labels or {}).decode()
     row.certificate_serial = certificate_serial
+    # What was known of its results was said by another key.
+    row.must_sign, row.proof = must_sign, ""
     session.add(row)
     session.flush()
     return row
@@ -150,11 +159,22 @@ def revoke(session: Session, name: str) -> Device:
 
 def put_reported(session: Session, rows: Iterable[ReportedRow]) -> None:
     """Store what boards report; a board that is not enrolled is passed over."""
-    given = [{"device": r.device, "boot": r.boot, "content": r.content, "at": r.at} for r in rows]
+    given = [msgspec.structs.asdict(row) for row in rows]
     if given:
         session.connection().execute(
-            text("UPDATE device SET reported = :content, reported_at = :at, boot = :boot WHERE name = :device"), given
+            text(
+                "UPDATE device SET reported = :content, reported_at = :at, boot = :boot, proof = :proof, "
+                "must_sign = (must_sign OR :signed) WHERE name = :device"
+            ),
+            given,
         )
+
+
+def holders(session: Session, names: Iterable[str]) -> dict[str, tuple[float, str]]:
+    """(enrolled_at, proof) of boards that are enrolled and not revoked."""
+    query = text("SELECT name, enrolled_at, proof FROM device WHERE NOT revoked AND name IN :names")
+    found = session.connection().execute(query.bindparams(bindparam("names", expanding=True)), {"names": list(names)})
+    return {name: (float(enrolled_at), proof) for name, enrolled_at, proof in found}
 
 
 def put_presence(session: Session, rows: Iterable[PresenceRow]) -> None:

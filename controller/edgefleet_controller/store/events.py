@@ -77,10 +77,12 @@ def _by_boot(events: Sequence[Event]) -> list[tuple[tuple[str, str], list[int], 
     sequences: dict[tuple[str, str], set[int]] = {}
     given_up: dict[tuple[str, str], int] = {}
     for event in events:
-        key = (event.device, event.boot)
-        sequences.setdefault(key, set()).add(event.sequence)
+        sequences.setdefault((event.device, event.boot), set()).add(event.sequence)
         if isinstance(event.body, Dropped):
-            given_up[key] = max(given_up.get(key, 0), event.body.up_to)
+            # A start of the agent also speaks for those before it.
+            boot, up_to = event.body.earlier or (event.boot, event.body.up_to)
+            sequences.setdefault((event.device, boot), set())
+            given_up[event.device, boot] = max(given_up.get((event.device, boot), 0), up_to)
     return [(key, sorted(found), given_up.get(key, 0)) for key, found in sorted(sequences.items())]
 
 

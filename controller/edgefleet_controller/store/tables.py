@@ -9,7 +9,7 @@ from __future__ import annotations
 from sqlalchemy import BigInteger, LargeBinary, Text
 from sqlmodel import Field, SQLModel, UniqueConstraint
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 
 class SchemaVersion(SQLModel, table=True):
@@ -28,7 +28,8 @@ class DeviceClass(SQLModel, table=True):
 
 
 class Device(SQLModel, table=True):
-    """A board. ``reported`` is its last ``reported`` message; ``figures`` what the intake last knew of its health (JSON).
+    """A board. ``reported`` is its last ``reported`` message; ``proof`` whose word its result is (JSON, :class:`results.Proof`);
+    ``must_sign`` says that a result without a signature is nobody's; ``figures`` what the intake last knew of its health (JSON).
 
     ``assignment`` is the one in force; ``assignment_version`` the highest that was ever signed for it: it only rises.
     """
@@ -46,6 +47,8 @@ class Device(SQLModel, table=True):
     boot: str = ""
     reported: str = Field(default="", sa_type=Text)
     reported_at: float = 0.0
+    must_sign: bool = False
+    proof: str = Field(default="", sa_type=Text)
     figures: str = Field(default="", sa_type=Text)
     assignment: str = ""
     assignment_version: int = 0

@@ -2,16 +2,20 @@
 
 The request is ``{"action": ..., ...}``. Lines on the original standard output are ``{"progress": [what, done, total]}``, then
 one of ``{"result": {...}}`` or ``{"error": {"code", "message", "hint"}}``. Everything that libraries print goes to the log.
-An exception that is no :class:`Refused` is a broken toolchain: its traceback is in the log and the process exits with 1.
+Memory or disk that runs out is told as that. Any other exception that is no :class:`Refused` is a broken toolchain: its traceback is in
+the log and the process exits with 1.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import sys
 from collections.abc import Callable
 from typing import Any
+
+_ROOM = "make room on this machine, or let another builder compile this class"
 
 Request = dict[str, Any]
 Progress = Callable[[str, int, int], None]
@@ -41,3 +45,13 @@ def serve(actions: dict[str, Action]) -> None:
         say("result", actions[request["action"]](request, lambda *step: say("progress", step)))
     except Refused as exc:
         say("error", exc.fields)
+    except MemoryError as exc:
+        say(
+            "error",
+            {"code": "environment", "message": f"out of memory in the step {request['action']}: {exc}", "hint": _ROOM},
+        )
+    except OSError as exc:
+        if exc.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        where = exc.filename or request["action"]
+        say("error", {"code": "environment", "message": f"the disk is full: {where} can't be written", "hint": _ROOM})

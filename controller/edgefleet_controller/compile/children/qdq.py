@@ -40,6 +40,7 @@ def quantize(model: onnx.ModelProto, statistics: Statistics, recipe: Recipe) -> 
     ranges = {name: methods[recipe["ranges"]] for name, methods in statistics["ranges"].items()}
     own = onnx.ModelProto()
     own.CopyFrom(model)
+    _flatten_biases(own)
     scales = _weight_scales(own, ranges, recipe)
     if recipe["correct_bias"]:
         correct_biases(own, statistics["means"], scales)
@@ -52,12 +53,13 @@ def quantize(model: onnx.ModelProto, statistics: Statistics, recipe: Recipe) -> 
     in_float = _with_activations(own, recipe["in_float"])
     # Its warnings are about biases that _weight_scales has made room for.
     logging.getLogger().setLevel(logging.ERROR)
+    symmetric = recipe["activations"] == "symmetric"
     writer = QDQQuantizer(
         own,
         True,
         False,
         QuantType.QInt8,
-        QuantType.QUInt8,
+        QuantType.QInt8 if symmetric else QuantType.QUInt8,
         _tensors(ranges),
         [],
         in_float,
@@ -66,6 +68,8 @@ def quantize(model: onnx.ModelProto, statistics: Statistics, recipe: Recipe) -> 
             "QDQDisableWeightAdjustForInt32Bias": True,
             "TensorQuantOverrides": overrides,
             "MatMulConstBOnly": True,
+            "ActivationSymmetric": symmetric,
+            "QuantizeBias": not symmetric,
         },
     )
     writer.quantize_model()
@@ -74,6 +78,20 @@ def quantize(model: onnx.ModelProto, statistics: Statistics, recipe: Recipe) -> 
     _keep_float(quantized, set(in_float), activations)
     _swept(quantized)
     return quantized
+
+
+def _flatten_biases(model: onnx.ModelProto) -> None:
+    """Gemm's bias may be a row, 1 x N; a scale per channel needs it flat, and it means the same."""
+    constants = {i.name: i for i in model.graph.initializer}
+    for node in model.graph.node:
+        bias = constants.get(node.input[2]) if node.op_type == "Gemm" and len(node.input) > 2 else None
+        if bias is not None and len(bias.dims) == 2 and bias.dims[0] == 1:
+            name = f"{bias.name}/flat"
+            if name not in constants:
+                flat = numpy_helper.from_array(numpy_helper.to_array(bias).reshape(-1), name)
+                model.graph.initializer.append(flat)
+                constants[name] = flat
+            node.input[2] = name
 
 
 def _keep_float(model: onnx.ModelProto, in_float: set[str], activations: dict[str, onnx.NodeProto]) -> None:

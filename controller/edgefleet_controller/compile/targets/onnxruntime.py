@@ -11,13 +11,19 @@ class OnnxruntimeTarget:
     name = "onnxruntime"
     engine = "onnxruntime"
     toolchain = "onnxruntime"
+    lock = ""
     module = "ort"
+    tools = ()
     engine_package = "onnxruntime"
     precisions = frozenset({"int8", "fp32"})
     methods = frozenset({"minmax", "percentile", "entropy", "mse"})
     quantizers = ("edgefleet",)
     reads_qdq = True
     ships_onnx = True
+    measures_onnx = True
+    leaves_in_float = True
+    runs_here = True
+    stand_in = ""
     providers = ("CPUExecutionProvider",)
 
     def options(self, device_class: DeviceClassSpec, version: ModelVersion) -> Options:

@@ -11,13 +11,19 @@ class OpenvinoTarget:
     name = "openvino"
     engine = "openvino"
     toolchain = "openvino"
+    lock = ""
     module = "ov"
+    tools = ()
     engine_package = "openvino"
     precisions = frozenset({"int8", "fp16", "fp32"})
     methods = frozenset({"minmax", "percentile", "entropy", "mse"})
     quantizers = ("edgefleet", "nncf")
     reads_qdq = True
     ships_onnx = False
+    measures_onnx = True
+    leaves_in_float = True
+    runs_here = True
+    stand_in = ""
     providers = ("CPU",)
 
     def options(self, device_class: DeviceClassSpec, version: ModelVersion) -> Options:

@@ -14,13 +14,19 @@ class TfliteTarget:
     name = "tflite"
     engine = "tflite"
     toolchain = "tflite"
+    lock = ""
     module = "litert"
+    tools = ()
     engine_package = "ai_edge_litert"
     precisions = frozenset({"int8", "fp32"})
     methods = frozenset({"minmax", "percentile", "entropy", "mse"})
     quantizers = ("edgefleet",)
     reads_qdq = False
     ships_onnx = False
+    measures_onnx = False
+    leaves_in_float = True
+    runs_here = True
+    stand_in = ""
     providers = ("CPU",)
 
     def options(self, device_class: DeviceClassSpec, version: ModelVersion) -> Options:

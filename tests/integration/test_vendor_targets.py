@@ -1,0 +1,208 @@
+"""Targets that call a vendor's program, on recorded ones: the whole pipeline, strict about every argument; and what absence and failure say."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from edgefleet_controller.compile.pipeline import compile_version
+from edgefleet_controller.compile.port import CompileResult
+from edgefleet_controller.compile.toolchains import Toolchains
+from edgefleet_controller.compile.tools import MissingTool
+from edgefleet_controller.compile.watching import Cancelled
+from edgefleet_controller.source import import_model
+from edgefleet_shared import artifact
+from edgefleet_shared.artifact import Layout
+from edgefleet_shared.errors import ManifestError, ModelError, ToolchainError
+from support import vendor_tools
+from support.networks import classifier, device_class, project
+
+TOOLCHAINS = Path(os.environ.get("EDGEFLEET_CACHE", Path.home() / ".cache" / "edgefleet"))
+CORAL, ACL, RK1808 = ("edgetpu_compiler",), ("atc", "amct_onnx"), ("rknn-toolkit1-python",)
+
+
+class Bench:
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.layout = folder, Layout(folder / "layout")
+        self.cancel = threading.Event()
+        self.version = import_model(project(folder, classifier(), counts=(8, 24, 8)), folder, self.layout, cache=folder)
+
+    def compile(self, engine: str, *, progress: Any = lambda *_: None, **spec: Any) -> CompileResult:
+        made = device_class(engine, arch="aarch64", **{"search": {"effort": "fixed", "prefer": "size"}, **spec})
+        toolchains = Toolchains(TOOLCHAINS, cancel=self.cancel)
+        return compile_version(
+            self.version, made, self.layout, toolchains, cache=self.folder / "cache", progress=progress
+        )
+
+    def shipped(self, result: CompileResult) -> bytes:
+        layer = self.layout.manifest(result.artifact.digest).layer(artifact.MODEL_LAYER)
+        return self.layout.read(layer.digest, 10**8)
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Bench:
+    return Bench(tmp_path)
+
+
+def test_coral_ships_what_the_compiler_mapped_and_is_judged_by_the_file_before(bench: Bench, monkeypatch) -> None:
+    programs = vendor_tools.install(monkeypatch, bench.folder / "vendor", *CORAL)
+    result = bench.compile("coral")
+    assert bench.shipped(result).endswith(b"mapped")
+    assert result.figures.agreement >= 0.7
+    assert "LiteRT on the CPU" in result.figures.stand_in
+    assert result.figures.unmeasured == ("latency", "memory")
+    assert result.quality == "passed"
+    config = bench.layout.config(bench.layout.manifest(result.artifact.digest))
+    assert (config.engine, config.contract.allowed_providers) == ("coral", ("EdgeTPU",))
+    line = json.dumps(["-s", "-m", "13", "-t", "600", "-o", ".", "model.tflite"])
+    assert vendor_tools.calls(programs, "edgetpu_compiler").count(line) == 1
+
+
+@pytest.mark.parametrize("precision", ["int8", "fp16"])
+def test_ascend_calibrates_compiles_and_leaves_the_judging_to_the_board(
+    bench: Bench, monkeypatch, precision: str
+) -> None:
+    programs = vendor_tools.install(monkeypatch, bench.folder / "vendor", *ACL)
+    result = bench.compile("acl", precision=precision, options={"soc": "Ascend310P3"})
+    assert bench.shipped(result) == b"IMODallow_fp32_to_fp16"
+    figures = result.figures
+    assert (figures.agreement, figures.p50_ms) == (None, None)
+    assert figures.unmeasured == ("agreement", "latency", "memory")
+    assert (result.quality, result.misses) == ("passed", ())
+    (line,) = vendor_tools.calls(programs, "atc")
+    assert {
+        "--framework=5",
+        "--soc_version=Ascend310P3",
+        "--input_format=NCHW",
+        "--input_shape=image:1,3,32,32",
+    } <= set(json.loads(line))
+    assert len(vendor_tools.calls(programs, "amct_onnx")) == (1 if precision == "int8" else 0)
+    statement = json.loads(
+        bench.layout.read(bench.layout.manifest(result.artifact.digest).layer(artifact.PROVENANCE_LAYER).digest, 10**6)
+    )
+    told = statement["predicate"]["buildDefinition"]["resolvedDependencies"]
+    assert {"name": "program atc", "annotations": {"version": "7.0.0.5.242"}} in told
+
+
+@pytest.mark.parametrize("precision", ["int8", "fp16"])
+def test_rk1808s_older_toolkit_runs_in_its_own_python(bench: Bench, monkeypatch, precision: str) -> None:
+    vendor_tools.install(monkeypatch, bench.folder / "vendor", *RK1808)
+    result = bench.compile("rknn", target="rk1808", precision=precision)
+    assert bench.shipped(result) == b"RKNN1rk1808"
+    assert result.figures.unmeasured == ("agreement", "latency", "memory")
+
+
+@pytest.mark.parametrize(
+    ("engine", "target", "program", "where"),
+    [
+        ("coral", None, "edgetpu_compiler", "coral.ai"),
+        ("acl", None, "atc", "hiascend.com"),
+        ("rknn", "rk1808", "rknn-toolkit1-python", "GitHub releases"),
+    ],
+)
+def test_a_program_that_is_not_here_is_told_with_where_it_comes_from(
+    bench: Bench, engine, target, program, where
+) -> None:
+    with pytest.raises(MissingTool, match=rf"{program} is not on PATH .*{where}"):
+        bench.compile(engine, target=target)
+
+
+def test_float16_for_ascend_needs_no_quantizer(bench: Bench, monkeypatch) -> None:
+    vendor_tools.install(monkeypatch, bench.folder / "vendor", "atc")
+    assert bench.compile("acl", precision="fp16").quality == "passed"
+    with pytest.raises(MissingTool, match="amct_onnx is not on PATH"):
+        bench.compile("acl", precision="int8")
+
+
+@pytest.mark.parametrize(
+    ("names", "engine", "version", "told"),
+    [
+        (CORAL, "coral", "2.1.302470888", r"edgetpu_compiler at .* has version 2\.1, this target knows >=14,<17"),
+        (CORAL, "coral", "\\x07\\xff segmentation", r"edgetpu_compiler at .* tells no version: 'Edge TPU Compiler"),
+        (ACL, "acl", "1.77.T1", r"atc at .* has version 1\.77\.T1, this target knows >=5,<10"),
+    ],
+)
+def test_a_program_of_another_version_is_refused_before_anything_is_made(
+    bench, monkeypatch, names, engine, version, told
+) -> None:
+    vendor_tools.install(monkeypatch, bench.folder / "vendor", *names, version=version)
+    with pytest.raises(ToolchainError, match=told):
+        bench.compile(engine)
+    assert not (bench.folder / "cache").exists()
+
+
+def test_another_version_of_a_program_compiles_anew(bench: Bench, monkeypatch) -> None:
+    vendor_tools.install(monkeypatch, bench.folder / "one", *ACL)
+    first = bench.compile("acl")
+    assert bench.compile("acl").cached
+    vendor_tools.install(monkeypatch, bench.folder / "two", *ACL, version="8.0.1")
+    second = bench.compile("acl")
+    assert not second.cached
+    assert second.key != first.key
+
+
+@pytest.mark.parametrize(
+    ("names", "engine", "behaviour", "error", "told"),
+    [
+        (ACL, "acl", "stop('E19010: No parser is registered for Op [head/boxes, optype [ai.onnx::13::NonMaxSuppression]].')", ModelError, r"atc has no operator NonMaxSuppression \(node 'head/boxes'\)"),
+        (ACL, "acl", "stop('EZ3003: [PID: 9] No supported Ops kernel and engine are found for [n7], optype [Det].')", ModelError, r"atc has no operator Det \(node 'n7'\)"),
+        (ACL, "acl", "os.kill(os.getpid(), 11)", ToolchainError, "atc ended with signal 11: it printed nothing"),
+        (ACL, "acl", "sys.stdout.buffer.write(bytes(range(256)) * 9); sys.exit(3)", ToolchainError, "atc ended with status 3"),
+        (ACL, "acl", "sys.exit(0)", ToolchainError, r"atc ended well, but wrote no compiled\.om"),
+        (CORAL, "coral", "print('Number of operations that will run on Edge TPU: 0'); print('SOFTMAX   1   Operation is working on an unsupported data type'); Path('model_edgetpu.tflite').write_bytes(b'x'); sys.exit(0)", ModelError, r"none of the network's operators runs on the Edge TPU \(SOFTMAX x 1: Operation is working"),
+        (CORAL, "coral", "print('Internal compiler error. Aborting!'); sys.exit(1)", ModelError, "edgetpu_compiler refuses the network: Internal compiler error"),
+        (CORAL, "coral", "print('?\\x00?'); Path('model_edgetpu.tflite').write_bytes(b'x'); sys.exit(0)", ToolchainError, "does not tell how much it mapped"),
+    ],
+    ids=["parser", "kernel", "crash", "rubbish", "no file", "nothing mapped", "internal error", "no figures"],
+)  # fmt: skip
+def test_a_program_that_fails_is_told_by_its_reason(
+    bench: Bench, monkeypatch, names, engine, behaviour, error, told
+) -> None:
+    if engine == "acl":  # amct does its part
+        vendor_tools.install(monkeypatch, bench.folder / "vendor", "amct_onnx")
+    vendor_tools.install(monkeypatch, bench.folder / "vendor", names[0], behaviour=behaviour)
+    with pytest.raises(error, match=told):
+        bench.compile(engine)
+
+
+def test_rk1808s_toolkit_that_gives_a_status_is_told_by_its_step(bench: Bench, monkeypatch) -> None:
+    vendor_tools.install(monkeypatch, bench.folder / "vendor", *RK1808, behaviour="return -1")
+    with pytest.raises(
+        ToolchainError, match=r"rknn-toolkit ended with status 1: error: can't build the network \(status -1\)"
+    ):
+        bench.compile("rknn", target="rk1808")
+
+
+def test_a_cancelled_compile_ends_the_vendors_program_too(bench: Bench, monkeypatch) -> None:
+    pids = bench.folder / "pid"
+    sleep = f"Path({str(pids)!r}).write_text(str(os.getpid()))\nimport signal\nsignal.pause()"
+    vendor_tools.install(monkeypatch, bench.folder / "vendor", "amct_onnx")
+    vendor_tools.install(monkeypatch, bench.folder / "vendor", "atc", behaviour=sleep)
+
+    def wait_for_it(what: str, _done: int, _total: int) -> None:
+        if what == "compiling":
+            threading.Thread(target=cancel_when_it_runs, daemon=True).start()
+
+    def cancel_when_it_runs() -> None:
+        while not (pids.exists() and pids.read_text()):
+            threading.Event().wait(0.02)
+        bench.cancel.set()
+
+    with pytest.raises(Cancelled, match="onnxruntime compile was cancelled"):
+        bench.compile("acl", progress=wait_for_it)
+    status = Path(f"/proc/{pids.read_text()}/stat")
+    deadline = time.monotonic() + 10
+    while status.exists() and status.read_text().rpartition(")")[2].split()[0] != "Z":  # nobody may be there to reap it
+        assert time.monotonic() < deadline, "the vendor's program runs on"
+        time.sleep(0.02)
+
+
+def test_an_option_with_a_chip_that_the_toolkit_does_not_know_is_refused(bench: Bench, monkeypatch) -> None:
+    vendor_tools.install(monkeypatch, bench.folder / "vendor", *RK1808)
+    with pytest.raises(ManifestError, match="target rk1808 knows no chip 'rk3588'; it knows rk1808, rk3399pro"):
+        bench.compile("rknn", target="rk1808", options={"chip": "rk3588"})

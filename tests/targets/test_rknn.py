@@ -1,0 +1,51 @@
+"""RKNN-Toolkit2 for real: it compiles for chips that are not here, and its simulator answers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from edgefleet_controller.source import ModelVersion, import_model
+from edgefleet_shared.errors import ManifestError, ModelError
+from support import trained
+from support.networks import Net, project
+
+
+@pytest.mark.parametrize("precision", ["int8", "fp16"])
+def test_a_trained_network_is_compiled_and_the_simulator_answers(
+    workshop, version: ModelVersion, precision: str
+) -> None:
+    result = workshop.compile(version, "rknn", arch="aarch64", precision=precision, options={"chip": "rk3588"})
+    figures = result.figures
+    assert workshop.shipped(result).read_bytes()[:4] == b"RKNN"
+    assert figures.agreement >= 0.9
+    assert figures.cosine > (0.97 if precision == "int8" else 0.999)
+    assert figures.stand_in == "RKNN-Toolkit2's simulator of the NPU"
+    assert figures.unmeasured == ("latency", "memory")
+    assert result.precision == precision
+    config = workshop.layout.config(workshop.layout.manifest(result.artifact.digest))
+    assert (config.engine, config.contract.allowed_providers) == ("rknn", ("NPU",))
+
+
+def test_each_chip_has_a_file_of_its_own(workshop) -> None:
+    version = workshop.version(trained.digits)
+    files = {
+        workshop.shipped(workshop.compile(version, "rknn", arch="aarch64", options={"chip": chip})).read_bytes()
+        for chip in ("rk3566", "rk3588")
+    }
+    assert len(files) == 2
+
+
+def test_a_chip_of_the_older_toolkit_is_refused_with_where_to_go(workshop) -> None:
+    version = workshop.version(trained.digits)
+    with pytest.raises(ManifestError, match=r"target rknn knows no chip 'rk1808'.*the target rk1808"):
+        workshop.compile(version, "rknn", arch="aarch64", options={"chip": "rk1808"})
+
+
+def test_an_operator_that_the_toolkit_lacks_is_named_with_its_node(workshop, tmp_path: Path) -> None:
+    net = Net()
+    net.conv(3, 8)
+    lost = net.add("Det")
+    version = import_model(project(tmp_path, net.model([1, 8])), tmp_path, workshop.layout, cache=tmp_path)
+    with pytest.raises(ModelError, match=rf"rknn has no operator Det \(node '{lost}'\)"):
+        workshop.compile(version, "rknn", arch="aarch64")

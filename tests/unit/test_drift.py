@@ -1,0 +1,204 @@
+"""Drift: the same world gives a low figure; a dark, wrongly prepared or frozen one a high one; a handful of pictures gives none."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from edgefleet_agent.runtime.channel import Observed, decode_from_worker, encode
+from edgefleet_agent.runtime.drift import DriftMeter
+from edgefleet_agent.runtime.observing import MAX_VALUES, Observer
+from edgefleet_shared import drift, golden
+from edgefleet_shared.drift import MIN_SAMPLES, Drift, Statistics
+
+Array = npt.NDArray[np.float32]
+LITTLE, MUCH = 0.1, 0.25  # by custom, see edgefleet_shared.drift
+CLASSES = 4
+RANDOM = np.random.default_rng(7)
+WEIGHTS = RANDOM.normal(size=(CLASSES, 48 * 64 * 3)).astype(np.float32) / 100
+
+
+def scene() -> npt.NDArray[np.uint8]:
+    """A picture as a camera sees one: patches of all brightnesses, some noise."""
+    coarse = RANDOM.integers(0, 256, (6, 8, 3))
+    fine = np.kron(coarse, np.ones((8, 8, 1))) + RANDOM.normal(0, 6, (48, 64, 3))
+    return np.clip(fine, 0, 255).astype(np.uint8)
+
+
+def prepared(picture: Array) -> Array:
+    return ((picture.astype(np.float32) - 127.5) / 127.5)[None]
+
+
+def answer(x: Array) -> Array:
+    scores = WEIGHTS @ np.clip(np.nan_to_num(x.reshape(-1)), -10, 10) * 3
+    return np.asarray([np.exp(scores) / np.exp(scores).sum()], np.float32)
+
+
+@pytest.fixture(scope="module")
+def normal() -> Statistics:
+    shown = np.concatenate([prepared(scene()) for _ in range(24)])
+    return golden.statistics({"x": shown}, {"y": np.concatenate([answer(x[None]) for x in shown])}, classification=True)
+
+
+def seen(normal: Statistics, camera: Callable[[], Array], count: int = 120, steps: float = 0.0) -> Drift:
+    """What is said after the camera was looked at so often; ``steps`` is how coarse the compiled model's answers are."""
+    observer, meter = Observer(normal), DriftMeter(normal)
+    for _ in range(count):
+        x = camera()
+        y = answer(x)
+        observer.look({"x": x}, {"y": np.round(y / steps) * np.float32(steps) if steps else y})
+        told = decode_from_worker(encode(observer.observed()))
+        assert isinstance(told, Observed)
+        meter.add(told)
+    return meter.figures()
+
+
+def test_the_same_world_has_not_moved(normal: Statistics) -> None:
+    found = seen(normal, lambda: prepared(scene()))
+    assert found.psi is not None
+    assert found.psi < LITTLE
+    assert found.repeated == 0
+    assert found.classes is not None
+    assert found.classes < 0.1
+    assert all(t.shift is not None and t.shift < 0.7 for t in found.tensors)
+
+
+def test_a_compiled_models_coarser_answers_are_no_drift(normal: Statistics) -> None:
+    found = seen(normal, lambda: prepared(scene()), steps=1 / 256)
+    assert found.psi is not None
+    assert found.psi < LITTLE
+
+
+@pytest.mark.parametrize(
+    "camera",
+    [
+        lambda: prepared(scene() * 0.35),
+        lambda: scene()[None].astype(np.float32),
+        lambda: scene()[None].astype(np.float32) / 255,
+        lambda: prepared(np.zeros((48, 64, 3))),
+        lambda: prepared(255 - scene() // 8),
+    ],
+    ids=["dark", "not normalised", "normalised otherwise", "lens cap", "overexposed"],
+)
+def test_another_world_has_moved_much(normal: Statistics, camera: Callable[[], Array]) -> None:
+    found = seen(normal, camera)
+    assert found.psi is not None
+    assert found.psi > 2 * MUCH
+
+
+def test_a_frozen_camera_repeats_itself(normal: Statistics) -> None:
+    frame = prepared(scene())
+    found = seen(normal, lambda: frame)
+    assert found.repeated is not None
+    assert found.repeated > 0.95
+    assert found.psi is not None
+    assert found.psi > LITTLE
+    assert found.classes is not None
+    assert found.classes > 0.2, "it says one class only"
+
+
+def test_too_few_samples_give_no_figure(normal: Statistics) -> None:
+    found = seen(normal, lambda: prepared(np.zeros((48, 64, 3))), count=MIN_SAMPLES - 1)
+    assert found.psi is None
+    assert found.note == f"not enough: {MIN_SAMPLES - 1} of {MIN_SAMPLES} requests looked at"
+
+
+def test_an_artifact_from_before_says_nothing() -> None:
+    assert DriftMeter(None).figures().psi is None
+    assert not Observer(None).is_due()
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_values_that_are_no_numbers_are_counted_and_spoil_nothing_else(normal: Statistics, value: float) -> None:
+    def broken() -> Array:
+        x = prepared(scene())
+        x[0, :12] = value
+        return x
+
+    found = seen(normal, broken)
+    x = next(t for t in found.tensors if t.name == "x")
+    assert 0.2 < x.non_finite < 0.3
+    assert x.psi < LITTLE
+    everything = seen(normal, lambda: np.full((1, 48, 64, 3), value, np.float32))
+    assert all(np.isfinite(t.psi) for t in everything.tensors)
+    assert "x" not in {t.name for t in everything.tensors}
+
+
+def test_numbers_too_large_to_add_up_break_nothing() -> None:
+    normal = golden.statistics(
+        {"x": RANDOM.normal(size=(8, 10))}, {"y": RANDOM.normal(size=(8, 2))}, classification=False
+    )
+    observer, meter = Observer(normal), DriftMeter(normal)
+    for _ in range(MIN_SAMPLES):
+        observer.look({"x": np.full((1, 10), 1.7e308)}, {"y": np.zeros((1, 2))})
+        meter.add(observer.observed())
+    assert [t.name for t in meter.figures().tensors] == ["y"]
+
+
+def test_it_recovers_once_the_world_is_as_it_was(normal: Statistics) -> None:
+    observer, meter = Observer(normal), DriftMeter(normal)
+    for number in range(1000):
+        x = prepared(scene() * (0.2 if number < 200 else 1.0))
+        observer.look({"x": x}, {"y": answer(x)})
+        meter.add(observer.observed())
+    found = meter.figures()
+    assert found.psi is not None
+    assert found.psi < LITTLE
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        Observed([], -1, 0),
+        Observed([([1], 0, 0.0)] * 2, -1, 0),
+        Observed([([-1] * 12, 0, 0.0)] * 2, -1, 0),
+        Observed([([1] * 12, -5, 0.0)] * 2, -1, 0),
+        Observed([([1] * 12, 0, float("nan"))] * 2, -1, 0),
+    ],
+    ids=["no tensors", "few bins", "negative", "negative count of none", "no number"],
+)
+def test_a_worker_that_tells_nonsense_is_not_believed(normal: Statistics, told: Observed) -> None:
+    meter = DriftMeter(normal)
+    with pytest.raises(ValueError, match="observation"):
+        meter.add(told)
+    assert meter.figures().samples == 0
+
+
+def test_a_class_that_is_none_is_passed_over(normal: Statistics) -> None:
+    meter = DriftMeter(normal)
+    bins = [len(t.shares) for t in (*normal.inputs, *normal.outputs)]
+    for _ in range(MIN_SAMPLES):
+        meter.add(Observed([([1] * count, 0, 0.0) for count in bins], 10**9, 0))
+    assert meter.figures().classes is None
+
+
+def test_the_statistics_are_the_same_each_time_and_small() -> None:
+    shown = {"x": RANDOM.normal(size=(16, 400, 100)).astype(np.float32)}
+    answers = {"y": RANDOM.normal(size=(16, 1000)).astype(np.float32)}
+    one = golden.statistics(shown, answers, classification=True)
+    assert one == golden.statistics(shown, answers, classification=True)
+    assert one.classes == (), "sixteen answers say nothing about a thousand classes"
+    assert all(sum(t.shares) == pytest.approx(1, abs=1e-3) for t in (*one.inputs, *one.outputs))
+
+
+def test_a_large_picture_is_looked_at_in_a_few_thousand_places_that_stay() -> None:
+    normal = golden.statistics(
+        {"x": RANDOM.normal(size=(4, 300, 300, 3))}, {"y": np.zeros((4, 2))}, classification=False
+    )
+    observer = Observer(normal)
+    x = RANDOM.normal(size=(1, 300, 300, 3)).astype(np.float32)
+    found = []
+    for _ in range(2):
+        observer.look({"x": x}, {"y": np.zeros((1, 2))})
+        found.append(observer.observed())
+    assert found[0] == found[1]
+    assert sum(found[0].tensors[0][0]) == MAX_VALUES
+
+
+def test_psi_of_the_same_shares_is_nothing_and_of_others_never_negative() -> None:
+    assert drift.psi((0.25, 0.75), (1, 3)) == pytest.approx(0)
+    assert drift.psi((0.0, 1.0), (5, 0)) > 1
+    assert drift.divergence((0.5, 0.5), (0, 7)) == pytest.approx(0.311, abs=0.01)
+    assert drift.divergence((1.0, 0.0), (0, 7)) == pytest.approx(1)

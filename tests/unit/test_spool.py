@@ -1,0 +1,263 @@
+"""Events that wait for the controller: kept on the disk, bounded, counted, sent once it matters, gentle to an SD card."""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+import tracemalloc
+from pathlib import Path
+
+import pytest
+from chaos.spooling import FOLDER, LIMIT_BYTES, Board, Receiver, given_up_on_disk, kinds
+from edgefleet_agent.spool import MEMORY_BYTES, WINDOW, Spool
+from edgefleet_controller.store import events
+from edgefleet_controller.store.database import Database
+from edgefleet_shared.clock import ManualClock
+from edgefleet_shared.messages import Ack, Ended, Event, Health, OutcomeTold, decode
+from edgefleet_shared.outcomes import Outcome
+from support.disk import MemoryDisk
+
+DAY_S, PERIOD_S, FLUSH_S = 86_400, 10, 60.0
+ENDED = Ended(assignment="a1", manifest="m", outcome=Outcome.SUCCEEDED)
+
+
+def disk() -> MemoryDisk:
+    return MemoryDisk({"/board-in-memory": None, "/board-in-memory/state": None})
+
+
+def spool_on(
+    files: MemoryDisk, sent: list[bytes], clock: ManualClock, boot: str = "boot-1", limit: int = 4 << 20, told: list[str] | None = None
+) -> Spool:  # fmt: skip
+    made = Spool(
+        FOLDER, "b1", boot, sent.append, clock, limit_bytes=limit, flush_s=FLUSH_S, files=files,
+        problem=(told if told is not None else []).append,
+    )  # fmt: skip
+    made.tick()
+    return made
+
+
+def numbers(sent: list[bytes]) -> list[tuple[str, int]]:
+    return [(event.boot, event.sequence) for event in (decode(content, Event) for content in sent)]
+
+
+def test_what_waited_through_a_restart_goes_out_first_under_its_old_name() -> None:
+    files, clock, sent = disk(), ManualClock(), list[bytes]()
+    first = spool_on(files, sent, clock)
+    for _ in range(3):
+        first.add(Health())
+    first.add(OutcomeTold(ended=ENDED))
+    first.close()
+    second = spool_on(files, sent, clock, boot="boot-2")
+    second.add(Health())
+    second.came_up()
+    assert numbers(sent) == [("boot-1", 1), ("boot-1", 2), ("boot-1", 3), ("boot-1", 4), ("boot-2", 1)]
+
+
+def test_a_reading_that_is_acknowledged_in_time_is_never_written() -> None:
+    files, clock, sent = disk(), ManualClock(), list[bytes]()
+    spool = spool_on(files, sent, clock)
+    spool.came_up()
+    before = len(files.log)
+    for number in range(1, DAY_S // PERIOD_S + 1):
+        spool.add(Health())
+        spool.acknowledge(Ack("boot-1", number))
+        clock.advance(PERIOD_S)
+        spool.tick()
+    assert files.log[before:] == []
+
+
+def test_a_day_without_a_line_is_an_append_a_minute() -> None:
+    files, clock = disk(), ManualClock()
+    spool = spool_on(files, [], clock)
+    before = len(files.log)
+    for _ in range(DAY_S // PERIOD_S):
+        spool.add(Health(model="toy", version="1", requests=1000, cpu_share=0.25, celsius=51.0))
+        clock.advance(PERIOD_S)
+        spool.tick()
+    synced = [entry for entry in files.log[before:] if entry.startswith("fsync") and entry.endswith(".seg")]
+    assert len(synced) <= DAY_S / FLUSH_S
+    assert len(synced) >= DAY_S / FLUSH_S / 2
+    assert len(spool) <= FLUSH_S / PERIOD_S, "no more than a minute of it is in memory"
+
+
+def test_the_bound_holds_and_health_goes_before_outcomes() -> None:
+    files, receiver = disk(), Receiver()
+    board = Board(files, receiver, "boot-1")
+    for _ in range(30):
+        board.outcome()
+        board.health(13)
+        board.wait()
+        assert sum(len(c or b"") for p, c in files.tree().items() if p.endswith(".seg")) <= LIMIT_BYTES
+    given_up = board.spool.dropped
+    assert given_up == given_up_on_disk(files)
+    assert set(given_up) == {"health"}
+    board.exchange()
+    assert kinds(receiver)["outcome"] == 30
+    assert kinds(receiver)["health"] + given_up["health"] == 30 * 13
+
+
+def test_when_outcomes_alone_fill_it_the_oldest_go_and_are_counted_as_what_they_are() -> None:
+    files, receiver = disk(), Receiver()
+    board = Board(files, receiver, "boot-1")
+    for _ in range(200):
+        board.outcome()
+    assert set(board.spool.dropped) == {"outcome"}
+    board.exchange()
+    assert kinds(receiver)["outcome"] + board.spool.dropped["outcome"] == 200
+    assert ("boot-1", 200) in receiver.have
+
+
+def test_a_backlog_goes_out_a_window_at_a_time() -> None:
+    files, clock, sent = disk(), ManualClock(), list[bytes]()
+    first = spool_on(files, sent, clock)
+    for _ in range(3 * WINDOW):
+        first.add(Health())
+    first.close()
+    second = spool_on(files, sent, clock, boot="boot-2")
+    second.came_up()
+    assert len(sent) == WINDOW
+    second.acknowledge(Ack("boot-1", 10))
+    assert len(sent) == WINDOW + 10
+    second.acknowledge(Ack("boot-1", 3 * WINDOW))
+    assert not [name for name in files.names(FOLDER) if name.endswith(".seg")]
+
+
+def test_an_old_boot_that_is_never_acknowledged_does_not_silence_the_present_one() -> None:
+    files, clock, sent = disk(), ManualClock(), list[bytes]()
+    first = spool_on(files, sent, clock)
+    for _ in range(3 * WINDOW):
+        first.add(Health())
+    first.close()
+    second = spool_on(files, sent, clock, boot="boot-2")
+    second.came_up()
+    for _ in range(2 * WINDOW):
+        second.add(Health())
+    assert len(sent) == 2 * WINDOW
+    assert ("boot-2", WINDOW) in numbers(sent)
+
+
+def test_a_window_that_nobody_answers_is_sent_again() -> None:
+    clock, sent = ManualClock(), list[bytes]()
+    spool = spool_on(disk(), sent, clock)
+    spool.came_up()
+    spool.add(Health())
+    clock.advance(31)
+    spool.tick()
+    assert numbers(sent) == [("boot-1", 1), ("boot-1", 1)]
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EIO])
+def test_a_disk_that_refuses_costs_memory_up_to_a_bound_says_so_and_is_used_again(number: int) -> None:
+    files, clock, sent, told = disk(), ManualClock(), list[bytes](), list[str]()
+    spool = spool_on(files, sent, clock, told=told)
+
+    def refuse(count: int, operation: str, path: str) -> None:
+        if operation in ("create", "write", "fsync", "rename", "mkdir"):
+            raise OSError(number, os.strerror(number), path)
+
+    files.fault = refuse
+    spool.add(OutcomeTold(ended=ENDED))
+    added = 4 * MEMORY_BYTES // 300
+    for _ in range(added):
+        spool.add(Health(model="toy", version="1", requests=1000, cpu_share=0.25, celsius=51.0))
+        clock.advance(PERIOD_S)
+        spool.tick()
+    assert told, "it says so"
+    assert told[-1].startswith("events are kept in memory only")
+    lost = spool.dropped["health"]
+    assert set(spool.dropped) == {"health"}
+    assert 0 < added + 1 - lost <= MEMORY_BYTES / 200
+    files.fault = None
+    clock.advance(10)
+    spool.tick()
+    assert told[-1] == ""
+    assert len(spool) == 0
+    second = spool_on(files, sent, clock, boot="boot-2")
+    assert second.dropped == {"health": lost}
+    second.came_up()
+    assert numbers(sent)[0] == ("boot-1", 1), "the outcome is the first that goes out"
+
+
+def test_an_append_whose_fsync_failed_is_made_again_elsewhere_and_counts_once() -> None:
+    files, receiver = disk(), Receiver()
+    board = Board(files, receiver, "boot-1")
+    board.outcome()
+    failing = iter([True])
+
+    def refuse(count: int, operation: str, path: str) -> None:
+        if operation == "fsync" and path.endswith(".seg") and next(failing, False):
+            raise OSError(errno.EIO, os.strerror(errno.EIO), path)
+
+    files.fault = refuse
+    board.outcome()
+    board.clock.advance(10)
+    board.spool.tick()
+    board.outcome()
+    other = Board(files, receiver, "boot-2")
+    other.exchange()
+    assert kinds(receiver) == {"outcome": 3}
+    assert not [name for name in files.names(FOLDER) if name.endswith(".seg")]
+
+
+def test_a_backlog_costs_little_memory() -> None:
+    files, clock = disk(), ManualClock()
+    first = spool_on(files, [], clock)
+    for _ in range(6000):
+        first.add(Health(model="toy", version="1", requests=1000, cpu_share=0.25, celsius=51.0))
+    first.close()
+    tracemalloc.start()
+    try:
+        before = tracemalloc.get_traced_memory()[0]
+        second = spool_on(files, [], clock, boot="boot-2")
+        second.came_up()
+        after = tracemalloc.get_traced_memory()[0]
+    finally:
+        tracemalloc.stop()
+    assert len(second._store.boots()) == 1
+    assert after - before < 600_000, f"{after - before} bytes for 6,000 events"
+
+
+@pytest.mark.parametrize("limit_bytes", [LIMIT_BYTES, 1 << 20])
+@pytest.mark.parametrize("seed", range(10))
+def test_the_real_controller_stores_each_event_once_over_a_line_that_loses_half(
+    tmp_path: Path, seed: int, limit_bytes: int
+) -> None:
+    rng = random.Random(seed)
+    database = Database(f"sqlite:///{tmp_path / 'fleet.db'}")
+    database.migrate()
+
+    class Stored(Receiver):
+        def take(self, batch: list[bytes]) -> list[Ack]:  # type: ignore[override]
+            super().take(batch)
+            with database.write() as session:
+                acks = events.insert(session, [decode(content, Event) for content in batch], 1.0)
+            return [ack for found in acks.values() for ack in found if rng.random() < 0.7]
+
+    files, receiver = disk(), Stored()
+    added: set[tuple[str, int]] = set()
+    for start in range(4):
+        board = Board(
+            files, receiver, f"boot-{start}", loses=lambda n: n < 400 and rng.random() < 0.5, limit_bytes=limit_bytes
+        )
+        for _ in range(rng.randint(1, 6)):
+            board.health(rng.randint(1, 13))
+            board.outcome()
+            if rng.random() < 0.5:
+                board.wait()
+        board.spool.close()
+        added |= board.added
+        if rng.random() < 0.4:
+            board.exchange()
+    last = Board(files, receiver, "last", limit_bytes=limit_bytes)
+    last.exchange()
+    missing = added - set(receiver.have)
+    # What the controller has and its acknowledgement of which was lost may have been given up too.
+    assert len(missing) <= sum(last.spool.dropped.values())
+    if limit_bytes > LIMIT_BYTES:
+        assert not missing
+        assert not last.spool.dropped
+    with database.read() as session:
+        stored = {(row.boot, row.sequence) for row in events.recent(session, limit=10_000)}
+    assert stored == set(receiver.have)
+    database.close()
