@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-test demo test test-targets lint types unit contract integration e2e faults chaos docs docs-check deb lock clean
+.PHONY: help setup setup-test demo test test-arm test-targets lint types unit contract integration e2e faults chaos docs docs-check deb lock clean
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_NO_INPUT := 1
 
@@ -36,6 +36,10 @@ test: setup-test ## everything that must be green, from lint to the short demo
 	@for stage in lint types docs-check unit contract faults integration e2e; do \
 	  echo "== $$stage"; SECONDS=0; $(MAKE) --no-print-directory $$stage; echo "== $$stage: $$SECONDS s"; \
 	done
+
+test-arm: setup ## real acceptance in Debian userlands for Arm, by qemu; the first run makes them (some minutes)
+	@scripts/setup-system arm $(BIN)/python
+	$(BIN)/python -m pytest -q -rs tests/arm
 
 test-targets: setup ## compile by the large toolchains, IREE, RKNN, TensorRT-RTX, ncnn, hls4ml, torch, TensorFlow; installs them first (7 GB, some minutes)
 	$(BIN)/python -m pytest -v -rs --durations=0 --durations-min=1 tests/targets

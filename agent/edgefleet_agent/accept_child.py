@@ -46,9 +46,14 @@ def main() -> int:
     request = msgspec.json.decode(sys.stdin.buffer.read(), type=AcceptRequest)
     confinement.die_with_parent()
     policy = confinement.Policy(readable=(request.layout,), writable=devices.of(request.engine))
-    report(Confined(confinement.confine(policy)))
+    missing = confinement.confine(policy)
+    report(Confined(missing))
+
+    def unconfined(more: tuple[str, ...]) -> None:
+        report(Confined((*missing, *more)))
+
     try:
-        report(Measured(measure(request, lambda doing: report(Stage(doing)))))
+        report(Measured(measure(request, lambda doing: report(Stage(doing)), unconfined)))
     except (EngineError, ArtifactError, NotFoundError) as exc:
         report(Broke("model", exc.message))
     except MemoryError:
@@ -58,8 +63,14 @@ def main() -> int:
     return 0
 
 
-def measure(request: AcceptRequest, stage: Callable[[str], None]) -> AcceptanceFigures:
+def measure(
+    request: AcceptRequest, stage: Callable[[str], None], unconfined: Callable[[tuple[str, ...]], None]
+) -> AcceptanceFigures:
     """Everything between a candidate and its figures.
+
+    Args:
+        stage: is told what is done next.
+        unconfined: is told of what this kernel could not limit on the way.
 
     Raises:
         EngineError, ArtifactError, NotFoundError: the artifact's fault.
@@ -84,7 +95,7 @@ def measure(request: AcceptRequest, stage: Callable[[str], None]) -> AcceptanceF
 
     path = _loadable(engine, layout, request.manifest)
     stage("loading the model")
-    confinement.limit_address_space(request.address_space_bytes)
+    unconfined(confinement.limit_address_space(request.address_space_bytes))
     began = time.perf_counter()
     session = engine.load(path, config, request.threads)
     load_ms = (time.perf_counter() - began) * 1e3

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import logging
 import platform
+import struct
 import subprocess
 import sys
 from pathlib import Path
 
 import msgspec
-from edgefleet_shared.fingerprint import Fingerprint
+from edgefleet_shared.fingerprint import Fingerprint, architecture
 
 from edgefleet_agent import __version__
 from edgefleet_agent.sandbox import child_environment, describe_exit
@@ -36,7 +37,7 @@ def read_fingerprint() -> Fingerprint:
     """What this board is. Takes about half a second per installed engine: call once per start, not per message."""
     probes = probe_engines()
     return Fingerprint(
-        arch=platform.machine(),
+        arch=architecture(platform.machine(), 8 * struct.calcsize("P")),
         cpu_features=cpu_features(),
         engines={p.name: p.version for p in probes if p.version is not None},
         build_keys={p.name: p.build_key for p in probes if p.build_key},

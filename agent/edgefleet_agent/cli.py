@@ -68,6 +68,22 @@ def enroll(
         click.echo(f"enrolled as {settings.device}, class {settings.device_class}; start it: fleet-agent run")
 
 
+@main.command()
+@state_option
+@told
+def measure(state: Path) -> None:
+    """Measure candidates for the compiler, as a builder board of a class, until SIGTERM.
+
+    Enrol it by a token of `fleet worker token --class`, in a state folder of its own. It serves nothing and installs nothing.
+    """
+    from edgefleet_shared import logs
+
+    from edgefleet_agent import builder
+
+    logs.configure()
+    builder.run(state)
+
+
 def _become_owner(state: Path) -> None:
     """Go on as whoever owns the state folder: root enrols a board, but the agent must be able to read what that leaves behind."""
     if os.geteuid() != 0 or not state.exists():

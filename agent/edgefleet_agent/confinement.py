@@ -21,6 +21,7 @@ import sys
 from pathlib import Path
 
 import msgspec
+from edgefleet_shared.fingerprint import architecture
 
 _PR_SET_PDEATHSIG, _PR_SET_SECCOMP, _PR_SET_NO_NEW_PRIVS, _PR_SET_DUMPABLE = 1, 22, 38, 4
 _LANDLOCK_CREATE, _LANDLOCK_ADD, _LANDLOCK_RESTRICT = 444, 445, 446  # the same on every architecture
@@ -83,12 +84,20 @@ def confine(policy: Policy) -> tuple[str, ...]:
     return tuple(missing)
 
 
-def limit_address_space(more_bytes: int) -> None:
+def limit_address_space(more_bytes: int) -> tuple[str, ...]:
     """Allow ``more_bytes`` of address space beyond what is mapped now: call after the engine's libraries are loaded, because
-    some of them reserve gigabytes that they never touch."""
+    some of them reserve gigabytes that they never touch.
+
+    Returns:
+        as :func:`confine`: an emulator takes the limit and does not keep it.
+    """
     pages = int(Path("/proc/self/statm").read_text().split()[0])
-    limit = pages * resource.getpagesize() + more_bytes
+    # In 32 bits the address space itself is the smaller limit.
+    limit = min(pages * resource.getpagesize() + more_bytes, sys.maxsize)
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    if resource.getrlimit(resource.RLIMIT_AS)[0] != limit:
+        return (f"address space: a limit of {limit} bytes was taken and not kept",)
+    return ()
 
 
 def _libc() -> ctypes.CDLL:
@@ -200,9 +209,10 @@ class _Program(ctypes.Structure):
 
 
 def _seccomp(policy: Policy) -> None:
-    machine = platform.machine()
-    if machine not in _ARCHITECTURES or (sys.maxsize < 2**32 and machine != "armv7l"):
-        raise OSError(errno.ENOSYS, f"no filter for {machine} in a {8 * struct.calcsize('P')}-bit process")
+    # Calls are numbered by the program's architecture, whatever the kernel's.
+    machine = architecture(platform.machine(), 8 * struct.calcsize("P"))
+    if machine not in _ARCHITECTURES:
+        raise OSError(errno.ENOSYS, f"no filter for {machine} programs")
     audit, clone, kill, tgkill = _ARCHITECTURES[machine]
     code = [(_LOAD, 0, 0, _ARCH), (_JUMP_EQUAL, 1, 0, audit), (_RETURN, 0, 0, _KILL), (_LOAD, 0, 0, _NR)]
     if machine == "x86_64":  # the x32 calls are the same calls under other numbers

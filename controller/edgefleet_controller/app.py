@@ -60,7 +60,12 @@ class Controller:
         self.intake = Intake(self.database, self.clock, ResultVerifier(self.ca.certificate))
         self.enrolment = Enrolment(self.database, self.ca, self.repository, settings, self.clock)
         self.compiling = CompileQueue(
-            self.database, self.layout, settings.cache_folder, self.clock, settings.compile_workers
+            self.database,
+            self.layout,
+            settings.cache_folder,
+            self.clock,
+            settings.compile_workers,
+            settings.work_lease_s,
         )
         host, port = settings.broker_address
         self.broker: Broker | None = None

@@ -32,6 +32,7 @@ def apply_manifests(home: Path, path: Path, keys: Path | None) -> list[dict[str,
             client.put_class(manifest.model_dump(mode="json"))
             new = release.add_class(client, signer, manifest.name)
             told = "registered, its release role delegated" if new else "registered"
+            told += f"; proven here: {manifest.spec.proven or 'not told'}"
         else:
             told = {
                 "Model": "valid; add it with: fleet model add -f",

@@ -111,11 +111,17 @@ class FleetClient:
     def job(self, job: str) -> Json:
         return self._call("GET", f"/v1/jobs/{job}")
 
+    def log(self, model: str, version: str, device_class: str) -> str:
+        """What the toolchains printed when a version was last compiled for a class."""
+        return self._request("GET", f"/v1/models/{model}/{version}/log", params={"device_class": device_class}).text
+
     def cancel_job(self, job: str) -> None:
         self._call("DELETE", f"/v1/jobs/{job}")
 
-    def token(self, device_class: str, *, site: str = "", device: str = "", ttl_s: float = 3600.0) -> str:
-        wish = {"device_class": device_class, "site": site, "device": device, "ttl_s": ttl_s}
+    def token(
+        self, device_class: str, *, site: str = "", device: str = "", ttl_s: float = 3600.0, role: str = "device"
+    ) -> str:
+        wish = {"device_class": device_class, "site": site, "device": device, "ttl_s": ttl_s, "role": role}
         return str(self._call("POST", "/v1/tokens", json=wish)["token"])
 
     def devices(self) -> Json:
@@ -123,6 +129,12 @@ class FleetClient:
 
     def device(self, name: str) -> Json:
         return self._call("GET", f"/v1/devices/{name}")
+
+    def workers(self) -> Json:
+        return self._call("GET", "/v1/workers")
+
+    def revoke_worker(self, name: str) -> Json:
+        return self._call("DELETE", f"/v1/workers/{name}")
 
     def create_rollout(self, manifest: dict[str, Any]) -> Json:
         return self._call("POST", "/v1/rollouts", json={"manifest": manifest})

@@ -1,6 +1,6 @@
 """Identity: enrolment. Receives a one-time token and a certificate request, hands on a certificate and where to find the fleet.
 
-The class and site of a board come from its token, its name from the token or its wish; of its request only the key is used.
+Boards and workers alike. The class and site of a board come from its token, its name from the token or its wish; of its request only the key is used.
 """
 
 from __future__ import annotations
@@ -12,11 +12,12 @@ from edgefleet_shared.clock import Clock
 from edgefleet_shared.errors import InputError
 from edgefleet_shared.messages import Enrolled
 from edgefleet_shared.topics import check_name
+from edgefleet_shared.work import IDENTITY_PREFIX
 
 from edgefleet_controller.pki import CertificateAuthority
 from edgefleet_controller.settings import Settings
 from edgefleet_controller.sign import Repository
-from edgefleet_controller.store import devices
+from edgefleet_controller.store import devices, workers
 from edgefleet_controller.store.database import Database
 
 
@@ -29,11 +30,12 @@ class Enrolment:
         self._database, self._ca, self._repository = database, ca, repository
         self._settings, self._clock = settings, clock
 
-    def token(self, device_class: str, *, site: str, device: str, ttl_s: float) -> str:
+    def token(self, device_class: str, *, site: str, device: str, ttl_s: float, role: str = "device") -> str:
         """A one-time token: ``efe.<sha256 of our CA>.<secret>``, so that the board knows whom to meet.
 
         Args:
             device: the name that it is for; empty to let the board choose.
+            role: ``device``, or ``worker``: a machine that compiles or, with a class, a builder board of it.
 
         Raises:
             NotFoundError: no such class. InputError: a name that can't be one.
@@ -44,8 +46,8 @@ class Enrolment:
             check_name(site, "site")
         with self._database.write() as session:
             secret = devices.new_token(
-                session, device_class, site=site, label=device, ttl_s=ttl_s, now=self._clock.now()
-            )
+                session, device_class, site=site, label=device, ttl_s=ttl_s, now=self._clock.now(), role=role,
+            )  # fmt: skip
         return f"efe.{self._ca.fingerprint}.{secret}"
 
     def enroll(self, token: str, device: str, request: str) -> Enrolled:
@@ -64,15 +66,26 @@ class Enrolment:
                 raise InputError("the board has no name", hint="give --name, or make the token with --name")
             if row.label and device and device != row.label:
                 raise InputError(f"the token is for {row.label}, not for {device}")
-            certificate = self._ca.enroll(request.encode(), check_name(name, "device"))
-            devices.enrol(
-                session, name, row.device_class, site=row.site,
-                certificate_serial=f"{certificate.serial_number:x}",
-                must_sign=not self._settings.trust_unsigned_results, now=self._clock.now(),
-            )  # fmt: skip
+            if row.role == "worker":
+                # A prefix that no board's name can have: neither can be taken for the other, by the broker or by the API.
+                certificate = self._ca.enroll(request.encode(), IDENTITY_PREFIX + check_name(name, "worker"))
+                serial = f"{certificate.serial_number:x}"
+                workers.enrol(session, name, row.device_class or "", certificate_serial=serial, now=self._clock.now())
+            else:
+                certificate = self._ca.enroll(request.encode(), check_name(name, "device"))
+                serial = f"{certificate.serial_number:x}"
+                devices.enrol(
+                    session,
+                    name,
+                    row.device_class or "",
+                    site=row.site,
+                    certificate_serial=serial,
+                    must_sign=not self._settings.trust_unsigned_results,
+                    now=self._clock.now(),
+                )
             return Enrolled(
                 device=name,
-                device_class=row.device_class,
+                device_class=row.device_class or "",
                 site=row.site,
                 certificate=certificate.public_bytes(serialization.Encoding.PEM).decode(),
                 ca=self._ca.pem.decode(),

@@ -144,8 +144,15 @@ class DeviceClassSpec(_Strict):
     power: Power = Power()
     build: Literal["controller", "builder", "board"] = "controller"
     build_budget: BuildBudget = BuildBudget()
+    measure_on: Literal["auto", "builder"] = Field(
+        default="auto",
+        description="where candidates are timed: auto is the compiling host if it could be a board of the class, else a builder board; "
+        "builder is a builder board always. Where there is none they stay unmeasured, and the boards' acceptance decides",
+    )
     options: dict[str, str | int | float | bool] = Field(default={}, description="for the compile target")
-    proven: str = Field(default="", description="how far this class was proven, in words")
+    proven: str = Field(
+        default="", description="how far this class was proven, in words; fleet apply and fleet class show them"
+    )
 
 
 class DeviceClass(ManifestBase):

@@ -38,7 +38,12 @@ class Settings(BaseModel):
     cache: str = Field(default="", description="toolchains and compiled models; empty: ~/.cache/edgefleet")
     blob_bytes_per_s: int = Field(default=20_000_000, gt=0)
     max_blob_bytes: int = Field(default=4_000_000_000, gt=0)
-    compile_workers: int = Field(default=2, ge=1)
+    compile_workers: int = Field(
+        default=2, ge=0, description="the controller's own; 0 leaves compiling to fleet worker run"
+    )
+    work_lease_s: float = Field(
+        default=60.0, ge=1, description="a worker that is silent for so long loses its job to another"
+    )
     trust_unsigned_results: bool = Field(
         default=False,
         description="boards enrolled while this is so may send results without a signature (agents before 0.2), until their first signed one",

@@ -12,10 +12,10 @@ import msgspec
 
 
 class Fingerprint(msgspec.Struct, frozen=True, kw_only=True):
-    """What a board is. ``engines`` maps engine name to its version, for engines that load on this board; ``build_keys`` maps those of them
-    that need a plan made on the board to what a plan depends on (engine, driver, processor);
-    ``cpu_features`` are the kernel's names (avx2, avx512_vnni, asimddp, ...); memory in bytes. ``provides`` is what the agent's
-    package brings for agents of other versions: python, the launcher and the Python distributions, by name and version."""
+    """What a board is. ``arch`` is that of its programs (:func:`architecture`); ``engines`` maps engine name to its version, for engines
+    that load on this board; ``build_keys`` maps those of them that need a plan made on the board to what a plan depends on (engine,
+    driver, processor); ``cpu_features`` are the kernel's names (avx2, avx512_vnni, asimddp, ...); memory in bytes. ``provides`` is what
+    the agent's package brings for agents of other versions: python, the launcher and the Python distributions, by name and version."""
 
     arch: str
     cpu_features: tuple[str, ...] = ()
@@ -36,6 +36,20 @@ class Requirement(msgspec.Struct, frozen=True, kw_only=True):
     cpu_features: tuple[str, ...] = ()
     memory_bytes: int = 0
     provides: dict[str, str] = {}
+
+
+# What a 64-bit kernel calls itself to programs of 32 bits, and what those are. Raspberry Pi OS in 32 bits runs on such a kernel.
+_NARROWED = {"aarch64": "armv7l", "armv8l": "armv7l", "x86_64": "i686"}
+
+
+def architecture(machine: str, pointer_bits: int) -> str:
+    """The architecture that a process' libraries are of.
+
+    Args:
+        machine: the kernel's name for its own (``uname -m``).
+        pointer_bits: of the process: 32 or 64.
+    """
+    return _NARROWED.get(machine, machine) if pointer_bits == 32 else machine
 
 
 _BOUND = re.compile(r"^(>=|<=|==|!=|>|<)\s*([0-9][0-9A-Za-z.+-]*)$")

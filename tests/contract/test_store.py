@@ -11,7 +11,7 @@ import pytest
 from edgefleet_controller.rollout import engine
 from edgefleet_controller.rollout.plan import create
 from edgefleet_controller.rollout.views import Assign, IntentKind, Phase
-from edgefleet_controller.store import catalog, devices, events, rollouts
+from edgefleet_controller.store import catalog, devices, events, jobs, rollouts, workers
 from edgefleet_controller.store.database import Database
 from edgefleet_controller.store.devices import PresenceRow
 from edgefleet_controller.store.tables import SCHEMA_VERSION, Artifact, Assignment, CompileJob
@@ -27,7 +27,7 @@ from edgefleet_shared.errors import (
 from edgefleet_shared.messages import Ack, Dropped, Event, Health, Refused
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from sqlalchemy import text
+from sqlalchemy import inspect, text
 from support.simulated_boards import artifacts, fleet_of, spec
 
 
@@ -62,24 +62,56 @@ def test_migrating_twice_changes_nothing(database: Database) -> None:
         assert devices.get_device(session, "b1").site == "lab"
 
 
-def test_a_database_of_the_first_schema_is_brought_forward_and_keeps_what_it_holds(database: Database) -> None:
+# What makes schema 1 of today's, on either database: the newer columns and tables taken away again.
+SCHEMA_1 = (
+    "DROP TABLE worker",
+    "DROP INDEX ix_compile_job_lease",
+    "DROP INDEX ix_compile_job_parent",
+    *(
+        f"ALTER TABLE compile_job DROP COLUMN {name}"
+        for name in ("kind", "parent", "worker", "lease", "lease_until", "attempts", "report", "log")
+    ),
+    "DROP TABLE enrolment_token",
+    "CREATE TABLE enrolment_token (sha256 VARCHAR NOT NULL PRIMARY KEY, device_class VARCHAR NOT NULL REFERENCES device_class (name))",
+    "ALTER TABLE device DROP COLUMN agent_assignment",
+    "ALTER TABLE assignment DROP COLUMN subject",
+    "ALTER TABLE device DROP COLUMN must_sign",
+    "ALTER TABLE device DROP COLUMN proof",
+    "UPDATE schema_version SET version = 1",
+)
+
+
+def test_a_database_of_schema_1_becomes_what_a_new_one_is_and_keeps_what_it_holds(database: Database) -> None:
+    def columns() -> dict[str, set[str]]:
+        found = inspect(database.engine)
+        return {table: {c["name"] for c in found.get_columns(table)} for table in found.get_table_names()}
+
+    fresh = columns()
     enrol(database, "b1")
     with database.write() as session:
         rollouts.put_assignments(session, [assignment("r1.b1.1", "b1", 1)])
-        for statement in (
-            "ALTER TABLE device DROP COLUMN agent_assignment",
-            "ALTER TABLE assignment DROP COLUMN subject",
-            "ALTER TABLE device DROP COLUMN must_sign",
-            "ALTER TABLE device DROP COLUMN proof",
-            "UPDATE schema_version SET version = 1",
-        ):
+        for statement in SCHEMA_1:
             session.connection().execute(text(statement))
+        session.connection().execute(
+            text(
+                "INSERT INTO compile_job (id, model, version, device_class, ship_despite_quality, state, step, progress, manifest, "
+                "error, created_at) VALUES ('old', 'm', '1', 'x86', false, 'queued', '', 0.0, '', '', 1.0)"
+            )
+        )
+    assert columns() != fresh
     database.migrate()
+    assert columns() == fresh
     with database.read() as session:
         board = devices.get_device(session, "b1")
         assert (board.assignment, board.agent_assignment) == ("r1.b1.1", "")
         assert rollouts.get_assignment(session, "r1.b1.1").subject == "model"
         assert session.connection().execute(text("SELECT version FROM schema_version")).scalar_one() == SCHEMA_VERSION
+    with database.write() as session:
+        taken = jobs.take_job(session, "compile", "", 5.0)
+        assert taken is not None
+        assert (taken.id, taken.attempts) == ("old", 1)
+        workers.enrol(session, "far", "", certificate_serial="1", now=1.0)
+        devices.use_token(session, devices.new_token(session, "", role="worker", now=1.0), "far", 2.0)
 
 
 def test_a_database_of_a_newer_program_is_refused(database: Database) -> None:
@@ -364,7 +396,7 @@ def test_a_job_goes_to_one_worker_and_is_queued_again_after_a_restart(database: 
     enrol(database)
     with database.write() as session:
         for n in range(8):
-            catalog.put_job(
+            jobs.put_job(
                 session,
                 CompileJob(id=f"j{n}", model="m", version="1", device_class="x86", state="queued", created_at=float(n)),
             )
@@ -373,7 +405,7 @@ def test_a_job_goes_to_one_worker_and_is_queued_again_after_a_restart(database: 
     def work() -> None:
         while True:
             with database.write() as session:
-                job = catalog.take_job(session, 5.0)
+                job = jobs.take_job(session, "compile", "", 5.0)
             if job is None:
                 return
             taken.append(job.id)
@@ -385,8 +417,72 @@ def test_a_job_goes_to_one_worker_and_is_queued_again_after_a_restart(database: 
         thread.join(30)
     assert sorted(taken) == [f"j{n}" for n in range(8)]
     with database.write() as session:
-        assert catalog.requeue_running(session) == 8
-        assert len(catalog.list_jobs(session, unfinished=True)) == 8
+        running = jobs.own_running(session)
+        assert len(running) == 8
+        for row in running:
+            jobs.requeue(session, row)
+    with database.read() as session:
+        assert {row.state for row in jobs.list_jobs(session, unfinished=True)} == {"queued"}
+
+
+def test_a_silent_workers_job_is_found_and_the_controllers_own_is_not(database: Database) -> None:
+    enrol(database)
+    with database.write() as session:
+        for name, worker, until in (("far", "w1", 10.0), ("own", "", None)):
+            job = CompileJob(
+                id=name, model="m", version="1", device_class="x86", state="running", worker=worker, lease=name,
+                lease_until=until, created_at=1.0,
+            )  # fmt: skip
+            jobs.put_job(session, job)
+        assert jobs.expired(session, 9.9) == []
+        assert [row.id for row in jobs.expired(session, 10.1)] == ["far"]
+        assert [row.id for row in jobs.own_running(session)] == ["own"]
+        for row in jobs.expired(session, 10.1):
+            jobs.requeue(session, row)
+        session.flush()
+        assert jobs.leased(session, "far") is None
+        assert jobs.leased(session, "") is None, "a job that nobody has is nobody's"
+
+
+def test_a_measuring_job_goes_to_a_board_of_its_class_and_is_no_compile_job(database: Database) -> None:
+    enrol(database)
+    enrol(database, device_class="pi")
+    with database.write() as session:
+        for name, kind, of in (("c", "compile", "x86"), ("m", "measure", "pi")):
+            made = CompileJob(
+                id=name, kind=kind, model="m", version="1", device_class=of, state="queued", created_at=1.0
+            )
+            jobs.put_job(session, made)
+        assert jobs.take_job(session, "measure", "x86", 2.0) is None
+        taken = [jobs.take_job(session, "measure", "pi", 2.0), jobs.take_job(session, "compile", "", 2.0)]
+        assert [row and row.id for row in taken] == ["m", "c"]
+        assert [row.id for row in jobs.list_jobs(session)] == ["c"]
+
+
+def test_a_worker_is_known_by_name_and_certificate_and_a_builder_board_by_when_it_was_heard_of(
+    database: Database,
+) -> None:
+    enrol(database)
+    with database.write() as session:
+        workers.enrol(session, "w", "x86", certificate_serial="ab", now=1.0)
+        with pytest.raises(ConflictError):
+            workers.enrol(session, "w", "", certificate_serial="cd", now=1.0)
+        with pytest.raises(NotFoundError):
+            workers.enrol(session, "v", "no-class", certificate_serial="cd", now=1.0)
+        assert workers.check(session, "w", "ab").device_class == "x86"
+        for name, serial in (("w", "cd"), ("w", ""), ("", ""), ("x", "ab")):
+            with pytest.raises(TrustError):
+                workers.check(session, name, serial)
+        assert workers.builders(session, "x86", 5.0) == []
+        workers.seen(session, "w", 6.0)
+        assert [row.name for row in workers.builders(session, "x86", 5.0)] == ["w"]
+        assert workers.builders(session, "pi", 5.0) == []
+        workers.revoke(session, "w")
+        assert workers.builders(session, "x86", 5.0) == []
+        with pytest.raises(TrustError):
+            workers.check(session, "w", "ab")
+        workers.enrol(session, "w", "", certificate_serial="ef", now=9.0)
+        assert workers.check(session, "w", "ef").device_class is None
 
 
 # -------------------------------------------------------------------------------------------------------------- rollouts

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import resource
 import time
 from pathlib import Path
 
@@ -126,3 +127,10 @@ def test_a_machine_without_a_filter_says_so(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(platform, "machine", lambda: "vax")
     with pytest.raises(OSError, match="no filter for vax"):
         confinement._seccomp(confinement.Policy())
+
+
+def test_an_address_space_limit_that_is_not_kept_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As an emulator does: it takes the limit and gives back another."""
+    monkeypatch.setattr(resource, "setrlimit", lambda _which, _limits: None)
+    (told,) = confinement.limit_address_space(123 << 20)
+    assert told.startswith("address space: a limit of")

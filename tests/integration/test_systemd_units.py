@@ -14,6 +14,7 @@ UNITS = sorted(ROOT.glob("*/edgefleet_*/systemd/*.service"))
 # What `systemd-analyze security` may say at most; Debian's own units of this kind stand at 9.6.
 EXPOSURE = {
     "fleet-agent.service": 1.5, "fleet-runtime.service": 0.6, "fleet-power.service": 1.5, "fleet-controller.service": 1.5,
+    "fleet-worker.service": 1.5,
     "fleet-runtime-grpc.service": 0.6, "fleet-runtime-grpc-proxy.service": 0.6,
 }  # fmt: skip
 

@@ -22,7 +22,7 @@ from edgefleet_controller.compile.toolchains import Toolchains
 from edgefleet_controller.importers import efficientnet_lite
 from PIL import Image
 from safetensors.numpy import save_file
-from support.engines import assert_alike, onnx_answers, operators_of, tflite_answers, types_by_operator
+from support.engines import assert_alike, misaligned, onnx_answers, operators_of, tflite_answers, types_by_operator
 from support.networks import Net
 from support.tflite_networks import NETWORKS, mobilenet_v3
 
@@ -275,3 +275,13 @@ def test_roots_and_quotients_stay_in_float_because_older_runtimes_have_no_other(
     kinds = types_by_operator(content)
     assert kinds["SQRT"] == kinds["DIV"] == {"FLOAT32"}
     assert kinds["CONV_2D"] == {"INT8"}
+
+
+@pytest.mark.parametrize("build", NETWORKS)
+def test_constants_begin_where_kernels_on_arm_load_vectors_from(
+    quantized: dict[str, Quantized], build: Callable[[Net], list[int]]
+) -> None:
+    net = Net(7)
+    shape = build(net)
+    assert misaligned(convert(net.model(shape, opset=14)).content) == {}
+    assert misaligned(quantized[build.__name__].content) == {}

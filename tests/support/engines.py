@@ -49,6 +49,25 @@ def types_by_operator(content: bytes) -> dict[str, set[str]]:
     return found
 
 
+def misaligned(content: bytes) -> dict[str, int]:
+    """Where in a .tflite the constants begin that do not begin at a multiple of 16 bytes, by tensor. As schema.fbs asks, and Arm's kernels."""
+    model = schema.Model.GetRootAs(content, 0)
+    graph = model.Subgraphs(0)
+    found, seen = {}, 0
+    for number in range(graph.TensorsLength()):
+        tensor = graph.Tensors(number)
+        table = model.Buffers(tensor.Buffer())._tab
+        field = table.Offset(4)  # the vtable's place of ``data``
+        if not field:
+            continue
+        seen += 1
+        place = table.Vector(field)
+        if place % 16:
+            found[tensor.Name().decode()] = place
+    assert seen, "no tensor has a constant"
+    return found
+
+
 def assert_alike(got: dict[str, Any], want: dict[str, Any]) -> None:
     assert got.keys() == want.keys()
     for name, wanted in want.items():

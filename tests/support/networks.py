@@ -7,9 +7,11 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime
 from edgefleet_controller.manifests import DeviceClass, Model
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
+from safetensors.numpy import save_file
 
 SIDE = 32
 
@@ -133,3 +135,24 @@ def device_class(engine: str = "onnxruntime", **spec: Any) -> DeviceClass:
     return DeviceClass.model_validate(
         {"kind": "DeviceClass", "metadata": {"name": f"test-{engine}"}, "spec": fields | spec}
     )
+
+
+def decided(folder: Path, model: onnx.ModelProto, *, counts: tuple[int, int, int] = (16, 48, 16), **spec: Any) -> Model:
+    """Like :func:`project` for inputs on which the network is sure of its answer: of a random one, most lie so near the border between two
+    classes that any other arithmetic turns them. What then disagrees is broken. Inputs are tensors; no two splits share one."""
+    folder.mkdir(parents=True, exist_ok=True)
+    content = model.SerializeToString(deterministic=True)
+    (folder / "net.onnx").write_bytes(content)
+    rng = np.random.default_rng(0)
+    coarse = rng.normal(size=(8 * sum(counts), 3, 4, 4)).astype(np.float32)
+    drawn = coarse.repeat(SIDE // 4, axis=2).repeat(SIDE // 4, axis=3)
+    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+    scores = np.concatenate([session.run(["scores"], {"image": one[None]})[0] for one in drawn])
+    ordered = np.sort(scores, axis=1)
+    sure = np.argsort(ordered[:, -2] - ordered[:, -1], kind="stable")[: sum(counts)]
+    rng.shuffle(sure)
+    fields: dict[str, Any] = {"version": "1", "source": {"path": "net.onnx"}}
+    for name, part in zip(("calibration", "holdout", "golden"), np.split(sure, np.cumsum(counts)[:-1]), strict=True):
+        save_file({"image": np.ascontiguousarray(drawn[part])}, folder / f"{name}.safetensors")
+        fields[name] = {"path": f"{name}.safetensors"}
+    return Model.model_validate({"kind": "Model", "metadata": {"name": "net"}, "spec": fields | spec})

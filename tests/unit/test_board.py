@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from edgefleet_agent import board, notify, sensors
+from edgefleet_shared.fingerprint import architecture
 
 
 @pytest.mark.parametrize(
@@ -22,6 +23,21 @@ from edgefleet_agent import board, notify, sensors
 def test_cpu_features_are_the_kernels_names(tmp_path: Path, text: str, expected: tuple[str, ...]) -> None:
     (tmp_path / "cpuinfo").write_text(text)
     assert board.cpu_features(tmp_path / "cpuinfo") == expected
+
+
+@pytest.mark.parametrize(
+    ("machine", "bits", "expected"),
+    [
+        ("aarch64", 64, "aarch64"),
+        ("aarch64", 32, "armv7l"),  # Raspberry Pi OS in 32 bits
+        ("armv8l", 32, "armv7l"),  # the same under linux32
+        ("armv7l", 32, "armv7l"),
+        ("x86_64", 32, "i686"),
+        ("x86_64", 64, "x86_64"),
+    ],
+)
+def test_a_board_is_what_its_programs_are_whatever_its_kernel(machine: str, bits: int, expected: str) -> None:
+    assert architecture(machine, bits) == expected
 
 
 def test_a_board_that_shows_nothing_gives_nothing_rather_than_a_guess(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ def home(folder: Path, text: str) -> Path:
         ("listen: 127.0.0.1:70000\n", "'127.0.0.1:70000' is not host:port"),
         ("broker: nowhere\n", "'nowhere' is not host:port"),
         ("public_url: http://a\n", "'http://a' is not an https address"),
-        ("compile_workers: 0\n", "compile_workers"),
+        ("compile_workers: -1\n", "compile_workers"),
         ("- a\n", "expected settings by name, found list"),
         ("a: [\n", "is not YAML"),
     ],

@@ -59,7 +59,7 @@ class Serving:
         answers.touch(1)
         # The front looks at resident memory a few times a second; this bounds what a model can take in between. Allocators
         # reserve more than they touch, hence twice as much.
-        confinement.limit_address_space(start.memory_bytes * 2)
+        self.unconfined = confinement.limit_address_space(start.memory_bytes * 2)
         self._observer = Observer(config.statistics)
         # What is here now stays; the collector need not look at it again in the middle of a request.
         gc.collect()

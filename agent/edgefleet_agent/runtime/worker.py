@@ -48,6 +48,7 @@ def main(link: socket.socket, arenas: tuple[int, int]) -> int:
     except MemoryError:
         link.send(channel.encode(Failed(EngineError("out of memory while loading the model").as_dict())))
         return 1
-    link.send(channel.encode(Ready(serving.session.providers, serving.load_ms, serving.first_ms, missing)))
+    unconfined = (*missing, *serving.unconfined)
+    link.send(channel.encode(Ready(serving.session.providers, serving.load_ms, serving.first_ms, unconfined)))
     serving.loop()
     return 0

@@ -1,7 +1,7 @@
 """The HTTP API: a face, no logic. Receives requests, hands them to the parts of the controller, turns errors into statuses.
 
 Who may what: operators (``Authorization: Bearer``) everything; boards, by the certificate of their enrolment, the blobs of what
-they are assigned and the metadata; strangers the CA certificate and, with a one-time token, an enrolment.
+they are assigned and the metadata; workers, by theirs, what is below ``/v1/work`` (:mod:`.work`); strangers the CA certificate and, with a one-time token, an enrolment.
 """
 
 from __future__ import annotations
@@ -10,13 +10,10 @@ import base64
 import binascii
 import hashlib
 import hmac
-import tempfile
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
-from edgefleet_shared import atomic, errors
-from edgefleet_shared.artifact import hex_of
+from edgefleet_shared import errors
 from edgefleet_shared.assignment import AGENT
 from edgefleet_shared.errors import ConflictError, EdgefleetError, InputError, NotFoundError, TrustError
 from fastapi import Depends, FastAPI, Request
@@ -27,12 +24,12 @@ from starlette.exceptions import HTTPException
 from starlette.types import Scope
 
 from edgefleet_controller import __version__, agent_catalog, source
-from edgefleet_controller.api import views
+from edgefleet_controller.api import blobs, views, work
 from edgefleet_controller.api.wire import Wire
 from edgefleet_controller.manifest_files import parse_value
 from edgefleet_controller.manifests import DeviceClass, Rollout
 from edgefleet_controller.rollout.views import IntentKind
-from edgefleet_controller.store import catalog, devices, rollouts
+from edgefleet_controller.store import catalog, devices, jobs, rollouts, workers
 
 if TYPE_CHECKING:
     from edgefleet_controller.app import Controller
@@ -52,6 +49,7 @@ _STATUS: dict[type[EdgefleetError], int] = {
 
 
 class TokenWish(BaseModel):
+    role: Literal["device", "worker"] = "device"
     device_class: str
     site: str = ""
     device: str = ""
@@ -104,7 +102,7 @@ def build_api(controller: Controller) -> FastAPI:
         controller.http_sent_bytes += size
 
     def streamed(scope: Scope) -> bool:
-        return bool(scope["method"] == "PUT" and scope["path"].startswith("/v1/blobs/"))
+        return bool(scope["method"] == "PUT" and scope["path"].startswith(("/v1/blobs/", "/v1/work/")))
 
     api.add_middleware(Wire, count=count, streamed=streamed)
 
@@ -135,7 +133,9 @@ def build_api(controller: Controller) -> FastAPI:
     @api.post("/v1/tokens", dependencies=by_operator)
     def token(wish: TokenWish) -> dict[str, str]:
         return {
-            "token": controller.enrolment.token(wish.device_class, site=wish.site, device=wish.device, ttl_s=wish.ttl_s)
+            "token": controller.enrolment.token(
+                wish.device_class, site=wish.site, device=wish.device, ttl_s=wish.ttl_s, role=wish.role
+            )
         }
 
     @api.get("/v1/status", dependencies=by_operator)
@@ -156,25 +156,7 @@ def build_api(controller: Controller) -> FastAPI:
 
     @api.put("/v1/blobs/{digest}", dependencies=by_operator)
     async def put_blob(digest: str, request: Request) -> dict[str, Any]:
-        """Streamed to a file beside its place; it gets its name only when its bytes hash to it."""
-        target = controller.layout.path(digest)
-        state, size = hashlib.sha256(), 0
-        with atomic.disk_errors(target), tempfile.NamedTemporaryFile(dir=target.parent, prefix=".put-") as file:
-            async for piece in request.stream():
-                size += len(piece)
-                if size > controller.settings.max_blob_bytes:
-                    raise InputError(f"a blob may have {controller.settings.max_blob_bytes} bytes")
-                state.update(piece)
-                file.write(piece)
-            if state.hexdigest() != hex_of(digest):
-                raise InputError(f"the bytes hash to sha256:{state.hexdigest()}, not to {digest}")
-            file.flush()
-            kept = Path(file.name).with_suffix(".whole")
-            kept.hardlink_to(file.name)
-        try:
-            atomic.adopt(kept, target)
-        finally:
-            kept.unlink(missing_ok=True)
+        size = await blobs.receive(request.stream(), digest, controller.layout, controller.settings.max_blob_bytes)
         return {"digest": digest, "size": size}
 
     @api.get("/v1/repo/{name}", dependencies=by_reader)
@@ -248,12 +230,31 @@ def build_api(controller: Controller) -> FastAPI:
     @api.get("/v1/jobs/{job}", dependencies=by_operator)
     def get_job(job: str) -> dict[str, Any]:
         with controller.database.read() as session:
-            return views.job(catalog.get_job(session, job))
+            return views.job(jobs.get_job(session, job))
+
+    @api.get("/v1/models/{model}/{version}/log", dependencies=by_operator)
+    def get_log(model: str, version: str, device_class: str) -> PlainTextResponse:
+        with controller.database.read() as session:
+            return PlainTextResponse(jobs.newest(session, model, version, device_class).log)
 
     @api.delete("/v1/jobs/{job}", dependencies=by_operator)
     def cancel_job(job: str) -> dict[str, str]:
         controller.compiling.cancel(job)
         return {"job": job, "state": "cancelled"}
+
+    # -- workers
+
+    api.include_router(work.routes(controller))
+
+    @api.get("/v1/workers", dependencies=by_operator)
+    def list_workers() -> list[dict[str, Any]]:
+        return views.workers(controller)
+
+    @api.delete("/v1/workers/{name}", dependencies=by_operator)
+    def revoke_worker(name: str) -> dict[str, str]:
+        with controller.database.write() as session:
+            workers.revoke(session, name)
+        return {"name": name, "state": "revoked"}
 
     # -- boards
 

@@ -23,13 +23,14 @@ if TYPE_CHECKING:
 
 
 class _CertificateProtocol(HttpToolsProtocol):
-    """Adds ``extensions["edgefleet.client"]``: with the verified certificate's common name, or an empty name."""
+    """Adds ``extensions["edgefleet.client"]``: the verified certificate's common name and serial number (lower hex), or empty ones."""
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
         certificate = self.transport.get_extra_info("peercert") or {}
         names = [v for part in certificate.get("subject", ()) for k, v in part if k == "commonName"]
-        self.scope["extensions"] = {"edgefleet.client": {"name": names[0] if names else ""}}
+        serial = str(certificate.get("serialNumber", "")).lower().lstrip("0")
+        self.scope["extensions"] = {"edgefleet.client": {"name": names[0] if names else "", "serial": serial}}
 
 
 class _Server(uvicorn.Server):

@@ -13,6 +13,8 @@ from edgefleet_controller.manifests import Rollout as RolloutManifest
 from edgefleet_controller.results import Proof, Standing
 from edgefleet_controller.rollout.views import ENDED, GateSpec, Rollout, RolloutSpec, Selector, Wave
 from edgefleet_controller.store import catalog, devices, rollouts
+from edgefleet_controller.store import jobs as compile_jobs
+from edgefleet_controller.store import workers as work
 from edgefleet_controller.store.tables import Artifact, CompileJob, Device, RolloutRow
 
 if TYPE_CHECKING:
@@ -108,7 +110,7 @@ def models(controller: Controller, model: str, version: str) -> list[dict[str, A
     with controller.database.read() as session:
         versions = [v for v in catalog.list_versions(session, model) if not version or v.version == version]
         artifacts = catalog.list_artifacts(session, model, version)
-        jobs = catalog.list_jobs(session, model, version, unfinished=True)
+        jobs = compile_jobs.list_jobs(session, model, version, unfinished=True)
         classes = {c.name: msgspec.json.decode(c.spec)["spec"] for c in devices.list_classes(session)}
         out = []
         for row in versions:
@@ -170,8 +172,14 @@ def mark_signed(controller: Controller) -> None:
 
 
 def job(row: CompileJob) -> dict[str, Any]:
-    shown = row.model_dump(exclude={"error"})
+    shown = row.model_dump(exclude={"error", "lease", "log", "report"})  # a lease is its holder's secret
     return shown | {"error": msgspec.json.decode(row.error) if row.error else None}
+
+
+def workers(controller: Controller) -> list[dict[str, Any]]:
+    """Machines that compile, and builder boards."""
+    with controller.database.read() as session:
+        return [row.model_dump(exclude={"certificate_serial"}) for row in work.list_workers(session)]
 
 
 def boards(controller: Controller) -> list[dict[str, Any]]:

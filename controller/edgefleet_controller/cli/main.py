@@ -8,9 +8,11 @@ from edgefleet_controller import __version__
 from edgefleet_controller.cli import fleet
 from edgefleet_controller.cli.agent import agent
 from edgefleet_controller.cli.device import device
+from edgefleet_controller.cli.device_class import device_class
 from edgefleet_controller.cli.model import model
 from edgefleet_controller.cli.rollout import rollout
 from edgefleet_controller.cli.toolchain import toolchain
+from edgefleet_controller.cli.worker import worker
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -23,8 +25,19 @@ def main() -> None:
 
 
 for command in (
-    fleet.init, fleet.serve, fleet.apply, fleet.doctor, fleet.demo, model, device, rollout, agent, toolchain,
-):  # fmt: skip
+    fleet.init,
+    fleet.serve,
+    fleet.apply,
+    fleet.doctor,
+    fleet.demo,
+    device_class,
+    model,
+    device,
+    rollout,
+    agent,
+    toolchain,
+    worker,
+):
     main.add_command(command)
 
 if __name__ == "__main__":

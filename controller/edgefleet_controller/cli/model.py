@@ -1,4 +1,4 @@
-"""``fleet model add | compile | sign | list | show | compare | report``. A face, no logic."""
+"""``fleet model add | compile | sign | list | show | compare | report | log``. A face, no logic."""
 
 from __future__ import annotations
 
@@ -170,6 +170,19 @@ def report(home: Path, name: str, version: str, device_class: str, output: Path 
     say(f"written to {target}")
 
 
+@model.command()
+@home_option
+@click.argument("name")
+@click.argument("version")
+@click.argument("device_class")
+@told
+def log(home: Path, name: str, version: str, device_class: str) -> None:
+    """What the toolchains printed when this was last compiled, wherever that was."""
+    from edgefleet_controller.client import FleetClient
+
+    click.echo(FleetClient(home).log(name, version, device_class))
+
+
 def _artifacts(title: str, artifacts: list[dict[str, Any]]) -> None:
     rows = []
     for a in artifacts:
@@ -178,7 +191,8 @@ def _artifacts(title: str, artifacts: list[dict[str, Any]]) -> None:
         if q.get("agreement") is not None:
             agreement = f"{q['agreement']:.3f} ({q['agreement_low']:.3f} to {q['agreement_high']:.3f})"
         if t.get("p50_ms") is not None:
-            latency = f"{t['p50_ms']:.1f} / {t['p95_ms']:.1f} (float {t['float_p50_ms']:.1f})"
+            beside = "unmeasured" if t["float_p50_ms"] is None else f"{t['float_p50_ms']:.1f}"
+            latency = f"{t['p50_ms']:.1f} / {t['p95_ms']:.1f} (float {beside})"
         size = f"{megabytes(q['float_bytes'])} -> {megabytes(q['compiled_bytes'])}"
         state = "; ".join(filter(None, [a["state"], q.get("recipe"), *q["misses"]]))
         rows.append((a["class"], a["engine"], a["arch"], size, agreement, latency, state))

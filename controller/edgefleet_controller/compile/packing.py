@@ -30,9 +30,8 @@ from edgefleet_shared.fingerprint import Requirement
 from safetensors.numpy import load, load_file
 
 from edgefleet_controller.compile import provenance
-from edgefleet_controller.compile.port import Target
+from edgefleet_controller.compile.port import MAX_BLOB_BYTES, Target
 from edgefleet_controller.compile.search import Trial
-from edgefleet_controller.compile.steps import MAX_BLOB_BYTES
 from edgefleet_controller.compile.toolchains import Toolchain
 from edgefleet_controller.manifests import DeviceClass
 from edgefleet_controller.source import ModelVersion
@@ -65,8 +64,8 @@ def pack(
     normal = golden.statistics(
         *golden.unpack(vectors, version.encoding), classification=version.output_kind == "classification"
     )
-    config = _config(version, device_class, target, trial.recipe.precision)
-    return build(layout, msgspec.structs.replace(config, statistics=normal), layers)
+    said = config(version, device_class, target, trial.recipe.precision)
+    return build(layout, msgspec.structs.replace(said, statistics=normal), layers)
 
 
 def _quality(trial: Trial, device_class: DeviceClass) -> bytes:
@@ -91,7 +90,8 @@ def _quality(trial: Trial, device_class: DeviceClass) -> bytes:
     return json.dumps(report, sort_keys=True).encode()
 
 
-def _config(version: ModelVersion, device_class: DeviceClass, target: Target, precision: str) -> ModelConfig:
+def config(version: ModelVersion, device_class: DeviceClass, target: Target, precision: str) -> ModelConfig:
+    """What an artifact says of itself, without its chunks: from the manifests and the precision alone."""
     spec = device_class.spec
     return ModelConfig(
         schema=SCHEMA,

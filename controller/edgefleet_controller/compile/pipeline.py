@@ -27,6 +27,7 @@ from edgefleet_shared.errors import ManifestError, QualityError
 from safetensors.numpy import load_file
 
 from edgefleet_controller.compile import answers, pruning, quality, report, search
+from edgefleet_controller.compile.boards import Measure
 from edgefleet_controller.compile.environments import lock_named
 from edgefleet_controller.compile.input_check import better_description
 from edgefleet_controller.compile.packing import pack
@@ -51,13 +52,15 @@ def compile_version(
     ship_despite_quality: bool = False,
     progress: Progress = lambda *_: None,
     limits: Limits = Limits(),  # noqa: B008 - frozen
+    measure: Measure | None = None,
 ) -> CompileResult:
-    """Compile one version for one class, measure it here, and pack it.
+    """Compile one version for one class, measure it, and pack it.
 
     Args:
         layout: holds the version's blobs; the artifact and its report go in here.
         cache: where compiled models are kept by key.
         ship_despite_quality: pack what came closest although it misses its budgets; the result says so and which.
+        measure: has a candidate that can't be timed on this host measured by a builder board of the class; None where there is no such board.
 
     Raises:
         QualityError: nothing fits (each budget with by how much), or the engine's process died while measuring.
@@ -82,6 +85,7 @@ def compile_version(
             Path(temporary),
             progress,
             limits,
+            measure,
         )
         blind = quality.vacuous(steps.references(), version)
         blind = "; ".join(told for told in (blind, better_description(steps, version)) if told)
@@ -169,7 +173,7 @@ class _Search:
         plain = self._plain()
         judged_by = (
             spec.arch, spec.precision, spec.accuracy.model_dump(), spec.budgets.size_bytes, spec.budgets.memory_bytes,
-            spec.search.model_dump(),
+            spec.search.model_dump(), spec.measure_on, self._steps.has_builder,
         )  # fmt: skip
         # Another rule for choosing, or another measure, is another search.
         rules = [
@@ -184,7 +188,8 @@ class _Search:
             if all(self._steps.simplified(trial.recipe.pruned).exists() for trial in known.trials):
                 return known
         found = self._search(plain)
-        if not any(trial.died for trial in found.trials):  # it may have been the machine's fault
+        unanswered = self._steps.has_builder and any(trial.figures.unmeasured for trial in found.trials)
+        if not unanswered and not any(trial.died for trial in found.trials):  # it may have been the machine's fault
             file.parent.mkdir(parents=True, exist_ok=True)
             atomic.write(file, msgspec.json.encode(found))
         return found

@@ -19,6 +19,7 @@ from edgefleet_controller.manifests import DeviceClassSpec
 from edgefleet_controller.source import ModelVersion
 
 ENTRY_POINTS = "edgefleet.targets"
+MAX_BLOB_BYTES = 4 * 1024**3
 
 Options = dict[str, str | int | float | bool]
 RECIPE_OPTIONS = frozenset(
@@ -78,7 +79,9 @@ class Figures(msgspec.Struct, frozen=True, kw_only=True):
     Agreement is the share of held-out samples with the float model's answer (of boxes, for a detector: the lower of recall and
     precision), with its 95 % Wilson interval; ``shares`` are the other shares of the output's kind by name, and ``accuracy`` and
     ``float_accuracy`` where the samples are labelled. Times in ms on one thread, float and compiled interleaved in one process on the
-    class's engine; ``wire_bytes`` and ``float_wire_bytes``: what is sent of the models; ``sqnr_db`` is the signal-to-quantization-noise ratio over all outputs, ``sqnr_db_by_output`` that of each; memory
+    class's engine, on what ``timed_on`` names: ``host``, a builder board, or empty where nobody could; ``wire_bytes`` and
+    ``float_wire_bytes``: what is sent of the models; ``sqnr_db`` is the
+    signal-to-quantization-noise ratio over all outputs, ``sqnr_db_by_output`` that of each; memory
     the peak of the process that held engine and model. ``stand_in`` says in words what answered in the compiled model's place, where this
     host could not run that itself; ``unmeasured`` names what the board's acceptance has to decide alone.
     """
@@ -102,6 +105,7 @@ class Figures(msgspec.Struct, frozen=True, kw_only=True):
     peak_memory_bytes: int | None = None
     shares: dict[str, Share] = {}
     sqnr_db_by_output: dict[str, float] = {}
+    timed_on: str = ""
     unmeasured: tuple[str, ...] = ()
     stand_in: str = ""
 

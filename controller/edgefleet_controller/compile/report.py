@@ -16,9 +16,9 @@ from edgefleet_shared.artifact import Layout
 from safetensors.numpy import load
 
 from edgefleet_controller.compile import answers, report_page
-from edgefleet_controller.compile.port import Figures
+from edgefleet_controller.compile.port import MAX_BLOB_BYTES, Figures
 from edgefleet_controller.compile.search import Choice, Trial
-from edgefleet_controller.compile.steps import MAX_BLOB_BYTES, Measured
+from edgefleet_controller.compile.steps import Measured
 from edgefleet_controller.manifests import DeviceClass
 from edgefleet_controller.source import ModelVersion
 

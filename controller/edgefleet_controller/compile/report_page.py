@@ -74,10 +74,11 @@ def _figures(report: dict[str, Any]) -> str:
 def _times(figures: dict[str, Any]) -> str:
     if figures["p50_ms"] is None:
         return "unmeasured here; the board's acceptance decides"
-    return (
-        f"{figures['p50_ms']:.2f} / {figures['p95_ms']:.2f} ms (float {figures['float_p50_ms']:.2f} / {figures['float_p95_ms']:.2f}, "
-        f"{figures['float_p50_ms'] / figures['p50_ms']:.2f} times as fast)"
-    )
+    told = f"{figures['p50_ms']:.2f} / {figures['p95_ms']:.2f} ms, timed on {figures['timed_on']}"
+    if figures["float_p50_ms"] is None:  # a board that holds the compiled model may be too small for the float one
+        return f"{told} (float unmeasured)"
+    times = figures["float_p50_ms"] / figures["p50_ms"]
+    return f"{told} (float {figures['float_p50_ms']:.2f} / {figures['float_p95_ms']:.2f}, {times:.2f} times as fast)"
 
 
 def _share(figures: dict[str, Any], name: str) -> str:

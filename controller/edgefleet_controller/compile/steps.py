@@ -35,7 +35,8 @@ from edgefleet_shared.errors import ToolchainError
 from safetensors.numpy import load, load_file, save_file
 
 from edgefleet_controller.compile import quality
-from edgefleet_controller.compile.port import RECIPE_OPTIONS, Figures, Options, Target
+from edgefleet_controller.compile.boards import BuilderBoard, Measure
+from edgefleet_controller.compile.port import MAX_BLOB_BYTES, RECIPE_OPTIONS, Figures, Options, Target
 from edgefleet_controller.compile.recipe import AS_IS, FLOAT, HALF, OWN, Recipe
 from edgefleet_controller.compile.search import Trial, Unit
 from edgefleet_controller.compile.toolchains import Toolchain, Toolchains
@@ -45,7 +46,6 @@ from edgefleet_controller.source import ModelVersion, Split
 
 Progress = Callable[[str, int, int], None]
 
-MAX_BLOB_BYTES = 4 * 1024**3
 PREPARE = ("onnxruntime", "ort")  # toolchain and module that simplify, answer in float, gather statistics and write QDQ
 HOST_OVERHEAD_BYTES = 128 * 1024 * 1024  # samples, outputs and the float model beside the compiled one while timing
 MOST_FOR_SEVERAL = 100  # held-out samples that candidates of one round are told apart by; the chosen one answers all
@@ -78,12 +78,14 @@ class Steps:
 
     def __init__(
         self, version: ModelVersion, device_class: DeviceClass, target: Target, options: Options, toolchain: Toolchain,
-        layout: Layout, toolchains: Toolchains, cache: Path, work: Path, progress: Progress, limits: Limits,
+        layout: Layout, toolchains: Toolchains, cache: Path, work: Path, progress: Progress, limits: Limits, measure: Measure | None,
     ) -> None:  # fmt: skip
         self._version, self._class, self._target, self._toolchain = version, device_class, target, toolchain
         self._layout, self._toolchains, self._cache = layout, toolchains, cache
         self._work, self._progress, self._limits = work, progress, limits
         self._preparing = toolchains.ensure(PREPARE[0], progress)
+        self._measure = measure
+        self._board: BuilderBoard | None = None
         self._holdout: dict[str, Any] | None = None
         self._float_sent: int | None = None
         self._numbers = iter(range(10**9))
@@ -105,8 +107,15 @@ class Steps:
 
     @property
     def here(self) -> bool:
-        """Whether times on this host mean something for the class."""
-        return self._class.spec.arch == platform.machine()
+        """Whether times on this host mean something for the class: it could be a board of it."""
+        spec = self._class.spec
+        could = spec.arch == platform.machine() and set(spec.cpu_features) <= cpu_features()
+        return could and spec.measure_on == "auto"
+
+    @property
+    def has_builder(self) -> bool:
+        """Whether a builder board of the class is there to time what this host can't."""
+        return not self.here and self._measure is not None
 
     # -- for what works over the same cache and folder: pruning, the check of the input --------------------------------
 
@@ -245,12 +254,25 @@ class Steps:
             unmeasured = () if timed_here else ("latency", "memory") if stood_in else ("latency",)
             figures = msgspec.structs.replace(
                 base, **compared.figures, **timed, peak_memory_bytes=alone, unmeasured=unmeasured,
+                timed_on="host" if timed_here else "",
                 stand_in=self._target.stand_in if stood_in else "",
             )  # fmt: skip
             misses = tuple(quality.misses(figures, self._class.spec, recipe))
             trial = Trial(recipe=recipe, figures=figures, misses=misses, key=self.key(recipe))
+            if self._measure is not None and not self.here:
+                trial = self._builder(self._measure).measured(
+                    trial, path, float_model, self.key(FLOAT), alone=len(tried) == 1
+                )
             measured.append(Measured(trial, answered, compared.changed))
         return measured
+
+    def _builder(self, measure: Measure) -> BuilderBoard:
+        if self._board is None:
+            self._board = BuilderBoard(
+                self._version, self._class, self._target, self._toolchain, self._layout, measure,
+                self.prepare() / "golden.safetensors",
+            )  # fmt: skip
+        return self._board
 
     def samples(self, split: Split) -> str:
         """A split as the network takes it (float32, encoded), as a file in the work folder."""
@@ -453,14 +475,23 @@ def _runnable(compiled: Path) -> Path:
 
 def host() -> str:
     """What decides times on this machine: its processor's name and features."""
+    kept = sorted(line for line in _cpuinfo() if line.startswith(("model name", "flags", "Features", "CPU part")))
+    return hashlib.sha256("\n".join([platform.machine(), *kept]).encode()).hexdigest()[:16]
+
+
+def cpu_features() -> set[str]:
+    """The kernel's names of what this machine's processor can do."""
+    named = (line.partition(":") for line in _cpuinfo())
+    return {feature for name, _, value in named if name.strip() in ("flags", "Features") for feature in value.split()}
+
+
+def _cpuinfo() -> list[str]:
+    """What the kernel tells of the first processor, line by line."""
     try:
-        told = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").split("\n\n")[0]
+        told = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
     except OSError:
         told = platform.processor()
-    kept = sorted(
-        line for line in told.splitlines() if line.startswith(("model name", "flags", "Features", "CPU part"))
-    )
-    return hashlib.sha256("\n".join([platform.machine(), *kept]).encode()).hexdigest()[:16]
+    return told.split("\n\n")[0].splitlines()
 
 
 def _code() -> str:

@@ -1,49 +1,62 @@
 """Stage 2, compile: one job in a process of its own. Receives a request (one line on stdin), hands back lines: progress, then result or error.
 
-Run as ``python -m edgefleet_controller.compile.worker`` by :mod:`edgefleet_controller.compile.jobs`. A compiler that eats memory or
+Run as ``python -m edgefleet_controller.compile.worker`` by :mod:`edgefleet_controller.compile.attempt`. A compiler that eats memory or
 crashes takes this process with it and nothing else.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
+from queue import Empty, SimpleQueue
 
 import msgspec
 from edgefleet_shared.artifact import Layout
 from edgefleet_shared.errors import EdgefleetError, EnvironmentProblem
+from edgefleet_shared.work import Answer, Progress
 
 from edgefleet_controller import source
 from edgefleet_controller.compile.pipeline import compile_version
 from edgefleet_controller.compile.port import CompileResult
 from edgefleet_controller.compile.toolchains import Toolchains
+from edgefleet_controller.compile.watching import Cancelled
 from edgefleet_controller.manifest_files import parse_value
 from edgefleet_controller.manifests import DeviceClass
 
 MAX_VERSION_BYTES = 16 * 1024 * 1024
+CANCEL_POLL_S = 0.2
+MAX_LOG_CHARACTERS = 32 * 1024  # of each child: its last words
 
 
 class JobRequest(msgspec.Struct, frozen=True, kw_only=True):
-    """server -> worker. ``device_class`` is the class's manifest as JSON; folders are absolute."""
+    """Who asks -> process. ``device_class`` is the class's manifest as JSON; folders are absolute; ``builder``: a board of the class is
+    there to measure."""
 
     layout: str
     cache: str
     version: str
     device_class: str
     ship_despite_quality: bool = False
+    builder: bool = False
 
 
-class Step(msgspec.Struct, frozen=True, tag="step"):
-    """worker -> server: what it is doing; ``done`` of ``total``."""
+class Wanted(msgspec.Struct, frozen=True, tag="wanted"):
+    """process -> who asked: an artifact that a board of its class shall measure. The answer is a line back."""
 
-    doing: str
-    done: int
-    total: int
+    manifest: str
+
+
+class Said(msgspec.Struct, frozen=True, tag="said"):
+    """process -> who asked: what the toolchains printed; before the end, however that is."""
+
+    log: str
 
 
 class Finished(msgspec.Struct, frozen=True, tag="finished"):
@@ -54,14 +67,15 @@ class Failed(msgspec.Struct, frozen=True, tag="failed"):
     error: dict[str, str]
 
 
-Line = Step | Finished | Failed
+Line = Progress | Wanted | Said | Finished | Failed
 
 
 def main() -> int:
     request = msgspec.json.decode(sys.stdin.buffer.readline(), type=JobRequest)
     cancel = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: cancel.set())
-    threading.Thread(target=_watch_controller, args=(cancel,), name="watch-controller", daemon=True).start()
+    answers: SimpleQueue[bytes] = SimpleQueue()
+    threading.Thread(target=_listen, args=(cancel, answers), name="listen", daemon=True).start()
     # Whatever a library prints must not end up between our lines.
     lines = os.fdopen(os.dup(1), "wb", buffering=0)
     os.dup2(2, 1)
@@ -69,31 +83,61 @@ def main() -> int:
     def say(line: Line) -> None:
         lines.write(msgspec.json.encode(line) + b"\n")
 
+    def measure(manifest: str) -> Answer:
+        say(Wanted(manifest))
+        while True:
+            with contextlib.suppress(Empty):
+                return msgspec.json.decode(answers.get(timeout=CANCEL_POLL_S), type=Answer)
+            if cancel.is_set():
+                raise Cancelled("cancelled while a board measured")
+
+    began = time.time()
     try:
-        say(Finished(_compile(request, cancel, say)))
+        last: Line = Finished(_compile(request, cancel, say, measure))
     except EdgefleetError as exc:
-        say(Failed(exc.as_dict()))
+        last = Failed(exc.as_dict())
     except MemoryError:
-        say(Failed(EnvironmentProblem("the compile worker ran out of memory").as_dict()))
+        last = Failed(EnvironmentProblem("the compile worker ran out of memory").as_dict())
     except OSError as exc:
         if exc.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         problem = EnvironmentProblem(
             f"the disk is full: {exc.filename or request.cache} can't be written", hint="make room"
         )
-        say(Failed(problem.as_dict()))
+        last = Failed(problem.as_dict())
+    with contextlib.suppress(EdgefleetError):  # where the version itself can't be read nothing ran
+        say(Said(_log(request, began)))
+    say(last)
     return 0
 
 
-def _watch_controller(cancel: threading.Event) -> None:
-    """The controller holds the other end of stdin: when that closes it is gone, and the next one runs this job again. Read from the
-    descriptor, because a thread that waits inside ``sys.stdin`` would block the interpreter's end."""
-    while os.read(0, 4096):
-        pass
+def _log(request: JobRequest, began: float) -> str:
+    """What the job's children printed, each one's end, in the order in which they ended."""
+    asked = source.decode(Layout(Path(request.layout)).read(request.version, MAX_VERSION_BYTES))
+    name = msgspec.json.decode(request.device_class)["metadata"]["name"]
+    files = (Path(request.cache) / "logs").glob(f"{asked.model}-{asked.version}-{name}-*.log")
+    written = sorted((file.stat().st_mtime, file) for file in files)
+    return "".join(
+        f"== {file.stem.rpartition('-')[2]}\n{file.read_text(errors='replace')[-MAX_LOG_CHARACTERS:]}\n"
+        for at, file in written
+        if at >= began
+    )
+
+
+def _listen(cancel: threading.Event, answers: SimpleQueue[bytes]) -> None:
+    """Answers come line by line. The other end of stdin is held by who listens: when that closes it is gone, and this job is another's.
+    Read from the descriptor, because a thread that waits inside ``sys.stdin`` would block the interpreter's end."""
+    pending = b""
+    while piece := os.read(0, 65536):
+        *lines, pending = (pending + piece).split(b"\n")
+        for line in lines:
+            answers.put(line)
     cancel.set()
 
 
-def _compile(request: JobRequest, cancel: threading.Event, say: Callable[[Line], None]) -> CompileResult:
+def _compile(
+    request: JobRequest, cancel: threading.Event, say: Callable[[Line], None], measure: Callable[[str], Answer]
+) -> CompileResult:
     layout, cache = Layout(Path(request.layout)), Path(request.cache)
     manifest = parse_value(msgspec.json.decode(request.device_class))
     assert isinstance(manifest, DeviceClass)
@@ -104,7 +148,8 @@ def _compile(request: JobRequest, cancel: threading.Event, say: Callable[[Line],
         Toolchains(cache, cancel=cancel),
         cache=cache,
         ship_despite_quality=request.ship_despite_quality,
-        progress=lambda doing, done, total: say(Step(doing, done, total)),
+        progress=lambda doing, done, total: say(Progress(doing, done, total)),
+        measure=measure if request.builder else None,
     )
 
 

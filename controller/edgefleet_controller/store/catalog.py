@@ -1,4 +1,4 @@
-"""Model versions, artifacts and compile jobs in the database: get, list, put. Every function works in the caller's session."""
+"""Model versions and artifacts in the database: get, list, put. Every function works in the caller's session."""
 
 from __future__ import annotations
 
@@ -7,9 +7,7 @@ from edgefleet_shared.errors import ConflictError, NotFoundError
 from edgefleet_shared.topics import check_name
 from sqlmodel import Session, col, select
 
-from edgefleet_controller.store.tables import Artifact, CompileJob, ModelVersion
-
-UNFINISHED = ("queued", "running")
+from edgefleet_controller.store.tables import Artifact, ModelVersion
 
 
 def add_version(session: Session, model: str, version: str, source_digest: str, spec: str, now: float) -> ModelVersion:
@@ -101,51 +99,3 @@ def list_artifacts(session: Session, model: str = "", version: str = "", state: 
     if state:
         query = query.where(Artifact.state == state)
     return list(session.exec(query))
-
-
-def put_job(session: Session, job: CompileJob) -> CompileJob:
-    """Create or replace a compile job."""
-    merged = session.merge(job)
-    session.flush()
-    return merged
-
-
-def get_job(session: Session, job: str) -> CompileJob:
-    """Raises:
-    NotFoundError: no job has that id."""
-    row = session.get(CompileJob, job)
-    if row is None:
-        raise NotFoundError(f"no compile job {job!r}")
-    return row
-
-
-def list_jobs(session: Session, model: str = "", version: str = "", unfinished: bool = False) -> list[CompileJob]:
-    query = select(CompileJob).order_by(col(CompileJob.created_at), CompileJob.id)
-    if model:
-        query = query.where(CompileJob.model == model)
-    if version:
-        query = query.where(CompileJob.version == version)
-    if unfinished:
-        query = query.where(col(CompileJob.state).in_(UNFINISHED))
-    return list(session.exec(query))
-
-
-def take_job(session: Session, now: float) -> CompileJob | None:
-    """The oldest queued job, marked running; None when there is none. Two workers never get the same one."""
-    query = select(CompileJob).where(CompileJob.state == "queued").order_by(col(CompileJob.created_at)).limit(1)
-    row: CompileJob | None = session.exec(query.with_for_update(skip_locked=True)).first()
-    if row is None:
-        return None
-    row.state, row.started_at = "running", now
-    session.add(row)
-    session.flush()
-    return row
-
-
-def requeue_running(session: Session) -> int:
-    """After a restart: what was running is queued again. Returns how many."""
-    rows = list(session.exec(select(CompileJob).where(CompileJob.state == "running")))
-    for row in rows:
-        row.state, row.started_at, row.progress, row.step = "queued", None, 0.0, ""
-        session.add(row)
-    return len(rows)

@@ -35,7 +35,26 @@ MIGRATIONS: dict[int, tuple[str, ...]] = {
         "ALTER TABLE device ADD COLUMN must_sign BOOLEAN NOT NULL DEFAULT false",
         "ALTER TABLE device ADD COLUMN proof TEXT NOT NULL DEFAULT ''",
     ),
-}
+    # Workers over HTTPS (ADR 0015). The token's class may be missing: SQLite can't drop NOT NULL, and tokens are short-lived.
+    2: (
+        "CREATE TABLE worker (name VARCHAR NOT NULL PRIMARY KEY, device_class VARCHAR REFERENCES device_class (name), "
+        "certificate_serial VARCHAR NOT NULL, revoked BOOLEAN NOT NULL, enrolled_at FLOAT NOT NULL, last_seen FLOAT NOT NULL)",
+        "DROP TABLE enrolment_token",
+        "CREATE TABLE enrolment_token (sha256 VARCHAR NOT NULL PRIMARY KEY, role VARCHAR NOT NULL, "
+        "device_class VARCHAR REFERENCES device_class (name), site VARCHAR NOT NULL, label VARCHAR NOT NULL, "
+        "created_at FLOAT NOT NULL, expires_at FLOAT NOT NULL, used_at FLOAT, used_by VARCHAR NOT NULL)",
+        *(
+            f"ALTER TABLE compile_job ADD COLUMN {column}"
+            for column in (
+                "kind VARCHAR NOT NULL DEFAULT 'compile'", "parent VARCHAR NOT NULL DEFAULT ''", "worker VARCHAR NOT NULL DEFAULT ''",
+                "lease VARCHAR NOT NULL DEFAULT ''", "lease_until FLOAT", "attempts INTEGER NOT NULL DEFAULT 0",
+                "report TEXT NOT NULL DEFAULT ''", "log TEXT NOT NULL DEFAULT ''",
+            )
+        ),
+        "CREATE INDEX ix_compile_job_lease ON compile_job (lease)",
+        "CREATE INDEX ix_compile_job_parent ON compile_job (parent)",
+    ),
+}  # fmt: skip
 
 
 class Database:

@@ -219,19 +219,26 @@ def all_figures(session: Session) -> dict[str, str]:
 
 
 def new_token(
-    session: Session, device_class: str, *, site: str = "", label: str = "", ttl_s: float = 3600.0, now: float
-) -> str:
+    session: Session, device_class: str, *, site: str = "", label: str = "", ttl_s: float = 3600.0, now: float,
+    role: str = "device",
+) -> str:  # fmt: skip
     """Make a one-time enrolment token. It is returned once; only its hash is stored.
+
+    Args:
+        device_class: of the board; of a worker only where it is a builder board.
+        role: device or worker.
 
     Raises:
         NotFoundError: no such device class.
     """
-    get_class(session, device_class)
+    if device_class or role == "device":
+        get_class(session, device_class)
     token = secrets.token_urlsafe(24)
     session.add(
         EnrolmentToken(
             sha256=_hash(token),
-            device_class=device_class,
+            role=role,
+            device_class=device_class or None,
             site=site,
             label=label,
             created_at=now,

@@ -9,7 +9,7 @@ from __future__ import annotations
 from sqlalchemy import BigInteger, LargeBinary, Text
 from sqlmodel import Field, SQLModel, UniqueConstraint
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 
 class SchemaVersion(SQLModel, table=True):
@@ -57,11 +57,13 @@ class Device(SQLModel, table=True):
 
 
 class EnrolmentToken(SQLModel, table=True):
-    """A one-time token, known by its sha256 only. ``label`` tells the operator which one it is."""
+    """A one-time token, known by its sha256 only. ``label`` tells the operator which one it is. ``role`` is device or worker; a worker
+    without a class compiles, one with a class is a builder board of it."""
 
     __tablename__ = "enrolment_token"
     sha256: str = Field(primary_key=True)
-    device_class: str = Field(foreign_key="device_class.name")
+    role: str = "device"
+    device_class: str | None = Field(default=None, foreign_key="device_class.name")
     site: str = ""
     label: str = ""
     created_at: float
@@ -102,11 +104,35 @@ class Artifact(SQLModel, table=True):
     created_at: float
 
 
+class Worker(SQLModel, table=True):
+    """A machine that does the compiler's work over HTTPS: it compiles, or, with a ``device_class``, measures as a builder board of it."""
+
+    __tablename__ = "worker"
+    name: str = Field(primary_key=True)
+    device_class: str | None = Field(default=None, foreign_key="device_class.name")
+    certificate_serial: str
+    revoked: bool = False
+    enrolled_at: float
+    last_seen: float = 0.0
+
+
 class CompileJob(SQLModel, table=True):
-    """``state`` is queued, running, done, failed or cancelled; ``progress`` 0 to 1 with ``step`` in words."""
+    """``state`` is queued, running, done, failed or cancelled; ``progress`` 0 to 1 with ``step`` in words.
+
+    ``kind`` is compile, or measure: then ``manifest`` is what is to be measured, ``parent`` the job that wishes it, ``report`` what came
+    of it. ``lease`` is held by ``worker`` (empty: the controller's own) until ``lease_until``; ``attempts`` counts leases.
+    """
 
     __tablename__ = "compile_job"
     id: str = Field(primary_key=True)
+    kind: str = "compile"
+    parent: str = Field(default="", index=True)
+    worker: str = ""
+    lease: str = Field(default="", index=True)
+    lease_until: float | None = None
+    attempts: int = 0
+    report: str = Field(default="", sa_type=Text)  # JSON: AcceptanceReport
+    log: str = Field(default="", sa_type=Text)
     model: str
     version: str
     device_class: str = Field(foreign_key="device_class.name")

@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-import flatbuffers
 import numpy as np
 import numpy.typing as npt
 from ai_edge_litert import schema_py_generated as schema
+
+from .tflite_file import packed
 
 Array = npt.NDArray[Any]
 
@@ -118,9 +119,7 @@ class Graph:
         model.version, model.description = 3, "edgefleet"
         model.subgraphs, model.buffers, model.signatureDefs = [subgraph], buffers, [signature]
         model.operatorCodes = [_code(code) for code in codes]
-        builder = flatbuffers.Builder(sum(len(b.data) for b in buffers if b.data is not None) + 65536)
-        builder.Finish(model.Pack(builder), b"TFL3")
-        return bytes(builder.Output()), self._whole(used, operators)
+        return packed(model), self._whole(used, operators)
 
     def _whole(self, used: list[int], operators: list[_Operator]) -> list[str]:
         kept = self._left | {tensor for o in operators if self._float_only(o) for tensor in o.outputs}

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import flatbuffers
 import numpy as np
 from ai_edge_litert import schema_py_generated as schema
+
+from .tflite_file import packed
 
 _CODES = schema.BuiltinOperator
 # Kernels that rescale from the input's scale to the output's by themselves, in LiteRT and in tflite-runtime.
@@ -29,9 +30,7 @@ def joined(content: bytes) -> bytes:
     codes = [max(code.builtinCode, code.deprecatedBuiltinCode) for code in model.operatorCodes]
     for subgraph in model.subgraphs:
         _join(subgraph, codes)
-    builder = flatbuffers.Builder(len(content))
-    builder.Finish(model.Pack(builder), b"TFL3")
-    return bytes(builder.Output())
+    return packed(model)
 
 
 def _join(subgraph: Any, codes: list[int]) -> None:

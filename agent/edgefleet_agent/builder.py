@@ -1,0 +1,66 @@
+"""Stage 2, compile: a builder board. Receives candidates of its class, hands on what accepting them here measured. Nothing is installed.
+
+The acceptance is the one that every board of the class runs before a swap (:mod:`edgefleet_agent.accept`), so that the compiler decides by
+what the boards will say. The board should have nothing else to do meanwhile. Its identity is a worker's (``fleet worker token --class``),
+in a state folder of its own.
+"""
+
+from __future__ import annotations
+
+import logging
+from functools import partial
+from pathlib import Path
+
+from edgefleet_shared.artifact import Layout
+from edgefleet_shared.errors import InputError
+from edgefleet_shared.work import MeasureTask, Progress, Task
+from edgefleet_shared.work_client import WorkClient
+from edgefleet_shared.work_loop import Held, run_until_signalled
+
+from edgefleet_agent import settings as board_settings
+from edgefleet_agent import slots
+from edgefleet_agent.accept import accept
+
+log = logging.getLogger(__name__)
+
+
+def run(state: Path) -> None:
+    """Measure until SIGTERM or SIGINT.
+
+    Raises:
+        EnvironmentProblem: not enrolled. TrustError: the certificate can't be used, or the controller knows it no more.
+    """
+    settings, identity = board_settings.read(state), state / "identity"
+    client = WorkClient(
+        settings.api_host, settings.api_port,
+        ca=identity / "ca.pem", certificate=identity / "agent.pem", key=identity / "agent.key",
+    )  # fmt: skip
+    log.info("builder board", extra={"device": settings.device, "class": settings.device_class})
+    builder = Builder(client, state, settings.threads)
+    run_until_signalled(client, builder.carry_out, at_once=1, end=lambda: None)
+
+
+class Builder:
+    """Does measuring tasks."""
+
+    def __init__(self, client: WorkClient, state: Path, threads: int) -> None:
+        self._client, self._state, self._threads = client, state, threads
+        self._layout: Layout = slots.artifacts(state)
+
+    def carry_out(self, task: Task, held: Held) -> None:
+        """Fetch, accept, report, forget.
+
+        Raises:
+            EdgefleetError: what it failed by.
+        """
+        if not isinstance(task, MeasureTask):
+            raise InputError("this board measures; it compiles nothing")
+        try:
+            for digest in task.blobs:
+                held.persistently(partial(self._client.fetch, held.lease, digest, self._layout))
+            held.step = Progress("accepting", 0, 1)
+            report = accept(self._state, task.manifest, threads=self._threads)
+            held.persistently(lambda: self._client.finish(held.lease, report))
+        finally:
+            for digest in task.blobs:
+                self._layout.remove(digest)

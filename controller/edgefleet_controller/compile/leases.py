@@ -1,0 +1,311 @@
+"""Stage 2, compile: who does what. Receives claims, progress and results of workers, hands on tasks; every change is a transaction.
+
+The controller's own workers (:mod:`.jobs`) and those on other machines (over :mod:`edgefleet_controller.api.work`) claim from here alike. A
+job has one lease at a time, so of two workers that did it only one is heard; a worker that is not heard of in time loses its lease, and
+the job is given to the next. What a result says of itself is held against what was asked (:mod:`.checking`).
+"""
+
+from __future__ import annotations
+
+import secrets
+import threading
+from collections.abc import Callable
+
+import msgspec
+from edgefleet_shared.artifact import Layout
+from edgefleet_shared.clock import Clock
+from edgefleet_shared.contract import AcceptanceReport
+from edgefleet_shared.errors import ConflictError, EdgefleetError, ToolchainError, TrustError
+from edgefleet_shared.work import Answer, CompileTask, MeasureTask, Progress, Task
+from sqlmodel import Session
+
+from edgefleet_controller import source
+from edgefleet_controller.compile import checking
+from edgefleet_controller.compile.port import CompileResult
+from edgefleet_controller.store import catalog, devices, jobs, workers
+from edgefleet_controller.store.database import Database
+from edgefleet_controller.store.tables import CompileJob
+
+MAX_VERSION_BYTES = 16 * 1024 * 1024
+MAX_LOG_CHARACTERS = 256 * 1024
+MAX_ATTEMPTS = 3  # a job that ends its workers is given to no fourth
+BUILDER_SEEN_S = 300.0  # a builder board that was not heard of for so long is not waited for
+WISH_LIMIT_S = 900.0  # how long one is waited for
+
+
+class Claimant(msgspec.Struct, frozen=True):
+    """Who asks for work: a worker's name, and a builder board's class. The controller's own workers have neither."""
+
+    name: str = ""
+    device_class: str = ""
+
+
+OWN = Claimant()
+
+
+class Leases:
+    """Gives out jobs and takes in what came of them.
+
+    Args:
+        layout: versions and artifacts; a result's blobs are here before it is.
+        lease_s: a worker on another machine that is not heard of for so long loses its job.
+    """
+
+    def __init__(self, database: Database, layout: Layout, clock: Clock, lease_s: float) -> None:
+        self._database, self._layout, self._clock, self._lease_s = database, layout, clock, lease_s
+        self._taking = threading.Lock()
+        self.new_work: Callable[[], None] = lambda: None  # called when a job may be there to be taken
+
+    def take_back_own(self) -> int:
+        """After a restart: what the controller's own workers had is queued again; what others have goes on. Returns how many."""
+        with self._database.write() as session:
+            rows = jobs.own_running(session)
+            for row in rows:
+                jobs.requeue(session, row)
+                row.attempts = 0  # it was not the job that ended the worker
+        return len(rows)
+
+    def claim(self, claimant: Claimant) -> Task | None:
+        """The oldest job that the claimant can do, leased to it; None when there is none."""
+        now = self._clock.now()
+        # One taker at a time: SQLite has no row locks to skip.
+        with self._taking, self._database.write() as session:
+            self._expire(session, now)
+            row = jobs.take_job(session, "measure" if claimant.device_class else "compile", claimant.device_class, now)
+            if row is None:
+                return None
+            row.worker, row.lease = claimant.name, secrets.token_hex(16)
+            row.lease_until = now + self._lease_s if claimant.name else None
+            session.add(row)
+            try:
+                return self._task(session, row)
+            except EdgefleetError as exc:
+                # What it needs is not here any more. Left where it is, it would keep all others from their work.
+                row.error = msgspec.json.encode(exc.as_dict()).decode()
+                self._end(session, row, "failed")
+                return None
+
+    def renew(self, lease: str, claimant: Claimant, step: Progress) -> bool:
+        """Note progress; whether to go on.
+
+        Raises:
+            ConflictError: the lease has ended. TrustError: it is another worker's.
+        """
+        share = min(1.0, max(0.0, step.done / step.total)) if step.total > 0 else 0.0
+        with self._database.write() as session:
+            row = self._held(session, lease, claimant)
+            if row.state != "running":
+                return False
+            row.step, row.progress = step.doing[:200], share
+            if claimant.name:
+                row.lease_until = self._clock.now() + self._lease_s
+            session.add(row)
+        return True
+
+    def log(self, lease: str, claimant: Claimant, text: str) -> None:
+        """Keep what a job's toolchains printed; of too much, the end.
+
+        Raises:
+            ConflictError: the lease has ended. TrustError: it is another worker's.
+        """
+        with self._database.write() as session:
+            row = self._held(session, lease, claimant)
+            row.log = text[-MAX_LOG_CHARACTERS:]
+            session.add(row)
+
+    def blobs(self, lease: str, claimant: Claimant) -> tuple[str, ...]:
+        """What the task of a lease needs."""
+        with self._database.read() as session:
+            return self._task(session, self._running(session, lease, claimant)).blobs
+
+    def holds(self, lease: str, claimant: Claimant) -> None:
+        """Raises ConflictError or TrustError unless the claimant has that lease and its job is wanted."""
+        with self._database.read() as session:
+            self._running(session, lease, claimant)
+
+    def finish(self, lease: str, claimant: Claimant, result: CompileResult) -> None:
+        """Take a compile's result in.
+
+        Raises:
+            ArtifactError, TrustError, NotFoundError: it is not what was asked for; the job is given to the next.
+            ConflictError: the lease has ended, or another artifact was signed already.
+        """
+        with self._database.read() as session:
+            row = self._running(session, lease, claimant, "compile")
+            version = source.decode(catalog.get_version(session, row.model, row.version).spec.encode())
+            manifest = devices.get_class(session, row.device_class).spec
+        try:
+            artifact = checking.checked(
+                result,
+                version,
+                manifest,
+                self._layout,
+                self._clock.now(),
+                despite_quality=row.ship_despite_quality,
+                by=claimant.name,
+            )
+        except EdgefleetError as exc:
+            self._put_back(lease, claimant, exc)
+            raise
+        try:
+            with self._database.write() as session:
+                row = self._running(session, lease, claimant, "compile")
+                known = catalog.list_artifacts(session, artifact.model, artifact.version)
+                same = next((a for a in known if a.manifest == artifact.manifest), None)
+                if same is not None:  # compiling it again, to the same digest, does not unsign it
+                    artifact.state = same.state
+                catalog.put_artifact(session, artifact)
+                self._end(session, row, "done")
+                row.progress, row.step, row.manifest = 1.0, "done", artifact.manifest
+        except ConflictError as exc:
+            self.fail(lease, claimant, exc)
+            raise
+
+    def measured(self, lease: str, claimant: Claimant, report: AcceptanceReport) -> None:
+        """Take in what a builder board measured.
+
+        Raises:
+            ConflictError: the lease has ended. TrustError: it is no measuring job, or another board's.
+        """
+        with self._database.write() as session:
+            row = self._running(session, lease, claimant, "measure")
+            row.report = msgspec.json.encode(report).decode()
+            self._end(session, row, "done")
+
+    def fail(self, lease: str, claimant: Claimant, error: EdgefleetError) -> None:
+        """Note that a job failed, in the worker's own words.
+
+        Raises:
+            ConflictError: the lease has ended. TrustError: it is another worker's.
+        """
+        with self._database.write() as session:
+            row = self._held(session, lease, claimant)
+            if row.state == "running":
+                row.error = msgspec.json.encode(error.as_dict()).decode()
+                self._end(session, row, "failed")
+
+    def give_back(self, lease: str, claimant: Claimant) -> None:
+        """A worker that is told to stop gives its job to the next at once; that counts for no attempt.
+
+        Raises:
+            ConflictError: the lease has ended. TrustError: it is another worker's.
+        """
+        with self._database.write() as session:
+            row = self._running(session, lease, claimant)
+            for wished in jobs.wishes(session, row.id):
+                self._end(session, wished, "cancelled")
+            row.attempts -= 1
+            jobs.requeue(session, row)
+        self.new_work()
+
+    def wish(self, lease: str, claimant: Claimant, manifest: str) -> str:
+        """Have a candidate of a leased compile measured by a builder board of its class.
+
+        Returns:
+            the measuring job; empty where no such board was heard of lately.
+
+        Raises:
+            ArtifactError: no artifact of the job's class. ConflictError, TrustError: as :meth:`renew`.
+        """
+        now = self._clock.now()
+        config = checking.whole(manifest, self._layout)
+        with self._database.write() as session:
+            row = self._running(session, lease, claimant, "compile")
+            if config.device_class != row.device_class:
+                raise TrustError("wish", f"an artifact for {config.device_class}, asked for {row.device_class}")
+            if not workers.builders(session, row.device_class, now - BUILDER_SEEN_S):
+                return ""
+            made = CompileJob(
+                id=secrets.token_hex(6), kind="measure", parent=row.id, model=row.model, version=row.version,
+                device_class=row.device_class, state="queued", manifest=manifest, created_at=now,
+            )  # fmt: skip
+            jobs.put_job(session, made)
+            return made.id
+
+    def answer(self, lease: str, claimant: Claimant, job: str) -> Answer:
+        """What became of a wish. One that nobody took in time, or that failed for the board's own reasons, stays unmeasured."""
+        with self._database.write() as session:
+            row = self._running(session, lease, claimant, "compile")
+            wished = jobs.get_job(session, job)
+            if wished.parent != row.id:
+                raise TrustError("wish", f"{job} was not wished by this job")
+            if wished.state in jobs.UNFINISHED and self._clock.now() < wished.created_at + WISH_LIMIT_S:
+                self._expire(session, self._clock.now())
+                return Answer(state="waiting", by=wished.worker)
+            if wished.state != "done":
+                if wished.state in jobs.UNFINISHED:
+                    self._end(session, wished, "cancelled")
+                return Answer(state="unmeasured", by=wished.worker)
+            report = msgspec.json.decode(wished.report, type=AcceptanceReport)
+            return Answer(state="measured", report=report, by=wished.worker)
+
+    def cancel(self, job: str) -> str:
+        """End a job; returns the lease that it had.
+
+        Raises:
+            NotFoundError: no such job. ConflictError: it has ended.
+        """
+        with self._database.write() as session:
+            row = jobs.get_job(session, job)
+            if row.state not in jobs.UNFINISHED:
+                raise ConflictError(f"compile job {job} has ended: {row.state}")
+            self._end(session, row, "cancelled")
+            return row.lease
+
+    # -- one step each -------------------------------------------------------------------------------------------------
+
+    def _task(self, session: Session, row: CompileJob) -> Task:
+        if row.kind == "measure":
+            found = self._layout.manifest(row.manifest)
+            blobs = (row.manifest, *(blob.digest for blob in found.blobs()))
+            return MeasureTask(lease=row.lease, lease_s=self._lease_s, job=row.id, manifest=row.manifest, blobs=blobs)
+        digest = catalog.get_version(session, row.model, row.version).source_digest
+        version = source.decode(self._layout.read(digest, MAX_VERSION_BYTES))
+        return CompileTask(
+            lease=row.lease, lease_s=self._lease_s, job=row.id, version=digest, device_class=devices.get_class(session, row.device_class).spec,
+            ship_despite_quality=row.ship_despite_quality,
+            builder=bool(workers.builders(session, row.device_class, self._clock.now() - BUILDER_SEEN_S)),
+            blobs=(digest, *source.blobs(version)),
+        )  # fmt: skip
+
+    def _held(self, session: Session, lease: str, claimant: Claimant) -> CompileJob:
+        row = jobs.leased(session, lease)
+        if row is None:
+            raise ConflictError("that lease has ended", hint="its job was given to another worker")
+        if row.worker != claimant.name:
+            raise TrustError("lease", "that lease is another worker's")
+        return row
+
+    def _running(self, session: Session, lease: str, claimant: Claimant, kind: str = "") -> CompileJob:
+        row = self._held(session, lease, claimant)
+        if row.state != "running":
+            raise ConflictError(f"job {row.id} is not running: {row.state}")
+        if kind and row.kind != kind:
+            raise TrustError("lease", f"job {row.id} is to {row.kind}, not to {kind}")
+        return row
+
+    def _end(self, session: Session, row: CompileJob, state: str) -> None:
+        row.state, row.ended_at, row.lease_until = state, self._clock.now(), None
+        session.add(row)
+        for wished in jobs.wishes(session, row.id):
+            self._end(session, wished, "cancelled")
+
+    def _expire(self, session: Session, now: float) -> None:
+        for row in jobs.expired(session, now):
+            self._lost(session, row, ToolchainError(f"worker {row.worker} was not heard of for {self._lease_s:.0f} s"))
+
+    def _put_back(self, lease: str, claimant: Claimant, error: EdgefleetError) -> None:
+        with self._database.write() as session:
+            self._lost(session, self._running(session, lease, claimant), error)
+        self.new_work()
+
+    def _lost(self, session: Session, row: CompileJob, error: EdgefleetError) -> None:
+        """A job whose worker brought nothing of use: to the next, or failed when that went on for too long."""
+        for wished in jobs.wishes(session, row.id):
+            self._end(session, wished, "cancelled")
+        if row.attempts < MAX_ATTEMPTS:
+            jobs.requeue(session, row)
+            return
+        told = ToolchainError(f"{row.attempts} workers failed at it; the last: {error.message}", hint=error.hint)
+        row.error = msgspec.json.encode(told.as_dict()).decode()
+        self._end(session, row, "failed")

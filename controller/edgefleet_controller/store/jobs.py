@@ -1,0 +1,103 @@
+"""Compile and measuring jobs in the database: get, list, put, lease. Every function works in the caller's session."""
+
+from __future__ import annotations
+
+from edgefleet_shared.errors import NotFoundError
+from sqlmodel import Session, col, select
+
+from edgefleet_controller.store.tables import CompileJob
+
+UNFINISHED = ("queued", "running")
+
+
+def put_job(session: Session, job: CompileJob) -> CompileJob:
+    """Create or replace a job."""
+    merged = session.merge(job)
+    session.flush()
+    return merged
+
+
+def get_job(session: Session, job: str) -> CompileJob:
+    """Raises:
+    NotFoundError: no job has that id."""
+    row = session.get(CompileJob, job)
+    if row is None:
+        raise NotFoundError(f"no compile job {job!r}")
+    return row
+
+
+def list_jobs(session: Session, model: str = "", version: str = "", unfinished: bool = False) -> list[CompileJob]:
+    """Compile jobs; what a job wishes to have measured is part of it."""
+    query = select(CompileJob).where(CompileJob.kind == "compile").order_by(col(CompileJob.created_at), CompileJob.id)
+    if model:
+        query = query.where(CompileJob.model == model)
+    if version:
+        query = query.where(CompileJob.version == version)
+    if unfinished:
+        query = query.where(col(CompileJob.state).in_(UNFINISHED))
+    return list(session.exec(query))
+
+
+def newest(session: Session, model: str, version: str, device_class: str) -> CompileJob:
+    """The compile job that began last.
+
+    Raises:
+        NotFoundError: there was none.
+    """
+    found = [row for row in list_jobs(session, model, version) if row.device_class == device_class and row.started_at]
+    if not found:
+        raise NotFoundError(
+            f"{model} {version} was never compiled for {device_class}", hint="fleet model compile does it"
+        )
+    return max(found, key=lambda row: row.started_at or 0.0)
+
+
+def take_job(session: Session, kind: str, device_class: str, now: float) -> CompileJob | None:
+    """The oldest queued job, marked running; None when there is none. Two workers never get the same one.
+
+    Args:
+        device_class: only jobs of this class; empty for any.
+    """
+    query = select(CompileJob).where(CompileJob.state == "queued", CompileJob.kind == kind)
+    if device_class:
+        query = query.where(CompileJob.device_class == device_class)
+    query = query.order_by(col(CompileJob.created_at)).limit(1)
+    row: CompileJob | None = session.exec(query.with_for_update(skip_locked=True)).first()
+    if row is None:
+        return None
+    row.state, row.started_at = "running", now
+    row.attempts += 1
+    session.add(row)
+    session.flush()
+    return row
+
+
+def leased(session: Session, lease: str) -> CompileJob | None:
+    """The job of a lease, whatever has become of it since."""
+    query = select(CompileJob).where(CompileJob.lease == lease)
+    found: CompileJob | None = session.exec(query.with_for_update()).first() if lease else None
+    return found
+
+
+def expired(session: Session, now: float) -> list[CompileJob]:
+    """Running jobs whose worker has not renewed its lease in time."""
+    query = select(CompileJob).where(CompileJob.state == "running", col(CompileJob.lease_until) < now)
+    return list(session.exec(query.with_for_update(skip_locked=True)))
+
+
+def own_running(session: Session) -> list[CompileJob]:
+    """Running jobs that the controller itself had taken: their processes ended with it."""
+    return list(session.exec(select(CompileJob).where(CompileJob.state == "running", CompileJob.worker == "")))
+
+
+def wishes(session: Session, parent: str) -> list[CompileJob]:
+    """Unfinished measuring jobs that another job wishes."""
+    query = select(CompileJob).where(CompileJob.parent == parent, col(CompileJob.state).in_(UNFINISHED))
+    return list(session.exec(query))
+
+
+def requeue(session: Session, row: CompileJob) -> None:
+    """Give a job that was taken back to whoever asks next."""
+    row.state, row.started_at, row.progress, row.step = "queued", None, 0.0, ""
+    row.worker, row.lease, row.lease_until = "", "", None
+    session.add(row)

@@ -1,0 +1,82 @@
+"""Workers in the database: get, list, put. Every function works in the caller's session."""
+
+from __future__ import annotations
+
+from edgefleet_shared.errors import ConflictError, NotFoundError, TrustError
+from edgefleet_shared.topics import check_name
+from sqlmodel import Session, col, select
+
+from edgefleet_controller.store import devices
+from edgefleet_controller.store.tables import Worker
+
+
+def enrol(session: Session, name: str, device_class: str, *, certificate_serial: str, now: float) -> Worker:
+    """Take a worker in.
+
+    Args:
+        device_class: of a builder board; empty for a worker that compiles.
+
+    Raises:
+        InputError: the name is not usable. NotFoundError: no such class.
+        ConflictError: a worker of that name is there already and was not revoked.
+    """
+    check_name(name, "worker")
+    if device_class:
+        devices.get_class(session, device_class)
+    row = session.get(Worker, name)
+    if row is not None and not row.revoked:
+        raise ConflictError(f"worker {name} is enrolled already", hint="revoke it first: fleet worker revoke")
+    row = row or Worker(name=name, certificate_serial="", enrolled_at=now)
+    row.device_class, row.certificate_serial = device_class or None, certificate_serial
+    row.revoked, row.enrolled_at = False, now
+    session.add(row)
+    session.flush()
+    return row
+
+
+def get_worker(session: Session, name: str) -> Worker:
+    """Raises:
+    NotFoundError: there is none of that name."""
+    row = session.get(Worker, name)
+    if row is None:
+        raise NotFoundError(f"no worker {name!r}", hint="fleet worker list shows them")
+    return row
+
+
+def check(session: Session, name: str, certificate_serial: str) -> Worker:
+    """The worker of a certificate.
+
+    Raises:
+        TrustError: there is none of that name, it was revoked, or it has another certificate by now.
+    """
+    row = session.get(Worker, name)
+    if row is None or row.revoked or row.certificate_serial != certificate_serial:
+        raise TrustError("worker", f"{name or 'this caller'} is no worker of this fleet", hint="see fleet worker list")
+    return row
+
+
+def seen(session: Session, name: str, now: float) -> None:
+    """Note that a worker was heard of."""
+    row = get_worker(session, name)
+    row.last_seen = now
+    session.add(row)
+
+
+def list_workers(session: Session) -> list[Worker]:
+    return list(session.exec(select(Worker).order_by(Worker.name)))
+
+
+def builders(session: Session, device_class: str, seen_since: float) -> list[Worker]:
+    """Builder boards of a class that were heard of lately."""
+    query = select(Worker).where(
+        Worker.device_class == device_class, col(Worker.revoked).is_(False), Worker.last_seen >= seen_since
+    )
+    return list(session.exec(query))
+
+
+def revoke(session: Session, name: str) -> Worker:
+    """Take a worker's rights; what it holds a lease on is given to others once that ends."""
+    row = get_worker(session, name)
+    row.revoked = True
+    session.add(row)
+    return row
