@@ -37,7 +37,7 @@ test: setup-test ## everything that must be green, from lint to the short demo
 	  echo "== $$stage"; SECONDS=0; $(MAKE) --no-print-directory $$stage; echo "== $$stage: $$SECONDS s"; \
 	done
 
-test-targets: setup ## compile by the large toolchains, IREE, RKNN, TensorRT-RTX, ncnn, hls4ml; installs them first (4 GB, some minutes)
+test-targets: setup ## compile by the large toolchains, IREE, RKNN, TensorRT-RTX, ncnn, hls4ml, torch, TensorFlow; installs them first (7 GB, some minutes)
 	$(BIN)/python -m pytest -v -rs --durations=0 --durations-min=1 tests/targets
 
 lint: $(READY) ## ruff (rules and format) and the import rules

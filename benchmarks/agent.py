@@ -1,6 +1,6 @@
 """``make bench-agent``: what the resident agent costs a board, idle and during updates of a small and a large model, beside Mender's client.
 
-The agent is the real one, under the real broker of the tests' controller. Memory is what the kernel says is resident (VmRSS), and
+The agent is the real one, installed as on a board (the board's lock and no more), under the real broker of the tests' controller. Memory is what the kernel says is resident (VmRSS), and
 beside it what is the process's own share (PSS: pages that it shares with the runtime count by half). Mender's client is Debian's
 package, unpacked beside the build and run with a server that is not there, as a board without a line would; where this machine has
 no apt, its row says so.
@@ -16,6 +16,7 @@ import sys
 import tempfile
 import threading
 import time
+import venv
 from pathlib import Path
 
 from frame import Row, finish
@@ -42,7 +43,7 @@ def main() -> None:
 
 def memory(folder: Path) -> list[Row]:
     controller = Controller(folder / "controller")
-    board = Board(controller, "board", folder / "board").start()
+    board = Board(controller, "board", folder / "board", environment()).start()
     assert board.agent is not None
     mender = Mender(folder / "mender")
     try:
@@ -70,6 +71,27 @@ def memory(folder: Path) -> list[Row]:
         mender.stop()
         board.stop()
         controller.stop()
+
+
+def environment() -> str:
+    """The interpreter of an environment that holds what a board with onnxruntime has."""
+    where = ROOT / "build" / "board"
+    shutil.rmtree(where, ignore_errors=True)
+    venv.create(where, with_pip=False)
+    (site,) = where.glob("lib/python*/site-packages")
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--disable-pip-version-check",
+        f"--target={site}",
+        "--no-deps",
+    ]
+    subprocess.run([*pip, "--require-hashes", "-r", ROOT / "requirements" / "agent-onnxruntime.txt"], check=True)
+    subprocess.run([*pip, "--no-build-isolation", ROOT / "shared", ROOT / "agent"], check=True)
+    return str(where / "bin" / "python")
 
 
 def update(controller: Controller, device: str, manifest: object, version: str) -> None:

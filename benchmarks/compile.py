@@ -14,17 +14,18 @@ import subprocess
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import compile_subjects as subjects
 from edgefleet_controller.compile.pipeline import compile_version
-from edgefleet_controller.compile.port import Figures, target_named
+from edgefleet_controller.compile.port import CompileResult, Figures, target_named
 from edgefleet_controller.compile.recipe import Recipe
 from edgefleet_controller.compile.steps import Limits, Steps
 from edgefleet_controller.compile.toolchains import Toolchains
 from edgefleet_controller.manifests import DeviceClass, Model
 from edgefleet_controller.settings import default_cache
 from edgefleet_controller.source import ModelVersion, import_model
+from edgefleet_shared import chunks
 from edgefleet_shared.artifact import MODEL_LAYER, Layout
 from frame import Row, finish
 
@@ -52,27 +53,27 @@ class Bench:
 
     def __init__(self, folder: Path, effort: str, engines: tuple[str, ...]) -> None:
         self.engines = engines
-        self._folder, self._effort = folder, effort
-        self._layout = Layout(folder / "layout")
+        self._folder, self.effort = folder, effort
+        self.layout = Layout(folder / "layout")
         self._cache = default_cache()
         self._toolchains = Toolchains(self._cache)
 
     def subject(self, make: Callable[[Path, Path], Model]) -> ModelVersion:
         folder = self._folder / make.__name__
         folder.mkdir(parents=True, exist_ok=True)
-        return import_model(make(self._cache, folder), folder, self._layout, cache=self._cache)
+        return import_model(make(self._cache, folder), folder, self.layout, cache=self._cache)
 
     def run(self, version: ModelVersion, engine: str, min_agreement: float, prefer: str = "latency") -> Outcome:
         device_class = DeviceClass.model_validate({"kind": "DeviceClass", "metadata": {"name": f"bench-{engine}"}, "spec": {
             "arch": platform.machine(), "engine": engine, "accuracy": {"min_agreement": min_agreement},
             "cpu_features": ["avx512_vnni"] if _vnni() else [],
-            "budgets": {"latency_p95_ms": 10_000.0, "memory_bytes": 4 << 30}, "search": {"effort": self._effort, "prefer": prefer},
+            "budgets": {"latency_p95_ms": 10_000.0, "memory_bytes": 4 << 30}, "search": {"effort": self.effort, "prefer": prefer},
         }})  # fmt: skip
         cache = self._folder / "cache"
         result = compile_version(
-            version, device_class, self._layout, self._toolchains, cache=cache, ship_despite_quality=True
+            version, device_class, self.layout, self._toolchains, cache=cache, ship_despite_quality=True
         )
-        blob = self._layout.manifest(result.artifact.digest).layer(MODEL_LAYER)
+        blob = self.layout.manifest(result.artifact.digest).layer(MODEL_LAYER)
         target = target_named(engine)
         toolchain = self._toolchains.ensure(target.toolchain)
         with tempfile.TemporaryDirectory() as temporary:
@@ -81,8 +82,9 @@ class Bench:
                 version,
                 device_class,
                 target,
+                target.options(device_class.spec, version),
                 toolchain,
-                self._layout,
+                self.layout,
                 self._toolchains,
                 cache,
                 work,
@@ -99,7 +101,7 @@ class Bench:
                 [toolchain.python, str(HERE / "compile_peers.py"), PEERS[engine], str(work / "peer.json")],
                 check=True, cwd=work, capture_output=True, env={"ORT_DISABLE_TELEMETRY": "1", "NNCF_CI": "1", "DO_NOT_TRACK": "1"},
             )  # fmt: skip
-            ours, theirs = steps.measure([(Recipe(), self._layout.path(blob.digest)), (Recipe(ranges="peer"), peer)])
+            ours, theirs = steps.measure([(Recipe(), self.layout.path(blob.digest)), (Recipe(ranges="peer"), peer)])
         print(f"  {version.model} on {engine}: {result.why}", flush=True)
         for name, one in (("ours", ours), (PEER_NAMES[engine], theirs)):
             f = one.trial.figures
@@ -107,6 +109,22 @@ class Bench:
                 f"    {name}: agreement {f.agreement:.3f} {f.compiled_bytes:,} bytes {f.p50_ms:.2f} ms (float {f.float_p50_ms:.2f})"
             )
         return Outcome(ours.trial.figures, theirs.trial.figures, result.precision, result.why)
+
+    def sent_bytes(self, artifact: str) -> int:
+        """What is published of a whole artifact: manifest, config and every layer, as :mod:`edgefleet_shared.chunks` packs them."""
+        blobs = [blob.digest for blob in self.layout.manifest(artifact).blobs()]
+        return sum(chunks.sent_bytes(self.layout.path(digest)) for digest in (artifact, *blobs))
+
+    def ship(self, version: ModelVersion, **spec: Any) -> CompileResult:
+        """One class for onnxruntime here."""
+        fields = {
+            "arch": platform.machine(), "engine": "onnxruntime", "cpu_features": ["avx512_vnni"] if _vnni() else [],
+            "budgets": {"latency_p95_ms": 10_000.0, "memory_bytes": 4 << 30},
+        }  # fmt: skip
+        device_class = DeviceClass.model_validate(
+            {"kind": "DeviceClass", "metadata": {"name": "bench"}, "spec": fields | spec}
+        )
+        return compile_version(version, device_class, self.layout, self._toolchains, cache=self._folder / "cache")
 
 
 def _smaller(figures: Figures) -> float:
@@ -181,7 +199,41 @@ def broken(bench: Bench) -> list[Row]:
     return rows
 
 
-PARTS = {"classifier": classifier, "detector": detector, "hard": hard_to_speed_up, "broken": broken}
+def pruned(bench: Bench) -> list[Row]:
+    """Against the float network as a file, and as an artifact that is sent the same way. Accuracy over the 10,000 test pictures."""
+    version = bench.subject(subjects.fashion)
+    size = {"effort": bench.effort, "prefer": "transfer"}
+    small = bench.ship(version, accuracy={"min_agreement": 0.85, "max_loss": 0.003}, search=size)
+    plain = bench.ship(
+        version, accuracy={"min_agreement": 0.85}, search={"effort": "fixed", "prefer": "size", "pruned": False}
+    )
+    exact = bench.ship(version, precision="fp32", search={"pruned": False})
+    print(f"  fashion: {small.why}", flush=True)
+    for name, one in (("pruned", small), ("plain int8", plain), ("float", exact)):
+        f, sent = one.figures, bench.sent_bytes(one.artifact.digest)
+        accuracy = f.shares["accuracy"].value if f.shares else f.agreement
+        print(
+            f"    {name} ({one.recipe}): {accuracy:.4f}, {f.compiled_bytes:,} bytes, {f.wire_bytes:,} sent, artifact {sent:,} sent, {f.p50_ms:.3f} ms"
+        )
+    right = small.figures.shares
+    lost = 100 * (right["float_accuracy"].value - right["accuracy"].value)
+    dense = 100 * (plain.figures.shares["float_accuracy"].value - plain.figures.shares["accuracy"].value)
+    whole = bench.sent_bytes(exact.artifact.digest)
+    name = "Fashion-MNIST CNN, pruned + int8"
+    f, p = small.figures, plain.figures
+    assert f.p50_ms
+    assert f.float_p50_ms
+    return [
+        Row(f"{name}: fewer bytes sent than the float file has", f.float_bytes / f.wire_bytes, "x", 10, "the same, not pruned",
+            p.float_bytes / p.wire_bytes, at_least=True),
+        Row(f"{name}: fewer bytes of the whole artifact, float sent packed too", whole / bench.sent_bytes(small.artifact.digest), "x", None,
+            "the same, not pruned", whole / bench.sent_bytes(plain.artifact.digest), at_least=True),
+        Row(f"{name}: accuracy lost", lost, "points", 0.3, "the same, not pruned", dense),
+        Row(f"{name}: speed", f.float_p50_ms / f.p50_ms, "x", None, "the same, not pruned", (p.float_p50_ms or 0) / (p.p50_ms or 1), at_least=True),
+    ]  # fmt: skip
+
+
+PARTS = {"classifier": classifier, "detector": detector, "hard": hard_to_speed_up, "broken": broken, "pruned": pruned}
 
 
 def main() -> None:

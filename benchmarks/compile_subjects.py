@@ -6,19 +6,26 @@ scaled by factors that the next layer takes back, so that they answer exactly as
 
 from __future__ import annotations
 
+import gzip
+import hashlib
 import random
 import re
 import shutil
+import subprocess
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 from edgefleet_controller import packages, photos
+from edgefleet_controller.compile.toolchains import Toolchains
 from edgefleet_controller.importers import importer
 from edgefleet_controller.manifests import Model
+from edgefleet_shared.errors import EnvironmentProblem
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image, ImageDraw, ImageFont, ImageOps
+from safetensors.numpy import save_file
 
 SPLITS = {"calibration": 48, "holdout": 160, "golden": 16}
 RAPIDOCR = ("rapidocr-onnxruntime", "1.4.4", "971d7d5f223a7a808662229df1ef69893809d8457d834e6373d3854bc1782cbf")
@@ -142,6 +149,68 @@ def mobilenet_v3_large(cache: Path, folder: Path) -> Model:
     return _model(
         folder, "mobilenet-v3-large", {"path": "mobilenet-v3.onnx"}, inputs=[{**_LITE0_INPUT, "name": "image"}]
     )
+
+
+def fashion(cache: Path, folder: Path) -> Model:
+    """A small network for Fashion-MNIST (Xiao et al. 2017), trained here once, with the 10,000 test pictures and their labels held out.
+
+    Golden pictures come out of the 60,000 training ones, and are not trained on; nor is a training picture that is also a test picture.
+    """
+    package = packages.debian(cache, "dataset-fashion-mnist")
+    if package is None:
+        raise EnvironmentProblem(
+            "no Debian package dataset-fashion-mnist: this machine has no apt, or apt can't get it"
+        )
+    files = {Path(n).name: gzip.decompress(c) for n, c in packages.debian_members(package, re.compile(r"-ubyte\.gz$"))}
+    sets = {
+        split: (_idx(files[f"{split}-images-idx3-ubyte.gz"], 3), _idx(files[f"{split}-labels-idx1-ubyte.gz"], 1))
+        for split in ("train", "t10k")
+    }
+    tested = {picture.tobytes() for picture in sets["t10k"][0]}
+    apart = np.array([picture.tobytes() not in tested for picture in sets["train"][0]])
+    pictures, labels = (array[apart] for array in sets["train"])
+    golden, training = SPLITS["golden"], slice(SPLITS["golden"], None)
+    network = _trained(cache, pictures[training], labels[training])
+    shutil.copy(network, folder / "fashion.onnx")
+    for split, (own, right) in {
+        "golden": (pictures[:golden], labels[:golden]), "training": (pictures[training], labels[training]),
+        "calibration": (pictures[training][:256], labels[training][:256]), "holdout": sets["t10k"],
+    }.items():  # fmt: skip
+        save_file({"image": np.ascontiguousarray(own[..., None])}, folder / f"{split}.safetensors")
+        (folder / f"{split}.txt").write_text("\n".join(map(str, right)) + "\n")
+    training_data = {"path": "training.safetensors", "truth": "training.txt"}
+    return Model.model_validate({"kind": "Model", "metadata": {"name": "fashion"}, "spec": {
+        "version": "1", "source": {"path": "fashion.onnx"}, "sizes": {"N": 1},
+        "inputs": [{"name": "image", "colour": "GREY", "std": [255.0]}],
+        "calibration": {"path": "calibration.safetensors"}, "golden": {"path": "golden.safetensors"},
+        "holdout": {"path": "holdout.safetensors", "truth": "holdout.txt"},
+        "prune": {
+            "structured": 0.3, "unstructured": 0.6, "steps": 2, "epochs": 5, "batch": 128, "learning_rate": 3e-3, "max_loss": 0.03,
+            "training": training_data,
+        },
+    }})  # fmt: skip
+
+
+def _idx(content: bytes, rank: int) -> Any:
+    """An array of LeCun's IDX format: a magic number, the sizes as big-endian 32-bit numbers, the bytes."""
+    shape = np.frombuffer(content, ">u4", rank, offset=4)
+    return np.frombuffer(content, np.uint8, offset=4 + 4 * rank).reshape(shape)
+
+
+def _trained(cache: Path, pictures: Any, labels: Any) -> Path:
+    """The network, trained in the pruning toolchain's environment; kept in the cache, by what it is trained on and by what trains it."""
+    script = Path(__file__).with_name("train_fashion.py")
+    toolchain = Toolchains(cache).ensure("pruning")
+    key = hashlib.sha256(script.read_bytes() + toolchain.lock_hash.encode() + pictures.tobytes() + labels.tobytes())
+    network = cache / "benchmarks" / f"fashion-{key.hexdigest()[:16]}.onnx"
+    if not network.exists():
+        network.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=network.parent) as temporary:
+            data, made = Path(temporary) / "training.safetensors", Path(temporary) / "fashion.onnx"
+            save_file({"pictures": np.ascontiguousarray(pictures), "labels": np.ascontiguousarray(labels)}, data)
+            subprocess.run([toolchain.python, str(script), str(data), str(made)], check=True, cwd=temporary)
+            made.replace(network)
+    return network
 
 
 _LITE0_INPUT: dict[str, Any] = {"name": "input", "resize": 256, "mean": [127.0], "std": [128.0]}

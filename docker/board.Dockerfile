@@ -1,4 +1,4 @@
-# A board: agent and runtime, with one inference engine (onnxruntime, litert or openvino).
+# A board: agent and runtime, with one inference engine (onnxruntime, litert, openvino or iree).
 FROM python:3.11-slim AS build
 ARG ENGINE=onnxruntime
 WORKDIR /build

@@ -28,6 +28,7 @@ class AcceptRequest(msgspec.Struct, frozen=True, kw_only=True):
 
     layout: str
     manifest: str
+    engine: str
     threads: int
     address_space_bytes: int
 
@@ -76,15 +77,17 @@ def accept(state: Path, manifest_digest: str, *, threads: int = 1) -> Acceptance
     """
     layout = slots.artifacts(state)
     try:
-        contract = layout.config(layout.manifest(manifest_digest)).contract
+        config = layout.config(layout.manifest(manifest_digest))
     except (ArtifactError, NotFoundError) as exc:
         return AcceptanceReport(verdict=Verdict.FAILED, reason=exc.message)
+    contract = config.contract
     limits = Limits(
         memory_bytes=int(contract.peak_memory_bytes * MEMORY_SLACK) + MEMORY_SLACK_BYTES, time_s=contract.time_limit_s
     )
     request = AcceptRequest(
         layout=str(layout.root.resolve()),
         manifest=manifest_digest,
+        engine=config.engine,
         threads=threads,
         # Allocators reserve more than they touch; resident memory is watched by the parent, this only bounds a burst.
         address_space_bytes=limits.memory_bytes * 2 + (512 << 20),
@@ -118,7 +121,7 @@ def _report(contract: AcceptanceContract, ended: Ended) -> AcceptanceReport:
     if ended.problem:
         return AcceptanceReport(
             verdict=_blame(ended, doing),
-            reason=f"{ended.problem} while {doing}{_last_words(ended)}",
+            reason=f"{ended.problem} while {doing}{ended.last_words()}",
             unconfined=missing,
         )
     if figures is None:
@@ -139,8 +142,3 @@ def _blame(ended: Ended, doing: str) -> Verdict:
         return Verdict.FAILED
     # SIGKILL that this parent did not send is the kernel's out-of-memory killer or a person; a plain exit status is our bug.
     return Verdict.ERROR
-
-
-def _last_words(ended: Ended) -> str:
-    lines = [line.strip() for line in ended.output.splitlines() if line.strip()]
-    return f": {lines[-1][:300]}" if lines else ""

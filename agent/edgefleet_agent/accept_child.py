@@ -23,6 +23,7 @@ from edgefleet_shared.errors import ArtifactError, EdgefleetError, EngineError, 
 from edgefleet_agent import confinement, sensors
 from edgefleet_agent.accept import AcceptRequest, Broke, ChildReport, Confined, Measured, Stage
 from edgefleet_agent.power import PowerMeter, Scope, watts
+from edgefleet_agent.runtime.engines import devices
 from edgefleet_agent.sandbox import memory_of
 
 if TYPE_CHECKING:
@@ -44,7 +45,8 @@ def main() -> int:
 
     request = msgspec.json.decode(sys.stdin.buffer.read(), type=AcceptRequest)
     confinement.die_with_parent()
-    report(Confined(confinement.confine(confinement.Policy(readable=(request.layout,)))))
+    policy = confinement.Policy(readable=(request.layout,), writable=devices.of(request.engine))
+    report(Confined(confinement.confine(policy)))
     try:
         report(Measured(measure(request, lambda doing: report(Stage(doing)))))
     except (EngineError, ArtifactError, NotFoundError) as exc:
@@ -80,10 +82,11 @@ def measure(request: AcceptRequest, stage: Callable[[str], None]) -> AcceptanceF
     samples = _samples(config, inputs, references)
     celsius_before = sensors.hottest_celsius()
 
+    path = _loadable(engine, layout, request.manifest)
     stage("loading the model")
     confinement.limit_address_space(request.address_space_bytes)
     began = time.perf_counter()
-    session = engine.load(layout.path(model.digest), config, request.threads)
+    session = engine.load(path, config, request.threads)
     load_ms = (time.perf_counter() - began) * 1e3
 
     stage("running the first inference")
@@ -132,6 +135,16 @@ def _engine(config: ModelConfig) -> Engine:
     except EngineError as exc:
         raise _MeasuringBrokeError(str(exc)) from exc
     return engine
+
+
+def _loadable(engine: Engine, layout: Layout, manifest: str) -> Path:
+    """The file that the engine loads. A plan that is not there is no fault of the model's: building came before, or should have."""
+    from edgefleet_agent.runtime.engines.port import loadable
+
+    try:
+        return loadable(engine, layout, manifest)
+    except (NotFoundError, ArtifactError, EngineError) as exc:
+        raise _MeasuringBrokeError(str(exc)) from exc
 
 
 def _samples(config: ModelConfig, inputs: dict[str, Array], references: dict[str, Array]) -> list[dict[str, Array]]:

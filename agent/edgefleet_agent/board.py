@@ -24,19 +24,22 @@ PROBE_LIMIT_S = 60  # for each engine
 
 
 class EngineProbe(msgspec.Struct, frozen=True):
-    """What one engine is on this board: its version when it loads, else what is missing."""
+    """What one engine is on this board: its version when it loads, else what is missing; what its plans depend on, if it needs any."""
 
     name: str
     version: str | None
     missing: str
+    build_key: str = ""
 
 
 def read_fingerprint() -> Fingerprint:
     """What this board is. Takes about half a second per installed engine: call once per start, not per message."""
+    probes = probe_engines()
     return Fingerprint(
         arch=platform.machine(),
         cpu_features=cpu_features(),
-        engines={p.name: p.version for p in probe_engines() if p.version is not None},
+        engines={p.name: p.version for p in probes if p.version is not None},
+        build_keys={p.name: p.build_key for p in probes if p.build_key},
         memory_bytes=memory_bytes(),
         agent_version=__version__,
         provides=provided(),

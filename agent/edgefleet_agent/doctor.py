@@ -124,7 +124,8 @@ def _engines(state: Path) -> str:
     loaded = [f"{p.name} {p.version}" for p in probes if p.version is not None]
     if not loaded:
         raise OSError("; ".join(f"{p.name}: {p.missing}" for p in probes) or "no engine is installed")
-    return ", ".join(loaded)
+    lacking = [f"{p.name} ({p.missing})" for p in probes if p.version is None]
+    return ", ".join(loaded) + (f"; not here: {', '.join(lacking)}" if lacking else "")
 
 
 def _runtime(state: Path) -> str:

@@ -24,6 +24,7 @@ from edgefleet_agent.fetch import Fetcher
 from edgefleet_agent.journal import Journal
 from edgefleet_agent.ports import Ports
 from edgefleet_agent.slots import Slot, SlotStatus
+from edgefleet_agent.upkeep import Upkeep
 
 log = logging.getLogger(__name__)
 
@@ -49,14 +50,15 @@ class Effects:
 
     Args:
         threads: how many one inference may use.
+        upkeep: of the plans.
         tell: has a result signed and told.
     """
 
     def __init__(
-        self, state: Path, ports: Ports, fetcher: Fetcher, threads: int, tell: Callable[[Ended], None]
+        self, state: Path, ports: Ports, fetcher: Fetcher, threads: int, upkeep: Upkeep, tell: Callable[[Ended], None]
     ) -> None:
         self._state, self._ports, self._fetcher = state, ports, fetcher
-        self._threads, self._tell = threads, tell
+        self._threads, self._upkeep, self._tell = threads, upkeep, tell
 
     def carry_out(self, effect: Effect, journal: Journal) -> Job | None:
         """Do a quick effect at once, or return the job that does a slow one.
@@ -73,12 +75,17 @@ class Effects:
             case Effect.STOP_FETCH:
                 self._fetcher.stop()
             case Effect.DISCARD:
-                swap.discard(state, ports)
+                with self._upkeep.at_work:  # a build that was told to stop may still be at the disk
+                    swap.discard(state, ports)
             case Effect.REPORT:
                 if journal.ended is not None:
                     self._tell(journal.ended)
             case Effect.VERIFY:
                 return lambda stop: self._verify(at_work(journal))
+            case Effect.BUILD:
+                return lambda stop: Result(*self._upkeep.build(at_work(journal).manifest, stop))
+            case Effect.REBUILD:
+                return lambda stop: Result(*self._upkeep.rebuild(stop))
             case Effect.ACCEPT:
                 return lambda stop: self._accept(at_work(journal), stop)
             case Effect.SHADOW:
@@ -90,7 +97,7 @@ class Effects:
             case Effect.COMMIT:
                 return lambda stop: Result(*swap.commit(state, ports))
             case Effect.RETURN:
-                return lambda stop: Result(*swap.go_back(state, ports, at_work(journal).manifest, stop))
+                return lambda stop: self._go_back(at_work(journal).manifest, stop)
             case Effect.SERVE:
                 return self._serve
             case _:
@@ -111,6 +118,12 @@ class Effects:
             return Result(Event.NOT_VERIFIED, str(exc.error))
         return Result(Event.VERIFIED, f"{checked.blobs} blobs, {checked.checked_bytes} bytes")
 
+    def _go_back(self, failed: str, stop: threading.Event) -> Result:
+        event, detail = swap.go_back(self._state, self._ports, failed, stop)
+        if event is Event.RETURN_FAILED and self._upkeep.mend(stop):
+            event, detail = swap.go_back(self._state, self._ports, failed, stop)
+        return Result(event, detail)
+
     def _accept(self, assignment: Assignment, stop: threading.Event) -> Result:
         attempt = 0
         while True:
@@ -128,7 +141,12 @@ class Effects:
 
     def _serve(self, stop: threading.Event) -> Result:
         try:
-            swap.serve(self._state, self._ports, stop)
+            try:
+                swap.serve(self._state, self._ports, stop)
+            except EdgefleetError:
+                if not self._upkeep.mend(stop):
+                    raise
+                swap.serve(self._state, self._ports, stop)
         except EdgefleetError as exc:
             log.warning("runtime does not serve", extra={"reason": str(exc)})
         return Result(None)

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from edgefleet_shared import atomic
+from edgefleet_shared import atomic, chunks
 from edgefleet_shared.artifact import (
     CHUNK_BYTES,
     MAX_CONFIG_BYTES,
@@ -66,9 +66,10 @@ class _Blob:
     def _good(self, number: int, piece: bytes) -> bool:
         return self.hashes is None or hashlib.sha256(piece).hexdigest() == self.hashes[number]
 
-    def take(self, number: int, piece: bytes) -> bool:
+    def take(self, number: int, message: bytes) -> bool:
         """Store a chunk if it is missing and right; returns whether it was."""
-        if number not in self.missing or len(piece) != self.length(number) or not self._good(number, piece):
+        piece = chunks.unpack(message, self.length(number)) if number in self.missing else None
+        if piece is None or not self._good(number, piece):
             return False
         atomic.write_piece(self.part, piece, number * self.chunk_bytes, files=self.files)
         self.missing.discard(number)
@@ -150,8 +151,8 @@ class Fetcher:
         self._blobs = {}
         self._target = None
 
-    def chunk(self, digest: str, number: int, piece: bytes) -> bool:
-        """Take a chunk; one that is not wanted or not what was signed is dropped. Returns whether it helped.
+    def chunk(self, digest: str, number: int, message: bytes) -> bool:
+        """Take a chunk, as it is or packed; one that is not wanted or not what was signed is dropped. Returns whether it helped.
 
         Raises:
             ArtifactError: the artifact contradicts itself. EnvironmentProblem: disk full or read-only.
@@ -159,10 +160,10 @@ class Fetcher:
         blob = self._blobs.get(digest)
         if blob is None:
             return False
-        if not blob.take(number, piece):
+        if not blob.take(number, message):
             self.bad_chunks += number in blob.missing
             return False
-        self.done_bytes += len(piece)
+        self.done_bytes += blob.length(number)
         self._quiet_since = self._clock.monotonic()
         self._pause_s = WANT_AGAIN_S
         if not blob.missing:

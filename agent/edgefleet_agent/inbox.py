@@ -6,7 +6,7 @@ import msgspec
 from edgefleet_shared.assignment import Admission, Assignment
 from edgefleet_shared.contract import AcceptanceReport
 from edgefleet_shared.errors import EdgefleetError
-from edgefleet_shared.lifecycle import Effect, Event
+from edgefleet_shared.lifecycle import Effect, Event, State
 from edgefleet_shared.messages import Ended, Health, SignedResult
 
 from edgefleet_agent.runtime.control import StatusReport
@@ -39,6 +39,15 @@ class JobFailed(msgspec.Struct, frozen=True):
     reason: str
 
 
+class JobTold(msgspec.Struct, frozen=True):
+    """Inbox: how far a job in ``state`` is: ``done`` of ``total`` steps of what it is doing; 0 of 0 when that is not known."""
+
+    state: State
+    detail: str
+    done: int
+    total: int
+
+
 class JobBroke(msgspec.Struct, frozen=True):
     """Inbox: a bug of ours. It ends the loop; the next start counts against it (lifecycle.py)."""
 
@@ -59,4 +68,4 @@ class Measured(msgspec.Struct, frozen=True):
     status: StatusReport | None
 
 
-Item = Arrival | JobDone | JobFailed | JobBroke | AdmissionDone | SigningDone | Measured
+Item = Arrival | JobDone | JobFailed | JobTold | JobBroke | AdmissionDone | SigningDone | Measured

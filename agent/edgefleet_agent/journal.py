@@ -12,7 +12,7 @@ from edgefleet_shared.assignment import Assignment
 from edgefleet_shared.contract import AcceptanceReport
 from edgefleet_shared.errors import ArtifactError
 from edgefleet_shared.files import DISK, FileSystem
-from edgefleet_shared.lifecycle import Life
+from edgefleet_shared.lifecycle import Life, is_known
 from edgefleet_shared.messages import Ended, SignedResult
 
 log = logging.getLogger(__name__)
@@ -54,11 +54,17 @@ def read(state: Path, *, files: FileSystem = DISK) -> Journal:
     """
     path = state / "journal.json"
     try:
-        return msgspec.json.decode(atomic.read(path, files=files), type=Journal)
+        found = msgspec.json.decode(atomic.read(path, files=files), type=Journal)
     except FileNotFoundError:
         return Journal()
     except msgspec.DecodeError as exc:
         raise ArtifactError(f"{path} is damaged: {exc}", hint="the agent begins a new one when it starts") from exc
+    if not is_known(found.life.state):
+        raise ArtifactError(
+            f"{path} is of a newer agent: it stands in {found.life.state.value}",
+            hint="the agent begins a new one when it starts",
+        )
+    return found
 
 
 def write(state: Path, journal: Journal, *, files: FileSystem = DISK) -> None:

@@ -22,6 +22,27 @@ from edgefleet_agent.transport import Uplink
 from edgefleet_agent.verify import AdmitRequest, Checked
 
 
+class BuildOrder(NamedTuple):
+    """What building a plan needs to know: what the plan at hand was made by (empty: there is none), where pieces of a new one go, who is
+    told how far it is (what is done, so many of so many steps), and when it is not wanted any more."""
+
+    have: str
+    take: Callable[[bytes], None]
+    tell: Callable[[str, int, int], None]
+    stop: threading.Event
+
+
+class BuildReport(NamedTuple):
+    """What came of it. ``key`` is what the plan was made by, ``anew`` that it was given away in pieces just now; ``reason`` why there is
+    none, ``out_of_time`` that it took too long; ``unconfined`` what this kernel could not enforce."""
+
+    key: str = ""
+    anew: bool = False
+    reason: str = ""
+    out_of_time: bool = False
+    unconfined: tuple[str, ...] = ()
+
+
 class Examiner(Protocol):
     """Stages 6 and 7: questions about hostile bytes, each asked of a fresh sandboxed child.
 
@@ -34,6 +55,10 @@ class Examiner(Protocol):
 
     def check(self, state: Path, assignment: Assignment) -> Checked:
         """Is what lies on the disk to the byte what was signed? Raises Refusal."""
+        ...
+
+    def build(self, state: Path, manifest: str, order: BuildOrder) -> BuildReport:
+        """Make the plan of a candidate whose engine needs one on this board."""
         ...
 
     def accept(self, state: Path, manifest: str, threads: int) -> AcceptanceReport:

@@ -86,10 +86,10 @@ class Teller:
         self._told = told
         self.report()
 
-    def progress(self, detail: str = "") -> None:
-        """A step of the life cycle, or how far the fetch has come."""
+    def progress(self, detail: str = "", done: int = 0, total: int = 0) -> None:
+        """A step of the life cycle, or how far the fetch has come, or the build (``done`` of ``total`` steps)."""
         self.progress_told_at = self._ports.clock.monotonic()
-        step = progress(self._keeper.now, self._fetcher, detail)
+        step = progress(self._keeper.now, self._fetcher, detail, done, total)
         if step is not None:
             self._spool.add(step)
 
@@ -139,7 +139,7 @@ def next_number(journal: Journal) -> int:
     return journal.ended.number + 1 if journal.ended else 1
 
 
-def progress(journal: Journal, fetcher: Fetcher, detail: str) -> Progress | None:
+def progress(journal: Journal, fetcher: Fetcher, detail: str, done: int, total: int) -> Progress | None:
     """A step of the life cycle; None when there never was an assignment."""
     if journal.assignment is None:
         return None
@@ -148,8 +148,8 @@ def progress(journal: Journal, fetcher: Fetcher, detail: str) -> Progress | None
         assignment=journal.assignment.id,
         state=journal.life.state,
         detail=detail[:MAX_DETAIL],
-        done=fetcher.done_bytes if fetching else 0,
-        total=fetcher.total_bytes if fetching else 0,
+        done=fetcher.done_bytes if fetching else done,
+        total=fetcher.total_bytes if fetching else total,
     )
 
 

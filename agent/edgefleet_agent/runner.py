@@ -36,8 +36,8 @@ from edgefleet_agent import health, notify, reporting, slots, swap
 from edgefleet_agent.admission import Admissions
 from edgefleet_agent.effects import Effects, Job
 from edgefleet_agent.fetch import Fetcher
-from edgefleet_agent.inbox import AdmissionDone, Item, JobBroke, JobDone, JobFailed, Measured, SigningDone
-from edgefleet_agent.journal import Keeper
+from edgefleet_agent.inbox import AdmissionDone, Item, JobBroke, JobDone, JobFailed, JobTold, Measured, SigningDone
+from edgefleet_agent.journal import Journal, Keeper
 from edgefleet_agent.ports import Ports
 from edgefleet_agent.results import Results
 from edgefleet_agent.runtime.control import StatusReport
@@ -45,6 +45,7 @@ from edgefleet_agent.settings import Settings
 from edgefleet_agent.slots import Slot, SlotStatus
 from edgefleet_agent.spool import Spool
 from edgefleet_agent.transport import Acked, Chunk, Desired, Down, MetadataFile, Up
+from edgefleet_agent.upkeep import Upkeep
 
 log = logging.getLogger(__name__)
 
@@ -68,7 +69,7 @@ class Line(NamedTuple):
 
     subject: Subject = Subject.MODEL
     home: Path | None = None
-    effects: Callable[[Path, Ports, Fetcher, int, Callable[[Ended], None]], Effects] = Effects
+    effects: Callable[[Path, Ports, Fetcher, int, Upkeep, Callable[[Ended], None]], Effects] = Effects
     may_begin: Callable[[], bool] = lambda: True
     deciding: threading.Lock | None = None
 
@@ -127,7 +128,10 @@ class Runner:
             settings.device, self._keeper, ports, tell=self._spool.add, put=inbox.put,
             problem=lambda why: self._teller.note("result", why), report=self._teller.result,
         )  # fmt: skip
-        self._effects = line.effects(state, ports, self._fetcher, settings.threads, self._results.sign)
+        # What the agent itself is made of needs no engine.
+        build_keys = board.build_keys if line.subject is Subject.MODEL else {}
+        self._upkeep = Upkeep(state, ports, build_keys, self._job_told)
+        self._effects = line.effects(state, ports, self._fetcher, settings.threads, self._upkeep, self._results.sign)
         self._admissions = Admissions(
             line.home or state, settings, board, self._keeper, ports,
             tell=self._spool.add, tell_result=self._results.sign, put=inbox.put, problem=self._teller.note,
@@ -141,10 +145,11 @@ class Runner:
         self._wake_at: float | None = 0.0  # None: awake
         self._held_until = 0.0
         self._look_at_pending = True
+        self._look_at_plans = True
         self._again: tuple[Effect, ...] = ()
         self._again_at = 0.0
         self._tries = 0
-        self._fetch_deadline: float | None = None
+        self._deadline: float | None = None  # of the assignment, while it is fetched and built
         self._stopping = False
 
     # -- the loop ------------------------------------------------------------------------------------------------------
@@ -238,6 +243,9 @@ class Runner:
             case JobDone() | JobFailed():
                 if item.transition == self._transition:
                     self._job_ended(item)
+            case JobTold(state, detail, done, total):
+                if state is self._keeper.now.life.state:
+                    self._teller.progress(detail, done, total)
             case JobBroke(error):
                 raise error
             case AdmissionDone():
@@ -258,13 +266,13 @@ class Runner:
         if self._again and now >= self._again_at:
             effects, self._again = self._again, ()
             self._carry_out(effects)
-        if self._keeper.now.life.state is not State.FETCHING:
+        state = self._keeper.now.life.state
+        if self._deadline is not None and now > self._deadline and (state, Event.TIMED_OUT) in TABLE:
+            self._deadline = None
+            came = f"{self._fetcher.done_bytes} of {self._fetcher.total_bytes} bytes came in time"
+            self._happen(Event.TIMED_OUT, came if state is State.FETCHING else "the plan was not built in time")
             return
-        if self._fetch_deadline is not None and now > self._fetch_deadline:
-            self._happen(
-                Event.TIMED_OUT, f"{self._fetcher.done_bytes} of {self._fetcher.total_bytes} bytes came in time"
-            )
-            self._fetch_deadline = None
+        if state is not State.FETCHING:
             return
         self._fetcher.tick()
         if now - self._teller.progress_told_at >= PROGRESS_EVERY_S:
@@ -279,6 +287,13 @@ class Runner:
         """Hold the pending assignment against what is being done."""
         current = self._keeper.now
         pending = current.pending
+        if self._look_at_plans and current.life.state is State.IDLE:
+            # Before anything new: what the board fell back to must be able to serve.
+            outdated = self._upkeep.outdated()
+            self._look_at_plans = False
+            if outdated:
+                self._happen(Event.OUTDATED, outdated)
+                return
         if pending is None:
             return
         if current.life.state is not State.IDLE:
@@ -348,6 +363,9 @@ class Runner:
         self._stop_job.set()
         self._stop_job = threading.Event()
         self._tries, self._again = 0, ()
+        self._look_at_plans = True
+        if life.state is State.BUILDING:
+            self._look_at_pending = True  # what came while it could not be heeded need not wait for a build
         self._teller.note("work")
         log.info(
             "transition",
@@ -378,15 +396,23 @@ class Runner:
             if job is not None:
                 jobs.append((effect, job))
             elif effect is Effect.FETCH:
-                timeout = journal.assignment.timeout_s if journal.assignment else 0
-                self._fetch_deadline = self._ports.clock.monotonic() + timeout if timeout > 0 else None
+                self._deadline = None
+                self._set_deadline(journal)
                 self._fetched()
+            if effect is Effect.BUILD:
+                self._set_deadline(journal)
         if undone:
             self._again, self._again_at = tuple(undone), self._ports.clock.monotonic() + AGAIN_S
         elif not jobs:
             self._teller.note("work")
         if jobs:
             self._start(jobs)
+
+    def _set_deadline(self, journal: Journal) -> None:
+        """The assignment's time runs, from now unless it does already: an agent that restarts does not know for how long it was at it."""
+        timeout = journal.assignment.timeout_s if journal.assignment else 0
+        if timeout > 0 and self._deadline is None:
+            self._deadline = self._ports.clock.monotonic() + timeout
 
     def _start(self, jobs: list[tuple[Effect, Job]]) -> None:
         transition, stop = self._transition, self._stop_job
@@ -407,6 +433,11 @@ class Runner:
                     return
 
         self._ports.spawn(f"job-{self._keeper.now.life.state.value}", run)
+
+    def _job_told(self, state: State, detail: str, done: int, total: int) -> None:
+        """On the job's thread, which must not wait for this loop: it may be waiting for the job. Progress can be missed."""
+        with suppress(queue.Full):
+            self._inbox.put_nowait(JobTold(state, detail, done, total))
 
     def _job_ended(self, ended: JobDone | JobFailed) -> None:
         if isinstance(ended, JobDone):

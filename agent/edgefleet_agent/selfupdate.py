@@ -32,6 +32,7 @@ from edgefleet_agent.launcher import Trial
 from edgefleet_agent.ports import Ports
 from edgefleet_agent.slots import Slots, SlotStatus
 from edgefleet_agent.transport import Arrival, Desired, Down, Up, Uplink
+from edgefleet_agent.upkeep import Upkeep
 
 log = logging.getLogger(__name__)
 
@@ -77,16 +78,19 @@ class AgentEffects(Effects):
         ports: Ports,
         fetcher: Fetcher,
         threads: int,
+        upkeep: Upkeep,
         tell: Callable[[Ended], None],
         *,
         myself: Myself,
     ) -> None:
-        super().__init__(state, ports, fetcher, threads, tell)
+        super().__init__(state, ports, fetcher, threads, upkeep, tell)
         self._myself = myself
 
     def carry_out(self, effect: Effect, journal: Journal) -> Job | None:
         """As of :class:`edgefleet_agent.effects.Effects`."""
         match effect:
+            case Effect.BUILD:
+                return lambda stop: Result(Event.BUILT)
             case Effect.SHADOW:
                 return lambda stop: Result(Event.AGREED)
             case Effect.SWAP:

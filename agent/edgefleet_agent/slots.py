@@ -23,6 +23,8 @@ from edgefleet_shared.artifact import Layout
 from edgefleet_shared.errors import ArtifactError, NotFoundError
 from edgefleet_shared.files import DISK, FileSystem
 
+from edgefleet_agent import plans
+
 log = logging.getLogger(__name__)
 
 
@@ -125,9 +127,9 @@ def _is_whole(layout: Layout, manifest: str) -> bool:
 
 
 def collect_garbage(state: Path, slots: Slots, *, files: FileSystem = DISK) -> list[str]:
-    """Remove every blob that no slot names, and what never became a blob. Returns the digests that went.
+    """Remove every blob that no slot names, the plans of such artifacts, and what never became a blob. Returns the digests that went.
 
-    Call only while nothing is being fetched, with slots that are on the disk already, or with those without the candidate.
+    Call only while nothing is being fetched or built, with slots that are on the disk already, or with those without the candidate.
 
     Raises:
         EnvironmentProblem: the disk can't be read or written.
@@ -143,6 +145,7 @@ def collect_garbage(state: Path, slots: Slots, *, files: FileSystem = DISK) -> l
         except (NotFoundError, ArtifactError):
             if slot is not slots.candidate:
                 return []  # a slot that can't be read may name any blob: keep everything
+    keep |= plans.forget_others(layout, keep)
     gone = [digest for digest in layout.digests() if digest not in keep]
     for digest in gone:
         layout.remove(digest)

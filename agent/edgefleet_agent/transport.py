@@ -15,8 +15,6 @@ from edgefleet_shared.messages import Ack, AgentReport, Presence, Reported, Want
 from edgefleet_shared.mqtt import Endpoint, Link, Will
 from edgefleet_shared.topics import Kind
 
-from edgefleet_agent.fetch_http import fetch_chunks
-
 log = logging.getLogger(__name__)
 
 # The inbox is bounded and putting blocks: a slow board slows the broker down instead of filling its memory with chunks.
@@ -186,6 +184,8 @@ class MqttUplink:
             return
 
         def run() -> None:
+            from edgefleet_agent.fetch_http import fetch_chunks  # an HTTP client is memory that few boards ever need
+
             try:
                 fetch_chunks(
                     self._endpoint, host, port, digest, size, chunk_bytes, numbers,

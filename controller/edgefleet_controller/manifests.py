@@ -77,10 +77,12 @@ class Accuracy(_Strict):
 class Search(_Strict):
     """How hard the compiler looks for the best artifact. ``fixed``: what the manifests say, pass or fail. ``quick``: that, and more only
     when it misses a budget. ``full``: every candidate that makes sense. ``prefer``: what is best among those within all budgets;
-    only ``size`` lets a candidate win that is slower than float."""
+    only ``size`` and ``transfer`` (fewest bytes sent) let a candidate win that is slower than float. ``pruned``: whether networks that the model's
+    ``prune`` made are among them."""
 
     effort: Literal["fixed", "quick", "full"] = "full"
-    prefer: Literal["latency", "size", "accuracy"] = "latency"
+    prefer: Literal["latency", "size", "transfer", "accuracy"] = "latency"
+    pruned: bool = True
 
 
 class AcceptanceOverrides(_Strict):
@@ -108,6 +110,15 @@ class Shadow(_Strict):
     time_limit_s: Annotated[float, Field(gt=0)] = 300.0
 
 
+class BuildBudget(_Strict):
+    """What making a plan may cost on a board of the class, where the engine needs one (tensorrt). A rollout's ``timeout_s`` must leave time
+    for it."""
+
+    time_limit_s: Annotated[float, Field(gt=0)] = 900.0
+    memory_bytes: Bytes = Field(default=2 << 30, description="resident, of the process that builds")
+    disk_bytes: Bytes = Field(default=1 << 30, description="of the plan")
+
+
 class Power(_Strict):
     """How fast the processor may run while a board of the class serves; applied on the board, undone when nothing asks for it."""
 
@@ -132,6 +143,7 @@ class DeviceClassSpec(_Strict):
     shadow: Shadow | None = None
     power: Power = Power()
     build: Literal["controller", "builder", "board"] = "controller"
+    build_budget: BuildBudget = BuildBudget()
     options: dict[str, str | int | float | bool] = Field(default={}, description="for the compile target")
     proven: str = Field(default="", description="how far this class was proven, in words")
 
@@ -151,7 +163,9 @@ class DeviceClass(ManifestBase):
 class Source(_Strict):
     """Where the network comes from: a file, or an importer that knows a published one."""
 
-    path: str | None = Field(default=None, description="an ONNX file")
+    path: str | None = Field(
+        default=None, description="an ONNX file, a .tflite, a .keras or .h5 file, or the folder of a SavedModel"
+    )
     importer: Name | None = None
 
     @model_validator(mode="after")
@@ -236,10 +250,20 @@ class Output(_Strict):
 
 
 class Pictures(_Strict):
-    """A folder of pictures, or a ``.safetensors`` file of input tensors (float, already encoded; first axis the samples)."""
+    """A folder of pictures; a ``.safetensors`` file of one tensor per input, first axis the samples (float32 as the network takes it, or uint8
+    pictures in the input's size); or a Python function that yields such samples one by one, run in a process of its own."""
 
-    path: str
+    path: str | None = None
+    entry: str | None = Field(
+        default=None, pattern=r"^[^:]+\.py:[A-Za-z_][A-Za-z0-9_]*$", description="file.py:function, which takes nothing"
+    )
     count: Count | None = Field(default=None, description="how many to take, in order of name; default: all")
+
+    @model_validator(mode="after")
+    def _one(self) -> Pictures:
+        if (self.path is None) == (self.entry is None):
+            raise ValueError("give either path or entry")
+        return self
 
 
 class Calibration(Pictures):
@@ -251,6 +275,42 @@ class Holdout(Pictures):
         default=None,
         description="text file with the right answer of each sample, one a line, in order of name: a class's number or label, or the text",
     )
+
+
+class Training(Pictures):
+    truth: str | None = Field(
+        default=None,
+        description="text file with the class of each sample, one a line, in order of name: its number or label",
+    )
+
+
+class Pruning(_Strict):
+    """Gradual pruning, as variants that the quality search may choose: a step takes some weights, then the network is tuned to answer as the float
+    one does, and where labelled samples are given, right. A class whose accuracy budget does not come back gets the last step that was good.
+
+    ``structured``: whole channels go; the network gets smaller and faster. ``unstructured``: single weights become zero; it gets smaller in
+    transfer only. With both, each step takes channels first.
+    """
+
+    structured: Annotated[float, Field(ge=0, lt=1)] = Field(default=0.0, description="share of the weights that go")
+    unstructured: Annotated[float, Field(ge=0, lt=1)] = Field(default=0.0, description="share of those left")
+    steps: Annotated[int, Field(ge=1, le=32)] = Field(default=4, description="by a cubic schedule: the first take most")
+    epochs: Count = Field(default=4, description="after each step; as many again where the accuracy is not back")
+    learning_rate: Annotated[float, Field(gt=0, lt=1)] = 1e-3
+    batch: Count = 64
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    max_loss: Annotated[float, Field(ge=0, lt=1)] | None = Field(
+        default=None,
+        description="accuracy that a step may lose on training samples set aside, where labelled; default: the class's. The float network may have "
+        "been trained on these very samples, and then knows them better than any other network: give it room. Held-out samples judge in the end",
+    )
+    training: Training | None = Field(default=None, description="default: the calibration samples, without labels")
+
+    @model_validator(mode="after")
+    def _something(self) -> Pruning:
+        if not (self.structured or self.unstructured):
+            raise ValueError("give structured or unstructured, the share of the weights to prune")
+        return self
 
 
 class ModelAcceptance(_Strict):
@@ -278,6 +338,7 @@ class ModelSpec(_Strict):
     holdout: Holdout
     golden: Pictures
     acceptance: ModelAcceptance = ModelAcceptance()
+    prune: Pruning | None = None
     options: dict[str, str | int | float | bool] = Field(default={}, description="for the compile targets")
 
     @model_validator(mode="after")
@@ -288,6 +349,9 @@ class ModelSpec(_Strict):
             raise ValueError(f"output kind {kind} needs acceptance.tolerance_abs or acceptance.tolerance_rel")
         if self.holdout.truth is not None and kind not in ("classification", "text"):
             raise ValueError(f"holdout.truth has no form for output kind {kind}")
+        training = self.prune.training if self.prune is not None else None
+        if training is not None and training.truth is not None and kind != "classification":
+            raise ValueError(f"prune.training.truth has no form for output kind {kind}")
         return self
 
 

@@ -1,7 +1,7 @@
 """Stage 1, source: calibration, held-out and golden data. Receives folders of pictures or tensor files, hands on arrays.
 
 Pictures become uint8, N x H x W x C, as the network will see them: shortest side resized, centre cropped, RGB (or grey).
-Tensor files are safetensors with one float32 tensor per input, first axis the samples. Whatever would make a calibration
+Tensor files are safetensors with one tensor per input, first axis the samples: float32 as the network takes it, or uint8 pictures. Whatever would make a calibration
 meaningless without anybody noticing is an error here: too few, unreadable, too small, blank, all the same, not finite.
 """
 
@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from edgefleet_shared.contract import TensorSpec
+from edgefleet_shared.contract import PictureEncoding, TensorSpec
 from edgefleet_shared.errors import DataError
 from PIL import Image, ImageOps, UnidentifiedImageError
 from safetensors import SafetensorError
@@ -23,6 +23,7 @@ from safetensors.numpy import load_file
 
 Array = npt.NDArray[Any]
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff"}
+NEARLY_WHOLE = 0.02  # of a grey level: what rounding leaves of one that was encoded
 MIN_COUNT = 8  # fewer pictures than this can't calibrate, nor tell a damaged model from a sound one
 
 
@@ -89,8 +90,18 @@ def read_folder(
     return Samples(split, str(folder), {input_name: np.stack(arrays)}, [f.name for f in files[:wanted]])
 
 
-def read_tensors(split: str, file: Path, inputs: Sequence[TensorSpec], count: int | None) -> Samples:
-    """Read a safetensors file of input tensors that are already encoded.
+def read_tensors(
+    split: str,
+    file: Path,
+    inputs: Sequence[TensorSpec],
+    count: int | None,
+    *,
+    pictures: tuple[int, int, int] | None = None,
+) -> Samples:
+    """Read a safetensors file: one tensor per input, first axis the samples; float32 as the network takes them, or uint8 pictures.
+
+    Args:
+        pictures: height, width and channels of a picture, where the network takes one.
 
     Raises:
         DataError: missing, not safetensors, other names, shapes or types than the network's, not finite, constant, too few.
@@ -112,17 +123,7 @@ def read_tensors(split: str, file: Path, inputs: Sequence[TensorSpec], count: in
     if len(counts) != 1 or available < max(wanted, MIN_COUNT):
         raise DataError(f"{split}: {file} has {available} samples, {max(wanted, MIN_COUNT)} are needed")
     for spec in inputs:
-        array = found[spec.name]
-        if tuple(array.shape[1:]) != spec.shape[1:]:
-            raise DataError(
-                f"{split}: {spec.name} in {file} has shape {array.shape}, expected N x {' x '.join(map(str, spec.shape[1:]))}"
-            )
-        if array.dtype != np.float32:
-            raise DataError(f"{split}: {spec.name} in {file} is {array.dtype}, expected float32")
-        if not np.isfinite(array).all():
-            raise DataError(f"{split}: {spec.name} in {file} holds values that are not finite")
-        if array.min() == array.max():
-            raise DataError(f"{split}: {spec.name} in {file} is constant, {float(array.min())} everywhere")
+        _check(f"{split}: {spec.name} in {file}", found[spec.name][:wanted], spec, pictures)
     return Samples(
         split,
         str(file),
@@ -131,21 +132,65 @@ def read_tensors(split: str, file: Path, inputs: Sequence[TensorSpec], count: in
     )
 
 
-def keep_apart(splits: Sequence[Samples]) -> None:
+def _check(where: str, array: Array, spec: TensorSpec, pictures: tuple[int, int, int] | None) -> None:
+    if array.dtype == np.uint8 and pictures is not None:
+        if array.shape[1:] != pictures:
+            raise DataError(
+                f"{where} has shape {array.shape}, expected N x {' x '.join(map(str, pictures))} (uint8 pictures)"
+            )
+    elif array.dtype != np.float32:
+        also = ", or uint8 pictures" if pictures is not None else ""
+        raise DataError(f"{where} is {array.dtype}, expected float32{also}")
+    elif tuple(array.shape[1:]) != spec.shape[1:]:
+        raise DataError(f"{where} has shape {array.shape}, expected N x {' x '.join(map(str, spec.shape[1:]))}")
+    elif not np.isfinite(array).all():
+        raise DataError(f"{where} holds values that are not finite")
+    flat = array.reshape(len(array), -1)
+    if array.min() == array.max():
+        raise DataError(f"{where} is constant, {float(array.min())} everywhere")
+    blank = np.flatnonzero(flat.min(axis=1) == flat.max(axis=1))
+    if len(blank) and pictures is not None:
+        raise DataError(f"{where}: sample {blank[0]} is blank: every value is {float(flat[blank[0], 0])}")
+
+
+def keep_apart(splits: Sequence[Samples], encoding: PictureEncoding | None = None) -> None:
     """Refuse a sample that is in two splits: a model would be judged by what it was tuned on.
+
+    Args:
+        encoding: how pictures become inputs: one that is a picture in one split and already encoded in another is found too.
 
     Raises:
         DataError: names both.
     """
     owner: dict[bytes, tuple[Samples, str]] = {}
     for samples in splits:
-        for name, digest in zip(samples.names, samples.hashes, strict=True):
+        hashes = samples.hashes if encoding is None else _hashes_as_pictures(samples, encoding)
+        for name, digest in zip(samples.names, hashes, strict=True):
             first, first_name = owner.setdefault(digest, (samples, name))
             if first is not samples:
                 raise DataError(
                     f"{name} ({samples.split}) is the same picture as {first_name} ({first.split})",
-                    hint="a picture may be in one of calibration, holdout and golden only",
+                    hint="a picture may be in one of calibration, holdout and golden only, and of training in calibration only",
                 )
+
+
+def _hashes_as_pictures(samples: Samples, encoding: PictureEncoding) -> list[bytes]:
+    """Content hashes, of encoded samples that were pictures those of the pictures."""
+    ((_, array),) = samples.inputs.items()
+    if array.dtype == np.uint8 or array.ndim != 4:
+        return samples.hashes
+    found = []
+    for sample, known in zip(array, samples.hashes, strict=True):
+        x = sample.transpose(1, 2, 0) if encoding.layout == "NCHW" else sample
+        x = x * np.asarray(encoding.std, np.float32) + np.asarray(encoding.mean, np.float32)
+        x = x[..., ::-1] if encoding.colour == "BGR" else x
+        whole = np.round(x)
+        # Whole numbers from 0 to 255 throughout are no accident.
+        picture = whole.min() >= 0 and whole.max() <= 255 and np.abs(x - whole).max() < NEARLY_WHOLE
+        found.append(
+            hashlib.sha256(np.ascontiguousarray(whole.astype(np.uint8)).tobytes()).digest() if picture else known
+        )
+    return found
 
 
 def _read(split: str, file: Path, height: int, width: int, grey: bool, fit: Fit) -> Array:

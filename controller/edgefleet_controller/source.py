@@ -1,13 +1,12 @@
-"""Stage 1, source: receives a Model manifest with its ONNX file and pictures, hands on an immutable model version.
+"""Stage 1, source: receives a Model manifest with its network's file and pictures, hands on an immutable model version.
 
 Runs on the operator's side, where the files are. What it hands on is content-addressed: a :class:`ModelVersion` names its
 blobs (network, calibration, held-out and golden data) by digest, and its own digest is the sha256 of its JSON.
-Formats other than ONNX come in through importers (:mod:`edgefleet_controller.importers`).
+The network is ONNX: Keras and TFLite are converted (:mod:`.converters`), published networks come through :mod:`.importers`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
@@ -17,15 +16,15 @@ from edgefleet_shared.contract import PictureEncoding, TensorSpec
 from edgefleet_shared.errors import ArtifactError, DataError, ModelError
 from safetensors.numpy import save
 
-from edgefleet_controller import network, pictures
+from edgefleet_controller import network, pictures, sample_sets
+from edgefleet_controller.formats import format_of
 from edgefleet_controller.importers import importer
-from edgefleet_controller.manifests import Model, Output, PictureInput, Pictures
+from edgefleet_controller.manifests import Model, Output, PictureInput, Pruning
+from edgefleet_controller.sample_sets import Progress as Progress
 
 SCHEMA = 1
 VERSION_TYPE = "application/vnd.edgefleet.version.v1+json"
 MAX_NETWORK_BYTES = 2**31 - 1  # protobuf's own limit
-
-Progress = Callable[[str, int, int], None]  # (what is being done, how many done, of how many)
 
 
 class Split(msgspec.Struct, frozen=True):
@@ -56,6 +55,19 @@ class BoxDecoding(msgspec.Struct, frozen=True, kw_only=True):
     match_iou: float
 
 
+class PruningPlan(msgspec.Struct, frozen=True, kw_only=True):
+    """How the network may be pruned (see the Model manifest's ``prune``)."""
+
+    structured: float
+    unstructured: float
+    steps: int
+    epochs: int
+    learning_rate: float
+    batch: int
+    seed: int
+    max_loss: float | None = None
+
+
 class ModelVersion(msgspec.Struct, frozen=True, kw_only=True):
     """One version of one network with everything that compiling and judging it needs. Immutable."""
 
@@ -77,6 +89,10 @@ class ModelVersion(msgspec.Struct, frozen=True, kw_only=True):
     detection: BoxDecoding | None = None
     characters: tuple[str, ...] = ()  # of text output, by class less one: class 0 is the blank
     truth: tuple[str, ...] = ()  # of the held-out samples: class numbers, or lines of text
+    as_is: str = ""  # digest of the .tflite that it came as, where that is quantized already; the network is then what it means in floats
+    pruning: PruningPlan | None = None
+    training: Split | None = None  # what a pruned network is tuned on, in place of the calibration samples
+    training_truth: tuple[str, ...] = ()  # class numbers
 
     def encode(self) -> bytes:
         """The JSON that is stored; the same version always gives the same bytes."""
@@ -110,7 +126,10 @@ def store(version: ModelVersion, layout: Layout) -> Descriptor:
 
 def blobs(version: ModelVersion) -> tuple[str, ...]:
     """Digests of everything a version names: what must be copied to hold it."""
-    return (version.network, version.calibration.digest, version.holdout.digest, version.golden.digest)
+    named = [version.network, version.calibration.digest, version.holdout.digest, version.golden.digest]
+    named += [version.as_is] if version.as_is else []
+    named += [version.training.digest] if version.training is not None else []
+    return tuple(named)
 
 
 def import_model(
@@ -130,7 +149,7 @@ def import_model(
     """
     spec = manifest.spec
     progress("reading the network", 0, 1)
-    content, origin = _network(manifest, base, cache)
+    content, origin, as_is = _network(manifest, base, cache, progress)
     model = network.fix_shapes(network.load(content, origin), spec.sizes, origin)
     inputs = network.specs(network.graph_inputs(model), origin)
     outputs = network.specs(model.graph.output, origin)
@@ -147,11 +166,14 @@ def import_model(
 
     splits = []
     for name, source in (("calibration", spec.calibration), ("holdout", spec.holdout), ("golden", spec.golden)):
-        splits.append(_samples(name, source, base, picture, inputs, progress))
+        splits.append(sample_sets.read(name, source, base, picture, inputs, progress))
     if len(splits[2]) < spec.acceptance.min_golden:
         raise DataError(f"golden: {len(splits[2])} samples, acceptance.min_golden wants {spec.acceptance.min_golden}")
-    pictures.keep_apart(splits)
-    truth = _truth(manifest, base, labels, outputs, len(splits[1]))
+    pictures.keep_apart(splits, sample_sets.encoding(picture))
+    truth = sample_sets.truth(spec.holdout, spec.output.kind, base, labels, outputs, len(splits[1]))
+    trained = sample_sets.training(
+        spec.prune, spec.output.kind, base, picture, inputs, labels, outputs, splits, progress
+    )
 
     progress("storing", 0, 1)
     stored = [Split(layout.put(bytes(save(s.inputs))).digest, len(s)) for s in splits]
@@ -163,7 +185,7 @@ def import_model(
         inputs=inputs,
         outputs=outputs,
         output_kind=spec.output.kind,
-        encoding=_encoding(picture),
+        encoding=sample_sets.encoding(picture),
         labels=labels,
         calibration=stored[0],
         calibration_method=spec.calibration.method,
@@ -174,25 +196,34 @@ def import_model(
         detection=detection,
         characters=characters,
         truth=truth,
+        as_is="" if as_is is None else layout.put(as_is).digest,
+        pruning=_plan(spec.prune),
+        training=Split(layout.put(bytes(save(trained[0].inputs))).digest, len(trained[0])) if trained else None,
+        training_truth=trained[1] if trained else (),
     )
     store(version, layout)
     progress("storing", 1, 1)
     return version
 
 
-def _network(manifest: Model, base: Path, cache: Path) -> tuple[bytes, str]:
+def _network(manifest: Model, base: Path, cache: Path, progress: Progress) -> tuple[bytes, str, bytes | None]:
+    """(ONNX, what to call it, the .tflite that it was where that is quantized already)."""
     source = manifest.spec.source
     if source.importer is not None:
-        return importer(source.importer)(cache), source.importer
+        return importer(source.importer)(cache), source.importer, None
     path = base / (source.path or "")
-    try:
-        if path.stat().st_size > MAX_NETWORK_BYTES:
-            raise ModelError(f"{path} is larger than an ONNX file can be")
-        return path.read_bytes(), str(path)
-    except OSError as exc:
-        raise ModelError(
-            f"can't read {path}: {exc.strerror}", hint="paths are relative to the manifest's file"
-        ) from exc
+    kind = format_of(path)
+    if kind != "onnx":
+        from edgefleet_controller.converters import to_onnx  # compiling, which it is a part of, knows versions
+
+        try:
+            converted = to_onnx(path, kind, cache, progress)
+        except ModelError as exc:
+            raise ModelError(f"{path}: {exc.message}", hint=exc.hint) from exc
+        return converted.onnx, str(path), converted.as_is
+    if path.stat().st_size > MAX_NETWORK_BYTES:
+        raise ModelError(f"{path} is larger than an ONNX file can be")
+    return path.read_bytes(), str(path), None
 
 
 def _picture_input(
@@ -216,13 +247,6 @@ def _picture_input(
     if tensor.datatype != "FP32":
         raise ModelError(f"{origin}: picture input {tensor.name!r} is {tensor.datatype}, expected FP32")
     return picture, tensor
-
-
-def _encoding(picture: tuple[PictureInput, TensorSpec] | None) -> PictureEncoding | None:
-    if picture is None:
-        return None
-    given, _ = picture
-    return PictureEncoding(mean=tuple(given.mean), std=tuple(given.std), layout=given.layout, colour=given.colour)
 
 
 def _labels(manifest: Model, base: Path, outputs: tuple[TensorSpec, ...], origin: str) -> tuple[str, ...]:
@@ -292,49 +316,5 @@ def _characters(manifest: Model, base: Path, outputs: tuple[TensorSpec, ...], or
     return tuple(found)
 
 
-def _truth(
-    manifest: Model, base: Path, labels: tuple[str, ...], outputs: tuple[TensorSpec, ...], count: int
-) -> tuple[str, ...]:
-    """The right answers of the held-out samples; classes by number."""
-    name = manifest.spec.holdout.truth
-    if name is None:
-        return ()
-    path = base / name
-    try:
-        lines = [line.rstrip("\r") for line in path.read_text(encoding="utf-8").rstrip("\n").split("\n")]
-    except (OSError, UnicodeDecodeError) as exc:
-        raise DataError(f"can't read the truth {path}: {exc}") from exc
-    if len(lines) < count or (manifest.spec.holdout.count is None and len(lines) != count):
-        raise DataError(f"{path} has {len(lines)} lines, there are {count} held-out samples")
-    if manifest.spec.output.kind == "text":
-        return tuple(lines[:count])
-    classes, numbers = outputs[0].shape[-1], {label: str(i) for i, label in enumerate(labels)}
-    found = tuple(numbers.get(line.strip(), line.strip()) for line in lines[:count])
-    for number, answer in enumerate(found, 1):
-        if not answer.isdecimal() or int(answer) >= classes:
-            raise DataError(f"{path}, line {number}: {answer!r} is no label and no number from 0 to {classes - 1}")
-    return found
-
-
-def _samples(
-    split: str,
-    source: Pictures,
-    base: Path,
-    picture: tuple[PictureInput, TensorSpec] | None,
-    inputs: tuple[TensorSpec, ...],
-    progress: Progress,
-) -> pictures.Samples:
-    path = base / source.path
-    if path.suffix == ".safetensors":
-        return pictures.read_tensors(split, path, inputs, source.count)
-    if picture is None:
-        raise DataError(
-            f"{split}: {path} is a folder of pictures but the manifest describes no picture input",
-            hint="describe it under spec.inputs, or give a .safetensors file",
-        )
-    given, tensor = picture
-    height, width = tensor.shape[2:4] if given.layout == "NCHW" else tensor.shape[1:3]
-    return pictures.read_folder(
-        split, path, height=height, width=width, grey=given.colour == "GREY", fit=pictures.Fit(given.fit, given.resize, given.fill),
-        count=source.count, input_name=tensor.name, progress=lambda done, total: progress(f"reading {split} pictures", done, total),
-    )  # fmt: skip
+def _plan(prune: Pruning | None) -> PruningPlan | None:
+    return None if prune is None else PruningPlan(**prune.model_dump(exclude={"training"}))

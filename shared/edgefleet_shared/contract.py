@@ -65,6 +65,15 @@ class ShadowPlan(msgspec.Struct, frozen=True, kw_only=True):
     time_limit_s: float = 300.0
 
 
+class BuildBudget(msgspec.Struct, frozen=True, kw_only=True):
+    """What making a plan on the board may cost, for engines that need one: wall time, resident memory of the child that builds, and
+    the size of the plan."""
+
+    time_limit_s: float = 900.0
+    memory_bytes: int = 2 << 30
+    disk_bytes: int = 1 << 30
+
+
 class ShadowFigures(msgspec.Struct, frozen=True, kw_only=True):
     """What the runtime counted while a candidate answered unseen. ``compared`` requests were answered by both, ``agreed`` of them alike;
     ``failed`` by what serves alone. Times are the engine's, medians in ms, None before the first."""
@@ -101,6 +110,7 @@ class AcceptanceContract(msgspec.Struct, frozen=True, kw_only=True):
     warmup_runs: int = 5
     timed_runs: int = 40
     time_limit_s: float = 120.0
+    build: BuildBudget = BuildBudget()
     shadow: ShadowPlan = ShadowPlan()
 
     def check(self) -> None:
@@ -124,6 +134,8 @@ class AcceptanceContract(msgspec.Struct, frozen=True, kw_only=True):
             problems.append("kind raw needs a tolerance")
         if not self.time_limit_s > 0:
             problems.append("time_limit_s must be above 0")
+        if not (self.build.time_limit_s > 0 and self.build.memory_bytes > 0 and self.build.disk_bytes > 0):
+            problems.append("build.time_limit_s, build.memory_bytes and build.disk_bytes must be above 0")
         shadow = self.shadow
         if shadow.requests and not (0.0 < shadow.min_agreement <= 1.0 and shadow.time_limit_s > 0):
             problems.append("shadow needs a min_agreement in (0, 1] and a time_limit_s above 0")

@@ -12,13 +12,15 @@ import msgspec
 
 
 class Fingerprint(msgspec.Struct, frozen=True, kw_only=True):
-    """What a board is. ``engines`` maps engine name to its version, for engines that load on this board;
+    """What a board is. ``engines`` maps engine name to its version, for engines that load on this board; ``build_keys`` maps those of them
+    that need a plan made on the board to what a plan depends on (engine, driver, processor);
     ``cpu_features`` are the kernel's names (avx2, avx512_vnni, asimddp, ...); memory in bytes. ``provides`` is what the agent's
     package brings for agents of other versions: python, the launcher and the Python distributions, by name and version."""
 
     arch: str
     cpu_features: tuple[str, ...] = ()
     engines: dict[str, str] = {}
+    build_keys: dict[str, str] = {}
     memory_bytes: int = 0
     agent_version: str = ""
     provides: dict[str, str] = {}

@@ -21,12 +21,31 @@ class State(str, Enum):
     IDLE = "idle"
     FETCHING = "fetching"
     VERIFYING = "verifying"
+    BUILDING = "building"  # where the engine needs a plan that is made on the board itself
     ACCEPTING = "accepting"
     SHADOWING = "shadowing"
     SWAPPING = "swapping"
     SOAKING = "soaking"
     COMMITTING = "committing"
     ROLLING_BACK = "rolling_back"
+    REBUILDING = "rebuilding"  # no deployment: the engine changed under what serves, its plan is made anew
+
+    @classmethod
+    def _missing_(cls, value: object) -> State | None:
+        """What a newer board calls a state that is not in this table: kept in its words, equal to none of the states here.
+
+        A controller that is older than its boards must go on hearing them. Where a life is acted upon, :func:`is_known` is asked.
+        """
+        if not isinstance(value, str):
+            return None
+        told = str.__new__(cls, value)
+        told._name_, told._value_ = "UNKNOWN", value
+        return told
+
+
+def is_known(state: State) -> bool:
+    """Whether the state is one of this table."""
+    return state._name_ in State.__members__
 
 
 class Event(str, Enum):
@@ -37,6 +56,8 @@ class Event(str, Enum):
     TIMED_OUT = "timed_out"
     VERIFIED = "verified"
     NOT_VERIFIED = "not_verified"
+    BUILT = "built"  # or the engine takes the model as it is
+    NOT_BUILT = "not_built"
     ACCEPTED = "accepted"
     NOT_ACCEPTED = "not_accepted"
     AGREED = "agreed"  # on live requests with what serves, or nobody asked for that
@@ -49,6 +70,8 @@ class Event(str, Enum):
     COMMITTED = "committed"
     RETURNED = "returned"
     RETURN_FAILED = "return_failed"
+    OUTDATED = "outdated"  # a plan on the board is not what its engine takes now
+    REBUILT = "rebuilt"
     RESTARTED = "restarted"  # the agent came up in this state
     BROKE = "broke"  # the board could not do its part, several times: no child started, the disk failed
     LOOPING = "looping"  # it came up in this state too often (made by step, never sent)
@@ -58,6 +81,7 @@ class Effect(str, Enum):
     PERSIST = "persist"
     FETCH = "fetch"
     VERIFY = "verify"
+    BUILD = "build"
     ACCEPT = "accept"
     SHADOW = "shadow"  # let the candidate answer live requests too, unseen
     SWAP = "swap"
@@ -66,6 +90,7 @@ class Effect(str, Enum):
     RETURN = "return"  # serve the previous artifact again
     DISCARD = "discard"  # forget the candidate
     STOP_FETCH = "stop_fetch"
+    REBUILD = "rebuild"  # the plans of the active and the previous slot
     SERVE = "serve"  # make sure that the runtime serves the active slot
     REPORT = "report"  # tell the outcome
 
@@ -85,6 +110,7 @@ TABLE: dict[tuple[State, Event], Row] = {
     (S.IDLE, E.ASSIGNED): Row(S.FETCHING, (P, F.FETCH)),
     (S.IDLE, E.ALREADY_SERVED): Row(S.IDLE, (P, F.REPORT), O.SUCCEEDED),
     (S.IDLE, E.UNHEALTHY): Row(S.ROLLING_BACK, (P, F.RETURN), O.LATE_REGRESSION),
+    (S.IDLE, E.OUTDATED): Row(S.REBUILDING, (P, F.REBUILD)),
     (S.IDLE, E.RESTARTED): Row(S.IDLE, (P, F.DISCARD, F.SERVE)),
     (S.IDLE, E.LOOPING): Row(S.IDLE, (P, F.DISCARD, F.SERVE)),
     #
@@ -95,11 +121,19 @@ TABLE: dict[tuple[State, Event], Row] = {
     (S.FETCHING, E.RESTARTED): Row(S.FETCHING, (P, F.FETCH)),
     (S.FETCHING, E.LOOPING): Row(S.IDLE, (P, F.DISCARD, F.REPORT), O.FAILED_NO_CHANGE),
     #
-    (S.VERIFYING, E.VERIFIED): Row(S.ACCEPTING, (P, F.ACCEPT)),
+    (S.VERIFYING, E.VERIFIED): Row(S.BUILDING, (P, F.BUILD)),
     (S.VERIFYING, E.NOT_VERIFIED): Row(S.IDLE, (P, F.DISCARD, F.REPORT), O.REJECTED),
     (S.VERIFYING, E.BROKE): Row(S.IDLE, (P, F.DISCARD, F.REPORT), O.FAILED_NO_CHANGE),
     (S.VERIFYING, E.RESTARTED): Row(S.VERIFYING, (P, F.VERIFY)),
     (S.VERIFYING, E.LOOPING): Row(S.IDLE, (P, F.DISCARD, F.REPORT), O.FAILED_NO_CHANGE),
+    #
+    (S.BUILDING, E.BUILT): Row(S.ACCEPTING, (P, F.ACCEPT)),
+    (S.BUILDING, E.NOT_BUILT): Row(S.IDLE, (P, F.DISCARD, F.REPORT), O.FAILED_NO_CHANGE),
+    (S.BUILDING, E.TIMED_OUT): Row(S.IDLE, (P, F.DISCARD, F.REPORT), O.TIMED_OUT),
+    (S.BUILDING, E.ASSIGNED): Row(S.IDLE, (P, F.DISCARD, F.REPORT), O.SUPERSEDED),
+    (S.BUILDING, E.BROKE): Row(S.IDLE, (P, F.DISCARD, F.REPORT), O.FAILED_NO_CHANGE),
+    (S.BUILDING, E.RESTARTED): Row(S.BUILDING, (P, F.BUILD)),
+    (S.BUILDING, E.LOOPING): Row(S.IDLE, (P, F.DISCARD, F.REPORT), O.FAILED_NO_CHANGE),
     #
     (S.ACCEPTING, E.ACCEPTED): Row(S.SHADOWING, (P, F.SHADOW)),
     (S.ACCEPTING, E.NOT_ACCEPTED): Row(S.IDLE, (P, F.DISCARD, F.REPORT), O.FAILED_NO_CHANGE),
@@ -135,10 +169,16 @@ TABLE: dict[tuple[State, Event], Row] = {
     (S.ROLLING_BACK, E.RETURN_FAILED): Row(S.IDLE, (P, F.REPORT), O.FAILED_UNABLE_TO_ROLL_BACK),
     (S.ROLLING_BACK, E.RESTARTED): Row(S.ROLLING_BACK, (P, F.RETURN)),
     (S.ROLLING_BACK, E.LOOPING): Row(S.IDLE, (P, F.REPORT), O.FAILED_UNABLE_TO_ROLL_BACK),
+    #
+    (S.REBUILDING, E.REBUILT): Row(S.IDLE, (P, F.DISCARD, F.SERVE)),
+    (S.REBUILDING, E.NOT_BUILT): Row(S.IDLE, (P, F.DISCARD, F.SERVE)),  # what can be served is
+    (S.REBUILDING, E.BROKE): Row(S.IDLE, (P, F.DISCARD, F.SERVE)),
+    (S.REBUILDING, E.RESTARTED): Row(S.REBUILDING, (P, F.REBUILD)),
+    (S.REBUILDING, E.LOOPING): Row(S.IDLE, (P, F.DISCARD, F.SERVE)),
 } | {
     # Not interrupted: what is wanted is looked at again when the board is idle (level-triggered).
     (state, E.ASSIGNED): Row(state, ())
-    for state in (S.VERIFYING, S.ACCEPTING, S.SWAPPING, S.COMMITTING, S.ROLLING_BACK)
+    for state in (S.VERIFYING, S.ACCEPTING, S.SWAPPING, S.COMMITTING, S.ROLLING_BACK, S.REBUILDING)
 }
 
 # A state that is entered by restart more often than this in a row is left by its LOOPING row.

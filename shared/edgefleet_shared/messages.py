@@ -116,7 +116,7 @@ class Presence(msgspec.Struct, frozen=True):
 
 
 class Progress(msgspec.Struct, frozen=True, kw_only=True, tag="progress"):
-    """A step of the life cycle. ``done`` and ``total`` are bytes while fetching, else 0."""
+    """A step of the life cycle. ``done`` and ``total`` are bytes while fetching, steps of ``detail`` while building, else 0."""
 
     assignment: str
     state: State

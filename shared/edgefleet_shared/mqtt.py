@@ -22,13 +22,19 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-import paho.mqtt.client as paho
-from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode
-from paho.mqtt.packettypes import PacketTypes
-from paho.mqtt.properties import Properties
-from paho.mqtt.subscribeoptions import SubscribeOptions
 
+from edgefleet_shared.deferred import defer
 from edgefleet_shared.errors import TransportError
+
+defer(
+    "urllib.request"
+)  # paho imports it for proxies that nobody asked for: 2.6 MB with the HTTP client, mail and archives behind it
+
+import paho.mqtt.client as paho  # noqa: E402
+from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode  # noqa: E402
+from paho.mqtt.packettypes import PacketTypes  # noqa: E402
+from paho.mqtt.properties import Properties  # noqa: E402
+from paho.mqtt.subscribeoptions import SubscribeOptions  # noqa: E402
 
 SESSION_LIFE_S = 14 * 24 * 3600  # the broker keeps a silent board's session that long
 KEEPALIVE_S = 20

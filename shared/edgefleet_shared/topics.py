@@ -74,7 +74,15 @@ TABLE = (
     Row(Kind.WANT, "d/<device>/want", "agent", False, 1, "Want", "which chunks of which digest are missing"),
     Row(Kind.ACK, "d/<device>/ack", "controller", False, 1, "Ack", "highest event sequence that is stored durably"),
     Row(Kind.REPO, "repo/<metadata file>", "controller", True, 1, "TUF metadata", "the image repository"),
-    Row(Kind.BLOB, "blob/<sha256 hex>/<n>", "controller or relay", False, 1, "raw bytes", "chunk n, sent once for all"),
+    Row(
+        Kind.BLOB,
+        "blob/<sha256 hex>/<n>",
+        "controller or relay",
+        False,
+        1,
+        "raw bytes, or their DEFLATE stream where shorter",
+        "chunk n, sent once for all",
+    ),
 )
 
 

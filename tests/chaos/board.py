@@ -17,10 +17,10 @@ from pathlib import Path
 
 import msgspec
 from chaos.depot import CLASS, DEVICE, Depot
-from edgefleet_agent import journal, settings, slots, verify, verify_child
+from edgefleet_agent import journal, plans, settings, slots, verify, verify_child
 from edgefleet_agent.health import REGRESSION_CRASHES
 from edgefleet_agent.inbox import AdmissionDone, Item, Measured
-from edgefleet_agent.ports import Ports
+from edgefleet_agent.ports import BuildOrder, BuildReport, Ports
 from edgefleet_agent.runner import Runner
 from edgefleet_agent.runtime.control import Loaded, Retired, Shadowing, StatusReport, Switched, VersionStatus
 from edgefleet_agent.settings import Settings
@@ -52,10 +52,12 @@ from support.disk import MemoryDisk, Tree
 
 # A folder that the machine itself does not have: what goes past the port fails.
 STATE = Path("/board-in-memory/state")
+KEY, OTHER_KEY = "engine 1", "engine 2"  # what plans depend on, before and after an upgrade of the engine that builds
 BOARD = Fingerprint(
-    arch=platform.machine(), cpu_features=(), engines={"onnxruntime": "1"}, memory_bytes=1 << 30,
-    agent_version="0",
+    arch=platform.machine(), cpu_features=(), engines={"onnxruntime": "1", "building": "1"}, build_keys={"building": KEY},
+    memory_bytes=1 << 30, agent_version="0",
 )  # fmt: skip
+PLAN_PIECES = 3
 SETTINGS = Settings(device=DEVICE, device_class=CLASS, site="", broker_host="broker", broker_port=1)
 MAX_TURNS = 400
 
@@ -83,6 +85,8 @@ class Story:
         refused: versions that acceptance fails.
         ailing: versions whose engine dies while they soak.
         regressing: a version whose engine dies after its commit.
+        unbuildable: versions of which no plan can be made.
+        key: what plans depend on, on this board, now.
         published: the version with which the metadata was last published.
         ends: what may serve in the end, by version, and the outcome that the last assignment may then have.
     """
@@ -96,13 +100,15 @@ class Story:
     refused: frozenset[str] = frozenset()
     ailing: frozenset[str] = frozenset()
     regressing: str = ""
+    unbuildable: frozenset[str] = frozenset()
+    key: str = KEY
 
 
 class SimulatedRuntime:
     """Serves what it can read and verify. Survives the agent, not a power cut."""
 
-    def __init__(self, depot: Depot, disk: MemoryDisk, ailing: frozenset[str]) -> None:
-        self._disk, self._ailing = disk, ailing
+    def __init__(self, depot: Depot, disk: MemoryDisk, ailing: frozenset[str], key: str = KEY) -> None:
+        self._depot, self._disk, self._ailing, self._key = depot, disk, ailing, key
         self._version_of = {made.digest: version for version, made in depot.releases.items()}
         self.serving: str | None = None
         self.loaded: list[str] = []
@@ -114,9 +120,12 @@ class SimulatedRuntime:
         except ArtifactError:
             return
         for slot in (found.serving, found.active, found.previous):
-            if slot is not None and is_whole(self._disk, slot.manifest):
+            if slot is not None and is_whole(self._disk, slot.manifest) and self._has_plan(slot.manifest):
                 self.serving, self.loaded = slot.manifest, [slot.manifest]
                 return
+
+    def _has_plan(self, manifest: str) -> bool:
+        return has_plan(self._depot, self._disk, manifest, self._key)
 
     def on(self, disk: MemoryDisk) -> SimulatedRuntime:
         """The same runtime, after the agent alone died."""
@@ -126,6 +135,8 @@ class SimulatedRuntime:
     def load(self, manifest: str, mode: str = "auto", timeout_s: float = 0.0) -> Loaded:
         if not is_whole(self._disk, manifest):
             raise ArtifactError(f"{manifest} is not whole")
+        if not self._has_plan(manifest):
+            raise NotFoundError(f"no plan of {manifest}")
         if manifest not in self.loaded:
             self.loaded.append(manifest)
         return Loaded(manifest=manifest, mode="blue-green", why="memory holds both")
@@ -146,6 +157,8 @@ class SimulatedRuntime:
         return Retired(manifest)
 
     def status(self, crashes: int = 0) -> StatusReport:
+        if self.serving is None:
+            self._boot()  # as the real one, it goes on trying to serve what it should
         return StatusReport(
             serving=self.serving, standby=None, waiting=0, requests=0, failed=0, swaps=0, pid=1, memory_bytes=0,
             uptime_s=1.0, versions=tuple(self._version(m, crashes) for m in self.loaded),
@@ -172,11 +185,23 @@ def is_whole(disk: MemoryDisk, manifest: str) -> bool:
     return True
 
 
+def has_plan(depot: Depot, disk: MemoryDisk, manifest: str, key: str) -> bool:
+    """Whether an artifact's engine can load it: its plan is there to the byte and of this key, where it needs one."""
+    if manifest not in depot.built:
+        return True
+    try:
+        plans.find(Layout(STATE / "artifacts", read_only=True, files=disk.calm()), manifest, key)
+    except (NotFoundError, ArtifactError):
+        return False
+    return True
+
+
 class Examiner:
-    """The real checks, in this process; acceptance as the story has it."""
+    """The real checks, in this process; building and acceptance as the story has them."""
 
     def __init__(self, depot: Depot, disk: MemoryDisk, story: Story) -> None:
-        self._disk = disk
+        self._disk, self._depot, self._key = disk, depot, story.key
+        self._unbuildable = {depot.manifest(version) for version in story.unbuildable}
         self._refused = {depot.manifest(version) for version in story.refused}
 
     def admit(self, request: AdmitRequest) -> Admission:
@@ -201,7 +226,20 @@ class Examiner:
         except EdgefleetError as exc:
             raise Refusal(exc, assignment.id) from exc
 
+    def build(self, state: Path, manifest: str, order: BuildOrder) -> BuildReport:
+        assert manifest in self._depot.built, "an engine that takes models as they are has nothing to build"
+        if manifest in self._unbuildable:
+            order.take(b"the beginning of a plan")
+            return BuildReport(reason="an operator is not supported")
+        if order.have == self._key:
+            return BuildReport(self._key)
+        for number in range(PLAN_PIECES):
+            order.tell("building", number, PLAN_PIECES)
+            order.take(f"piece {number} of the plan of {manifest} by {self._key}; ".encode() * 20)
+        return BuildReport(self._key, anew=True)
+
     def accept(self, state: Path, manifest: str, threads: int) -> AcceptanceReport:
+        assert has_plan(self._depot, self._disk, manifest, self._key), "accepted before it was built"
         if manifest in self._refused:
             return AcceptanceReport(verdict=Verdict.FAILED, reason="agreement is below its limit")
         return AcceptanceReport(verdict=Verdict.PASSED)
@@ -312,8 +350,9 @@ class Agent:
         self._inbox = Inbox(self)
         self.wire = Wire(depot, depot.publications[story.published], self._inbox.put)
         self._examined_regression = False
+        board = msgspec.structs.replace(BOARD, build_keys={"building": story.key})
         self.runner = Runner(
-            STATE, SETTINGS, BOARD, f"boot-{start}", self._inbox,
+            STATE, SETTINGS, board, f"boot-{start}", self._inbox,
             Ports(
                 uplink=self.wire, runtime=runtime, examiner=Examiner(depot, disk, story), signer=NotedSigner(),
                 clock=self.clock, files=disk, spawn=lambda name, work: work(),
@@ -387,6 +426,9 @@ def check_remains(depot: Depot, story: Story, disk: MemoryDisk, promised: Floors
         if slot is not None:
             assert is_whole(disk, slot.manifest), f"a slot names {slot.version}, which is not whole"
             assert slot.manifest not in refused, f"a slot names {slot.version}, which was not accepted"
+            # An engine that was upgraded has its plans built anew; until then they are of the one before.
+            keys = {story.key, KEY} if had_one else {story.key}
+            assert any(has_plan(depot, disk, slot.manifest, key) for key in keys), f"{slot.version} has no plan"
     floors = verify.read_floors(STATE, files=files)
     assert floors.assignment_version >= promised.assignment_version, "the assignment's floor fell"
     assert floors.clock >= promised.clock, "the clock's floor fell"
@@ -430,6 +472,12 @@ def check_end(agent: Agent, ends: dict[str, tuple[Outcome, ...]] | None = None) 
     kept = {slot.manifest for slot in (found.active, found.previous) if slot is not None}
     layout = Layout(STATE / "artifacts", read_only=True, files=files)
     needed = kept | {blob.digest for manifest in kept for blob in layout.manifest(manifest).blobs()}
+    made = plans.read(layout)
+    assert set(made) == kept & depot.built, "plans of other artifacts than those that slots name"
+    assert all(has_plan(depot, agent.disk, manifest, story.key) for manifest in kept), (
+        "a plan is not of the engine as it is"
+    )
+    needed |= {plan.digest for plan in made.values()}
     assert set(layout.digests()) == needed, "blobs that no slot names were left"
     assert not list(layout.unfinished()), "what never became a blob was left"
     waiting = [name for name in files.names(STATE / "spool") if name.endswith(".seg")]

@@ -17,11 +17,13 @@ from support.disk import MemoryDisk
 
 DEVICE, CLASS = "b1", "test-class"
 CHUNK = 4096
+BUILT = ("5", "6", "7")
 LAYOUT = Path("/depot")
 
 
 class Depot:
-    """Versions 1 to 4 of one model, released one after the other; assignments signed on demand.
+    """Versions 1 to 7 of one model, released one after the other; assignments signed on demand. From 5 on they are for an engine that
+    builds (:attr:`built`).
 
     ``publications`` has the metadata as it was published with each version. Versions a1 to a3 of the agent come after them all; how
     they behave is the story's matter, their code is any bytes.
@@ -48,9 +50,11 @@ class Depot:
             repository.publish(signer.add_class(_need(repository, "targets.json"), CLASS))
             self.releases: dict[str, Descriptor] = {}
             self.publications: dict[str, dict[str, bytes]] = {}
-            for version in ("1", "2", "3", "4"):
+            self.built: set[str] = set()
+            for version in ("1", "2", "3", "4", *BUILT):
                 made = self._make(version)
                 self.releases[version] = made
+                self.built |= {made.digest} if version in BUILT else set()
                 role = _need(repository, f"class-{CLASS}.json")
                 requires = self.layout.config(self.layout.manifest(made.digest)).requires
                 repository.publish(
@@ -81,7 +85,12 @@ class Depot:
 
         return artifact.build(
             self.layout,
-            artifacts.make_config(version=version, device_class=CLASS, chunk_bytes=CHUNK),
+            artifacts.make_config(
+                version=version,
+                device_class=CLASS,
+                chunk_bytes=CHUNK,
+                engine="building" if version in BUILT else "onnxruntime",
+            ),
             [
                 (artifact.MODEL_LAYER, content(f"model {version} ", self._model_bytes)),
                 (artifact.LABELS_LAYER, b'["labels that all versions share"]'),

@@ -94,7 +94,7 @@ class Explorer:
         return len(disk.log)
 
     def _agent(self, story: Story, disk: MemoryDisk, runtime: SimulatedRuntime | None, found: Found) -> Agent:
-        served = runtime.on(disk) if runtime else SimulatedRuntime(self.depot, disk, story.ailing)
+        served = runtime.on(disk) if runtime else SimulatedRuntime(self.depot, disk, story.ailing, story.key)
         return Agent(self.depot, story, disk, served, found.posted, found.promised, found.depth)
 
     def _watch(self, disk: MemoryDisk, agent: Agent, found: Found) -> None:

@@ -11,9 +11,9 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from chaos.board import STATE, Agent, SimulatedRuntime, Story, check_end, check_remains, named_by
+from chaos.board import STATE, Agent, SimulatedRuntime, Story, check_end, check_remains, has_plan, named_by
 from chaos.depot import Depot
-from edgefleet_agent import verify
+from edgefleet_agent import slots, verify
 from edgefleet_shared.lifecycle import State
 from edgefleet_shared.outcomes import Outcome
 from support.disk import NAME_BYTES, MemoryDisk
@@ -77,7 +77,7 @@ class FaultRunner:
 
     def _agent(self, story: Story, disk: MemoryDisk, first: Agent | None = None) -> Agent:
         if first is None:
-            runtime = SimulatedRuntime(self.depot, disk, story.ailing)
+            runtime = SimulatedRuntime(self.depot, disk, story.ailing, story.key)
             return Agent(self.depot, story, disk, runtime, 1, verify.read_floors(STATE, files=disk.calm()))
         return Agent(self.depot, story, disk, first.runtime, first.posted, first.promised, first.start + 1)
 
@@ -112,10 +112,17 @@ class FaultRunner:
         assert told is not None, "nothing was told"
         # Reading the same disk as processes do, without the fault: this is what a start after a repair would find.
         check_remains(self.depot, agent.story, agent.disk, agent.promised)
-        if agent.story.tree.get(f"{STATE}/slots.json"):
+        if agent.story.tree.get(f"{STATE}/slots.json") and self._something_can_be_served(agent):
+            agent.runtime.status()
             assert agent.runtime.serving is not None, "nothing serves"
         if not resting:
             assert told.problem or told.state is State.IDLE, f"it stands in {told.state.value} and does not tell why"
+
+    def _something_can_be_served(self, agent: Agent) -> bool:
+        """Of an engine that was upgraded nothing can, until a disk takes the plan that it needs now."""
+        found = slots.read(STATE, files=agent.disk.calm())
+        named = [slot.manifest for slot in (found.active, found.previous) if slot is not None]
+        return any(has_plan(self.depot, agent.disk, manifest, agent.story.key) for manifest in named)
 
 
 def breaking(fault: Fault, at: int) -> Callable[[MemoryDisk], None]:

@@ -11,10 +11,23 @@ from typing import Any
 from unittest.mock import patch
 
 import msgspec
-from edgefleet_agent import admission, effects, enroll, event_store, journal, runner, slots, spool, swap, verify
+from edgefleet_agent import (
+    admission,
+    effects,
+    enroll,
+    event_store,
+    journal,
+    plans,
+    runner,
+    slots,
+    spool,
+    swap,
+    upkeep,
+    verify,
+)  # fmt: skip
 from edgefleet_agent import settings as board_settings
 from edgefleet_shared import artifact, atomic
-from edgefleet_shared.lifecycle import Effect, State
+from edgefleet_shared.lifecycle import Effect, Event, State
 from edgefleet_shared.outcomes import Outcome
 from support.disk import MemoryDisk
 
@@ -215,6 +228,30 @@ def decide_by_old_metadata() -> Iterator[None]:
         yield
 
 
+def adopt_a_plan_that_is_not_safe(self: plans.Incoming, key: str) -> plans.Plan:
+    """The plan has its name and its record before its bytes are safe."""
+    files, digest = self._layout.files, "sha256:" + self._state.hexdigest()
+    files.replace(self._temporary, self._layout.path(digest))
+    return plans.Plan(self._artifact, key, digest, self.size)
+
+
+_forget_others = plans.forget_others
+
+
+def forget_all_plans_but_one(layout: artifact.Layout, artifacts: Any) -> set[str]:
+    """The plan of what one can return to goes with the commit."""
+    active = slots.read(layout.root.parent, files=layout.files).active
+    return _forget_others(layout, {active.manifest} if active else set())
+
+
+def keep_all_plans(layout: artifact.Layout, artifacts: Any) -> set[str]:
+    return {plan.digest for plan in plans.read(layout).values()}
+
+
+def build_at_the_first_inference(self: upkeep.Upkeep, manifest: str, stop: Any, during: State = State.BUILDING) -> Any:
+    return Event.BUILT, "later"
+
+
 _take_out, _find, _send = event_store.EventStore._take_out, event_store.EventStore._find, spool.Spool._send
 
 
@@ -289,6 +326,10 @@ def _patched(owner: Any, name: str, replacement: Any) -> Callable[[], Any]:
 
 
 INSTALL, BACK, LATE = "install over two, the first is collected", "rollback", "late regression"
+BUILD, UPGRADE = (
+    "install that is built over two, the first is collected with its plan",
+    "engine upgraded under what serves",
+)
 
 MISTAKES = (
     Mistake("no fsync of files", INSTALL, make_disk=NoFileSync),
@@ -310,6 +351,13 @@ MISTAKES = (
     Mistake("what failed is looked up, not remembered", LATE, _patched(effects.Effects, "carry_out", go_back_from_what_is_active)),
     Mistake("decide by old metadata", INSTALL, decide_by_old_metadata),
     Mistake("floors of a killed start taken for durable", INSTALL, _patched(verify, "write_floors", floors_only_when_they_differ), kills=True),
+    Mistake("plan named before its bytes are safe", BUILD, _patched(plans.Incoming, "adopt", adopt_a_plan_that_is_not_safe)),
+    Mistake("plan of what one can return to is collected", BUILD, _patched(plans, "forget_others", forget_all_plans_but_one)),
+    Mistake("plans are never collected", BUILD, _patched(plans, "forget_others", keep_all_plans)),
+    Mistake("build at the first inference", "first install that is built", _patched(upkeep.Upkeep, "build", build_at_the_first_inference)),
+    Mistake("plans of another engine's version are left", UPGRADE, _patched(upkeep.Upkeep, "outdated", lambda self: "")),
+    Mistake("plans: no fsync of files", UPGRADE, make_disk=NoFileSync),
+    Mistake("plan of a killed start taken for durable", "first install that is built", _patched(plans, "settle", lambda layout: None), kills=True),
     Mistake("folders of a killed start taken for durable", "first install", _patched(artifact.Layout, "sync", no_sync_of_the_layout), kills=True),
 )  # fmt: skip
 

@@ -6,7 +6,7 @@ import functools
 import itertools
 from collections.abc import Iterator
 
-from chaos.board import STATE, Agent, SimulatedRuntime, Story, check_end
+from chaos.board import OTHER_KEY, STATE, Agent, SimulatedRuntime, Story, check_end
 from chaos.depot import CLASS, DEVICE, Depot
 from edgefleet_agent import enroll
 from edgefleet_shared.lifecycle import State
@@ -47,7 +47,7 @@ def enrolled() -> Tree:
 def play(story: Story) -> Agent:
     """A story from its beginning to its end, with nothing going wrong."""
     disk = MemoryDisk(story.tree)
-    agent = Agent(depot(), story, disk, SimulatedRuntime(depot(), disk, story.ailing))
+    agent = Agent(depot(), story, disk, SimulatedRuntime(depot(), disk, story.ailing, story.key))
     agent.run()
     return agent
 
@@ -82,6 +82,27 @@ def stories() -> tuple[Story, ...]:
         Story("superseded while fetching", one, (office.assign("2"), office.assign("3")), {"3": (O.SUCCEEDED,)},
               next_when=State.FETCHING),
         Story("assigned what serves already", one, (office.assign("1"),), {"1": (O.SUCCEEDED,)}),
+        *building_stories(),
+    )  # fmt: skip
+
+
+def building_stories() -> tuple[Story, ...]:
+    """Of an engine that builds its plans on the board."""
+    office, five = depot(), came_to("1", "5")
+    six = came_to("5", "6")
+    return (
+        Story("first install that is built", enrolled(), (office.assign("5"),), {"5": (O.SUCCEEDED,)}, "7"),
+        Story("install that is built over two, the first is collected with its plan", six, (office.assign("7"),),
+              {"7": (O.SUCCEEDED,)}, "7"),
+        Story("install that can not be built", six, (office.assign("7"),), {"6": (O.FAILED_NO_CHANGE,)}, "7",
+              unbuildable=frozenset("7")),
+        Story("rollback to what was built", five, (office.assign("6"),), {"5": (O.FAILED_ROLLED_BACK,)}, "7",
+              ailing=frozenset("6")),
+        Story("superseded while building", five, (office.assign("6"), office.assign("7")), {"7": (O.SUCCEEDED,)}, "7",
+              next_when=State.BUILDING),
+        Story("engine upgraded under what serves", six, (office.assign("6"),), {"6": (O.SUCCEEDED,)}, "7", key=OTHER_KEY),
+        Story("engine upgraded, then a rollback", six, (office.assign("7"),), {"6": (O.FAILED_ROLLED_BACK,)}, "7",
+              ailing=frozenset("7"), key=OTHER_KEY),
     )  # fmt: skip
 
 

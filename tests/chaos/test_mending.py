@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 from chaos.board import STATE, Agent, SimulatedRuntime, Story, check_end
 from chaos.stories import came_to, depot
-from edgefleet_agent import slots
+from edgefleet_agent import plans, slots
 from edgefleet_agent.slots import SlotStatus
+from edgefleet_shared.artifact import Layout
 from edgefleet_shared.outcomes import Outcome
 from support.disk import MemoryDisk, Tree
 
@@ -24,8 +25,8 @@ def damaged(tree: Tree, name: str, how: str) -> MemoryDisk:
     return MemoryDisk(tree | {path: DAMAGE[how](content)})
 
 
-def start(disk: MemoryDisk, desired: bytes, ends: str) -> Agent:
-    story = Story("damage", disk.tree(), (desired,), {ends: (Outcome.SUCCEEDED,)})
+def start(disk: MemoryDisk, desired: bytes, ends: str, published: str = "4") -> Agent:
+    story = Story("damage", disk.tree(), (desired,), {ends: (Outcome.SUCCEEDED,)}, published)
     return Agent(depot(), story, disk, SimulatedRuntime(depot(), disk, frozenset()))
 
 
@@ -94,6 +95,39 @@ def test_a_board_whose_trusted_root_is_damaged_serves_on_and_says_what_to_do(how
     assert told is not None
     assert "enrol the board again" in told.problem
     assert agent.runtime.serving == depot().manifest("2")
+
+
+def plan_of(tree: Tree, version: str) -> str:
+    """The path of a version's plan."""
+    made = plans.read(Layout(STATE / "artifacts", read_only=True, files=MemoryDisk(tree)))
+    return f"{STATE}/artifacts/blobs/sha256/{made[depot().manifest(version)].digest.partition(':')[2]}"
+
+
+@pytest.mark.parametrize("how", DAMAGE)
+def test_a_plan_that_rotted_under_the_model_that_serves_is_built_again(how: str) -> None:
+    tree = came_to("5", "6")
+    path = plan_of(tree, "6")
+    content = tree[path]
+    assert content is not None
+    disk = MemoryDisk(tree | {path: DAMAGE[how](content)})
+    agent = start(disk, depot().assign("6"), "6", "7")
+    agent.run()
+    check_end(agent)
+    assert disk.tree()[path] == content
+
+
+@pytest.mark.parametrize("how", DAMAGE)
+def test_damaged_records_of_plans_cost_a_build(how: str) -> None:
+    disk = damaged(came_to("5", "6"), "artifacts/plans.json", how)
+    agent = start(disk, depot().assign("6"), "6", "7")
+    agent.run()
+    check_end(agent)
+
+
+def test_a_plan_that_is_not_held_against_its_digest_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plans, "is_whole", lambda layout, plan: True)
+    with pytest.raises(AssertionError):
+        test_a_plan_that_rotted_under_the_model_that_serves_is_built_again("torn")
 
 
 def test_a_blob_that_rotted_under_the_model_that_serves_is_fetched_again_with_the_next_one() -> None:

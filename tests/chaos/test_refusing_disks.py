@@ -99,12 +99,14 @@ def test_a_deadline_may_pass_at_any_moment_also_with_the_last_chunk(turns: int) 
     check_end(agent)
 
 
-@pytest.mark.parametrize("question", ["check", "accept"])
+@pytest.mark.parametrize(
+    ("question", "before", "version"), [("check", "1", "3"), ("build", "5", "7"), ("accept", "1", "3")]
+)
 @pytest.mark.parametrize("times", [2, 3])
 def test_a_board_that_can_start_no_child_tries_again_and_at_last_says_that_nothing_changed(
-    monkeypatch: pytest.MonkeyPatch, question: str, times: int
+    monkeypatch: pytest.MonkeyPatch, question: str, before: str, version: str, times: int
 ) -> None:
-    answer, asked = getattr(Examiner, question), []
+    answer, asked, tree = getattr(Examiner, question), [], came_to(before)
 
     def refuse(self: Examiner, *arguments: object) -> object:
         asked.append(arguments)
@@ -113,8 +115,8 @@ def test_a_board_that_can_start_no_child_tries_again_and_at_last_says_that_nothi
         return answer(self, *arguments)
 
     monkeypatch.setattr(Examiner, question, refuse)
-    ends = {"3": (Outcome.SUCCEEDED,)} if times == 2 else {"1": (Outcome.FAILED_NO_CHANGE,)}
-    story = Story("no child", came_to("1"), (depot().assign("3"),), ends)
+    ends = {version: (Outcome.SUCCEEDED,)} if times == 2 else {before: (Outcome.FAILED_NO_CHANGE,)}
+    story = Story("no child", tree, (depot().assign(version),), ends, "7")
     agent = play(story)
     check_end(agent)
     assert any("Resource temporarily unavailable" in problem for problem in agent.wire.problems)

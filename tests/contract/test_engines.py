@@ -13,7 +13,7 @@ from edgefleet_agent.runtime.engines.port import Engine
 from edgefleet_shared import golden
 from edgefleet_shared.contract import TensorSpec
 from edgefleet_shared.errors import EngineError
-from support import artifacts, vendors
+from support import artifacts, ascend, iree, nvidia, vendors
 
 SEED = 3
 
@@ -40,6 +40,16 @@ BUILDERS = {
     "openvino": ("openvino", lambda: artifacts.openvino_model(SEED), 1e-3),
     "openvino, file with batch 1": ("openvino", lambda: artifacts.openvino_model(SEED, batch=1), 1e-3),
     "ncnn": ("ncnn", lambda: artifacts.ncnn_model(SEED), 1e-4),
+    "iree": ("iree", lambda: iree.module(artifacts.onnx_model(SEED)), 1e-4),
+    "iree, file with batch 1": ("iree", lambda: iree.module(artifacts.onnx_model(SEED, batch=1)), 1e-4),
+    "tensorrt, recorded interface": ("tensorrt", lambda: b"PLAN" + artifacts.onnx_model(SEED), 1e-4),
+    "tensorrt, recorded interface, file with batch 1": (
+        "tensorrt",
+        lambda: b"PLAN" + artifacts.onnx_model(SEED, batch=1),
+        1e-4,
+    ),
+    "tensorrt-rtx, recorded interface": ("tensorrt-rtx", lambda: b"PLAN" + artifacts.onnx_model(SEED), 1e-4),
+    "acl, recorded interface": ("acl", lambda: b"OM" + bytes([SEED]), 1e-4),
     "rknn, recorded interface": ("rknn", lambda: b"RKNN" + bytes([SEED]), 1e-4),
     "coral, recorded interface": ("coral", lambda: artifacts.tflite_model(SEED, quantized=True), 0.25),
     "fake": ("fake", lambda: msgspec.json.encode({"scale": 1.0, "offset": 0.0}), 1e-4),
@@ -51,6 +61,12 @@ def case(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_pa
     name, build, tolerance = BUILDERS[request.param]
     if name == "rknn":
         vendors.install_rknn(monkeypatch, tmp_path / "vendor")
+    if name == "tensorrt":
+        nvidia.install(monkeypatch, tmp_path / "vendor")
+    if name == "tensorrt-rtx":
+        nvidia.install(monkeypatch, tmp_path / "vendor", "tensorrt_rtx", "tensorrt-rtx")
+    if name == "acl":
+        ascend.install(monkeypatch, tmp_path / "vendor")
     if name == "coral":
         vendors.install_edge_tpu(monkeypatch, ("edgetpu-custom-op",))
     engine: Engine = FakeEngine() if name == "fake" else engines.find(name)
@@ -106,7 +122,9 @@ def test_an_answer_is_not_overwritten_by_the_next_inference(case: Case, model_pa
 def test_a_loaded_session_names_what_really_computes(case: Case, model_path: Path) -> None:
     session = case.engine.load(model_path, case.config, threads=1)
     assert session.providers
-    assert set(session.providers) <= {"CPU", "CPUExecutionProvider", "NPU", "EdgeTPU"}
+    assert set(session.providers) <= {
+        "CPU", "CPUExecutionProvider", "NPU", "EdgeTPU", "TensorRT", "TensorRT-RTX", "local-sync",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 torn", b"\x08\x09" + bytes(400)])

@@ -14,7 +14,7 @@ from edgefleet_shared.artifact import GOLDEN_LAYER, MODEL_LAYER
 from edgefleet_shared.contract import TensorSpec, Verdict
 from support import artifacts
 
-ENGINES = ("onnxruntime", "tflite", "openvino", "ncnn")
+ENGINES = ("onnxruntime", "tflite", "openvino", "ncnn", "iree")
 
 
 @pytest.mark.parametrize("engine", ENGINES)

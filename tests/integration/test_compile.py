@@ -29,6 +29,7 @@ from edgefleet_controller.source import ModelVersion, import_model
 from edgefleet_shared import artifact, golden
 from edgefleet_shared.artifact import Layout
 from edgefleet_shared.errors import ManifestError, ModelError, QualityError, ToolchainError
+from safetensors.numpy import save_file
 from support.networks import Net, classifier, device_class, project
 
 TOOLCHAINS = Path(os.environ.get("EDGEFLEET_CACHE", Path.home() / ".cache" / "edgefleet"))
@@ -463,3 +464,62 @@ def test_a_network_with_masks_of_minus_infinity_is_calibrated_all_the_same(bench
     told = json.loads(bench.layout.read(result.report, 10**7))
     assert result.figures.agreement == 1.0
     assert {"int8", "fp16", "fp32"} == {c["recipe"]["precision"] for c in told["candidates"]}
+
+
+def by_colour(folder: Path, trained: dict[str, Any], declared: dict[str, Any]) -> Model:
+    """A network that says which of three colours a picture has, how bright it is taken into account, and labelled pictures; ``trained`` is
+    how it takes its input, ``declared`` how the manifest says."""
+    scale = {"mean": 0.0, "std": 255.0} | {k: v for k, v in trained.items() if k in ("mean", "std")}
+    net = Net()
+    net.add("GlobalAveragePool")
+    net.add("Flatten")
+    # Red, green, blue, in the order in which they come; and a fourth class for dark pictures.
+    colours = [[3, -1, -1], [-1, 3, -1], [-1, -1, 3]]
+    rows = np.array(
+        [*(row[::-1] if trained.get("colour") == "BGR" else row for row in colours), [-3, -3, -3]], np.float32
+    )
+    # What the network sees of grey level g is (g - mean) / std: taken back here, so that it judges g / 255.
+    weight = rows * np.float32(scale["std"] / 255)
+    bias = rows.sum(axis=1) * np.float32(scale["mean"] / 255) + np.array([0, 0, 0, 2.2], np.float32)
+    net.add("Gemm", net.constant(weight), net.constant(bias.astype(np.float32)), transB=1)
+    manifest = project(folder, net.model([1, 4]), counts=(8, 8, 8), inputs=[{"name": "image", **declared}])
+    chance, truth = np.random.default_rng(0), []
+    pictures = chance.integers(0, 40, (80, 32, 32, 3))
+    for number, picture in enumerate(pictures):
+        truth.append(number % 4)
+        if number % 4 < 3:
+            picture[..., number % 4] += int(chance.integers(120, 200))
+    save_file({"image": pictures.astype(np.uint8)}, folder / "holdout.safetensors")
+    (folder / "truth.txt").write_text("\n".join(map(str, truth)))
+    fields = manifest.spec.model_dump() | {"holdout": {"path": "holdout.safetensors", "truth": "truth.txt"}}
+    return Model.model_validate({"kind": "Model", "metadata": {"name": "net"}, "spec": fields})
+
+
+SCALED = {"std": [255.0]}
+
+
+@pytest.mark.parametrize(
+    ("trained", "declared", "words"),
+    [
+        (
+            {"colour": "BGR"},
+            SCALED,
+            r"answers \d+ of 64 .* as the manifest describes its input, and 64 with colour BGR",
+        ),
+        ({}, {"colour": "BGR", **SCALED}, r"and 64 with colour RGB"),
+        ({}, {"mean": [127.5], "std": [127.5]}, r"and 64 with x / 255"),
+        ({"mean": 127.5, "std": 127.5}, SCALED, r"and 64 with \(x - 127\.5\) / 127\.5"),
+        ({"colour": "BGR", "mean": 127.5, "std": 127.5}, SCALED, r"and 64 with colour BGR and \(x - 127\.5\) / 127\.5"),
+    ],
+)
+def test_an_input_described_otherwise_than_the_network_takes_it_is_told_with_what_would_be_right(
+    bench: Bench, trained: dict[str, Any], declared: dict[str, Any], words: str
+) -> None:
+    version = bench.version(by_colour(bench.folder, trained, declared))
+    with pytest.raises(QualityError, match=words):
+        bench.compile(version, class_here(precision="fp32"))
+
+
+def test_an_input_described_rightly_is_not_suspected(bench: Bench) -> None:
+    version = bench.version(by_colour(bench.folder, {"colour": "BGR"}, {"colour": "BGR", **SCALED}))
+    assert bench.compile(version, class_here(precision="fp32")).quality == "passed"

@@ -31,7 +31,7 @@ from edgefleet_shared.clock import ManualClock
 from edgefleet_shared.contract import Verdict
 from edgefleet_shared.errors import ConflictError, InputError, NotFoundError, TransportError, TrustError
 from edgefleet_shared.lifecycle import State
-from edgefleet_shared.messages import Ended, Event, Health, Presence, Reported, SignedResult, SlotReport
+from edgefleet_shared.messages import Ended, Event, Health, Presence, Reported, SignedResult, SlotReport, decode, encode
 from edgefleet_shared.outcomes import Outcome
 from edgefleet_shared.trust import Assignment
 from sqlalchemy import event
@@ -192,6 +192,23 @@ BOARDS = {"a1": "x86", "a2": "x86", "a3": "x86", "b1": "arm", "b2": "arm"}
 
 def standings(rollout: Rollout) -> dict[str, tuple[Standing, Outcome | None, str]]:
     return {d: (p.standing, p.outcome, p.assignment) for d, p in rollout.boards.items()}
+
+
+def test_boards_whose_state_has_no_name_here_take_part_and_are_waited_for_before_they_count_as_back(
+    tmp_path: Path,
+) -> None:
+    site = Site(tmp_path, BOARDS, ("2",))
+    for name, report in list(site.reports.items()):
+        told = encode(report).replace(b'"state":"idle"', b'"state":"dreaming"')
+        site.reports[name] = decode(told, Reported)
+        site.intake.reported(name, site.reports[name])
+    site.create()
+    assert site.run("r2").phase is Phase.ROLLING_BACK
+    assert {board.state for board in site.reports.values()} == {State("dreaming")}
+    for name, report in list(site.reports.items()):
+        site.reports[name] = msgspec.structs.replace(report, state=State.IDLE)
+        site.intake.reported(name, site.reports[name])
+    assert site.run("r2").phase is Phase.ROLLED_BACK
 
 
 @pytest.mark.parametrize(("bad", "phase"), [((), Phase.SUCCEEDED), (("2",), Phase.ROLLED_BACK)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 import threading
 from collections.abc import Iterator, Sequence
@@ -12,11 +13,13 @@ import pytest
 from edgefleet_controller.transport.broker import CONTROLLER, Broker, BrokerFiles
 from edgefleet_controller.transport.gateway import Gateway
 from edgefleet_controller.transport.sender import BlobSender
-from edgefleet_shared import topics
+from edgefleet_shared import chunks, topics
 from edgefleet_shared.artifact import Layout
 from edgefleet_shared.clock import SystemClock
 from edgefleet_shared.errors import EnvironmentProblem
-from edgefleet_shared.messages import Ack, Event, Health, Presence, Reported, Want, encode
+from edgefleet_shared.fingerprint import Fingerprint
+from edgefleet_shared.lifecycle import State
+from edgefleet_shared.messages import Ack, Event, Health, Presence, Progress, Reported, Want, encode
 from edgefleet_shared.mqtt import Link, Will
 from edgefleet_shared.topics import Kind
 from support.broker import TestBroker, until
@@ -55,6 +58,15 @@ class Sink:
     def events(self, events: Sequence[Event]) -> list[tuple[str, Ack]]:
         self.stored.extend(events)
         return [(event.device, Ack(event.boot, event.sequence)) for event in events]
+
+
+class Listener(Sink):
+    def __init__(self) -> None:
+        super().__init__()
+        self.reports: list[Reported] = []
+
+    def reported(self, device: str, message: Reported) -> None:
+        self.reports.append(message)
 
 
 def test_a_board_can_neither_read_nor_write_below_another_boards_name(broker: TestBroker) -> None:
@@ -166,6 +178,30 @@ class Board:
         self.link.publish(topics.of_device(self.name, Kind.WANT), encode(message))
 
 
+def test_a_board_of_a_newer_agent_is_heard_though_its_state_has_no_name_here(broker: TestBroker) -> None:
+    sink = Listener()
+    gateway = Gateway(broker.endpoint(CONTROLLER), sink, lambda device, want: None, lambda: None)
+    gateway.start()
+    link = Link(broker.endpoint("b2"), "b2", on_message=Received())
+    link.start()
+    until(lambda: link.connected.is_set() and gateway.link.connected.is_set(), "both connected")
+    progress = Event(device="b2", boot="x", sequence=1, at=0.0, body=Progress(assignment="a", state=State.BUILDING))
+    report = Reported(
+        device="b2", device_class="c", boot="x", at=0.0, state=State.BUILDING, agent_version="9", fingerprint=Fingerprint(arch="x86_64")
+    )  # fmt: skip
+    for kind, message in ((Kind.EVENTS, progress), (Kind.REPORTED, report)):
+        link.publish(topics.of_device("b2", kind), encode(message).replace(b'"building"', b'"dreaming"'))
+    until(lambda: sink.stored and sink.reports, "both are heard")
+    assert sink.reports[-1].state.value == "dreaming"
+    body = sink.stored[0].body
+    assert isinstance(body, Progress)
+    assert body.state.value == "dreaming"
+    assert b'"state":"dreaming"' in encode(sink.reports[-1])
+    assert gateway.malformed == 0
+    link.stop()
+    gateway.stop()
+
+
 def test_many_boards_cost_the_sender_one_copy_and_only_gaps_are_sent_again(broker: TestBroker, tmp_path: Path) -> None:
     layout = Layout(tmp_path / "layout")
     blob = layout.put(os.urandom(65536 * 20 + 17))
@@ -246,3 +282,26 @@ def test_a_missing_broker_program_is_named_with_what_to_do(monkeypatch: pytest.M
         find_mosquitto()
     with pytest.raises(EnvironmentProblem, match="no right to install"):
         install_mosquitto()
+
+
+def test_sparse_weights_are_sent_in_fewer_bytes_and_arrive_whole(broker: TestBroker, tmp_path: Path) -> None:
+    layout = Layout(tmp_path / "layout")
+    chance = random.Random(0)
+    weights = bytes(chance.randrange(256) if chance.random() < 0.2 else 0 for _ in range(65536 * 3 + 100))
+    blob = layout.put(weights)
+    gateway = Gateway(broker.endpoint(CONTROLLER), Sink(), lambda d, w: sender.want(d, w), lambda: None)
+    sender = BlobSender(
+        layout, gateway.publish_chunk, lambda: gateway.link.backlog, lambda *_: True, SystemClock(), bytes_per_s=50_000_000
+    )  # fmt: skip
+    gateway.start()
+    sender.start()
+    board = Board(broker, "w0", blob.digest, 4, frozenset())
+    until(lambda: board.link.connected.is_set() and gateway.link.connected.is_set(), "connected")
+    board.want()
+    until(lambda: len(board.have) == 4, "all chunks")
+    sizes = [65536, 65536, 65536, 100]
+    assert b"".join(chunks.unpack(board.have[n], size) or b"" for n, size in enumerate(sizes)) == weights
+    assert sender.sent_bytes == chunks.sent_bytes(layout.path(blob.digest), 65536) < 0.4 * blob.size
+    board.link.stop()
+    sender.stop()
+    gateway.stop()

@@ -33,7 +33,7 @@ ENCODING = PictureEncoding(mean=(127.5,), std=(127.5,), layout="NHWC", colour="R
 # hungry    good, but a picture whose first value is exactly 1.0 makes it take HUNGRY_BYTES, and keep them
 # corrupt   the model file is no model
 Behaviour = Literal["good", "wrong", "crash", "poison", "hungry", "corrupt"]
-EngineName = Literal["onnxruntime", "tflite", "openvino", "ncnn"]
+EngineName = Literal["onnxruntime", "tflite", "openvino", "ncnn", "iree", "building"]
 
 
 def weights_of(seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -246,10 +246,17 @@ def model_file(engine: EngineName, seed: int, behaviour: Behaviour = "good") -> 
         return openvino_model(seed, behaviour)
     if engine == "ncnn":
         return ncnn_model(seed, behaviour)
+    if engine == "iree":
+        from support import iree
+
+        return iree.module(onnx_model(seed, behaviour))
     return onnx_model(seed, behaviour)
 
 
-PROVIDERS = {"onnxruntime": ("CPUExecutionProvider",), "tflite": ("CPU",), "openvino": ("CPU",), "ncnn": ("CPU",)}
+PROVIDERS = {
+    "onnxruntime": ("CPUExecutionProvider",), "tflite": ("CPU",), "openvino": ("CPU",), "ncnn": ("CPU",), "iree": ("local-sync",),
+    "building": ("CPUExecutionProvider",),
+}  # fmt: skip
 
 
 def make_contract(engine: EngineName = "onnxruntime", **changes: Any) -> AcceptanceContract:

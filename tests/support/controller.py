@@ -147,10 +147,14 @@ class Controller:
 
 
 class Board:
-    """A board: state folder, enrolment, the real ``fleet-runtime`` and the real ``fleet-agent`` as processes."""
+    """A board: state folder, enrolment, the real ``fleet-runtime`` and the real ``fleet-agent`` as processes.
 
-    def __init__(self, controller: Controller, name: str, folder: Path) -> None:
-        self.controller, self.name, self.state = controller, name, folder
+    Args:
+        python: the interpreter of the agent, in the environment that it is installed in.
+    """
+
+    def __init__(self, controller: Controller, name: str, folder: Path, python: str = sys.executable) -> None:
+        self.controller, self.name, self.state, self.python = controller, name, folder, python
         for sub in ("identity", "trust", "metadata", "run"):
             atomic.make_folder(folder / sub)
         endpoint = controller.broker.endpoint(name)
@@ -176,7 +180,7 @@ class Board:
     def start_agent(self) -> None:
         with (self.state / "agent.log").open("ab") as log:
             self.agent = subprocess.Popen(
-                [sys.executable, "-m", "edgefleet_agent.cli", "run", "--state", str(self.state)],
+                [self.python, "-m", "edgefleet_agent.cli", "run", "--state", str(self.state)],
                 stdout=log, stderr=log, env=os.environ | {"PYTHONUNBUFFERED": "1"},
             )  # fmt: skip
 

@@ -10,6 +10,7 @@ from edgefleet_shared.contract import (
     AcceptanceContract,
     AcceptanceFigures,
     AcceptanceReport,
+    BuildBudget,
     ShadowFigures,
     ShadowPlan,
     Verdict,
@@ -69,6 +70,12 @@ def test_a_power_budget_is_held_where_the_board_is_measured_and_else_told_as_unm
 def test_a_power_budget_of_nothing_is_no_contract() -> None:
     with pytest.raises(ArtifactError, match="max_watts"):
         msgspec.structs.replace(CONTRACT, max_watts=0.0).check()
+
+
+@pytest.mark.parametrize("nothing", ["time_limit_s", "memory_bytes", "disk_bytes"])
+def test_a_budget_for_building_of_nothing_is_no_contract(nothing: str) -> None:
+    with pytest.raises(ArtifactError, match=rf"build\.{nothing}"):
+        msgspec.structs.replace(CONTRACT, build=BuildBudget(**{nothing: 0})).check()
 
 
 PLAN = ShadowPlan(requests=100, min_agreement=0.95, max_latency_ratio=1.5)

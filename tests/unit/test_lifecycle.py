@@ -11,6 +11,7 @@ from edgefleet_shared.lifecycle import (
     IllegalTransition,
     Life,
     State,
+    is_known,
     step,
 )
 from edgefleet_shared.outcomes import Outcome
@@ -49,6 +50,7 @@ def test_a_good_candidate_is_committed_and_told() -> None:
         Event.ASSIGNED,
         Event.FETCHED,
         Event.VERIFIED,
+        Event.BUILT,
         Event.ACCEPTED,
         Event.AGREED,
         Event.SWAPPED,
@@ -70,6 +72,44 @@ def test_a_candidate_that_is_not_accepted_changes_nothing() -> None:
     assert life.outcome is Outcome.FAILED_NO_CHANGE
     assert Effect.SWAP not in effects
     assert Effect.RETURN not in effects
+
+
+@pytest.mark.parametrize(
+    ("event", "outcome"),
+    [
+        (Event.NOT_BUILT, Outcome.FAILED_NO_CHANGE),
+        (Event.TIMED_OUT, Outcome.TIMED_OUT),
+        (Event.BROKE, Outcome.FAILED_NO_CHANGE),
+        (Event.ASSIGNED, Outcome.SUPERSEDED),
+    ],
+)
+def test_a_candidate_without_a_plan_changes_nothing(event: Event, outcome: Outcome) -> None:
+    life, effects = step(Life(State.BUILDING), event)
+    assert life == Life(State.IDLE, 0, outcome)
+    assert Effect.DISCARD in effects
+    assert Effect.SWAP not in effects
+
+
+@pytest.mark.parametrize("event", [Event.REBUILT, Event.NOT_BUILT, Event.BROKE])
+def test_after_rebuilding_the_board_serves_what_it_can(event: Event) -> None:
+    life = walk(Event.OUTDATED, life=Life(State.IDLE, 0, Outcome.SUCCEEDED))
+    assert life == Life(State.REBUILDING)
+    after, effects = step(life, event)
+    assert after == Life(State.IDLE)
+    assert effects == (Effect.PERSIST, Effect.DISCARD, Effect.SERVE)
+
+
+def test_what_a_newer_board_calls_its_state_is_kept_and_is_none_of_ours() -> None:
+    told = State("dreaming")
+    assert told.value == "dreaming"
+    assert not is_known(told)
+    assert all(told is not state and told != state for state in State)
+    assert all(is_known(state) for state in State)
+    assert "dreaming" not in [state.value for state in State]
+    with pytest.raises(IllegalTransition, match="dreaming"):
+        step(Life(told), Event.RESTARTED)
+    with pytest.raises(ValueError, match="7"):
+        State(7)
 
 
 def test_an_unhealthy_soak_returns_and_says_so() -> None:
@@ -101,7 +141,8 @@ def test_restarting_in_one_state_for_ever_ends(state: State) -> None:
         assert life.state is state
     life, _ = step(life, Event.RESTARTED)
     assert life.state in (State.IDLE, State.ROLLING_BACK)
-    assert life.outcome is not None
+    # Rebuilding is no deployment: there is nothing to tell the outcome of.
+    assert (life.outcome is not None) == (state is not State.REBUILDING)
 
 
 @given(st.lists(st.sampled_from(list(Event)), max_size=60))

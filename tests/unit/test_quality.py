@@ -9,7 +9,7 @@ from edgefleet_controller.compile.port import Figures, chosen_options, target_na
 from edgefleet_controller.compile.quality import compare, misses, wilson
 from edgefleet_controller.compile.recipe import Recipe
 from edgefleet_controller.source import AcceptanceLimits, ModelVersion, Split
-from edgefleet_shared.contract import TensorSpec
+from edgefleet_shared.contract import BuildBudget, TensorSpec
 from edgefleet_shared.errors import ManifestError, ToolchainError
 from support.networks import device_class
 
@@ -105,6 +105,9 @@ def test_the_contract_comes_from_the_manifests_and_the_class_overrides() -> None
     assert (strict.min_agreement, strict.allowed_providers, strict.max_celsius) == (0.6, ("CUDA",), 80.0)
     plain.check()
     strict.check()
+    asked = {"time_limit_s": 60.0, "memory_bytes": 3 << 30, "disk_bytes": 100 << 20}
+    built = contract(version(), device_class(build_budget=asked), target)
+    assert built.build == BuildBudget(**asked)
 
 
 def test_a_target_that_this_build_lacks_is_named_beside_those_it_has() -> None:

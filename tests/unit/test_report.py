@@ -10,6 +10,7 @@ from edgefleet_controller.adding import _together
 from edgefleet_controller.compile import report
 from edgefleet_controller.compile.comparing import compare
 from edgefleet_controller.compile.port import Figures, Share
+from edgefleet_controller.compile.pruning import Step, Tried, ended
 from edgefleet_controller.compile.recipe import Recipe
 from edgefleet_controller.compile.search import Choice, Trial, Unit
 from edgefleet_controller.compile.steps import Measured
@@ -69,6 +70,28 @@ def test_the_page_is_one_file_with_its_plots_and_pictures_and_runs_nothing(tmp_p
     assert "<script" not in page, "labels are escaped"
     assert not re.search(r"""(?:src|href)\s*=\s*['"](?!data:)""", page)
     assert "://" not in page
+
+
+def test_pruning_is_told_step_by_step_with_where_it_stopped_and_why(tmp_path: Path) -> None:
+    version, choice, final, references, layout = made(tmp_path)
+    good = Tried(
+        step=Step(number=1, structured=0.3, unstructured=0.0), key="a", sparsity=0.31, agreement=0.99, accuracy=0.91,
+        float_accuracy=0.92, misses=(),
+    )  # fmt: skip
+    bad = msgspec.structs.replace(
+        good, step=Step(number=2, structured=0.6, unstructured=0.0, again=True), sparsity=0.62, misses=("<lost>",)
+    )
+    choice = msgspec.structs.replace(choice, pruning=ended([good, bad]))
+    written = report.write(version, device_class(), choice, final, references, layout)
+    told = msgspec.json.decode(layout.read(written.report, 10**7))["pruning"]
+    assert [step["sparsity"] for step in told["steps"]] == [0.31, 0.62]
+    assert told["stopped"].startswith(
+        "pruning stopped where 62% of the weights were gone: <lost>, after being tuned twice"
+    )
+    page = layout.read(written.page, 10**7).decode()
+    assert "2, tuned again" in page
+    assert "31.0%" in page
+    assert "<lost>" not in page
 
 
 def test_an_engine_that_died_has_a_report_too(tmp_path: Path) -> None:

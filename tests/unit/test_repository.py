@@ -12,10 +12,10 @@ ROOT = Path(__file__).resolve().parents[2]
 # What a board must never have to install: web framework, database, compiler, test tools.
 NOT_ON_A_BOARD = {
     "fastapi", "starlette", "uvicorn", "pydantic", "sqlmodel", "sqlalchemy", "psycopg", "httpx", "rich", "onnx", "nncf",
-    "torch", "tensorflow", "tensorflow-cpu", "ai-edge-quantizer", "litert-torch", "onnx2torch", "scipy", "pillow", "pytest",
+    "torch", "iree-base-compiler", "tensorflow", "tensorflow-cpu", "ai-edge-quantizer", "litert-torch", "onnx2torch", "scipy", "pillow", "pytest",
     "mypy", "ruff", "hatchling", "edgefleet-controller",
 }  # fmt: skip
-ENGINES = {"onnxruntime", "ai-edge-litert", "openvino", "ncnn"}
+ENGINES = {"onnxruntime", "ai-edge-litert", "openvino", "iree-base-runtime", "ncnn"}
 
 
 def tracked() -> list[Path]:
@@ -114,6 +114,7 @@ def test_each_board_lock_has_at_most_the_one_engine_that_it_is_named_for():
         "agent-litert": {"ai-edge-litert"},
         "agent-openvino": {"openvino"},
         "agent-ncnn": {"ncnn"},
+        "agent-iree": {"iree-base-runtime"},
     }
 
 

@@ -1,17 +1,21 @@
 from __future__ import annotations
 
+import os
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 import pytest
-from edgefleet_controller.manifests import Model
-from edgefleet_controller.source import ModelVersion, decode, import_model
+from edgefleet_controller import samples_entry
+from edgefleet_controller.manifests import Model, Pruning
+from edgefleet_controller.source import ModelVersion, blobs, decode, import_model
 from edgefleet_shared.artifact import Layout
 from edgefleet_shared.errors import DataError, ModelError
 from onnx import TensorProto, helper
 from PIL import Image
+from pydantic import ValidationError
 from safetensors.numpy import load_file, save_file
 from support.networks import SIDE, Net, classifier, project, write_pictures
 
@@ -263,6 +267,169 @@ def test_encoded_tensors_that_mean_nothing_are_refused(tmp_path: Path, array: An
     manifest = project(tmp_path, classifier(), calibration={"path": "c.safetensors"})
     tensors(tmp_path, array, name)
     with pytest.raises(DataError, match=words):
+        run(tmp_path, manifest)
+
+
+PICTURES = np.random.default_rng(5).integers(0, 256, (16, SIDE, SIDE, 3)).astype(np.uint8)
+BLANK = PICTURES.copy()
+BLANK[3] = 77
+
+
+def test_an_archive_of_pictures_is_stored_as_it_is(tmp_path: Path) -> None:
+    manifest = project(tmp_path, classifier(), calibration={"path": "c.safetensors"})
+    tensors(tmp_path, PICTURES)
+    version = run(tmp_path, manifest)
+    stored = load_file(Layout(tmp_path / "layout").path(version.calibration.digest))["image"]
+    assert np.array_equal(stored, PICTURES)
+
+
+@pytest.mark.parametrize(
+    ("array", "words"),
+    [
+        (PICTURES[:, :16], r"expected N x 32 x 32 x 3 \(uint8 pictures\)"),
+        (PICTURES.transpose(0, 3, 1, 2), r"has shape \(16, 3, 32, 32\), expected N x 32 x 32 x 3"),
+        (PICTURES[:5], "has 5 samples, 8 are needed"),
+        (np.full_like(PICTURES, 9), "constant, 9.0 everywhere"),
+        (BLANK, "sample 3 is blank: every value is 77"),
+        (PICTURES.astype(np.int64), "is int64, expected float32, or uint8 pictures"),
+    ],
+)
+def test_an_archive_of_pictures_that_mean_nothing_is_refused(tmp_path: Path, array: Any, words: str) -> None:
+    manifest = project(tmp_path, classifier(), calibration={"path": "c.safetensors"})
+    tensors(tmp_path, np.ascontiguousarray(array))
+    with pytest.raises(DataError, match=words):
+        run(tmp_path, manifest)
+
+
+@pytest.mark.parametrize("encoded", [False, True], ids=["as pictures", "encoded"])
+def test_a_picture_of_a_folder_is_found_in_an_archive_too(tmp_path: Path, encoded: bool) -> None:
+    manifest = project(tmp_path, classifier(), calibration={"path": "c.safetensors"})
+    first = run(tmp_path, project(tmp_path, classifier()))
+    array = PICTURES.copy()
+    array[4] = load_file(Layout(tmp_path / "layout").path(first.holdout.digest))["image"][7]
+    if encoded:  # as the manifest says: mean 127.5, spread 64
+        array = ((array.astype(np.float64) - 127.5) / 64).astype(np.float32).transpose(0, 3, 1, 2)
+    tensors(tmp_path, np.ascontiguousarray(array))
+    with pytest.raises(DataError, match=r"p007\.png \(holdout\) is the same picture as sample 4 \(calibration\)"):
+        run(tmp_path, manifest)
+
+
+ENTRY = """
+import numpy as np
+def samples():
+    chance = np.random.default_rng(3)
+    for _ in range(20):
+        yield {"image": chance.integers(0, 256, (32, 32, 3)).astype(np.uint8)}
+def none(): return []
+def broken():
+    yield {"image": np.zeros((32, 32, 3), np.uint8)}
+    raise RuntimeError("the camera is gone")
+def lists(): yield [1, 2]
+def mixed():
+    yield {"image": np.zeros((32, 32, 3), np.uint8)}
+    yield {"image": np.zeros((32, 32, 1), np.uint8)}
+def doubles(): yield {"image": np.zeros((3, 32, 32))}
+def dies():
+    import os
+    os.abort()
+"""
+
+
+def test_a_python_function_gives_samples_from_a_process_of_its_own(tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text(
+        ENTRY + f"import os\nopen({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid()))\n"
+    )
+    version = run(tmp_path, project(tmp_path, classifier(), calibration={"entry": "own.py:samples", "count": 12}))
+    assert version.calibration.count == 12
+    assert (tmp_path / "pid").read_text() != str(os.getpid())
+    again = run(tmp_path, project(tmp_path, classifier(), calibration={"entry": "own.py:samples", "count": 12}))
+    assert again.digest == version.digest
+
+
+@pytest.mark.parametrize(
+    ("function", "words"),
+    [
+        ("none", "own.py:none failed: it yields no sample"),
+        ("broken", "own.py:broken failed: RuntimeError: the camera is gone"),
+        ("lists", "sample 0 is a list, expected a dict of arrays by input name"),
+        ("mixed", r"sample 1: image is uint8 \(32, 32, 1\), the first one uint8 \(32, 32, 3\)"),
+        ("doubles", "sample 0: image is float64, expected uint8"),
+        ("missing", "there is no function missing"),
+        ("dies", "own.py:dies failed: status -6"),
+    ],
+)
+def test_a_function_that_gives_no_samples_is_told(tmp_path: Path, function: str, words: str) -> None:
+    (tmp_path / "own.py").write_text(ENTRY)
+    with pytest.raises(DataError, match=words):
+        run(tmp_path, project(tmp_path, classifier(), calibration={"entry": f"own.py:{function}"}))
+
+
+def test_a_function_that_hangs_is_stopped_with_what_it_started(tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text(
+        "import subprocess\ndef hangs():\n    child = subprocess.Popen(['sleep', '600'])\n"
+        "    open('child', 'w').write(str(child.pid))\n    child.wait()\n    yield {}\n"
+    )
+    with pytest.raises(DataError, match="ran past its limit of 3 s and was stopped"):
+        samples_entry.write("calibration", tmp_path, "own.py:hangs", None, tmp_path / "x.safetensors", limit_s=3.0)
+    status = Path(f"/proc/{(tmp_path / 'child').read_text()}/stat")
+    assert not status.exists() or status.read_text().rpartition(")")[2].split()[0] == "Z"
+
+
+def test_a_function_in_a_file_that_is_not_there_is_told(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"no file .*gone\.py"):
+        run(tmp_path, project(tmp_path, classifier(), calibration={"entry": "gone.py:samples"}))
+
+
+def pruned(folder: Path, **prune: Any) -> Model:
+    return project(folder, classifier(), counts=(70, 32, 8), prune={"structured": 0.5, **prune})
+
+
+def test_a_version_to_prune_keeps_its_plan_and_its_training_samples(tmp_path: Path) -> None:
+    write_pictures(tmp_path / "training", 80, 7)
+    (tmp_path / "labels.txt").write_text("\n".join(str(i % 10) for i in range(80)))
+    version = run(tmp_path, pruned(tmp_path, training={"path": "training", "truth": "labels.txt"}))
+    assert version.pruning is not None
+    assert (version.pruning.structured, version.pruning.steps) == (0.5, 4)
+    assert version.training is not None
+    assert version.training.count == len(version.training_truth) == 80
+    assert version.training.digest in blobs(version)
+    assert run(tmp_path, pruned(tmp_path)).training is None
+
+
+def test_training_samples_may_calibrate_and_may_not_judge(tmp_path: Path) -> None:
+    write_pictures(tmp_path / "training", 80, 7)
+    manifest = pruned(tmp_path, training={"path": "training"})
+    (tmp_path / "training" / "p001.png").write_bytes((tmp_path / "calibration" / "p005.png").read_bytes())
+    run(tmp_path, manifest)
+    (tmp_path / "training" / "p002.png").write_bytes((tmp_path / "holdout" / "p003.png").read_bytes())
+    with pytest.raises(DataError, match=r"p003\.png \(holdout\) is the same picture as p002\.png \(training\)"):
+        run(tmp_path, manifest)
+
+
+def test_too_few_samples_to_prune_with_and_a_label_out_of_range_are_refused(tmp_path: Path) -> None:
+    few = project(tmp_path, classifier(), prune={"structured": 0.5})
+    with pytest.raises(DataError, match="calibration: 16 samples, pruning needs at least 64"):
+        run(tmp_path, few)
+    write_pictures(tmp_path / "training", 80, 7)
+    (tmp_path / "labels.txt").write_text("\n".join(str(i % 11) for i in range(80)))
+    with pytest.raises(DataError, match=r"labels\.txt, line 11: '10' is no label and no number from 0 to 9"):
+        run(tmp_path, pruned(tmp_path, training={"path": "training", "truth": "labels.txt"}))
+
+
+def test_pruning_of_nothing_is_refused() -> None:
+    with pytest.raises(ValidationError, match="give structured or unstructured"):
+        Pruning.model_validate({"epochs": 3})
+
+
+@pytest.mark.parametrize("archive", [True, False], ids=["archive", "bare pickle"])
+def test_a_pytorch_file_is_told_how_to_be_exported(tmp_path: Path, archive: bool) -> None:
+    manifest = project(tmp_path, classifier(), source={"path": "net.pth"})
+    if archive:
+        with zipfile.ZipFile(tmp_path / "net.pth", "w") as made:
+            made.writestr("net/data.pkl", b"cos\nsystem\n")
+    else:
+        (tmp_path / "net.pth").write_bytes(b"\x80\x02cos\nsystem\n")
+    with pytest.raises(ModelError, match=r"is a PyTorch file.*torch\.onnx\.export"):
         run(tmp_path, manifest)
 
 

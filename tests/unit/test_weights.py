@@ -43,6 +43,14 @@ def test_pairs_keep_more_of_the_weights_than_seven_bits_do() -> None:
     assert noise["full"] < noise["pairs"] < 0.6 * noise["reduced"]
 
 
+def test_taps_over_one_grey_channel_are_neighbours() -> None:
+    weight = (
+        np.random.default_rng(0).standard_t(3, (16, 1, 3, 3)).astype(np.float32)
+    )  # as a depthwise one's shape, and is none
+    assert neighbours(weight, channel_scales(weight, 0, "pairs", groups=1)).max() * 255 <= 32767
+    assert neighbours(weight, channel_scales(weight, 0, "pairs", groups=16)).max() * 255 > 32767
+
+
 def test_a_depthwise_tap_has_no_neighbour() -> None:
     weight = np.full((4, 1, 3, 3), 1.0, np.float32)
     assert np.array_equal(channel_scales(weight, 0, "pairs"), channel_scales(weight, 0, "full"))

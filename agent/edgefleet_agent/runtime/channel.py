@@ -12,10 +12,11 @@ MAX_MESSAGE_BYTES = 128 * 1024
 
 
 class Start(msgspec.Struct, tag=1, array_like=True):
-    """front -> worker: what to load. ``config`` is the ModelConfig as JSON, without chunk hashes; ``input_bytes`` and
+    """front -> worker: what to load. ``manifest`` is the artifact's digest. ``config`` is the ModelConfig as JSON, without chunk hashes; ``input_bytes`` and
     ``answer_bytes`` are a slot's, of which one request commonly touches the first ``touch_bytes``; its front kills it above ``memory_bytes``."""
 
     layout: str
+    manifest: str
     model_digest: str
     model_size: int
     golden_digest: str

@@ -15,6 +15,7 @@ from edgefleet_shared.errors import EngineError
 from edgefleet_agent import confinement
 from edgefleet_agent.runtime import channel, engines
 from edgefleet_agent.runtime.channel import Done, Refused, Run, Start
+from edgefleet_agent.runtime.engines.port import loadable
 from edgefleet_agent.runtime.observing import Observer
 from edgefleet_agent.runtime.shm import Arena, aligned
 from edgefleet_agent.runtime.tensors import NUMPY, Array
@@ -46,7 +47,8 @@ class Serving:
         self._takes = [(spec.name, NUMPY[spec.datatype]) for spec in config.inputs]
         self._gives = [(spec.name, NUMPY[spec.datatype]) for spec in config.outputs]
         began = time.perf_counter()
-        self.session = engines.find(config.engine).load(layout.path(start.model_digest), config, start.threads)
+        engine = engines.find(config.engine)
+        self.session = engine.load(loadable(engine, layout, start.manifest), config, start.threads)
         loaded = time.perf_counter()
         sample = _sample(config, layout, start.golden_digest)
         self.session.run(sample)

@@ -12,7 +12,7 @@ from enum import Enum
 import msgspec
 from edgefleet_shared.artifact import GOLDEN_LAYER, MODEL_LAYER, Layout, Manifest, ModelConfig
 from edgefleet_shared.contract import TensorSpec
-from edgefleet_shared.errors import EdgefleetError, EngineError
+from edgefleet_shared.errors import EdgefleetError, EngineError, NotFoundError
 
 from edgefleet_agent.runtime import protocol
 from edgefleet_agent.runtime.channel import Ready, Start
@@ -91,7 +91,7 @@ class Version:
         self.memory_limit_bytes = own + SLOTS * (inputs + answers)
         plain = msgspec.json.encode(msgspec.structs.replace(config, chunks={}))
         self._start = Start(
-            str(layout.root.resolve()), model.digest, model.size, golden.digest, plain, threads,
+            str(layout.root.resolve()), manifest_digest, model.digest, model.size, golden.digest, plain, threads,
             SLOTS, inputs, answers, _picture_bytes(config.inputs) or PAGE_BYTES, self.memory_limit_bytes,
         )  # fmt: skip
         # A model's own acceptance says how slow it may be; the rest is a loaded board's.
@@ -269,7 +269,8 @@ class Version:
             try:
                 self.ready = await self._launch()
             except EdgefleetError as exc:
-                self.figures.crashes += 1
+                # A plan that the agent is still building is nothing that died.
+                self.figures.crashes += 0 if isinstance(exc, NotFoundError) else 1
                 self.last_problem = exc.message
                 log.error("worker_restart_failed", extra={"digest": self.manifest, "problem": exc.message})
                 continue

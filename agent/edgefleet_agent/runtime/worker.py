@@ -16,6 +16,7 @@ from edgefleet_shared.errors import EdgefleetError, EngineError
 from edgefleet_agent import confinement
 from edgefleet_agent.runtime import channel
 from edgefleet_agent.runtime.channel import Failed, Ready, Start
+from edgefleet_agent.runtime.engines import devices
 
 
 def main(link: socket.socket, arenas: tuple[int, int]) -> int:
@@ -35,7 +36,8 @@ def main(link: socket.socket, arenas: tuple[int, int]) -> int:
         config = msgspec.json.decode(start.config, type=ModelConfig)
         layout = Layout(Path(start.layout))
         layout.check(Descriptor("", start.model_digest, start.model_size))
-        missing = confinement.confine(confinement.Policy(readable=(start.layout,)))
+        policy = confinement.Policy(readable=(start.layout,), writable=devices.of(config.engine))
+        missing = confinement.confine(policy)
         # numpy and the engine are imported behind the confinement: their code runs with no more rights than the model's.
         from edgefleet_agent.runtime.serving import Serving
 

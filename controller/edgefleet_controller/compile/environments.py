@@ -47,6 +47,8 @@ NEEDS_MB = {
     "tensorrt-rtx": 520,
     "ncnn": 250,
     "hls4ml": 360,
+    "pruning": 1010,
+    "keras": 1750,
 }
 
 

@@ -25,7 +25,7 @@ from edgefleet_shared.artifact import (
     build,
     digest_file,
 )
-from edgefleet_shared.contract import AcceptanceContract, ShadowPlan
+from edgefleet_shared.contract import AcceptanceContract, BuildBudget, ShadowPlan
 from edgefleet_shared.fingerprint import Requirement
 from safetensors.numpy import load, load_file
 
@@ -135,8 +135,14 @@ def contract(version: ModelVersion, device_class: DeviceClass, target: Target) -
         warmup_runs=own.warmup_runs,
         timed_runs=own.timed_runs,
         time_limit_s=own.time_limit_s,
+        build=_build_budget(device_class),
         shadow=_shadow(device_class),
     )
+
+
+def _build_budget(device_class: DeviceClass) -> BuildBudget:
+    asked = device_class.spec.build_budget
+    return BuildBudget(time_limit_s=asked.time_limit_s, memory_bytes=asked.memory_bytes, disk_bytes=asked.disk_bytes)
 
 
 def _shadow(device_class: DeviceClass) -> ShadowPlan:

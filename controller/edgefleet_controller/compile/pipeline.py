@@ -26,10 +26,14 @@ from edgefleet_shared.artifact import Layout
 from edgefleet_shared.errors import ManifestError, QualityError
 from safetensors.numpy import load_file
 
-from edgefleet_controller.compile import answers, quality, report, search
+from edgefleet_controller.compile import answers, pruning, quality, report, search
+from edgefleet_controller.compile.environments import lock_named
+from edgefleet_controller.compile.input_check import better_description
 from edgefleet_controller.compile.packing import pack
 from edgefleet_controller.compile.port import CompileResult, Options, Target, target_named
-from edgefleet_controller.compile.recipe import FLOAT, HALF, Recipe
+from edgefleet_controller.compile.pruner import TOOLCHAIN as PRUNING_TOOLCHAIN
+from edgefleet_controller.compile.pruner import Pruner
+from edgefleet_controller.compile.recipe import AS_IS, FLOAT, HALF, Recipe
 from edgefleet_controller.compile.search import Choice, Trial, Unit
 from edgefleet_controller.compile.steps import Limits, Measured, Progress, Steps, content_key, host
 from edgefleet_controller.compile.toolchains import Toolchains
@@ -80,6 +84,7 @@ def compile_version(
             limits,
         )
         blind = quality.vacuous(steps.references(), version)
+        blind = "; ".join(told for told in (blind, better_description(steps, version)) if told)
         if blind and not ship_despite_quality:
             raise QualityError(
                 f"{version.model} {version.version} for {device_class.name}: {blind}",
@@ -167,11 +172,17 @@ class _Search:
             spec.search.model_dump(),
         )  # fmt: skip
         # Another rule for choosing, or another measure, is another search.
-        rules = [Path(str(module.__file__)).read_text(encoding="utf-8") for module in (search, quality, answers)]
-        key = content_key("search", self._steps.key(plain), self._version.digest, *judged_by, host(), rules)
+        rules = [
+            Path(str(module.__file__)).read_text(encoding="utf-8") for module in (search, quality, answers, pruning)
+        ]
+        # Pruned networks are made by a toolchain that the recipe's key does not know.
+        pruner = lock_named(PRUNING_TOOLCHAIN).hash if self._version.pruning is not None else ""
+        key = content_key("search", self._steps.key(plain), self._version.digest, *judged_by, host(), rules, pruner)
         file = cache / "searched" / f"{key}.json"
         if file.exists():
-            return msgspec.json.decode(file.read_bytes(), type=Choice)
+            known = msgspec.json.decode(file.read_bytes(), type=Choice)
+            if all(self._steps.simplified(trial.recipe.pruned).exists() for trial in known.trials):
+                return known
         found = self._search(plain)
         if not any(trial.died for trial in found.trials):  # it may have been the machine's fault
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -204,16 +215,40 @@ class _Search:
         return self._steps.measure([(recipe, path)])[0], cached
 
     def _plain(self) -> Recipe:
+        if self._version.as_is and self._target.engine == "tflite" and self._class.spec.precision == "int8":
+            return Recipe(quantizer=AS_IS, correct_bias=False)
         wanted = int(self._options.get("float_first", 0))
         names = _convolutions(self._steps.prepare() / "simplified.onnx")[:wanted] if wanted else []
         return search.plain(self._target, self._class.spec, self._version.calibration_method, self._options, names)
 
     def _search(self, plain: Recipe) -> Choice:
+        found = self._unpruned(plain)
+        wanted = self._version.pruning is not None and self._class.spec.search.pruned and self._target.runs_here
+        if not wanted or not any(search.accurate(trial, self._class.spec) for trial in found.trials):
+            return found
+        return self._with_pruned(found)
+
+    def _with_pruned(self, found: Choice) -> Choice:
+        """The search over pruned networks too: from the sparsest that was good back to one that holds in the class's precision."""
+        spec, trials = self._class.spec, list(found.trials)
+        pruned = Pruner(self._steps, self._version, self._class).run()
+        while (recipe := search.pruned(trials, pruned.good, spec)) is not None:
+            trials += self._try([recipe])
+        choice = search.choose(trials, spec, found.sensitivity)
+        why = "; ".join(told for told in (choice.why, pruned.stopped) if told)
+        return msgspec.structs.replace(choice, pruning=pruned, why=why)
+
+    def _unpruned(self, plain: Recipe) -> Choice:
         spec = self._class.spec
         # Candidates that can't be told apart here are not made: the board's acceptance judges the plain one.
         effort = spec.search.effort if self._target.runs_here else "fixed"
         trials = self._try(search.first(plain, self._target, effort))
-        if plain.precision != "int8" or effort == "fixed" or all(trial.died for trial in trials):
+        if (
+            plain.precision != "int8"
+            or plain.quantizer == AS_IS
+            or effort == "fixed"
+            or all(trial.died for trial in trials)
+        ):
             return search.choose(trials, spec)
         if effort == "quick" and not trials[0].misses:
             return search.choose(trials, spec)

@@ -78,7 +78,7 @@ class Figures(msgspec.Struct, frozen=True, kw_only=True):
     Agreement is the share of held-out samples with the float model's answer (of boxes, for a detector: the lower of recall and
     precision), with its 95 % Wilson interval; ``shares`` are the other shares of the output's kind by name, and ``accuracy`` and
     ``float_accuracy`` where the samples are labelled. Times in ms on one thread, float and compiled interleaved in one process on the
-    class's engine; ``sqnr_db`` is the signal-to-quantization-noise ratio over all outputs, ``sqnr_db_by_output`` that of each; memory
+    class's engine; ``wire_bytes`` and ``float_wire_bytes``: what is sent of the models; ``sqnr_db`` is the signal-to-quantization-noise ratio over all outputs, ``sqnr_db_by_output`` that of each; memory
     the peak of the process that held engine and model. ``stand_in`` says in words what answered in the compiled model's place, where this
     host could not run that itself; ``unmeasured`` names what the board's acceptance has to decide alone.
     """
@@ -87,6 +87,8 @@ class Figures(msgspec.Struct, frozen=True, kw_only=True):
     engine_version: str
     float_bytes: int
     compiled_bytes: int
+    wire_bytes: int = 0
+    float_wire_bytes: int = 0
     samples: int
     agreement: float | None = None
     agreement_low: float | None = None

@@ -40,6 +40,8 @@ def statement(
         "holdout": version.holdout.digest,
         "golden": version.golden.digest,
     }
+    if recipe.pruned and version.training is not None:
+        materials["training"] = version.training.digest
     return _json(
         {
             "_type": STATEMENT_TYPE,
@@ -75,6 +77,7 @@ def ml_bom(version: ModelVersion, device_class: DeviceClass, toolchain: Toolchai
     name = _name(version, device_class)
     kind = "classification" if version.output_kind == "classification" else "other"
     data = [("calibration", version.calibration), ("holdout", version.holdout), ("golden", version.golden)]
+    data += [("training", version.training)] if version.training is not None else []
     packages = sorted(toolchain.packages.items())
     return _json(
         {

@@ -12,7 +12,7 @@ from edgefleet_shared.errors import ToolchainError
 from edgefleet_controller.compile import answers
 from edgefleet_controller.compile.port import Figures, Share
 from edgefleet_controller.compile.recipe import Recipe
-from edgefleet_controller.manifests import DeviceClassSpec
+from edgefleet_controller.manifests import Accuracy, DeviceClassSpec
 from edgefleet_controller.source import ModelVersion
 
 Array = npt.NDArray[Any]
@@ -21,6 +21,7 @@ Z95 = 1.959963984540054  # two-sided 95 % of the normal distribution
 EXACT_DB = 200.0  # stands for no noise at all; float32 itself holds about 150 dB
 ENOUGH = 32  # labelled samples that tell chance from skill
 NEAR_CHANCE = 1.5  # times what guessing gets
+SMALL_FIRST = ("size", "transfer")  # what a class may prefer over speed
 UNLIKE = 3.0  # times: spreads of calibration and held-out inputs that differ by more are not of one kind
 
 
@@ -198,25 +199,31 @@ def unlike(calibration: dict[str, Array], holdout: dict[str, Array]) -> str:
     return ""
 
 
+def inaccuracies(figures: Figures, budget: Accuracy) -> list[str]:
+    """In what, and by how much, a network answers unlike the float one; empty when it is within the budget."""
+    found: list[str] = []
+    if figures.agreement is None:
+        if "agreement" not in figures.unmeasured:
+            found.append("agreement with the float model could not be measured")
+    elif figures.agreement < budget.min_agreement:
+        counted = " of boxes" if "box_recall" in figures.shares else ""
+        found.append(
+            f"agreement{counted} with the float model {figures.agreement:.3f} (95 % interval {figures.agreement_low:.3f} to "
+            f"{figures.agreement_high:.3f}, {figures.samples} pictures), budget {budget.min_agreement:.3f}"
+        )
+    lost = _lost(figures)
+    if lost is not None and budget.max_loss is not None and lost > budget.max_loss:
+        found.append(f"accuracy {lost:.4f} below the float model's, budget {budget.max_loss:.4f}")
+    return found
+
+
 def misses(figures: Figures, device_class: DeviceClassSpec, recipe: Recipe) -> list[str]:
     """Which budgets a compiled model misses and by how much; empty when it misses none.
 
     What could not be measured here is no miss: the board's acceptance judges it, and so it does the latency budget, because
     this host is not the board. That the compiled model beats float on the same engine is judged here, unless the class asks for size.
     """
-    budgets, found = device_class.budgets, []
-    if figures.agreement is None:
-        if "agreement" not in figures.unmeasured:
-            found.append("agreement with the float model could not be measured")
-    elif figures.agreement < device_class.accuracy.min_agreement:
-        counted = " of boxes" if "box_recall" in figures.shares else ""
-        found.append(
-            f"agreement{counted} with the float model {figures.agreement:.3f} (95 % interval {figures.agreement_low:.3f} to "
-            f"{figures.agreement_high:.3f}, {figures.samples} pictures), budget {device_class.accuracy.min_agreement:.3f}"
-        )
-    lost = _lost(figures)
-    if lost is not None and device_class.accuracy.max_loss is not None and lost > device_class.accuracy.max_loss:
-        found.append(f"accuracy {lost:.4f} below the float model's, budget {device_class.accuracy.max_loss:.4f}")
+    budgets, found = device_class.budgets, inaccuracies(figures, device_class.accuracy)
     if budgets.size_bytes is not None and figures.compiled_bytes > budgets.size_bytes:
         found.append(f"size {figures.compiled_bytes} bytes, budget {budgets.size_bytes}")
     if figures.peak_memory_bytes is not None and figures.peak_memory_bytes > budgets.memory_bytes:
@@ -226,7 +233,7 @@ def misses(figures: Figures, device_class: DeviceClassSpec, recipe: Recipe) -> l
         and figures.float_p50_ms is not None
         and figures.p50_ms > figures.float_p50_ms * NOISE
     )
-    if slower and recipe.precision != "fp32" and device_class.search.prefer != "size":
+    if slower and not recipe.exact and device_class.search.prefer not in SMALL_FIRST:
         found.append(
             f"slower than float on {figures.engine}: p50 {figures.p50_ms:.2f} ms, float {figures.float_p50_ms:.2f}"
         )

@@ -6,6 +6,7 @@ from typing import Any
 
 import msgspec
 
+AS_IS = "its own"  # the file came quantized, and is taken as it is
 OWN = "edgefleet"  # the quantizer of compile/children, as opposed to a toolchain's own
 
 
@@ -15,7 +16,8 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True):
     ``ranges``: how activation ranges come from calibration (minmax, percentile, mse, entropy). ``weights``: ``full`` 8 bits,
     ``pairs`` 8 bits without neighbours that overflow on x86 before VNNI, ``reduced`` 7 bits. ``granularity``: weight scales per
     ``channel`` or per ``tensor``. ``activations``: ``uint8``, or ``symmetric`` (int8 without a zero point, biases in float). ``scope``: ``all`` operators that the engine has in int8, or ``weighted`` ones only (convolutions
-    and matrix products). ``in_float``: nodes that stay in float, by name.
+    and matrix products). ``in_float``: nodes that stay in float, by name. ``pruned``: the pruned network that it starts from, by its key
+    (empty: the network as it came), of whose weights the share ``sparsity`` is gone.
     """
 
     precision: str = "int8"
@@ -27,6 +29,8 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True):
     scope: str = "all"
     correct_bias: bool = True
     in_float: tuple[str, ...] = ()
+    pruned: str = ""
+    sparsity: float = 0.0
 
     def as_dict(self) -> dict[str, Any]:
         """As the children take it."""
@@ -34,14 +38,24 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True):
         return found
 
     @property
+    def exact(self) -> bool:
+        """Whether what it makes answers as the float model does: nothing rounded, nothing pruned."""
+        return self.precision == "fp32" and not self.pruned
+
+    @property
     def needs_histograms(self) -> bool:
         return self.precision == "int8" and self.ranges != "minmax"
 
     def told(self) -> str:
         """In words, for people: what differs from the plain way."""
+        if self.quantizer == AS_IS:
+            return f"{self.precision}, as it came"
+        parts = [self.precision]
+        if self.pruned:
+            parts.append(f"{self.sparsity:.0%} pruned")
         if self.precision != "int8":
-            return self.precision
-        parts = ["int8", self.ranges]
+            return ", ".join(parts)
+        parts.append(self.ranges)
         if self.quantizer != OWN:
             parts.append(f"by {self.quantizer}")
         if self.weights != "full":

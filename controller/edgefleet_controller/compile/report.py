@@ -84,6 +84,7 @@ def build(
         ],
         "layers": [msgspec.to_builtins(unit) for unit in sorted(choice.sensitivity, key=lambda u: -u.noise)],
         "in_float": list(trial.recipe.in_float),
+        "pruning": None if choice.pruning is None else msgspec.to_builtins(choice.pruning),
         "changed": _changed(version, final, references),
     }
 

@@ -46,6 +46,7 @@ def render(report: dict[str, Any], pictures: dict[int, Any]) -> str:
         "<h2>Figures</h2>" + _figures(report),
         "<h2>Candidates: accuracy, latency, bytes</h2>" + _front_plot(report) + _candidates(report),
         "<h2>Noise of each layer in int8</h2>" + _layers(report),
+        _pruning(report),
         "<h2>Changed answers</h2>" + _changed(report, pictures),
         f"<p class=mute>key {escape(report['key'])}</p></html>",
     ]
@@ -58,6 +59,7 @@ def _figures(report: dict[str, Any]) -> str:
     rows += [(name.replace("_", " "), _told_share(s)) for name, s in sorted(figures["shares"].items())]
     rows += [(f"noise of output {name}", f"{db:.1f} dB below it") for name, db in figures["sqnr_db_by_output"].items()]
     rows += [
+        ("bytes sent", f"{figures['wire_bytes']:,} (float {figures['float_wire_bytes']:,})"),
         (
             "bytes",
             f"{figures['compiled_bytes']:,} (float {figures['float_bytes']:,}, {figures['float_bytes'] / figures['compiled_bytes']:.2f} times)",
@@ -107,6 +109,24 @@ def _candidates(report: dict[str, Any]) -> str:
             f"<td class=bad>{escape('; '.join(one['misses']))}"
         )
     return f"<table>{head}{''.join(rows)}</table>"
+
+
+def _pruning(report: dict[str, Any]) -> str:
+    """Each step, how it was judged on training samples set aside, and why there are no more."""
+    if report["pruning"] is None:
+        return ""
+    rows = []
+    for tried in report["pruning"]["steps"]:
+        step, accuracy = tried["step"], tried["accuracy"]
+        told = f"{step['number']}{', tuned again' if step['again'] else ''}"
+        right = "" if accuracy is None else f"{accuracy:.4f} (float {tried['float_accuracy']:.4f})"
+        rows.append(
+            f"<tr><td>{told}<td class=n>{tried['sparsity']:.1%}<td class=n>{tried['agreement']:.4f}"
+            f"<td class=n>{right}<td class=bad>{escape('; '.join(tried['misses']))}"
+        )
+    head = "<tr><th>step<th class=n>weights gone<th class=n>agreement<th class=n>accuracy<th>misses"
+    ended = escape(report["pruning"]["stopped"]) or "The target was reached."
+    return f"<h2>Pruning</h2><table>{head}{''.join(rows)}</table><p>{ended}</p>"
 
 
 def _front_plot(report: dict[str, Any]) -> str:

@@ -2,7 +2,7 @@
 
 ::
 
-    first ──▶ measured ──▶ fits? (quick: ship it) ──▶ by layers ──▶ measured ──▶ choose
+    first ──▶ measured ──▶ fits? (quick: ship it) ──▶ by layers ──▶ measured ──▶ pruned (where asked for) ──▶ choose
 
 Candidates are ordered by figures that repeat exactly (agreement, noise, bytes); latency only tells apart what differs by more than its
 own noise, so that the same inputs choose the same candidate on the same machine (ADR 0008).
@@ -18,7 +18,8 @@ import msgspec
 
 from edgefleet_controller.compile import quality
 from edgefleet_controller.compile.port import Figures, Options, Target
-from edgefleet_controller.compile.recipe import FLOAT, OWN, Recipe
+from edgefleet_controller.compile.pruning import Pruned, Tried
+from edgefleet_controller.compile.recipe import AS_IS, FLOAT, OWN, Recipe
 from edgefleet_controller.manifests import DeviceClassSpec
 
 NOTHING = "nothing fits"
@@ -59,6 +60,7 @@ class Choice(msgspec.Struct, frozen=True, kw_only=True):
     nearest: Trial
     why: str
     sensitivity: tuple[Unit, ...] = ()
+    pruning: Pruned | None = None
 
 
 def plain(target: Target, spec: DeviceClassSpec, method: str, options: Options, in_float: Sequence[str]) -> Recipe:
@@ -75,7 +77,7 @@ def plain(target: Target, spec: DeviceClassSpec, method: str, options: Options, 
 
 def first(plain: Recipe, target: Target, effort: str) -> list[Recipe]:
     """The first round: ``plain``, and with full effort what may beat it without leaving layers in float."""
-    if effort != "full" or plain.precision != "int8":
+    if effort != "full" or plain.precision != "int8" or plain.quantizer == AS_IS:
         return [plain]
     change = msgspec.structs.replace
     others = [change(plain, ranges=m) for m in METHODS if m in target.methods and m != plain.ranges]
@@ -135,17 +137,28 @@ def leading(best: Trial, units: Sequence[Unit]) -> list[Recipe]:
     return list(dict.fromkeys(rungs))
 
 
+def pruned(trials: Sequence[Trial], steps: Sequence[Tried], spec: DeviceClassSpec) -> Recipe | None:
+    """The next recipe over a pruned network: the best recipe so far over the sparsest that is not yet tried; None when the last one was accurate
+    enough, or none is left. ``steps``: the good ones, the sparsest last."""
+    before = [trial for trial in trials if trial.recipe.pruned]
+    left = [step for step in steps if step.key not in {trial.recipe.pruned for trial in before}]
+    if not left or (before and accurate(before[-1], spec)):
+        return None
+    whole = [trial for trial in trials if not trial.recipe.pruned and trial.recipe.precision == spec.precision]
+    base = choose(whole, spec).chosen or choose(whole, spec).nearest
+    return msgspec.structs.replace(base.recipe, pruned=left[-1].key, sparsity=round(left[-1].sparsity, 4))
+
+
 def accurate(trial: Trial, spec: DeviceClassSpec) -> bool:
     """Whether it agrees with the float model as the class wants, and loses no more accuracy than it allows."""
-    free = spec.model_copy(update={"search": spec.search.model_copy(update={"prefer": "size"})})
-    unbounded = msgspec.structs.replace(trial.figures, compiled_bytes=0, peak_memory_bytes=None)
-    return not trial.died and not quality.misses(unbounded, free, trial.recipe)
+    return not trial.died and not quality.inaccuracies(trial.figures, spec.accuracy)
 
 
 def base_of_ladder(trials: Sequence[Trial]) -> Trial:
     """The int8 trial with the least noise on the outputs."""
     return max(
-        (t for t in trials if t.recipe.precision == "int8" and not t.died), key=lambda t: t.figures.sqnr_db or 0.0
+        (t for t in trials if t.recipe.precision == "int8" and not t.recipe.pruned and not t.died),
+        key=lambda t: t.figures.sqnr_db or 0.0,
     )
 
 
@@ -153,7 +166,7 @@ def float_trial(measured: Trial, spec: DeviceClassSpec) -> Trial:
     """The float model, from what was measured of it beside ``measured``."""
     f = measured.figures
     figures = msgspec.structs.replace(
-        f, compiled_bytes=f.float_bytes, agreement=1.0, agreement_low=quality.wilson(f.samples, f.samples)[0], agreement_high=1.0,
+        f, compiled_bytes=f.float_bytes, wire_bytes=f.float_wire_bytes, agreement=1.0, agreement_low=quality.wilson(f.samples, f.samples)[0], agreement_high=1.0,
         cosine=1.0, sqnr_db=quality.EXACT_DB, p50_ms=f.float_p50_ms, p95_ms=f.float_p95_ms, peak_memory_bytes=None, shares={},
         sqnr_db_by_output={},
     )  # fmt: skip
@@ -177,7 +190,8 @@ def choose(trials: Sequence[Trial], spec: DeviceClassSpec, units: Sequence[Unit]
 
 def without(choice: Choice, fallen: Sequence[Recipe], spec: DeviceClassSpec) -> Choice:
     """The choice when these, measured alone and on all samples, missed a budget after all."""
-    return choose([t for t in choice.trials if t.recipe not in fallen], spec, choice.sensitivity)
+    left = choose([t for t in choice.trials if t.recipe not in fallen], spec, choice.sensitivity)
+    return msgspec.structs.replace(left, pruning=choice.pruning)
 
 
 def _best(fitting: Sequence[Trial], prefer: str) -> Trial:
@@ -187,16 +201,19 @@ def _best(fitting: Sequence[Trial], prefer: str) -> Trial:
     match prefer:
         case "accuracy":
             return min(fitting, key=quiet)
-        case "size":
-            least = min(t.figures.compiled_bytes for t in fitting)
-            return min((t for t in fitting if t.figures.compiled_bytes <= least * ALIKE), key=quiet)
+        case "size" | "transfer":
+            sizes = {
+                t.recipe: t.figures.wire_bytes if prefer == "transfer" else t.figures.compiled_bytes for t in fitting
+            }
+            least = min(sizes.values())
+            return min((t for t in fitting if sizes[t.recipe] <= least * ALIKE), key=quiet)
         case _:
             timed = {trial.recipe: _relative(trial) for trial in fitting}
             known = [time for time in timed.values() if time is not None]
             if not known:  # a class that can't run here: fewest bytes stand for speed, and the board decides
                 return _best(fitting, "size")
             fast = [t for t in fitting if (timed[t.recipe] or math.inf) <= min(known) * ALIKE]
-            exact = [t for t in fast if t.recipe.precision == FLOAT.precision]
+            exact = [t for t in fast if t.recipe.exact]
             if exact:  # nothing gained in time is worth no other answer
                 return exact[0]
             small = min(t.figures.compiled_bytes for t in fast)

@@ -5,6 +5,7 @@
     prepare     simplified network, float answers to held-out and golden samples   once per network and samples
     statistics  ranges and means of activations                                    once per network and calibration
     rank        noise that int8 in each layer puts on the outputs                   once per statistics
+    prune       smaller networks, one per step (:mod:`.pruner`)                     once per network, training samples and step
     compile     compiled models, one per recipe                                    once per recipe, target and toolchain
     measure     outputs and times on the class's engine, or of a stand-in          always anew
 
@@ -28,14 +29,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import msgspec
-from edgefleet_shared import golden
+from edgefleet_shared import chunks, golden
 from edgefleet_shared.artifact import Layout
 from edgefleet_shared.errors import ToolchainError
 from safetensors.numpy import load, load_file, save_file
 
 from edgefleet_controller.compile import quality
 from edgefleet_controller.compile.port import RECIPE_OPTIONS, Figures, Options, Target
-from edgefleet_controller.compile.recipe import FLOAT, HALF, OWN, Recipe
+from edgefleet_controller.compile.recipe import AS_IS, FLOAT, HALF, OWN, Recipe
 from edgefleet_controller.compile.search import Trial, Unit
 from edgefleet_controller.compile.toolchains import Toolchain, Toolchains
 from edgefleet_controller.compile.watching import ChildDied
@@ -59,6 +60,7 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     """How long each child may take, in seconds."""
 
     prepare_s: float = 600.0
+    prune_s: float = 4 * 3600.0  # each step; it trains
     compile_s: float = 1800.0
     measure_s: float = 600.0
 
@@ -83,6 +85,7 @@ class Steps:
         self._work, self._progress, self._limits = work, progress, limits
         self._preparing = toolchains.ensure(PREPARE[0], progress)
         self._holdout: dict[str, Any] | None = None
+        self._float_sent: int | None = None
         self._numbers = iter(range(10**9))
         self._logged: set[Path] = set()
         self._options = {name: value for name, value in sorted(options.items()) if name not in RECIPE_OPTIONS}
@@ -105,10 +108,45 @@ class Steps:
         """Whether times on this host mean something for the class."""
         return self._class.spec.arch == platform.machine()
 
+    # -- for what works over the same cache and folder: pruning, the check of the input --------------------------------
+
+    @property
+    def layout(self) -> Layout:
+        return self._layout
+
+    @property
+    def work(self) -> Path:
+        """A folder that is gone when the compile is over."""
+        return self._work
+
+    @property
+    def prepared_key(self) -> str:
+        """Of the simplified network and what it was asked: changes with the network and with the code of the children."""
+        return self._prepared_key
+
+    def toolchain(self, name: str) -> Toolchain:
+        return self._toolchains.ensure(name, self._progress)
+
+    def once(self, kind: str, key: str, fill: Callable[[Path], None]) -> Path:
+        """The cache's folder of that kind and key, filled if it is not there."""
+        return self._once(kind, key, fill)
+
+    def prune(self, toolchain: Toolchain, module: str, request: dict[str, Any]) -> dict[str, Any]:
+        return self._child(toolchain, module, self._limits.prune_s, {"action": "prune", **request})
+
+    def answer(self, network: Path, samples: Path, count: int, outputs: Path) -> None:
+        """Write what a float network answers to the first ``count`` samples (encoded, safetensors)."""
+        self._child(self._preparing, PREPARE[1], self._limits.measure_s, {
+            "action": "measure", "models": [{"model": str(network), "outputs": str(outputs)}], "float_model": None,
+            "samples": str(samples), "count": count,
+        })  # fmt: skip
+
     def key(self, recipe: Recipe) -> str:
         """Of a compiled model in the cache."""
         # A float model does not depend on the calibration; its network and toolchains are in the other keys.
-        data = self._gathered_key if recipe.precision == "int8" else self._version.network
+        data = (
+            self._gathered_key if recipe.precision == "int8" else self._version.network
+        )  # a pruned network's key is in its recipe
         return content_key("compile", data, self._preparing.lock_hash, recipe.as_dict(), *self._target_key)
 
     def prepare(self) -> Path:
@@ -126,6 +164,10 @@ class Steps:
 
         return self._once("prepared", self._prepared_key, fill)
 
+    def simplified(self, pruned: str = "") -> Path:
+        """The network in float: as it came, or as pruning left it (the key of a pruned one in the cache)."""
+        return self._cache / "pruned" / pruned / "network.onnx" if pruned else self.prepare() / "simplified.onnx"
+
     def references(self, count: int | None = None) -> dict[str, Any]:
         """The float model's outputs for the (first ``count``) held-out samples, by name."""
         if self._holdout is None:
@@ -140,7 +182,7 @@ class Steps:
             found = self._child(self._preparing, PREPARE[1], self._limits.compile_s, {
                 "action": "rank",
                 "simplified": str(self.prepare() / "simplified.onnx"),
-                "statistics": self._statistics([recipe]),
+                "statistics": self._statistics("", [recipe]),
                 "samples": self.samples(self._version.calibration),
                 "count": RANKED_SAMPLES,
                 "recipe": asked,
@@ -226,35 +268,39 @@ class Steps:
 
     # -- one step each -------------------------------------------------------------------------------------------------
 
-    def _statistics(self, recipes: Sequence[Recipe]) -> str:
+    def _gathered(self, pruned: str) -> str:
+        """Key of what calibration tells of a network."""
+        return content_key(self._gathered_key, pruned) if pruned else self._gathered_key
+
+    def _statistics(self, pruned: str, recipes: Sequence[Recipe]) -> str:
         """The file that :mod:`.children.statistics` writes; without histograms where no recipe needs them, in half the time."""
         histograms = any(recipe.needs_histograms for recipe in recipes)
-        whole = self._cache / "statistics" / content_key(self._gathered_key, True)
+        whole = self._cache / "statistics" / content_key(self._gathered(pruned), True)
 
         def fill(staged: Path) -> None:
             self._child(self._preparing, PREPARE[1], self._limits.compile_s, {
                 "action": "gather",
-                "simplified": str(self.prepare() / "simplified.onnx"),
+                "simplified": str(self.simplified(pruned)),
                 "calibration": self.samples(self._version.calibration),
                 "statistics": str(staged / "statistics.json"),
                 "histograms": histograms,
             })  # fmt: skip
 
         histograms = histograms or whole.is_dir()
-        return str(self._once("statistics", content_key(self._gathered_key, histograms), fill) / "statistics.json")
+        key = content_key(self._gathered(pruned), histograms)
+        return str(self._once("statistics", key, fill) / "statistics.json")
 
-    def _quantized(self, recipes: Sequence[Recipe]) -> dict[Recipe, Path]:
+    def _quantized(self, pruned: str, recipes: Sequence[Recipe]) -> dict[Recipe, Path]:
         """QDQ networks by recipe: the same for every target that reads them."""
-        folders = {
-            r: self._cache / "quantized" / content_key("quantize", self._gathered_key, r.as_dict()) for r in recipes
-        }
+        data = self._gathered(pruned)
+        folders = {r: self._cache / "quantized" / content_key("quantize", data, r.as_dict()) for r in recipes}
         missing = {folder: recipe for recipe, folder in folders.items() if not folder.is_dir()}
 
         def fill(wanted: dict[Path, Recipe]) -> None:
             self._child(self._preparing, PREPARE[1], self._limits.compile_s, {
                 "action": "quantize",
-                "simplified": str(self.prepare() / "simplified.onnx"),
-                "statistics": self._statistics(list(wanted.values())),
+                "simplified": str(self.simplified(pruned)),
+                "statistics": self._statistics(pruned, list(wanted.values())),
                 "jobs": [{"recipe": r.as_dict(), "quantized": str(s / "network.onnx")} for s, r in wanted.items()],
             })  # fmt: skip
 
@@ -264,10 +310,19 @@ class Steps:
         return {recipe: folder / "network.onnx" for recipe, folder in folders.items()}
 
     def _compile(self, wanted: dict[Path, Recipe]) -> None:
-        """Compile into staged folders."""
-        simplified = self.prepare() / "simplified.onnx"
+        """Compile into staged folders, one network after the other."""
+        for pruned in dict.fromkeys(recipe.pruned for recipe in wanted.values()):
+            self._compile_one(pruned, {staged: r for staged, r in wanted.items() if r.pruned == pruned})
+
+    def _compile_one(self, pruned: str, wanted: dict[Path, Recipe]) -> None:
+        for staged in [staged for staged, recipe in wanted.items() if recipe.quantizer == AS_IS]:
+            os.link(self._layout.path(self._version.as_is), staged / COMPILED)
+            del wanted[staged]
+        if not wanted:
+            return
+        simplified = self.simplified(pruned)
         int8 = [r for r in wanted.values() if r.precision == "int8" and r.quantizer == OWN]
-        quantized = self._quantized(int8) if self._target.reads_qdq and int8 else {}
+        quantized = self._quantized(pruned, int8) if self._target.reads_qdq and int8 else {}
         networks = {staged: quantized.get(recipe, simplified) for staged, recipe in wanted.items()}
         if self._target.ships_onnx:
             for staged, network in networks.items():
@@ -277,7 +332,7 @@ class Steps:
             "action": "compile",
             "simplified": str(simplified),
             "calibration": self.samples(self._version.calibration),
-            "statistics": self._statistics(int8) if int8 and not self._target.reads_qdq else None,
+            "statistics": self._statistics(pruned, int8) if int8 and not self._target.reads_qdq else None,
             **self._told,
             "jobs": [
                 {"recipe": wanted[s].as_dict(), "network": str(network), "compiled": str(s / COMPILED), "stand_in": str(s / STAND_IN)}
@@ -305,8 +360,15 @@ class Steps:
             engine_version=self._toolchain.packages[self._target.engine_package],
             float_bytes=float_model.stat().st_size,
             compiled_bytes=path.stat().st_size,
+            wire_bytes=chunks.sent_bytes(path),
+            float_wire_bytes=self._float_wire_bytes(float_model),
             samples=self._version.holdout.count,
         )
+
+    def _float_wire_bytes(self, float_model: Path) -> int:
+        if self._float_sent is None:
+            self._float_sent = chunks.sent_bytes(float_model)
+        return self._float_sent
 
     def _died(self, recipe: Recipe, path: Path, float_model: Path, how: str) -> Measured:
         missing = ("agreement", "latency", "memory")

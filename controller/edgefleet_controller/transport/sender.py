@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from edgefleet_shared import topics
+from edgefleet_shared import chunks, topics
 from edgefleet_shared.artifact import Layout, chunk_count
 from edgefleet_shared.clock import Clock
 from edgefleet_shared.errors import ArtifactError
@@ -118,10 +118,11 @@ class BlobSender:
             with self._layout.path(digest).open("rb") as stream:
                 stream.seek(number * chunk_bytes)
                 piece = stream.read(chunk_bytes)
-            self._publish(topics.chunk(digest, number), piece)
-            earned -= len(piece)
+            message = chunks.pack(piece)
+            earned -= len(message)
             self.sent_chunks += 1
-            self.sent_bytes += len(piece)
+            self.sent_bytes += len(message)
+            self._publish(topics.chunk(digest, number), message)
 
     def _pick(self, now: float) -> tuple[str, int, int] | None:
         with self._lock:

@@ -1,4 +1,5 @@
-"""The engine port: receives a model file and its config, hands on a session that answers.
+"""The engine port: receives a model file and its config, hands on a session that answers. Where a model must first be built on the board
+that runs it, :class:`Builder` is the other half.
 
 An adapter is one file behind the entry point group ``edgefleet.engines``. It imports its library in :meth:`Engine.load_library`, so
 that asking which engines a board has costs nothing, and only worker and accepting child, never the resident agent, pay
@@ -10,12 +11,13 @@ from __future__ import annotations
 import importlib.metadata
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol, runtime_checkable
 
 import numpy as np
-from edgefleet_shared.artifact import ModelConfig
+from edgefleet_shared.artifact import MODEL_LAYER, Layout, ModelConfig
 from edgefleet_shared.errors import EngineError
 
+from edgefleet_agent import plans
 from edgefleet_agent.runtime.tensors import Array
 
 
@@ -74,6 +76,56 @@ class Engine(Protocol):
             EngineError: library missing, file not loadable, or its inputs and outputs differ from ``config``.
         """
         ...
+
+
+@runtime_checkable
+class Builder(Engine, Protocol):
+    """An engine that runs no model as it comes: it makes a plan of it, on the very board, in the state ``building``. For such an engine
+    the path that :meth:`Engine.load` is given is a plan's."""
+
+    def build_key(self) -> str:
+        """What a plan made here and now depends on: the engine's version, the driver's, the processor. One that was made under another
+        key is made again.
+
+        Raises:
+            EngineError: the library does not load, or no device answers.
+        """
+        ...
+
+    def build(
+        self,
+        source: Path,
+        config: ModelConfig,
+        memory_bytes: int,
+        plan: BinaryIO,
+        told: Callable[[str, int, int], None],
+    ) -> None:
+        """Make a plan.
+
+        Args:
+            source: the artifact's model.
+            memory_bytes: what this process may hold; it is killed above that.
+            plan: where the plan goes, from its beginning to its end; it can't be sought.
+            told: what is done now, and how many of how many steps of it are done.
+
+        Raises:
+            EngineError: the model can't be built.
+        """
+        ...
+
+
+def loadable(engine: Engine, layout: Layout, manifest: str) -> Path:
+    """The file of an artifact that ``engine`` loads: its model, whose bytes the caller has checked, or the plan that was made of it here,
+    whose bytes are checked now.
+
+    Raises:
+        NotFoundError: no plan was made by this engine as it is now. ArtifactError: the plan was changed on the disk.
+        EngineError: the library does not load.
+    """
+    if not isinstance(engine, Builder):
+        return layout.path(layout.manifest(manifest).layer(MODEL_LAYER).digest)
+    engine.load_library()
+    return plans.find(layout, manifest, engine.build_key())
 
 
 def installed_version(*distributions: str) -> str | None:

@@ -15,6 +15,7 @@ from edgefleet_shared.errors import EngineError
 
 from edgefleet_agent.board import EngineProbe
 from edgefleet_agent.runtime import engines
+from edgefleet_agent.runtime.engines.port import Builder
 from edgefleet_agent.sandbox import describe_exit
 
 
@@ -26,9 +27,10 @@ def probe(name: str) -> EngineProbe:
         return EngineProbe(name, None, engine.missing())
     try:
         engine.load_library()
+        build_key = engine.build_key() if isinstance(engine, Builder) else ""
     except EngineError as exc:
         return EngineProbe(name, None, str(exc))
-    return EngineProbe(name, version, "")
+    return EngineProbe(name, version, "", build_key)
 
 
 def main(limit_s: int) -> None:

@@ -26,12 +26,45 @@ def load(path: str) -> Run:
     """An interpreter on one thread."""
     interpreter = Interpreter(model_path=path, num_threads=1)
     interpreter.allocate_tensors()
-    run = interpreter.get_signature_runner("serving_default")
+    signature = interpreter.get_signature_list().get("serving_default", {"inputs": []})
+    run = interpreter.get_signature_runner("serving_default") if signature["inputs"] else None
+    by_tensors = _by_tensors(interpreter)  # files of other makers have no signature, or name things otherwise in it
 
     def call(feeds: dict[str, Array]) -> dict[str, Array]:
+        if run is None or set(signature["inputs"]) != set(feeds):
+            return by_tensors(feeds)
         return {name: np.array(value) for name, value in run(**feeds).items()}
 
     return call
+
+
+def _by_tensors(interpreter: Any) -> Run:
+    """Feeds and answers by the names of the file's tensors; what it takes or gives in int8 is float outside, as on the board."""
+    inputs = {detail["name"]: detail for detail in interpreter.get_input_details()}
+    outputs = interpreter.get_output_details()
+
+    def call(feeds: dict[str, Array]) -> dict[str, Array]:
+        for name, value in feeds.items():
+            interpreter.set_tensor(inputs[name]["index"], _to_file(value, inputs[name]))
+        interpreter.invoke()
+        return {detail["name"]: _from_file(interpreter.get_tensor(detail["index"]), detail) for detail in outputs}
+
+    return call
+
+
+def _to_file(value: Array, detail: dict[str, Any]) -> Array:
+    if detail["dtype"] == np.float32:
+        return value
+    scale, zero = detail["quantization"]
+    limits = np.iinfo(detail["dtype"])
+    return np.asarray(np.clip(np.rint(value / scale) + zero, limits.min, limits.max).astype(detail["dtype"]))
+
+
+def _from_file(value: Array, detail: dict[str, Any]) -> Array:
+    if detail["dtype"] == np.float32:
+        return np.array(value)
+    scale, zero = detail["quantization"]
+    return np.asarray((value.astype(np.float32) - zero) * np.float32(scale))
 
 
 def compile_model(request: job.Request, progress: job.Progress) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from .weights import (
     axis_of,
     channel_scales,
     correct_biases,
+    groups_of,
     tensor_scale,
     wide_enough,
 )
@@ -200,7 +201,7 @@ def _weight_scales(model: onnx.ModelProto, ranges: dict[str, list[float]], recip
         axis = axis_of(node)
         channels = weight.shape[axis]
         scales = (
-            channel_scales(weight, axis, recipe["weights"])
+            channel_scales(weight, axis, recipe["weights"], groups_of(node))
             if recipe["granularity"] == "channel"
             else np.full(channels, tensor_scale(weight, recipe["weights"]), np.float32)
         )

@@ -19,7 +19,7 @@ from onnx import helper, numpy_helper
 from . import job
 from .measure import Array
 from .statistics import Statistics
-from .weights import LEVELS, PASSIVE, WEIGHTED, axis_of, channel_scales, rounded
+from .weights import LEVELS, PASSIVE, WEIGHTED, axis_of, channel_scales, groups_of, rounded
 
 
 def measure(
@@ -87,7 +87,7 @@ def _only(
             elif place == 1 and node.op_type in WEIGHTED and tensor.data_type == onnx.TensorProto.FLOAT:
                 weight = numpy_helper.to_array(tensor)
                 axis = axis_of(node)
-                values = rounded(weight, channel_scales(weight, axis, recipe["weights"]), axis)
+                values = rounded(weight, channel_scales(weight, axis, recipe["weights"], groups_of(node)), axis)
                 copy = numpy_helper.from_array(values.astype(np.float32), f"{name}/rounded")
                 own.graph.initializer.append(copy)
                 node.input[place] = copy.name

@@ -36,11 +36,12 @@ def axis_of(node: onnx.NodeProto) -> int:
     return AXIS.get(node.op_type, -1)
 
 
-def channel_scales(weight: Array, axis: int, bits: str) -> Array:
+def channel_scales(weight: Array, axis: int, bits: str, groups: int | None = None) -> Array:
     """One scale per output channel.
 
     Args:
         bits: ``full`` (8 bits), ``pairs`` (8 bits, no neighbours that overflow), ``reduced`` (7 bits).
+        groups: of a convolution; None where the weight's shape has to tell.
 
     Returns:
         float32, shape [channels]; above 0 also for channels that are all zero.
@@ -51,12 +52,19 @@ def channel_scales(weight: Array, axis: int, bits: str) -> Array:
         scales = largest / REDUCED
     else:
         scales = largest / FULL
-        # A depthwise tap meets one input channel only: kernels multiply it alone.
-        if bits == "pairs" and rows.shape[1] > 1 and not (weight.ndim == 4 and weight.shape[1] == 1):
+        # A depthwise tap meets one input channel only: kernels multiply it alone. Not so where the input has but one channel (grey
+        # pictures): there the taps are neighbours.
+        depthwise = weight.ndim == 4 and weight.shape[1] == 1 and groups != 1
+        if bits == "pairs" and rows.shape[1] > 1 and not depthwise:
             scales = np.maximum(scales, _pair_sums(rows) / PAIR_SUM)
     floor = float(largest.max()) * 1e-6 or 1.0
     found: Array = np.maximum(scales, floor).astype(np.float32)
     return found
+
+
+def groups_of(node: onnx.NodeProto) -> int:
+    """A convolution's groups."""
+    return next((int(a.i) for a in node.attribute if a.name == "group"), 1)
 
 
 def tensor_scale(weight: Array, bits: str) -> float:
@@ -92,7 +100,7 @@ def bias_shift(node: onnx.NodeProto, lost: Array, means: Array) -> Array | None:
     Returns:
         float64, shape [channels]; None where the shapes don't meet (an input that is flattened in between).
     """
-    groups = next((a.i for a in node.attribute if a.name == "group"), 1)
+    groups = groups_of(node)
     match node.op_type:
         case "Conv":
             taps = lost.reshape(*lost.shape[:2], -1).sum(axis=2)  # out, in per group

@@ -1,0 +1,313 @@
+"""Stage 1, source: networks in TensorFlow's formats. Receives .keras, .h5, a SavedModel or a .tflite, hands on ONNX (tf2onnx) with fixed shapes.
+
+A model file of Keras can name code to run (Lambda layers, functions by module and name, SavedModels inside), and a SavedModel can hold operators that
+read and write files. What a file is made of is read before anything is loaded, and only what is Keras' own is let through; :mod:`.hostile_keras`
+says what. What comes out is held against the network that went in, on one random input.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import re
+import sys
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx.reference
+
+from . import hostile_keras, job
+
+# KERAS_HOME: what somebody set up in their own ~/.keras decides nothing here.
+os.environ |= {
+    "TF_CPP_MIN_LOG_LEVEL": "2",
+    "CUDA_VISIBLE_DEVICES": "",
+    "KERAS_BACKEND": "tensorflow",
+    "KERAS_HOME": os.getcwd(),
+}
+
+OPSET = 15
+CLOSE = 1e-3  # of the largest output: what other orders of the same sums may differ by
+
+
+def convert(request: job.Request, progress: job.Progress) -> dict[str, Any]:
+    """Request: ``path``, ``format`` (of :mod:`edgefleet_controller.formats`), ``onnx`` (file to write). Result: ``quantized``, whether it came with int8 weights
+    and activations, which the ONNX has as floats."""
+    progress("loading TensorFlow", 0, 2)
+    if request["format"] == "tflite":
+        return _from_tflite(request, progress)
+    function, specs, outputs = (_saved_model if request["format"] == "saved-model" else _keras)(request)
+    import tf2onnx
+
+    progress("converting to ONNX", 1, 2)
+    model = _told(lambda: tf2onnx.convert.from_function(function, input_signature=specs, opset=OPSET)[0])
+    _canonical(model, [spec.name for spec in specs], outputs)
+    fed = [np.random.default_rng(0).random(spec.shape.as_list(), np.float32) for spec in specs]
+    answered = function(*fed)
+    _check(model, dict(zip([spec.name for spec in specs], fed, strict=True)), [a.numpy() for a in _listed(answered)])
+    onnx.save(model, request["onnx"])
+    return {"quantized": False}
+
+
+def _keras(request: job.Request) -> tuple[Any, list[Any], list[str]]:
+    """(function, its inputs, its outputs' names) of a Keras model."""
+    hostile_keras.check(request["path"], request["format"])
+    import keras
+    import tensorflow as tf
+
+    try:
+        model = keras.models.load_model(request["path"], compile=False, safe_mode=True)
+    except Exception as exc:  # whatever Keras raises about a file
+        raise job.Refused(
+            "bad_model", f"Keras {keras.__version__} can't load this model: {str(exc).splitlines()[0]}"
+        ) from exc
+    specs = []
+    for number, tensor in enumerate(model.inputs):
+        shape = [1, *tensor.shape[1:]]
+        if None in shape:
+            raise job.Refused(
+                "bad_model", f"input {tensor.name!r} has the shape {tuple(tensor.shape)}; all but its first dimension must be fixed",
+                "give keras.Input its whole shape, and save the model again",
+            )  # fmt: skip
+        specs.append(tf.TensorSpec(shape, tensor.dtype, name=_plain(tensor.name) or f"input_{number}"))
+
+    def call(*given: Any) -> Any:
+        return model(list(given) if len(given) > 1 else given[0], training=False)
+
+    names = [
+        _plain(name) for name in getattr(model, "output_names", None) or [layer.name for layer in model.layers[-1:]]
+    ]
+    return tf.function(call, input_signature=specs), specs, names
+
+
+def _saved_model(request: job.Request) -> tuple[Any, list[Any], list[str]]:
+    hostile_keras.check_saved_model(request["path"])
+    import tensorflow as tf
+
+    try:
+        loaded = tf.saved_model.load(request["path"])
+        signature = loaded.signatures["serving_default"]
+    except Exception as exc:
+        raise job.Refused(
+            "bad_model",
+            f"TensorFlow can't load this SavedModel, or it has no signature serving_default: {str(exc).splitlines()[0]}",
+        ) from exc
+    wanted = signature.structured_input_signature[1]
+    specs = []
+    for name, spec in sorted(wanted.items()):
+        shape = [1, *spec.shape.as_list()[1:]]
+        if None in shape:
+            raise job.Refused(
+                "bad_model", f"input {name!r} has the shape {spec.shape}; all but its first dimension must be fixed"
+            )
+        specs.append(tf.TensorSpec(shape, spec.dtype, name=_plain(name)))
+    names, outputs = sorted(wanted), sorted(signature.structured_outputs)
+
+    def call(*given: Any) -> Any:
+        found = signature(**dict(zip(names, given, strict=True)))
+        return [found[name] for name in outputs]
+
+    function = tf.function(call, input_signature=specs)
+    function.keep = loaded  # its variables live as long as it does
+    return function, specs, [_plain(name) for name in outputs]
+
+
+def _from_tflite(request: job.Request, progress: job.Progress) -> dict[str, Any]:
+    import tensorflow as tf
+
+    try:
+        interpreter = tf.lite.Interpreter(request["path"])
+        interpreter.allocate_tensors()
+    except (RuntimeError, ValueError) as exc:
+        raise job.Refused("bad_model", f"this .tflite can't be loaded: {str(exc).splitlines()[0]}") from exc
+    details = interpreter.get_tensor_details()
+    quantized = any(
+        detail["dtype"] in (np.int8, np.uint8) and len(detail["quantization_parameters"]["scales"])
+        for detail in details
+    )
+    ends = [*interpreter.get_input_details(), *interpreter.get_output_details()]
+    if not quantized and any(detail["dtype"] != np.float32 for detail in ends):
+        raise job.Refused("bad_model", "inputs and outputs of a float .tflite must be float32")
+    progress("converting to ONNX", 1, 2)
+    model = _told(lambda: _by_command(request["path"], request["onnx"], quantized))
+    if quantized:
+        _float_ends(model)
+    _canonical(model, [v.name for v in model.graph.input], [v.name for v in model.graph.output])
+    if not quantized:
+        fed = {
+            d["name"]: np.random.default_rng(0).random(d["shape"], np.float32) for d in interpreter.get_input_details()
+        }
+        for detail in interpreter.get_input_details():
+            interpreter.set_tensor(detail["index"], fed[detail["name"]])
+        interpreter.invoke()
+        _check(model, fed, [interpreter.get_tensor(d["index"]) for d in interpreter.get_output_details()])
+    onnx.save(model, request["onnx"])
+    return {"quantized": quantized}
+
+
+def _by_command(path: str, onnx_file: str, quantized: bool) -> onnx.ModelProto:
+    """tf2onnx's command, which alone can take integers for the floats that they mean."""
+    from tf2onnx import convert as command
+
+    given, sys.argv = (
+        sys.argv,
+        ["tf2onnx", "--tflite", path, "--output", onnx_file, "--opset", str(OPSET), *["--dequantize"] * quantized],
+    )
+    try:
+        command.main()
+    finally:
+        sys.argv = given
+    return onnx.load(onnx_file)
+
+
+def _float_ends(model: onnx.ModelProto) -> None:
+    """Inputs and outputs in the floats that their integers mean: boards take and give floats, and their engine quantizes at the file's edge."""
+    graph, integers = model.graph, (onnx.TensorProto.INT8, onnx.TensorProto.UINT8)
+    readers: dict[str, list[Any]] = {}
+    for node in graph.node:
+        for name in node.input:
+            readers.setdefault(name, []).append(node)
+    made = {name: node for node in graph.node for name in node.output}
+    gone: list[Any] = []
+    for value in graph.input:
+        if value.type.tensor_type.elem_type not in integers:
+            continue
+        last, found = value.name, []
+        while len(readers.get(last, [])) == 1 and readers[last][0].op_type in (
+            "Cast",
+            "Sub",
+            "Mul",
+            "DequantizeLinear",
+        ):
+            found.append(readers[last][0])
+            last = found[-1].output[0]
+            if found[-1].op_type in ("Mul", "DequantizeLinear"):
+                break
+        if not found or found[-1].op_type not in ("Mul", "DequantizeLinear"):
+            raise job.Refused(
+                "bad_model", f"what the integers of input {value.name!r} mean can't be told from this .tflite"
+            )
+        gone += found
+        for node in readers.get(last, []):
+            node.input[:] = [value.name if name == last else name for name in node.input]
+        value.type.tensor_type.elem_type = onnx.TensorProto.FLOAT
+    for value in graph.output:
+        if value.type.tensor_type.elem_type not in integers:
+            continue
+        rounding = made[value.name]
+        if rounding.op_type != "QuantizeLinear":
+            raise job.Refused(
+                "bad_model", f"what the integers of output {value.name!r} mean can't be told from this .tflite"
+            )
+        gone.append(rounding)
+        exact = rounding.input[0]
+        for node in graph.node:
+            node.input[:] = [value.name if name == exact else name for name in node.input]
+            node.output[:] = [value.name if name == exact else name for name in node.output]
+        value.type.tensor_type.elem_type = onnx.TensorProto.FLOAT
+    kept = [_copied(node) for node in graph.node if not any(node is other for other in gone)]
+    del graph.node[:]
+    graph.node.extend(kept)
+    onnx.checker.check_model(model)
+
+
+def _told(made: Any) -> onnx.ModelProto:
+    """What tf2onnx makes, or its refusal in words."""
+    try:
+        model: onnx.ModelProto = made()
+        onnx.checker.check_model(model)
+    except Exception as exc:  # tf2onnx raises whatever comes
+        raise job.Refused("bad_model", f"this network can't be written as ONNX: {str(exc).splitlines()[0]}") from exc
+    return model
+
+
+def _check(model: onnx.ModelProto, fed: dict[str, Any], wanted: list[Any]) -> None:
+    run = onnx.reference.ReferenceEvaluator(model)
+    for have, want in zip(run.run(None, fed), wanted, strict=True):
+        off = float(np.abs(have - want).max()) / max(float(np.abs(want).max()), 1e-6)
+        if have.shape != want.shape or not off <= CLOSE:
+            raise job.Refused(
+                "bad_model",
+                f"as ONNX this network answers otherwise (by {off:.2g} of its largest output): tf2onnx got it wrong",
+            )
+
+
+def _canonical(model: onnx.ModelProto, inputs: list[str], outputs: list[str]) -> None:
+    """Give inputs and outputs the names that Keras has for them, and all else an order and names that follow from the graph alone: tf2onnx numbers
+    what it adds in an order that differs from run to run."""
+    graph = model.graph
+    if any(attribute.HasField("g") or attribute.graphs for node in graph.node for attribute in node.attribute):
+        raise job.Refused(
+            "bad_model", "this network has branches or loops that depend on values, which can't be served"
+        )
+    made = {name: node for node in graph.node for name in node.output}
+    constants = {i.name: i for i in graph.initializer}
+    new: dict[str, str] = dict(zip([v.name for v in graph.input], inputs, strict=True)) | dict(
+        zip([v.name for v in graph.output], outputs, strict=True)
+    )
+    taken = set(new.values())
+
+    def name_for(old: str) -> str:
+        if old and old not in new:
+            stem = re.sub(r"__\d+|:\d+$", "", old) or "value"
+            numbers = (f"{stem}_{n}" for n in itertools.count(1))
+            chosen: str = next(name for name in itertools.chain([stem], numbers) if name not in taken)
+            new[old] = chosen
+            taken.add(chosen)
+        return new.get(old, "")
+
+    ordered: list[Any] = []
+    used: list[Any] = []
+    done: set[int] = set()
+    todo = [(made[value.name], False) for value in reversed(graph.output)]
+    while todo:  # depth first, inputs in their order
+        node, ready = todo.pop()
+        if id(node) in done:
+            continue
+        if not ready:
+            todo.append((node, True))
+            todo += [
+                (made[name], False) for name in reversed(node.input) if name in made and id(made[name]) not in done
+            ]
+            continue
+        done.add(id(node))
+        ordered.append(node)
+        used += [constants.pop(name) for name in node.input if name in constants]
+    for node in ordered:
+        node.input[:] = [name_for(name) for name in node.input]
+        node.output[:] = [name_for(name) for name in node.output]
+        node.name = f"{node.op_type}/{node.output[0]}"
+    for tensor in used:
+        tensor.name = name_for(tensor.name)
+    for value in (*graph.input, *graph.output):
+        value.name = new[value.name]
+    kept, weights = [_copied(node) for node in ordered], [_copied(tensor) for tensor in used]
+    del graph.node[:], graph.initializer[:], graph.value_info[:]
+    graph.node.extend(kept)
+    graph.initializer.extend(weights)
+    graph.name = "network"
+
+
+def _copied(message: Any) -> Any:
+    own = type(message)()
+    own.CopyFrom(message)
+    return own
+
+
+def _plain(name: str) -> str:
+    return name.split(":")[0].replace("/", "_")
+
+
+def _listed(value: Any) -> list[Any]:
+    return (
+        list(value.values())
+        if isinstance(value, dict)
+        else list(value)
+        if isinstance(value, (list, tuple))
+        else [value]
+    )
+
+
+def main() -> None:
+    job.serve({"convert": convert})

@@ -1,0 +1,171 @@
+"""Stage 2, compile: an ONNX network as a torch module that can be trained, and back. For :mod:`.prune`.
+
+onnx2torch makes the module; on the way back only weights (and the groups of convolutions) are written into the ONNX graph that was
+read, so that nodes keep their names, operators and order, and whatever was said about a node holds for the pruned network too.
+"""
+
+from __future__ import annotations
+
+import sys
+import types
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from onnx import numpy_helper
+
+from . import job
+
+# Operator -> where its weights lie among its inputs, and under which name in torch's module.
+_PLACES = {
+    "Conv": {1: "weight", 2: "bias"},
+    "ConvTranspose": {1: "weight", 2: "bias"},
+    "Gemm": {1: "weight", 2: "bias"},
+    "BatchNormalization": {1: "weight", 2: "bias", 3: "running_mean", 4: "running_var"},
+    "PRelu": {1: "weight"},
+}
+PRUNED = ("Conv", "ConvTranspose", "Gemm")  # whose weights are counted, and go
+
+
+def _torchvision_stubs() -> dict[str, types.ModuleType]:
+    """onnx2torch imports torchvision for two operators of region proposals; we have none, and it is as large as torch."""
+    package, ops = types.ModuleType("torchvision"), types.ModuleType("torchvision.ops")
+    ops.roi_align = None  # type: ignore[attr-defined]
+    package.ops = ops  # type: ignore[attr-defined]
+    return {"torchvision": package, "torchvision.ops": ops}
+
+
+class Network:
+    """One network in both forms. ``module`` takes and gives tensors with a first axis of any size."""
+
+    def __init__(self, path: str) -> None:
+        self._model = onnx.load(path, load_external_data=False)
+        _free_batch(self._model)
+        self.inputs = [i.name for i in _fed(self._model)]
+        self.outputs = [o.name for o in self._model.graph.output]
+        self.module = self._as_torch()
+        self._names = {node.output[0]: f"node_{number}" for number, node in enumerate(self._model.graph.node)}
+
+    def _as_torch(self) -> Any:
+        sys.modules |= _torchvision_stubs()
+        import onnx2torch
+
+        copy = onnx.ModelProto()
+        copy.CopyFrom(self._model)
+        for number, node in enumerate(copy.graph.node):
+            node.name = f"node_{number}"  # modules are found again by it
+        del copy.graph.value_info[:]
+        try:
+            return onnx2torch.convert(copy)
+        except (NotImplementedError, ValueError, KeyError, RuntimeError, AssertionError) as exc:
+            raise job.Refused(
+                "bad_model", f"this network can't be trained, so not pruned: {exc}", "leave spec.prune away"
+            ) from exc
+
+    def _layers(self) -> Iterator[tuple[Any, Any]]:
+        """(node, torch module) of every node that has weights."""
+        modules = dict(self.module.named_modules())
+        for node in self._model.graph.node:
+            if node.op_type in _PLACES:
+                module = modules.get(self._names[node.output[0]])
+                if module is not None and isinstance(getattr(module, "weight", None), torch.Tensor):
+                    yield node, module
+
+    def pruned_layers(self) -> list[Any]:
+        """The modules whose weights may go."""
+        return [module for node, module in self._layers() if node.op_type in PRUNED]
+
+    def last_layers(self) -> list[Any]:
+        """The modules whose outputs reach an output of the network through no other one with weights: their outputs must all stay."""
+        made = {name: node for node in self._model.graph.node for name in node.output}
+        modules = {node.output[0]: module for node, module in self._layers() if node.op_type in PRUNED}
+        found, todo, seen = [], list(self.outputs), set[str]()
+        while todo:
+            name = todo.pop()
+            if name in seen or name not in made:
+                continue
+            seen.add(name)
+            if name in modules:
+                found.append(modules[name])
+            else:
+                todo += made[name].input
+        return found
+
+    @property
+    def softmax(self) -> list[bool]:
+        """Of each output, whether it comes out of a softmax."""
+        made = {name: node.op_type for node in self._model.graph.node for name in node.output}
+        return [made[name] == "Softmax" for name in self.outputs]
+
+    def weights(self) -> int:
+        """How many weights there are in what may be pruned, zeros left out."""
+        return sum(int(torch.count_nonzero(module.weight)) for module in self.pruned_layers())
+
+    def save(self, path: str) -> None:
+        """Write the network with its present weights."""
+        model = onnx.ModelProto()
+        model.CopyFrom(self._model)
+        constants = {i.name: i for i in model.graph.initializer}
+        nodes = {node.output[0]: node for node in model.graph.node}
+        written: dict[str, Any] = {}
+        for original, module in self._layers():
+            node = nodes[original.output[0]]
+            for place, attribute in _PLACES[node.op_type].items():
+                value = getattr(module, attribute, None)
+                if value is None or place >= len(node.input) or node.input[place] not in constants:
+                    continue
+                array = self._in_place(node, place, value.detach().numpy(), constants[node.input[place]])
+                name = node.input[place]
+                if name in written and not np.array_equal(written[name], array):
+                    name = node.input[place] = f"{name}/{node.output[0]}"  # two nodes shared it
+                    model.graph.initializer.append(numpy_helper.from_array(array, name))
+                written[name] = array
+                constants.get(name, model.graph.initializer[-1]).CopyFrom(numpy_helper.from_array(array, name))
+            for attribute in node.attribute:
+                if attribute.name == "group":
+                    attribute.i = module.groups
+        del model.graph.value_info[:]
+        onnx.save(onnx.shape_inference.infer_shapes(model), path)
+
+    @staticmethod
+    def _in_place(node: Any, place: int, value: Any, before: onnx.TensorProto) -> Any:
+        """A weight as the node takes it: torch's dense layers have it transposed, PRelu has it flat."""
+        array = np.ascontiguousarray(value, dtype=np.float32)
+        if node.op_type == "Gemm" and place == 1 and not any(a.name == "transB" and a.i for a in node.attribute):
+            array = np.ascontiguousarray(array.T)
+        rank = len(before.dims)
+        if array.ndim < rank:
+            array = (
+                array.reshape(-1, *[1] * (rank - 1))
+                if node.op_type == "PRelu"
+                else array.reshape([1] * (rank - array.ndim) + [*array.shape])
+            )
+        return array
+
+
+def _fed(model: onnx.ModelProto) -> list[Any]:
+    given = {i.name for i in model.graph.initializer}
+    return [value for value in model.graph.input if value.name not in given]
+
+
+def _free_batch(model: onnx.ModelProto) -> None:
+    """Shapes written into Reshape that hold for a batch of 1, or for all channels, become such that hold for any: the first axis is copied,
+    and where no other axis is inferred, the last one is."""
+    constants = {i.name: i for i in model.graph.initializer}
+    for node in model.graph.node:
+        if node.op_type == "Constant":
+            continue
+        if node.op_type != "Reshape" or node.input[1] not in constants:
+            continue
+        shape = numpy_helper.to_array(constants[node.input[1]]).copy()
+        if len(shape) < 2:
+            continue
+        if shape[0] == 1:
+            shape[0] = 0
+        if not (shape == -1).any():
+            shape[-1] = -1
+        name = f"{node.input[1]}/{node.output[0]}/any"
+        model.graph.initializer.append(numpy_helper.from_array(shape.astype(np.int64), name))
+        node.input[1] = name

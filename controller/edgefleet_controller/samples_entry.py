@@ -1,0 +1,91 @@
+"""Stage 1, source: samples from a Python function of the operator's. Receives ``file.py:function``, hands on a safetensors file that it wrote.
+
+The function runs in a child process, with the interpreter and the packages of this program, in the folder of its file: it may crash, hang or print, and
+leaves nothing behind here. It is the operator's own code on the operator's own machine, run with the operator's rights; a controller never runs one.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+from contextlib import suppress
+from pathlib import Path
+
+from edgefleet_shared.errors import DataError
+
+ENTRY = re.compile(r"^(?P<file>[^:]+\.py):(?P<function>[A-Za-z_][A-Za-z0-9_]*)$")
+LIMIT_S = 1800.0
+
+# What runs in the child: file, function, how many (or 0) and the file to write are its arguments.
+_CHILD = """
+import importlib.util, itertools, sys
+import numpy as np
+from safetensors.numpy import save_file
+
+file, function, count, target = sys.argv[1:]
+spec = importlib.util.spec_from_file_location("edgefleet_entry", file)
+module = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+if not callable(getattr(module, function, None)):
+    sys.exit(f"there is no function {function}")
+rows = {}
+given = getattr(module, function)()
+for number, sample in enumerate(itertools.islice(given, int(count) or None)):
+    if not isinstance(sample, dict) or not sample:
+        sys.exit(f"sample {number} is a {type(sample).__name__}, expected a dict of arrays by input name")
+    if rows and rows.keys() != sample.keys():
+        sys.exit(f"sample {number} has the inputs {', '.join(sample)}, the first one {', '.join(rows)}")
+    for name, value in sample.items():
+        value = np.asarray(value)
+        if value.dtype not in (np.uint8, np.float32):
+            sys.exit(f"sample {number}: {name} is {value.dtype}, expected uint8 (a picture) or float32")
+        if name in rows and (value.shape, value.dtype) != (rows[name][0].shape, rows[name][0].dtype):
+            sys.exit(f"sample {number}: {name} is {value.dtype} {value.shape}, the first one {rows[name][0].dtype} {rows[name][0].shape}")
+        rows.setdefault(name, []).append(value)
+if not rows:
+    sys.exit("it yields no sample")
+save_file({name: np.stack(values) for name, values in rows.items()}, target)
+"""
+
+
+def write(split: str, base: Path, entry: str, count: int | None, target: Path, *, limit_s: float = LIMIT_S) -> None:
+    """Run an entry point and have its samples written.
+
+    The function takes no argument and yields samples: dicts of one array per input, without a batch axis, uint8 pictures (height x width x channels,
+    in the input's size) or float32 as the network takes them.
+
+    Args:
+        entry: ``file.py:function``, the file relative to ``base``.
+        count: how many samples to take; None for all.
+
+    Raises:
+        DataError: no such file or function; it raised, yields something else, or takes longer than ``limit_s``.
+    """
+    found = ENTRY.match(entry)
+    if found is None:
+        raise DataError(f"{split}: {entry!r} is no entry point", hint="write file.py:function")
+    file = (base / found["file"]).resolve()
+    if not file.is_file():
+        raise DataError(f"{split}: no file {file}", hint="paths are relative to the manifest's file")
+    command = [sys.executable, "-c", _CHILD, str(file), found["function"], str(count or 0), str(target)]
+    with tempfile.TemporaryFile() as said:
+        child = subprocess.Popen(
+            command, cwd=file.parent, stdin=subprocess.DEVNULL, stdout=said, stderr=said, env={**os.environ, "PYTHONHASHSEED": "0"},
+            start_new_session=True,
+        )  # fmt: skip
+        try:
+            status = child.wait(limit_s)
+        except subprocess.TimeoutExpired as exc:
+            raise DataError(f"{split}: {entry} ran past its limit of {limit_s:.0f} s and was stopped") from exc
+        finally:
+            with suppress(ProcessLookupError):  # with whatever it started
+                os.killpg(child.pid, signal.SIGKILL)
+            child.wait()
+        if status != 0 or not target.is_file():
+            said.seek(0)
+            lines = said.read().decode(errors="replace").strip().splitlines()
+            raise DataError(f"{split}: {entry} failed: {lines[-1] if lines else f'status {status}'}")

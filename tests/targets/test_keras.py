@@ -1,0 +1,215 @@
+"""Networks in TensorFlow's formats on the real toolchain. It is installed on first use into EDGEFLEET_CACHE (default ~/.cache/edgefleet).
+
+The files are made there too: TensorFlow is no dependency of the tests.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from edgefleet_controller.compile.pipeline import compile_version
+from edgefleet_controller.compile.port import CompileResult
+from edgefleet_controller.compile.toolchains import Toolchains
+from edgefleet_controller.manifests import Model
+from edgefleet_controller.source import ModelVersion, import_model
+from edgefleet_shared.artifact import MODEL_LAYER, Layout, digest_file
+from edgefleet_shared.errors import ModelError
+from support.networks import device_class, write_pictures
+
+TOOLCHAINS = Path(os.environ.get("EDGEFLEET_CACHE", Path.home() / ".cache" / "edgefleet"))
+
+MAKE = """
+import sys, numpy as np, tensorflow as tf, keras
+from tensorflow.python.framework.convert_to_constants import convert_variables_to_constants_v2
+folder = sys.argv[1]
+keras.utils.set_random_seed(0)
+L = keras.layers
+x = inputs = keras.Input((32, 32, 3), name="image")
+x = L.ReLU(6.0)(L.BatchNormalization()(L.Conv2D(16, 3, strides=2, padding="same", use_bias=False)(x)))
+y = L.Conv2D(16, 1)(L.ReLU()(L.DepthwiseConv2D(3, padding="same")(x)))
+x = L.Add()([x, y])
+x = L.Conv2D(32, 3, strides=2, padding="same", activation="relu")(x)
+x = L.AveragePooling2D(4)(x)
+model = keras.Model(inputs, L.Dense(6, name="scores")(L.Flatten()(x)))
+for layer in model.layers:  # normalisation that does something
+    if isinstance(layer, L.BatchNormalization):
+        layer.set_weights([w + 0.1 * np.random.default_rng(1).random(w.shape) for w in layer.get_weights()])
+model.save(f"{folder}/net.keras")
+model.save(f"{folder}/net.h5")
+model.export(f"{folder}/net.saved")
+call = tf.function(lambda image: model(image, training=False), input_signature=[tf.TensorSpec([1, 32, 32, 3], tf.float32, name="image")])
+frozen = convert_variables_to_constants_v2(call.get_concrete_function())
+converter = tf.lite.TFLiteConverter.from_concrete_functions([frozen])
+open(f"{folder}/net.tflite", "wb").write(converter.convert())
+chance = np.random.default_rng(2)
+converter.optimizations = [tf.lite.Optimize.DEFAULT]
+converter.representative_dataset = lambda: ([chance.normal(0, 1, (1, 32, 32, 3)).astype(np.float32)] for _ in range(32))
+converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS_INT8]
+converter.inference_input_type = converter.inference_output_type = tf.int8
+open(f"{folder}/net-int8.tflite", "wb").write(converter.convert())
+shown = chance.normal(0, 1, (1, 32, 32, 3)).astype(np.float32)
+np.save(f"{folder}/shown.npy", shown)
+np.save(f"{folder}/answer.npy", model(shown, training=False).numpy())
+lambdas = keras.Sequential([keras.Input((32, 32, 3), name="image"), L.Lambda(lambda x: x * 2), L.Flatten(), L.Dense(6)])
+lambdas.save(f"{folder}/lambda.keras")
+lambdas.save(f"{folder}/lambda.h5")
+class Reader(tf.Module):
+    @tf.function(input_signature=[tf.TensorSpec([1, 32, 32, 3], tf.float32)])
+    def __call__(self, image):
+        return tf.reduce_sum(image) + tf.cast(tf.strings.length(tf.io.read_file("/etc/passwd")), tf.float32)
+reader = Reader()
+tf.saved_model.save(reader, f"{folder}/reader.saved", signatures=reader.__call__.get_concrete_function())
+"""
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with one network in every format, and hostile ones."""
+    folder = tmp_path_factory.mktemp("keras")
+    python = Toolchains(TOOLCHAINS).ensure("keras").python
+    (folder / "make.py").write_text(MAKE)
+    environment = {"PATH": os.environ["PATH"], "TF_CPP_MIN_LOG_LEVEL": "3", "CUDA_VISIBLE_DEVICES": ""}
+    subprocess.run([python, str(folder / "make.py"), str(folder)], check=True, env=environment, cwd=folder, timeout=500)
+    for split, count in {"calibration": 16, "holdout": 32, "golden": 8}.items():
+        write_pictures(folder / split, count, seed=len(split))
+    return folder
+
+
+def manifest(path: str, name: str = "image", **spec: Any) -> Model:
+    picture = {"name": name, "layout": "NHWC", "mean": [127.5], "std": [64.0]}
+    fields = {
+        "version": "1",
+        "source": {"path": path},
+        "inputs": [picture],
+        **{s: {"path": s} for s in ("calibration", "holdout", "golden")},
+    }
+    return Model.model_validate({"kind": "Model", "metadata": {"name": "net"}, "spec": fields | spec})
+
+
+def imported(folder: Path, layout: Layout, path: str, **more: Any) -> ModelVersion:
+    return import_model(manifest(path, **more), folder, layout, cache=TOOLCHAINS)
+
+
+def compiled(version: ModelVersion, layout: Layout, cache: Path, engine: str, **spec: Any) -> CompileResult:
+    wanted = device_class(
+        engine,
+        arch=platform.machine(),
+        search={"effort": "quick", "prefer": "size"},
+        accuracy={"min_agreement": 0.7},
+        **spec,
+    )
+    return compile_version(version, wanted, layout, Toolchains(TOOLCHAINS), cache=cache)
+
+
+def answers(layout: Layout, version: ModelVersion, shown: Any) -> Any:
+    import onnx.reference
+
+    run = onnx.reference.ReferenceEvaluator(onnx.load(layout.path(version.network)))
+    return run.run(None, {version.inputs[0].name: shown})[0]
+
+
+@pytest.mark.parametrize("name", ["net.keras", "net.h5", "net.saved", "net.tflite"])
+def test_a_network_answers_as_onnx_what_it_did_and_keeps_its_names(made: Path, tmp_path: Path, name: str) -> None:
+    layout = Layout(tmp_path / "layout")
+    version = imported(made, layout, name)
+    assert [(t.name, t.shape) for t in version.inputs] == [("image", (1, 32, 32, 3))]
+    assert np.allclose(answers(layout, version, np.load(made / "shown.npy")), np.load(made / "answer.npy"), atol=1e-4)
+    assert version.as_is == ""
+    assert imported(made, layout, name).digest == version.digest
+
+
+@pytest.mark.parametrize("engine", ["onnxruntime", "tflite"])
+@pytest.mark.parametrize("name", ["net.keras", "net.tflite"])
+def test_it_compiles_to_int8(made: Path, tmp_path: Path, name: str, engine: str) -> None:
+    layout = Layout(tmp_path / "layout")
+    result = compiled(imported(made, layout, name), layout, tmp_path / "cache", engine)
+    assert (result.precision, result.quality) == ("int8", "passed")
+    assert result.figures.compiled_bytes < result.figures.float_bytes
+
+
+def test_a_quantized_tflite_is_taken_as_it_is_and_measured(made: Path, tmp_path: Path) -> None:
+    layout = Layout(tmp_path / "layout")
+    version = imported(made, layout, "net-int8.tflite")
+    result = compiled(version, layout, tmp_path / "cache", "tflite")
+    layer = layout.manifest(result.artifact.digest).layer(MODEL_LAYER)
+    assert layer.digest == version.as_is == digest_file(made / "net-int8.tflite")
+    assert result.recipe == "int8, as it came"
+    assert result.figures.agreement is not None
+    assert result.figures.p50_ms is not None
+    other = compiled(version, layout, tmp_path / "cache", "onnxruntime")
+    assert other.recipe.startswith("int8, minmax")
+
+
+@pytest.mark.parametrize("name", ["lambda.keras", "lambda.h5"])
+def test_a_lambda_layer_is_refused_unloaded(made: Path, tmp_path: Path, name: str) -> None:
+    with pytest.raises(ModelError, match=r"names .*Lambda.* which would run code of the file's choice"):
+        imported(made, Layout(tmp_path / "layout"), name)
+
+
+def test_a_saved_model_that_reads_files_is_refused(made: Path, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="has the operator ReadFile"):
+        imported(made, Layout(tmp_path / "layout"), "reader.saved")
+
+
+def rewritten(source: Path, target: Path, change: Any) -> None:
+    """A .keras file with another configuration."""
+    with zipfile.ZipFile(source) as archive, zipfile.ZipFile(target, "w") as out:
+        for name in archive.namelist():
+            content = archive.read(name)
+            out.writestr(name, json.dumps(change(json.loads(content))) if name == "config.json" else content)
+
+
+def module_of_the_files_choice(config: Any) -> Any:
+    """The attack of CVE-2025-1550: a layer's class by module and name, which is imported."""
+    config["config"]["layers"][1] |= {"module": "os", "class_name": "system"}
+    return config
+
+
+def function_by_name(config: Any) -> Any:
+    config["config"]["layers"][1]["config"]["activation"] = {
+        "module": "keras.utils",
+        "class_name": "function",
+        "config": "get_file",
+    }
+    return config
+
+
+def model_inside(config: Any) -> Any:
+    config["config"]["layers"][1] |= {"module": "keras.layers", "class_name": "TFSMLayer"}
+    return config
+
+
+@pytest.mark.parametrize("attack", [module_of_the_files_choice, function_by_name, model_inside])
+def test_a_configuration_that_names_code_is_refused(made: Path, tmp_path: Path, attack: Any) -> None:
+    rewritten(made / "net.keras", made / f"{attack.__name__}.keras", attack)
+    with pytest.raises(ModelError, match="would run code of the file's choice"):
+        imported(made, Layout(tmp_path / "layout"), f"{attack.__name__}.keras")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("cut.h5", lambda whole: whole["net.h5"][:3000], "no whole Keras model"),
+        ("cut.tflite", lambda whole: whole["net.tflite"][:900], "can't be loaded|broke over this file"),
+        ("noise.tflite", lambda whole: whole["net.tflite"][:8] + bytes(5000), "can't be loaded|broke over this file"),
+    ],
+)
+def test_a_damaged_file_is_told(made: Path, tmp_path: Path, name: str, content: Any, words: str) -> None:
+    (made / name).write_bytes(content({n: (made / n).read_bytes() for n in ("net.h5", "net.tflite")}))
+    with pytest.raises(ModelError, match=words):
+        imported(made, Layout(tmp_path / "layout"), name)
+
+
+def test_weights_alone_are_told(made: Path, tmp_path: Path) -> None:
+    with zipfile.ZipFile(made / "net.keras") as archive:
+        (made / "weights.h5").write_bytes(archive.read("model.weights.h5"))
+    with pytest.raises(ModelError, match="weights alone; save the whole model"):
+        imported(made, Layout(tmp_path / "layout"), "weights.h5")

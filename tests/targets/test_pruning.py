@@ -1,0 +1,235 @@
+"""Pruning on the real toolchain (torch, torch-pruning). It is installed on first use into EDGEFLEET_CACHE (default ~/.cache/edgefleet)."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from edgefleet_controller.compile.pipeline import compile_version
+from edgefleet_controller.compile.port import CompileResult
+from edgefleet_controller.compile.steps import Limits
+from edgefleet_controller.compile.toolchains import Cancelled, Toolchains
+from edgefleet_controller.manifests import Model
+from edgefleet_controller.source import ModelVersion, import_model
+from edgefleet_shared.artifact import MODEL_LAYER, Layout
+from edgefleet_shared.errors import ModelError, ToolchainError
+from safetensors.numpy import save_file
+from support.networks import Net, device_class
+
+TOOLCHAINS = Path(os.environ.get("EDGEFLEET_CACHE", Path.home() / ".cache" / "edgefleet"))
+SIDE, CLASSES = 32, 4
+
+
+class Bench:
+    """A layout, a fresh cache of compiled models, and the shared toolchains."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.cache = folder, folder / "cache"
+        self.layout = Layout(folder / "layout")
+        self.cancel = threading.Event()
+
+    def version(self, network: onnx.ModelProto, prune: dict[str, Any], **spec: Any) -> ModelVersion:
+        (self.folder / "net.onnx").write_bytes(network.SerializeToString(deterministic=True))
+        for seed, (split, count) in enumerate(
+            {"calibration": 24, "holdout": 100, "golden": 8, "training": 400}.items()
+        ):
+            pictures, truth = blobs_of_light(count, seed)
+            save_file({"image": pictures}, self.folder / f"{split}.safetensors")
+            (self.folder / f"{split}.txt").write_text("\n".join(map(str, truth)) + "\n")
+        training = {"path": "training.safetensors"} | ({"truth": "training.txt"} if spec.pop("labelled", False) else {})
+        fields: dict[str, Any] = {
+            "version": "1", "source": {"path": "net.onnx"}, "inputs": [{"name": "image", "mean": [127.5], "std": [64.0]}],
+            "calibration": {"path": "calibration.safetensors"}, "golden": {"path": "golden.safetensors"},
+            "holdout": {"path": "holdout.safetensors", "truth": "holdout.txt"},
+            "prune": {"epochs": 2, "steps": 2, "batch": 32, "training": training, **prune},
+        }  # fmt: skip
+        manifest = Model.model_validate({"kind": "Model", "metadata": {"name": "net"}, "spec": fields | spec})
+        return import_model(manifest, self.folder, self.layout, cache=self.cache)
+
+    def compile(
+        self, version: ModelVersion, engine: str = "onnxruntime", *, prefer: str = "size", **more: Any
+    ) -> CompileResult:
+        accuracy = more.pop("accuracy", {"min_agreement": 0.8})
+        search = {"effort": "quick", "prefer": prefer, "pruned": more.pop("pruned", True)}
+        wanted = device_class(
+            engine, arch=platform.machine(), accuracy=accuracy, search=search, precision=more.pop("precision", "int8")
+        )
+        toolchains = Toolchains(TOOLCHAINS, cancel=self.cancel)
+        return compile_version(version, wanted, self.layout, toolchains, cache=self.cache, **more)
+
+    def report(self, result: CompileResult) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads(self.layout.read(result.report, 10**7))
+        return found
+
+    def network(self, result: CompileResult) -> onnx.ModelProto:
+        layer = self.layout.manifest(result.artifact.digest).layer(MODEL_LAYER)
+        return onnx.load(self.layout.path(layer.digest))
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Bench:
+    return Bench(tmp_path)
+
+
+def blobs_of_light(count: int, seed: int) -> tuple[Any, list[int]]:
+    """Noisy pictures with one bright spot; the class is the quarter that it lies in."""
+    chance = np.random.default_rng(seed)
+    truth = [int(c) for c in chance.integers(0, CLASSES, count)]
+    pictures = chance.normal(90, 25, (count, SIDE, SIDE, 3))
+    for picture, quarter in zip(pictures, truth, strict=True):
+        row, column = (int(chance.integers(2, 10)) + 16 * half for half in divmod(quarter, 2))
+        picture[row : row + 5, column : column + 5] += chance.uniform(70, 130, 3)
+    return np.clip(pictures, 0, 255).astype(np.uint8), truth
+
+
+def seer() -> onnx.ModelProto:
+    """A network that sees the quarter with the bright spot: random convolutions, and a last layer fitted to their outputs."""
+    net = Net(1)
+    net.conv(3, 32, stride=2)
+    net.relu6()
+    shortcut = net.last
+    net.conv(32, 32, group=32)
+    net.relu6()
+    net.conv(32, 32, 1, pads=[0, 0, 0, 0])
+    net.add("Add", shortcut)
+    net.add("Relu")
+    net.conv(32, 64, stride=2)
+    net.add("Relu")
+    net.add("AveragePool", kernel_shape=[4, 4], strides=[4, 4])
+    net.add("Reshape", net.constant(np.array([1, 256], np.int64)))
+    features = net.last
+    net.dense(256, CLASSES)
+    model = net.model([1, CLASSES])
+    fitted(model, features)
+    return model
+
+
+def fitted(model: onnx.ModelProto, features: str) -> None:
+    """Give the last layer the weights of a linear regression from its inputs to the classes."""
+    import onnx.reference
+
+    pictures, truth = blobs_of_light(300, 99)
+    inputs = ((pictures.astype(np.float32) - 127.5) / 64).transpose(0, 3, 1, 2)
+    seen = onnx.ModelProto()
+    seen.CopyFrom(model)
+    del seen.graph.output[:]
+    seen.graph.output.append(onnx.helper.make_tensor_value_info(features, onnx.TensorProto.FLOAT, [1, 256]))
+    run = onnx.reference.ReferenceEvaluator(seen)
+    x = np.concatenate([run.run(None, {"image": one[None]})[0] for one in inputs])
+    wanted = np.eye(CLASSES)[truth] * 8 - 2
+    x1 = np.hstack([x, np.ones((len(x), 1))])
+    solved = np.linalg.solve(x1.T @ x1 + 0.5 * np.eye(x1.shape[1]), x1.T @ wanted)
+    (dense,) = (node for node in model.graph.node if node.op_type == "Gemm")
+    for tensor in model.graph.initializer:
+        values = {dense.input[1]: solved[:-1].T, dense.input[2]: solved[-1]}.get(tensor.name)
+        if values is not None:
+            tensor.CopyFrom(onnx.numpy_helper.from_array(np.ascontiguousarray(values, np.float32), tensor.name))
+
+
+def weights(model: onnx.ModelProto) -> int:
+    """Entries of convolutions and dense layers."""
+    constants = {i.name: i for i in model.graph.initializer}
+    made = {name: node for node in model.graph.node for name in node.output}
+    count = 0
+    for node in model.graph.node:
+        if node.op_type in ("Conv", "Gemm"):
+            source = made.get(node.input[1])
+            name = source.input[0] if source is not None else node.input[1]
+            count += int(np.prod(constants[name].dims))
+    return count
+
+
+@pytest.mark.parametrize("engine", ["onnxruntime", "tflite", "openvino"])
+def test_half_of_the_weights_go_channel_by_channel_and_the_answers_stay(bench: Bench, engine: str) -> None:
+    version = bench.version(seer(), {"structured": 0.5})
+    result = bench.compile(version, engine)
+    whole = bench.compile(version, engine, pruned=False)
+    report = bench.report(result)
+    assert report["recipe"]["pruned"]
+    assert report["pruning"]["stopped"] == ""
+    assert [round(s["sparsity"], 1) for s in report["pruning"]["steps"]][-1] >= 0.5
+    assert result.figures.agreement >= 0.8
+    assert (
+        result.figures.wire_bytes < 0.8 * whole.figures.wire_bytes
+    )  # most of so small a file of OpenVINO's is its XML
+    assert result.figures.compiled_bytes < whole.figures.compiled_bytes
+    assert bench.report(whole)["pruning"] is None
+    if engine == "onnxruntime":
+        assert weights(bench.network(result)) <= 0.5 * weights(bench.network(whole))
+
+
+def test_the_same_inputs_give_the_same_digest_when_everything_is_made_again(bench: Bench) -> None:
+    version = bench.version(seer(), {"structured": 0.4, "unstructured": 0.3}, labelled=True)
+    first = bench.compile(version)
+    shutil.rmtree(bench.cache)
+    again = bench.compile(version)
+    assert "pruned" in first.recipe
+    assert again.artifact.digest == first.artifact.digest
+    other = bench.compile(bench.version(seer(), {"structured": 0.4, "unstructured": 0.3, "seed": 1}, labelled=True))
+    assert other.artifact.digest != first.artifact.digest
+
+
+def test_zeros_leave_the_file_as_large_and_cost_fewer_bytes_on_the_wire(bench: Bench) -> None:
+    version = bench.version(seer(), {"unstructured": 0.7})
+    sparse, dense = (bench.compile(version, prefer="transfer", pruned=pruned).figures for pruned in (True, False))
+    assert abs(sparse.compiled_bytes - dense.compiled_bytes) < 200
+    assert sparse.wire_bytes < 0.75 * dense.wire_bytes
+    assert sparse.wire_bytes < 0.3 * sparse.float_wire_bytes
+
+
+def test_pruning_that_costs_too_much_stops_says_where_and_leaves_the_last_good_network(bench: Bench) -> None:
+    version = bench.version(seer(), {"structured": 0.995, "steps": 4, "epochs": 1, "learning_rate": 1e-4})
+    result = bench.compile(version, accuracy={"min_agreement": 0.95})
+    report = bench.report(result)
+    assert "pruning stopped where" in result.why
+    assert "agreement with the float model" in report["pruning"]["stopped"]
+    last = report["pruning"]["steps"][-1]
+    assert last["misses"]
+    assert last["step"]["again"]
+    assert result.figures.agreement >= 0.95
+    assert report["recipe"]["sparsity"] < last["sparsity"]
+
+
+def test_a_class_may_decline_and_a_float_class_may_have_it(bench: Bench) -> None:
+    version = bench.version(seer(), {"structured": 0.5})
+    pruned = bench.compile(version, precision="fp32")
+    whole = bench.compile(version, precision="fp32", pruned=False)
+    assert pruned.recipe.startswith("fp32, 5")
+    assert whole.recipe == "fp32"
+    assert pruned.figures.compiled_bytes < 0.6 * whole.figures.compiled_bytes
+
+
+def test_pruning_can_be_cancelled_and_leaves_no_half_result(bench: Bench) -> None:
+    version = bench.version(seer(), {"structured": 0.5})
+
+    def stop(what: str, _done: int, _total: int) -> None:
+        if what == "tuning the pruned network":
+            bench.cancel.set()
+
+    with pytest.raises(Cancelled, match="pruning prune was cancelled"):
+        bench.compile(version, progress=stop)
+    assert list((bench.cache / "pruned").iterdir()) == []
+
+
+def test_pruning_that_takes_too_long_is_stopped(bench: Bench) -> None:
+    version = bench.version(seer(), {"structured": 0.5})
+    with pytest.raises(ToolchainError, match="pruning prune ran past its limit"):
+        bench.compile(version, limits=Limits(prune_s=0.5))
+
+
+def test_a_network_that_can_not_be_pruned_is_told(bench: Bench) -> None:
+    model = seer()
+    (scores,) = model.graph.output
+    for node in model.graph.node:
+        node.output[:] = ["linear" if name == scores.name else name for name in node.output]
+    model.graph.node.append(onnx.helper.make_node("Hardmax", ["linear"], [scores.name], name="one-hot", axis=-1))
+    with pytest.raises(ModelError, match=r"this network can't be trained, so not pruned.*Hardmax"):
+        bench.compile(bench.version(model, {"structured": 0.5}), accuracy={"min_agreement": 0.01})

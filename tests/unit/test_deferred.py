@@ -1,0 +1,79 @@
+"""A deferred module costs nothing until it is used, and is then the module itself. Each in a process of its own: modules are the process's."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+
+def run(program: str) -> str:
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+DEFER = "import sys; from edgefleet_shared.deferred import defer; defer('urllib.request')\n"
+
+
+def test_importing_a_deferred_module_loads_nothing() -> None:
+    said = run(
+        DEFER + "import urllib.request, urllib.parse; print('http.client' in sys.modules, 'tempfile' in sys.modules)"
+    )
+    assert said == "False False"
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        "import urllib.request; print(urllib.request.Request('http://a/b').host)",
+        "from urllib.request import Request; print(Request('http://a/b').host)",
+        "from urllib import request; print(request.Request('http://a/b').host)",
+    ],
+)
+def test_it_is_the_module_itself_once_it_is_used(use: str) -> None:
+    assert run(DEFER + use) == "a"
+
+
+def test_a_name_that_the_module_lacks_is_missing() -> None:
+    assert (
+        run(DEFER + "import urllib.request; print(hasattr(urllib.request, 'nothing'), urllib.request.urlopen.__name__)")
+        == "False urlopen"
+    )
+
+
+def test_threads_that_use_it_at_once_all_see_the_whole_module() -> None:
+    program = DEFER + (
+        "import threading, urllib.request\n"
+        "start, seen = threading.Barrier(8), []\n"
+        "def use():\n"
+        "    start.wait()\n"
+        "    seen.append(urllib.request.Request('http://a/b').host + urllib.request.getproxies.__name__)\n"
+        "threads = [threading.Thread(target=use) for _ in range(8)]\n"
+        "[t.start() for t in threads]; [t.join() for t in threads]\n"
+        "print(len(seen), set(seen))"
+    )
+    assert run(program) == "8 {'agetproxies_environment'}"
+
+
+def test_a_module_that_is_there_already_stays() -> None:
+    assert (
+        run("import urllib.request as first\n" + DEFER + "import urllib.request; print(urllib.request is first)")
+        == "True"
+    )
+
+
+def test_what_is_not_there_is_refused() -> None:
+    assert (
+        run(
+            "from edgefleet_shared.deferred import defer\ntry: defer('no_such_module')\nexcept ModuleNotFoundError as e: print(e.name)"
+        )
+        == "no_such_module"
+    )
+
+
+def test_the_resident_agent_carries_no_http_client() -> None:
+    heavy = "'http.client', 'email.message', 'tempfile', 'lzma', 'pydantic', 'cryptography', 'numpy', 'tuf'"
+    program = f"import sys; import edgefleet_agent.app; print([m for m in ({heavy}) if m in sys.modules])"
+    assert run(program) == "[]"
