@@ -42,6 +42,10 @@ class AgentExaminer(verify.SandboxedChild):
     def __init__(self, home: Path) -> None:
         self._home = home
 
+    def build(self, state: Path, manifest: str, order: BuildOrder) -> BuildReport:
+        """Never asked: an agent has no plan."""
+        raise AssertionError("nothing is built for an agent")
+
     def accept(self, state: Path, manifest: str, threads: int) -> AcceptanceReport:
         """Rehearse the candidate. Raises EnvironmentProblem when no child can be started."""
         return rehearse(self._home, manifest)
