@@ -14,6 +14,7 @@ from edgefleet_shared.contract import AcceptanceReport, Verdict
 from edgefleet_shared.errors import ArtifactError, NotFoundError
 
 from edgefleet_agent import launcher, sandbox, slots, verify
+from edgefleet_agent.ports import BuildOrder, BuildReport
 from edgefleet_agent.sandbox import Limits
 
 LIMITS = Limits(memory_bytes=192 * 1024 * 1024, time_s=90.0)
