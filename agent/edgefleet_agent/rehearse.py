@@ -44,8 +44,8 @@ class AgentExaminer(verify.SandboxedChild):
         self._home = home
 
     def build(self, state: Path, manifest: str, order: BuildOrder) -> BuildReport:
-        """Never asked: what the agent is made of needs no engine, so no plan of one either (:class:`edgefleet_agent.upkeep.Upkeep`)."""
-        raise NotFoundError("the agent's own versions have no plans")
+        """Never asked: an agent has no plan."""
+        raise AssertionError("nothing is built for an agent")
 
     def accept(self, state: Path, manifest: str, threads: int) -> AcceptanceReport:
         """Rehearse the candidate. Raises EnvironmentProblem when no child can be started."""
