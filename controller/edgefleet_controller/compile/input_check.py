@@ -17,7 +17,8 @@ from edgefleet_shared.contract import PictureEncoding
 from safetensors.numpy import load, load_file, save_file
 
 from edgefleet_controller.compile import answers, quality
-from edgefleet_controller.compile.steps import MAX_BLOB_BYTES, Steps, content_key
+from edgefleet_controller.compile.port import MAX_BLOB_BYTES
+from edgefleet_controller.compile.steps import Steps, content_key
 from edgefleet_controller.source import ModelVersion
 
 ENOUGH = 32  # labelled pictures that can tell two descriptions apart

@@ -17,9 +17,9 @@ from edgefleet_shared import golden
 from safetensors.numpy import load, load_file, save_file
 
 from edgefleet_controller.compile import pruning, quality
-from edgefleet_controller.compile.port import Figures
+from edgefleet_controller.compile.port import MAX_BLOB_BYTES, Figures
 from edgefleet_controller.compile.pruning import Pruned, Step, Tried
-from edgefleet_controller.compile.steps import MAX_BLOB_BYTES, PREPARE, Steps, content_key
+from edgefleet_controller.compile.steps import PREPARE, Steps, content_key
 from edgefleet_controller.manifests import Accuracy, DeviceClass
 from edgefleet_controller.source import ModelVersion
 
