@@ -6,6 +6,7 @@ import os
 import queue
 import secrets
 import signal
+import sys
 import threading
 from contextlib import suppress
 from functools import partial
@@ -15,6 +16,7 @@ from edgefleet_shared import atomic, logs
 from edgefleet_shared.assignment import Subject
 from edgefleet_shared.clock import SystemClock
 from edgefleet_shared.errors import EnvironmentProblem
+from edgefleet_shared.faces import told
 from edgefleet_shared.files import DISK
 from edgefleet_shared.fingerprint import Fingerprint
 
@@ -144,3 +146,13 @@ def run(state: Path) -> None:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: agent.stop())
         agent.run()
+
+
+@told
+def main() -> None:
+    """``python -m edgefleet_agent.app STATE``: what ``fleet-agent run`` becomes."""
+    run(Path(sys.argv[1]))
+
+
+if __name__ == "__main__":
+    main()

@@ -38,16 +38,27 @@ MAX_WHEEL_BYTES = 16 * 1024 * 1024
 _SUFFIXES = (".py", ".proto", ".typed")
 _METADATA = ("METADATA", "entry_points.txt")
 _REQUIREMENT = re.compile(r"^([A-Za-z0-9][A-Za-z0-9._-]*)\s*(?:\[([^\]]*)\])?\s*([^;]*?)\s*(?:;\s*(.*))?$")
-_EXTRA = re.compile(r"""^extra\s*==\s*['"]([^'"]+)['"]$""")
+_EXTRA = re.compile(r"""^(?:(.*)\s+and\s+)?extra\s*==\s*['"]([^'"]+)['"]$""")
+
+
+class _Need(NamedTuple):
+    """One line of ``Requires-Dist``. ``where`` is what must hold of the board for it, beside the extra."""
+
+    line: str
+    name: str
+    extras: frozenset[str]
+    bounds: str
+    extra: str
+    where: str
 
 
 class _Wheel(NamedTuple):
-    """A wheel that is one of ours. ``needs``: (distribution, its extras, bounds, the extra that asks for it)."""
+    """A wheel that is one of ours."""
 
     name: str
     version: str
     python: str
-    needs: tuple[tuple[str, frozenset[str], str, str], ...]
+    needs: tuple[_Need, ...]
     files: dict[str, bytes]
 
 
@@ -156,25 +167,31 @@ def _read(path: Path) -> _Wheel:
     )  # fmt: skip
 
 
-def _need(path: Path, line: str) -> tuple[str, frozenset[str], str, str]:
+def _need(path: Path, line: str) -> _Need:
     match = _REQUIREMENT.match(line)
-    extra = _EXTRA.match(match.group(4)) if match and match.group(4) else None
-    if match is None or (match.group(4) and extra is None):
+    if match is None:
         raise InputError(f"{path} needs {line!r}, which a board can't be held against")
+    marker = match.group(4) or ""
+    found = _EXTRA.match(marker)
+    where, extra = (found.group(1) or "", found.group(2)) if found else (marker, "")
     name = re.sub(r"[-_.]+", "-", match.group(1)).lower()
     extras = frozenset(part.strip() for part in (match.group(2) or "").split(",") if part.strip())
-    return name, extras, match.group(3).strip("() "), extra.group(1) if extra else ""
+    return _Need(line, name, extras, match.group(3).strip("() "), extra, where)
 
 
 def _provides(agent: _Wheel, shared: _Wheel) -> dict[str, str]:
     """What a board's package must bring: Python, a launcher, and whatever both distributions need."""
-    chosen = frozenset(e for name, extras, _, extra in agent.needs if name == shared.name and not extra for e in extras)
+    chosen = frozenset(e for need in agent.needs if need.name == shared.name and not need.extra for e in need.extras)
     wanted = {"python": agent.python, "launcher": LAUNCHER_BOUNDS}
     for needs, extras in ((agent.needs, frozenset[str]()), (shared.needs, chosen)):
-        for name, _, bounds, extra in needs:
-            if name not in PACKAGES and (not extra or extra in extras):
-                both = [*wanted.get(name, "").split(","), *bounds.replace(" ", "").split(",")]
-                wanted[name] = ",".join(dict.fromkeys(filter(None, both)))
+        for need in needs:
+            if need.extra and need.extra not in extras:
+                continue  # an engine's, say: the board's package has what the board has
+            if need.where:
+                raise InputError(f"the wheels need {need.line!r}, which a board can't be held against")
+            if need.name not in PACKAGES:
+                both = [*wanted.get(need.name, "").split(","), *need.bounds.replace(" ", "").split(",")]
+                wanted[need.name] = ",".join(dict.fromkeys(filter(None, both)))
     for name, bounds in wanted.items():
         if not readable_bounds(bounds):
             raise InputError(f"the wheels need {name} {bounds}, which a board can't be held against")

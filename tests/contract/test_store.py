@@ -125,13 +125,7 @@ def test_boards_from_before_signatures_are_brought_along_and_need_not_sign(datab
     with database.write() as session:
         devices.put_class(session, "old", "{}", 1.0)
         devices.enrol(session, "old-board", "old", now=1.0)
-        for statement in (
-            "ALTER TABLE device DROP COLUMN agent_assignment",
-            "ALTER TABLE assignment DROP COLUMN subject",
-            "ALTER TABLE device DROP COLUMN must_sign",
-            "ALTER TABLE device DROP COLUMN proof",
-            "UPDATE schema_version SET version = 1",
-        ):
+        for statement in SCHEMA_1:
             session.connection().execute(text(statement))
     database.migrate()
     with database.write() as session:

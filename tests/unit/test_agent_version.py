@@ -92,6 +92,13 @@ def test_a_board_that_says_nothing_of_its_package_takes_no_version_of_the_agent(
     assert any("launcher" in reason for reason in told)
 
 
+def test_what_an_engine_needs_on_some_boards_is_not_asked_of_every_board(tmp_path: Path) -> None:
+    layout = Layout(tmp_path / "layout")
+    needs = "Provides-Extra: tflite\nRequires-Dist: numpy<2; (python_version < '3.12') and extra == 'tflite'\n"
+    (digest,) = agent_version.build([agent(tmp_path, needs=needs), shared(tmp_path)], ["a"], layout)
+    assert "numpy" not in layout.agent_config(layout.manifest(digest)).requires.provides
+
+
 def test_wheels_that_are_no_version_of_the_agent_are_refused(tmp_path: Path) -> None:
     layout = Layout(tmp_path / "layout")
     good = shared(tmp_path)
