@@ -261,7 +261,8 @@ def test_a_worker_that_outgrows_its_contract_is_killed_and_started_again_and_no_
         load.seen("1")
     clean(load)
     assert "outgrew its" in runtime.version("1").last_problem
-    assert runtime.version("1").memory_bytes < 200 << 20
+    # The same picture may have been given to the next worker too.
+    until(lambda: 0 < runtime.version("1").memory_bytes < 200 << 20, what="a worker of the size that it may have")
 
 
 def test_a_new_version_that_outgrows_its_contract_leaves_the_old_one_answering(runtime: Runtime) -> None:

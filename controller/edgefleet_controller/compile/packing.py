@@ -36,6 +36,8 @@ from edgefleet_controller.compile.toolchains import Toolchain
 from edgefleet_controller.manifests import DeviceClass
 from edgefleet_controller.source import ModelVersion
 
+TIMED = ("latency", "memory")  # of what may be unmeasured
+
 
 def pack(
     version: ModelVersion, device_class: DeviceClass, target: Target, toolchain: Toolchain, layout: Layout,
@@ -83,7 +85,8 @@ def _quality(trial: Trial, device_class: DeviceClass) -> bytes:
         "engine": figures.engine,
         "engine_version": figures.engine_version,
         "stand_in": figures.stand_in,
-        "unmeasured": list(figures.unmeasured),
+        # What was timed, and where, is no part of the artifact (ADR 0004).
+        "unmeasured": [what for what in figures.unmeasured if what not in TIMED],
         "recipe": trial.recipe.as_dict(),
         "budget_agreement": device_class.spec.accuracy.min_agreement,
     }
