@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import hashlib
 import os
+import threading
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import msgspec
@@ -194,14 +195,15 @@ class Layout:
         """Store a blob; what is there already is left alone. The descriptor's media type is left empty."""
         digest = digest_of(content)
         if not self.has(digest):
-            atomic.write(self.path(digest), content, files=self.files)
+            with self._incoming() as temporary:
+                atomic.write_piece(temporary, content, 0, files=self.files)
+                atomic.adopt(temporary, self.path(digest), files=self.files)
         return Descriptor("", digest, len(content))
 
     def put_file(self, source: Path) -> Descriptor:
         """Store a copy of a file as a blob, without holding it in memory."""
         state, size = hashlib.sha256(), 0
-        temporary = self._blobs / f".in-{os.getpid()}-{source.name}"
-        try:
+        with self._incoming() as temporary:
             atomic.write_piece(temporary, b"", 0, files=self.files)
             for piece in atomic.pieces(source):
                 state.update(piece)
@@ -209,11 +211,20 @@ class Layout:
                 size += len(piece)
             digest = "sha256:" + state.hexdigest()
             atomic.adopt(temporary, self.path(digest), files=self.files)
+        return Descriptor("", digest, size)
+
+    @contextmanager
+    def _incoming(self) -> Iterator[Path]:
+        """A name that no other writer has: a controller's threads, and its children, may store the same bytes at once."""
+        temporary = self._blobs / f".in-{os.getpid()}-{threading.get_native_id()}"
+        try:
+            with atomic.disk_errors(temporary, "remove"), suppress(FileNotFoundError):
+                self.files.unlink(temporary)  # of a process of that number that was killed
+            yield temporary
         except BaseException:
             with suppress(OSError):
                 self.files.unlink(temporary)
             raise
-        return Descriptor("", digest, size)
 
     def read(self, digest: str, limit_bytes: int) -> bytes:
         """A blob's bytes, checked against its digest.
