@@ -12,10 +12,10 @@ import numpy as np
 from edgefleet_shared.artifact import ModelConfig
 from edgefleet_shared.contract import TensorSpec
 
-from edgefleet_agent.runtime.protocol import Form, InferRequest, OutputTensor, Wanted
+from edgefleet_agent.runtime.protocol import Form, InferRequest, KnownAnswer, OutputTensor, Wanted
 from edgefleet_agent.runtime.tensors import NUMPY
 
-KEPT_HEADS = 8  # of one form: its answers differ by version and by shape
+KEPT_HEADS = 8  # of one form: its answers differ by version
 
 
 class _Output(msgspec.Struct, omit_defaults=True):
@@ -46,21 +46,28 @@ def encode_answer(
         outputs: every output of the model. Those that the client wants in a region are named, not repeated.
     """
     form = request.form
-    wanted = [(tensor, how) for tensor in outputs if (how := _how(form, tensor.name)) is not None]
-    blobs = [tensor.data for tensor, how in wanted if how.binary and how.region is None]
-    if any(not how.binary and how.region is None for _, how in wanted):
-        header = _header(form, model, version, wanted)
-    else:
-        # Nothing of what the tensors hold is in it.
-        key = (model, version, *[tensor.shape for tensor in outputs])
-        kept = form.heads.get(key)
-        if kept is None:
-            kept = _header(form, model, version, wanted)
-            if len(form.heads) >= KEPT_HEADS:
-                form.heads.clear()
-            form.heads[key] = kept
-        header = kept
-    return (b"".join((header, *blobs)), len(header)) if blobs else (header, None)
+    shapes = [tensor.shape for tensor in outputs]
+    known = form.heads.get((model, version))
+    if known is None or known.shapes != shapes:
+        known = _known(form, model, version, outputs, shapes)
+    if not known.binary:
+        return known.header, None
+    return b"".join([known.header, *[outputs[i].data for i in known.binary]]), len(known.header)
+
+
+def _known(
+    form: Form, model: str, version: str, outputs: list[OutputTensor], shapes: list[tuple[int, ...]]
+) -> KnownAnswer:
+    """The answer's header, kept for the next one if nothing of what the tensors hold is in it."""
+    how = [_how(form, tensor.name) for tensor in outputs]
+    wanted = [(tensor, way) for tensor, way in zip(outputs, how, strict=True) if way is not None]
+    binary = [i for i, way in enumerate(how) if way is not None and way.binary and way.region is None]
+    made = KnownAnswer(shapes, _header(form, model, version, wanted), binary)
+    if all(way.binary or way.region is not None for _, way in wanted):
+        if len(form.heads) >= KEPT_HEADS:
+            form.heads.clear()
+        form.heads[model, version] = made
+    return made
 
 
 def _how(form: Form, name: str) -> Wanted | None:

@@ -21,7 +21,7 @@ from edgefleet_agent.runtime.head import Head
 from edgefleet_agent.runtime.http import BINARY, JSON, TEXT, Place, Reply, Request
 from edgefleet_agent.runtime.job import Job
 from edgefleet_agent.runtime.peer import Peer
-from edgefleet_agent.runtime.protocol import Form, InputTensor, OutputTensor, RequestError
+from edgefleet_agent.runtime.protocol import Form, InferRequest, InputTensor, OutputTensor, RequestError
 from edgefleet_agent.runtime.regions import Regions
 from edgefleet_agent.runtime.switchboard import Switchboard
 from edgefleet_agent.runtime.version import Version, VersionState
@@ -115,7 +115,7 @@ class Front:
         parsed = protocol.parse_infer(request.body, request.head.inference_length)
         form, peer = parsed.form, request.peer
         if form.uses_regions:
-            parsed.inputs = [self._reach(peer, tensor) for tensor in parsed.inputs]
+            parsed = InferRequest(form, memoryview(b""), [self._reach(peer, tensor) for tensor in parsed.inputs])
 
         def answer(name: str, number: str, outputs: list[OutputTensor]) -> None:
             if form.uses_regions:

@@ -123,6 +123,8 @@ class Connection(asyncio.BufferedProtocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)  # uvloop's is one in all but its base class
         self._peer = Peer(transport.get_extra_info("socket"))
+        # Otherwise an answer waits until the loop has done what else it has to do.
+        self._transport.set_write_buffer_limits(high=0)
         self._server.connections.add(self)
         if len(self._server.connections) > MAX_CONNECTIONS:
             self._refuse(503, f"more than {MAX_CONNECTIONS} connections")

@@ -51,7 +51,7 @@ Data = bytes | memoryview | Callable[[memoryview], None]
 class InputTensor:
     """One tensor of a request: little-endian bytes of ``datatype`` in row-major order.
 
-    ``data`` are its ``size`` bytes; they begin ``start`` bytes into the body, or came as JSON (then ``start`` is -1). Of a tensor in
+    ``data`` are its ``size`` bytes; they begin ``start`` bytes behind the header, or came as JSON (then ``start`` is -1). Of a tensor in
     a ``region`` it is what fills memory of that size from there.
     """
 
@@ -85,8 +85,9 @@ class Form:
     """What a header says, whatever the tensors hold.
 
     ``inputs`` have no data yet unless it was JSON; ``binary_bytes`` follow the header, and all inputs are there if ``all_binary``. ``outputs`` maps each wanted output to how;
-    None means all of them, each as ``binary`` says. ``fits`` and ``order`` remember which config the form was last held against,
-    ``heads`` which answers it got, see :mod:`answer`.
+    None means all of them, each as ``binary`` says. ``fits``, ``order`` and ``placed`` (where in what follows the header each input
+    of the config begins, and its shape) remember which config the form was last held against, ``heads`` which answers it got, see
+    :mod:`answer`.
     """
 
     __slots__ = (
@@ -99,6 +100,7 @@ class Form:
         "inputs",
         "order",
         "outputs",
+        "placed",
         "uses_regions",
     )
 
@@ -109,16 +111,43 @@ class Form:
         self.uses_regions = any(t.region for t in inputs) or any(w.region for w in (outputs or {}).values())
         self.fits: ModelConfig | None = None
         self.order: list[int] = []
-        self.heads: dict[tuple[object, ...], bytes] = {}
+        self.placed: list[tuple[int, tuple[int, ...]]] = []
+        self.heads: dict[tuple[str, str], KnownAnswer] = {}
+
+
+class KnownAnswer(msgspec.Struct, frozen=True):
+    """What an answer is like whatever its tensors hold: the shapes of all outputs, its JSON header, which outputs follow that."""
+
+    shapes: list[tuple[int, ...]]
+    header: bytes
+    binary: list[int]
 
 
 class InferRequest:
-    """A parsed request: its form, and its tensors in the form's order."""
+    """A parsed request: its form, and its tensors in the form's order.
 
-    __slots__ = ("form", "inputs")
+    Args:
+        binary: what follows the header, if the tensors are there.
+        inputs: the tensors themselves, if they are elsewhere.
+    """
 
-    def __init__(self, form: Form, inputs: list[InputTensor]) -> None:
-        self.form, self.inputs = form, inputs
+    __slots__ = ("_binary", "_inputs", "form")
+
+    def __init__(self, form: Form, binary: memoryview, inputs: list[InputTensor] | None = None) -> None:
+        self.form, self._binary, self._inputs = form, binary, inputs
+
+    @property
+    def inputs(self) -> list[InputTensor]:
+        """Made when they are asked for: a request whose body lies in a worker's slot already does without."""
+        if self._inputs is None:
+            self._inputs = [self._filled(tensor) for tensor in self.form.inputs]
+        return self._inputs
+
+    def _filled(self, tensor: InputTensor) -> InputTensor:
+        if tensor.start < 0:
+            return tensor
+        data = self._binary[tensor.start : tensor.start + tensor.size]
+        return InputTensor(tensor.name, tensor.datatype, tensor.shape, data, tensor.size, tensor.start)
 
 
 class _Input(msgspec.Struct):
@@ -160,19 +189,12 @@ def parse_infer(body: bytes | bytearray | memoryview, header_length: str | None)
     raw = bytes(view[:length])
     form = _kept_form(raw) if length <= MAX_KEPT_BYTES else _form(raw)
     rest = len(view) - length
-    if rest > form.binary_bytes:
-        raise RequestError(400, f"{rest - form.binary_bytes} bytes follow the last binary tensor")
-    inputs = []
-    for tensor in form.inputs:
-        if tensor.start < 0:
-            inputs.append(tensor)
-            continue
-        start = length + tensor.start
-        end = start + tensor.size
-        if end > len(view):
-            raise RequestError(400, f"input {tensor.name!r}: the body ends {end - len(view)} bytes too early")
-        inputs.append(InputTensor(tensor.name, tensor.datatype, tensor.shape, view[start:end], tensor.size, start))
-    return InferRequest(form, inputs)
+    if rest != form.binary_bytes:
+        if rest > form.binary_bytes:
+            raise RequestError(400, f"{rest - form.binary_bytes} bytes follow the last binary tensor")
+        cut = next(t for t in form.inputs if t.start >= 0 and t.start + t.size > rest)
+        raise RequestError(400, f"input {cut.name!r}: the body ends {cut.start + cut.size - rest} bytes too early")
+    return InferRequest(form, view[length:])
 
 
 def _header_length(text: str, body_bytes: int) -> int:
@@ -299,16 +321,22 @@ def _flag(parameters: dict[str, Any], name: str, default: bool) -> bool:
     return value
 
 
-def plan(request: InferRequest, config: ModelConfig) -> list[InputTensor]:
-    """The request's inputs in the order of ``config.inputs``, checked against what that model serves.
+def check(form: Form, config: ModelConfig) -> None:
+    """Hold a request's form against what a model serves.
 
     Raises:
         RequestError: 400, an input or output that the model does not have, or another datatype or shape.
     """
-    form = request.form
     if form.fits is not config:
-        form.order, form.fits = _fit(form, config), config
-    return [request.inputs[i] for i in form.order]
+        form.order = _fit(form, config)
+        form.placed = [(form.inputs[i].start, form.inputs[i].shape) for i in form.order]
+        form.fits = config
+
+
+def plan(request: InferRequest, config: ModelConfig) -> list[InputTensor]:
+    """The request's inputs in the order of ``config.inputs``, checked like :func:`check`."""
+    check(request.form, config)
+    return [request.inputs[i] for i in request.form.order]
 
 
 def _fit(form: Form, config: ModelConfig) -> list[int]:

@@ -64,7 +64,7 @@ class Shadow:
             return
         self._job = None
         self._busy = True
-        request = InferRequest(Form("", self._inputs, 0, None, True), self._inputs)
+        request = InferRequest(Form("", self._inputs, 0, None, True), memoryview(b""), self._inputs)
 
         def compare(_model: str, _version: str, given: list[OutputTensor]) -> None:
             self._busy = False

@@ -116,7 +116,7 @@ class Switchboard:
         if job.version is None and (self._serving is None or version.config.model != self._serving.config.model):
             job.version = version.config.version  # another model than the one that is swapped: this version or none
         if not self._place(job):
-            protocol.plan(job.request, version.config)  # a bad request need not wait to be told so
+            protocol.check(job.request.form, version.config)  # a bad request need not wait to be told so
             if self.waiting >= MAX_WAITING:
                 raise RequestError(503, f"{MAX_WAITING} requests are waiting for this model already")
             (self._waiting if job.version is None else version.waiting).append(job)

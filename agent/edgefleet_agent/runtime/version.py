@@ -143,12 +143,13 @@ class Version:
 
     def submit(self, job: Job) -> bool:
         """Give a job to the worker; False when it has no room or is not ready. A job that can't be served here is failed here."""
-        if not self.has_room:
+        worker = self._worker
+        if worker is None or self.state is not VersionState.READY or not worker.has_room:
             return False
-        assert self._worker is not None
         try:
-            tensors = protocol.plan(job.request, self.config)
-            return self._worker.submit(job, tensors)
+            if job.request.form.fits is not self.config:
+                protocol.check(job.request.form, self.config)
+            return worker.submit(job)
         except RequestError as exc:
             job.failure(exc)
             return True

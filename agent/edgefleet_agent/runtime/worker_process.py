@@ -12,7 +12,7 @@ from edgefleet_shared.artifact import ModelConfig
 from edgefleet_shared.contract import TensorSpec
 from edgefleet_shared.errors import EngineError, from_dict
 
-from edgefleet_agent.runtime import channel, priority, shm
+from edgefleet_agent.runtime import channel, priority, protocol, shm
 from edgefleet_agent.runtime.channel import Done, Failed, Observed, Ready, Refused, Run, Start
 from edgefleet_agent.runtime.job import Job
 from edgefleet_agent.runtime.nursery import Child, Nursery
@@ -29,14 +29,14 @@ KEPT_SLOTS = 2  # never lent: clients that are slow to fill theirs must not keep
 class Lease:
     """A slot's input memory, lent to a request whose body is still coming.
 
-    ``view`` is where the body goes, ``base`` its offset in the slot. The request that was read there takes the slot over with
-    :meth:`WorkerProcess.submit`; whoever can't use it releases it.
+    ``view`` is where the body goes, ``data`` where in the slot that is which follows its header. The request that was read there
+    takes the slot over with :meth:`WorkerProcess.submit`; whoever can't use it releases it.
     """
 
-    __slots__ = ("_owner", "base", "held", "index", "view")
+    __slots__ = ("_owner", "data", "held", "index", "view")
 
-    def __init__(self, owner: WorkerProcess, index: int, base: int, view: memoryview) -> None:
-        self._owner, self.index, self.base, self.view = owner, index, base, view
+    def __init__(self, owner: WorkerProcess, index: int, data: int, view: memoryview) -> None:
+        self._owner, self.index, self.data, self.view = owner, index, data, view
         self.held = True
 
     def is_of(self, process: WorkerProcess) -> bool:
@@ -175,7 +175,7 @@ class WorkerProcess:
         if len(self._free) <= KEPT_SLOTS or self._inputs is None or base + body_bytes > self._start.input_bytes:
             return None
         index = self._free.pop()
-        return Lease(self, index, base, self._inputs.slots[index][base : base + body_bytes])
+        return Lease(self, index, base + header_bytes, self._inputs.slots[index][base : base + body_bytes])
 
     def give_back(self, index: int) -> None:
         """A lent slot is free again."""
@@ -183,11 +183,8 @@ class WorkerProcess:
             self._free.append(index)
             self._on_free()
 
-    def submit(self, job: Job, tensors: list[InputTensor]) -> bool:
-        """Hand a job to the process.
-
-        Args:
-            tensors: the job's inputs in the config's order, already checked against it.
+    def submit(self, job: Job) -> bool:
+        """Hand a job to the process. Its form is already checked against the config.
 
         Returns:
             False when every slot is taken; try again at ``on_free``.
@@ -201,13 +198,13 @@ class WorkerProcess:
         if lease is not None and job.request.form.all_binary and lease.is_of(self):
             lease.held = False  # the job has it from here on
             index = lease.index
-            placed = [(lease.base + tensor.start, tensor.shape) for tensor in tensors]
+            placed = [(lease.data + start, shape) for start, shape in job.request.form.placed]
         else:
             if not self._free:
                 return False
             index = self._free.pop()
             try:
-                placed = self._copy(tensors, self._inputs.slots[index])
+                placed = self._copy(protocol.plan(job.request, self._config), self._inputs.slots[index])
             except RequestError:
                 self._free.append(index)
                 raise
@@ -285,7 +282,11 @@ class WorkerProcess:
                 self._loop.call_later(EXIT_GRACE_S, self.kill, "closed its channel")
                 return
             try:
-                self._take(channel.decode_from_worker(self._buffer[:length]))
+                message = channel.decode_from_worker(self._buffer[:length])
+                if type(message) is Done:
+                    self._done(message)
+                else:
+                    self._take(message)
             except (ValueError, KeyError, IndexError) as exc:  # msgspec's errors are ValueErrors
                 self.kill(f"sent a message that makes no sense ({exc})")
                 return
@@ -293,14 +294,15 @@ class WorkerProcess:
                 return  # it has nothing more to say now; whatever it says later wakes the loop
             link = self._link
 
+    def _done(self, message: Done) -> None:
+        outputs = self._outputs(message.slot, message.shapes)
+        job = self._jobs.pop(message.number)
+        self._free.append(message.slot)
+        self._on_done(job, outputs, message.compute_ns)
+        self._on_free()
+
     def _take(self, message: channel.FromWorker) -> None:
         match message:
-            case Done(number, slot, shapes, compute_ns):
-                outputs = self._outputs(slot, shapes)
-                job = self._jobs.pop(number)
-                self._free.append(slot)
-                self._on_done(job, outputs, compute_ns)
-                self._on_free()
             case Refused(number, slot, text):
                 job = self._jobs.pop(number)
                 # A body that was read into the slot stays there: another version may be asked with it.
