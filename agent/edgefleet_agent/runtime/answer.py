@@ -5,6 +5,7 @@ Source: KServe Open Inference Protocol v2 (HTTP/REST), Triton's binary tensor da
 
 from __future__ import annotations
 
+from operator import attrgetter
 from typing import Any
 
 import msgspec
@@ -45,24 +46,26 @@ def encode_answer(
         model, version: of the worker that really computed it.
         outputs: every output of the model. Those that the client wants in a region are named, not repeated.
     """
-    form = request.form
-    shapes = [tensor.shape for tensor in outputs]
-    known = form.heads.get((model, version))
-    if known is None or known.shapes != shapes:
-        known = _known(form, model, version, outputs, shapes)
+    known = request.form.heads.get((model, version))
+    if known is None or known.shapes != list(map(_shape, outputs)):
+        known = _known(request.form, model, version, outputs)
     if not known.binary:
         return known.header, None
-    return b"".join([known.header, *[outputs[i].data for i in known.binary]]), len(known.header)
+    body = known.header
+    for i in known.binary:
+        body += outputs[i].data
+    return body, len(known.header)
 
 
-def _known(
-    form: Form, model: str, version: str, outputs: list[OutputTensor], shapes: list[tuple[int, ...]]
-) -> KnownAnswer:
+_shape = attrgetter("shape")
+
+
+def _known(form: Form, model: str, version: str, outputs: list[OutputTensor]) -> KnownAnswer:
     """The answer's header, kept for the next one if nothing of what the tensors hold is in it."""
     how = [_how(form, tensor.name) for tensor in outputs]
     wanted = [(tensor, way) for tensor, way in zip(outputs, how, strict=True) if way is not None]
     binary = [i for i, way in enumerate(how) if way is not None and way.binary and way.region is None]
-    made = KnownAnswer(shapes, _header(form, model, version, wanted), binary)
+    made = KnownAnswer(list(map(_shape, outputs)), _header(form, model, version, wanted), binary)
     if all(way.binary or way.region is not None for _, way in wanted):
         if len(form.heads) >= KEPT_HEADS:
             form.heads.clear()

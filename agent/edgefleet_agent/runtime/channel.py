@@ -30,10 +30,11 @@ class Start(msgspec.Struct, tag=1, array_like=True):
 
 
 class Run(msgspec.Struct, tag=2, array_like=True):
-    """front -> worker: compute what lies in ``slot``; for each input of the config its offset there and its shape."""
+    """front -> worker: compute what lies in ``slot``; for each input of the config its offset behind ``base`` there and its shape."""
 
     number: int
     slot: int
+    base: int
     tensors: list[tuple[int, tuple[int, ...]]]
 
 

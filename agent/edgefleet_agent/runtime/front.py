@@ -7,9 +7,9 @@ Not served: loading and unloading over HTTP (the agent alone decides what serves
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Callable
 from functools import lru_cache
-from typing import cast
 from urllib.parse import unquote
 
 import msgspec
@@ -62,16 +62,37 @@ class Front:
             "/metrics": ("GET", self._metrics),
         }
 
-    def place(self, head: Head) -> Place | None:
-        """A slot of the worker that will compute a request with this head, if it has one to spare."""
+    def place(self, head: Head, begun: bytes, peer: Peer) -> Place | None:
+        """A slot of the worker that will compute a request with this head, if it has one to spare.
+
+        What such a request means is found out here as far as ``begun`` tells, while the rest of it comes.
+        """
         wanted = _model_path(head.path)
         if wanted is None or wanted[2] != "infer" or head.inference_length is None or head.encoding is not None:
             return None
-        return self._switchboard.lend(wanted[0], wanted[1], head.inference_length, head.content_length)
+        lease = self._switchboard.lend(wanted[0], wanted[1], head.inference_length, head.content_length)
+        if lease is not None and head.method == "POST":
+            lease.job = self._expected(lease, begun[: int(head.inference_length)], wanted[0], wanted[1], peer)
+        return lease
+
+    def _expected(self, lease: Lease, header: bytes, model: str, version: str | None, peer: Peer) -> _Asked | None:
+        """The request whose body will come into ``lease``; None where that needs a second look."""
+        try:
+            form = protocol.parse_form(header)
+        except RequestError:
+            return None  # also a header that is not whole yet
+        binary = lease.view[len(header) :]
+        if form.uses_regions or len(binary) != form.binary_bytes:
+            return None
+        return _Asked(self, peer, model, version, InferRequest(form, binary), lease)
 
     def handle(self, request: Request, reply: Reply) -> None:
         """Answer one request through ``reply``, now or when its worker is done."""
         try:
+            if request.place is not None and request.place.job is not None:
+                request.place.job.begin(reply)
+                self._switchboard.submit(request.place.job)
+                return
             wanted = _model_path(request.head.path)
             if wanted is not None and wanted[2] == "infer":
                 _only(request, "POST")
@@ -116,22 +137,13 @@ class Front:
         form, peer = parsed.form, request.peer
         if form.uses_regions:
             parsed = InferRequest(form, memoryview(b""), [self._reach(peer, tensor) for tensor in parsed.inputs])
+        asked = _Asked(self, peer, model, version, parsed, request.place)
+        asked.begin(reply)
+        self._switchboard.submit(asked)
 
-        def answer(name: str, number: str, outputs: list[OutputTensor]) -> None:
-            if form.uses_regions:
-                try:
-                    self._store(peer, form, outputs)
-                except RequestError as exc:
-                    failure(exc)
-                    return
-            body, length = answers.encode_answer(parsed, name, number, outputs)
-            reply(200, body, JSON if length is None else BINARY, length)
-
-        def failure(error: RequestError) -> None:
-            self._switchboard.failed += error.status >= 500
-            reply(error.status, answers.error_body(error.message), JSON)
-
-        self._switchboard.submit(Job(model, version, parsed, cast(Lease | None, request.place), answer, failure))
+    def failed(self) -> None:
+        """A request that was taken could not be answered."""
+        self._switchboard.failed += 1
 
     def _reach(self, peer: Peer, tensor: InputTensor) -> InputTensor:
         """The tensor with its region behind it."""
@@ -148,7 +160,7 @@ class Front:
             region=use,
         )
 
-    def _store(self, peer: Peer, form: Form, outputs: list[OutputTensor]) -> None:
+    def store(self, peer: Peer, form: Form, outputs: list[OutputTensor]) -> None:
         """Put the outputs that the client wants in regions there."""
         for tensor in outputs:
             wanted = form.outputs.get(tensor.name) if form.outputs is not None else None
@@ -200,6 +212,41 @@ class Front:
         board = self._switchboard
         rows = [(v.config.model, v.config.version, board.is_serving(v), v.figures) for v in board.versions()]
         return 200, metrics.exposition(rows, self._gauges()), TEXT
+
+
+class _Asked(Job):
+    """An inference that was asked for over HTTP."""
+
+    __slots__ = ("_front", "_peer", "_reply")
+
+    def __init__(
+        self, front: Front, peer: Peer, model: str, version: str | None, request: InferRequest, lease: Lease | None
+    ) -> None:
+        super().__init__(model, version, request, lease)
+        self._front, self._peer = front, peer
+        self._reply: Reply | None = None
+
+    def begin(self, reply: Reply) -> None:
+        """All of it is there."""
+        self._reply = reply
+        self.arrived_ns = time.perf_counter_ns()
+
+    def answer(self, model: str, version: str, outputs: list[OutputTensor]) -> None:
+        assert self._reply is not None
+        if self.request.form.uses_regions:
+            try:
+                self._front.store(self._peer, self.request.form, outputs)
+            except RequestError as exc:
+                self.failure(exc)
+                return
+        body, length = answers.encode_answer(self.request, model, version, outputs)
+        self._reply(200, body, JSON if length is None else BINARY, length)
+
+    def failure(self, error: RequestError) -> None:
+        assert self._reply is not None
+        if error.status >= 500:
+            self._front.failed()
+        self._reply(error.status, answers.error_body(error.message), JSON)
 
 
 def _statistics(version: Version) -> dict[str, object]:

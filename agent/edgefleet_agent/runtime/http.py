@@ -13,8 +13,9 @@ import asyncio
 import time
 import zlib
 from collections import deque
+from functools import lru_cache
 from http import HTTPStatus
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 from edgefleet_agent.runtime import head as heads
 from edgefleet_agent.runtime.answer import error_body
@@ -44,12 +45,13 @@ class Place(Protocol):
 
 
 class Request:
-    """A whole request. ``body`` is what came; it lies in ``place`` when the handler lent one."""
+    """A whole request. ``body`` is what came; it lies in ``place``, the handler's own :class:`Place`, when one was lent."""
 
-    __slots__ = ("body", "head", "peer", "place")
+    __slots__ = ("body", "head", "held_bytes", "peer", "place")
 
-    def __init__(self, head: Head, body: bytes | bytearray | memoryview, place: Place | None, peer: Peer) -> None:
+    def __init__(self, head: Head, body: bytes | bytearray | memoryview, place: Any, peer: Peer) -> None:
         self.head, self.body, self.place, self.peer = head, body, place, peer
+        self.held_bytes = len(body) if place is None else 0  # of this server's memory
 
 
 class Reply(Protocol):
@@ -60,8 +62,8 @@ class Reply(Protocol):
 class Handler(Protocol):
     """What answers requests."""
 
-    def place(self, head: Head) -> Place | None:
-        """Where the body of a request with this head should go; None for memory of the connection's own."""
+    def place(self, head: Head, begun: bytes, peer: Peer) -> Place | None:
+        """Where the body of a request with this head should go, of which ``begun`` is there; None for memory of the connection's own."""
         ...
 
     def handle(self, request: Request, reply: Reply) -> None:
@@ -103,7 +105,7 @@ class Connection(asyncio.BufferedProtocol):
         self._transport: asyncio.Transport | None = None
         self._peer = Peer(None)
         self._waiting: deque[Request] = deque()
-        self._busy = False
+        self._answered: Request | None = None  # the one that is being answered
         self._closing = False  # nothing more is read; what was taken is still answered
         self._heard_all = False  # the client sends no more
         self._paused_reading = False
@@ -145,8 +147,9 @@ class Connection(asyncio.BufferedProtocol):
             return
         try:
             if self._filled < len(self._target):
-                self._hold(nbytes)
                 self._filled += nbytes
+                if self._place is None:
+                    self._hold(nbytes)
                 if self._filled == len(self._target):
                     self._body_complete()
             else:
@@ -160,7 +163,7 @@ class Connection(asyncio.BufferedProtocol):
         if self._request_began and not self._closing:
             self._refuse(400, "the request is cut off")
         self._closing = True
-        return self._busy or bool(self._waiting)
+        return self._answered is not None or bool(self._waiting)
 
     def pause_writing(self) -> None:
         self._paused_writing = True
@@ -210,7 +213,12 @@ class Connection(asyncio.BufferedProtocol):
     def _begin_body(self, head: Head, data: bytes) -> bytes:
         """A head is there, and ``data`` behind it; returns what of that belongs to the next request."""
         length = head.content_length
-        if head.expects_continue and self._transport is not None and not self._busy and len(data) < max(length, 1):
+        if (
+            head.expects_continue
+            and self._transport is not None
+            and self._answered is None
+            and len(data) < max(length, 1)
+        ):
             self._transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         if head.chunked:
             self._head = head
@@ -221,10 +229,11 @@ class Connection(asyncio.BufferedProtocol):
             return data[length:]
         self._head = head
         # A place is for one body at a time, and the one that is being answered has it.
-        self._place = None if self._busy else self._server.handler.place(head)
+        self._place = None if self._answered is not None else self._server.handler.place(head, data, self._peer)
         self._target = memoryview(bytearray(length)) if self._place is None else self._place.view
         self._target[: len(data)] = data
-        self._hold(len(data))
+        if self._place is None:
+            self._hold(len(data))
         self._filled = len(data)
         return b""
 
@@ -254,9 +263,11 @@ class Connection(asyncio.BufferedProtocol):
 
     def _complete(self, head: Head, body: bytes | bytearray | memoryview, place: Place | None) -> None:
         self._coming_bytes = 0  # counted with its request from here on
-        self._waiting.append(Request(head, body, place, self._peer))
-        if not self._busy:
-            self._next()
+        request = Request(head, body, place, self._peer)
+        if self._answered is None and not self._waiting and not self._paused_writing:
+            self._handle(request)
+            return
+        self._waiting.append(request)
         if len(self._waiting) > MAX_PIPELINED and not self._paused_reading and self._transport is not None:
             self._paused_reading = True
             self._transport.pause_reading()
@@ -264,43 +275,47 @@ class Connection(asyncio.BufferedProtocol):
     # --- answers out
 
     def _next(self) -> None:
-        while self._waiting and not self._busy and not self._paused_writing and self._transport is not None:
+        while self._waiting and self._answered is None and not self._paused_writing and self._transport is not None:
             request = self._waiting.popleft()
-            self._busy = True
             if self._paused_reading and len(self._waiting) <= MAX_PIPELINED // 2:
                 self._paused_reading = False
                 self._transport.resume_reading()
             self._handle(request)
-        if self._closing and not self._busy and not self._waiting:
+        if self._closing and self._answered is None and not self._waiting:
             self._hang_up()
 
     def _handle(self, request: Request) -> None:
-        held, keep_alive, with_body = len(request.body), request.head.keep_alive, request.head.method != "HEAD"
-
-        def reply(status: int, body: bytes, content_type: bytes, header_length: int | None = None) -> None:
-            self._server.held_bytes -= held
-            if request.place is not None:
-                request.place.release()
-            self._busy = False
-            if self._transport is None or self._transport.is_closing():
-                return
-            self._write(status, body, content_type, header_length, keep_alive and not self._closing, with_body)
-            if not keep_alive:
-                self._closing = True
-                self._forget_waiting()
-            self._next()
-
+        self._answered = request
         if request.head.encoding is not None:
             try:
                 request.body = _decompress(request.body, request.head.encoding)
             except Refused as exc:
-                reply(exc.status, error_body(str(exc)), JSON)
+                self._reply(exc.status, error_body(str(exc)), JSON)
                 return
-        self._server.handler.handle(request, reply)
+        self._server.handler.handle(request, self._reply)
+
+    def _reply(self, status: int, body: bytes, content_type: bytes, header_length: int | None = None) -> None:
+        request = self._answered
+        assert request is not None
+        self._answered = None
+        self._server.held_bytes -= request.held_bytes
+        if request.place is not None:
+            request.place.release()
+        if self._transport is None or self._transport.is_closing():
+            return
+        head = request.head
+        self._write(
+            status, body, content_type, header_length, head.keep_alive and not self._closing, head.method != "HEAD"
+        )
+        if not head.keep_alive:
+            self._closing = True
+            self._forget_waiting()
+        if self._waiting or self._closing:
+            self._next()
 
     def _forget_waiting(self) -> None:
         for request in self._waiting:
-            self._server.held_bytes -= len(request.body)
+            self._server.held_bytes -= request.held_bytes
             if request.place is not None:
                 request.place.release()
         self._waiting.clear()
@@ -324,10 +339,7 @@ class Connection(asyncio.BufferedProtocol):
         with_body: bool = True,
     ) -> None:
         assert self._transport is not None
-        extra = b"" if header_length is None else b"Inference-Header-Content-Length: %d\r\n" % header_length
-        head = b"%sContent-Type: %s\r\n%s%sContent-Length: %d\r\n\r\n" % (
-            _STATUS_LINES[status], content_type, extra, b"" if keep_alive else b"Connection: close\r\n", len(body),
-        )  # fmt: skip
+        head = _answer_head(status, content_type, header_length, keep_alive, len(body))
         self._transport.write(head + body if with_body else head)
 
     def _refuse(self, status: int, message: str) -> None:
@@ -337,7 +349,7 @@ class Connection(asyncio.BufferedProtocol):
         if self._transport is None or self._closing:
             return
         self._closing = True
-        if not self._busy and not self._waiting:
+        if self._answered is None and not self._waiting:
             self._write(status, error_body(message), JSON, None, keep_alive=False)
             self._hang_up()
 
@@ -366,6 +378,14 @@ class Connection(asyncio.BufferedProtocol):
         if self._hung_up and self._transport is not None:
             self._transport.close()
         self._next()
+
+
+@lru_cache(64)
+def _answer_head(status: int, content_type: bytes, header_length: int | None, keep_alive: bool, length: int) -> bytes:
+    extra = b"" if header_length is None else b"Inference-Header-Content-Length: %d\r\n" % header_length
+    close = b"" if keep_alive else b"Connection: close\r\n"
+    fixed = b"%sContent-Type: %s\r\n%s%s" % (_STATUS_LINES[status], content_type, extra, close)
+    return b"%sContent-Length: %d\r\n\r\n" % (fixed, length)
 
 
 def _decompress(body: bytes | bytearray | memoryview, encoding: str) -> bytes | bytearray | memoryview:

@@ -1,9 +1,9 @@
-"""One request on its way: receives a parsed request and where its answer goes; exactly one of answer and failure is called."""
+"""One request on its way: receives a parsed request, hands on its answer; exactly one of answer and failure is called."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING
 
 from edgefleet_agent.runtime.protocol import InferRequest, OutputTensor, RequestError
@@ -11,12 +11,8 @@ from edgefleet_agent.runtime.protocol import InferRequest, OutputTensor, Request
 if TYPE_CHECKING:
     from edgefleet_agent.runtime.worker_process import Lease
 
-# answer(model, version, outputs) and failure(error)
-Answer = Callable[[str, str, list[OutputTensor]], None]
-Failure = Callable[[RequestError], None]
 
-
-class Job:
+class Job(ABC):
     """A request until it is answered.
 
     Args:
@@ -25,31 +21,19 @@ class Job:
         lease: where the request's body lies, if a worker lent a slot for it.
     """
 
-    __slots__ = (
-        "answer",
-        "arrived_ns",
-        "attempts",
-        "failure",
-        "fell_back",
-        "lease",
-        "model",
-        "request",
-        "sent_ns",
-        "version",
-    )
+    __slots__ = ("arrived_ns", "attempts", "fell_back", "lease", "model", "request", "sent_ns", "version")
 
-    def __init__(
-        self,
-        model: str,
-        version: str | None,
-        request: InferRequest,
-        lease: Lease | None,
-        answer: Answer,
-        failure: Failure,
-    ) -> None:
+    def __init__(self, model: str, version: str | None, request: InferRequest, lease: Lease | None) -> None:
         self.model, self.version, self.request, self.lease = model, version, request, lease
-        self.answer, self.failure = answer, failure
         self.arrived_ns = time.perf_counter_ns()
         self.sent_ns = 0
         self.fell_back = False  # the serving version refused it, the standby has it
         self.attempts = 0  # how many workers died while computing it
+
+    @abstractmethod
+    def answer(self, model: str, version: str, outputs: list[OutputTensor]) -> None:
+        """Hand on what ``version`` computed: all outputs of its config."""
+
+    @abstractmethod
+    def failure(self, error: RequestError) -> None:
+        """Hand on why there is no answer."""

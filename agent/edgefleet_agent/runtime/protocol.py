@@ -65,13 +65,13 @@ class InputTensor:
         self.data, self.size, self.start, self.region = data, size, start, region
 
 
-class OutputTensor:
+class OutputTensor(msgspec.Struct):
     """One tensor of an answer, like :class:`InputTensor`."""
 
-    __slots__ = ("data", "datatype", "name", "shape")
-
-    def __init__(self, name: str, datatype: str, shape: tuple[int, ...], data: bytes) -> None:
-        self.name, self.datatype, self.shape, self.data = name, datatype, shape, data
+    name: str
+    datatype: str
+    shape: tuple[int, ...]
+    data: bytes
 
 
 class Wanted(msgspec.Struct, frozen=True):
@@ -186,8 +186,7 @@ def parse_infer(body: bytes | bytearray | memoryview, header_length: str | None)
     """
     view = memoryview(body)
     length = len(view) if header_length is None else _header_length(header_length, len(view))
-    raw = bytes(view[:length])
-    form = _kept_form(raw) if length <= MAX_KEPT_BYTES else _form(raw)
+    form = parse_form(bytes(view[:length]))
     rest = len(view) - length
     if rest != form.binary_bytes:
         if rest > form.binary_bytes:
@@ -195,6 +194,11 @@ def parse_infer(body: bytes | bytearray | memoryview, header_length: str | None)
         cut = next(t for t in form.inputs if t.start >= 0 and t.start + t.size > rest)
         raise RequestError(400, f"input {cut.name!r}: the body ends {cut.start + cut.size - rest} bytes too early")
     return InferRequest(form, view[length:])
+
+
+def parse_form(header: bytes) -> Form:
+    """What the JSON header of a request says. Raises like :func:`parse_infer`."""
+    return _kept_form(header) if len(header) <= MAX_KEPT_BYTES else _form(header)
 
 
 def _header_length(text: str, body_bytes: int) -> int:

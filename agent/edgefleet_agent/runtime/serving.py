@@ -86,7 +86,7 @@ class Serving:
         slot = self._inputs[message.slot]
         inputs: dict[str, Array] = {}
         for (name, dtype), (offset, shape) in zip(self._takes, message.tensors, strict=True):
-            tensor: Array = np.ndarray(shape, dtype, slot, offset)
+            tensor: Array = np.ndarray(shape, dtype, slot, message.base + offset)
             inputs[name] = tensor if tensor.flags.aligned else tensor.copy()
         began = time.perf_counter_ns()
         outputs = self.session.run(inputs)

@@ -65,19 +65,20 @@ class Shadow:
         self._job = None
         self._busy = True
         request = InferRequest(Form("", self._inputs, 0, None, True), memoryview(b""), self._inputs)
-
-        def compare(_model: str, _version: str, given: list[OutputTensor]) -> None:
-            self._busy = False
-            self._compared += 1
-            self._agreed += agree(self.candidate.config.contract, given, outputs)
-            self._serving_ms.append(compute_ns / 1e6)
-
-        def fail(_error: RequestError) -> None:
-            self._busy = False
-            self._failed += 1
-
-        if not self.candidate.submit(Job(job.model, self.candidate.config.version, request, None, compare, fail)):
+        if not self.candidate.submit(_Followed(self, job.model, request, outputs, compute_ns)):
             self._busy = False  # it is being started again, which its crash counter tells
+
+    def compare(self, given: list[OutputTensor], wanted: list[OutputTensor], compute_ns: int) -> None:
+        """The candidate has answered; ``wanted`` is what serves gave, after ``compute_ns``."""
+        self._busy = False
+        self._compared += 1
+        self._agreed += agree(self.candidate.config.contract, given, wanted)
+        self._serving_ms.append(compute_ns / 1e6)
+
+    def fail(self) -> None:
+        """The candidate has not answered."""
+        self._busy = False
+        self._failed += 1
 
     def lost(self, job: Job) -> None:
         """What serves died or refused: nothing to compare with."""
@@ -87,6 +88,24 @@ class Shadow:
     def timed(self, compute_ns: int) -> None:
         """The candidate's engine took that long."""
         self._times_ms.append(compute_ns / 1e6)
+
+
+class _Followed(Job):
+    """A live request that was answered, for the candidate."""
+
+    __slots__ = ("_compute_ns", "_shadow", "_wanted")
+
+    def __init__(
+        self, shadow: Shadow, model: str, request: InferRequest, wanted: list[OutputTensor], compute_ns: int
+    ) -> None:
+        super().__init__(model, shadow.candidate.config.version, request, None)
+        self._shadow, self._wanted, self._compute_ns = shadow, wanted, compute_ns
+
+    def answer(self, model: str, version: str, outputs: list[OutputTensor]) -> None:
+        self._shadow.compare(outputs, self._wanted, self._compute_ns)
+
+    def failure(self, error: RequestError) -> None:
+        self._shadow.fail()
 
 
 def agree(contract: AcceptanceContract, given: list[OutputTensor], wanted: list[OutputTensor]) -> bool:

@@ -96,7 +96,7 @@ class Switchboard:
 
     def lend(self, model: str, version: str | None, header_length: str, body_bytes: int) -> Lease | None:
         """A slot of the worker that would get this request now, for a body that is still coming; None when there is none."""
-        if not (header_length.isdigit() and len(header_length) < 12):
+        if not (header_length.isascii() and header_length.isdigit() and len(header_length) < 12):
             return None
         if version is None:
             target = self._target() if not self._waiting else None
@@ -112,6 +112,10 @@ class Switchboard:
         Raises:
             RequestError: it can't be taken: unknown model, bad tensors, or too many are waiting.
         """
+        serving = self._serving
+        if serving is not None and self._is_plain(job, serving) and serving.submit(job):
+            self.requests += 1
+            return
         version = self.find(job.model, job.version)
         if job.version is None and (self._serving is None or version.config.model != self._serving.config.model):
             job.version = version.config.version  # another model than the one that is swapped: this version or none
@@ -121,6 +125,11 @@ class Switchboard:
                 raise RequestError(503, f"{MAX_WAITING} requests are waiting for this model already")
             (self._waiting if job.version is None else version.waiting).append(job)
         self.requests += 1
+
+    def _is_plain(self, job: Job, serving: Version) -> bool:
+        """As a rule there is nothing to find out."""
+        plain = job.version is None and not self._parked and not self._waiting
+        return plain and job.model == serving.config.model
 
     def _place(self, job: Job) -> bool:
         if job.version is not None:
@@ -276,7 +285,7 @@ class Switchboard:
     def _unfollow(self) -> None:
         if self._shadow is None:
             return
-        self._shadow.candidate.on_computed = lambda compute_ns: None
+        self._shadow.candidate.on_computed = None
         for version in self._loaded.values():
             version.follow(None)
         self._shadow = None

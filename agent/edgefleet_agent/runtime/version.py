@@ -80,7 +80,7 @@ class Version:
         self._on_room, self._on_orphans, self._on_refused = on_room, on_orphans, on_refused
         self._worker: WorkerProcess | None = None
         self._shadow: Shadow | None = None
-        self.on_computed: Callable[[int], None] = lambda compute_ns: None
+        self.on_computed: Callable[[int], None] | None = None
         self._restart: asyncio.Task[None] | None = None
         self._crashes_in_row = 0
         self._started_at = 0.0
@@ -224,7 +224,8 @@ class Version:
         job.answer(self.config.model, self.config.version, outputs)
         # Counted while the answer is on its way.
         self.figures.answered(latency_ns, max(0, latency_ns - compute_ns), compute_ns)
-        self.on_computed(compute_ns)
+        if self.on_computed is not None:
+            self.on_computed(compute_ns)
         if self._shadow is not None:
             self._shadow.answered(job, outputs, compute_ns)
 

@@ -30,27 +30,26 @@ class Lease:
     """A slot's input memory, lent to a request whose body is still coming.
 
     ``view`` is where the body goes, ``data`` where in the slot that is which follows its header. The request that was read there
-    takes the slot over with :meth:`WorkerProcess.submit`; whoever can't use it releases it.
+    takes the slot over with :meth:`WorkerProcess.submit`; whoever can't use it releases it. ``job`` is that request, if it is known
+    already.
     """
 
-    __slots__ = ("_owner", "data", "held", "index", "view")
+    __slots__ = ("data", "held", "index", "job", "owner", "view")
 
     def __init__(self, owner: WorkerProcess, index: int, data: int, view: memoryview) -> None:
-        self._owner, self.index, self.data, self.view = owner, index, data, view
+        self.owner, self.index, self.data, self.view = owner, index, data, view
         self.held = True
-
-    def is_of(self, process: WorkerProcess) -> bool:
-        return self.held and self._owner is process
+        self.job: Job | None = None
 
     def take_back(self, process: WorkerProcess, index: int) -> bool:
         """Hold the slot again that :meth:`WorkerProcess.submit` took over, if it is this one."""
-        self.held = self._owner is process and self.index == index
+        self.held = self.owner is process and self.index == index
         return self.held
 
     def release(self) -> None:
         if self.held:
             self.held = False
-            self._owner.give_back(self.index)
+            self.owner.give_back(self.index)
 
 
 class WorkerProcess:
@@ -195,14 +194,13 @@ class WorkerProcess:
         if self._link is None or self._inputs is None:
             return False
         lease = job.lease
-        if lease is not None and job.request.form.all_binary and lease.is_of(self):
+        if lease is not None and lease.held and lease.owner is self and job.request.form.all_binary:
             lease.held = False  # the job has it from here on
-            index = lease.index
-            placed = [(lease.data + start, shape) for start, shape in job.request.form.placed]
+            index, base, placed = lease.index, lease.data, job.request.form.placed
         else:
             if not self._free:
                 return False
-            index = self._free.pop()
+            index, base = self._free.pop(), 0
             try:
                 placed = self._copy(protocol.plan(job.request, self._config), self._inputs.slots[index])
             except RequestError:
@@ -214,12 +212,12 @@ class WorkerProcess:
         self._jobs[self._number] = job
         job.sent_ns = time.perf_counter_ns()
         try:
-            self._link.send(channel.encode(Run(self._number, index, placed)))
+            self._link.send(channel.encode(Run(self._number, index, base, placed)))
         except OSError:
             # It is dying: its end finds this job among the unanswered ones.
             self._free.clear()
         if self.shadow is not None:  # while the worker computes
-            self.shadow.sent(job, self._inputs.slots[index], placed)
+            self.shadow.sent(job, self._inputs.slots[index][base:], placed)
         return True
 
     def _copy(self, tensors: list[InputTensor], slot: memoryview) -> list[tuple[int, tuple[int, ...]]]:
@@ -325,10 +323,10 @@ class WorkerProcess:
         slot = self._answers.slots[index]
         if shapes != self._shapes:
             self._places, self._shapes = self._lay_out(shapes), shapes
-        return [
-            OutputTensor(spec.name, spec.datatype, shape, slot[begin:end].tobytes())
-            for spec, shape, begin, end in self._places
-        ]
+        outputs = []
+        for spec, shape, begin, end in self._places:
+            outputs.append(OutputTensor(spec.name, spec.datatype, shape, slot[begin:end].tobytes()))
+        return outputs
 
     def _lay_out(self, shapes: list[tuple[int, ...]]) -> list[tuple[TensorSpec, tuple[int, ...], int, int]]:
         """Where outputs of these shapes lie in a slot."""
