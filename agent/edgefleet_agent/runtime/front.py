@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from urllib.parse import unquote
 
 import msgspec
@@ -136,7 +136,8 @@ class Front:
         parsed = protocol.parse_infer(request.body, request.head.inference_length)
         form, peer = parsed.form, request.peer
         if form.uses_regions:
-            parsed = InferRequest(form, memoryview(b""), [self._reach(peer, tensor) for tensor in parsed.inputs])
+            inputs = parsed.inputs if form.binary_bytes else form.inputs
+            parsed = InferRequest(form, memoryview(b""), [self._reach(peer, tensor) for tensor in inputs])
         asked = _Asked(self, peer, model, version, parsed, request.place)
         asked.begin(reply)
         self._switchboard.submit(asked)
@@ -152,12 +153,7 @@ class Front:
             return tensor
         region = self._regions.find(peer, use)
         return InputTensor(
-            tensor.name,
-            tensor.datatype,
-            tensor.shape,
-            lambda target: region.read_into(use, target),
-            tensor.size,
-            region=use,
+            tensor.name, tensor.datatype, tensor.shape, partial(region.read_into, use), tensor.size, region=use
         )
 
     def store(self, peer: Peer, form: Form, outputs: list[OutputTensor]) -> None:

@@ -339,8 +339,10 @@ def check(form: Form, config: ModelConfig) -> None:
 
 def plan(request: InferRequest, config: ModelConfig) -> list[InputTensor]:
     """The request's inputs in the order of ``config.inputs``, checked like :func:`check`."""
-    check(request.form, config)
-    return [request.inputs[i] for i in request.form.order]
+    if request.form.fits is not config:
+        check(request.form, config)
+    inputs = request.inputs
+    return [inputs[i] for i in request.form.order] if len(inputs) > 1 else inputs
 
 
 def _fit(form: Form, config: ModelConfig) -> list[int]:

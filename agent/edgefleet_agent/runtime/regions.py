@@ -63,7 +63,7 @@ class Region:
             RequestError: 400, the use lies outside the region, or the object became smaller.
         """
         self._check(use)
-        done = 0
+        done = self._io(os.preadv, target, self.offset + use.offset)
         while done < len(target):
             count = self._io(os.preadv, target[done:], self.offset + use.offset + done)
             if not count:
