@@ -219,3 +219,44 @@ def test_head_gets_no_body(runtime: Runtime) -> None:
             received += piece
     assert received.startswith(b"HTTP/1.1 200")
     assert received.endswith(b"\r\n\r\n")
+
+
+@pytest.mark.parametrize("length", ["\xb2", "\xb2\xb3", "-5", "1e2", "99999999999999", "0x10", ""])
+def test_a_header_length_that_is_none_is_refused_and_the_connection_goes_on(runtime: Runtime, length: str) -> None:
+    talker, whole = Talker(runtime), binary_request(BATCH)
+    said = whole.split(b"Inference-Header-Content-Length: ")[1].split(b"\r\n")[0]
+    talker.link.sendall(whole.replace(said, length.encode("latin-1"), 1))
+    status, body, _ = talker.answer()
+    assert status == 400, body
+    talker.link.sendall(whole)
+    talker.judged(BATCH)
+
+
+@pytest.mark.parametrize(
+    ("fields", "status"),
+    [
+        ({"inputs": []}, 400),
+        ({"outputs": [{"name": "nothing"}]}, 400),
+        ({"outputs": [{"name": "y", "parameters": {"shared_memory_region": "r", "shared_memory_byte_size": 4}}]}, 400),
+        ({"parameters": 7}, 400),
+    ],
+)
+def test_what_is_wrong_in_a_header_is_told_when_its_body_has_come(
+    runtime: Runtime, fields: dict[str, object], status: int
+) -> None:
+    talker = Talker(runtime)
+    talker.link.sendall(binary_request(BATCH, **fields))
+    assert talker.answer()[0] == status
+    talker.link.sendall(binary_request(BATCH))
+    talker.judged(BATCH)
+
+
+def test_a_body_that_is_longer_or_shorter_than_its_tensor_is_refused(runtime: Runtime) -> None:
+    talker, whole = Talker(runtime), binary_request(BATCH)
+    said = whole.split(b"\r\nContent-Length: ")[1].split(b"\r\n")[0]
+    for more in (8, -8):
+        other = whole.replace(b"\r\nContent-Length: " + said, b"\r\nContent-Length: %d" % (int(said) + more), 1)
+        talker.link.sendall(other + bytes(more) if more > 0 else other[:more])
+        assert talker.answer()[0] == 400
+    talker.link.sendall(whole)
+    talker.judged(BATCH)
