@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import queue
-import secrets
 import signal
 import sys
 import threading
@@ -48,7 +47,7 @@ class Agent:
     def __init__(self, state: Path, settings: Settings, found: Fingerprint, manifest: str | None, package: str) -> None:
         inbox: queue.Queue[Item] = queue.Queue(INBOX_LIMIT)
         self._own_inbox: queue.Queue[Item] = queue.Queue(INBOX_LIMIT)
-        boot = secrets.token_hex(6)
+        boot = os.urandom(6).hex()
         fork = Fork(inbox.put, self._own_inbox.put)
         self._uplink = MqttUplink(
             settings.device,
@@ -150,9 +149,5 @@ def run(state: Path) -> None:
 
 @told
 def main() -> None:
-    """``python -m edgefleet_agent.app STATE``: what ``fleet-agent run`` becomes."""
+    """The program; its argument is the state folder."""
     run(Path(sys.argv[1]))
-
-
-if __name__ == "__main__":
-    main()

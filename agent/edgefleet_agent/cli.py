@@ -101,7 +101,7 @@ def _become_owner(state: Path) -> None:
 def run(state: Path) -> None:
     """Run the agent until it is stopped."""
     # A program of its own: what reads command lines is two megabytes that a process need not keep for as long as the board runs.
-    os.execv(sys.executable, [sys.executable, "-m", "edgefleet_agent.app", str(state.resolve())])  # noqa: S606 - our own interpreter
+    os.execv(sys.executable, [sys.executable, "-m", "edgefleet_agent.resident", str(state.resolve())])  # noqa: S606 - our own interpreter
 
 
 @main.command()

@@ -17,6 +17,7 @@ from edgefleet_agent import settings as board_settings
 # What a running agent needs sooner or later: a version that lacks one of them, or a library that one of them needs, is caught here.
 PROGRAMS = (
     "edgefleet_agent.app",
+    "edgefleet_agent.resident",
     "edgefleet_agent.cli",
     "edgefleet_agent.verify_child",
     "edgefleet_agent.accept_child",

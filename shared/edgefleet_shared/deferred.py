@@ -64,3 +64,8 @@ def defer(name: str) -> None:
     above, _, own = name.rpartition(".")
     if above:
         setattr(sys.modules[above], own, module)
+
+
+def without(name: str) -> None:
+    """Let ``import name`` fail in this process, for a library that does without where there is none. Does nothing when it was imported already."""
+    sys.modules.setdefault(name, None)  # type: ignore[arg-type]

@@ -11,7 +11,7 @@ Not handled here: durability. A PUBACK is none; outboxes and acknowledgements ar
 from __future__ import annotations
 
 import collections
-import random
+import os
 import selectors
 import socket
 import ssl
@@ -243,7 +243,8 @@ class Link:
             if not self._stopping.is_set():
                 self._on_down(self._reason)
             # Full jitter: after a power cut a whole hall of boards comes back at once.
-            self._stopping.wait(random.uniform(0, backoff))  # noqa: S311 - no secret hangs on it
+            share = int.from_bytes(os.urandom(4), "big") / 2**32  # the random module would stay for this: 300 KB
+            self._stopping.wait(share * backoff)
             backoff = min(backoff * 2, BACKOFF_LAST_S)
         self._wake_r.close()
         self._wake_w.close()

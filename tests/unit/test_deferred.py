@@ -73,7 +73,35 @@ def test_what_is_not_there_is_refused() -> None:
     )
 
 
-def test_the_resident_agent_carries_no_http_client() -> None:
-    heavy = "'http.client', 'email.message', 'tempfile', 'lzma', 'pydantic', 'cryptography', 'numpy', 'tuf'"
-    program = f"import sys; import edgefleet_agent.app; print([m for m in ({heavy}) if m in sys.modules])"
-    assert run(program) == "[]"
+def test_a_library_does_without_what_it_is_not_to_have() -> None:
+    program = (
+        "from edgefleet_shared.deferred import without\n"
+        "without('typing_extensions')\n"
+        "import msgspec, sys\n"
+        "class Wire(msgspec.Struct):\n    a: int | None = None\n    b: tuple[str, ...] = ()\n"
+        'print(msgspec.json.decode(b\'{"a":1,"b":["x"]}\', type=Wire), \'inspect\' in sys.modules)'
+    )
+    assert run(program) == "Wire(a=1, b=('x',)) False"
+
+
+def test_what_is_there_already_is_not_taken_away() -> None:
+    program = (
+        "import typing_extensions\nfrom edgefleet_shared.deferred import without\n"
+        "without('typing_extensions')\nimport typing_extensions as t; print(t is typing_extensions)"
+    )
+    assert run(program) == "True"
+
+
+def test_the_resident_agent_carries_nothing_that_it_does_not_use() -> None:
+    heavy = (
+        "'http.client', 'email.message', 'tempfile', 'lzma', 'random', 'inspect', 'ast', 'click', "
+        "'pydantic', 'cryptography', 'numpy', 'tuf'"
+    )
+    # Without a state folder it ends, but only after all has been imported.
+    program = (
+        "import sys; sys.argv = ['agent', '/nonexistent']\n"
+        "from edgefleet_agent import resident\n"
+        "try: resident.main()\nexcept SystemExit: pass\n"
+        f"print('edgefleet_agent.app' in sys.modules, [m for m in ({heavy}) if m in sys.modules])"
+    )
+    assert run(program) == "True []"
