@@ -227,7 +227,7 @@ class Link:
         while not self._stopping.is_set():
             try:
                 self._client.connect(
-                    self._endpoint.host,
+                    _address(self._endpoint.host),
                     self._endpoint.port,
                     KEEPALIVE_S,
                     clean_start=False,
@@ -291,6 +291,11 @@ class Link:
             leftover = self._client.socket()
             if leftover is not None and not self._stopping.is_set():
                 leftover.close()
+
+
+def _address(host: str) -> Any:
+    """What the socket and ssl modules take as it is. A str they encode as an international name, which takes tables of 430 KB."""
+    return host.encode() if host.isascii() else host
 
 
 def _pending(sock: Any) -> bool:
