@@ -147,11 +147,15 @@ def _slot(slots: dict[str, Any], name: str) -> tuple[str, str]:
 
 
 def _object(path: Path, files: FileSystem) -> dict[str, Any]:
+    try:
+        content = atomic.read(path, files=files)
+    except (OSError, EdgefleetError):
+        return {}  # as a rule: most boards run the package's version
     import json
 
     try:
-        found = json.loads(atomic.read(path, files=files))
-    except (OSError, EdgefleetError, ValueError, RecursionError):
+        found = json.loads(content)
+    except (ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
 

@@ -9,9 +9,9 @@ def main() -> None:
     """The program; its argument is the state folder."""
     # msgspec takes it where there is one, and typing where not. It brings inspect, ast and dis: 1.2 MB.
     without("typing_extensions")
-    # urllib.parse, and with it pathlib, has it for addresses in brackets; subprocess for pipes of text: 0.9 MB.
-    defer("ipaddress")
-    defer("locale")
+    # For addresses in brackets, pipes of text, tracebacks and websockets; who uses them loads them then: 1.2 MB.
+    for name in ("ipaddress", "locale", "tokenize", "textwrap", "base64"):
+        defer(name)
     from edgefleet_agent.app import main as run
 
     run()
