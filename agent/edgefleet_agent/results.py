@@ -14,6 +14,7 @@ from pathlib import Path
 
 import msgspec
 from edgefleet_shared import results
+from edgefleet_shared.assignment import Subject
 from edgefleet_shared.errors import EdgefleetError, EnvironmentProblem
 from edgefleet_shared.messages import Body, Ended, OutcomeTold, SignedResult
 
@@ -71,6 +72,7 @@ class Results:
     """Signs what ended, one after the other.
 
     Args:
+        subject: what the line's assignments are about.
         tell: puts an event into the spool.
         put: the inbox.
         problem: notes why the board can't sign, "" when it can again.
@@ -78,21 +80,24 @@ class Results:
     """
 
     def __init__(
-        self, device: str, keeper: Keeper, ports: Ports, *, tell: Callable[[Body], None],
+        self, device: str, subject: Subject, keeper: Keeper, ports: Ports, *, tell: Callable[[Body], None],
         put: Callable[[SigningDone | JobBroke], None], problem: Callable[[str], None], report: Callable[[Told], None],
     ) -> None:  # fmt: skip
-        self._device, self._keeper, self._ports = device, keeper, ports
+        self._device, self._subject, self._keeper, self._ports = device, subject, keeper, ports
         self._tell, self._put, self._problem, self._report = tell, put, problem, report
         self._waiting: deque[Ended] = deque()
         self._at_work = False
         self._tries, self._again_at = 0, 0.0
 
     def begin(self) -> None:
-        """The journal is there: what an earlier start left unsigned is signed now."""
+        """The journal is there: what an earlier start left unsigned is signed now. So is what an older version signed without saying
+        what it is about."""
         now, signed = self._keeper.now, None
         if now.result is not None:
-            signed = results.decode(results.payload(now.result.envelope)).ended
-            self._report(Told(ended=signed, result=now.result))
+            said = results.decode(results.payload(now.result.envelope))
+            if said.subject is self._subject:
+                signed = said.ended
+                self._report(Told(ended=signed, result=now.result))
         if now.ended is not None and now.ended != signed:
             self.sign(now.ended)
 
@@ -110,12 +115,13 @@ class Results:
         if self._at_work or not self._waiting:
             return
         self._at_work, ended = True, self._waiting[0]
-        signer, device, put = self._ports.signer, self._device, self._put
+        signer, put = self._ports.signer, self._put
+        payload = results.encode(self._device, ended, self._subject)
 
         def work() -> None:
             result: SignedResult | EdgefleetError
             try:
-                result = signer.sign(results.encode(device, ended))
+                result = signer.sign(payload)
             except EdgefleetError as exc:
                 result = exc
             except Exception as exc:  # noqa: BLE001 - raised again by the loop

@@ -105,7 +105,7 @@ class Runner:
         line: Line | None = None,
     ) -> None:
         line = line or Line()
-        self._may_begin = line.may_begin
+        self._subject, self._may_begin = line.subject, line.may_begin
         self._state, self._settings = state, settings
         self._inbox, self._ports = inbox, ports
         uplink, clock = ports.uplink, ports.clock
@@ -125,7 +125,7 @@ class Runner:
         )
         self._teller = reporting.Teller(state, settings, board, boot, self._keeper, ports, self._spool, self._fetcher)
         self._results = Results(
-            settings.device, self._keeper, ports, tell=self._spool.add, put=inbox.put,
+            settings.device, line.subject, self._keeper, ports, tell=self._spool.add, put=inbox.put,
             problem=lambda why: self._teller.note("result", why), report=self._teller.result,
         )  # fmt: skip
         # What the agent itself is made of needs no engine.
@@ -349,7 +349,9 @@ class Runner:
             planned = msgspec.structs.replace(planned, reason=f"{before.reason}; then {detail}")
         if Effect.REPORT in effects:
             ended = reporting.ended(planned, self._ports.clock.now())
-            planned = msgspec.structs.replace(planned, ended=results.fitting(self._settings.device, ended))
+            planned = msgspec.structs.replace(
+                planned, ended=results.fitting(self._settings.device, ended, self._subject)
+            )
             if life.outcome is Outcome.SUCCEEDED:
                 planned = msgspec.structs.replace(planned, committed=planned.assignment)
             if (

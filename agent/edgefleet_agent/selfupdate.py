@@ -288,7 +288,7 @@ class AgentUplink:
         self._tell(
             AgentReport(
                 running=self._manifest, state=reported.state, assignment=reported.assignment, active=reported.active,
-                candidate=reported.candidate, previous=reported.previous, ended=reported.ended,
+                candidate=reported.candidate, previous=reported.previous, ended=reported.ended, result=reported.result,
                 desired_seen=reported.desired_seen, refusal=reported.refusal, problem=reported.problem,
             )
         )  # fmt: skip

@@ -12,11 +12,13 @@ import threading
 from collections.abc import Sequence
 
 import msgspec
+from edgefleet_shared.assignment import Subject
 from edgefleet_shared.clock import Clock
 from edgefleet_shared.errors import EnvironmentProblem
-from edgefleet_shared.messages import Ack, Dropped, Event, Health, Presence, Reported
+from edgefleet_shared.messages import Ack, AgentReport, Dropped, Event, Health, Presence, Reported
 
-from edgefleet_controller.results import Holder, Proof, ResultVerifier, Standing
+from edgefleet_controller import results
+from edgefleet_controller.results import Holder, ResultVerifier, Standing
 from edgefleet_controller.rollout.views import Figures
 from edgefleet_controller.store import devices, events
 from edgefleet_controller.store.database import Database
@@ -227,15 +229,21 @@ class Intake:
         for device, (message, at) in reported.items():
             if device not in known:
                 continue
-            enrolled_at, stored = known[device]
-            before = msgspec.json.decode(stored, type=Proof) if stored else Proof()
-            proof = self._verifier.judge(message, Holder(device=device, enrolled_at=enrolled_at, proof=before))
-            if proof.standing is Standing.REFUSED and proof.why != before.why:
-                log.warning("result refused", extra={"device": device, "reason": proof.why})
+            enrolled_at, proof, agent_proof = known[device]
+            about_model = Holder(device=device, enrolled_at=enrolled_at, proof=results.stored(proof))
+            about_agent = msgspec.structs.replace(about_model, subject=Subject.AGENT, proof=results.stored(agent_proof))
             rows.append(
                 ReportedRow(
                     device, message.boot, msgspec.json.encode(message).decode(), at,
-                    msgspec.json.encode(proof).decode(), proof.standing is Standing.SIGNED,
+                    *self._prove(message, about_model), *self._prove(message.agent, about_agent),
                 )
             )  # fmt: skip
         return rows
+
+    def _prove(self, told: Reported | AgentReport | None, holder: Holder) -> tuple[str, bool]:
+        """The proof of a result as it is stored, and whether it is signed."""
+        proof = self._verifier.judge(told, holder)
+        if proof.standing is Standing.REFUSED and proof.why != holder.proof.why:
+            about = {"device": holder.device, "subject": holder.subject.value}
+            log.warning("result refused", extra=about | {"reason": proof.why})
+        return msgspec.json.encode(proof).decode(), proof.standing is Standing.SIGNED

@@ -7,9 +7,11 @@ board; ADR 0012 says why these checks and no others. In order, each failing clos
 2. the certificate that came with it is one of ours, for this board;
 3. it was given to the board since it was enrolled last: a revoked board's key says nothing any more;
 4. the signature over the bytes as they came is made by its key;
-5. the signed bytes, read only now, are a result of this board;
+5. the signed bytes, read only now, are a result of this board, about what it is shown for: its model, or its agent;
 6. they say what stands beside them in the open;
 7. of the same assignment nothing newer is known: an old word can't be shown again.
+
+A board has a result about its model and one about its agent; each is judged by itself, by the same checks.
 """
 
 from __future__ import annotations
@@ -21,8 +23,9 @@ from cryptography import x509
 from cryptography.exceptions import InvalidSignature
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from edgefleet_shared import results
+from edgefleet_shared.assignment import Subject
 from edgefleet_shared.errors import TrustError
-from edgefleet_shared.messages import Ended, Reported, SignedResult
+from edgefleet_shared.messages import AgentReport, Ended, Reported, SignedResult
 from securesystemslib import dsse, exceptions
 from securesystemslib.signer import SSlibKey
 
@@ -40,7 +43,7 @@ class Standing(str, Enum):
 
 
 class Known(msgspec.Struct, frozen=True):
-    """The newest signed result of a board."""
+    """The newest signed result of a board about one subject."""
 
     assignment: str
     number: int
@@ -56,11 +59,17 @@ class Proof(msgspec.Struct, frozen=True, kw_only=True):
     known: Known | None = None
 
 
+def stored(proof: str) -> Proof:
+    """A proof as the database holds it (JSON); an empty one where nothing was ever known."""
+    return msgspec.json.decode(proof, type=Proof) if proof else Proof()
+
+
 class Holder(msgspec.Struct, frozen=True, kw_only=True):
-    """What the controller knows of a board: when it was enrolled last (UTC seconds), and the proof of its last report."""
+    """What the controller knows of a board: when it was enrolled last (UTC seconds), and the proof of its last report about ``subject``."""
 
     device: str
     enrolled_at: float
+    subject: Subject = Subject.MODEL
     proof: Proof = Proof()
 
 
@@ -74,18 +83,22 @@ class ResultVerifier:
     def __init__(self, ca: x509.Certificate) -> None:
         self._ca = ca
 
-    def judge(self, report: Reported, holder: Holder) -> Proof:
-        """Whether the result in a report is the board's own word."""
-        ended, known = report.ended, holder.proof.known
-        if ended is None:
+    def judge(self, report: Reported | AgentReport | None, holder: Holder) -> Proof:
+        """Whether the result in a report is the board's own word. ``report`` is the part of it about ``holder.subject``, if it has one."""
+        known = holder.proof.known
+        if report is None or report.ended is None:
             return Proof(known=known)
+        ended = report.ended
         if report.result is None:
             return Proof(standing=Standing.UNSIGNED, why="its result is not signed", known=known)
         try:
             serial = self.check(report.result, ended, holder)
         except TrustError as exc:
             return Proof(standing=Standing.REFUSED, why=exc.message, known=known)
-        return Proof(standing=Standing.SIGNED, serial=serial, known=Known(ended.assignment, ended.number, ended.at))
+        said = Known(ended.assignment, ended.number, ended.at)
+        # An older word about another assignment is the board's too, and harmless; but it must not make us forget the newer one.
+        older = known is not None and said.number <= known.number and said.at <= known.at
+        return Proof(standing=Standing.SIGNED, serial=serial, known=known if older else said)
 
     def check(self, signed: SignedResult, ended: Ended, holder: Holder) -> str:
         """The seven checks.
@@ -102,6 +115,8 @@ class ResultVerifier:
         result = results.decode(content)
         if result.device != holder.device:
             raise TrustError("result", f"it is a result of {result.device[:80]}")
+        if result.subject is not holder.subject:
+            raise TrustError("result", f"it is a result about the board's {result.subject.value}")
         if result.ended != ended:
             raise TrustError("result", "what is signed is not what is said in the open")
         known = holder.proof.known

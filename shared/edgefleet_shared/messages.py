@@ -64,7 +64,7 @@ class SignedResult(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class AgentReport(msgspec.Struct, frozen=True, kw_only=True):
-    """How the agent itself stands: the same words as for the model. ``running`` is the manifest of what runs, empty for the version
+    """How the agent itself stands: the same words as for the model, signed as they are. ``running`` is the manifest of what runs, empty for the version
     that the board's package brought."""
 
     running: str = ""
@@ -74,6 +74,7 @@ class AgentReport(msgspec.Struct, frozen=True, kw_only=True):
     candidate: SlotReport | None = None
     previous: SlotReport | None = None
     ended: Ended | None = None
+    result: SignedResult | None = None
     desired_seen: str = ""
     refusal: str = ""
     problem: str = ""

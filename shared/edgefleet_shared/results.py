@@ -13,6 +13,7 @@ import binascii
 
 import msgspec
 
+from edgefleet_shared.assignment import Subject
 from edgefleet_shared.errors import TrustError
 from edgefleet_shared.messages import Ended, Envelope
 
@@ -22,21 +23,23 @@ MAX_PAYLOAD_BYTES = 48 * 1024  # fits a pipe beside its request, and a message b
 
 
 class Result(msgspec.Struct, frozen=True, kw_only=True):
-    """What is signed. It names the board, so that another board's can't be shown in its place."""
+    """What is signed. It names the board, so that another board's can't be shown in its place, and what it is about: the board's model
+    and its agent end in results of their own, counted apart."""
 
     device: str
     ended: Ended
+    subject: Subject = Subject.MODEL
 
 
-def encode(device: str, ended: Ended) -> bytes:
+def encode(device: str, ended: Ended, subject: Subject) -> bytes:
     """The bytes to be signed."""
-    return msgspec.json.encode(Result(device=device, ended=ended))
+    return msgspec.json.encode(Result(device=device, ended=ended, subject=subject))
 
 
-def fitting(device: str, ended: Ended) -> Ended:
+def fitting(device: str, ended: Ended, subject: Subject) -> Ended:
     """``ended``, shortened where it could not be signed: a candidate may make its own report as long as it likes."""
     ended = msgspec.structs.replace(ended, reason=ended.reason[:MAX_REASON])
-    if len(encode(device, ended)) <= MAX_PAYLOAD_BYTES:
+    if len(encode(device, ended, subject)) <= MAX_PAYLOAD_BYTES:
         return ended
     return msgspec.structs.replace(ended, acceptance=None)
 

@@ -27,15 +27,16 @@ from edgefleet_agent.settings import Settings
 from edgefleet_agent.slots import SlotStatus
 from edgefleet_agent.transport import Acked, Chunk, Desired, MetadataFile, Up
 from edgefleet_agent.verify import AdmitRequest, Checked, Refusal
-from edgefleet_shared import trust
+from edgefleet_shared import results, trust
 from edgefleet_shared.artifact import Layout, digest_of
-from edgefleet_shared.assignment import Admission, Assignment, Floors
+from edgefleet_shared.assignment import Admission, Assignment, Floors, Subject
 from edgefleet_shared.contract import AcceptanceReport, Verdict
 from edgefleet_shared.errors import ArtifactError, EdgefleetError, EnvironmentProblem, NotFoundError
 from edgefleet_shared.fingerprint import Fingerprint
 from edgefleet_shared.lifecycle import State
 from edgefleet_shared.messages import (
     Ack,
+    AgentReport,
     Envelope,
     EnvelopeSignature,
     Event,
@@ -256,6 +257,20 @@ class NotedSigner:
         return SignedResult(envelope=envelope, certificate="a certificate")
 
 
+def check_signed(told: Reported | AgentReport, subject: Subject) -> None:
+    """What is told of the last assignment is signed, as it is told.
+
+    Raises:
+        AssertionError: it is not.
+    """
+    assert told.ended is not None, "no outcome was told"
+    assert told.result is not None, f"{told.ended} was told without a signature"
+    signed = results.decode(results.payload(told.result.envelope))
+    assert signed == results.Result(device=DEVICE, ended=told.ended, subject=subject), f"{signed} was signed"
+    (signature,) = told.result.envelope.signatures
+    assert signature.sig == digest_of(results.payload(told.result.envelope))
+
+
 @functools.lru_cache(maxsize=4096)
 def _admit(
     root: bytes, metadata: tuple[tuple[str, bytes], ...], desired: bytes, floors: bytes, now: float
@@ -462,7 +477,8 @@ def check_end(agent: Agent, ends: dict[str, tuple[Outcome, ...]] | None = None) 
     active = found.active
     version = active.version if active is not None and active.status is not SlotStatus.BAD else ""
     assert version in ends, f"the board ended with {version or 'nothing'}, allowed are {sorted(ends)}"
-    assert told.ended is not None, "nothing was told"
+    check_signed(told, Subject.MODEL)
+    assert told.ended is not None
     assert told.ended.outcome in ends[version], f"{version or 'nothing'} serves, {told.ended.outcome.value} was told"
     if version:
         assert active is not None

@@ -15,7 +15,7 @@ from enum import Enum
 from functools import partial
 
 import msgspec
-from chaos.board import BOARD, CLASS, DEVICE, MAX_TURNS, SETTINGS, STATE, Clock, NotedSigner, Wire
+from chaos.board import BOARD, CLASS, DEVICE, MAX_TURNS, SETTINGS, STATE, Clock, NotedSigner, Wire, check_signed
 from chaos.depot import Depot
 from chaos.stories import depot, enrolled
 from edgefleet_agent import journal, launcher, slots, verify, verify_child
@@ -350,7 +350,8 @@ def check_end(board: OwnBoard, ends: dict[str, tuple[Outcome, ...]] | None = Non
         f"{board.runs or 'the package'} runs, the slots say {found.active}"
     )
     assert found.active is None or found.active.status is SlotStatus.GOOD, f"{board.runs} was left {found.active}"
-    assert told.ended is not None, "no outcome was told"
+    check_signed(told, Subject.AGENT)
+    assert told.ended is not None
     assert told.ended.outcome in ends[board.runs], f"{board.runs or 'the package'} runs, {told.ended} was told"
     assert found.candidate is None, "a candidate was left"
     kept = {slot.manifest for slot in (found.active, found.previous) if slot is not None}

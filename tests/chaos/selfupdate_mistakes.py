@@ -14,8 +14,10 @@ from chaos.mistakes import NoFileSync, NoFolderSync, write_in_place
 from edgefleet_agent import launcher, slots
 from edgefleet_agent.effects import Result
 from edgefleet_agent.launcher import Choice, Trial
+from edgefleet_agent.reporting import Told
+from edgefleet_agent.results import Results
 from edgefleet_agent.selfupdate import AgentEffects
-from edgefleet_shared import atomic
+from edgefleet_shared import atomic, results
 from edgefleet_shared.lifecycle import Event
 from support.disk import MemoryDisk
 
@@ -98,6 +100,20 @@ def never_flipped_back(self: AgentEffects, failed: str) -> Result:
 _return = AgentEffects._return
 
 
+def unsigned_from_before(self: Results) -> None:
+    """What an earlier start could not sign any more is told as it is."""
+    now = self._keeper.now
+    if now.ended is not None:
+        self._report(Told(ended=now.ended, result=now.result))
+
+
+def signed_before_is_signed_now(self: Results) -> None:
+    """What is signed on the disk is told as the last word, be it about the assignment before."""
+    result = self._keeper.now.result
+    if result is not None:
+        self._report(Told(ended=results.decode(results.payload(result.envelope)).ended, result=result))
+
+
 @dataclass(frozen=True)
 class Mistake:
     """A mistake, and the story whose exploration catches it."""
@@ -128,4 +144,6 @@ AGENT_MISTAKES = (
     Mistake("agent: collect at the flip", DIES, _patched(AgentEffects, "_swap_agent", collect_at_the_flip)),
     Mistake("agent: believed at once", CUT_OFF, _patched(AgentEffects, "_stand_trial", believed_at_once)),
     Mistake("agent: never flipped back", CUT_OFF, _patched(AgentEffects, "_return", never_flipped_back)),
+    Mistake("agent: unsigned from before is told unsigned", UPDATE, _patched(Results, "begin", unsigned_from_before)),
+    Mistake("agent: unsigned from before is not told", DIES, _patched(Results, "begin", signed_before_is_signed_now)),
 )  # fmt: skip

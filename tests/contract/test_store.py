@@ -77,6 +77,8 @@ SCHEMA_1 = (
     "ALTER TABLE assignment DROP COLUMN subject",
     "ALTER TABLE device DROP COLUMN must_sign",
     "ALTER TABLE device DROP COLUMN proof",
+    "ALTER TABLE device DROP COLUMN agent_must_sign",
+    "ALTER TABLE device DROP COLUMN agent_proof",
     "UPDATE schema_version SET version = 1",
 )
 
@@ -131,7 +133,9 @@ def test_boards_from_before_signatures_are_brought_along_and_need_not_sign(datab
     with database.write() as session:
         board = devices.get_device(session, "old-board")
         assert (board.must_sign, board.proof) == (False, "")
-        assert devices.enrol(session, "new-board", "old", now=2.0).must_sign
+        assert (board.agent_must_sign, board.agent_proof) == (False, "")
+        new = devices.enrol(session, "new-board", "old", now=2.0)
+        assert (new.must_sign, new.agent_must_sign) == (True, True)
         session.connection().execute(text("DELETE FROM device WHERE device_class = 'old'"))
 
 

@@ -16,6 +16,7 @@ from edgefleet_agent import slots
 from edgefleet_agent.slots import SlotStatus
 from edgefleet_controller.results import Holder, ResultVerifier, Standing
 from edgefleet_shared.artifact import MODEL_LAYER, Descriptor
+from edgefleet_shared.assignment import Subject
 from edgefleet_shared.contract import AcceptanceContract, ShadowPlan, Verdict
 from edgefleet_shared.fingerprint import Requirement
 from edgefleet_shared.lifecycle import State
@@ -129,7 +130,9 @@ def test_a_result_is_signed_with_the_boards_own_key_and_the_key_stays_out_of_the
     verifier = ResultVerifier(controller.broker.ca.certificate)
     proof = verifier.judge(report, Holder(device=board.name, enrolled_at=0.0))
     assert (proof.standing, proof.why) == (Standing.SIGNED, "")
-    assert verifier.judge(report, Holder(device="another", enrolled_at=0.0)).standing is Standing.REFUSED
+    for other in ({"device": "another"}, {"subject": Subject.AGENT}):
+        holder = Holder(**({"device": board.name, "enrolled_at": 0.0} | other))
+        assert verifier.judge(report, holder).standing is Standing.REFUSED
     told = [e.body for e in controller.events_seen if isinstance(e.body, OutcomeTold) and e.body.ended == report.ended]
     assert [body.result for body in told] == [report.result]
     assert board.agent is not None

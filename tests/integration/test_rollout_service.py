@@ -27,11 +27,12 @@ from edgefleet_controller.store import catalog, devices
 from edgefleet_controller.store.database import Database
 from edgefleet_controller.store.tables import Artifact
 from edgefleet_shared.artifact import digest_of
+from edgefleet_shared.assignment import AGENT, Subject
 from edgefleet_shared.clock import ManualClock
 from edgefleet_shared.contract import Verdict
 from edgefleet_shared.errors import ConflictError, InputError, NotFoundError, TransportError, TrustError
 from edgefleet_shared.lifecycle import State
-from edgefleet_shared.messages import Ended, Event, Health, Presence, Reported, SignedResult, SlotReport, decode, encode
+from edgefleet_shared.messages import AgentReport, Ended, Event, Health, Presence, Reported, SlotReport, decode, encode
 from edgefleet_shared.outcomes import Outcome
 from edgefleet_shared.trust import Assignment
 from sqlalchemy import event
@@ -79,11 +80,21 @@ class Broker(RetainingPublisher):
         super().publish_desired(device, assignment)
         self.chaos.between()
 
+    def retained_about(self, subject: Subject) -> dict[str, bytes]:
+        return self.retained if subject is Subject.MODEL else self.retained_agent
+
 
 class Site:
-    """Controller and boards. Boards outlive the controller."""
+    """Controller and boards. Boards outlive the controller.
 
-    def __init__(self, folder: Path, boards: dict[str, str], bad_versions: tuple[str, ...] = ()) -> None:
+    Args:
+        subject: what is rolled out: a model, or the agent itself.
+    """
+
+    def __init__(
+        self, folder: Path, boards: dict[str, str], bad_versions: tuple[str, ...] = (), subject: Subject = Subject.MODEL
+    ) -> None:
+        self.subject, self.model = subject, AGENT if subject is Subject.AGENT else "m"
         self.clock, self.chaos = ManualClock(), Chaos()
         self.director, self.broker = Director(self.chaos), Broker(self.chaos)
         self.url = f"sqlite:///{folder}/fleet.db"
@@ -97,11 +108,11 @@ class Site:
             for device_class in sorted(set(boards.values())):
                 devices.put_class(session, device_class, "{}", 1.0)
                 for version in ("1", "2", "3"):
-                    catalog.add_version(session, "m", version, f"sha256:{version}", "{}", 1.0)
+                    catalog.add_version(session, self.model, version, f"sha256:{version}", "{}", 1.0)
                     catalog.put_artifact(
                         session,
                         Artifact(
-                            manifest=manifest(device_class, version), model="m", version=version, device_class=device_class,
+                            manifest=manifest(device_class, version), model=self.model, version=version, device_class=device_class,
                             manifest_bytes=700, size_bytes=5000, state="signed", created_at=1.0,
                             requirement=msgspec.json.encode(REQUIREMENT).decode(),
                         ),
@@ -114,15 +125,28 @@ class Site:
         self.keys = {name: BoardKey.enrolled(self.ca, name) for name in boards}
         self.start()
         for name, device_class in boards.items():
-            self.reports[name] = Reported(
+            report = Reported(
                 device=name, device_class=device_class, boot="boot1", at=1.0, state=State.IDLE, agent_version="1",
-                fingerprint=FINGERPRINT, active=self.slot(device_class, "1"),
+                fingerprint=FINGERPRINT, agent=AgentReport(),
             )  # fmt: skip
+            self.reports[name] = self.saying(report, active=self.slot(device_class, "1"))
             self.intake.presence(name, Presence(online=True, boot="boot1"))
             self.intake.reported(name, self.reports[name])
 
     def slot(self, device_class: str, version: str) -> SlotReport:
-        return SlotReport(manifest=manifest(device_class, version), model="m", version=version, status="good")
+        return SlotReport(manifest=manifest(device_class, version), model=self.model, version=version, status="good")
+
+    def said(self, report: Reported) -> Reported | AgentReport:
+        """The part of a report that is about what is rolled out."""
+        if self.subject is Subject.MODEL:
+            return report
+        assert report.agent is not None
+        return report.agent
+
+    def saying(self, report: Reported, **changes: object) -> Reported:
+        """A report with other words in that part."""
+        changed = msgspec.structs.replace(self.said(report), **changes)
+        return changed if isinstance(changed, Reported) else msgspec.structs.replace(report, agent=changed)
 
     def start(self) -> None:
         """A controller process: all that it knows is in the database."""
@@ -146,9 +170,9 @@ class Site:
 
     def work(self) -> None:
         """Every board looks at what is retained for it, and does it."""
-        for name, payload in self.broker.retained.items():
+        for name, payload in self.broker.retained_about(self.subject).items():
             report, device_class = self.reports[name], self.boards[name]
-            if report.desired_seen == digest_of(payload):
+            if self.said(report).desired_seen == digest_of(payload):
                 continue
             wanted, version = read_unsigned(payload)
             known = self.given[name]
@@ -156,14 +180,14 @@ class Site:
             assert not known or version > known[-1][1], "an assignment's version must rise"
             known.append((wanted.id, version))
             good = wanted.version not in self.bad_versions
-            active = self.slot(device_class, wanted.version) if good else report.active
+            active = self.slot(device_class, wanted.version) if good else self.said(report).active
             ended = Ended(
                 assignment=wanted.id, manifest=wanted.manifest, reason="" if good else "agreement too low",
                 outcome=Outcome.SUCCEEDED if good else Outcome.FAILED_NO_CHANGE, number=len(known),
             )  # fmt: skip
-            report = msgspec.structs.replace(
+            report = self.saying(
                 report, assignment=wanted.id, desired_seen=digest_of(payload), active=active, ended=ended,
-                result=self.keys[name].sign(ended),
+                result=self.keys[name].sign(ended, self.subject),
             )  # fmt: skip
             self.reports[name] = report
             self.intake.reported(name, report)
@@ -179,12 +203,13 @@ class Site:
         return rollout
 
     def create(self, name: str = "r2", version: str = "2", **fields: object) -> RolloutSpec:
-        wanted = spec(version=version, **fields)
+        wanted = spec(model=self.model, version=version, **fields)
         self.service.create(name, wanted)
         return wanted
 
     def versions(self) -> dict[str, str]:
-        return {name: report.active.version if report.active else "" for name, report in self.reports.items()}
+        active = {name: self.said(report).active for name, report in self.reports.items()}
+        return {name: slot.version if slot else "" for name, slot in active.items()}
 
 
 BOARDS = {"a1": "x86", "a2": "x86", "a3": "x86", "b1": "arm", "b2": "arm"}
@@ -396,61 +421,77 @@ def test_a_board_in_flight_ends_by_the_assignment_that_was_signed_anew_meanwhile
     assert site.versions() == {"a1": "2"}
 
 
-def claimed(report: Reported, wanted: Assignment, result: SignedResult | None) -> Reported:
+def claimed(site: Site, report: Reported, wanted: Assignment, forge: str) -> Reported:
     """What a broker makes of a board's report: that it took what it was assigned."""
-    active = SlotReport(manifest=wanted.manifest, model="m", version=wanted.version, status="good")
+    active = SlotReport(manifest=wanted.manifest, model=wanted.model, version=wanted.version, status="good")
     ended = Ended(assignment=wanted.id, manifest=wanted.manifest, outcome=Outcome.SUCCEEDED)
-    return msgspec.structs.replace(report, assignment=wanted.id, active=active, ended=ended, result=result)
+    before = site.said(report)
+    assert before.ended is not None
+    replayed = forge == "with an old word, old signature and all"
+    result = {
+        "without a signature": None,
+        "signed by another board": site.keys["a1" if report.device != "a1" else "a2"].sign(ended, site.subject),
+        "signed about its other line": site.keys[report.device].sign(ended, *(set(Subject) - {site.subject})),
+    }.get(forge, before.result)
+    return site.saying(
+        report, assignment=wanted.id, active=active, ended=before.ended if replayed else ended, result=result
+    )
 
 
-@pytest.mark.parametrize("forge", ["without a signature", "signed by another board", "with an old signature"])
-def test_a_broker_that_forges_outcomes_advances_no_wave(tmp_path: Path, forge: str) -> None:
-    site = Site(tmp_path, dict.fromkeys(("a1", "a2", "a3"), "x86"))
+@pytest.mark.parametrize("subject", Subject)
+@pytest.mark.parametrize(
+    "forge",
+    ["without a signature", "signed by another board", "signed about its other line", "with an old signature",
+     "with an old word, old signature and all"],
+)  # fmt: skip
+def test_a_broker_that_forges_outcomes_advances_no_wave(tmp_path: Path, forge: str, subject: Subject) -> None:
+    site = Site(tmp_path, dict.fromkeys(("a1", "a2", "a3"), "x86"), subject=subject)
     site.create("r1", version="3")
     assert site.run("r1").phase is Phase.SUCCEEDED
     site.create(attempts=2, retry_after_s=3.0)
     asked: set[str] = set()
     for _ in range(40):
         site.tick()
-        for name, payload in site.broker.retained.items():
+        for name, payload in site.broker.retained_about(subject).items():
             wanted, _ = read_unsigned(payload)
             if wanted.version != "2":
                 continue
             asked.add(name)
-            report = site.reports[name]
-            result = {
-                "without a signature": None,
-                "signed by another board": site.keys["a1" if name != "a1" else "a2"].sign(
-                    Ended(assignment=wanted.id, manifest=wanted.manifest, outcome=Outcome.SUCCEEDED)
-                ),
-                "with an old signature": report.result,
-            }[forge]
-            site.intake.reported(name, claimed(report, wanted, result))
+            site.intake.reported(name, claimed(site, site.reports[name], wanted, forge))
         site.clock.advance(1)
     rollout = site.service.get("r2")
-    assert rollout.phase is Phase.PAUSED
     assert len(asked) == 1, "only the canary was ever asked"
     (canary,) = asked
+    if forge == "with an old word, old signature and all":
+        # Its own word, of before, about another assignment: as if it had not spoken yet.
+        assert (rollout.phase, rollout.boards[canary].standing) == (Phase.RUNNING, Standing.IN_FLIGHT)
+        return
+    assert rollout.phase is Phase.PAUSED
     assert rollout.boards[canary].standing is Standing.UNCLEAR
     assert rollout.boards[canary].signed is False
     assert all(gate.verdict is Verdict.INCONCLUSIVE for gate in rollout.gates)
 
 
-def test_a_broker_that_says_everybody_has_it_already_advances_no_wave(tmp_path: Path) -> None:
-    site = Site(tmp_path, dict.fromkeys(("a1", "a2", "a3"), "x86"))
+@pytest.mark.parametrize("subject", Subject)
+def test_a_broker_that_says_everybody_has_it_already_advances_no_wave(tmp_path: Path, subject: Subject) -> None:
+    site = Site(tmp_path, dict.fromkeys(("a1", "a2", "a3"), "x86"), subject=subject)
     for name, report in site.reports.items():
-        site.intake.reported(name, msgspec.structs.replace(report, active=site.slot("x86", "2")))
+        site.intake.reported(name, site.saying(report, active=site.slot("x86", "2")))
     site.create()
     assert not [p for p in site.service.get("r2").boards.values() if p.standing is Standing.HAD_IT]
 
 
-def test_a_board_from_before_signatures_is_believed_until_its_first_signed_word(tmp_path: Path) -> None:
-    site = Site(tmp_path, {"a1": "x86"})
+@pytest.mark.parametrize("subject", Subject)
+def test_a_board_from_before_signatures_is_believed_until_its_first_signed_word(
+    tmp_path: Path, subject: Subject
+) -> None:
+    site = Site(tmp_path, {"a1": "x86"}, subject=subject)
     with site.database.write() as session:
-        devices.get_device(session, "a1").must_sign = False
+        board = devices.get_device(session, "a1")
+        board.must_sign, board.agent_must_sign = subject is not Subject.MODEL, subject is not Subject.AGENT
     unsigned: list[bool] = []
     real = site.intake.reported
-    site.intake.reported = lambda d, m: real(d, msgspec.structs.replace(m, result=None) if unsigned else m)  # type: ignore[method-assign]
+    site.intake.reported = lambda d, m: real(d, site.saying(m, result=None) if unsigned else m)  # type: ignore[method-assign]
     unsigned.append(True)
     site.create()
     rollout = site.run("r2")

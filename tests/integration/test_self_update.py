@@ -8,11 +8,13 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 from edgefleet_agent import launcher, slots, verify
 from edgefleet_agent.launcher import STARTS
+from edgefleet_controller.results import Holder, ResultVerifier, Standing
 from edgefleet_shared.artifact import Descriptor
-from edgefleet_shared.assignment import AGENT
+from edgefleet_shared.assignment import AGENT, Subject
 from edgefleet_shared.lifecycle import State
 from edgefleet_shared.outcomes import Outcome
 from support import agents, artifacts
@@ -81,6 +83,16 @@ def rests(board: LaunchedBoard) -> None:
     assert found.candidate is None
 
 
+def check_signed(controller: Controller, board: LaunchedBoard) -> None:
+    """What the board says last of its agent is its own signed word, and nobody else's."""
+    verifier = ResultVerifier(controller.broker.ca.certificate)
+    own = Holder(device="b1", enrolled_at=0.0, subject=Subject.AGENT)
+    proof = verifier.judge(board.told, own)
+    assert (proof.standing, proof.why) == (Standing.SIGNED, "")
+    for other in ({"device": "b2"}, {"subject": Subject.MODEL}):
+        assert verifier.judge(board.told, msgspec.structs.replace(own, **other)).standing is Standing.REFUSED
+
+
 def test_a_good_version_runs_and_is_committed_while_the_model_serves_on(controller, board, make) -> None:
     first, second = make(), make()
     with Load(board.runtime) as load:
@@ -90,8 +102,10 @@ def test_a_good_version_runs_and_is_committed_while_the_model_serves_on(controll
             assert board.told.running == manifest.digest
             assert board.told.active is not None
             assert (board.told.active.version, board.told.active.status) == (version, "good")
+            check_signed(controller, board)
         load.seen("1")
     assert load.failed == []
+    assert "cryptography" not in Path(f"/proc/{board.pid}/maps").read_text()
     assert board.told.previous is not None
     assert board.told.previous.version == first[0]
 
@@ -118,6 +132,7 @@ def test_it_is_killed_at_random_moments_of_its_update_and_ends_as_it_says(contro
     told = board.outcome(assignment)
     rests(board)
     assert told in (Outcome.SUCCEEDED, Outcome.FAILED_ROLLED_BACK)
+    check_signed(controller, board)
     assert board.version() == (made[0] if told is Outcome.SUCCEEDED else before)
 
 
@@ -153,8 +168,26 @@ def test_a_version_that_does_not_come_up_is_left_for_the_one_before(
     assert board.outcome(assign(controller, made, timeout_s), 180) is Outcome.FAILED_ROLLED_BACK
     assert board.told.ended is not None
     assert why in board.told.ended.reason
+    check_signed(controller, board)
     rests(board)
     assert board.version() == before
+
+
+def test_one_that_dies_between_the_end_of_its_trial_and_the_signature_has_it_signed_by_the_next_start(
+    controller, board, make
+) -> None:
+    anchor = '        ended = sandbox.run("edgefleet_agent.sign_child"'
+    die_once = """        import os
+        if not (once := self._identity.parent / "died-once").exists():
+            once.touch()
+            os.kill(os.getpid(), 9)
+"""
+    made = make("edgefleet_agent/results.py", anchor, die_once + anchor)
+    starts = board.starts
+    assert board.outcome(assign(controller, made)) is Outcome.SUCCEEDED, board.log()[-3000:]
+    assert (board.state / "died-once").exists()
+    assert board.starts == starts + 2
+    check_signed(controller, board)
 
 
 def test_a_version_that_can_not_reach_the_broker_returns_by_itself_and_the_one_before_says_so(

@@ -99,6 +99,12 @@ class Kept:
         if self._process is not None and self._process.poll() is None:
             self._process.send_signal(number)
 
+    @property
+    def pid(self) -> int:
+        """Of the launcher, and of the agent that it became."""
+        assert self._process is not None
+        return self._process.pid
+
     def stop(self) -> None:
         self._ending.set()
         while self._thread.is_alive():
@@ -116,6 +122,11 @@ class LaunchedBoard(Board):
     def starts(self) -> int:
         """How many times the launcher was started."""
         return self._kept.starts
+
+    @property
+    def pid(self) -> int:
+        """Of the agent."""
+        return self._kept.pid
 
     def kill_agent(self, number: int = signal.SIGKILL) -> None:
         """It is started again at once."""

@@ -9,6 +9,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from edgefleet_controller.pki import CertificateAuthority
 from edgefleet_shared import results
+from edgefleet_shared.assignment import Subject
 from edgefleet_shared.messages import Ended, Envelope, SignedResult
 from securesystemslib import dsse
 from securesystemslib.signer import CryptoSigner
@@ -38,8 +39,8 @@ class BoardKey:
         )
         return cls(device, certificate.public_bytes(serialization.Encoding.PEM).decode(), pem)
 
-    def sign(self, ended: Ended) -> SignedResult:
-        return self.sign_bytes(results.encode(self.device, ended))
+    def sign(self, ended: Ended, subject: Subject = Subject.MODEL) -> SignedResult:
+        return self.sign_bytes(results.encode(self.device, ended, subject))
 
     def sign_bytes(self, content: bytes, kind: str = results.PAYLOAD_TYPE) -> SignedResult:
         envelope = dsse.Envelope(content, kind, {})

@@ -8,9 +8,9 @@ import msgspec
 from edgefleet_shared.assignment import AGENT
 from edgefleet_shared.messages import Reported
 
-from edgefleet_controller import __version__, source
+from edgefleet_controller import __version__, results, source
 from edgefleet_controller.manifests import Rollout as RolloutManifest
-from edgefleet_controller.results import Proof, Standing
+from edgefleet_controller.results import Standing
 from edgefleet_controller.rollout.views import ENDED, GateSpec, Rollout, RolloutSpec, Selector, Wave
 from edgefleet_controller.store import catalog, devices, rollouts
 from edgefleet_controller.store import jobs as compile_jobs
@@ -210,7 +210,6 @@ def _board(row: Device) -> dict[str, Any]:
     reported = msgspec.json.decode(row.reported, type=Reported) if row.reported else None
     active = reported.active if reported else None
     ended = reported.ended if reported else None
-    proof = msgspec.json.decode(row.proof, type=Proof) if row.proof else Proof()
     return {
         "name": row.name,
         "class": row.device_class,
@@ -226,8 +225,14 @@ def _board(row: Device) -> dict[str, Any]:
         "refusal": reported.refusal if reported else "",
         "problem": reported.problem if reported else "",
         "agent": reported.agent_version if reported else "",
-        "result": proof.standing.value,
-        "result_refused": proof.why if proof.standing is Standing.REFUSED else "",
-        "must_sign": row.must_sign,
+        **_word("", row.proof, row.must_sign),
+        **_word("agent_", row.agent_proof, row.agent_must_sign),
         "events_dropped": reported.events_dropped if reported else {},
     }
+
+
+def _word(of: str, proof: str, must_sign: bool) -> dict[str, Any]:
+    """Whose word a board's result is; ``of`` begins the names where it is its agent's."""
+    known = results.stored(proof)
+    refused = known.why if known.standing is Standing.REFUSED else ""
+    return {f"{of}result": known.standing.value, f"{of}result_refused": refused, f"{of}must_sign": must_sign}

@@ -140,8 +140,9 @@ def _word(rollout: Rollout, progress: Progress, board: BoardView, now: float) ->
     else:
         return None
     if outcome is Outcome.SUCCEEDED:
-        # Its word alone is not enough: the same report must show the artifact in the active slot.
-        if board.serving != rollout.artifacts[progress.device_class].manifest:
+        # Its word must be about this artifact, and alone is not enough: the same report must show it in the active slot.
+        manifest = rollout.artifacts[progress.device_class].manifest
+        if ended is None or ended.manifest != manifest or board.serving != manifest:
             return None
         standing = S.TOOK
     elif outcome is Outcome.SUPERSEDED or (

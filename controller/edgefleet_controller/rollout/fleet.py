@@ -9,6 +9,7 @@ from edgefleet_shared.messages import AgentReport, Reported, SlotReport, decode
 from sqlalchemy import text
 from sqlmodel import Session
 
+from edgefleet_controller import results
 from edgefleet_controller.results import Proof, Standing
 from edgefleet_controller.rollout.ports import FiguresSource
 from edgefleet_controller.rollout.views import ArtifactRef, BoardView
@@ -16,12 +17,12 @@ from edgefleet_controller.store import rollouts
 
 MAX_REMEMBERED_PROOFS = 20_000
 
-# The assignment in force about what a rollout is about.
+# The assignment in force about what a rollout is about, and whose word its result is; ``{}`` begins the columns about that.
 _SELECT = (
-    "SELECT d.name, d.device_class, d.site, d.labels, d.online, d.last_seen, d.revoked, d.reported, d.proof, d.must_sign, "
-    "a.id, a.manifest, a.payload_digest FROM device d LEFT JOIN assignment a ON a.id = "
+    "SELECT d.name, d.device_class, d.site, d.labels, d.online, d.last_seen, d.revoked, d.reported, d.{0}proof, d.{0}must_sign, "
+    "a.id, a.manifest, a.payload_digest FROM device d LEFT JOIN assignment a ON a.id = d.{0}assignment"
 )
-_ROWS = {Subject.MODEL: text(_SELECT + "d.assignment"), Subject.AGENT: text(_SELECT + "d.agent_assignment")}
+_ROWS = {Subject.MODEL: text(_SELECT.format("")), Subject.AGENT: text(_SELECT.format("agent_"))}
 
 
 class FleetReader:
@@ -64,9 +65,7 @@ class FleetReader:
             ended = reported.ended if reported is not None else None
             proof = self._proof(stored)
             signed, doubt, doubted = proof.standing is Standing.SIGNED, "", ""
-            # The proof is about the model's result; the agent's own stands signed in its event only.
-            of_model = subject is Subject.MODEL
-            if of_model and ended is not None and (proof.standing is Standing.REFUSED or (must_sign and not signed)):
+            if ended is not None and (proof.standing is Standing.REFUSED or (must_sign and not signed)):
                 doubt, doubted, ended = proof.why, ended.assignment, None
             fleet[name] = BoardView(
                 device=name,
@@ -87,8 +86,8 @@ class FleetReader:
                 and (reported.desired_seen == digest or (ended is not None and ended.assignment == assignment)),
                 refusal=reported.refusal if reported is not None and reported.desired_seen == digest else "",
                 ended=ended,
-                signed=of_model and signed,
-                must_sign=of_model and bool(must_sign),
+                signed=signed,
+                must_sign=bool(must_sign),
                 doubt=doubt,
                 doubted=doubted,
                 figures=self._figures.of(name),
@@ -100,7 +99,7 @@ class FleetReader:
         if content not in self._proofs:
             if len(self._proofs) > MAX_REMEMBERED_PROOFS:
                 self._proofs.clear()
-            self._proofs[content] = msgspec.json.decode(content, type=Proof) if content else Proof()
+            self._proofs[content] = results.stored(content)
         return self._proofs[content]
 
     def _report(self, device: str, content: str) -> Reported | None:

@@ -54,6 +54,11 @@ MIGRATIONS: dict[int, tuple[str, ...]] = {
         "CREATE INDEX ix_compile_job_lease ON compile_job (lease)",
         "CREATE INDEX ix_compile_job_parent ON compile_job (parent)",
     ),
+    # Agents from before told how their own update ended without a signature; as with models, until the first signed one.
+    3: (
+        "ALTER TABLE device ADD COLUMN agent_must_sign BOOLEAN NOT NULL DEFAULT false",
+        "ALTER TABLE device ADD COLUMN agent_proof TEXT NOT NULL DEFAULT ''",
+    ),
 }  # fmt: skip
 
 

@@ -18,7 +18,7 @@ from edgefleet_controller.store.tables import Device, DeviceClass, EnrolmentToke
 
 class ReportedRow(msgspec.Struct, frozen=True):
     """A board's ``reported`` message as it is stored: ``content`` is its JSON, ``proof`` what is known about its result (JSON),
-    ``signed`` whether that is signed: from then on the board must sign."""
+    ``signed`` whether that is signed: from then on the board must sign. ``agent_`` is the same about its agent's result."""
 
     device: str
     boot: str
@@ -26,6 +26,8 @@ class ReportedRow(msgspec.Struct, frozen=True):
     at: float
     proof: str = ""
     signed: bool = False
+    agent_proof: str = ""
+    agent_signed: bool = False
 
 
 class PresenceRow(msgspec.Struct, frozen=True):
@@ -101,7 +103,8 @@ def enrol(
     row.labels = msgspec.json.encode(labels or {}).decode()
     row.certificate_serial = certificate_serial
     # What was known of its results was said by another key.
-    row.must_sign, row.proof = must_sign, ""
+    row.must_sign = row.agent_must_sign = must_sign
+    row.proof = row.agent_proof = ""
     session.add(row)
     session.flush()
     return row
@@ -164,17 +167,18 @@ def put_reported(session: Session, rows: Iterable[ReportedRow]) -> None:
         session.connection().execute(
             text(
                 "UPDATE device SET reported = :content, reported_at = :at, boot = :boot, proof = :proof, "
-                "must_sign = (must_sign OR :signed) WHERE name = :device"
+                "must_sign = (must_sign OR :signed), agent_proof = :agent_proof, "
+                "agent_must_sign = (agent_must_sign OR :agent_signed) WHERE name = :device"
             ),
             given,
         )
 
 
-def holders(session: Session, names: Iterable[str]) -> dict[str, tuple[float, str]]:
-    """(enrolled_at, proof) of boards that are enrolled and not revoked."""
-    query = text("SELECT name, enrolled_at, proof FROM device WHERE NOT revoked AND name IN :names")
+def holders(session: Session, names: Iterable[str]) -> dict[str, tuple[float, str, str]]:
+    """(enrolled_at, proof, agent_proof) of boards that are enrolled and not revoked."""
+    query = text("SELECT name, enrolled_at, proof, agent_proof FROM device WHERE NOT revoked AND name IN :names")
     found = session.connection().execute(query.bindparams(bindparam("names", expanding=True)), {"names": list(names)})
-    return {name: (float(enrolled_at), proof) for name, enrolled_at, proof in found}
+    return {name: (float(enrolled_at), proof, agent_proof) for name, enrolled_at, proof, agent_proof in found}
 
 
 def put_presence(session: Session, rows: Iterable[PresenceRow]) -> None:

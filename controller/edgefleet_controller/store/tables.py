@@ -9,7 +9,7 @@ from __future__ import annotations
 from sqlalchemy import BigInteger, LargeBinary, Text
 from sqlmodel import Field, SQLModel, UniqueConstraint
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 
 
 class SchemaVersion(SQLModel, table=True):
@@ -29,7 +29,8 @@ class DeviceClass(SQLModel, table=True):
 
 class Device(SQLModel, table=True):
     """A board. ``reported`` is its last ``reported`` message; ``proof`` whose word its result is (JSON, :class:`results.Proof`);
-    ``must_sign`` says that a result without a signature is nobody's; ``figures`` what the intake last knew of its health (JSON).
+    ``must_sign`` says that a result without a signature is nobody's; ``agent_proof`` and ``agent_must_sign`` say the same about the result
+    of its agent's own update; ``figures`` what the intake last knew of its health (JSON).
 
     ``assignment`` is the one in force about its model, ``agent_assignment`` the one about its agent; ``assignment_version`` the
     highest that was ever signed for it: it only rises.
@@ -50,6 +51,8 @@ class Device(SQLModel, table=True):
     reported_at: float = 0.0
     must_sign: bool = False
     proof: str = Field(default="", sa_type=Text)
+    agent_must_sign: bool = False
+    agent_proof: str = Field(default="", sa_type=Text)
     figures: str = Field(default="", sa_type=Text)
     assignment: str = ""
     assignment_version: int = 0
