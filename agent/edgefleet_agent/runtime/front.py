@@ -89,9 +89,10 @@ class Front:
     def handle(self, request: Request, reply: Reply) -> None:
         """Answer one request through ``reply``, now or when its worker is done."""
         try:
-            if request.place is not None and request.place.job is not None:
-                request.place.job.begin(reply)
-                self._switchboard.submit(request.place.job)
+            asked = request.place.take_job() if request.place is not None else None
+            if asked is not None:
+                asked.begin(reply)
+                self._switchboard.submit(asked)
                 return
             wanted = _model_path(request.head.path)
             if wanted is not None and wanted[2] == "infer":

@@ -46,7 +46,13 @@ class Lease:
         self.held = self.owner is process and self.index == index
         return self.held
 
+    def take_job(self) -> Job | None:
+        """The request, once: it knows its lease, so a lease that went on knowing it would be the collector's to find."""
+        job, self.job = self.job, None
+        return job
+
     def release(self) -> None:
+        self.job = None
         if self.held:
             self.held = False
             self.owner.give_back(self.index)
