@@ -11,10 +11,8 @@ Not handled here: who signed what (:mod:`edgefleet_shared.trust`), how bytes tra
 from __future__ import annotations
 
 import hashlib
-import os
-import threading
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 
 import msgspec
@@ -178,7 +176,7 @@ class Layout:
         atomic.make_folder(self._blobs, files=files)
         marker = root / "oci-layout"
         if self._size_bytes(marker) is None:
-            atomic.write(marker, b'{"imageLayoutVersion":"1.0.0"}', files=files)
+            atomic.write_shared(marker, b'{"imageLayoutVersion":"1.0.0"}', files=files)
 
     def path(self, digest: str) -> Path:
         """Where a blob lies or would lie."""
@@ -195,15 +193,13 @@ class Layout:
         """Store a blob; what is there already is left alone. The descriptor's media type is left empty."""
         digest = digest_of(content)
         if not self.has(digest):
-            with self._incoming() as temporary:
-                atomic.write_piece(temporary, content, 0, files=self.files)
-                atomic.adopt(temporary, self.path(digest), files=self.files)
+            atomic.write_shared(self.path(digest), content, files=self.files)
         return Descriptor("", digest, len(content))
 
     def put_file(self, source: Path) -> Descriptor:
         """Store a copy of a file as a blob, without holding it in memory."""
         state, size = hashlib.sha256(), 0
-        with self._incoming() as temporary:
+        with atomic.incoming(self._blobs, files=self.files) as temporary:
             atomic.write_piece(temporary, b"", 0, files=self.files)
             for piece in atomic.pieces(source):
                 state.update(piece)
@@ -212,19 +208,6 @@ class Layout:
             digest = "sha256:" + state.hexdigest()
             atomic.adopt(temporary, self.path(digest), files=self.files)
         return Descriptor("", digest, size)
-
-    @contextmanager
-    def _incoming(self) -> Iterator[Path]:
-        """A name that no other writer has: a controller's threads, and its children, may store the same bytes at once."""
-        temporary = self._blobs / f".in-{os.getpid()}-{threading.get_native_id()}"
-        try:
-            with atomic.disk_errors(temporary, "remove"), suppress(FileNotFoundError):
-                self.files.unlink(temporary)  # of a process of that number that was killed
-            yield temporary
-        except BaseException:
-            with suppress(OSError):
-                self.files.unlink(temporary)
-            raise
 
     def read(self, digest: str, limit_bytes: int) -> bytes:
         """A blob's bytes, checked against its digest.
@@ -311,7 +294,7 @@ class Layout:
     def write_index(self, manifests: Iterable[Descriptor]) -> None:
         """Write ``index.json``, so that any OCI tool finds the artifacts."""
         index = {"schemaVersion": 2, "mediaType": INDEX_TYPE, "manifests": list(manifests)}
-        atomic.write(self.root / "index.json", msgspec.json.encode(index), files=self.files)
+        atomic.write_shared(self.root / "index.json", msgspec.json.encode(index), files=self.files)
 
 
 def parse_manifest(content: bytes) -> Manifest:

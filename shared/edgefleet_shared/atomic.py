@@ -3,7 +3,8 @@
 Temporary file in the same folder, write, fsync, rename, fsync the folder (thin-edge.io's ``fs.rs``, RAUC). After
 :func:`write` returns, the file holds the new bytes whatever is cut; before, it holds the old ones. What the disk does is behind
 a port (:mod:`edgefleet_shared.files`), so that every operation can be cut or made to fail.
-Not handled here: several writers of one file (each folder has one owner, see ``lock``).
+A folder has one owner (see ``lock``), whose temporary names are always the same; what several may write at once, a cache or a layout,
+goes through :func:`write_shared`.
 """
 
 from __future__ import annotations
@@ -103,6 +104,38 @@ def write(path: Path, content: bytes, mode: int = 0o644, *, files: FileSystem = 
                 files.unlink(temporary)
             raise
         sync_folder(path.parent, files=files)
+
+
+def write_shared(path: Path, content: bytes, *, files: FileSystem = DISK) -> None:
+    """Like :func:`write`, where several may write ``path`` at once: what the last of them wrote is there, whole. What a killed one
+    began may stay under another name.
+
+    Raises:
+        EnvironmentProblem: as :func:`write`.
+    """
+    with incoming(path.parent, files=files) as temporary:
+        write_piece(temporary, content, 0, files=files)
+        adopt(temporary, path, files=files)
+
+
+@contextmanager
+def incoming(folder: Path, *, files: FileSystem = DISK) -> Iterator[Path]:
+    """A name in ``folder`` that no other writer has: a controller's threads, and its children, may store the same bytes at once.
+
+    Raises:
+        EnvironmentProblem: what a killed process of the same number left there can't be removed.
+    """
+    import threading  # the launcher never comes here, and is to stay small
+
+    temporary = folder / f".in-{os.getpid()}-{threading.get_native_id()}"
+    try:
+        with disk_errors(temporary, "remove"), suppress(FileNotFoundError):
+            files.unlink(temporary)
+        yield temporary
+    except BaseException:
+        with suppress(OSError):
+            files.unlink(temporary)
+        raise
 
 
 def _fill(path: Path, content: bytes, mode: int, files: FileSystem) -> None:

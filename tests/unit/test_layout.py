@@ -1,4 +1,4 @@
-"""A layout with several writers at once, as a controller has that compiles for two classes."""
+"""A layout and a cache with several writers at once, as a controller has that compiles for two classes."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from edgefleet_shared import atomic
 from edgefleet_shared.artifact import Layout, digest_of
 
 WRITERS, ROUNDS = 8, 60
@@ -37,6 +38,23 @@ def test_the_same_blob_may_be_stored_by_several_writers_at_once(tmp_path: Path) 
     together(lambda _, turn: layout.put(b"golden %d" % turn))
     assert set(layout.digests()) == {digest_of(b"golden %d" % turn) for turn in range(ROUNDS)}
     assert not list(layout.unfinished())
+
+
+def test_a_new_layout_may_be_opened_by_several_writers_at_once(tmp_path: Path) -> None:
+    together(lambda _, turn: Layout(tmp_path / f"layout-{turn}").put(b"golden"))
+
+
+def test_what_a_cache_holds_under_a_name_may_be_written_by_several_at_once(tmp_path: Path) -> None:
+    """By threads here; by processes, whose numbers are in the temporary name as well, in a controller."""
+
+    def write(number: int, turn: int) -> None:
+        file = tmp_path / f"{turn}.json"
+        atomic.write_shared(file, b"%d" % number * 1000)
+        written = file.read_bytes()
+        assert written == written[:1] * 1000, "a mixture of two"
+
+    together(write)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(f"{turn}.json" for turn in range(ROUNDS))
 
 
 def test_files_of_one_name_may_be_stored_by_several_writers_at_once(tmp_path: Path) -> None:

@@ -191,7 +191,7 @@ class _Search:
         unanswered = self._steps.has_builder and any(trial.figures.unmeasured for trial in found.trials)
         if not unanswered and not any(trial.died for trial in found.trials):  # it may have been the machine's fault
             file.parent.mkdir(parents=True, exist_ok=True)
-            atomic.write(file, msgspec.json.encode(found))
+            atomic.write_shared(file, msgspec.json.encode(found))
         return found
 
     def final(self, choice: Choice) -> tuple[Choice, Measured, bool]:
