@@ -58,6 +58,18 @@ open(f"{folder}/net-int8.tflite", "wb").write(converter.convert())
 shown = chance.normal(0, 1, (1, 32, 32, 3)).astype(np.float32)
 np.save(f"{folder}/shown.npy", shown)
 np.save(f"{folder}/answer.npy", model(shown, training=False).numpy())
+fitted = keras.models.clone_model(model)
+fitted.set_weights(model.get_weights())
+fitted.compile(keras.optimizers.Adam(1e-5), keras.losses.SparseCategoricalCrossentropy(from_logits=True), metrics=["accuracy"])
+fitted.fit(chance.normal(0, 1, (32, 32, 32, 3)), chance.integers(0, 6, 32), epochs=2, verbose=0)
+fitted.save(f"{folder}/fitted.keras")
+fitted.save(f"{folder}/fitted.h5")
+np.save(f"{folder}/fitted.npy", fitted(shown, training=False).numpy())
+inside = keras.Sequential([keras.Input((32, 32, 3)), L.Conv2D(4, 3, activation="relu")], name="inside")
+inside.compile("adam", "mse")
+whole = keras.Sequential([keras.Input((32, 32, 3), name="image"), inside, L.Flatten(), L.Dense(6)])
+whole.compile("adam", "mse")
+whole.save(f"{folder}/inside.keras")
 lambdas = keras.Sequential([keras.Input((32, 32, 3), name="image"), L.Lambda(lambda x: x * 2), L.Flatten(), L.Dense(6)])
 lambdas.save(f"{folder}/lambda.keras")
 lambdas.save(f"{folder}/lambda.h5")
@@ -99,13 +111,8 @@ def imported(folder: Path, layout: Layout, path: str, **more: Any) -> ModelVersi
 
 
 def compiled(version: ModelVersion, layout: Layout, cache: Path, engine: str, **spec: Any) -> CompileResult:
-    wanted = device_class(
-        engine,
-        arch=platform.machine(),
-        search={"effort": "quick", "prefer": "size"},
-        accuracy={"min_agreement": 0.7},
-        **spec,
-    )
+    fields: dict[str, Any] = {"search": {"effort": "quick", "prefer": "size"}, "accuracy": {"min_agreement": 0.7}}
+    wanted = device_class(engine, arch=platform.machine(), **(fields | spec))
     return compile_version(version, wanted, layout, Toolchains(TOOLCHAINS), cache=cache)
 
 
@@ -126,6 +133,13 @@ def test_a_network_answers_as_onnx_what_it_did_and_keeps_its_names(made: Path, t
     assert imported(made, layout, name).digest == version.digest
 
 
+@pytest.mark.parametrize("name", ["fitted.keras", "fitted.h5"])
+def test_a_network_is_taken_with_the_optimizer_that_it_was_trained_by(made: Path, tmp_path: Path, name: str) -> None:
+    layout = Layout(tmp_path / "layout")
+    version = imported(made, layout, name)
+    assert np.allclose(answers(layout, version, np.load(made / "shown.npy")), np.load(made / "fitted.npy"), atol=1e-4)
+
+
 @pytest.mark.parametrize("engine", ["onnxruntime", "tflite"])
 @pytest.mark.parametrize("name", ["net.keras", "net.tflite"])
 def test_it_compiles_to_int8(made: Path, tmp_path: Path, name: str, engine: str) -> None:
@@ -133,6 +147,14 @@ def test_it_compiles_to_int8(made: Path, tmp_path: Path, name: str, engine: str)
     result = compiled(imported(made, layout, name), layout, tmp_path / "cache", engine)
     assert (result.precision, result.quality) == ("int8", "passed")
     assert result.figures.compiled_bytes < result.figures.float_bytes
+
+
+def test_relu6_compiles_with_full_effort(made: Path, tmp_path: Path) -> None:
+    layout = Layout(tmp_path / "layout")
+    search = {"effort": "full", "prefer": "size"}
+    result = compiled(imported(made, layout, "net.keras"), layout, tmp_path / "cache", "onnxruntime", search=search)
+    assert (result.precision, result.quality) == ("int8", "passed")
+    assert result.candidates > 3
 
 
 def test_a_quantized_tflite_is_taken_as_it_is_and_measured(made: Path, tmp_path: Path) -> None:
@@ -187,9 +209,37 @@ def model_inside(config: Any) -> Any:
     return config
 
 
-@pytest.mark.parametrize("attack", [module_of_the_files_choice, function_by_name, model_inside])
+def code_to_compile_a_model_inside_with(config: Any) -> Any:
+    """Keras sets aside how the whole model was compiled; a model inside it is compiled again, by what the file names."""
+    (inside,) = (layer for layer in config["config"]["layers"] if layer["class_name"] == "Sequential")
+    inside["compile_config"] = {"optimizer": {"module": "os", "class_name": "system", "config": {}}}
+    return config
+
+
+def lambda_inside(config: Any) -> Any:
+    config["config"]["layers"][1] |= {"module": "keras.layers", "class_name": "Lambda"}
+    return config
+
+
+def registered_elsewhere(config: Any) -> Any:
+    """An object that a module of the file's choice registers when it is imported."""
+    config["config"]["layers"][1] |= {
+        "module": "antigravity",
+        "class_name": "Dense",
+        "registered_name": "antigravity>Dense",
+    }
+    return config
+
+
+ATTACKS = [
+    module_of_the_files_choice, function_by_name, model_inside, code_to_compile_a_model_inside_with, lambda_inside, registered_elsewhere,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("attack", ATTACKS)
 def test_a_configuration_that_names_code_is_refused(made: Path, tmp_path: Path, attack: Any) -> None:
-    rewritten(made / "net.keras", made / f"{attack.__name__}.keras", attack)
+    source = "inside.keras" if attack is code_to_compile_a_model_inside_with else "fitted.keras"
+    rewritten(made / source, made / f"{attack.__name__}.keras", attack)
     with pytest.raises(ModelError, match="would run code of the file's choice"):
         imported(made, Layout(tmp_path / "layout"), f"{attack.__name__}.keras")
 

@@ -47,7 +47,7 @@ OUTSIDE = (
 
 
 def check(path: str, kind: str) -> None:
-    """Read a .keras or .h5 file's configuration and look at everything that it names.
+    """Read a .keras or .h5 file's configuration and look at everything that it names. Whoever loads it then must do so with ``compile=False``.
 
     Raises:
         Refused: names what may not be in it.
@@ -59,6 +59,9 @@ def check(path: str, kind: str) -> None:
         raise job.Refused(
             "bad_model", f"this is no whole Keras model: {str(exc).splitlines()[0] if str(exc) else type(exc).__name__}"
         ) from exc
+    if kind == "keras" and isinstance(found, dict):
+        # How the model was trained. Loaded with compile=False, Keras sets it aside unread, but at the top only: models inside are compiled.
+        found.pop("compile_config", None)
     for part in _parts(found):
         name, module = part.get("class_name"), part.get("module")
         if not isinstance(name, str) or "config" not in part:
