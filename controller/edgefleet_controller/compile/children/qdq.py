@@ -75,8 +75,7 @@ def quantize(model: onnx.ModelProto, statistics: Statistics, recipe: Recipe) -> 
     )
     writer.quantize_model()
     quantized: onnx.ModelProto = writer.model.model
-    activations = {node.output[0]: node for node in model.graph.node if node.op_type in ACTIVATIONS}
-    _keep_float(quantized, set(in_float), activations)
+    _keep_float(quantized, set(in_float), model)
     _swept(quantized)
     return quantized
 
@@ -95,10 +94,11 @@ def _flatten_biases(model: onnx.ModelProto) -> None:
             node.input[2] = name
 
 
-def _keep_float(model: onnx.ModelProto, in_float: set[str], activations: dict[str, onnx.NodeProto]) -> None:
+def _keep_float(model: onnx.ModelProto, in_float: set[str], source: onnx.ModelProto) -> None:
     """Give nodes that stay in float what they are meant to read.
 
-    A value that no int8 node reads is not rounded at all; an activation that the rounding's range stood for comes back. Where one does, the float node reads the rounded value through a Clip that
+    A value that no int8 node reads is not rounded at all; an activation that the rounding's range stood for comes back as ``source`` has it, with
+    limits of its own: the writer drops constants that nothing reads any more, or has given them int8 forms. Where one does, the float node reads the rounded value through a Clip that
     clips nothing: onnxruntime's WeightBiasQuantization pass gives a float weight between DequantizeLinear and QuantizeLinear int8 values
     of its own, one scale for all, at load (EfficientNet-Lite0 fell from 21 to 7 dB by one layer kept in "float"); the Clip breaks its pattern.
     """
@@ -110,6 +110,8 @@ def _keep_float(model: onnx.ModelProto, in_float: set[str], activations: dict[st
     for node in graph.node:
         for name in node.input:
             readers.setdefault(name, []).append(node)
+    activations = {node.output[0]: node for node in source.graph.node if node.op_type in ACTIVATIONS}
+    limits_before = {i.name: i for i in source.graph.initializer}
     guards: dict[str, str] = {}
     clips = []
 
@@ -123,6 +125,11 @@ def _keep_float(model: onnx.ModelProto, in_float: set[str], activations: dict[st
             again = onnx.NodeProto()
             again.CopyFrom(activation)
             again.input[0], again.output[0], again.name = exact, name, name
+            for place, limit in enumerate(again.input):
+                if limit in limits_before:
+                    again.input[place] = f"{name}/{limit}"
+                    value = numpy_helper.to_array(limits_before[limit])
+                    graph.initializer.append(numpy_helper.from_array(value, again.input[place]))
             clips.append(again)
         return name
 

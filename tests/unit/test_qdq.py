@@ -1,0 +1,83 @@
+"""QDQ networks: what an activation needs is still there where the activation comes back for layers that stay in float."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from edgefleet_controller.compile.children import qdq, statistics
+from edgefleet_controller.compile.children.measure import SampleFile
+from onnx import helper, numpy_helper
+from safetensors.numpy import save_file
+from support.networks import Net
+
+PLAIN = {
+    "ranges": "minmax", "weights": "full", "granularity": "channel", "activations": "uint8", "scope": "all", "correct_bias": True,
+}  # fmt: skip
+PICTURES = np.random.default_rng(1).normal(size=(8, 3, 32, 32)).astype(np.float32)
+
+
+def network(limits: str, *, read_elsewhere: bool = False) -> onnx.ModelProto:
+    """Three convolutions with two Clips between, which share their limits.
+
+    Args:
+        limits: ``initializers``, or ``Constant``: nodes that make them.
+        read_elsewhere: whether the upper limit is also a summand, so that its int8 form takes its place.
+    """
+    net = Net(4)
+    net.conv(3, 8, stride=2)
+    low, high = (net.constant(np.array(v, np.float32), name) for v, name in ((0, "Relu6_min"), (1.5, "Relu6_max")))
+    net.add("Clip", low, high)
+    net.conv(8, 8)
+    net.add("Clip", low, high)
+    net.conv(8, 8)
+    if read_elsewhere:
+        net.add("Add", high)
+    net.add("GlobalAveragePool")
+    model = net.model([1, 8, 1, 1])
+    if limits == "Constant":
+        own = {i.name: i for i in model.graph.initializer if i.name in (low, high)}
+        kept = [i for i in model.graph.initializer if i.name not in own]
+        del model.graph.initializer[:]
+        model.graph.initializer.extend(kept)
+        nodes = [helper.make_node("Constant", [], [n], name=n, value=i) for n, i in own.items()]
+        nodes += model.graph.node
+        del model.graph.node[:]
+        model.graph.node.extend(nodes)
+    return onnx.shape_inference.infer_shapes(model)
+
+
+def answers(model: onnx.ModelProto) -> Any:
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    return np.concatenate([session.run(None, {"image": one[None]})[0] for one in PICTURES])
+
+
+@pytest.mark.parametrize("limits", ["initializers", "Constant"])
+@pytest.mark.parametrize("read_elsewhere", [False, True])
+@pytest.mark.parametrize("in_float", [(), ("n2",), ("n4",), ("n2", "n4")])
+def test_layers_behind_a_clip_with_shared_limits_can_stay_in_float(
+    tmp_path: Path, limits: str, read_elsewhere: bool, in_float: tuple[str, ...]
+) -> None:
+    model = network(limits, read_elsewhere=read_elsewhere)
+    save_file({"image": PICTURES}, tmp_path / "samples.safetensors")
+    samples = SampleFile(str(tmp_path / "samples.safetensors"))
+    known = statistics.collect(model, samples, lambda *_: None, histograms=False)
+    quantized = qdq.quantize(model, known, PLAIN | {"in_float": list(in_float)})
+    have, want = answers(quantized), answers(model)
+    assert float(np.mean((have - want) ** 2)) < 1e-3 * float(np.var(want))
+
+
+def test_a_limit_that_comes_back_keeps_its_value(tmp_path: Path) -> None:
+    model = network("initializers")
+    save_file({"image": PICTURES}, tmp_path / "samples.safetensors")
+    known = statistics.collect(
+        model, SampleFile(str(tmp_path / "samples.safetensors")), lambda *_: None, histograms=False
+    )
+    quantized = qdq.quantize(model, known, PLAIN | {"in_float": ["n4"]})
+    constants = {i.name: float(numpy_helper.to_array(i)) for i in quantized.graph.initializer if not i.dims}
+    again = [n for n in quantized.graph.node if n.op_type == "Clip" and n.name.endswith("/active")]
+    assert [[constants[name] for name in node.input[1:]] for node in again] == [[0.0, 1.5]]
