@@ -5,7 +5,9 @@ TensorFlow lies in a toolchain of its own (``keras``), on the side where the ope
 
 from __future__ import annotations
 
+import io
 import tempfile
+import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,6 +20,8 @@ from edgefleet_controller.formats import Format
 
 TOOLCHAIN, MODULE = "keras", "tensorflow_source"
 LIMIT_S = 900.0
+MAX_ORIGINAL_BYTES = 2**31
+_EPOCH = (1980, 1, 1, 0, 0, 0)  # the earliest that a ZIP archive can say
 MEMORY_BYTES = 8 * 1024**3
 
 
@@ -50,3 +54,26 @@ def to_onnx(path: Path, kind: Format, cache: Path, progress: Progress) -> Conver
                 f"TensorFlow broke over this file: {exc.how}", hint="it is damaged, or made to break what reads it"
             ) from exc
         return Converted(made.read_bytes(), path.read_bytes() if found["quantized"] else None)
+
+
+def original_of(path: Path, kind: Format) -> bytes:
+    """The file itself, or a SavedModel's folder as a ZIP archive (stored, sorted, without times): the same content always gives the same bytes.
+
+    Raises:
+        ModelError: it is too large, or can't be read.
+    """
+    files = sorted(one for one in path.rglob("*") if one.is_file()) if kind == "saved-model" else [path]
+    try:
+        if sum(one.stat().st_size for one in files) > MAX_ORIGINAL_BYTES:
+            raise ModelError(f"it is larger than {MAX_ORIGINAL_BYTES} bytes")
+        if kind != "saved-model":
+            return path.read_bytes()
+        out = io.BytesIO()
+        with zipfile.ZipFile(out, "w", zipfile.ZIP_STORED) as archive:
+            for one in files:
+                entry = zipfile.ZipInfo(one.relative_to(path).as_posix(), _EPOCH)
+                entry.external_attr = 0o644 << 16
+                archive.writestr(entry, one.read_bytes())
+        return out.getvalue()
+    except OSError as exc:
+        raise ModelError(f"can't read it: {exc.strerror}") from exc

@@ -8,7 +8,7 @@ The network is ONNX: Keras and TFLite are converted (:mod:`.converters`), publis
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import msgspec
 from edgefleet_shared.artifact import Descriptor, Layout, digest_of
@@ -32,6 +32,13 @@ class Split(msgspec.Struct, frozen=True):
 
     digest: str
     count: int
+
+
+class Original(msgspec.Struct, frozen=True):
+    """The file that a network was made into ONNX from, stored: a .keras or .h5 file as it is, a SavedModel's folder as a ZIP archive."""
+
+    digest: str
+    format: Literal["keras", "keras-h5", "saved-model"]
 
 
 class AcceptanceLimits(msgspec.Struct, frozen=True, kw_only=True):
@@ -93,6 +100,7 @@ class ModelVersion(msgspec.Struct, frozen=True, kw_only=True):
     pruning: PruningPlan | None = None
     training: Split | None = None  # what a pruned network is tuned on, in place of the calibration samples
     training_truth: tuple[str, ...] = ()  # class numbers
+    original: Original | None = None  # of Keras and TensorFlow, whose own converter takes nothing else
 
     def encode(self) -> bytes:
         """The JSON that is stored; the same version always gives the same bytes."""
@@ -129,6 +137,7 @@ def blobs(version: ModelVersion) -> tuple[str, ...]:
     named = [version.network, version.calibration.digest, version.holdout.digest, version.golden.digest]
     named += [version.as_is] if version.as_is else []
     named += [version.training.digest] if version.training is not None else []
+    named += [version.original.digest] if version.original is not None else []
     return tuple(named)
 
 
@@ -149,7 +158,7 @@ def import_model(
     """
     spec = manifest.spec
     progress("reading the network", 0, 1)
-    content, origin, as_is = _network(manifest, base, cache, progress)
+    content, origin, as_is, original = _network(manifest, base, cache, progress)
     model = network.fix_shapes(network.load(content, origin), spec.sizes, origin)
     inputs = network.specs(network.graph_inputs(model), origin)
     outputs = network.specs(model.graph.output, origin)
@@ -200,30 +209,43 @@ def import_model(
         pruning=_plan(spec.prune),
         training=Split(layout.put(bytes(save(trained[0].inputs))).digest, len(trained[0])) if trained else None,
         training_truth=trained[1] if trained else (),
+        original=None if original is None else Original(layout.put(original[0]).digest, original[1]),
     )
     store(version, layout)
     progress("storing", 1, 1)
     return version
 
 
-def _network(manifest: Model, base: Path, cache: Path, progress: Progress) -> tuple[bytes, str, bytes | None]:
-    """(ONNX, what to call it, the .tflite that it was where that is quantized already)."""
+class _Network(NamedTuple):
+    """ONNX, what to call it, the .tflite that it was where that is quantized already, and the Keras or TensorFlow file with its format."""
+
+    onnx: bytes
+    origin: str
+    as_is: bytes | None = None
+    original: tuple[bytes, Literal["keras", "keras-h5", "saved-model"]] | None = None
+
+
+def _network(manifest: Model, base: Path, cache: Path, progress: Progress) -> _Network:
     source = manifest.spec.source
     if source.importer is not None:
-        return importer(source.importer)(cache), source.importer, None
+        return _Network(importer(source.importer)(cache), source.importer)
     path = base / (source.path or "")
     kind = format_of(path)
     if kind != "onnx":
-        from edgefleet_controller.converters import to_onnx  # compiling, which it is a part of, knows versions
+        from edgefleet_controller.converters import (
+            original_of,
+            to_onnx,
+        )  # compiling, which it is a part of, knows versions
 
         try:
             converted = to_onnx(path, kind, cache, progress)
+            original = None if kind == "tflite" else (original_of(path, kind), kind)
         except ModelError as exc:
             raise ModelError(f"{path}: {exc.message}", hint=exc.hint) from exc
-        return converted.onnx, str(path), converted.as_is
+        return _Network(converted.onnx, str(path), converted.as_is, original)
     if path.stat().st_size > MAX_NETWORK_BYTES:
         raise ModelError(f"{path} is larger than an ONNX file can be")
-    return path.read_bytes(), str(path), None
+    return _Network(path.read_bytes(), str(path))
 
 
 def _picture_input(

@@ -306,6 +306,8 @@ def test_list_shows_every_toolchain_with_its_targets_and_the_vendors_programs(tm
     assert by_name["tflite"]["targets"] == ["coral", "tflite"]
     assert by_name["iree"]["problem"] == "not installed"
     assert all(one["needs_bytes"] > 0 for one in by_name.values())
+    assert (by_name["keras"]["targets"], by_name["pruning"]["targets"]) == ([], [])
+    assert "TensorFlow's own converter" in by_name["keras"]["use"]
     programs = {one["name"]: one for one in told["programs"]}
     assert "coral.ai" in programs["edgetpu_compiler"]["problem"]
     assert "not installed" in fleet(tmp_path, "list").stdout

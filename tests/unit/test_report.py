@@ -11,8 +11,8 @@ from edgefleet_controller.compile import report
 from edgefleet_controller.compile.comparing import compare
 from edgefleet_controller.compile.port import Figures, Share
 from edgefleet_controller.compile.pruning import Step, Tried, ended
-from edgefleet_controller.compile.recipe import Recipe
-from edgefleet_controller.compile.search import Choice, Trial, Unit
+from edgefleet_controller.compile.recipe import PLAIN_TENSORFLOW, Recipe
+from edgefleet_controller.compile.search import Choice, LeftOut, Trial, Unit
 from edgefleet_controller.compile.steps import Measured
 from edgefleet_controller.source import AcceptanceLimits, ModelVersion, Split
 from edgefleet_shared.artifact import Layout
@@ -92,6 +92,16 @@ def test_pruning_is_told_step_by_step_with_where_it_stopped_and_why(tmp_path: Pa
     assert "2, tuned again" in page
     assert "31.0%" in page
     assert "<lost>" not in page
+
+
+def test_a_candidate_that_could_not_be_made_is_told_with_its_reason(tmp_path: Path) -> None:
+    version, choice, final, references, layout = made(tmp_path)
+    left = LeftOut(recipe=PLAIN_TENSORFLOW, reason="it has no <operator>", lasting=True)
+    choice = msgspec.structs.replace(choice, left_out=(left,))
+    written = report.write(version, device_class(), choice, final, references, layout)
+    (told,) = msgspec.json.decode(layout.read(written.report, 10**7))["left_out"]
+    assert (told["told"], told["reason"]) == (PLAIN_TENSORFLOW.told(), "it has no <operator>")
+    assert "no &lt;operator&gt;" in layout.read(written.page, 10**7).decode()
 
 
 def test_an_engine_that_died_has_a_report_too(tmp_path: Path) -> None:

@@ -6,9 +6,10 @@ import msgspec
 import pytest
 from edgefleet_controller.compile import search
 from edgefleet_controller.compile.port import Figures, target_named
+from edgefleet_controller.compile.pruning import Step, Tried
 from edgefleet_controller.compile.quality import misses
-from edgefleet_controller.compile.recipe import FLOAT, Recipe
-from edgefleet_controller.compile.search import Trial, Unit
+from edgefleet_controller.compile.recipe import FLOAT, PLAIN_TENSORFLOW, Recipe
+from edgefleet_controller.compile.search import LeftOut, Trial, Unit
 from support.networks import device_class
 
 PLAIN = Recipe()
@@ -128,3 +129,40 @@ def test_no_preference_ships_what_misses_its_accuracy_budget(prefer: str) -> Non
     wrong = trial(spec=spec, agreement=0.69, compiled_bytes=1, p50_ms=0.1)
     assert search.choose([wrong], spec).chosen is None
     assert not search.accurate(wrong, spec)
+
+
+def test_tensorflows_converter_is_asked_at_full_effort_or_where_the_plain_recipe_misses() -> None:
+    def asked(first: Trial, effort: str, **spec: Any) -> Recipe | None:
+        wanted = device_class("tflite", search={"effort": effort}, **spec).spec
+        return search.by_tensorflow(search.choose([first], wanted), wanted)
+
+    good, bad = trial(), trial(agreement=0.1)
+    assert asked(good, "full") == PLAIN_TENSORFLOW
+    assert asked(trial(FLOAT), "full", precision="fp32") == msgspec.structs.replace(PLAIN_TENSORFLOW, precision="fp32")
+    assert asked(bad, "quick") == PLAIN_TENSORFLOW
+    assert asked(good, "quick") is asked(good, "fixed") is asked(bad, "fixed") is None
+    spec = device_class("tflite", search={"effort": "full"}).spec
+    blamed = msgspec.structs.replace(search.choose([bad], spec), why="calibration samples are unlike the held-out ones")
+    assert search.by_tensorflow(blamed, spec) is None
+
+
+def test_what_tensorflow_made_has_no_layers_to_leave_in_float_and_no_onnx_to_prune() -> None:
+    spec = device_class("tflite").spec
+    own, other = trial(sqnr_db=20.0), trial(PLAIN_TENSORFLOW, sqnr_db=30.0, p50_ms=2.0)
+    assert search.choose([own, other], spec).chosen == other
+    assert search.base_of_ladder([own, other]) == own
+    step = Tried(
+        step=Step(number=1, structured=0.5, unstructured=0.0), key="k", sparsity=0.5, agreement=1.0, accuracy=None, float_accuracy=None, misses=(),
+    )  # fmt: skip
+    pruned = search.pruned([own, other], [step], spec)
+    assert pruned is not None
+    assert (pruned.quantizer, pruned.pruned) == ("edgefleet", "k")
+    assert {r.quantizer for r in search.first(PLAIN, target_named("tflite"), "full")} == {"edgefleet"}
+
+
+def test_what_was_left_out_stays_told_when_the_chosen_one_falls() -> None:
+    spec = device_class().spec
+    choice = search.choose([trial(), trial(mixed("a"), p50_ms=6.0)], spec)
+    left = LeftOut(recipe=PLAIN_TENSORFLOW, reason="why", lasting=True)
+    choice = msgspec.structs.replace(choice, left_out=(left,))
+    assert search.without(choice, [PLAIN], spec).left_out == (left,)

@@ -23,7 +23,7 @@ def toolchain() -> None:
 @toolchain.command()
 @home_option
 @click.argument("names", nargs=-1)
-@click.option("--all", "every", is_flag=True, help="Every toolchain that an installed target needs.")
+@click.option("--all", "every", is_flag=True, help="Every toolchain.")
 @click.option("--again", is_flag=True, help="Remove it first, if it is there: mends a broken one.")
 @json_option
 @told
@@ -32,7 +32,6 @@ def install(home: Path, names: tuple[str, ...], every: bool, again: bool, as_jso
     from edgefleet_shared.errors import InputError
 
     from edgefleet_controller.compile import inventory
-    from edgefleet_controller.compile.port import lock_of
 
     wanted = tuple(inventory.by_toolchain()) if every else names
     if not wanted:
@@ -41,7 +40,7 @@ def install(home: Path, names: tuple[str, ...], every: bool, again: bool, as_jso
     done = []
     with progress() as show:
         for name in wanted:
-            lock = lock_of(inventory.targets_of(name)[0])
+            lock = inventory.lock(name)
             toolchains.ensure(lock, lambda doing, n, of, name=name: show(name, doing, n / (of or 1)), again=again)
             done.append(inventory.state(toolchains.root, name))
     if as_json:
@@ -63,17 +62,20 @@ def list_toolchains(home: Path, as_json: bool) -> None:
     states = [inventory.state(root, name) for name in known]
     programs = inventory.programs()
     if as_json:
-        shown = [msgspec.to_builtins(s) | {"targets": [t.name for t in known[s.name]]} for s in states]
+        shown = [
+            msgspec.to_builtins(s) | {"targets": [t.name for t in known[s.name]], "use": _use(s.name)} for s in states
+        ]
         document({"toolchains": shown, "programs": [msgspec.to_builtins(p) for p in programs]})
         return
     rows = []
     for state in states:
         packages = {t.engine_package for t in known[state.name]}
+        packages |= {inventory.BESIDE[state.name].package} if state.name in inventory.BESIDE else set()
         versions = ", ".join(f"{p} {state.packages[p]}" for p in sorted(packages & state.packages.keys()))
         size = megabytes(state.size_bytes) if state.size_bytes else f"about {megabytes(state.needs_bytes)}"
-        targets = ", ".join(target.name for target in known[state.name])
+        targets = ", ".join(filter(None, [*(target.name for target in known[state.name]), _use(state.name)]))
         rows.append((state.name, targets, state.lock, size, state.problem or "installed", versions))
-    table("toolchains", ("name", "targets", "lock", "size", "state", "version"), rows)
+    table("toolchains", ("name", "targets, or use", "lock", "size", "state", "version"), rows)
     table(
         "vendors' programs",
         ("name", "targets", "version", "where, or what is missing"),
@@ -87,7 +89,7 @@ def list_toolchains(home: Path, as_json: bool) -> None:
 @json_option
 @told
 def check(home: Path, name: str | None, as_json: bool) -> None:
-    """Look at every file of a toolchain (default: of each installed one), then compile a tiny network by each of its targets."""
+    """Look at every file of a toolchain (default: of each installed one), then compile a tiny network by it."""
     from edgefleet_shared.errors import ToolchainError
 
     from edgefleet_controller.compile import inventory
@@ -106,6 +108,9 @@ def check(home: Path, name: str | None, as_json: bool) -> None:
                 trials.append(
                     inventory.try_out(toolchains, target, lambda d, n, of, t=target: show(t.name, d, n / (of or 1)))  # type: ignore[misc]
                 )
+            if not state.problem:
+                beside = inventory.try_out_beside(toolchains, one, lambda d, n, of, t=one: show(t, d, n / (of or 1)))  # type: ignore[misc]
+                trials += [] if beside is None else [beside]
             found.append({"toolchain": msgspec.to_builtins(state), "trials": [msgspec.to_builtins(t) for t in trials]})
     if as_json:
         document(found)
@@ -126,6 +131,13 @@ def _report(found: list[dict[str, Any]]) -> None:
             say(
                 f"{'BAD ' if trial['problem'] else 'ok  '}   {trial['target']}: {trial['problem'] or trial['told']} ({trial['seconds']} s)"
             )
+
+
+def _use(name: str) -> str:
+    """What a toolchain without targets is for."""
+    from edgefleet_controller.compile import inventory
+
+    return inventory.BESIDE[name].use if name in inventory.BESIDE else ""
 
 
 def _toolchains(home: Path) -> Any:

@@ -78,7 +78,7 @@ class BuilderBoard:
     def _ask(self, trial: Trial, model: Path) -> Answer:
         """The board's word; asked again where it had no core to itself."""
         packed = pack(
-            self._version, self._class, self._target, self._toolchain, self._layout, trial, model, self._answers
+            self._version, self._class, self._target, (self._toolchain,), self._layout, trial, model, self._answers
         )
         answer = self._measure(packed.digest)
         for _ in range(MOST_TRIES - 1):

@@ -22,7 +22,7 @@ from onnx import TensorProto, helper, numpy_helper
 from safetensors.numpy import save_file
 
 from edgefleet_controller.compile import environments, tools
-from edgefleet_controller.compile.environments import Progress, State
+from edgefleet_controller.compile.environments import Lock, Progress, State
 from edgefleet_controller.compile.pipeline import compile_version
 from edgefleet_controller.compile.port import Target, all_targets, lock_of
 from edgefleet_controller.compile.toolchains import Toolchains
@@ -34,6 +34,21 @@ LOWEST_FIRST = ("int8", "fp16", "fp32")
 LEAST_AGREEMENT = {"int8": 0.7, "fp16": 0.95, "fp32": 0.99}  # of the tiny network, whose weights are random
 _COUNTS = {"calibration": 16, "holdout": 24, "golden": 8}
 _SHAPE = (3, 16, 16)
+
+
+class Beside(msgspec.Struct, frozen=True):
+    """What a toolchain is for that no target compiles in, and the package whose version is told. ``module``: has the action try_out."""
+
+    use: str
+    package: str
+    module: str
+
+
+BESIDE = {
+    "keras": Beside("Keras and TFLite sources, TensorFlow's own converter", "tensorflow_cpu", "tensorflow_converter"),
+    "pruning": Beside("pruning", "torch", ""),
+}
+TRY_LIMIT_S = 300.0
 
 
 class Program(msgspec.Struct, frozen=True, kw_only=True):
@@ -57,8 +72,8 @@ class Trial(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def by_toolchain() -> dict[str, list[Target]]:
-    """The installed targets, by the environment that they compile in."""
-    found: dict[str, list[Target]] = {}
+    """Every toolchain by name, with the installed targets that compile in it: none, for those :data:`BESIDE` targets."""
+    found: dict[str, list[Target]] = {name: [] for name in BESIDE}
     for target in all_targets().values():
         found.setdefault(target.toolchain, []).append(target)
     return dict(sorted(found.items()))
@@ -68,7 +83,7 @@ def targets_of(name: str) -> list[Target]:
     """Those that compile in the toolchain.
 
     Raises:
-        ToolchainError: no installed target needs such a toolchain.
+        ToolchainError: there is no such toolchain.
     """
     known = by_toolchain()
     if name not in known:
@@ -76,9 +91,15 @@ def targets_of(name: str) -> list[Target]:
     return known[name]
 
 
+def lock(name: str) -> Lock:
+    """What the toolchain is made from; raises as :func:`targets_of`."""
+    targets = targets_of(name)
+    return lock_of(targets[0]) if targets else environments.lock_named(name)
+
+
 def state(root: Path, name: str) -> State:
     """How one toolchain stands; raises as :func:`targets_of`."""
-    return environments.examine(root, lock_of(targets_of(name)[0]))
+    return environments.examine(root, lock(name))
 
 
 def programs() -> list[Program]:
@@ -124,6 +145,25 @@ def try_out(toolchains: Toolchains, target: Target, progress: Progress) -> Trial
     else:
         told += f", agreement {figures.agreement:.2f}" + (f" by {figures.stand_in}" if figures.stand_in else "")
     return Trial(target=target.name, problem="", told=told, seconds=round(time.monotonic() - began, 1))
+
+
+def try_out_beside(toolchains: Toolchains, name: str, progress: Progress) -> Trial | None:
+    """As :func:`try_out`, for a toolchain that no target compiles in; None where looking at its files is all there is."""
+    if name not in BESIDE or not BESIDE[name].module:
+        return None
+    began, log = time.monotonic(), toolchains.root.parent / "logs" / f"try-{name}.log"
+    log.unlink(missing_ok=True)
+    try:
+        with tempfile.TemporaryDirectory(prefix="edgefleet-try-") as folder:
+            found = toolchains.run(
+                toolchains.ensure(name, progress), BESIDE[name].module, {"action": "try_out"}, Path(folder), log, limit_s=TRY_LIMIT_S,
+                progress=progress,
+            )  # fmt: skip
+    except EdgefleetError as exc:
+        return Trial(target=BESIDE[name].use, problem=str(exc), told="", seconds=round(time.monotonic() - began, 1))
+    return Trial(
+        target=BESIDE[name].use, problem="", told=str(found["told"]), seconds=round(time.monotonic() - began, 1)
+    )
 
 
 def _class(target: Target, precision: str) -> DeviceClass:

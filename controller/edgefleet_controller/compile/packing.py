@@ -6,6 +6,7 @@ Only what repeats exactly goes in (agreement, noise, sizes), so that the same in
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
@@ -40,7 +41,7 @@ TIMED = ("latency", "memory")  # of what may be unmeasured
 
 
 def pack(
-    version: ModelVersion, device_class: DeviceClass, target: Target, toolchain: Toolchain, layout: Layout,
+    version: ModelVersion, device_class: DeviceClass, target: Target, toolchains: Sequence[Toolchain], layout: Layout,
     trial: Trial, model: Path, answers: Path,
 ) -> Descriptor:  # fmt: skip
     """Write the artifact.
@@ -60,8 +61,8 @@ def pack(
         *labels,
         (GOLDEN_LAYER, vectors),
         (QUALITY_LAYER, _quality(trial, device_class)),
-        (PROVENANCE_LAYER, provenance.statement(version, device_class, target, toolchain, trial.recipe, trial.key, digest)),
-        (MLBOM_LAYER, provenance.ml_bom(version, device_class, toolchain, digest)),
+        (PROVENANCE_LAYER, provenance.statement(version, device_class, target, toolchains, trial.recipe, trial.key, digest)),
+        (MLBOM_LAYER, provenance.ml_bom(version, device_class, toolchains, digest)),
     ]  # fmt: skip
     normal = golden.statistics(
         *golden.unpack(vectors, version.encoding), classification=version.output_kind == "classification"

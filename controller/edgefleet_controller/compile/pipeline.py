@@ -23,10 +23,10 @@ import msgspec
 import onnx
 from edgefleet_shared import atomic
 from edgefleet_shared.artifact import Layout
-from edgefleet_shared.errors import ManifestError, QualityError
+from edgefleet_shared.errors import EnvironmentProblem, ManifestError, ModelError, QualityError, ToolchainError
 from safetensors.numpy import load_file
 
-from edgefleet_controller.compile import answers, pruning, quality, report, search
+from edgefleet_controller.compile import answers, originals, pruning, quality, report, search
 from edgefleet_controller.compile.boards import Measure
 from edgefleet_controller.compile.environments import lock_named
 from edgefleet_controller.compile.input_check import better_description
@@ -35,9 +35,10 @@ from edgefleet_controller.compile.port import CompileResult, Options, Target, ta
 from edgefleet_controller.compile.pruner import TOOLCHAIN as PRUNING_TOOLCHAIN
 from edgefleet_controller.compile.pruner import Pruner
 from edgefleet_controller.compile.recipe import AS_IS, FLOAT, HALF, Recipe
-from edgefleet_controller.compile.search import Choice, Trial, Unit
+from edgefleet_controller.compile.search import Choice, LeftOut, Trial, Unit
 from edgefleet_controller.compile.steps import Limits, Measured, Progress, Steps, content_key, host
 from edgefleet_controller.compile.toolchains import Toolchains
+from edgefleet_controller.compile.watching import Cancelled
 from edgefleet_controller.manifests import DeviceClass
 from edgefleet_controller.source import ModelVersion
 
@@ -107,7 +108,9 @@ def compile_version(
         if blind:
             final = final._replace(trial=msgspec.structs.replace(final.trial, misses=(blind, *misses)))
             misses = final.trial.misses
-        artifact = pack(version, device_class, target, toolchain, layout, final.trial, model, answers)
+        artifact = pack(
+            version, device_class, target, steps.toolchains_of(final.trial.recipe), layout, final.trial, model, answers
+        )
         written = report.write(version, device_class, choice, final, steps.references(), layout)
     return CompileResult(
         artifact=artifact,
@@ -181,15 +184,21 @@ class _Search:
         ]
         # Pruned networks are made by a toolchain that the recipe's key does not know.
         pruner = lock_named(PRUNING_TOOLCHAIN).hash if self._version.pruning is not None else ""
-        key = content_key("search", self._steps.key(plain), self._version.digest, *judged_by, host(), rules, pruner)
+        own = originals.key(self._version) if originals.offered(self._target, self._version) else ()
+        key = content_key(
+            "search", self._steps.key(plain), self._version.digest, *judged_by, host(), rules, pruner, own
+        )
         file = cache / "searched" / f"{key}.json"
         if file.exists():
             known = msgspec.json.decode(file.read_bytes(), type=Choice)
             if all(self._steps.simplified(trial.recipe.pruned).exists() for trial in known.trials):
                 return known
         found = self._search(plain)
+        passing = any(not one.lasting for one in found.left_out)
         unanswered = self._steps.has_builder and any(trial.figures.unmeasured for trial in found.trials)
-        if not unanswered and not any(trial.died for trial in found.trials):  # it may have been the machine's fault
+        if (
+            not unanswered and not passing and not any(trial.died for trial in found.trials)
+        ):  # it may have been the machine's fault
             file.parent.mkdir(parents=True, exist_ok=True)
             atomic.write_shared(file, msgspec.json.encode(found))
         return found
@@ -227,7 +236,7 @@ class _Search:
         return search.plain(self._target, self._class.spec, self._version.calibration_method, self._options, names)
 
     def _search(self, plain: Recipe) -> Choice:
-        found = self._unpruned(plain)
+        found = self._with_tensorflows(self._unpruned(plain))
         wanted = self._version.pruning is not None and self._class.spec.search.pruned and self._target.runs_here
         if not wanted or not any(search.accurate(trial, self._class.spec) for trial in found.trials):
             return found
@@ -240,8 +249,26 @@ class _Search:
         while (recipe := search.pruned(trials, pruned.good, spec)) is not None:
             trials += self._try([recipe])
         choice = search.choose(trials, spec, found.sensitivity)
+        choice = msgspec.structs.replace(choice, left_out=found.left_out)
         why = "; ".join(told for told in (choice.why, pruned.stopped) if told)
         return msgspec.structs.replace(choice, pruning=pruned, why=why)
+
+    def _with_tensorflows(self, found: Choice) -> Choice:
+        """The search with the candidate of TensorFlow's own converter; whatever that ends in costs the candidate alone."""
+        spec = self._class.spec
+        if not originals.offered(self._target, self._version) or not self._target.runs_here:
+            return found
+        recipe = search.by_tensorflow(found, spec)
+        if recipe is None:
+            return found
+        try:
+            tried = self._try([recipe])
+        except Cancelled:
+            raise
+        except (ModelError, ToolchainError, EnvironmentProblem) as exc:
+            left = LeftOut(recipe=recipe, reason=str(exc), lasting=isinstance(exc, ModelError))
+            return msgspec.structs.replace(found, left_out=(*found.left_out, left))
+        return search.choose([*found.trials, *tried], spec, found.sensitivity)
 
     def _unpruned(self, plain: Recipe) -> Choice:
         spec = self._class.spec

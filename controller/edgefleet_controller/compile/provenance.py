@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import json
 import uuid
+from collections.abc import Sequence
 from typing import Any
 
 from edgefleet_shared import __version__
 from edgefleet_shared.artifact import hex_of
 
 from edgefleet_controller.compile.port import Target
-from edgefleet_controller.compile.recipe import Recipe
+from edgefleet_controller.compile.recipe import TENSORFLOW, Recipe
 from edgefleet_controller.compile.toolchains import Toolchain
 from edgefleet_controller.manifests import DeviceClass
 from edgefleet_controller.source import ModelVersion
@@ -25,7 +26,7 @@ BUILD_TYPE = "https://edgefleet.dev/compile/v1"
 
 
 def statement(
-    version: ModelVersion, device_class: DeviceClass, target: Target, toolchain: Toolchain, recipe: Recipe,
+    version: ModelVersion, device_class: DeviceClass, target: Target, toolchains: Sequence[Toolchain], recipe: Recipe,
     key: str, compiled: str,
 ) -> bytes:  # fmt: skip
     """The in-toto statement about the compiled model.
@@ -42,6 +43,8 @@ def statement(
     }
     if recipe.pruned and version.training is not None:
         materials["training"] = version.training.digest
+    if recipe.quantizer == TENSORFLOW and version.original is not None:
+        materials["original"] = version.original.digest
     return _json(
         {
             "_type": STATEMENT_TYPE,
@@ -62,8 +65,12 @@ def statement(
                     "internalParameters": {"key": key},
                     "resolvedDependencies": [
                         *({"name": name, "digest": {"sha256": hex_of(digest)}} for name, digest in materials.items()),
-                        {"name": f"toolchain {toolchain.name}", "annotations": {"lock": toolchain.lock_hash}},
-                        *({"name": f"program {n}", "annotations": {"version": v}} for n, v in toolchain.tools.items()),
+                        *({"name": f"toolchain {t.name}", "annotations": {"lock": t.lock_hash}} for t in toolchains),
+                        *(
+                            {"name": f"program {n}", "annotations": {"version": v}}
+                            for toolchain in toolchains
+                            for n, v in toolchain.tools.items()
+                        ),
                     ],
                 },
                 "runDetails": {"builder": {"id": f"https://edgefleet.dev/controller/{__version__}"}},
@@ -72,13 +79,13 @@ def statement(
     )
 
 
-def ml_bom(version: ModelVersion, device_class: DeviceClass, toolchain: Toolchain, compiled: str) -> bytes:
-    """The CycloneDX 1.6 bill of materials: the compiled network, its source, its data, and the toolchain's packages."""
+def ml_bom(version: ModelVersion, device_class: DeviceClass, toolchains: Sequence[Toolchain], compiled: str) -> bytes:
+    """The CycloneDX 1.6 bill of materials: the compiled network, its source, its data, and the toolchains' packages."""
     name = _name(version, device_class)
     kind = "classification" if version.output_kind == "classification" else "other"
     data = [("calibration", version.calibration), ("holdout", version.holdout), ("golden", version.golden)]
     data += [("training", version.training)] if version.training is not None else []
-    packages = sorted(toolchain.packages.items())
+    packages = sorted({package for toolchain in toolchains for package in toolchain.packages.items()})
     return _json(
         {
             "bomFormat": "CycloneDX",

@@ -7,6 +7,7 @@ from typing import Any
 import msgspec
 
 AS_IS = "its own"  # the file came quantized, and is taken as it is
+TENSORFLOW = "tensorflow"  # TensorFlow's own converter, over the Keras file that the network came as
 OWN = "edgefleet"  # the quantizer of compile/children, as opposed to a toolchain's own
 
 
@@ -54,7 +55,7 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True):
         if self.pruned:
             parts.append(f"{self.sparsity:.0%} pruned")
         if self.precision != "int8":
-            return ", ".join(parts)
+            return ", ".join([*parts, *([f"by {self.quantizer}"] if self.quantizer != OWN else [])])
         parts.append(self.ranges)
         if self.quantizer != OWN:
             parts.append(f"by {self.quantizer}")
@@ -71,5 +72,6 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True):
         return ", ".join(parts)
 
 
+PLAIN_TENSORFLOW = Recipe(quantizer=TENSORFLOW, correct_bias=False)
 FLOAT = Recipe(precision="fp32", correct_bias=False)
 HALF = Recipe(precision="fp16", correct_bias=False)

@@ -82,6 +82,7 @@ def build(
             _candidate(t, chosen=t.recipe == trial.recipe, on_front=on)
             for t, on in zip(choice.trials, front, strict=True)
         ],
+        "left_out": [{"told": one.recipe.told(), **msgspec.to_builtins(one)} for one in choice.left_out],
         "layers": [msgspec.to_builtins(unit) for unit in sorted(choice.sensitivity, key=lambda u: -u.noise)],
         "in_float": list(trial.recipe.in_float),
         "pruning": None if choice.pruning is None else msgspec.to_builtins(choice.pruning),

@@ -109,7 +109,9 @@ def _candidates(report: dict[str, Any]) -> str:
             f"<tr{' class=chosen' if one['chosen'] else ''}><td>{escape(one['told'])}{numbers}<td>{'●' if one['on_front'] else ''}"
             f"<td class=bad>{escape('; '.join(one['misses']))}"
         )
-    return f"<table>{head}{''.join(rows)}</table>"
+    left = "".join(f"<li>{escape(o['told'])}: {escape(o['reason'])}" for o in report["left_out"])
+    told = f"<p>Could not be made:</p><ul>{left}</ul>" if left else ""
+    return f"<table>{head}{''.join(rows)}</table>{told}"
 
 
 def _pruning(report: dict[str, Any]) -> str:

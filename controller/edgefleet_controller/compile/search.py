@@ -19,7 +19,7 @@ import msgspec
 from edgefleet_controller.compile import quality
 from edgefleet_controller.compile.port import Figures, Options, Target
 from edgefleet_controller.compile.pruning import Pruned, Tried
-from edgefleet_controller.compile.recipe import AS_IS, FLOAT, OWN, Recipe
+from edgefleet_controller.compile.recipe import AS_IS, FLOAT, OWN, PLAIN_TENSORFLOW, TENSORFLOW, Recipe
 from edgefleet_controller.manifests import DeviceClassSpec
 
 NOTHING = "nothing fits"
@@ -52,6 +52,14 @@ class Trial(msgspec.Struct, frozen=True, kw_only=True):
     died: bool = False
 
 
+class LeftOut(msgspec.Struct, frozen=True, kw_only=True):
+    """A candidate that could not be made, and why. ``lasting``: the network's own fault, so that the same inputs end in it again."""
+
+    recipe: Recipe
+    reason: str
+    lasting: bool
+
+
 class Choice(msgspec.Struct, frozen=True, kw_only=True):
     """What the search ends in. ``chosen`` is None when nothing fits; ``nearest`` is then what came closest. ``why`` is for people."""
 
@@ -61,6 +69,7 @@ class Choice(msgspec.Struct, frozen=True, kw_only=True):
     why: str
     sensitivity: tuple[Unit, ...] = ()
     pruning: Pruned | None = None
+    left_out: tuple[LeftOut, ...] = ()
 
 
 def plain(target: Target, spec: DeviceClassSpec, method: str, options: Options, in_float: Sequence[str]) -> Recipe:
@@ -83,8 +92,19 @@ def first(plain: Recipe, target: Target, effort: str) -> list[Recipe]:
     others = [change(plain, ranges=m) for m in METHODS if m in target.methods and m != plain.ranges]
     if plain.quantizer == OWN:
         others.append(change(plain, scope="all" if plain.scope == "weighted" else "weighted"))
-    others += [change(plain, quantizer=q) for q in target.quantizers if q not in (plain.quantizer, OWN)]
+    others += [change(plain, quantizer=q) for q in target.quantizers if q not in (plain.quantizer, OWN, TENSORFLOW)]
     return [plain, *others]
+
+
+def by_tensorflow(found: Choice, spec: DeviceClassSpec) -> Recipe | None:
+    """What TensorFlow's own converter is asked for after the other candidates: the class's precision, at full effort or where the plain recipe missed
+    something; None where that is not worth its minute, or not possible."""
+    plain = found.trials[0]
+    wanted = spec.search.effort == "full" or (spec.search.effort == "quick" and plain.misses)
+    blamed = found.chosen is None and found.why != NOTHING  # a fault of the samples, which no converter mends
+    if not wanted or blamed or plain.recipe.quantizer == AS_IS or spec.precision not in ("int8", "fp32"):
+        return None
+    return msgspec.structs.replace(PLAIN_TENSORFLOW, precision=spec.precision)
 
 
 def by_layers(best: Trial, units: Sequence[Unit], most_bytes: float) -> list[Recipe]:
@@ -144,7 +164,7 @@ def pruned(trials: Sequence[Trial], steps: Sequence[Tried], spec: DeviceClassSpe
     left = [step for step in steps if step.key not in {trial.recipe.pruned for trial in before}]
     if not left or (before and accurate(before[-1], spec)):
         return None
-    whole = [trial for trial in trials if not trial.recipe.pruned and trial.recipe.precision == spec.precision]
+    whole = [trial for trial in trials if _own(trial) and trial.recipe.precision == spec.precision]
     base = choose(whole, spec).chosen or choose(whole, spec).nearest
     return msgspec.structs.replace(base.recipe, pruned=left[-1].key, sparsity=round(left[-1].sparsity, 4))
 
@@ -155,11 +175,16 @@ def accurate(trial: Trial, spec: DeviceClassSpec) -> bool:
 
 
 def base_of_ladder(trials: Sequence[Trial]) -> Trial:
-    """The int8 trial with the least noise on the outputs."""
+    """The int8 trial with the least noise on the outputs, among those whose layers can be left in float."""
     return max(
-        (t for t in trials if t.recipe.precision == "int8" and not t.recipe.pruned and not t.died),
+        (t for t in trials if t.recipe.precision == "int8" and _own(t) and not t.died),
         key=lambda t: t.figures.sqnr_db or 0.0,
     )
+
+
+def _own(trial: Trial) -> bool:
+    """Whether it was made of the whole network's ONNX, by what compiles every version."""
+    return not trial.recipe.pruned and trial.recipe.quantizer != TENSORFLOW
 
 
 def float_trial(measured: Trial, spec: DeviceClassSpec) -> Trial:
@@ -191,7 +216,7 @@ def choose(trials: Sequence[Trial], spec: DeviceClassSpec, units: Sequence[Unit]
 def without(choice: Choice, fallen: Sequence[Recipe], spec: DeviceClassSpec) -> Choice:
     """The choice when these, measured alone and on all samples, missed a budget after all."""
     left = choose([t for t in choice.trials if t.recipe not in fallen], spec, choice.sensitivity)
-    return msgspec.structs.replace(left, pruning=choice.pruning)
+    return msgspec.structs.replace(left, pruning=choice.pruning, left_out=choice.left_out)
 
 
 def _best(fitting: Sequence[Trial], prefer: str) -> Trial:

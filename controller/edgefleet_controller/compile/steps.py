@@ -34,10 +34,10 @@ from edgefleet_shared.artifact import Layout
 from edgefleet_shared.errors import ToolchainError
 from safetensors.numpy import load, load_file, save_file
 
-from edgefleet_controller.compile import quality
+from edgefleet_controller.compile import originals, quality
 from edgefleet_controller.compile.boards import BuilderBoard, Measure
 from edgefleet_controller.compile.port import MAX_BLOB_BYTES, RECIPE_OPTIONS, Figures, Options, Target
-from edgefleet_controller.compile.recipe import AS_IS, FLOAT, HALF, OWN, Recipe
+from edgefleet_controller.compile.recipe import AS_IS, FLOAT, HALF, OWN, TENSORFLOW, Recipe
 from edgefleet_controller.compile.search import Trial, Unit
 from edgefleet_controller.compile.toolchains import Toolchain, Toolchains
 from edgefleet_controller.compile.watching import ChildDied
@@ -117,6 +117,11 @@ class Steps:
         """Whether a builder board of the class is there to time what this host can't."""
         return not self.here and self._measure is not None
 
+    def toolchains_of(self, recipe: Recipe) -> tuple[Toolchain, ...]:
+        """Those that make a compiled model by the recipe."""
+        more = (self.toolchain(originals.TOOLCHAIN),) if recipe.quantizer == TENSORFLOW else ()
+        return (self._toolchain, *more)
+
     # -- for what works over the same cache and folder: pruning, the check of the input --------------------------------
 
     @property
@@ -156,7 +161,8 @@ class Steps:
         data = (
             self._gathered_key if recipe.precision == "int8" else self._version.network
         )  # a pruned network's key is in its recipe
-        return content_key("compile", data, self._preparing.lock_hash, recipe.as_dict(), *self._target_key)
+        own = originals.key(self._version) if recipe.quantizer == TENSORFLOW else ()
+        return content_key("compile", data, self._preparing.lock_hash, recipe.as_dict(), *self._target_key, *own)
 
     def prepare(self) -> Path:
         """Folder with ``simplified.onnx`` and the float model's answers: ``holdout.safetensors``, ``golden.safetensors``."""
@@ -340,6 +346,15 @@ class Steps:
         for staged in [staged for staged, recipe in wanted.items() if recipe.quantizer == AS_IS]:
             os.link(self._layout.path(self._version.as_is), staged / COMPILED)
             del wanted[staged]
+        by_tensorflow = {staged: recipe for staged, recipe in wanted.items() if recipe.quantizer == TENSORFLOW}
+        if by_tensorflow:
+            folder = self.simplified(pruned).parent if pruned else None
+            jobs = {staged / COMPILED: recipe for staged, recipe in by_tensorflow.items()}
+            self._child(self.toolchain(originals.TOOLCHAIN), originals.MODULE, self._limits.compile_s, {
+                **originals.request(self._version, self._layout, folder, jobs),
+                "calibration": self.samples(self._version.calibration),
+            }, originals.MEMORY_BYTES)  # fmt: skip
+        wanted = {staged: recipe for staged, recipe in wanted.items() if staged not in by_tensorflow}
         if not wanted:
             return
         simplified = self.simplified(pruned)

@@ -37,7 +37,7 @@ def convert(request: job.Request, progress: job.Progress) -> dict[str, Any]:
     progress("loading TensorFlow", 0, 2)
     if request["format"] == "tflite":
         return _from_tflite(request, progress)
-    function, specs, outputs = (_saved_model if request["format"] == "saved-model" else _keras)(request)
+    function, specs, outputs = load(request["path"], request["format"])
     import tf2onnx
 
     progress("converting to ONNX", 1, 2)
@@ -50,18 +50,32 @@ def convert(request: job.Request, progress: job.Progress) -> dict[str, Any]:
     return {"quantized": False}
 
 
-def _keras(request: job.Request) -> tuple[Any, list[Any], list[str]]:
-    """(function, its inputs, its outputs' names) of a Keras model."""
-    hostile_keras.check(request["path"], request["format"])
+def load(path: str, kind: str) -> tuple[Any, list[Any], list[str]]:
+    """(function, its inputs' specs, its outputs' names) of a Keras model or a SavedModel, looked at before it is loaded.
+
+    Raises:
+        Refused: it would run code, can't be loaded, or leaves a size open.
+    """
+    return _saved_model(path) if kind == "saved-model" else _keras(path, kind)
+
+
+def load_keras(path: str, kind: str) -> Any:
+    """A Keras model itself, looked at before it is loaded; raises as :func:`load`."""
+    hostile_keras.check(path, kind)
     import keras
-    import tensorflow as tf
 
     try:
-        model = keras.models.load_model(request["path"], compile=False, safe_mode=True)
+        return keras.models.load_model(path, compile=False, safe_mode=True)
     except Exception as exc:  # whatever Keras raises about a file
         raise job.Refused(
             "bad_model", f"Keras {keras.__version__} can't load this model: {str(exc).splitlines()[0]}"
         ) from exc
+
+
+def _keras(path: str, kind: str) -> tuple[Any, list[Any], list[str]]:
+    model = load_keras(path, kind)
+    import tensorflow as tf
+
     specs = []
     for number, tensor in enumerate(model.inputs):
         shape = [1, *tensor.shape[1:]]
@@ -81,12 +95,12 @@ def _keras(request: job.Request) -> tuple[Any, list[Any], list[str]]:
     return tf.function(call, input_signature=specs), specs, names
 
 
-def _saved_model(request: job.Request) -> tuple[Any, list[Any], list[str]]:
-    hostile_keras.check_saved_model(request["path"])
+def _saved_model(path: str) -> tuple[Any, list[Any], list[str]]:
+    hostile_keras.check_saved_model(path)
     import tensorflow as tf
 
     try:
-        loaded = tf.saved_model.load(request["path"])
+        loaded = tf.saved_model.load(path)
         signature = loaded.signatures["serving_default"]
     except Exception as exc:
         raise job.Refused(

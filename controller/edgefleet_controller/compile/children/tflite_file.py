@@ -7,23 +7,27 @@ Source: TensorFlow Lite ``schema.fbs``, table ``Buffer``.
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import flatbuffers
 import numpy as np
-from ai_edge_litert import schema_py_generated as schema
 
 ALIGNMENT_BYTES = 16
 _IDENTIFIER = b"TFL3"
 _SPARE_BYTES = 65536  # for what is no constant; the builder grows by itself
 
 
-class _Aligned(schema.BufferT):  # type: ignore[misc]  # the generated module has no types
-    """A buffer whose content lies where the schema asks it to."""
+class _Aligned:
+    """A buffer whose content lies where the schema asks it to; takes the place of a ``BufferT``."""
+
+    def __init__(self, schema: Any, data: Any) -> None:
+        self._schema, self.data = schema, data
 
     def Pack(self, builder: Any) -> int:
+        schema = self._schema
         if self.data is None:
-            return int(super().Pack(builder))
+            return int(schema.BufferT().Pack(builder))
         content = np.ascontiguousarray(self.data, np.uint8).tobytes()
         builder.StartVector(1, len(content), ALIGNMENT_BYTES)
         builder.head -= len(content)
@@ -35,8 +39,10 @@ class _Aligned(schema.BufferT):  # type: ignore[misc]  # the generated module ha
 
 
 def packed(model: Any) -> bytes:
-    """The file of a ``ModelT`` whose constants are all inside their buffers (none behind the flatbuffer by offset)."""
-    model.buffers = [_Aligned(buffer.data) for buffer in model.buffers]
+    """The file of a ``ModelT`` (LiteRT's or TensorFlow's: each has these classes generated in a module of its own) whose constants are all inside
+    their buffers (none behind the flatbuffer by offset)."""
+    schema = sys.modules[type(model).__module__]
+    model.buffers = [_Aligned(schema, buffer.data) for buffer in model.buffers]
     size = sum(len(buffer.data) + ALIGNMENT_BYTES for buffer in model.buffers if buffer.data is not None)
     builder = flatbuffers.Builder(size + _SPARE_BYTES)
     builder.Finish(model.Pack(builder), _IDENTIFIER)

@@ -1,6 +1,7 @@
 """Stage 2, compile: TFLite (LiteRT, tflite-runtime). Data only; the work is in ``children/litert.py``.
 
-ONNX is written as a float .tflite directly and quantized by ai-edge-quantizer: no TensorFlow and no torch, 0.3 GB instead of 2.
+ONNX is written as a float .tflite directly and quantized by ai-edge-quantizer: no TensorFlow and no torch, 0.3 GB instead of 2. A network that
+came from Keras is also given to TensorFlow's own converter, as a candidate (ADR 0016).
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ class TfliteTarget:
     engine_package = "ai_edge_litert"
     precisions = frozenset({"int8", "fp32"})
     methods = frozenset({"minmax", "percentile", "entropy", "mse"})
-    quantizers = ("edgefleet",)
+    quantizers = ("edgefleet", "tensorflow")
     reads_qdq = False
     ships_onnx = False
     measures_onnx = False
