@@ -107,6 +107,17 @@ def write_pictures(folder: Path, count: int, seed: int, size: tuple[int, int] = 
     return folder
 
 
+def blobs_of_light(count: int, seed: int) -> tuple[Any, list[int]]:
+    """Noisy pictures with one bright spot; the class is the quarter that it lies in: uint8, count x 32 x 32 x 3."""
+    chance = np.random.default_rng(seed)
+    truth = [int(c) for c in chance.integers(0, 4, count)]
+    pictures = chance.normal(90, 25, (count, SIDE, SIDE, 3))
+    for picture, quarter in zip(pictures, truth, strict=True):
+        row, column = (int(chance.integers(2, 10)) + 16 * half for half in divmod(quarter, 2))
+        picture[row : row + 5, column : column + 5] += chance.uniform(70, 130, 3)
+    return np.clip(pictures, 0, 255).astype(np.uint8), truth
+
+
 def project(folder: Path, model: onnx.ModelProto, *, counts: tuple[int, int, int] = (16, 32, 8), **spec: Any) -> Model:
     """A folder with a network and its pictures, and the manifest over it."""
     folder.mkdir(parents=True, exist_ok=True)

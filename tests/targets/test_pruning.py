@@ -22,10 +22,10 @@ from edgefleet_controller.source import ModelVersion, import_model
 from edgefleet_shared.artifact import MODEL_LAYER, Layout
 from edgefleet_shared.errors import ModelError, ToolchainError
 from safetensors.numpy import save_file
-from support.networks import Net, device_class
+from support.networks import Net, blobs_of_light, device_class
 
 TOOLCHAINS = Path(os.environ.get("EDGEFLEET_CACHE", Path.home() / ".cache" / "edgefleet"))
-SIDE, CLASSES = 32, 4
+CLASSES = 4  # of blobs_of_light
 
 
 class Bench:
@@ -77,17 +77,6 @@ class Bench:
 @pytest.fixture
 def bench(tmp_path: Path) -> Bench:
     return Bench(tmp_path)
-
-
-def blobs_of_light(count: int, seed: int) -> tuple[Any, list[int]]:
-    """Noisy pictures with one bright spot; the class is the quarter that it lies in."""
-    chance = np.random.default_rng(seed)
-    truth = [int(c) for c in chance.integers(0, CLASSES, count)]
-    pictures = chance.normal(90, 25, (count, SIDE, SIDE, 3))
-    for picture, quarter in zip(pictures, truth, strict=True):
-        row, column = (int(chance.integers(2, 10)) + 16 * half for half in divmod(quarter, 2))
-        picture[row : row + 5, column : column + 5] += chance.uniform(70, 130, 3)
-    return np.clip(pictures, 0, 255).astype(np.uint8), truth
 
 
 def seer() -> onnx.ModelProto:

@@ -8,7 +8,7 @@ from edgefleet_controller.compile import search
 from edgefleet_controller.compile.port import Figures, target_named
 from edgefleet_controller.compile.pruning import Step, Tried
 from edgefleet_controller.compile.quality import misses
-from edgefleet_controller.compile.recipe import FLOAT, PLAIN_TENSORFLOW, Recipe
+from edgefleet_controller.compile.recipe import FLOAT, PLAIN_TENSORFLOW, TENSORFLOW, Recipe
 from edgefleet_controller.compile.search import LeftOut, Trial, Unit
 from support.networks import device_class
 
@@ -157,7 +157,30 @@ def test_what_tensorflow_made_has_no_layers_to_leave_in_float_and_no_onnx_to_pru
     pruned = search.pruned([own, other], [step], spec)
     assert pruned is not None
     assert (pruned.quantizer, pruned.pruned) == ("edgefleet", "k")
+    tried = trial(pruned, sqnr_db=20.0)
+    by_tfmot = search.pruned([own, other, tried], [msgspec.structs.replace(step, key="t")], spec, by=TENSORFLOW)
+    assert by_tfmot is not None
+    assert (by_tfmot.quantizer, by_tfmot.pruned) == ("tensorflow", "t")
     assert {r.quantizer for r in search.first(PLAIN, target_named("tflite"), "full")} == {"edgefleet"}
+
+
+def test_networks_that_tfmot_pruned_are_tried_from_the_sparsest_back() -> None:
+    spec = device_class("tflite").spec
+    whole = trial(PLAIN_TENSORFLOW)
+    steps = [
+        Tried(
+            step=Step(number=n, structured=0.0, unstructured=0.3 * n), key=f"k{n}", sparsity=0.3 * n, agreement=1.0, accuracy=None,
+            float_accuracy=None, misses=(),
+        )
+        for n in (1, 2)
+    ]  # fmt: skip
+    first = search.pruned([trial(), whole], steps, spec, by=TENSORFLOW)
+    assert first is not None
+    assert (first.pruned, first.sparsity) == ("k2", 0.6)
+    second = search.pruned([trial(), whole, trial(first, agreement=0.1)], steps, spec, by=TENSORFLOW)
+    assert second is not None
+    assert second.pruned == "k1"
+    assert search.pruned([trial(), whole, trial(first)], steps, spec, by=TENSORFLOW) is None
 
 
 def test_what_was_left_out_stays_told_when_the_chosen_one_falls() -> None:

@@ -1,14 +1,17 @@
 from __future__ import annotations
 
+import io
 import os
 import zipfile
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import onnx
 import pytest
 from edgefleet_controller import samples_entry
+from edgefleet_controller.converters import original_of
 from edgefleet_controller.manifests import Model, Pruning
 from edgefleet_controller.source import ModelVersion, blobs, decode, import_model
 from edgefleet_shared.artifact import Layout
@@ -315,6 +318,7 @@ def test_a_picture_of_a_folder_is_found_in_an_archive_too(tmp_path: Path, encode
 
 
 ENTRY = """
+import msgspec
 import numpy as np
 def samples():
     chance = np.random.default_rng(3)
@@ -527,3 +531,32 @@ def test_characters_must_fit_the_outputs_classes(tmp_path: Path) -> None:
     (tmp_path / "characters.txt").write_text("a\n")
     with pytest.raises(DataError, match="has 2 characters, space included"):
         imported(tmp_path, model, **text)
+
+
+def test_a_saved_models_folder_is_one_blob_whatever_its_files_times_and_order(tmp_path: Path) -> None:
+    def folder(name: str, names: list[str], time: int) -> Path:
+        for inner in names:
+            file = tmp_path / name / inner
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(inner.encode() * 3)
+            os.utime(file, (time, time))
+        return tmp_path / name
+
+    names = ["saved_model.pb", "variables/variables.index", "variables/variables.data"]
+    first = original_of(folder("a", names, 10**9), "saved-model")
+    assert original_of(folder("b", names[::-1], 2 * 10**9), "saved-model") == first
+    (tmp_path / "b" / "assets").mkdir()
+    (tmp_path / "b" / "assets" / "more").write_bytes(b"x")
+    assert original_of(tmp_path / "b", "saved-model") != first
+    with zipfile.ZipFile(io.BytesIO(first)) as archive:
+        assert archive.namelist() == sorted(names)
+        assert archive.read("saved_model.pb") == b"saved_model.pb" * 3
+    (tmp_path / "net.keras").write_bytes(b"PK as it is")
+    assert original_of(tmp_path / "net.keras", "keras") == b"PK as it is"
+
+
+def test_a_version_from_before_originals_can_be_read(tmp_path: Path) -> None:
+    version = imported(tmp_path, classifier())
+    fields = msgspec.json.decode(version.encode())
+    assert fields.pop("original") is None
+    assert decode(msgspec.json.encode(fields)) == version

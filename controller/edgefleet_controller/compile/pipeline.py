@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import msgspec
@@ -30,11 +30,13 @@ from edgefleet_controller.compile import answers, originals, pruning, quality, r
 from edgefleet_controller.compile.boards import Measure
 from edgefleet_controller.compile.environments import lock_named
 from edgefleet_controller.compile.input_check import better_description
+from edgefleet_controller.compile.keras_pruner import KerasPruner
 from edgefleet_controller.compile.packing import pack
 from edgefleet_controller.compile.port import CompileResult, Options, Target, target_named
 from edgefleet_controller.compile.pruner import TOOLCHAIN as PRUNING_TOOLCHAIN
 from edgefleet_controller.compile.pruner import Pruner
-from edgefleet_controller.compile.recipe import AS_IS, FLOAT, HALF, Recipe
+from edgefleet_controller.compile.pruning import Pruned
+from edgefleet_controller.compile.recipe import AS_IS, FLOAT, HALF, OWN, PLAIN_TENSORFLOW, TENSORFLOW, Recipe
 from edgefleet_controller.compile.search import Choice, LeftOut, Trial, Unit
 from edgefleet_controller.compile.steps import Limits, Measured, Progress, Steps, content_key, host
 from edgefleet_controller.compile.toolchains import Toolchains
@@ -237,38 +239,54 @@ class _Search:
 
     def _search(self, plain: Recipe) -> Choice:
         found = self._with_tensorflows(self._unpruned(plain))
-        wanted = self._version.pruning is not None and self._class.spec.search.pruned and self._target.runs_here
-        if not wanted or not any(search.accurate(trial, self._class.spec) for trial in found.trials):
+        spec = self._class.spec
+        if self._version.pruning is None or not spec.search.pruned or not self._target.runs_here:
             return found
-        return self._with_pruned(found)
+        accurate = {t.recipe.quantizer == TENSORFLOW for t in found.trials if search.accurate(t, spec)}
+        if False in accurate:
+            found = self._with_pruned(found)
+        return self._with_tfmots(found) if True in accurate else found
 
     def _with_pruned(self, found: Choice) -> Choice:
         """The search over pruned networks too: from the sparsest that was good back to one that holds in the class's precision."""
-        spec, trials = self._class.spec, list(found.trials)
         pruned = Pruner(self._steps, self._version, self._class).run()
-        while (recipe := search.pruned(trials, pruned.good, spec)) is not None:
+        return msgspec.structs.replace(self._over(found, pruned, OWN), pruning=pruned)
+
+    def _over(self, found: Choice, pruned: Pruned, by: str) -> Choice:
+        """The choice with candidates over networks that were pruned for ``by``."""
+        spec, trials = self._class.spec, list(found.trials)
+        while (recipe := search.pruned(trials, pruned.good, spec, by=by)) is not None:
             trials += self._try([recipe])
         choice = search.choose(trials, spec, found.sensitivity)
-        choice = msgspec.structs.replace(choice, left_out=found.left_out)
-        why = "; ".join(told for told in (choice.why, pruned.stopped) if told)
-        return msgspec.structs.replace(choice, pruning=pruned, why=why)
+        told = (choice.why, found.pruning.stopped if found.pruning is not None else "", pruned.stopped)
+        return msgspec.structs.replace(
+            choice, pruning=found.pruning, left_out=found.left_out, why="; ".join(one for one in told if one)
+        )
 
     def _with_tensorflows(self, found: Choice) -> Choice:
-        """The search with the candidate of TensorFlow's own converter; whatever that ends in costs the candidate alone."""
-        spec = self._class.spec
+        """The search with the candidate of TensorFlow's own converter."""
         if not originals.offered(self._target, self._version) or not self._target.runs_here:
             return found
-        recipe = search.by_tensorflow(found, spec)
+        recipe, spec = search.by_tensorflow(found, self._class.spec), self._class.spec
         if recipe is None:
             return found
-        try:
-            tried = self._try([recipe])
-        except Cancelled:
-            raise
-        except (ModelError, ToolchainError, EnvironmentProblem) as exc:
-            left = LeftOut(recipe=recipe, reason=str(exc), lasting=isinstance(exc, ModelError))
-            return msgspec.structs.replace(found, left_out=(*found.left_out, left))
-        return search.choose([*found.trials, *tried], spec, found.sensitivity)
+        return _sparing(
+            found, recipe, lambda: search.choose([*found.trials, *self._try([recipe])], spec, found.sensitivity)
+        )
+
+    def _with_tfmots(self, found: Choice) -> Choice:
+        """The search over networks that tfmot pruned."""
+        plan, precision = self._version.pruning, self._class.spec.precision
+        assert plan is not None
+        told = msgspec.structs.replace(
+            PLAIN_TENSORFLOW, precision=precision, pruned="tfmot", sparsity=plan.unstructured
+        )
+
+        def over() -> Choice:
+            pruned = KerasPruner(self._steps, self._version, self._class).run()
+            return msgspec.structs.replace(self._over(found, pruned, TENSORFLOW), tfmot=pruned)
+
+        return _sparing(found, told, over)
 
     def _unpruned(self, plain: Recipe) -> Choice:
         spec = self._class.spec
@@ -322,6 +340,17 @@ class _Search:
             load_file(self._steps.samples(split)) for split in (self._version.calibration, self._version.holdout)
         )
         return quality.unlike(calibration, holdout)
+
+
+def _sparing(found: Choice, recipe: Recipe, more: Callable[[], Choice]) -> Choice:
+    """The choice with ``more``; where that can't be had, the one that was ``found``, in which the recipe is told as left out."""
+    try:
+        return more()
+    except Cancelled:
+        raise
+    except (ModelError, ToolchainError, EnvironmentProblem) as exc:
+        left = LeftOut(recipe=recipe, reason=str(exc), lasting=isinstance(exc, ModelError))
+        return msgspec.structs.replace(found, left_out=(*found.left_out, left))
 
 
 def _convolutions(path: Path) -> list[str]:

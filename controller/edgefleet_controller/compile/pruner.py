@@ -30,13 +30,17 @@ AXES = {"classification": -1, "text": -1, "segmentation": 1}  # of the distribut
 
 
 class Pruner:
-    """Prunes one version, for the accuracy that one class asks for."""
+    """Prunes one version, for the accuracy that one class asks for. What trains, and in which form, is a subclass's to say
+    (:mod:`.keras_pruner`); this one trains the ONNX network in torch."""
+
+    toolchain, module = TOOLCHAIN, MODULE
+    memory_bytes: int | None = None  # of a child
 
     def __init__(self, steps: Steps, version: ModelVersion, device_class: DeviceClass) -> None:
         assert version.pruning is not None
         self._steps, self._version, self._class = steps, version, device_class
         self._plan, self._split = version.pruning, version.training or version.calibration
-        self._toolchain = steps.toolchain(TOOLCHAIN)
+        self._toolchain = steps.toolchain(self.toolchain)
         # Rows in a fixed, even pattern: samples in order of their labels, or of their camera, are common.
         every = max(SET_ASIDE, -(-self._split.count // MOST_SET_ASIDE))
         self._aside = np.arange(0, self._split.count, every)
@@ -54,8 +58,9 @@ class Pruner:
         return pruning.ended(done)
 
     def _take(self, step: Step, done: list[Tried]) -> Tried:
-        before = done[-1].key if done else ""
-        key = content_key("prune", self._source(), before, msgspec.to_builtins(step), self._toolchain.lock_hash)
+        before = done[-1] if done else None
+        came_from = before.key if before else ""
+        key = content_key("prune", self._source(), came_from, msgspec.to_builtins(step), self._toolchain.lock_hash)
         folder = self._steps.once("pruned", key, lambda staged: self._prune(staged, step, before))
         left, of = json.loads((folder / "weights.json").read_text())
         outputs, version = load_file(folder / "answers.safetensors"), self._judged_by()
@@ -76,29 +81,35 @@ class Pruner:
             misses=tuple(quality.inaccuracies(figures, self._budget())),
         )  # fmt: skip
 
-    def _prune(self, staged: Path, step: Step, before: str) -> None:
+    def _prune(self, staged: Path, step: Step, before: Tried | None) -> None:
         """Fill a cache folder: ``network.onnx``, ``weights.json`` (left, of) and its ``answers.safetensors`` to the samples set aside."""
-        simplified, plan, work = self._steps.simplified(), self._plan, self._steps.work
+        plan, work = self._plan, self._steps.work
         rows, truth = work / "rows.json", work / "truth.json"
         rows.write_text(json.dumps(self._trained_on.tolist()))
         if labelled := bool(self._version.training_truth):
             truth.write_text(json.dumps([int(self._version.training_truth[row]) for row in self._trained_on]))
-        found = self._steps.prune(self._toolchain, MODULE, {
-            "teacher": str(simplified),
-            "network": str(self._steps.simplified(before)),
-            "pruned": str(staged / "network.onnx"),
+        found = self._steps.prune(self._toolchain, self.module, {
+            **self._networks(staged, step, before),
             "samples": str(self._steps.layout.path(self._split.digest)),
             "rows": str(rows),
             "truth": str(truth) if labelled else None,
             "encoding": msgspec.to_builtins(self._version.encoding),
             "axis": AXES.get(self._version.output_kind),
-            "structured": None if step.again else step.structured,
             "unstructured": step.unstructured,
             "epochs": plan.epochs, "learning_rate": plan.learning_rate, "batch": plan.batch,
             "seed": plan.seed + step.number + 1000 * step.again,
-        })  # fmt: skip
+        }, self.memory_bytes)  # fmt: skip
         (staged / "weights.json").write_text(json.dumps([found["weights"], found["of"]]))
         self._answer(staged / "network.onnx", staged / "answers.safetensors")
+
+    def _networks(self, staged: Path, step: Step, before: Tried | None) -> dict[str, Any]:
+        """To the child: the networks that it reads and writes."""
+        return {
+            "teacher": str(self._steps.simplified()),
+            "network": str(self._steps.simplified(before.key if before else "")),
+            "pruned": str(staged / "network.onnx"),
+            "structured": None if step.again else step.structured,
+        }
 
     def _answers(self) -> Path:
         """The float network's answers to the samples set aside."""

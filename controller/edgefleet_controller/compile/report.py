@@ -86,6 +86,7 @@ def build(
         "layers": [msgspec.to_builtins(unit) for unit in sorted(choice.sensitivity, key=lambda u: -u.noise)],
         "in_float": list(trial.recipe.in_float),
         "pruning": None if choice.pruning is None else msgspec.to_builtins(choice.pruning),
+        "tfmot": None if choice.tfmot is None else msgspec.to_builtins(choice.tfmot),
         "changed": _changed(version, final, references),
     }
 

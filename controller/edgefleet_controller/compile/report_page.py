@@ -46,7 +46,8 @@ def render(report: dict[str, Any], pictures: dict[int, Any]) -> str:
         "<h2>Figures</h2>" + _figures(report),
         "<h2>Candidates: accuracy, latency, bytes</h2>" + _front_plot(report) + _candidates(report),
         "<h2>Noise of each layer in int8</h2>" + _layers(report),
-        _pruning(report),
+        _pruning("Pruning", report["pruning"]),
+        _pruning("Pruning by tfmot, of the Keras network", report["tfmot"]),
         "<h2>Changed answers</h2>" + _changed(report, pictures),
         f"<p class=mute>key {escape(report['key'])}</p></html>",
     ]
@@ -114,12 +115,12 @@ def _candidates(report: dict[str, Any]) -> str:
     return f"<table>{head}{''.join(rows)}</table>{told}"
 
 
-def _pruning(report: dict[str, Any]) -> str:
+def _pruning(title: str, pruned: dict[str, Any] | None) -> str:
     """Each step, how it was judged on training samples set aside, and why there are no more."""
-    if report["pruning"] is None:
+    if pruned is None:
         return ""
     rows = []
-    for tried in report["pruning"]["steps"]:
+    for tried in pruned["steps"]:
         step, accuracy = tried["step"], tried["accuracy"]
         told = f"{step['number']}{', tuned again' if step['again'] else ''}"
         right = "" if accuracy is None else f"{accuracy:.4f} (float {tried['float_accuracy']:.4f})"
@@ -128,8 +129,8 @@ def _pruning(report: dict[str, Any]) -> str:
             f"<td class=n>{right}<td class=bad>{escape('; '.join(tried['misses']))}"
         )
     head = "<tr><th>step<th class=n>weights gone<th class=n>agreement<th class=n>accuracy<th>misses"
-    ended = escape(report["pruning"]["stopped"]) or "The target was reached."
-    return f"<h2>Pruning</h2><table>{head}{''.join(rows)}</table><p>{ended}</p>"
+    ended = escape(pruned["stopped"]) or "The target was reached."
+    return f"<h2>{escape(title)}</h2><table>{head}{''.join(rows)}</table><p>{ended}</p>"
 
 
 def _front_plot(report: dict[str, Any]) -> str:

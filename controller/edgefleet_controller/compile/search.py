@@ -70,6 +70,7 @@ class Choice(msgspec.Struct, frozen=True, kw_only=True):
     sensitivity: tuple[Unit, ...] = ()
     pruning: Pruned | None = None
     left_out: tuple[LeftOut, ...] = ()
+    tfmot: Pruned | None = None  # of the Keras network, as ``pruning`` is of its ONNX form
 
 
 def plain(target: Target, spec: DeviceClassSpec, method: str, options: Options, in_float: Sequence[str]) -> Recipe:
@@ -157,14 +158,23 @@ def leading(best: Trial, units: Sequence[Unit]) -> list[Recipe]:
     return list(dict.fromkeys(rungs))
 
 
-def pruned(trials: Sequence[Trial], steps: Sequence[Tried], spec: DeviceClassSpec) -> Recipe | None:
+def pruned(trials: Sequence[Trial], steps: Sequence[Tried], spec: DeviceClassSpec, *, by: str = OWN) -> Recipe | None:
     """The next recipe over a pruned network: the best recipe so far over the sparsest that is not yet tried; None when the last one was accurate
-    enough, or none is left. ``steps``: the good ones, the sparsest last."""
-    before = [trial for trial in trials if trial.recipe.pruned]
+    enough, or none is left.
+
+    Args:
+        steps: the good ones, the sparsest last.
+        by: TENSORFLOW for networks that tfmot pruned, which its converter alone compiles.
+    """
+    tfmot = by == TENSORFLOW
+    before = [trial for trial in trials if trial.recipe.pruned and (trial.recipe.quantizer == TENSORFLOW) == tfmot]
     left = [step for step in steps if step.key not in {trial.recipe.pruned for trial in before}]
     if not left or (before and accurate(before[-1], spec)):
         return None
-    whole = [trial for trial in trials if _own(trial) and trial.recipe.precision == spec.precision]
+    whole = [
+        trial for trial in trials
+        if not trial.recipe.pruned and (trial.recipe.quantizer == TENSORFLOW) == tfmot and trial.recipe.precision == spec.precision
+    ]  # fmt: skip
     base = choose(whole, spec).chosen or choose(whole, spec).nearest
     return msgspec.structs.replace(base.recipe, pruned=left[-1].key, sparsity=round(left[-1].sparsity, 4))
 
@@ -177,14 +187,13 @@ def accurate(trial: Trial, spec: DeviceClassSpec) -> bool:
 def base_of_ladder(trials: Sequence[Trial]) -> Trial:
     """The int8 trial with the least noise on the outputs, among those whose layers can be left in float."""
     return max(
-        (t for t in trials if t.recipe.precision == "int8" and _own(t) and not t.died),
+        (
+            t
+            for t in trials
+            if t.recipe.precision == "int8" and not t.recipe.pruned and t.recipe.quantizer != TENSORFLOW and not t.died
+        ),
         key=lambda t: t.figures.sqnr_db or 0.0,
     )
-
-
-def _own(trial: Trial) -> bool:
-    """Whether it was made of the whole network's ONNX, by what compiles every version."""
-    return not trial.recipe.pruned and trial.recipe.quantizer != TENSORFLOW
 
 
 def float_trial(measured: Trial, spec: DeviceClassSpec) -> Trial:
@@ -216,7 +225,7 @@ def choose(trials: Sequence[Trial], spec: DeviceClassSpec, units: Sequence[Unit]
 def without(choice: Choice, fallen: Sequence[Recipe], spec: DeviceClassSpec) -> Choice:
     """The choice when these, measured alone and on all samples, missed a budget after all."""
     left = choose([t for t in choice.trials if t.recipe not in fallen], spec, choice.sensitivity)
-    return msgspec.structs.replace(left, pruning=choice.pruning, left_out=choice.left_out)
+    return msgspec.structs.replace(left, pruning=choice.pruning, left_out=choice.left_out, tfmot=choice.tfmot)
 
 
 def _best(fitting: Sequence[Trial], prefer: str) -> Trial:

@@ -145,8 +145,10 @@ class Steps:
         """The cache's folder of that kind and key, filled if it is not there."""
         return self._once(kind, key, fill)
 
-    def prune(self, toolchain: Toolchain, module: str, request: dict[str, Any]) -> dict[str, Any]:
-        return self._child(toolchain, module, self._limits.prune_s, {"action": "prune", **request})
+    def prune(
+        self, toolchain: Toolchain, module: str, request: dict[str, Any], memory_bytes: int | None
+    ) -> dict[str, Any]:
+        return self._child(toolchain, module, self._limits.prune_s, {"action": "prune", **request}, memory_bytes)
 
     def answer(self, network: Path, samples: Path, count: int, outputs: Path) -> None:
         """Write what a float network answers to the first ``count`` samples (encoded, safetensors)."""

@@ -7,21 +7,17 @@ and the labels where there are any. How far to go, and whether it went too far, 
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import torch
 import torch_pruning
-from safetensors import safe_open
 from torch.nn import functional
 
 from . import job
 from .torch_network import Network
+from .training_samples import Samples, batches
 
-FEW = 5000  # pictures below which they are moved about, so that the network is not tuned to the very ones; more make up for it by themselves
-SHIFT = 1 / 14  # of a side: how far a picture is moved at most
 TEMPERATURE = 2.0  # of distillation; softer answers say more than the largest one
 LABELS_SHARE = 0.5  # of the loss, where there are labels
 FINEST = 200  # parts in which channels are taken, until few enough weights are left
@@ -31,9 +27,8 @@ MAX_NORM = 1.0  # of a gradient
 
 
 def prune(request: job.Request, progress: job.Progress) -> dict[str, Any]:
-    """Request: ``teacher`` (the float network), ``network`` (as the last step left it), ``pruned`` (file to write), ``samples`` (safetensors, one
-    tensor per input, uint8 pictures or float), ``rows`` (JSON file with the numbers of those to train on), ``truth`` (JSON file with the class of each
-    row, or null), ``encoding`` (of uint8 pictures), ``axis`` (of the distribution that each output is; null: outputs are plain values),
+    """Request: ``teacher`` (the float network), ``network`` (as the last step left it), ``pruned`` (file to write), what
+    :class:`.training_samples.Samples` asks for, ``axis`` (of the distribution that each output is; null: outputs are plain values),
     ``structured`` (share of the weights whose channels go; null: no more of them), ``unstructured`` (share of those left to be zero), ``epochs``,
     ``learning_rate``, ``batch``, ``seed``.
 
@@ -43,11 +38,13 @@ def prune(request: job.Request, progress: job.Progress) -> dict[str, Any]:
     torch.use_deterministic_algorithms(True)
     torch.set_num_threads(1)  # the order of sums, and so the bytes, would follow the number of cores
     teacher, student = Network(request["teacher"]), Network(request["network"])
-    samples = _Samples(request, student.inputs)
+    samples = Samples(request, student.inputs)
     of = teacher.weights()
     progress("pruning", 0, 1)
     if request["structured"]:
-        _take_channels(student, round(of * (1 - request["structured"])), samples.batch(np.arange(2)))
+        _take_channels(
+            student, round(of * (1 - request["structured"])), [torch.from_numpy(x) for x in samples.batch(np.arange(2))]
+        )
     masks = _take_weights(student, request["unstructured"]) if request["unstructured"] else []
     progress("pruning", 1, 1)
     _tune(teacher, student, samples, masks, request, progress)
@@ -99,7 +96,7 @@ def _take_weights(network: Network, share: float) -> list[tuple[Any, Any]]:
 def _tune(
     teacher: Network,
     student: Network,
-    samples: _Samples,
+    samples: Samples,
     masks: list[tuple[Any, Any]],
     request: job.Request,
     progress: job.Progress,
@@ -114,13 +111,13 @@ def _tune(
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, request["learning_rate"], total_steps=steps)
     chance = np.random.default_rng(request["seed"])
     made = [_log if softmax else _as_is for softmax in teacher.softmax]
-    for step, rows in enumerate(_batches(len(samples), request["batch"], request["epochs"], chance)):
+    for step, rows in enumerate(batches(len(samples), request["batch"], request["epochs"], chance)):
         if step % 10 == 0:
             progress("tuning the pruned network", step, steps)
-        batch = [_augmented(x, chance) if samples.few else x for x in samples.batch(rows)]
+        batch = [torch.from_numpy(x) for x in samples.shown(rows, chance)]
         with torch.no_grad():
             wanted = _called(teacher, batch)
-        loss = _loss(_called(student, batch), wanted, request["axis"], made, samples.labels(rows))
+        loss = _loss(_called(student, batch), wanted, request["axis"], made, _tensor(samples.labels(rows)))
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, MAX_NORM)
@@ -132,11 +129,8 @@ def _tune(
     progress("tuning the pruned network", steps, steps)
 
 
-def _batches(count: int, size: int, epochs: int, chance: np.random.Generator) -> Iterator[Any]:
-    for _ in range(epochs):
-        order = chance.permutation(count)
-        for first in range(0, count, size):
-            yield order[first : first + size]
+def _tensor(labels: Any) -> Any:
+    return None if labels is None else torch.from_numpy(labels)
 
 
 def _called(network: Network, batch: list[Any]) -> list[Any]:
@@ -167,54 +161,6 @@ def _as_is(values: Any) -> Any:
 
 def _log(values: Any) -> Any:
     return values.clamp_min(1e-12).log()
-
-
-def _augmented(x: Any, chance: np.random.Generator) -> Any:
-    """Pictures (N x C x H x W or N x H x W x C: the axes that are longest) moved a little, each batch another way; edges are repeated."""
-    if x.ndim != 4:
-        return x
-    first = 2 if x.shape[1] <= x.shape[3] else 1
-    for axis in (first, first + 1):
-        most = round(x.shape[axis] * SHIFT)
-        by = int(chance.integers(-most, most + 1))
-        places = (torch.arange(x.shape[axis]) - by).clamp(0, x.shape[axis] - 1)
-        x = x.index_select(axis, places)
-    return x
-
-
-class _Samples:
-    """Training samples as the network takes them, a batch at a time."""
-
-    def __init__(self, request: job.Request, inputs: list[str]) -> None:
-        with safe_open(request["samples"], "np") as file:
-            self._arrays = [file.get_tensor(name) for name in inputs]
-        with open(request["rows"], encoding="utf-8") as stream:
-            self._rows = np.array(json.load(stream))
-        self._encoding = request["encoding"]
-        self._truth = None
-        if request["truth"]:
-            with open(request["truth"], encoding="utf-8") as stream:
-                self._truth = torch.tensor(json.load(stream))
-        self.few = self._encoding is not None and len(self._rows) < FEW
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def labels(self, numbers: Any) -> Any:
-        return None if self._truth is None else self._truth[torch.from_numpy(numbers)]
-
-    def batch(self, numbers: Any) -> list[Any]:
-        """The inputs, encoded (as :func:`edgefleet_shared.golden.encode_pictures` does it)."""
-        found = []
-        for array in self._arrays:
-            x = array[self._rows[numbers]]
-            if x.dtype == np.uint8:
-                own = self._encoding
-                x = x[..., ::-1] if own["colour"] == "BGR" else x
-                x = (x.astype(np.float32) - np.float32(own["mean"])) / np.float32(own["std"])
-                x = x.transpose(0, 3, 1, 2) if own["layout"] == "NCHW" else x
-            found.append(torch.from_numpy(np.ascontiguousarray(x)))
-        return found
 
 
 def main() -> None:

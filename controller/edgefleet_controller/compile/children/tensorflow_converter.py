@@ -203,5 +203,5 @@ def _served(content: bytes, inputs: list[str], outputs: list[str]) -> bytes:
 
 
 def main() -> None:
-    os.environ |= {"OMP_NUM_THREADS": "1", "TF_NUM_INTRAOP_THREADS": "1", "TF_NUM_INTEROP_THREADS": "1"}
+    os.environ |= {"TF_NUM_INTRAOP_THREADS": "1", "TF_NUM_INTEROP_THREADS": "1"}
     job.serve({"compile": compile_model, "try_out": try_out})
