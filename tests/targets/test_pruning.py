@@ -79,10 +79,14 @@ def bench(tmp_path: Path) -> Bench:
     return Bench(tmp_path)
 
 
-def seer() -> onnx.ModelProto:
-    """A network that sees the quarter with the bright spot: random convolutions, and a last layer fitted to their outputs."""
+def seer(pads: list[int] | None = None) -> onnx.ModelProto:
+    """A network that sees the quarter with the bright spot: random convolutions, and a last layer fitted to their outputs.
+
+    Args:
+        pads: of the convolutions with a stride; None: even ones.
+    """
     net = Net(1)
-    net.conv(3, 32, stride=2)
+    net.conv(3, 32, stride=2, pads=pads)
     net.relu6()
     shortcut = net.last
     net.conv(32, 32, group=32)
@@ -90,7 +94,7 @@ def seer() -> onnx.ModelProto:
     net.conv(32, 32, 1, pads=[0, 0, 0, 0])
     net.add("Add", shortcut)
     net.add("Relu")
-    net.conv(32, 64, stride=2)
+    net.conv(32, 64, stride=2, pads=pads)
     net.add("Relu")
     net.add("AveragePool", kernel_shape=[4, 4], strides=[4, 4])
     net.add("Reshape", net.constant(np.array([1, 256], np.int64)))
@@ -153,6 +157,14 @@ def test_half_of_the_weights_go_channel_by_channel_and_the_answers_stay(bench: B
     assert bench.report(whole)["pruning"] is None
     if engine == "onnxruntime":
         assert weights(bench.network(result)) <= 0.5 * weights(bench.network(whole))
+
+
+def test_convolutions_with_uneven_pads_as_keras_has_them_lose_channels_too(bench: Bench) -> None:
+    version = bench.version(seer([0, 0, 1, 1]), {"structured": 0.5})
+    result = bench.compile(version)
+    whole = bench.compile(version, pruned=False)
+    assert bench.report(result)["recipe"]["pruned"]
+    assert weights(bench.network(result)) <= 0.5 * weights(bench.network(whole))
 
 
 def test_the_same_inputs_give_the_same_digest_when_everything_is_made_again(bench: Bench) -> None:

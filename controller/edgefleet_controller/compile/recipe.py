@@ -14,7 +14,7 @@ OWN = "edgefleet"  # the quantizer of compile/children, as opposed to a toolchai
 class Recipe(msgspec.Struct, frozen=True, kw_only=True):
     """How to compile.
 
-    ``ranges``: how activation ranges come from calibration (minmax, percentile, mse, entropy). ``weights``: ``full`` 8 bits,
+    ``quantizer``: ours, a toolchain's own by its name, or :data:`TENSORFLOW`, whose converter is asked in float too. ``ranges``: how activation ranges come from calibration (minmax, percentile, mse, entropy). ``weights``: ``full`` 8 bits,
     ``pairs`` 8 bits without neighbours that overflow on x86 before VNNI, ``reduced`` 7 bits. ``granularity``: weight scales per
     ``channel`` or per ``tensor``. ``activations``: ``uint8``, or ``symmetric`` (int8 without a zero point, biases in float). ``scope``: ``all`` operators that the engine has in int8, or ``weighted`` ones only (convolutions
     and matrix products). ``in_float``: nodes that stay in float, by name. ``pruned``: the pruned network that it starts from, by its key

@@ -70,6 +70,10 @@ class Network:
         for node in self._model.graph.node:
             if node.op_type in _PLACES:
                 module = modules.get(self._names[node.output[0]])
+                if isinstance(
+                    module, torch.nn.Sequential
+                ):  # uneven pads (Keras' "same" with stride 2): a pad, then the convolution
+                    module = module[-1]
                 if module is not None and isinstance(getattr(module, "weight", None), torch.Tensor):
                     yield node, module
 
