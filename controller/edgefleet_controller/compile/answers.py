@@ -41,10 +41,10 @@ def lines(outputs: Array, characters: tuple[str, ...]) -> list[str]:
     """Lines of text by greedy CTC: repeats collapse, then blanks go. Spaces stay, but for those at the ends.
 
     Args:
-        outputs: N x steps x classes.
+        outputs: N x steps x classes; a batch of 1 may stand between steps and classes.
     """
     found = []
-    for steps in np.argmax(outputs, axis=-1):
+    for steps in np.argmax(outputs, axis=-1).reshape(len(outputs), -1):
         kept = [int(c) for i, c in enumerate(steps) if c != BLANK and (i == 0 or c != steps[i - 1])]
         found.append("".join(characters[c - 1] for c in kept).strip())
     return found
