@@ -25,6 +25,7 @@ Count = Annotated[int, Field(ge=1)]
 Milliseconds = Annotated[float, Field(gt=0)]
 Seconds = Annotated[float, Field(ge=0)]
 Bytes = Annotated[int, Field(gt=0)]
+Decoder = Literal["yolov3", "yolov5", "yolov8", "yolox", "boxes"]
 
 
 class _Strict(BaseModel):
@@ -209,13 +210,20 @@ class PictureInput(_Strict):
 
 
 class Detection(_Strict):
-    """How outputs become boxes, as the application does it. ``yolov3``: one output per scale, batch x anchors * (5 + classes) x rows x
-    columns, before any sigmoid, with ``anchors`` (width, height in input pixels) and ``masks`` (their numbers) per output.
-    ``boxes``: two outputs, boxes (batch x N x 4: left, top, right, bottom) and scores (batch x N x classes)."""
+    """How outputs become boxes, as the application does it; x before y, width before height, all in pixels of the input.
 
-    decoder: Literal["yolov3", "boxes"]
+    ``yolov3``: one output per scale, batch x anchors * (5 + classes) x rows x columns, before any sigmoid, with ``anchors`` (width, height in
+    pixels) and ``masks`` (their numbers) per output. ``yolov5`` (also v6, v7): one output, batch x N x (5 + classes): centre, sides, objectness,
+    scores. ``yolov8`` (and later): one output, batch x (4 + classes) x N: centre, sides, scores. ``yolox``: as yolov5, in cells of grids of these
+    ``strides``. ``boxes``: two outputs, boxes (batch x N x 4: left, top, right, bottom) and scores (batch x N x classes)."""
+
+    decoder: Decoder
     anchors: list[Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=2, max_length=2)]] = []
     masks: list[list[Annotated[int, Field(ge=0)]]] = []
+    strides: list[Count] = Field(default=[8, 16, 32], description="yolox only")
+    relative: bool = Field(
+        default=False, description="yolov5, yolov8 and boxes: in shares of the input's sides, as TFLite exports have it"
+    )
     threshold: Share = Field(default=0.25, description="least score of a box that the application reports")
     nms_iou: Share = Field(
         default=0.45, description="overlap above which the lesser of two boxes of a class is dropped"
@@ -228,6 +236,8 @@ class Detection(_Strict):
             raise ValueError("decoder yolov3 needs anchors and masks")
         if any(number >= len(self.anchors) for mask in self.masks for number in mask):
             raise ValueError("masks name anchors by their place, from 0")
+        if self.relative and self.decoder in ("yolov3", "yolox"):
+            raise ValueError(f"decoder {self.decoder} has no relative coordinates")
         return self
 
 

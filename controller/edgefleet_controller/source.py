@@ -17,6 +17,7 @@ from edgefleet_shared.errors import ArtifactError, DataError, ModelError
 from safetensors.numpy import save
 
 from edgefleet_controller import network, pictures, sample_sets
+from edgefleet_controller.detection import BoxDecoding, misfit
 from edgefleet_controller.formats import format_of
 from edgefleet_controller.importers import importer
 from edgefleet_controller.manifests import Model, Output, PictureInput, Pruning
@@ -49,17 +50,6 @@ class AcceptanceLimits(msgspec.Struct, frozen=True, kw_only=True):
     tolerance_abs: float
     tolerance_rel: float
     min_golden: int
-
-
-class BoxDecoding(msgspec.Struct, frozen=True, kw_only=True):
-    """How the outputs become boxes (see the Model manifest's ``output.detection``)."""
-
-    decoder: Literal["yolov3", "boxes"]
-    anchors: tuple[tuple[float, float], ...]
-    masks: tuple[tuple[int, ...], ...]
-    threshold: float
-    nms_iou: float
-    match_iou: float
 
 
 class PruningPlan(msgspec.Struct, frozen=True, kw_only=True):
@@ -109,6 +99,16 @@ class ModelVersion(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def digest(self) -> str:
         return digest_of(self.encode())
+
+    @property
+    def input_size(self) -> tuple[int, int]:
+        """Rows and columns of the first input, which is a picture."""
+        return _picture_size(self.inputs[0], self.encoding)
+
+
+def _picture_size(tensor: TensorSpec, encoding: PictureEncoding | None) -> tuple[int, int]:
+    shape = tensor.shape
+    return (shape[2], shape[3]) if encoding is None or encoding.layout == "NCHW" else (shape[1], shape[2])
 
 
 def decode(content: bytes) -> ModelVersion:
@@ -170,7 +170,8 @@ def import_model(
             )
     picture = _picture_input(spec.inputs, inputs, origin)
     labels = _labels(manifest, base, outputs, origin)
-    detection, characters = _detection(spec.output, outputs, origin), _characters(manifest, base, outputs, origin)
+    characters = _characters(manifest, base, outputs, origin)
+    detection = _detection(spec.output, inputs, outputs, sample_sets.encoding(picture), origin)
     progress("reading the network", 1, 1)
 
     splits = []
@@ -290,32 +291,28 @@ def _labels(manifest: Model, base: Path, outputs: tuple[TensorSpec, ...], origin
     return labels
 
 
-def _detection(output: Output, outputs: tuple[TensorSpec, ...], origin: str) -> BoxDecoding | None:
-    """The decoding of boxes, checked against the outputs."""
+def _detection(
+    output: Output,
+    inputs: tuple[TensorSpec, ...],
+    outputs: tuple[TensorSpec, ...],
+    encoding: PictureEncoding | None,
+    origin: str,
+) -> BoxDecoding | None:
+    """The decoding of boxes, checked against inputs and outputs."""
     given = output.detection
     if given is None:
         return None
-    wanted = len(given.masks) if given.decoder == "yolov3" else 2
-    shapes = ", ".join(f"{o.name} {o.shape}" for o in outputs)
-    if len(outputs) != wanted:
-        raise ModelError(f"{origin} has the outputs {shapes}; decoder {given.decoder} as described takes {wanted}")
-    for tensor, mask in zip(outputs, given.masks, strict=False):
-        if given.decoder == "yolov3" and (
-            len(tensor.shape) != 4 or tensor.shape[1] % len(mask) or tensor.shape[1] // len(mask) < 6
-        ):
-            raise ModelError(
-                f"{origin}: output {tensor.name} {tensor.shape} does not hold {len(mask)} anchors of 5 + classes"
-            )
-    if given.decoder == "boxes" and (
-        outputs[0].shape[-1] != 4 or len(outputs[0].shape) != 3 or len(outputs[1].shape) != 3
-    ):
-        raise ModelError(
-            f"{origin} has the outputs {shapes}; expected boxes, batch x N x 4, and scores, batch x N x classes"
-        )
-    return BoxDecoding(
+    if len(inputs[0].shape) != 4:
+        raise ModelError(f"{origin}: input {inputs[0].name} {inputs[0].shape} is no picture to find boxes in")
+    told = BoxDecoding(
         decoder=given.decoder, anchors=tuple((a[0], a[1]) for a in given.anchors), masks=tuple(tuple(mask) for mask in given.masks),
+        strides=tuple(given.strides) if given.decoder == "yolox" else (), relative=given.relative,
         threshold=given.threshold, nms_iou=given.nms_iou, match_iou=given.match_iou,
     )  # fmt: skip
+    if expected := misfit([o.shape for o in outputs], told, _picture_size(inputs[0], encoding)):
+        shapes = ", ".join(f"{o.name} {o.shape}" for o in outputs)
+        raise ModelError(f"{origin} has the outputs {shapes}; decoder {told.decoder} takes {expected}")
+    return told
 
 
 def _characters(manifest: Model, base: Path, outputs: tuple[TensorSpec, ...], origin: str) -> tuple[str, ...]:

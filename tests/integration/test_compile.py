@@ -445,6 +445,32 @@ def test_a_detector_compiles_and_is_judged_by_its_boxes(bench: Bench) -> None:
     assert config.contract.kind == "raw"
 
 
+@pytest.mark.parametrize("engine", ["onnxruntime", "tflite", "openvino"])
+def test_a_recogniser_whose_answers_put_their_steps_first_is_judged_line_by_line(bench: Bench, engine: str) -> None:
+    """Steps x batch x classes, as PyTorch's recurrent networks have it: the first axis is no batch."""
+    net = Net(3)
+    net.conv(3, 16, stride=4)
+    net.add("Relu")
+    net.conv(16, 5, stride=2)
+    net.add("Reshape", net.constant(np.array([1, 5, 16], np.int64)))
+    net.add("Transpose", perm=[2, 0, 1])
+    (bench.folder / "characters.txt").write_text("a\nb\nc\n")
+    manifest = project(
+        bench.folder, net.model([16, 1, 5]),
+        output={"kind": "text", "text": {"characters": "characters.txt"}}, acceptance={"tolerance_abs": 0.5},
+    )  # fmt: skip
+    version = bench.version(manifest)
+    result = bench.compile(
+        version, class_here(engine, search={"effort": "fixed", "prefer": "size"}, accuracy={"min_agreement": 0.3})
+    )
+    assert result.figures.samples == version.holdout.count
+    content = bench.layout.read(
+        bench.layout.manifest(result.artifact.digest).layer(artifact.GOLDEN_LAYER).digest, 10**8
+    )
+    _, references = golden.unpack(content, version.encoding)
+    assert references["scores"].shape == (version.golden.count, 16, 1, 5)
+
+
 def test_a_network_with_masks_of_minus_infinity_is_calibrated_all_the_same(bench: Bench) -> None:
     net = Net()
     net.conv(3, 16, stride=4)

@@ -160,6 +160,13 @@ class Runtime:
     def status(self) -> StatusReport:
         return self.client.status()
 
+    def gauge(self, name: str) -> float:
+        """A gauge of the whole runtime, from ``/metrics``; the question's own connection is counted where that matters."""
+        text = self.get("/metrics")[1].decode()
+        return float(
+            next(line for line in text.splitlines() if line.startswith(f"edgefleet_runtime_{name} ")).split()[1]
+        )
+
     def version(self, number: str) -> Any:
         return next(v for v in self.status().versions if v.version == number)
 

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from edgefleet_controller.compile import answers
 from edgefleet_controller.compile.quality import compare, unlike, vacuous
-from edgefleet_controller.source import AcceptanceLimits, BoxDecoding, ModelVersion, Split
+from edgefleet_controller.detection import BoxDecoding
+from edgefleet_controller.source import AcceptanceLimits, ModelVersion, Split
 from edgefleet_shared.contract import TensorSpec
 
 SPLIT = Split("sha256:" + "0" * 64, 2)

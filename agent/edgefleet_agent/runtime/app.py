@@ -97,7 +97,7 @@ async def serve(state: Path, address: tuple[str, int] | None, socket_path: Path,
     server = Server(front)
 
     switchboard.expect(_serving(state))
-    servers = [await serve_control(bind_unix(control.socket_path(state), 0o600), switchboard)]
+    servers: list[asyncio.AbstractServer] = []
     where = []
     for listener in _listeners(address, socket_path):
         listener.setblocking(False)
@@ -109,6 +109,8 @@ async def serve(state: Path, address: tuple[str, int] | None, socket_path: Path,
         host, port = listener.getsockname()[:2]
         atomic.write(state / "run" / "http.addr", f"{host}:{port}\n".encode())
         where.append(f"http://{host}:{port}")
+    # Last, so that whoever reaches the runtime there knows that its clients do.
+    servers.append(await serve_control(bind_unix(control.socket_path(state), 0o600), switchboard))
     # What is here now stays; the collector need not look at it again in the middle of a request.
     gc.collect()
     gc.freeze()
@@ -119,12 +121,14 @@ async def serve(state: Path, address: tuple[str, int] | None, socket_path: Path,
     ticking = loop.create_task(_tick(switchboard, server, regions))
     await stop.wait()
 
+    log.info("stopping")
     notify.stopping()
-    ticking.cancel()
     starting.cancel()
     for listening in servers:
         listening.close()
-    server.close()
+    if switchboard.ready:  # else nobody would answer
+        await server.close(DRAIN_LIMIT_S)
+    ticking.cancel()
     try:
         await asyncio.wait_for(switchboard.close(), DRAIN_LIMIT_S)
     except asyncio.TimeoutError:

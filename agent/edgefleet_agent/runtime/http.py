@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-import zlib
 from collections import deque
 from functools import lru_cache
 from http import HTTPStatus
@@ -19,7 +18,8 @@ from typing import Any, Protocol, cast
 
 from edgefleet_agent.runtime import head as heads
 from edgefleet_agent.runtime.answer import error_body
-from edgefleet_agent.runtime.head import MAX_BODY_BYTES, MAX_HEADER_BYTES, MAX_URL_BYTES, Head, Refused
+from edgefleet_agent.runtime.content_encoding import decompress
+from edgefleet_agent.runtime.head import MAX_HEADER_BYTES, MAX_URL_BYTES, Head, Refused
 from edgefleet_agent.runtime.peer import Peer
 
 MAX_HELD_BYTES = 256 * 1024 * 1024  # all bodies of all connections
@@ -27,6 +27,8 @@ MAX_PIPELINED = 16
 MAX_CONNECTIONS = 1024
 REQUEST_LIMIT_S = 30.0  # from a request's first byte to its last
 LINGER_S = 2.0  # how long a client that was hung up on may go on sending: a reset would take its last answer away
+LAST_CALL_S = 0.3  # how long a client that was let in may stay silent when the server ends
+LOOK_S = 0.01  # how often a server that ends looks whether its clients are gone
 FIRST_READ_BYTES = 2 * 1024  # enough for a head and a small body; what is beyond goes where the body belongs
 
 JSON = b"application/json"
@@ -79,6 +81,7 @@ class Server:
         self.connections: set[Connection] = set()
         self.held_bytes = 0
         self.refused = 0
+        self.ending = False  # every answer is its connection's last
         # The loop asks for a buffer and says how much it put there without anything in between, so one serves them all.
         self.first_read = memoryview(bytearray(FIRST_READ_BYTES))
 
@@ -91,10 +94,22 @@ class Server:
         for connection in list(self.connections):
             connection.check_time(now)
 
-    def close(self) -> None:
-        """Close idle connections; the others close after their answer."""
+    async def close(self, limit_s: float) -> None:
+        """End every connection: a request that is there or on its way is answered, a client that is silent is not waited for.
+
+        Call when nobody listens any more; connections that were accepted just before still arrive and are heard.
+        """
+        now = began = time.monotonic()
+        self.ending = True
         for connection in list(self.connections):
-            connection.finish()
+            connection.last_call(began)
+        while (self.connections and now - began < limit_s) or now - began < LOOK_S:
+            await asyncio.sleep(LOOK_S)
+            now = time.monotonic()
+            for connection in list(self.connections):
+                connection.check_time(now)
+        for connection in list(self.connections):
+            connection.abandon()
 
 
 class Connection(asyncio.BufferedProtocol):
@@ -112,6 +127,7 @@ class Connection(asyncio.BufferedProtocol):
         self._paused_writing = False
         self._request_began = 0.0
         self._hung_up = 0.0
+        self._called = 0.0  # when its last call began
         self._last_raw, self._last_head = b"", Head()
         self._pending = b""  # a head that is not whole yet
         self._head: Head | None = None  # of the request whose body is coming
@@ -130,6 +146,8 @@ class Connection(asyncio.BufferedProtocol):
         self._server.connections.add(self)
         if len(self._server.connections) > MAX_CONNECTIONS:
             self._refuse(503, f"more than {MAX_CONNECTIONS} connections")
+        if self._server.ending:
+            self.last_call(time.monotonic())
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._server.connections.discard(self)
@@ -225,6 +243,8 @@ class Connection(asyncio.BufferedProtocol):
             return data
         if len(data) >= length:
             self._hold(length)
+            if len(data) == length:
+                self._request_began = 0.0  # nothing of another one is there
             self._complete(head, data[:length], None)
             return data[length:]
         self._head = head
@@ -288,7 +308,7 @@ class Connection(asyncio.BufferedProtocol):
         self._answered = request
         if request.head.encoding is not None:
             try:
-                request.body = _decompress(request.body, request.head.encoding)
+                request.body = decompress(request.body, request.head.encoding)
             except Refused as exc:
                 self._reply(exc.status, error_body(str(exc)), JSON)
                 return
@@ -304,9 +324,10 @@ class Connection(asyncio.BufferedProtocol):
         if self._transport is None or self._transport.is_closing():
             return
         head = request.head
-        self._write(
-            status, body, content_type, header_length, head.keep_alive and not self._closing, head.method != "HEAD"
-        )
+        if self._server.ending and not self._waiting and not self._request_began:
+            self._closing = True
+        keep_alive = head.keep_alive and not (self._closing and not self._waiting)
+        self._write(status, body, content_type, header_length, keep_alive, head.method != "HEAD")
         if not head.keep_alive:
             self._closing = True
             self._forget_waiting()
@@ -367,17 +388,23 @@ class Connection(asyncio.BufferedProtocol):
             self._transport.resume_reading()
 
     def check_time(self, now: float) -> None:
-        if self._hung_up and now - self._hung_up > LINGER_S and self._transport is not None:
-            self._transport.close()
+        if self._hung_up and now - self._hung_up > (LAST_CALL_S if self._called else LINGER_S):
+            self.abandon()
         if self._request_began and now - self._request_began > REQUEST_LIMIT_S and not self._paused_reading:
             self._refuse(408, f"the request did not arrive within {REQUEST_LIMIT_S:g} s")
+        silent = self._answered is None and not self._waiting and not self._request_began
+        if self._called and now - self._called > LAST_CALL_S and silent:
+            self._closing = True
+            self._next()
 
-    def finish(self) -> None:
-        """The server ends: close when what was taken is answered."""
-        self._closing = self._heard_all = True
-        if self._hung_up and self._transport is not None:
+    def last_call(self, now: float) -> None:
+        """The server ends: what is asked until :data:`LAST_CALL_S` from now is answered still."""
+        self._called = now
+
+    def abandon(self) -> None:
+        """Close, whatever the client may still want."""
+        if self._transport is not None:
             self._transport.close()
-        self._next()
 
 
 @lru_cache(64)
@@ -386,24 +413,6 @@ def _answer_head(status: int, content_type: bytes, header_length: int | None, ke
     close = b"" if keep_alive else b"Connection: close\r\n"
     fixed = b"%sContent-Type: %s\r\n%s%s" % (_STATUS_LINES[status], content_type, extra, close)
     return b"%sContent-Length: %d\r\n\r\n" % (fixed, length)
-
-
-def _decompress(body: bytes | bytearray | memoryview, encoding: str) -> bytes | bytearray | memoryview:
-    """gzip or deflate (RFC 9110, 8.4.1), bounded: a small body may claim to be a large one."""
-    if encoding == "identity":
-        return body
-    if encoding not in ("gzip", "deflate"):
-        raise Refused(415, "Content-Encoding must be gzip or deflate")
-    machine = zlib.decompressobj(wbits=31 if encoding == "gzip" else 15)
-    try:
-        plain = machine.decompress(body, MAX_BODY_BYTES)
-    except zlib.error as exc:
-        raise Refused(400, f"the body is not {encoding}: {exc}") from exc
-    if machine.unconsumed_tail:
-        raise Refused(413, f"the body unpacks to more than {MAX_BODY_BYTES} bytes")
-    if not machine.eof:
-        raise Refused(400, f"the {encoding} body is cut off")
-    return plain
 
 
 _STATUS_LINES = {status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n".encode() for status in HTTPStatus}

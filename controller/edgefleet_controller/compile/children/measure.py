@@ -44,14 +44,20 @@ class SampleFile:
 
 
 def run_all(run: Run, samples: SampleFile, progress: Progress, what: str) -> dict[str, Array]:
-    """Every sample through the model; outputs by name, float32, first axis N."""
+    """Every sample through the model; outputs by name, float32, first axis N.
+
+    An output whose own first axis is no batch of 1 (a recurrent network's steps) gets that axis before it.
+    """
     rows: dict[str, list[Array]] = {}
     for index in range(len(samples)):
         progress(what, index, len(samples))
         for name, value in run(samples[index]).items():
             rows.setdefault(name, []).append(np.asarray(value, np.float32))
     progress(what, len(samples), len(samples))
-    return {name: np.concatenate(values) for name, values in rows.items()}
+    return {
+        name: np.concatenate(values) if values[0].shape[:1] == (1,) else np.stack(values)
+        for name, values in rows.items()
+    }
 
 
 def _peak_bytes() -> int:

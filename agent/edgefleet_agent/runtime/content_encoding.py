@@ -1,0 +1,29 @@
+"""Bodies that clients pack: receives a body and the name of its coding, hands on the plain body, bounded in size."""
+
+from __future__ import annotations
+
+import zlib
+
+from edgefleet_agent.runtime.head import MAX_BODY_BYTES, Refused
+
+
+def decompress(body: bytes | bytearray | memoryview, encoding: str) -> bytes | bytearray | memoryview:
+    """gzip or deflate (RFC 9110, 8.4.1), bounded: a small body may claim to be a large one.
+
+    Raises:
+        Refused: another coding, not of this coding, cut off, or more than :data:`MAX_BODY_BYTES`.
+    """
+    if encoding == "identity":
+        return body
+    if encoding not in ("gzip", "deflate"):
+        raise Refused(415, "Content-Encoding must be gzip or deflate")
+    machine = zlib.decompressobj(wbits=31 if encoding == "gzip" else 15)
+    try:
+        plain = machine.decompress(body, MAX_BODY_BYTES)
+    except zlib.error as exc:
+        raise Refused(400, f"the body is not {encoding}: {exc}") from exc
+    if machine.unconsumed_tail:
+        raise Refused(413, f"the body unpacks to more than {MAX_BODY_BYTES} bytes")
+    if not machine.eof:
+        raise Refused(400, f"the {encoding} body is cut off")
+    return plain

@@ -1,0 +1,185 @@
+"""Heads of detectors: receives a detector's raw outputs, hands on boxes and scores as the application reads them. Pure.
+
+One entry of :data:`HEADS` per decoder: what outputs it takes, and how they become corners and scores. Sources: YOLOv3, Redmon 2018, section 2;
+YOLOX, Ge 2021, and its demo's ``demo_postprocess``; YOLOv5 and YOLOv8, the outputs that Ultralytics' export writes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from edgefleet_controller.manifests import Decoder
+
+Array = npt.NDArray[Any]
+Size = tuple[int, int]
+"""Rows and columns of the input."""
+
+
+class BoxDecoding(msgspec.Struct, frozen=True, kw_only=True):
+    """How the outputs become boxes (see the Model manifest's ``output.detection``)."""
+
+    decoder: Decoder
+    anchors: tuple[tuple[float, float], ...] = ()
+    masks: tuple[tuple[int, ...], ...] = ()
+    strides: tuple[int, ...] = ()
+    relative: bool = False
+    threshold: float
+    nms_iou: float
+    match_iou: float
+
+
+class Head(NamedTuple):
+    """A kind of head.
+
+    Attributes:
+        expected: the outputs that it takes, in words.
+        fits: whether outputs of these shapes, for an input of this size, are such.
+        decode: (N x 4 corners in pixels of the input, N x classes scores) of one picture's outputs, batch axis gone.
+    """
+
+    expected: Callable[[BoxDecoding], str]
+    fits: Callable[[list[tuple[int, ...]], BoxDecoding, Size], bool]
+    decode: Callable[[Sequence[Array], BoxDecoding, Size], tuple[Array, Array]]
+
+
+def decoded(outputs: Sequence[Array], told: BoxDecoding, size: Size) -> tuple[Array, Array]:
+    """(N x 4 corners, left, top, right, bottom, in pixels of the input; N x classes scores) of one picture.
+
+    Args:
+        outputs: in the network's order, without their batch axis; float64, finite.
+    """
+    corners, scores = HEADS[told.decoder].decode(outputs, told, size)
+    return (corners * (size[1], size[0], size[1], size[0]) if told.relative else corners), scores
+
+
+def misfit(shapes: list[tuple[int, ...]], told: BoxDecoding, size: Size) -> str:
+    """What outputs the decoder takes, where these are others; empty where they fit.
+
+    Args:
+        shapes: of the outputs, with their batch axis.
+    """
+    head = HEADS[told.decoder]
+    return "" if head.fits(shapes, told, size) else head.expected(told)
+
+
+# --- YOLOv3: one output per scale, a grid of logits
+
+
+def _yolov3_fits(shapes: list[tuple[int, ...]], told: BoxDecoding, size: Size) -> bool:
+    return len(shapes) == len(told.masks) and all(
+        len(shape) == 4 and shape[1] % len(mask) == 0 and shape[1] // len(mask) >= 6
+        for shape, mask in zip(shapes, told.masks, strict=True)
+    )
+
+
+def _yolov3(outputs: Sequence[Array], told: BoxDecoding, size: Size) -> tuple[Array, Array]:
+    corners, scores = [], []
+    for output, mask in zip(outputs, told.masks, strict=True):
+        rows, columns = output.shape[1:]
+        head = output.reshape(len(mask), -1, rows, columns)
+        y, x = np.mgrid[:rows, :columns]
+        anchors = np.array([told.anchors[number] for number in mask])
+        cx = (_sigmoid(head[:, 0]) + x) / columns * size[1]
+        cy = (_sigmoid(head[:, 1]) + y) / rows * size[0]
+        w, h = (np.exp(np.clip(head[:, 2 + i], -10, 10)) * anchors[:, i, None, None] for i in (0, 1))
+        corners.append(_corners(np.stack([cx, cy, w, h], axis=-1).reshape(-1, 4)))
+        likely = _sigmoid(head[:, 4:5]) * _sigmoid(head[:, 5:])
+        scores.append(likely.transpose(0, 2, 3, 1).reshape(-1, head.shape[1] - 5))
+    return np.concatenate(corners), np.concatenate(scores)
+
+
+# --- one output, a row per candidate
+
+
+def _rows_fit(shapes: list[tuple[int, ...]], told: BoxDecoding, size: Size) -> bool:
+    return len(shapes) == 1 and len(shapes[0]) == 3 and shapes[0][2] >= 6
+
+
+def _yolov5(outputs: Sequence[Array], told: BoxDecoding, size: Size) -> tuple[Array, Array]:
+    rows = outputs[0]
+    return _corners(rows[:, :4]), rows[:, 4:5] * rows[:, 5:]
+
+
+def _yolov8_fits(shapes: list[tuple[int, ...]], told: BoxDecoding, size: Size) -> bool:
+    # There are far more candidates than classes: an output the other way round is one that was transposed.
+    return len(shapes) == 1 and len(shapes[0]) == 3 and 5 <= shapes[0][1] < shapes[0][2]
+
+
+def _yolov8(outputs: Sequence[Array], told: BoxDecoding, size: Size) -> tuple[Array, Array]:
+    rows = outputs[0].T
+    return _corners(rows[:, :4]), rows[:, 4:]
+
+
+def _yolox_fits(shapes: list[tuple[int, ...]], told: BoxDecoding, size: Size) -> bool:
+    cells = sum((size[0] // stride) * (size[1] // stride) for stride in told.strides)
+    return _rows_fit(shapes, told, size) and shapes[0][1] == cells
+
+
+def _yolox(outputs: Sequence[Array], told: BoxDecoding, size: Size) -> tuple[Array, Array]:
+    rows, cells, strides = outputs[0], [], []
+    for stride in told.strides:
+        y, x = np.mgrid[: size[0] // stride, : size[1] // stride]
+        cells.append(np.stack([x.ravel(), y.ravel()], axis=1))
+        strides.append(np.full((x.size, 1), stride))
+    grid, scale = np.concatenate(cells), np.concatenate(strides)
+    middle, sides = (rows[:, :2] + grid) * scale, np.exp(np.clip(rows[:, 2:4], -10, 10)) * scale
+    return _corners(np.concatenate([middle, sides], axis=1)), rows[:, 4:5] * rows[:, 5:]
+
+
+# --- two outputs: boxes that are decoded already, and scores
+
+
+def _boxes_fit(shapes: list[tuple[int, ...]], told: BoxDecoding, size: Size) -> bool:
+    return (
+        len(shapes) == 2
+        and [len(shape) for shape in shapes] == [3, 3]
+        and (shapes[0][2], shapes[0][1]) == (4, shapes[1][1])
+    )
+
+
+def _boxes(outputs: Sequence[Array], told: BoxDecoding, size: Size) -> tuple[Array, Array]:
+    return outputs[0], outputs[1]
+
+
+HEADS: dict[Decoder, Head] = {
+    "yolov3": Head(
+        lambda told: (
+            "one output per mask, batch x anchors * (5 + classes) x rows x columns; here "
+            + ", ".join(f"{len(mask)} anchors" for mask in told.masks)
+        ),
+        _yolov3_fits,
+        _yolov3,
+    ),
+    "yolov5": Head(lambda told: "one output, batch x N x (5 + classes)", _rows_fit, _yolov5),
+    "yolov8": Head(
+        lambda told: "one output, batch x (4 + classes) x N, N the larger one (more columns than rows)",
+        _yolov8_fits,
+        _yolov8,
+    ),
+    "yolox": Head(
+        lambda told: (
+            f"one output, batch x N x (5 + classes), with N the cells of the strides {', '.join(map(str, told.strides))}"
+        ),
+        _yolox_fits,
+        _yolox,
+    ),
+    "boxes": Head(
+        lambda told: "two outputs, boxes, batch x N x 4, and scores, batch x N x classes", _boxes_fit, _boxes
+    ),
+}
+
+
+def _corners(boxes: Array) -> Array:
+    """N x 4 of centre and sides (x, y, width, height) as left, top, right, bottom."""
+    found: Array = np.concatenate([boxes[:, :2] - boxes[:, 2:] / 2, boxes[:, :2] + boxes[:, 2:] / 2], axis=1)
+    return found
+
+
+def _sigmoid(x: Array) -> Array:
+    found: Array = 1 / (1 + np.exp(-np.clip(x, -50, 50)))
+    return found

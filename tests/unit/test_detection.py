@@ -1,0 +1,80 @@
+"""Heads of detectors: what their outputs mean, and which outputs they take."""
+
+from __future__ import annotations
+
+from typing import Any, get_args
+
+import numpy as np
+import pytest
+from edgefleet_controller import detection
+from edgefleet_controller.detection import BoxDecoding
+from edgefleet_controller.manifests import Decoder
+
+SIZE = (64, 32)  # rows, columns
+CORNERS = [10.0, 20.0, 16.0, 28.0]
+CENTRE = [13.0, 24.0, 6.0, 8.0]
+
+
+def told(decoder: Any, **more: Any) -> BoxDecoding:
+    more = {"threshold": 0.25, "nms_iou": 0.45, "match_iou": 0.5} | more
+    return BoxDecoding(decoder=decoder, **more)
+
+
+def test_every_decoder_of_a_manifest_is_there() -> None:
+    assert detection.HEADS.keys() == set(get_args(Decoder))
+
+
+@pytest.mark.parametrize(
+    ("head", "output"),
+    [
+        (told("yolov5"), [[*CENTRE, 0.5, 0.2, 0.8]]),
+        (told("yolov8"), np.transpose([[*CENTRE, 0.1, 0.4]])),
+        (told("yolov5", relative=True), [[*np.divide(CENTRE, [32, 64, 32, 64]), 0.5, 0.2, 0.8]]),
+        (told("yolov8", relative=True), np.transpose([[*np.divide(CENTRE, [32, 64, 32, 64]), 0.1, 0.4]])),
+    ],
+)
+def test_one_row_for_each_candidate(head: BoxDecoding, output: Any) -> None:
+    corners, scores = detection.decoded([np.array(output)], head, SIZE)
+    assert corners == pytest.approx(np.array([CORNERS]))
+    assert scores == pytest.approx(np.array([[0.1, 0.4]]))
+
+
+def test_yolox_counts_in_cells_of_its_grids_one_stride_after_the_other() -> None:
+    head = told("yolox", strides=(16, 32))
+    rows = np.zeros((4 * 2 + 2 * 1, 7))
+    rows[:, 4:] = [0.5, 0.2, 0.8]
+    rows[5, :4] = [0.25, 0.5, np.log(2), np.log(3)]  # stride 16, row 2, column 1
+    rows[9, :4] = [0.5, 0.5, 0, 0]  # stride 32, row 1, column 0
+    corners, scores = detection.decoded([rows], head, SIZE)
+    assert corners[5] == pytest.approx([20 - 16, 40 - 24, 20 + 16, 40 + 24])
+    assert corners[9] == pytest.approx([0, 32, 32, 64])
+    assert scores == pytest.approx(np.tile([0.1, 0.4], (10, 1)))
+
+
+def test_boxes_in_shares_of_the_inputs_sides() -> None:
+    boxes, scores = np.array([[0.5, 0.25, 1.0, 0.5]]), np.array([[0.9]])
+    corners, kept = detection.decoded([boxes, scores], told("boxes", relative=True), SIZE)
+    assert corners.tolist() == [[16, 16, 32, 32]]
+    assert kept is scores
+
+
+@pytest.mark.parametrize(
+    ("head", "shapes", "words"),
+    [
+        (told("yolov5"), [(1, 25200, 85)], ""),
+        (told("yolov5"), [(1, 85, 25200), (1, 85)], "batch x N x (5 + classes)"),
+        (told("yolov8"), [(1, 84, 8400)], ""),
+        (told("yolov8"), [(1, 8400, 84)], "more columns than rows"),
+        (told("yolov8"), [(1, 84, 80, 80), (1, 84, 40, 40)], "one output"),
+        (told("yolox", strides=(8, 16, 32)), [(1, 32 + 8 + 2, 6)], ""),
+        (told("yolox", strides=(8, 16)), [(1, 32 + 8 + 2, 6)], "the strides 8, 16"),
+        (told("boxes"), [(1, 100, 4), (1, 100, 3)], ""),
+        (told("boxes"), [(1, 100, 4), (1, 99, 3)], "two outputs"),
+        (told("yolov3", masks=((0,),), anchors=((1.0, 1.0),)), [(1, 7, 4, 4)], ""),
+        (told("yolov3", masks=((0, 1),), anchors=((1.0, 1.0),) * 2), [(1, 9, 4, 4)], "here 2 anchors"),
+    ],
+)
+def test_other_outputs_are_told_from_those_that_a_head_takes(head: BoxDecoding, shapes: Any, words: str) -> None:
+    found = detection.misfit(shapes, head, SIZE)
+    assert words in found
+    assert bool(words) == bool(found)
