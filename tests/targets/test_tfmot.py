@@ -161,7 +161,7 @@ def test_pruning_that_costs_too_much_is_tuned_once_more_and_then_stops(made: Pat
         ("operator.keras", {"unstructured": 0.5}, r"Multiply \(layer 'multiply.*'\) is missing there"),
         ("meaning.keras", {"unstructured": 0.5}, "rebuilt in tf_keras this network answers otherwise"),
         ("net.saved", {"unstructured": 0.5}, "a SavedModel is a graph without layers"),
-        ("operator.keras", {"structured": 0.3}, "tfmot zeros single weights only"),
+        ("net.keras", {"structured": 0.3}, "tfmot zeros single weights only"),
     ],
 )
 def test_what_tfmot_cant_prune_is_told_plainly_and_costs_itself_alone(
