@@ -27,19 +27,24 @@ def measure(
     statistics: Statistics,
     feeds: list[dict[str, Array]],
     recipe: dict[str, Any],
+    parts: list[dict[str, Any]],
     progress: job.Progress,
 ) -> list[dict[str, Any]]:
-    """One entry per unit, in order of the network: ``nodes``, ``kind``, ``noise`` (power that it puts on the outputs, relative to theirs),
-    ``weight_bytes`` (that stay when it stays float)."""
+    """One entry per unit, in order of the network: ``nodes``, ``kind``, ``noise`` (power that it puts on that part of the outputs where it is the
+    most, relative to the part's), ``weight_bytes`` (that stay when it stays float).
+
+    Args:
+        parts: each the name of an ``output``, or of it what lies on ``axis`` from ``begin`` to ``end``.
+    """
     units = _units(model)
-    references = _outputs(model, feeds)
-    power = [float(np.sum(value.astype(np.float64) ** 2)) or 1.0 for value in references]
+    references = _parts(_outputs(model, feeds), parts)
+    power = [float(np.sum(value**2)) or 1.0 for value in references]
     constants = {i.name: i for i in model.graph.initializer}
     found = []
     for number, (kind, nodes) in enumerate(units):
         progress("sensitivity of layers", number, len(units))
-        outputs = _outputs(_only(model, nodes, statistics, recipe), feeds)
-        noise = [float(np.sum((a.astype(np.float64) - b) ** 2)) for a, b in zip(outputs, references, strict=True)]
+        outputs = _parts(_outputs(_only(model, nodes, statistics, recipe), feeds), parts)
+        noise = [float(np.sum((a - b) ** 2)) for a, b in zip(outputs, references, strict=True)]
         relative = max(n / p for n, p in zip(noise, power, strict=True))
         size = sum(
             4 * int(np.prod(constants[name].dims)) for node in nodes for name in node.input[1:2] if name in constants
@@ -131,7 +136,18 @@ class _Rounder:
             )
 
 
-def _outputs(model: onnx.ModelProto, feeds: list[dict[str, Array]]) -> list[Array]:
+def _parts(outputs: dict[str, list[Array]], parts: list[dict[str, Any]]) -> list[Array]:
+    """Each part's values over all samples, in one row, float64."""
+    found = []
+    for part in parts:
+        axis = part.get("axis", 0)
+        place = (slice(None),) * axis + (slice(part.get("begin"), part.get("end")),)
+        found.append(np.concatenate([sample[place].astype(np.float64).ravel() for sample in outputs[part["output"]]]))
+    return found
+
+
+def _outputs(model: onnx.ModelProto, feeds: list[dict[str, Array]]) -> dict[str, list[Array]]:
+    """What the network answers to each sample, by output."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1
     options.log_severity_level = 3
@@ -139,4 +155,4 @@ def _outputs(model: onnx.ModelProto, feeds: list[dict[str, Array]]) -> list[Arra
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
     session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     rows = [session.run(None, feed) for feed in feeds]
-    return [np.concatenate([np.asarray(row[i], np.float32) for row in rows]) for i in range(len(rows[0]))]
+    return {output.name: [np.asarray(row[i]) for row in rows] for i, output in enumerate(model.graph.output)}
