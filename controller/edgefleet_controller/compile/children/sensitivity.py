@@ -3,7 +3,7 @@
 Each unit is quantized alone, everything else stays float, and the noise that this puts on the outputs is its own (Wu et al. 2020,
 "Integer quantization for deep learning inference", section 6). Noise powers of independent layers add up, so that leaving a set
 of units in float removes about the sum of theirs. A unit is one weighted operator, or all operators of one other kind together: softmax
-and the like stand or fall as a kind.
+and the like stand or fall as a kind, unless the kind is among the noisiest: then it is looked at one by one, for it may be one of them.
 """
 
 from __future__ import annotations
@@ -21,6 +21,9 @@ from .measure import Array
 from .statistics import Statistics
 from .weights import LEVELS, PASSIVE, WEIGHTED, axis_of, channel_scales, groups_of, rounded
 
+SPLIT_SHARE = 0.02  # of all noise, from which a kind is split into its operators
+MOST_SPLIT = 80  # operators of a kind that are looked at one by one
+
 
 def measure(
     model: onnx.ModelProto,
@@ -36,23 +39,33 @@ def measure(
     Args:
         parts: each the name of an ``output``, or of it what lies on ``axis`` from ``begin`` to ``end``.
     """
-    units = _units(model)
     references = _parts(_outputs(model, feeds), parts)
     power = [float(np.sum(value**2)) or 1.0 for value in references]
     constants = {i.name: i for i in model.graph.initializer}
-    found = []
-    for number, (kind, nodes) in enumerate(units):
-        progress("sensitivity of layers", number, len(units))
+
+    def unit(kind: str, nodes: Sequence[onnx.NodeProto]) -> dict[str, Any]:
         outputs = _parts(_outputs(_only(model, nodes, statistics, recipe), feeds), parts)
         noise = [float(np.sum((a - b) ** 2)) for a, b in zip(outputs, references, strict=True)]
         relative = max(n / p for n, p in zip(noise, power, strict=True))
         size = sum(
             4 * int(np.prod(constants[name].dims)) for node in nodes for name in node.input[1:2] if name in constants
         )
-        found.append({
+        return {
             "nodes": [node.name for node in nodes], "kind": kind, "weight_bytes": size if kind in WEIGHTED else 0,
             "noise": relative if np.isfinite(relative) else 1e9,
-        })  # fmt: skip
+        }  # fmt: skip
+
+    units = _units(model)
+    found = []
+    for number, (kind, nodes) in enumerate(units):
+        progress("sensitivity of layers", number, len(units))
+        found.append(unit(kind, nodes))
+    loud = SPLIT_SHARE * sum(one["noise"] for one in found)
+    for whole, (kind, nodes) in list(zip(found, units, strict=True)):
+        if 1 < len(nodes) <= MOST_SPLIT and whole["noise"] >= loud:
+            progress(f"sensitivity of every {kind}", len(units), len(units))
+            found.remove(whole)
+            found += [unit(kind, [node]) for node in nodes]
     progress("sensitivity of layers", len(units), len(units))
     return found
 
