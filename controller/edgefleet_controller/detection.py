@@ -33,6 +33,15 @@ class BoxDecoding(msgspec.Struct, frozen=True, kw_only=True):
     match_iou: float
 
 
+class Part(NamedTuple):
+    """Values of one meaning within an output: from ``begin`` to ``end`` on ``axis``, counting the batch axis; the rest is other things."""
+
+    title: str
+    axis: int
+    begin: int
+    end: int | None
+
+
 class Head(NamedTuple):
     """A kind of head.
 
@@ -40,11 +49,13 @@ class Head(NamedTuple):
         expected: the outputs that it takes, in words.
         fits: whether outputs of these shapes, for an input of this size, are such.
         decode: (N x 4 corners in pixels of the input, N x classes scores) of one picture's outputs, batch axis gone.
+        parts: where one output holds values of several scales: hundreds of pixels would drown the noise of scores below 1.
     """
 
     expected: Callable[[BoxDecoding], str]
     fits: Callable[[list[tuple[int, ...]], BoxDecoding, Size], bool]
     decode: Callable[[Sequence[Array], BoxDecoding, Size], tuple[Array, Array]]
+    parts: tuple[Part, ...] = ()
 
 
 def decoded(outputs: Sequence[Array], told: BoxDecoding, size: Size) -> tuple[Array, Array]:
@@ -146,6 +157,7 @@ def _boxes(outputs: Sequence[Array], told: BoxDecoding, size: Size) -> tuple[Arr
     return outputs[0], outputs[1]
 
 
+_ROWS = (Part("boxes", 2, 0, 4), Part("objectness", 2, 4, 5), Part("scores", 2, 5, None))
 HEADS: dict[Decoder, Head] = {
     "yolov3": Head(
         lambda told: (
@@ -155,11 +167,12 @@ HEADS: dict[Decoder, Head] = {
         _yolov3_fits,
         _yolov3,
     ),
-    "yolov5": Head(lambda told: "one output, batch x N x (5 + classes)", _rows_fit, _yolov5),
+    "yolov5": Head(lambda told: "one output, batch x N x (5 + classes)", _rows_fit, _yolov5, _ROWS),
     "yolov8": Head(
         lambda told: "one output, batch x (4 + classes) x N, N the larger one (more columns than rows)",
         _yolov8_fits,
         _yolov8,
+        (Part("boxes", 1, 0, 4), Part("scores", 1, 4, None)),
     ),
     "yolox": Head(
         lambda told: (
@@ -167,6 +180,7 @@ HEADS: dict[Decoder, Head] = {
         ),
         _yolox_fits,
         _yolox,
+        _ROWS,
     ),
     "boxes": Head(
         lambda told: "two outputs, boxes, batch x N x 4, and scores, batch x N x classes", _boxes_fit, _boxes

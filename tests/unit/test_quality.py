@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from edgefleet_controller.compile.packing import contract
 from edgefleet_controller.compile.port import Figures, chosen_options, target_named
-from edgefleet_controller.compile.quality import compare, misses, wilson
+from edgefleet_controller.compile.quality import EXACT_DB, compare, misses, wilson
 from edgefleet_controller.compile.recipe import Recipe
+from edgefleet_controller.detection import BoxDecoding
 from edgefleet_controller.source import AcceptanceLimits, ModelVersion, Split
 from edgefleet_shared.contract import BuildBudget, TensorSpec
 from edgefleet_shared.errors import ManifestError, ToolchainError
@@ -140,3 +141,24 @@ def test_the_models_options_for_a_target_win_over_the_class() -> None:
 def test_an_option_that_a_target_would_ignore_is_refused(options: dict[str, Any], words: str) -> None:
     with pytest.raises(ManifestError, match=words):
         chosen_options("tflite", device_class(options=options).spec, version(), {"float_first": 0})
+
+
+def test_noise_of_scores_does_not_drown_in_pixels() -> None:
+    """A head of one output: boxes to hundreds of pixels, scores below 1."""
+    told = BoxDecoding(decoder="yolov8", threshold=0.25, nms_iou=0.45, match_iou=0.5)
+    inputs, outputs = (TensorSpec("x", "FP32", (1, 3, 64, 64)),), (TensorSpec("head", "FP32", (1, 6, 100)),)
+    detector = version("detection", detection=told, inputs=inputs, outputs=outputs)
+    want = np.random.default_rng(0).random((4, 6, 100), np.float32)
+    want[:, :4] *= 300
+    have = want.copy()
+    have[:, 4:] = 0
+    found = compare({"head": have}, {"head": want}, detector).figures
+    assert found["sqnr_db_by_output"] == {"head, boxes": EXACT_DB, "head, scores": 0.0}
+    assert found["sqnr_db"] == 0.0
+
+
+def test_an_output_that_is_always_zero_does_not_hide_the_others_noise() -> None:
+    both = version("raw", outputs=(TensorSpec("y", "FP32", (1, 3)), TensorSpec("z", "FP32", (1, 3))))
+    want = {"y": np.ones((4, 3), np.float32), "z": np.zeros((4, 3), np.float32)}
+    have = {"y": np.full((4, 3), 1.1, np.float32), "z": np.full((4, 3), 1e-3, np.float32)}
+    assert compare(have, want, both).figures["sqnr_db"] == pytest.approx(20, abs=0.1)

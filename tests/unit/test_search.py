@@ -95,6 +95,16 @@ def test_the_ladder_leaves_the_noisiest_in_float_and_kinds_together_within_the_b
     assert any("head" in rung.in_float for rung in search.by_layers(trial(), UNITS, 10.0))
 
 
+def test_a_unit_that_drowns_the_others_does_not_end_the_ladder() -> None:
+    loud = [Unit(nodes=("join",), kind="Concat", noise=1.0, weight_bytes=0)]
+    quiet = [Unit(nodes=(f"conv{i}",), kind="Conv", noise=0.01 / 2**i, weight_bytes=1000) for i in range(8)]
+    rungs = search.by_layers(trial(), [*quiet, *loud], search.MOST_BYTES)
+    assert rungs[0].in_float == ("join",)
+    assert rungs[1].in_float == ("conv0", "join")
+    assert len(rungs) == len({rung.in_float for rung in rungs}) >= 4
+    assert len(rungs[-1].in_float) >= 5
+
+
 def test_a_ladder_with_nothing_to_leave_in_float_has_no_rungs() -> None:
     assert search.by_layers(trial(), [], search.MOST_BYTES) == []
     assert search.leading(trial(), []) == []

@@ -81,7 +81,7 @@ class Figures(msgspec.Struct, frozen=True, kw_only=True):
     ``float_accuracy`` where the samples are labelled. Times in ms on one thread, float and compiled interleaved in one process on the
     class's engine, on what ``timed_on`` names: ``host``, a builder board, or empty where nobody could; ``wire_bytes`` and
     ``float_wire_bytes``: what is sent of the models; ``sqnr_db`` is the
-    signal-to-quantization-noise ratio over all outputs, ``sqnr_db_by_output`` that of each; memory
+    signal-to-quantization-noise ratio of the worst output, ``sqnr_db_by_output`` that of each, a detector's by what is in it; memory
     the peak of the process that held engine and model. ``stand_in`` says in words what answered in the compiled model's place, where this
     host could not run that itself; ``unmeasured`` names what the board's acceptance has to decide alone.
     """

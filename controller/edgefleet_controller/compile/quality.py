@@ -12,6 +12,7 @@ from edgefleet_shared.errors import ToolchainError
 from edgefleet_controller.compile import answers
 from edgefleet_controller.compile.port import Figures, Share
 from edgefleet_controller.compile.recipe import Recipe
+from edgefleet_controller.detection import HEADS, Part
 from edgefleet_controller.manifests import Accuracy, DeviceClassSpec
 from edgefleet_controller.source import ModelVersion
 
@@ -48,7 +49,7 @@ def share(count: int, of: int) -> Share:
 
 
 def compare(outputs: dict[str, Array], references: dict[str, Array], version: ModelVersion) -> Compared:
-    """Agreement with its interval, accuracy where labelled, mean cosine per sample, SQNR in dB over all outputs and of each.
+    """Agreement with its interval, accuracy where labelled, mean cosine per sample, SQNR in dB of each output and of the worst.
 
     Args:
         outputs, references: by output name, float32, first axis N.
@@ -65,12 +66,16 @@ def compare(outputs: dict[str, Array], references: dict[str, Array], version: Mo
             )
     agreement, shares, changed = _agreement(outputs, references, version)
     names = [spec.name for spec in version.outputs]
+    told = parts(version)
+    noise = {title: _sqnr_db(part.of(outputs), part.of(references)) for title, part in told.items()}
+    # Beside an output that is always zero any noise is infinite, and would hide how candidates differ in the others.
+    telling = [db for title, db in noise.items() if told[title].of(references).any()]
     figures = {
         "agreement": agreement.value, "agreement_low": agreement.low, "agreement_high": agreement.high,
         "shares": shares | _accuracy(outputs, references, version),
         "cosine": round(_cosine(outputs, references, names), 9),
-        "sqnr_db": round(_sqnr_db(outputs, references, names), 6),
-        "sqnr_db_by_output": {name: round(_sqnr_db(outputs, references, [name]), 6) for name in names},
+        "sqnr_db": round(min(telling or noise.values()), 6),
+        "sqnr_db_by_output": {title: round(db, 6) for title, db in noise.items()},
     }  # fmt: skip
     return Compared(figures, changed)
 
@@ -175,14 +180,43 @@ def _cosine(outputs: dict[str, Array], references: dict[str, Array], names: list
     return float(np.mean(np.sum(have * want, axis=1) / np.maximum(norms, 1e-30)))
 
 
-def _sqnr_db(outputs: dict[str, Array], references: dict[str, Array], names: list[str]) -> float:
-    have, want = _joined(outputs, names), _joined(references, names)
+def _sqnr_db(have: Array, want: Array) -> float:
+    have, want = have.astype(np.float64), want.astype(np.float64)
     if not np.isfinite(have).all():
         return -EXACT_DB
     noise, power = float(np.sum((have - want) ** 2)), float(np.sum(want**2))
     if noise == 0:
         return EXACT_DB
     return 10 * math.log10(power / noise) if power > 0 else -EXACT_DB
+
+
+class OutputPart(NamedTuple):
+    """An output, or values of one meaning in it."""
+
+    output: str
+    part: Part | None
+
+    def of(self, side: dict[str, Array]) -> Array:
+        """The values, by output name in ``side``."""
+        values = side[self.output]
+        if self.part is None:
+            return values
+        _, axis, begin, end = self.part
+        return values[(slice(None),) * axis + (slice(begin, end),)]
+
+    def told(self) -> dict[str, Any]:
+        """As a child process hears it."""
+        place = {} if self.part is None else {"axis": self.part.axis, "begin": self.part.begin, "end": self.part.end}
+        return {"output": self.output, **place}
+
+
+def parts(version: ModelVersion) -> dict[str, OutputPart]:
+    """What noise is measured of, each against its own power, by title: the outputs, or what they are made of."""
+    names = [spec.name for spec in version.outputs]
+    inside = HEADS[version.detection.decoder].parts if version.detection is not None else ()
+    if not inside:
+        return {name: OutputPart(name, None) for name in names}
+    return {f"{name}, {part.title}": OutputPart(name, part) for name in names for part in inside}
 
 
 def unlike(calibration: dict[str, Array], holdout: dict[str, Array]) -> str:

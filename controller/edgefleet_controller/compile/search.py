@@ -25,6 +25,7 @@ from edgefleet_controller.manifests import DeviceClassSpec
 NOTHING = "nothing fits"
 METHODS = ("minmax", "mse", "percentile", "entropy")  # in the order in which they are tried
 RUNGS = (0.5, 0.75, 0.9, 0.97)  # shares of the noise that a rung of the ladder takes away by leaving layers in float
+MOST_ALONE = 2  # units that are rungs by themselves
 FLOAT_WEIGHT_COST = 0.75  # of a float weight's bytes is what keeping it costs: int8 keeps a quarter
 LEADING = (0.01, 0.05)  # shares of the weights' bytes that leading layers in float may have
 MOST_BYTES = 1.3  # a rung may grow to so many times the plain candidate
@@ -111,24 +112,32 @@ def by_tensorflow(found: Choice, spec: DeviceClassSpec) -> Recipe | None:
 def by_layers(best: Trial, units: Sequence[Unit], most_bytes: float) -> list[Recipe]:
     """The ladder: the recipe of ``best`` with ever more of the noisiest units in float, within the bytes.
 
+    A unit that alone makes most of the noise is a rung by itself, and the shares of the others count without it: else the ladder would end
+    where that one is gone.
+
     Args:
         most_bytes: how many times the bytes of ``best`` a rung may have.
     """
     room = (most_bytes - 1) * best.figures.compiled_bytes
-    total = sum(unit.noise for unit in units)
     taken: list[str] = list(best.recipe.in_float)
+    open_units = [unit for unit in units if not set(unit.nodes) <= set(taken)]
+    total = left = sum(unit.noise for unit in open_units)
     rungs: list[Recipe] = []
-    gone, goals = 0.0, list(RUNGS)
-    for unit in sorted(units, key=lambda u: (-u.noise, u.nodes)):
+    goals, alone = list(RUNGS), 0
+    for unit in sorted(open_units, key=lambda u: (-u.noise, u.nodes)):
         cost = unit.weight_bytes * FLOAT_WEIGHT_COST
-        if cost > room or set(unit.nodes) <= set(taken):
+        if cost > room:
             continue
         room -= cost
         taken += [node for node in unit.nodes if node not in taken]
-        gone += unit.noise
-        reached = [goal for goal in goals if total and gone / total >= goal]
-        if reached:
+        outlier = alone < MOST_ALONE and unit.noise > left / 2
+        left -= unit.noise
+        reached = [goal for goal in goals if total and left <= (1 - goal) * total]
+        if outlier:
+            total, goals, alone = left, list(RUNGS), alone + 1
+        else:
             goals = [goal for goal in goals if goal not in reached]
+        if outlier or reached:
             rungs.append(msgspec.structs.replace(best.recipe, in_float=tuple(sorted(taken))))
         if not goals:
             break

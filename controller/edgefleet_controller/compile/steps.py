@@ -194,6 +194,7 @@ class Steps:
     def rank(self, recipe: Recipe) -> list[Unit]:
         """Noise of every layer, with the ranges and weights of a recipe."""
         asked = {"ranges": recipe.ranges, "weights": recipe.weights}
+        parts = [part.told() for part in quality.parts(self._version).values()]
 
         def fill(staged: Path) -> None:
             found = self._child(self._preparing, PREPARE[1], self._limits.compile_s, {
@@ -203,10 +204,11 @@ class Steps:
                 "samples": self.samples(self._version.calibration),
                 "count": RANKED_SAMPLES,
                 "recipe": asked,
+                "parts": parts,
             })  # fmt: skip
             (staged / "units.json").write_text(json.dumps(found["units"]))
 
-        folder = self._once("ranked", content_key("rank", self._gathered_key, asked), fill)
+        folder = self._once("ranked", content_key("rank", self._gathered_key, asked, parts), fill)
         return msgspec.json.decode((folder / "units.json").read_bytes(), type=list[Unit])
 
     def compile(self, recipes: Sequence[Recipe]) -> list[tuple[Path, bool]]:

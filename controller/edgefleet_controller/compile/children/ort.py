@@ -72,12 +72,13 @@ def gather(request: job.Request, progress: job.Progress) -> dict[str, Any]:
 
 
 def rank(request: job.Request, progress: job.Progress) -> dict[str, Any]:
-    """Noise of every layer. Request: ``simplified``, ``statistics``, ``samples``, ``count`` (how many of them), ``recipe``."""
+    """Noise of every layer. Request: ``simplified``, ``statistics``, ``samples``, ``count`` (how many of them), ``recipe``, ``parts`` (of the
+    outputs)."""
     model = _inferred(request["simplified"])
     known = statistics.load(request["statistics"])
     samples = SampleFile(request["samples"])
     feeds = [samples[i] for i in range(min(request["count"], len(samples)))]
-    units = sensitivity.measure(model, known, feeds, request["recipe"], progress)
+    units = sensitivity.measure(model, known, feeds, request["recipe"], request["parts"], progress)
     return {"units": units}
 
 

@@ -3,7 +3,7 @@
 Each unit is quantized alone, everything else stays float, and the noise that this puts on the outputs is its own (Wu et al. 2020,
 "Integer quantization for deep learning inference", section 6). Noise powers of independent layers add up, so that leaving a set
 of units in float removes about the sum of theirs. A unit is one weighted operator, or all operators of one other kind together: softmax
-and the like stand or fall as a kind.
+and the like stand or fall as a kind, unless the kind is among the noisiest: then it is looked at one by one, for it may be one of them.
 """
 
 from __future__ import annotations
@@ -21,33 +21,51 @@ from .measure import Array
 from .statistics import Statistics
 from .weights import LEVELS, PASSIVE, WEIGHTED, axis_of, channel_scales, groups_of, rounded
 
+SPLIT_SHARE = 0.02  # of all noise, from which a kind is split into its operators
+MOST_SPLIT = 80  # operators of a kind that are looked at one by one
+
 
 def measure(
     model: onnx.ModelProto,
     statistics: Statistics,
     feeds: list[dict[str, Array]],
     recipe: dict[str, Any],
+    parts: list[dict[str, Any]],
     progress: job.Progress,
 ) -> list[dict[str, Any]]:
-    """One entry per unit, in order of the network: ``nodes``, ``kind``, ``noise`` (power that it puts on the outputs, relative to theirs),
-    ``weight_bytes`` (that stay when it stays float)."""
-    units = _units(model)
-    references = _outputs(model, feeds)
-    power = [float(np.sum(value.astype(np.float64) ** 2)) or 1.0 for value in references]
+    """One entry per unit, in order of the network: ``nodes``, ``kind``, ``noise`` (power that it puts on that part of the outputs where it is the
+    most, relative to the part's), ``weight_bytes`` (that stay when it stays float).
+
+    Args:
+        parts: each the name of an ``output``, or of it what lies on ``axis`` from ``begin`` to ``end``.
+    """
+    references = _parts(_outputs(model, feeds), parts)
+    power = [float(np.sum(value**2)) or 1.0 for value in references]
     constants = {i.name: i for i in model.graph.initializer}
-    found = []
-    for number, (kind, nodes) in enumerate(units):
-        progress("sensitivity of layers", number, len(units))
-        outputs = _outputs(_only(model, nodes, statistics, recipe), feeds)
-        noise = [float(np.sum((a.astype(np.float64) - b) ** 2)) for a, b in zip(outputs, references, strict=True)]
+
+    def unit(kind: str, nodes: Sequence[onnx.NodeProto]) -> dict[str, Any]:
+        outputs = _parts(_outputs(_only(model, nodes, statistics, recipe), feeds), parts)
+        noise = [float(np.sum((a - b) ** 2)) for a, b in zip(outputs, references, strict=True)]
         relative = max(n / p for n, p in zip(noise, power, strict=True))
         size = sum(
             4 * int(np.prod(constants[name].dims)) for node in nodes for name in node.input[1:2] if name in constants
         )
-        found.append({
+        return {
             "nodes": [node.name for node in nodes], "kind": kind, "weight_bytes": size if kind in WEIGHTED else 0,
             "noise": relative if np.isfinite(relative) else 1e9,
-        })  # fmt: skip
+        }  # fmt: skip
+
+    units = _units(model)
+    found = []
+    for number, (kind, nodes) in enumerate(units):
+        progress("sensitivity of layers", number, len(units))
+        found.append(unit(kind, nodes))
+    loud = SPLIT_SHARE * sum(one["noise"] for one in found)
+    for whole, (kind, nodes) in list(zip(found, units, strict=True)):
+        if 1 < len(nodes) <= MOST_SPLIT and whole["noise"] >= loud:
+            progress(f"sensitivity of every {kind}", len(units), len(units))
+            found.remove(whole)
+            found += [unit(kind, [node]) for node in nodes]
     progress("sensitivity of layers", len(units), len(units))
     return found
 
@@ -131,7 +149,18 @@ class _Rounder:
             )
 
 
-def _outputs(model: onnx.ModelProto, feeds: list[dict[str, Array]]) -> list[Array]:
+def _parts(outputs: dict[str, list[Array]], parts: list[dict[str, Any]]) -> list[Array]:
+    """Each part's values over all samples, in one row, float64."""
+    found = []
+    for part in parts:
+        axis = part.get("axis", 0)
+        place = (slice(None),) * axis + (slice(part.get("begin"), part.get("end")),)
+        found.append(np.concatenate([sample[place].astype(np.float64).ravel() for sample in outputs[part["output"]]]))
+    return found
+
+
+def _outputs(model: onnx.ModelProto, feeds: list[dict[str, Array]]) -> dict[str, list[Array]]:
+    """What the network answers to each sample, by output."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1
     options.log_severity_level = 3
@@ -139,4 +168,4 @@ def _outputs(model: onnx.ModelProto, feeds: list[dict[str, Array]]) -> list[Arra
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
     session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     rows = [session.run(None, feed) for feed in feeds]
-    return [np.concatenate([np.asarray(row[i], np.float32) for row in rows]) for i in range(len(rows[0]))]
+    return {output.name: [np.asarray(row[i]) for row in rows] for i, output in enumerate(model.graph.output)}
