@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 from edgefleet_controller.compile.pipeline import compile_version
 from edgefleet_controller.compile.port import CompileResult
@@ -22,6 +23,7 @@ from edgefleet_controller.manifests import Model
 from edgefleet_controller.source import ModelVersion, import_model
 from edgefleet_shared.artifact import MODEL_LAYER, Layout, digest_file
 from edgefleet_shared.errors import ModelError
+from onnx import numpy_helper
 from support.networks import device_class, write_pictures
 
 TOOLCHAINS = Path(os.environ.get("EDGEFLEET_CACHE", Path.home() / ".cache" / "edgefleet"))
@@ -50,6 +52,12 @@ frozen = convert_variables_to_constants_v2(call.get_concrete_function())
 converter = tf.lite.TFLiteConverter.from_concrete_functions([frozen])
 open(f"{folder}/net.tflite", "wb").write(converter.convert())
 chance = np.random.default_rng(2)
+sparse = keras.models.clone_model(model)
+sparse.set_weights([w * (np.random.default_rng(3).random(w.shape) < 0.1) if w.ndim > 1 else w for w in model.get_weights()])
+called = tf.function(lambda image: sparse(image, training=False), input_signature=[tf.TensorSpec([1, 32, 32, 3], tf.float32, name="image")])
+thin = tf.lite.TFLiteConverter.from_concrete_functions([convert_variables_to_constants_v2(called.get_concrete_function())])
+thin.optimizations = [tf.lite.Optimize.EXPERIMENTAL_SPARSITY]
+open(f"{folder}/sparse.tflite", "wb").write(thin.convert())
 converter.optimizations = [tf.lite.Optimize.DEFAULT]
 converter.representative_dataset = lambda: ([chance.normal(0, 1, (1, 32, 32, 3)).astype(np.float32)] for _ in range(32))
 converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS_INT8]
@@ -234,6 +242,15 @@ def registered_elsewhere(config: Any) -> Any:
 ATTACKS = [
     module_of_the_files_choice, function_by_name, model_inside, code_to_compile_a_model_inside_with, lambda_inside, registered_elsewhere,
 ]  # fmt: skip
+
+
+def test_weights_that_are_stored_sparse_are_read(made: Path, tmp_path: Path) -> None:
+    """The import itself holds the ONNX network's answers against TFLite's."""
+    layout = Layout(tmp_path / "layout")
+    version = imported(made, layout, "sparse.tflite")
+    model = onnx.load_from_string(layout.read(version.network, 10**8))
+    weights = [numpy_helper.to_array(i) for i in model.graph.initializer if len(i.dims) > 1]
+    assert any(np.mean(w == 0) > 0.8 for w in weights), "nothing in it was sparse"
 
 
 @pytest.mark.parametrize("attack", ATTACKS)

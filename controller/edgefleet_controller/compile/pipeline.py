@@ -26,6 +26,7 @@ from edgefleet_shared.artifact import Layout
 from edgefleet_shared.errors import EnvironmentProblem, ManifestError, ModelError, QualityError, ToolchainError
 from safetensors.numpy import load_file
 
+from edgefleet_controller import detection
 from edgefleet_controller.compile import answers, originals, pruning, quality, report, search
 from edgefleet_controller.compile.boards import Measure
 from edgefleet_controller.compile.environments import lock_named
@@ -182,7 +183,8 @@ class _Search:
         )  # fmt: skip
         # Another rule for choosing, or another measure, is another search.
         rules = [
-            Path(str(module.__file__)).read_text(encoding="utf-8") for module in (search, quality, answers, pruning)
+            Path(str(module.__file__)).read_text(encoding="utf-8")
+            for module in (search, quality, answers, detection, pruning)
         ]
         # Pruned networks are made by a toolchain that the recipe's key does not know.
         pruner = lock_named(PRUNING_TOOLCHAIN).hash if self._version.pruning is not None else ""
@@ -197,10 +199,9 @@ class _Search:
                 return known
         found = self._search(plain)
         passing = any(not one.lasting for one in found.left_out)
+        died = any(trial.died for trial in found.trials)  # it may have been the machine's fault
         unanswered = self._steps.has_builder and any(trial.figures.unmeasured for trial in found.trials)
-        if (
-            not unanswered and not passing and not any(trial.died for trial in found.trials)
-        ):  # it may have been the machine's fault
+        if not (unanswered or passing or died):
             file.parent.mkdir(parents=True, exist_ok=True)
             atomic.write_shared(file, msgspec.json.encode(found))
         return found

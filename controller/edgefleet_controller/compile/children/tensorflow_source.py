@@ -144,7 +144,10 @@ def _from_tflite(request: job.Request, progress: job.Progress) -> dict[str, Any]
     if not quantized and any(detail["dtype"] != np.float32 for detail in ends):
         raise job.Refused("bad_model", "inputs and outputs of a float .tflite must be float32")
     progress("converting to ONNX", 1, 2)
-    model = _told(lambda: _by_command(request["path"], request["onnx"], quantized))
+    path = request["path"]
+    if any(detail["sparsity_parameters"] for detail in details):
+        path = _made_dense(path, request["onnx"] + ".tflite")
+    model = _told(lambda: _by_command(path, request["onnx"], quantized))
     if quantized:
         _float_ends(model)
     _canonical(model, [v.name for v in model.graph.input], [v.name for v in model.graph.output])
@@ -158,6 +161,41 @@ def _from_tflite(request: job.Request, progress: job.Progress) -> dict[str, Any]
         _check(model, fed, [interpreter.get_tensor(d["index"]) for d in interpreter.get_output_details()])
     onnx.save(model, request["onnx"])
     return {"quantized": quantized}
+
+
+def _made_dense(path: str, dense: str) -> str:
+    """A .tflite whose constants are stored whole, which is all that tf2onnx reads; TFLite itself says what the sparse ones hold."""
+    import flatbuffers
+    import tensorflow as tf
+    from tensorflow.lite.python import schema_py_generated as schema
+
+    plain = (
+        tf.lite.experimental.OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES
+    )  # a delegate keeps what it makes to itself
+    interpreter = tf.lite.Interpreter(path, experimental_preserve_all_tensors=True, experimental_op_resolver_type=plain)
+    interpreter.allocate_tensors()
+    interpreter.invoke()  # on whatever its inputs hold: constants do not depend on them
+    with open(path, "rb") as stream:
+        model = schema.ModelT.InitFromPackedBuf(stream.read(), 0)
+    (graph,) = model.subgraphs  # what the interpreter has run
+    kept = []
+    for operator in graph.operators:
+        code = model.operatorCodes[operator.opcodeIndex]
+        if max(code.builtinCode, code.deprecatedBuiltinCode) != schema.BuiltinOperator.DENSIFY:
+            kept.append(operator)
+            continue
+        whole = schema.BufferT()
+        whole.data = np.frombuffer(interpreter.get_tensor(operator.outputs[0]).tobytes(), np.uint8)
+        graph.tensors[operator.outputs[0]].buffer = len(model.buffers)
+        model.buffers.append(whole)
+        sparse = graph.tensors[operator.inputs[0]]
+        sparse.buffer, sparse.sparsity = 0, None
+    graph.operators = kept
+    builder = flatbuffers.Builder(1024)
+    builder.Finish(model.Pack(builder), b"TFL3")
+    with open(dense, "wb") as stream:
+        stream.write(builder.Output())
+    return dense
 
 
 def _by_command(path: str, onnx_file: str, quantized: bool) -> onnx.ModelProto:
