@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 from edgefleet_agent.accept import accept
+from edgefleet_controller.compile.host import cpu_features
 from edgefleet_controller.compile.pipeline import compile_version
 from edgefleet_controller.compile.port import target_named
-from edgefleet_controller.compile.steps import cpu_features
 from edgefleet_controller.compile.toolchains import Toolchains
 from edgefleet_controller.compile.tools import MissingTool
 from edgefleet_controller.manifest_files import load_manifests, of_kind

@@ -17,8 +17,9 @@ from edgefleet_shared.contract import PictureEncoding
 from safetensors.numpy import load, load_file, save_file
 
 from edgefleet_controller.compile import answers, quality
+from edgefleet_controller.compile.cache import content_key
 from edgefleet_controller.compile.port import MAX_BLOB_BYTES
-from edgefleet_controller.compile.steps import Steps, content_key
+from edgefleet_controller.compile.steps import Steps
 from edgefleet_controller.source import ModelVersion
 
 ENOUGH = 32  # labelled pictures that can tell two descriptions apart

@@ -13,9 +13,10 @@ import msgspec
 from edgefleet_shared.errors import ModelError
 
 from edgefleet_controller.compile import originals
+from edgefleet_controller.compile.cache import content_key
 from edgefleet_controller.compile.pruner import Pruner
 from edgefleet_controller.compile.pruning import Pruned, Step, Tried
-from edgefleet_controller.compile.steps import Steps, content_key
+from edgefleet_controller.compile.steps import Steps
 from edgefleet_controller.manifests import DeviceClass
 from edgefleet_controller.source import ModelVersion
 

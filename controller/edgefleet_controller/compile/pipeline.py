@@ -29,7 +29,9 @@ from safetensors.numpy import load_file
 from edgefleet_controller import detection
 from edgefleet_controller.compile import answers, originals, pruning, quality, report, search
 from edgefleet_controller.compile.boards import Measure
+from edgefleet_controller.compile.cache import content_key
 from edgefleet_controller.compile.environments import lock_named
+from edgefleet_controller.compile.host import host
 from edgefleet_controller.compile.input_check import better_description
 from edgefleet_controller.compile.keras_pruner import KerasPruner
 from edgefleet_controller.compile.packing import pack
@@ -39,7 +41,7 @@ from edgefleet_controller.compile.pruner import Pruner
 from edgefleet_controller.compile.pruning import Pruned
 from edgefleet_controller.compile.recipe import AS_IS, FLOAT, HALF, OWN, PLAIN_TENSORFLOW, TENSORFLOW, Recipe
 from edgefleet_controller.compile.search import Choice, LeftOut, Trial, Unit
-from edgefleet_controller.compile.steps import Limits, Measured, Progress, Steps, content_key, host
+from edgefleet_controller.compile.steps import Limits, Measured, Progress, Steps
 from edgefleet_controller.compile.toolchains import Toolchains
 from edgefleet_controller.compile.watching import Cancelled
 from edgefleet_controller.manifests import DeviceClass

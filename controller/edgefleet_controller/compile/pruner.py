@@ -17,9 +17,10 @@ from edgefleet_shared import golden
 from safetensors.numpy import load, load_file, save_file
 
 from edgefleet_controller.compile import pruning, quality
+from edgefleet_controller.compile.cache import content_key
 from edgefleet_controller.compile.port import MAX_BLOB_BYTES, Figures
 from edgefleet_controller.compile.pruning import Pruned, Step, Tried
-from edgefleet_controller.compile.steps import PREPARE, Steps, content_key
+from edgefleet_controller.compile.steps import PREPARE, Steps
 from edgefleet_controller.manifests import Accuracy, DeviceClass
 from edgefleet_controller.source import ModelVersion
 

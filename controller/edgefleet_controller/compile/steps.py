@@ -15,16 +15,11 @@ makes it. Two classes with the same key (LiteRT on x86 and on Arm) share it; two
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
 import platform
-import shutil
-import tempfile
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,6 +31,8 @@ from safetensors.numpy import load, load_file, save_file
 
 from edgefleet_controller.compile import originals, quality
 from edgefleet_controller.compile.boards import BuilderBoard, Measure
+from edgefleet_controller.compile.cache import Cache, content_key
+from edgefleet_controller.compile.host import cpu_features
 from edgefleet_controller.compile.port import MAX_BLOB_BYTES, RECIPE_OPTIONS, Figures, Options, Target
 from edgefleet_controller.compile.recipe import AS_IS, FLOAT, HALF, OWN, TENSORFLOW, Recipe
 from edgefleet_controller.compile.search import Trial, Unit
@@ -53,7 +50,6 @@ COMPILED = "compiled"  # file of a compiled model in the cache
 STAND_IN = "stand-in"  # beside it, what this host runs in its place
 RANKED_SAMPLES = 6  # of the calibration set; a layer's noise differs between samples much less than between layers
 _CHILDREN = Path(__file__).parent / "children"
-_LOCK_POLL_S = 0.05
 
 
 class Limits(msgspec.Struct, frozen=True, kw_only=True):
@@ -81,7 +77,8 @@ class Steps:
         layout: Layout, toolchains: Toolchains, cache: Path, work: Path, progress: Progress, limits: Limits, measure: Measure | None,
     ) -> None:  # fmt: skip
         self._version, self._class, self._target, self._toolchain = version, device_class, target, toolchain
-        self._layout, self._toolchains, self._cache = layout, toolchains, cache
+        self._layout, self._toolchains = layout, toolchains
+        self._cache = Cache(cache, toolchains.raise_if_cancelled)
         self._work, self._progress, self._limits = work, progress, limits
         self._preparing = toolchains.ensure(PREPARE[0], progress)
         self._measure = measure
@@ -143,7 +140,7 @@ class Steps:
 
     def once(self, kind: str, key: str, fill: Callable[[Path], None]) -> Path:
         """The cache's folder of that kind and key, filled if it is not there."""
-        return self._once(kind, key, fill)
+        return self._cache.once(kind, key, fill)
 
     def prune(
         self, toolchain: Toolchain, module: str, request: dict[str, Any], memory_bytes: int | None
@@ -179,11 +176,11 @@ class Steps:
                 "references": [str(staged / "holdout.safetensors"), str(staged / "golden.safetensors")],
             })  # fmt: skip
 
-        return self._once("prepared", self._prepared_key, fill)
+        return self._cache.once("prepared", self._prepared_key, fill)
 
     def simplified(self, pruned: str = "") -> Path:
         """The network in float: as it came, or as pruning left it (the key of a pruned one in the cache)."""
-        return self._cache / "pruned" / pruned / "network.onnx" if pruned else self.prepare() / "simplified.onnx"
+        return self._cache.path("pruned", pruned) / "network.onnx" if pruned else self.prepare() / "simplified.onnx"
 
     def references(self, count: int | None = None) -> dict[str, Any]:
         """The float model's outputs for the (first ``count``) held-out samples, by name."""
@@ -208,18 +205,15 @@ class Steps:
             })  # fmt: skip
             (staged / "units.json").write_text(json.dumps(found["units"]))
 
-        folder = self._once("ranked", content_key("rank", self._gathered_key, asked, parts), fill)
+        folder = self._cache.once("ranked", content_key("rank", self._gathered_key, asked, parts), fill)
         return msgspec.json.decode((folder / "units.json").read_bytes(), type=list[Unit])
 
     def compile(self, recipes: Sequence[Recipe]) -> list[tuple[Path, bool]]:
         """(file, whether it was cached) of each recipe."""
-        folders = [self._cache / "compiled" / self.key(recipe) for recipe in recipes]
-        cached = [folder.is_dir() for folder in folders]
-        if not all(cached):
-            with self._lock("compile-" + content_key(sorted({str(f) for f in folders}))):
-                wanted = {f: r for f, r in zip(folders, recipes, strict=True) if not f.is_dir()}
-                self._fill(wanted, self._compile)
-        return [(folder / COMPILED, known) for folder, known in zip(folders, cached, strict=True)]
+        keys = [self.key(recipe) for recipe in recipes]
+        cached = [self._cache.path("compiled", key).is_dir() for key in keys]
+        folders = self._cache.all("compiled", dict(zip(keys, recipes, strict=True)), self._compile)
+        return [(folders[key] / COMPILED, known) for key, known in zip(keys, cached, strict=True)]
 
     def measure(self, tried: Sequence[tuple[Recipe, Path]]) -> list[Measured]:
         """Outputs over the held-out samples, and times interleaved with the float model's, of several compiled models in one process.
@@ -307,7 +301,7 @@ class Steps:
     def _statistics(self, pruned: str, recipes: Sequence[Recipe]) -> str:
         """The file that :mod:`.children.statistics` writes; without histograms where no recipe needs them, in half the time."""
         histograms = any(recipe.needs_histograms for recipe in recipes)
-        whole = self._cache / "statistics" / content_key(self._gathered(pruned), True)
+        whole = self._cache.path("statistics", content_key(self._gathered(pruned), True))
 
         def fill(staged: Path) -> None:
             self._child(self._preparing, PREPARE[1], self._limits.compile_s, {
@@ -320,13 +314,12 @@ class Steps:
 
         histograms = histograms or whole.is_dir()
         key = content_key(self._gathered(pruned), histograms)
-        return str(self._once("statistics", key, fill) / "statistics.json")
+        return str(self._cache.once("statistics", key, fill) / "statistics.json")
 
     def _quantized(self, pruned: str, recipes: Sequence[Recipe]) -> dict[Recipe, Path]:
         """QDQ networks by recipe: the same for every target that reads them."""
         data = self._gathered(pruned)
-        folders = {r: self._cache / "quantized" / content_key("quantize", data, r.as_dict()) for r in recipes}
-        missing = {folder: recipe for recipe, folder in folders.items() if not folder.is_dir()}
+        keys = {recipe: content_key("quantize", data, recipe.as_dict()) for recipe in recipes}
 
         def fill(wanted: dict[Path, Recipe]) -> None:
             self._child(self._preparing, PREPARE[1], self._limits.compile_s, {
@@ -336,10 +329,8 @@ class Steps:
                 "jobs": [{"recipe": r.as_dict(), "quantized": str(s / "network.onnx")} for s, r in wanted.items()],
             })  # fmt: skip
 
-        if missing:
-            with self._lock("quantize-" + content_key(sorted(map(str, missing)))):
-                self._fill({f: r for f, r in missing.items() if not f.is_dir()}, fill)
-        return {recipe: folder / "network.onnx" for recipe, folder in folders.items()}
+        folders = self._cache.all("quantized", {key: recipe for recipe, key in keys.items()}, fill)
+        return {recipe: folders[key] / "network.onnx" for recipe, key in keys.items()}
 
     def _compile(self, wanted: dict[Path, Recipe]) -> None:
         """Compile into staged folders, one network after the other."""
@@ -436,81 +427,17 @@ class Steps:
         )  # fmt: skip
 
     def _log(self, action: str) -> Path:
-        return self._cache / "logs" / f"{self._version.model}-{self._version.version}-{self._class.name}-{action}.log"
-
-    # -- the cache -----------------------------------------------------------------------------------------------------
-
-    def _once(self, kind: str, key: str, fill: Callable[[Path], None]) -> Path:
-        folder = self._cache / kind / key
-        if not folder.is_dir():
-            with self._lock(f"{kind}-{key}"):
-                if not folder.is_dir():
-                    self._fill({folder: None}, lambda staged: fill(next(iter(staged))))
-        return folder
-
-    def _fill(self, wanted: dict[Path, Any], fill: Callable[[dict[Path, Any]], None]) -> None:
-        """Fill cache folders: all are staged beside their places, and each gets its name in one step."""
-        staged = {}
-        try:
-            for folder, what in wanted.items():
-                folder.parent.mkdir(parents=True, exist_ok=True)
-                staged[Path(tempfile.mkdtemp(dir=folder.parent, prefix=".filling-"))] = (folder, what)
-            if staged:
-                fill({path: what for path, (_, what) in staged.items()})
-            for path, (folder, _) in staged.items():
-                try:
-                    os.replace(path, folder)
-                except OSError:
-                    if not folder.is_dir():  # else another process was faster, with the same content
-                        raise
-        finally:
-            for path in staged:
-                shutil.rmtree(path, ignore_errors=True)
-
-    @contextmanager
-    def _lock(self, name: str) -> Iterator[None]:
-        """Let one job at a time make a thing; who waits can be cancelled."""
-        folder = self._cache / "locks"
-        folder.mkdir(parents=True, exist_ok=True)
-        fd = os.open(folder / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        try:
-            while True:
-                self._toolchains.raise_if_cancelled()
-                try:
-                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    break
-                except BlockingIOError:
-                    time.sleep(_LOCK_POLL_S)
-            yield
-        finally:
-            os.close(fd)
+        return (
+            self._cache.folder
+            / "logs"
+            / f"{self._version.model}-{self._version.version}-{self._class.name}-{action}.log"
+        )
 
 
 def _runnable(compiled: Path) -> Path:
     """What this host runs: the stand-in where there is one."""
     stand_in = compiled.parent / STAND_IN
     return stand_in if stand_in.exists() else compiled
-
-
-def host() -> str:
-    """What decides times on this machine: its processor's name and features."""
-    kept = sorted(line for line in _cpuinfo() if line.startswith(("model name", "flags", "Features", "CPU part")))
-    return hashlib.sha256("\n".join([platform.machine(), *kept]).encode()).hexdigest()[:16]
-
-
-def cpu_features() -> set[str]:
-    """The kernel's names of what this machine's processor can do."""
-    named = (line.partition(":") for line in _cpuinfo())
-    return {feature for name, _, value in named if name.strip() in ("flags", "Features") for feature in value.split()}
-
-
-def _cpuinfo() -> list[str]:
-    """What the kernel tells of the first processor, line by line."""
-    try:
-        told = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        told = platform.processor()
-    return told.split("\n\n")[0].splitlines()
 
 
 def _code() -> str:
@@ -523,8 +450,3 @@ def _code() -> str:
 
 def _json(value: Any) -> str:
     return msgspec.json.encode(value, order="deterministic").decode()
-
-
-def content_key(*parts: Any) -> str:
-    """The sha256 of parts that JSON can hold."""
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

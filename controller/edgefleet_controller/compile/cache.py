@@ -1,0 +1,98 @@
+"""Stage 2, compile: the cache. Receives a kind, a key and what fills a folder, hands on the folder, made once however many jobs want it.
+
+A folder gets its name when it is whole, so that one which is there can be used without a lock; whoever waits for another job's can be
+cancelled. Nothing in here is needed to be right: what is missing is made again.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+What = TypeVar("What")
+_LOCK_POLL_S = 0.05
+
+
+class Cache:
+    """Folders by kind and key.
+
+    Args:
+        folder: where they lie.
+        raise_if_cancelled: raises when the job is not wanted any more.
+    """
+
+    def __init__(self, folder: Path, raise_if_cancelled: Callable[[], None]) -> None:
+        self.folder = folder
+        self._raise_if_cancelled = raise_if_cancelled
+
+    def path(self, kind: str, key: str) -> Path:
+        """Where the folder of that kind and key is, if it is."""
+        return self.folder / kind / key
+
+    def once(self, kind: str, key: str, fill: Callable[[Path], None]) -> Path:
+        """The folder of that kind and key, filled if it is not there."""
+        return self.all(kind, {key: None}, lambda staged: fill(next(iter(staged))))[key]
+
+    def all(self, kind: str, wanted: dict[str, What], fill: Callable[[dict[Path, What]], None]) -> dict[str, Path]:
+        """The folders of a kind by key, the missing ones filled together.
+
+        Args:
+            wanted: what is to be made, by key.
+            fill: gets what is missing, by the empty folder that it goes into.
+        """
+        folders = {key: self.path(kind, key) for key in wanted}
+        if not all(folder.is_dir() for folder in folders.values()):
+            with self._lock(f"{kind}-{content_key(sorted(wanted))}"):
+                self._fill({f: wanted[key] for key, f in folders.items() if not f.is_dir()}, fill)
+        return folders
+
+    def _fill(self, missing: dict[Path, What], fill: Callable[[dict[Path, What]], None]) -> None:
+        """All are staged beside their places, and each gets its name in one step."""
+        staged: dict[Path, Path] = {}
+        try:
+            for folder in missing:
+                folder.parent.mkdir(parents=True, exist_ok=True)
+                staged[folder] = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".filling-"))
+            if staged:
+                fill({staged[folder]: what for folder, what in missing.items()})
+            for folder, path in staged.items():
+                try:
+                    os.replace(path, folder)
+                except OSError:
+                    if not folder.is_dir():  # else another process was faster, with the same content
+                        raise
+        finally:
+            for path in staged.values():
+                shutil.rmtree(path, ignore_errors=True)
+
+    @contextmanager
+    def _lock(self, name: str) -> Iterator[None]:
+        """Let one job at a time make a thing; who waits can be cancelled."""
+        folder = self.folder / "locks"
+        folder.mkdir(parents=True, exist_ok=True)
+        fd = os.open(folder / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            while True:
+                self._raise_if_cancelled()
+                try:
+                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    time.sleep(_LOCK_POLL_S)
+            yield
+        finally:
+            os.close(fd)
+
+
+def content_key(*parts: Any) -> str:
+    """The sha256 of parts that JSON can hold."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
