@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 from edgefleet_controller import settings
 from edgefleet_shared.errors import EdgefleetError, NotFoundError
+
+
+@pytest.fixture(autouse=True)
+def _no_settings_of_whoever_runs_the_tests(monkeypatch):
+    for name in [name for name in os.environ if name.startswith("EDGEFLEET_")]:
+        monkeypatch.delenv(name)
 
 
 def home(folder: Path, text: str) -> Path:
