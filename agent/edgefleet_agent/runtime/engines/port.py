@@ -146,7 +146,7 @@ def row_by_row(run_one: Callable[[dict[str, Array]], dict[str, Array]], inputs: 
         inputs: all with one and the same first axis N.
 
     Raises:
-        EngineError: the first axes differ, or N is 0.
+        EngineError: the first axes differ, N is 0, or an output has no batch axis that the answers could be put together along.
     """
     counts = {a.shape[0] if a.ndim else 0 for a in inputs.values()}
     if len(counts) != 1 or counts == {0}:
@@ -155,4 +155,9 @@ def row_by_row(run_one: Callable[[dict[str, Array]], dict[str, Array]], inputs: 
     if count == 1:
         return run_one(inputs)
     rows = [run_one({k: np.ascontiguousarray(v[i : i + 1]) for k, v in inputs.items()}) for i in range(count)]
+    for name, value in rows[0].items():
+        if value.shape[:1] != (1,):
+            raise EngineError(
+                f"output {name} of one sample is {value.shape}, without a batch axis; send samples one by one"
+            )
     return {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
