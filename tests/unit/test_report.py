@@ -51,6 +51,20 @@ def made(folder: Path) -> tuple[ModelVersion, Choice, Measured, dict[str, Any], 
     return version, choice, Measured(chosen, outputs, (1,)), references, layout
 
 
+def test_the_front_holds_times_against_the_float_models_of_the_same_round(tmp_path: Path) -> None:
+    """Rounds fall into busy and quiet moments: 40 ms beside a float model of 80 is faster than 30 beside one of 31."""
+    version, choice, final, references, layout = made(tmp_path)
+    busy = Trial(recipe=Recipe(), figures=figures(p50_ms=40.0, float_p50_ms=80.0), misses=())
+    quiet = Trial(recipe=Recipe(ranges="mse"), figures=figures(p50_ms=30.0, float_p50_ms=31.0, sqnr_db=10.0), misses=())
+    several = msgspec.structs.replace(choice, trials=(busy, quiet), chosen=busy)
+    written = report.write(version, device_class(), several, Measured(busy, final.outputs, ()), references, layout)
+    told = msgspec.json.decode(layout.read(written.report, 10**7))
+    assert [c["on_front"] for c in told["candidates"]] == [True, False]
+    page = layout.read(written.page, 10**7).decode()
+    assert "<td class=n>40.00<td class=n>0.50" in page
+    assert "<td class=n>30.00<td class=n>0.97" in page
+
+
 def test_the_report_holds_the_front_the_layers_and_what_changed_into_what(tmp_path: Path) -> None:
     version, choice, final, references, layout = made(tmp_path)
     written = report.write(version, device_class(), choice, final, references, layout)

@@ -109,6 +109,11 @@ class Figures(msgspec.Struct, frozen=True, kw_only=True):
     unmeasured: tuple[str, ...] = ()
     stand_in: str = ""
 
+    @property
+    def relative_time(self) -> float | None:
+        """Latency as a share of the float model's in the same process: rounds of a search fall into busy and quiet moments."""
+        return None if self.p50_ms is None or not self.float_p50_ms else self.p50_ms / self.float_p50_ms
+
 
 class CompileResult(msgspec.Struct, frozen=True, kw_only=True):
     """One compiled, judged and packed model.

@@ -100,18 +100,16 @@ def _candidate(trial: Trial, *, chosen: bool, on_front: bool) -> dict[str, Any]:
 
 
 def _front(figures: Sequence[Figures]) -> list[bool]:
-    """Which are on the front of accuracy, latency and bytes: no other is as good in all three and better in one."""
-    points = [
-        (-(f.agreement or 0.0), -(f.sqnr_db or 0.0), f.p50_ms if f.p50_ms is not None else 0.0, f.compiled_bytes)
-        for f in figures
-    ]
+    """Which are on the front of accuracy (agreement, then noise), latency and bytes: no other is as good in all three and better in one."""
     measured = [f.agreement is not None for f in figures]
 
+    def point(f: Figures) -> tuple[tuple[float, float], float, int]:
+        return (-(f.agreement or 0.0), -(f.sqnr_db or 0.0)), f.relative_time or 0.0, f.compiled_bytes
+
     def beaten(i: int) -> bool:
-        return any(
-            measured[j] and points[j] != points[i] and all(a <= b for a, b in zip(points[j], points[i], strict=True))
-            for j in range(len(points))
-        )
+        mine = point(figures[i])
+        others = [point(f) for f, told in zip(figures, measured, strict=True) if told]
+        return any(o != mine and o[0] <= mine[0] and o[1] <= mine[1] and o[2] <= mine[2] for o in others)
 
     return [ok and not beaten(i) for i, ok in enumerate(measured)]
 

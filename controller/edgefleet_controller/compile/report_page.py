@@ -82,6 +82,13 @@ def _times(figures: dict[str, Any]) -> str:
     return f"{told} (float {figures['float_p50_ms']:.2f} / {figures['float_p95_ms']:.2f}, {times:.2f} times as fast)"
 
 
+def _relative(figures: dict[str, Any]) -> float | None:
+    """As :attr:`Figures.relative_time` has it."""
+    if figures["p50_ms"] is None or not figures["float_p50_ms"]:
+        return None
+    return float(figures["p50_ms"] / figures["float_p50_ms"])
+
+
 def _share(figures: dict[str, Any], name: str) -> str:
     if figures[name] is None:
         return "unmeasured"
@@ -97,13 +104,13 @@ def _or(value: Any, told: Any) -> str:
 
 
 def _candidates(report: dict[str, Any]) -> str:
-    head = "<tr><th>candidate<th class=n>agreement<th class=n>noise dB<th class=n>bytes<th class=n>p50 ms<th>front<th>misses"
+    head = "<tr><th>candidate<th class=n>agreement<th class=n>noise dB<th class=n>bytes<th class=n>p50 ms<th class=n>of float<th>front<th>misses"
     rows = []
     for one in report["candidates"]:
         f = one["figures"]
         cells = [
             _or(f["agreement"], lambda v: f"{v:.4f}"), _or(f["sqnr_db"], lambda v: f"{v:.1f}"), f"{f['compiled_bytes']:,}",
-            _or(f["p50_ms"], lambda v: f"{v:.2f}"),
+            _or(f["p50_ms"], lambda v: f"{v:.2f}"), _or(_relative(f), lambda v: f"{v:.2f}"),
         ]  # fmt: skip
         numbers = "".join(f"<td class=n>{cell}" for cell in cells)
         rows.append(
@@ -134,12 +141,13 @@ def _pruning(title: str, pruned: dict[str, Any] | None) -> str:
 
 
 def _front_plot(report: dict[str, Any]) -> str:
-    """Latency across (bytes, where times are unmeasured), noise up, the radius as the bytes."""
+    """Latency across (bytes, where times are unmeasured), agreement up, the radius as the bytes."""
     shown = [c for c in report["candidates"] if c["figures"]["sqnr_db"] is not None]
-    timed = all(c["figures"]["p50_ms"] is not None for c in shown)
     if len(shown) < 2:
         return "<p class=mute>One candidate only: nothing to draw.</p>"
-    across = [c["figures"]["p50_ms"] if timed else c["figures"]["compiled_bytes"] / 1e6 for c in shown]
+    times = [time for c in shown if (time := _relative(c["figures"])) is not None]
+    timed = len(times) == len(shown)
+    across = times if timed else [c["figures"]["compiled_bytes"] / 1e6 for c in shown]
     up = [c["figures"]["agreement"] for c in shown]
     x, y = _scale(across, LEFT, WIDTH - 20), _scale(up, HEIGHT - BOTTOM, 20)
     most = max(c["figures"]["compiled_bytes"] for c in shown)
@@ -149,7 +157,7 @@ def _front_plot(report: dict[str, Any]) -> str:
         f"<title>{escape(c['told'])}: agreement {b:.4f}, {c['figures']['compiled_bytes']:,} bytes</title></circle>"
         for c, a, b in zip(shown, across, up, strict=True)
     )
-    axes = _axes(across, up, x, y, "p50 ms" if timed else "MB", "agreement")
+    axes = _axes(across, up, x, y, "p50, of the float model's in the same process" if timed else "MB", "agreement")
     return (
         f"<svg viewBox='0 0 {WIDTH} {HEIGHT}' width=100% role=img aria-label='candidates'>{axes}{marks}</svg>"
         "<p class=mute>Green: shipped. Blue: on the front. The larger, the more bytes.</p>"
@@ -186,7 +194,7 @@ def _layers(report: dict[str, Any]) -> str:
     for place, (unit, value) in enumerate(zip(layers, db, strict=True)):
         name = unit["nodes"][0] if len(unit["nodes"]) == 1 else f"{unit['kind']} x {len(unit['nodes'])}"
         colour = "#1a7f37" if set(unit["nodes"]) <= kept else "#3b6fb6"
-        length = max(1.0, (value - low) / max(max(db) - low, 1e-6) * 330)
+        length = max(1.0, (value - low) / max(max(db) - low, 1e-6) * 310)
         rows.append(
             f"<text x=250 y={place * 18 + 14} text-anchor=end>{escape(name[-38:])}</text>"
             f"<rect x=256 y={place * 18 + 4} width={length:.1f} height=12 fill='{colour}'/>"

@@ -251,7 +251,7 @@ def _best(fitting: Sequence[Trial], prefer: str) -> Trial:
             least = min(sizes.values())
             return min((t for t in fitting if sizes[t.recipe] <= least * ALIKE), key=quiet)
         case _:
-            timed = {trial.recipe: _relative(trial) for trial in fitting}
+            timed = {trial.recipe: trial.figures.relative_time for trial in fitting}
             known = [time for time in timed.values() if time is not None]
             if not known:  # a class that can't run here: fewest bytes stand for speed, and the board decides
                 return _best(fitting, "size")
@@ -261,12 +261,6 @@ def _best(fitting: Sequence[Trial], prefer: str) -> Trial:
                 return exact[0]
             small = min(t.figures.compiled_bytes for t in fast)
             return min((t for t in fast if t.figures.compiled_bytes <= small * MOST_BYTES), key=quiet)
-
-
-def _relative(trial: Trial) -> float | None:
-    """Latency as a share of the float model's in the same process: rounds of a search fall into busy and quiet moments."""
-    figures = trial.figures
-    return None if figures.p50_ms is None or not figures.float_p50_ms else figures.p50_ms / figures.float_p50_ms
 
 
 def _why(chosen: Trial, trials: Sequence[Trial], spec: DeviceClassSpec) -> str:
