@@ -107,6 +107,25 @@ class _Stream:
         return (lambda: None) if name in ("close", "flush") else getattr(self.stream, name)
 
 
+def test_a_runtime_that_has_nothing_to_serve_answers_what_it_can_and_ends(tmp_path: Path) -> None:
+    with running(tmp_path) as made:
+        made.install(made.add("1", content=b"no model at all"))
+        made.start(ready=False)
+        with made.connect() as waiting, made.connect() as silent:
+            body = infer_body(X)
+            head = f"POST /v2/models/toy/infer HTTP/1.1\r\nHost: board\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+            waiting.sendall(head + body)
+            until(lambda: made.gauge("waiting_requests") == 1, what="it waits for a model")
+            began = time.monotonic()
+            told_to_stop(made)
+            silent.sendall(b"GET /v2/health/live HTTP/1.1\r\nHost: board\r\n\r\n")
+            assert answer(silent).status == 200
+            assert answer(waiting).status == 503
+        assert made.process is not None
+        assert made.process.wait(5) == 0
+        assert time.monotonic() - began < 5
+
+
 def test_silent_clients_do_not_hold_it_up(runtime: Runtime) -> None:
     links = [socket.create_connection(runtime.address, timeout=10) for _ in range(20)]
     try:

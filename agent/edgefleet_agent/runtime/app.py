@@ -126,14 +126,19 @@ async def serve(state: Path, address: tuple[str, int] | None, socket_path: Path,
     starting.cancel()
     for listening in servers:
         listening.close()
-    if switchboard.ready:  # else nobody would answer
-        await server.close(DRAIN_LIMIT_S)
+    if not switchboard.ready:  # nothing that waits would be answered in time: tell it so
+        await _close(switchboard)
+    await server.close(DRAIN_LIMIT_S)
     ticking.cancel()
+    await _close(switchboard)
+    nursery.close()
+
+
+async def _close(switchboard: Switchboard) -> None:
     try:
         await asyncio.wait_for(switchboard.close(), DRAIN_LIMIT_S)
     except asyncio.TimeoutError:
         log.warning("stopped_before_every_answer")
-    nursery.close()
 
 
 def _serving(state: Path) -> list[str]:

@@ -33,6 +33,7 @@ from edgefleet_agent.sandbox import memory_of
 log = logging.getLogger("edgefleet.runtime")
 
 MAX_WAITING = 1024  # requests without a worker; their bodies are bounded by the front
+STOPPING = "the runtime is stopping"
 WAIT_LIMIT_S = 60.0  # how long a request may wait for one
 
 
@@ -54,7 +55,7 @@ class Switchboard:
         self._expected: list[Version] = []
         self._candidate: Version | None = None  # being loaded
         self._waiting: deque[Job] = deque()
-        self._parked = False
+        self._parked = self._closed = False
         self._order = asyncio.Lock()  # one load, switch or retire at a time
         self._began = time.monotonic()
         self.requests = 0
@@ -120,6 +121,8 @@ class Switchboard:
         if job.version is None and (self._serving is None or version.config.model != self._serving.config.model):
             job.version = version.config.version  # another model than the one that is swapped: this version or none
         if not self._place(job):
+            if self._closed:
+                raise RequestError(503, STOPPING)
             protocol.check(job.request.form, version.config)  # a bad request need not wait to be told so
             if self.waiting >= MAX_WAITING:
                 raise RequestError(503, f"{MAX_WAITING} requests are waiting for this model already")
@@ -341,11 +344,12 @@ class Switchboard:
             self._expected[0].restart_soon()
 
     async def close(self) -> None:
-        """Stop every worker, answering what is in flight."""
+        """Stop every worker, answering what is in flight; what is asked from here on is told so. May be called again."""
+        self._closed = True
         for version in list(self._loaded.values()):
             await version.stop()
         while self._waiting:
-            self._waiting.popleft().failure(RequestError(503, "the runtime is stopping"))
+            self._waiting.popleft().failure(RequestError(503, STOPPING))
 
     async def _switch_in_place(self, version: Version, old: Version | None) -> float:
         self._parked = True
