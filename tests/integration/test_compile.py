@@ -446,6 +446,38 @@ def test_a_detector_compiles_and_is_judged_by_its_boxes(bench: Bench) -> None:
 
 
 @pytest.mark.parametrize("engine", ["onnxruntime", "tflite", "openvino"])
+def test_a_head_that_joins_pixels_and_scores_is_won_back_where_it_joins_them(bench: Bench, engine: str) -> None:
+    """YOLOv8's: in int8 a step of the joined output is larger than any score, and beside the pixels that is hardly noise."""
+    net = Net(5)
+    net.conv(3, 32, stride=4)
+    trunk = net.add("Relu")
+    net.conv(32, 4, stride=2)
+    net.add("Sigmoid")
+    boxes = net.add("Mul", net.constant(np.array(320, np.float32)))
+    net.last = trunk
+    net.conv(32, 2, stride=2)
+    scores = net.add("Sigmoid")
+    net.add("Concat", scores, first=boxes, axis=1)
+    net.add("Reshape", net.constant(np.array([1, 6, 16], np.int64)))
+    told = {"decoder": "yolov8", "threshold": 0.6, "nms_iou": 0.9}
+    manifest = project(
+        bench.folder,
+        net.model([1, 6, 16]),
+        output={"kind": "detection", "detection": told},
+        acceptance={"tolerance_abs": 9.0},
+    )
+    wanted = class_here(engine, search={"effort": "full", "prefer": "size"}, accuracy={"min_agreement": 0.9})
+    result = bench.compile(bench.version(manifest), wanted)
+    report = json.loads(bench.layout.read(result.report, 10**7))
+    assert result.figures.sqnr_db_by_output.keys() == {"scores, boxes", "scores, scores"}
+    good = [c["figures"] for c in report["candidates"] if c["recipe"]["precision"] == "int8" and not c["misses"]]
+    assert max(f["sqnr_db_by_output"]["scores, scores"] for f in good) > 20
+    if engine == "tflite":  # which rounds its outputs too
+        plain = report["candidates"][0]["figures"]
+        assert plain["sqnr_db_by_output"]["scores, scores"] < 10 < plain["sqnr_db_by_output"]["scores, boxes"]
+
+
+@pytest.mark.parametrize("engine", ["onnxruntime", "tflite", "openvino"])
 def test_a_recogniser_whose_answers_put_their_steps_first_is_judged_line_by_line(bench: Bench, engine: str) -> None:
     """Steps x batch x classes, as PyTorch's recurrent networks have it: the first axis is no batch."""
     net = Net(3)

@@ -113,6 +113,7 @@ class _Quantizer:
         left = set(recipe["in_float"])
         if recipe["scope"] == "weighted":
             left |= {n.name for n in self._model.graph.node if n.op_type not in WEIGHTED and n.op_type not in PASSIVE}
+        left |= _behind(self._model, left)
         outputs = {node.name: node.output[0] for node in self._model.graph.node}
         in_float = [converted.made.get(name, outputs[name]) for name in sorted(left) if name in outputs]
         worker = quantizer_of(converted.content, [*in_float, *converted.whole])
@@ -135,6 +136,20 @@ class _Quantizer:
             low, high = methods[method]
             out[name] = own | {"min": np.full_like(own["min"], low), "max": np.full_like(own["max"], high)}
         return out
+
+
+def _behind(model: onnx.ModelProto, left: set[str]) -> set[str]:
+    """Nodes that only move what a node in float has made to an output: in int8 they would round it after all."""
+    makers = {name: node for node in model.graph.node for name in node.output}
+    found = set()
+    for output in model.graph.output:
+        path, node = set(), makers.get(output.name)
+        while node is not None and node.op_type in PASSIVE:
+            path.add(node.name)
+            node = makers.get(node.input[0]) if node.input else None
+        if node is not None and node.name in left:
+            found |= path
+    return found
 
 
 def quantizer_of(content: bytes, in_float: list[str]) -> Any:

@@ -22,7 +22,7 @@ from .statistics import Statistics
 from .weights import LEVELS, PASSIVE, WEIGHTED, axis_of, channel_scales, groups_of, rounded
 
 SPLIT_SHARE = 0.02  # of all noise, from which a kind is split into its operators
-MOST_SPLIT = 80  # operators of a kind that are looked at one by one
+MOST_SPLIT = 80  # operators in all that are looked at one by one, those of the loudest kinds
 
 
 def measure(
@@ -33,7 +33,7 @@ def measure(
     parts: list[dict[str, Any]],
     progress: job.Progress,
 ) -> list[dict[str, Any]]:
-    """One entry per unit, in order of the network: ``nodes``, ``kind``, ``noise`` (power that it puts on that part of the outputs where it is the
+    """One entry per unit, weighted operators first, in order of the network: ``nodes``, ``kind``, ``noise`` (power that it puts on that part of the outputs where it is the
     most, relative to the part's), ``weight_bytes`` (that stay when it stays float).
 
     Args:
@@ -60,10 +60,11 @@ def measure(
     for number, (kind, nodes) in enumerate(units):
         progress("sensitivity of layers", number, len(units))
         found.append(unit(kind, nodes))
-    loud = SPLIT_SHARE * sum(one["noise"] for one in found)
-    for whole, (kind, nodes) in list(zip(found, units, strict=True)):
-        if 1 < len(nodes) <= MOST_SPLIT and whole["noise"] >= loud:
+    loud, left = SPLIT_SHARE * sum(one["noise"] for one in found), MOST_SPLIT
+    for whole, (kind, nodes) in sorted(zip(found, units, strict=True), key=lambda pair: -pair[0]["noise"]):
+        if 1 < len(nodes) <= left and whole["noise"] >= loud:
             progress(f"sensitivity of every {kind}", len(units), len(units))
+            left -= len(nodes)
             found.remove(whole)
             found += [unit(kind, [node]) for node in nodes]
     progress("sensitivity of layers", len(units), len(units))
