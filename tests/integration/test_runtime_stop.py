@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import http.client
-import os
 import signal
 import socket
 import threading
@@ -69,11 +68,11 @@ def test_a_request_whose_body_is_coming_is_answered(runtime: Runtime) -> None:
     head = f"POST /v2/models/toy/infer HTTP/1.1\r\nHost: board\r\nContent-Length: {len(body)}\r\n\r\n".encode()
     with socket.create_connection(runtime.address, timeout=10) as link:
         link.sendall(head + body[:200])
-        time.sleep(0.1)
+        until(lambda: runtime.gauge("held_body_bytes") > 0, what="a part of it is there")
         told_to_stop(runtime)
         for at in range(200, len(body), 1000):
             link.sendall(body[at : at + 1000])
-            time.sleep(0.1)
+            time.sleep(0.1)  # a slow line: the whole takes longer than the last call
         got = answer(link)
         assert (got.status, got.getheader("Connection")) == (200, "close")
 
@@ -166,7 +165,8 @@ def test_no_new_client_loses_a_request_over_restarts(tmp_path: Path) -> None:
             client.start()
         try:
             for _ in range(8):
-                time.sleep(0.05 + (os.getpid() % 7) / 100)
+                enough = len(asked) + 20
+                until(lambda enough=enough: len(asked) >= enough, what="requests are under way")
                 assert runtime.stop() == 0
                 runtime.start("--http", "127.0.0.1:9", held=(port,))
         finally:

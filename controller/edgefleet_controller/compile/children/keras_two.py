@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from . import job
+from .tensorflow_source import listed
 
 PRUNED = (
     "Dense",
@@ -75,13 +76,7 @@ class Network:
                 _HINT,
             )
         found = graph._run_through_graph(given, operation_fn=lambda operation: operation, call_fn=self._called)
-        return (
-            list(found.values())
-            if isinstance(found, dict)
-            else list(found)
-            if isinstance(found, (list, tuple))
-            else [found]
-        )
+        return listed(found)
 
     def _called(self, operation: Any, *args: Any, **kwargs: Any) -> Any:
         import keras

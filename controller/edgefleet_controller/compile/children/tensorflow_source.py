@@ -45,7 +45,7 @@ def convert(request: job.Request, progress: job.Progress) -> dict[str, Any]:
     _canonical(model, [spec.name for spec in specs], outputs)
     fed = [np.random.default_rng(0).random(spec.shape.as_list(), np.float32) for spec in specs]
     answered = function(*fed)
-    _check(model, dict(zip([spec.name for spec in specs], fed, strict=True)), [a.numpy() for a in _listed(answered)])
+    _check(model, dict(zip([spec.name for spec in specs], fed, strict=True)), [a.numpy() for a in listed(answered)])
     onnx.save(model, request["onnx"])
     return {"quantized": False}
 
@@ -177,7 +177,7 @@ def _made_dense(path: str, dense: str) -> str:
     interpreter.invoke()  # on whatever its inputs hold: constants do not depend on them
     with open(path, "rb") as stream:
         model = schema.ModelT.InitFromPackedBuf(stream.read(), 0)
-    (graph,) = model.subgraphs  # what the interpreter has run
+    graph = model.subgraphs[0]  # what the interpreter has run
     kept = []
     for operator in graph.operators:
         code = model.operatorCodes[operator.opcodeIndex]
@@ -351,7 +351,8 @@ def _plain(name: str) -> str:
     return name.split(":")[0].replace("/", "_")
 
 
-def _listed(value: Any) -> list[Any]:
+def listed(value: Any) -> list[Any]:
+    """What a network gives, by name, in a row or alone, as a row."""
     return (
         list(value.values())
         if isinstance(value, dict)
