@@ -8,6 +8,7 @@ standard library and msgspec.
 from __future__ import annotations
 
 import contextlib
+import mmap
 import os
 import selectors
 import signal
@@ -93,6 +94,15 @@ def child_environment() -> dict[str, str]:
         "OPENBLAS_NUM_THREADS": "1",
         "ORT_DISABLE_TELEMETRY": "1",
     }
+
+
+def resident_bytes(pid: int) -> int:
+    """What :func:`memory_of` says first, for whoever asks often: a sixth of its time."""
+    try:
+        with open(f"/proc/{pid}/statm", "rb", buffering=0) as file:
+            return int(file.read(256).split()[1]) * mmap.PAGESIZE
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
 
 
 def memory_of(pid: int) -> tuple[int, int]:

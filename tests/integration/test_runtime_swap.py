@@ -161,7 +161,7 @@ def test_a_worker_that_loads_stands_aside_for_what_serves_and_serves_in_the_firs
     assert 5 in seen
     pid = runtime.version("2").pid
     assert {policy_of(int(thread.name)) for thread in Path(f"/proc/{pid}/task").iterdir()} == {0}
-    assert policy_of(serving) == 0
+    assert policy_of(serving) == policy_of(spawner) == 0
 
 
 WITHOUT_RIGHTS = """
@@ -169,7 +169,7 @@ import os
 os.setgid(65534)
 os.setuid(65534)
 from edgefleet_agent.runtime import priority
-priority.step_back(0)
+priority.step_back(os.getpid())
 stood = os.sched_getscheduler(0)
 priority.come_forward(os.getpid())
 print(stood == os.SCHED_BATCH, os.sched_getscheduler(0) == os.SCHED_OTHER)

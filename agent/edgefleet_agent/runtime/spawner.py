@@ -83,15 +83,21 @@ def _obey(link: socket.socket, children: dict[int, int]) -> bool:
         return False
     match decode_order(message):
         case Spawn(number, aside):
+            # Forking takes milliseconds, and the worker comes along.
+            if aside:
+                priority.step_back(os.getpid())
             try:
                 pid = os.fork()
-            except OSError as exc:
-                link.send(encode(Spawned(number, 0, exc.strerror or str(exc))))
-            else:
                 if pid == 0:
-                    _be_worker(link, fds, aside)
+                    _be_worker(link, fds)
+            except OSError as exc:
+                report = Spawned(number, 0, exc.strerror or str(exc))
+            else:
                 children[pid] = number
-                link.send(encode(Spawned(number, pid)))
+                report = Spawned(number, pid)
+            if aside:
+                priority.come_forward(os.getpid())
+            link.send(encode(report))
             for fd in fds:
                 os.close(fd)
         case Kill(number):
@@ -110,15 +116,13 @@ def _reap(link: socket.socket, children: dict[int, int]) -> None:
         link.send(encode(Ended(children.pop(pid), os.waitstatus_to_exitcode(status))))
 
 
-def _be_worker(link: socket.socket, fds: list[int], aside: bool) -> None:
+def _be_worker(link: socket.socket, fds: list[int]) -> None:
     """What the forked process does; it never returns."""
     code = 1
     try:
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         link.close()
-        if aside:
-            priority.step_back(0)
         code = worker.main(socket.socket(fileno=fds[0]), (fds[1], fds[2]))
     except BaseException:  # noqa: BLE001  # whatever it is, this process must not go on as a second spawner
         sys.excepthook(*sys.exc_info())

@@ -17,7 +17,7 @@ import time
 from collections import deque
 from typing import Literal
 
-from edgefleet_shared.artifact import MODEL_LAYER, Layout, ModelConfig
+from edgefleet_shared.artifact import MODEL_LAYER, Layout, Manifest, ModelConfig
 from edgefleet_shared.errors import ConflictError, EdgefleetError, NotFoundError
 
 from edgefleet_agent.runtime import protocol, swap_mode
@@ -28,7 +28,7 @@ from edgefleet_agent.runtime.protocol import RequestError
 from edgefleet_agent.runtime.shadow import Shadow
 from edgefleet_agent.runtime.version import Version, VersionState
 from edgefleet_agent.runtime.worker_process import Lease
-from edgefleet_agent.sandbox import memory_of
+from edgefleet_agent.sandbox import resident_bytes
 
 log = logging.getLogger("edgefleet.runtime")
 
@@ -217,7 +217,7 @@ class Switchboard:
                         f"{present.config.model} {present.config.version} is loaded but {present.state.value}: {present.last_problem}"
                     )
                 return _loaded(present, "blue-green", "it was loaded already")
-            version = self._open(manifest)
+            version = await self._open(manifest)
             chosen, why = swap_mode.choose(version.config, mode, self._serving is not None)
             if chosen == "in-place":
                 await asyncio.to_thread(self._layout.check, self._layout.manifest(manifest).layer(MODEL_LAYER))
@@ -315,7 +315,8 @@ class Switchboard:
         """
         for manifest in manifests:
             try:
-                self._expected.append(self._open(manifest))
+                parsed = self._layout.manifest(manifest)
+                self._expected.append(self._version(manifest, parsed, self._layout.config(parsed)))
             except EdgefleetError as exc:
                 log.error("start_failed", extra={"digest": manifest, "problem": exc.message})
         if self._expected:
@@ -388,9 +389,17 @@ class Switchboard:
             self._standby = None
         await version.stop()
 
-    def _open(self, manifest: str) -> Version:
+    async def _open(self, manifest: str) -> Version:
+        # Each step takes as long as a small request; those that came meanwhile go first.
         parsed = self._layout.manifest(manifest)
+        await asyncio.sleep(0)
         config = self._layout.config(parsed)
+        await asyncio.sleep(0)
+        version = self._version(manifest, parsed, config)
+        await asyncio.sleep(0)
+        return version
+
+    def _version(self, manifest: str, parsed: Manifest, config: ModelConfig) -> Version:
         return Version(
             manifest,
             parsed,
@@ -426,7 +435,7 @@ class Switchboard:
                     p95_ms=p95,
                     in_flight=version.in_flight,
                     pid=version.pid,
-                    memory_bytes=memory_of(version.pid)[0] if version.pid else 0,
+                    memory_bytes=resident_bytes(version.pid) if version.pid else 0,
                     providers=version.ready.providers if version.ready else (),
                     unconfined=version.ready.unconfined if version.ready else (),
                     last_problem=version.last_problem,
@@ -442,7 +451,7 @@ class Switchboard:
             failed=self.failed,
             swaps=self.swaps,
             pid=os.getpid(),
-            memory_bytes=memory_of(os.getpid())[0],
+            memory_bytes=resident_bytes(os.getpid()),
             uptime_s=time.monotonic() - self._began,
             shadow=self._shadow.figures() if self._shadow else None,
         )

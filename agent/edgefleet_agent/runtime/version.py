@@ -24,7 +24,7 @@ from edgefleet_agent.runtime.shadow import Shadow
 from edgefleet_agent.runtime.shm import PAGE_BYTES
 from edgefleet_agent.runtime.tensors import NUMPY, element_count
 from edgefleet_agent.runtime.worker_process import Lease, WorkerProcess
-from edgefleet_agent.sandbox import memory_of
+from edgefleet_agent.sandbox import resident_bytes
 
 log = logging.getLogger("edgefleet.runtime")
 
@@ -166,7 +166,7 @@ class Version:
 
     def _overgrown(self, pid: int) -> str:
         """How a process broke its memory limit; empty when it did not."""
-        resident, _ = memory_of(pid)
+        resident = resident_bytes(pid)
         if resident <= self.memory_limit_bytes:
             return ""
         return f"outgrew its {self.memory_limit_bytes >> 20} MiB of memory: it held {resident >> 20} MiB"

@@ -23,6 +23,7 @@ from edgefleet_agent.sandbox import describe_exit
 
 EXIT_GRACE_S = 0.5  # between the end of a worker's channel and the end of the worker
 PATIENCE_S = 10.0  # how long loading may stand aside: on a board that is always busy it would never end
+LEAVING_S = 0.3  # and how long ending may
 KEPT_SLOTS = 2  # never lent: clients that are slow to fill theirs must not keep whole requests out
 
 
@@ -263,13 +264,17 @@ class WorkerProcess:
         deadline = self._loop.time() + limit_s
         while self._jobs and self._loop.time() < deadline and not child.ended.done():
             await asyncio.sleep(0.005)
-        priority.leave(self.pid)
+        # Its end takes a while too: all its memory is given back.
+        priority.step_back(self.pid)
+        hurry = self._loop.call_later(LEAVING_S, priority.come_forward, self.pid)
         self._close_link()
         try:
             await asyncio.wait_for(asyncio.shield(child.ended), max(0.5, deadline - self._loop.time()))
         except asyncio.TimeoutError:
             self.kill("did not stop")
             await child.ended
+        finally:
+            hurry.cancel()
 
     def _readable(self) -> None:
         link = self._link
