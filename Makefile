@@ -51,6 +51,7 @@ lint: $(READY) ## ruff (rules and format) and the import rules
 
 types: $(READY) ## mypy, strict
 	$(BIN)/mypy -p edgefleet_shared -p edgefleet_agent -p edgefleet_controller
+	$(BIN)/mypy benchmarks/*.py
 	$(BIN)/mypy docs/generate.py docker/healthcheck.py docker/broker_settings.py agent/debian/build.py
 
 unit: $(READY) ## pure tests

@@ -95,8 +95,8 @@ def environment() -> str:
 
 
 def update(controller: Controller, device: str, manifest: object, version: str) -> None:
-    controller.release(manifest, "toy", version)  # type: ignore[arg-type]
-    assignment = controller.assign(device, manifest, version)  # type: ignore[arg-type]
+    controller.release(manifest, "toy", version)
+    assignment = controller.assign(device, manifest, version)
     outcome = controller.outcome(device, assignment, timeout_s=180.0)
     if outcome.value != "succeeded":
         raise SystemExit(f"the update ended {outcome.value}: {controller.reason(device)}")

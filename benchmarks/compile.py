@@ -90,6 +90,7 @@ class Bench:
                 work,
                 lambda *_: None,
                 Limits(),
+                None,
             )
             peer = work / "peer"
             request = {

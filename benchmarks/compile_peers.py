@@ -28,7 +28,7 @@ def samples(path: str) -> list[dict[str, Any]]:
 def by_onnxruntime(request: dict[str, Any]) -> None:
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 
-    class Reader(CalibrationDataReader):
+    class Reader(CalibrationDataReader):  # type: ignore[misc]  # untyped
         def __init__(self) -> None:
             self._feeds: Iterator[dict[str, Any]] = iter(samples(request["calibration"]))
 

@@ -112,7 +112,9 @@ class Story:
     def stalls(self) -> tuple[list[float], list[float], list[float]]:
         """(steady requests, longest request of each swap, longest request of each quiet window of WINDOW_S), seconds."""
         longest = [0.0] * len(self.swaps)
-        steady, windows, in_window = [], [], []
+        steady: list[float] = []
+        windows: list[float] = []
+        in_window: list[Sample] = []
         at = 0
         for sample in self.samples:
             while at < len(self.swaps) and self.swaps[at].ended < sample.sent:

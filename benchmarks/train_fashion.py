@@ -21,7 +21,7 @@ LAYERS = ((1, 16, 2), (16, 32, 1), (32, 64, 2), (64, 64, 1))  # inputs, outputs,
 EPOCHS, BATCH, RATE = 5, 256, 3e-3
 
 
-class Net(nn.Module):
+class Net(nn.Module):  # type: ignore[misc]  # untyped
     def __init__(self) -> None:
         super().__init__()
         self.convolutions = nn.ModuleList(nn.Conv2d(i, o, 3, s, 1, bias=False) for i, o, s in LAYERS)

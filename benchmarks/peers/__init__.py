@@ -106,8 +106,8 @@ def _environment(name: str) -> Path:
         return python
     print(f"installing {name} from PyPI into {folder} ...", flush=True)
     subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)], check=True)
-    install = [
-        python,
+    install: list[str] = [
+        str(python),
         "-m",
         "pip",
         "install",
@@ -117,7 +117,7 @@ def _environment(name: str) -> Path:
         "--only-binary",
         ":all:",
         "-r",
-        lock,
+        str(lock),
     ]
     done = subprocess.run(install, capture_output=True, text=True)
     if done.returncode:

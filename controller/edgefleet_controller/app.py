@@ -63,6 +63,7 @@ class Controller:
             self.database,
             self.layout,
             settings.cache_folder,
+            settings.cache_limit_bytes,
             self.clock,
             settings.compile_workers,
             settings.work_lease_s,

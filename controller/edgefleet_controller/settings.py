@@ -21,6 +21,8 @@ from edgefleet_shared import atomic
 from edgefleet_shared.errors import EnvironmentProblem, ManifestError, NotFoundError
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+CACHE_LIMIT_BYTES = 20_000_000_000
+
 
 class Settings(BaseModel):
     """Every limit has its unit in its name."""
@@ -36,6 +38,11 @@ class Settings(BaseModel):
     database_url: str = Field(default="", description="empty: SQLite in the home folder")
     database_password_file: str = ""
     cache: str = Field(default="", description="toolchains and compiled models; empty: ~/.cache/edgefleet")
+    cache_limit_bytes: int = Field(
+        default=CACHE_LIMIT_BYTES,
+        gt=0,
+        description="compiled models in there that were not used for a day go, oldest first, above this",
+    )
     blob_bytes_per_s: int = Field(default=20_000_000, gt=0)
     max_blob_bytes: int = Field(default=4_000_000_000, gt=0)
     compile_workers: int = Field(

@@ -11,7 +11,7 @@ from edgefleet_shared.faces import told
 
 from edgefleet_controller.cli.output import document, home_option, json_option, say, table
 from edgefleet_controller.client import FleetClient
-from edgefleet_controller.settings import default_cache
+from edgefleet_controller.settings import CACHE_LIMIT_BYTES, default_cache
 
 
 @click.group()
@@ -54,8 +54,12 @@ def token(home: Path, name: str, device_class: str, ttl: float, as_json: bool) -
     help="The worker's identity and blobs.",
 )  # fmt: skip
 @click.option("--jobs", default=1, show_default=True, type=click.IntRange(1, 64), help="How many jobs at once.")
+@click.option(
+    "--cache-limit-bytes", envvar="EDGEFLEET_CACHE_LIMIT_BYTES", default=CACHE_LIMIT_BYTES, show_default=True, type=click.IntRange(1),
+    help="Compiled models in the cache that were not used for a day go, oldest first, above this.",
+)  # fmt: skip
 @told
-def run(url: str, token: str, folder: Path, jobs: int) -> None:
+def run(url: str, token: str, folder: Path, jobs: int, cache_limit_bytes: int) -> None:
     """Compile for a controller on another machine, until SIGTERM. Needs no fleet's home."""
     from edgefleet_controller.compile import remote
 
@@ -64,7 +68,7 @@ def run(url: str, token: str, folder: Path, jobs: int) -> None:
         if not url:
             raise click.UsageError("--token goes with --controller")
         remote.enrol(folder, url, token, "")
-    remote.run(folder, default_cache(), workers=jobs)
+    remote.run(folder, default_cache(), cache_limit_bytes, workers=jobs)
 
 
 @worker.command("list")

@@ -18,6 +18,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
+from edgefleet_controller.compile import cache_limit
+
 What = TypeVar("What")
 _LOCK_POLL_S = 0.05
 
@@ -50,7 +52,9 @@ class Cache:
             fill: gets what is missing, by the empty folder that it goes into.
         """
         folders = {key: self.path(kind, key) for key in wanted}
-        if not all(folder.is_dir() for folder in folders.values()):
+        with cache_limit.looking(self.folder):
+            there = [cache_limit.mark_used(folder) for folder in folders.values()]
+        if not all(there):
             with self._lock(f"{kind}-{content_key(sorted(wanted))}"):
                 self._fill({f: wanted[key] for key, f in folders.items() if not f.is_dir()}, fill)
         return folders
@@ -61,7 +65,7 @@ class Cache:
         try:
             for folder in missing:
                 folder.parent.mkdir(parents=True, exist_ok=True)
-                staged[folder] = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".filling-"))
+                staged[folder] = Path(tempfile.mkdtemp(dir=folder.parent, prefix=cache_limit.UNFINISHED))
             if staged:
                 fill({staged[folder]: what for folder, what in missing.items()})
             for folder, path in staged.items():

@@ -35,15 +35,17 @@ class CompileQueue:
 
     Args:
         layout: versions and artifacts.
-        cache: toolchains and compiled models.
+        cache: toolchains and compiled models, of which it keeps ``cache_limit_bytes`` at most (:mod:`.cache_limit`).
         workers: how many jobs run at once here; 0 leaves all to workers on other machines.
         lease_s: how long one of those may be silent.
     """
 
     def __init__(
-        self, database: Database, layout: Layout, cache: Path, clock: Clock, workers: int, lease_s: float
-    ) -> None:
-        self._database, self._layout, self._cache, self._clock = database, layout, cache, clock
+        self, database: Database, layout: Layout, cache: Path, cache_limit_bytes: int, clock: Clock, workers: int,
+        lease_s: float,
+    ) -> None:  # fmt: skip
+        self._database, self._layout, self._clock = database, layout, clock
+        self._cache, self._cache_limit_bytes = cache, cache_limit_bytes
         self._wake, self._stopping = threading.Event(), threading.Event()
         self._running: dict[str, Attempt] = {}
         self._lock = threading.Lock()
@@ -124,8 +126,8 @@ class CompileQueue:
 
     def _attempt(self, task: CompileTask) -> None:
         request = JobRequest(
-            layout=str(self._layout.root.resolve()), cache=str(self._cache), version=task.version,
-            device_class=task.device_class, ship_despite_quality=task.ship_despite_quality, builder=task.builder,
+            layout=str(self._layout.root.resolve()), cache=str(self._cache), cache_limit_bytes=self._cache_limit_bytes,
+            version=task.version, device_class=task.device_class, ship_despite_quality=task.ship_despite_quality, builder=task.builder,
         )  # fmt: skip
         with Attempt(request) as attempt:
             with self._lock:

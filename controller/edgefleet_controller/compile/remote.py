@@ -66,7 +66,7 @@ def enrol(folder: Path, url: str, token: str, name: str) -> Identity:
     return made
 
 
-def run(folder: Path, cache: Path, *, workers: int) -> None:
+def run(folder: Path, cache: Path, cache_limit_bytes: int, *, workers: int) -> None:
     """Work until SIGTERM or SIGINT.
 
     Raises:
@@ -78,7 +78,7 @@ def run(folder: Path, cache: Path, *, workers: int) -> None:
     client = WorkClient(
         who.host, who.port, ca=identity / "ca.pem", certificate=identity / "worker.pem", key=identity / "worker.key"
     )
-    worker = RemoteWorker(client, Layout(folder / "blobs"), cache)
+    worker = RemoteWorker(client, Layout(folder / "blobs"), cache, cache_limit_bytes)
     log.info("worker enrolled", extra={"worker": who.name, "controller": f"{who.host}:{who.port}"})
     with atomic.lock(folder, "fleet worker run"):
         run_until_signalled(client, worker.carry_out, at_once=workers, end=worker.cancel)
@@ -94,8 +94,9 @@ class Made(NamedTuple):
 class RemoteWorker:
     """Does tasks, several at once."""
 
-    def __init__(self, client: WorkClient, layout: Layout, cache: Path) -> None:
-        self._client, self._layout, self._cache = client, layout, cache
+    def __init__(self, client: WorkClient, layout: Layout, cache: Path, cache_limit_bytes: int) -> None:
+        self._client, self._layout = client, layout
+        self._cache, self._cache_limit_bytes = cache, cache_limit_bytes
         self._attempts: set[Attempt] = set()
         self._lock = threading.Lock()
         self._ending = False
@@ -125,8 +126,8 @@ class RemoteWorker:
 
     def _attempt(self, task: CompileTask, held: Held) -> Made:
         request = JobRequest(
-            layout=str(self._layout.root.resolve()), cache=str(self._cache), version=task.version,
-            device_class=task.device_class, ship_despite_quality=task.ship_despite_quality, builder=task.builder,
+            layout=str(self._layout.root.resolve()), cache=str(self._cache), cache_limit_bytes=self._cache_limit_bytes,
+            version=task.version, device_class=task.device_class, ship_despite_quality=task.ship_despite_quality, builder=task.builder,
         )  # fmt: skip
         with Attempt(request) as attempt:
             held.on_end = attempt.cancel

@@ -23,6 +23,7 @@ from edgefleet_shared.errors import EdgefleetError, EnvironmentProblem
 from edgefleet_shared.work import Answer, Progress
 
 from edgefleet_controller import source
+from edgefleet_controller.compile.cache_limit import keep_within
 from edgefleet_controller.compile.pipeline import compile_version
 from edgefleet_controller.compile.port import CompileResult
 from edgefleet_controller.compile.toolchains import Toolchains
@@ -41,6 +42,7 @@ class JobRequest(msgspec.Struct, frozen=True, kw_only=True):
 
     layout: str
     cache: str
+    cache_limit_bytes: int
     version: str
     device_class: str
     ship_despite_quality: bool = False
@@ -108,6 +110,8 @@ def main() -> int:
     with contextlib.suppress(EdgefleetError):  # where the version itself can't be read nothing ran
         say(Said(_log(request, began)))
     say(last)
+    with contextlib.suppress(OSError):  # the job is done; the next one tries again
+        keep_within(Path(request.cache), request.cache_limit_bytes, time.time())
     return 0
 
 
