@@ -81,3 +81,13 @@ def test_a_limit_that_comes_back_keeps_its_value(tmp_path: Path) -> None:
     constants = {i.name: float(numpy_helper.to_array(i)) for i in quantized.graph.initializer if not i.dims}
     again = [n for n in quantized.graph.node if n.op_type == "Clip" and n.name.endswith("/active")]
     assert [[constants[name] for name in node.input[1:]] for node in again] == [[0.0, 1.5]]
+
+
+@pytest.mark.parametrize("in_float", [(), ("n2",), ("n0", "n4")])
+def test_the_file_is_valid_onnx_whatever_stays_in_float(tmp_path: Path, in_float: tuple[str, ...]) -> None:
+    """Also for readers that take nodes in the order in which they stand."""
+    model = network("initializers")
+    save_file({"image": PICTURES}, tmp_path / "samples.safetensors")
+    samples = SampleFile(str(tmp_path / "samples.safetensors"))
+    known = statistics.collect(model, samples, lambda *_: None, histograms=False)
+    onnx.checker.check_model(qdq.quantize(model, known, PLAIN | {"in_float": list(in_float)}), full_check=True)

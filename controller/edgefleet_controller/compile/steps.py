@@ -357,8 +357,7 @@ class Steps:
         quantized = self._quantized(pruned, int8) if self._target.reads_qdq and int8 else {}
         networks = {staged: quantized.get(recipe, simplified) for staged, recipe in wanted.items()}
         if self._target.ships_onnx:
-            for staged, network in networks.items():
-                os.link(network, staged / COMPILED)
+            self._ship({staged: (wanted[staged], network) for staged, network in networks.items()})
             return
         self._child(self._toolchain, self._target.module, self._limits.compile_s, {
             "action": "compile",
@@ -377,6 +376,17 @@ class Steps:
                     f"the {self._toolchain.name} compile ended well, but wrote no compiled model",
                     hint=f"see {self._log('compile')}",
                 )
+
+    def _ship(self, networks: dict[Path, tuple[Recipe, Path]]) -> None:
+        """ONNX as it is; but weights of what is computed in float beside int8 have half precision there, as have all in fp16."""
+        halved = []
+        for staged, (recipe, network) in networks.items():
+            if recipe.precision == HALF.precision or (recipe.precision == "int8" and recipe.in_float):
+                halved.append({"network": str(network), "compiled": str(staged / COMPILED)})
+            else:
+                os.link(network, staged / COMPILED)
+        if halved:
+            self._child(self._preparing, PREPARE[1], self._limits.compile_s, {"action": "halve", "jobs": halved})
 
     def _float_model(self) -> Path:
         """The float model as the class's engine runs it."""

@@ -14,7 +14,7 @@ import onnxruntime
 from onnxruntime.quantization.shape_inference import quant_pre_process
 from safetensors.numpy import save_file
 
-from . import job, qdq, sensitivity, statistics
+from . import half, job, qdq, sensitivity, statistics
 from .measure import Array, Run, SampleFile, measure, run_all
 
 onnxruntime.disable_telemetry_events()
@@ -141,6 +141,6 @@ def _refusal(exc: Exception, path: str) -> job.Refused:
 
 def main() -> None:
     job.serve({
-        "prepare": prepare, "gather": gather, "rank": rank, "quantize": quantize,
+        "prepare": prepare, "gather": gather, "rank": rank, "quantize": quantize, "halve": half.write,
         "measure": lambda r, p: measure(load, r, p),
     })  # fmt: skip

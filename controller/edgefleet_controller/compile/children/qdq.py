@@ -7,6 +7,7 @@ onnxruntime's QDQ writer places the nodes; ranges, weight scales and biases are 
 from __future__ import annotations
 
 import logging
+from graphlib import TopologicalSorter
 from typing import Any
 
 import numpy as np
@@ -77,6 +78,7 @@ def quantize(model: onnx.ModelProto, statistics: Statistics, recipe: Recipe) -> 
     quantized: onnx.ModelProto = writer.model.model
     _keep_float(quantized, set(in_float), model)
     _swept(quantized)
+    _sorted(quantized.graph)
     return quantized
 
 
@@ -176,6 +178,25 @@ def _swept(model: onnx.ModelProto) -> None:
     del graph.initializer[:]
     graph.initializer.extend(used)
     del graph.value_info[:]
+
+
+def _sorted(graph: onnx.GraphProto) -> None:
+    """Every node behind those that make what it reads, as ONNX wants it; the writer and :func:`_keep_float` put theirs at the end."""
+    makers = {name: number for number, node in enumerate(graph.node) for name in node.output}
+    before = {
+        number: {makers[name] for name in _read(node) if name in makers} for number, node in enumerate(graph.node)
+    }
+    nodes = [
+        onnx.NodeProto.FromString(graph.node[n].SerializeToString()) for n in TopologicalSorter(before).static_order()
+    ]
+    graph.ClearField("node")
+    graph.node.extend(nodes)
+
+
+def _read(node: onnx.NodeProto) -> set[str]:
+    """What a node and the graphs inside it read."""
+    inside = [attribute.g for attribute in node.attribute if attribute.HasField("g")]
+    return {*node.input, *(name for graph in inside for one in graph.node for name in _read(one))}
 
 
 def _with_activations(model: onnx.ModelProto, in_float: list[str]) -> list[str]:

@@ -2,8 +2,9 @@
 
 Each unit is quantized alone, everything else stays float, and the noise that this puts on the outputs is its own (Wu et al. 2020,
 "Integer quantization for deep learning inference", section 6). Noise powers of independent layers add up, so that leaving a set
-of units in float removes about the sum of theirs. A unit is one weighted operator, or all operators of one other kind together: softmax
-and the like stand or fall as a kind, unless the kind is among the noisiest: then it is looked at one by one, for it may be one of them.
+of units in float removes about the sum of theirs. A unit is one weighted operator with its activation, which must not read a rounded value
+where the operator stays in float; or all operators of one other kind together: softmax and the like stand or fall as a kind, unless
+the kind is among the noisiest: then it is looked at one by one, for it may be one of them.
 """
 
 from __future__ import annotations
@@ -22,6 +23,10 @@ from .statistics import Statistics
 from .weights import LEVELS, PASSIVE, WEIGHTED, axis_of, channel_scales, groups_of, rounded
 
 SPLIT_SHARE = 0.02  # of all noise, from which a kind is split into its operators
+ELEMENTWISE = {
+    "Relu", "Clip", "LeakyRelu", "PRelu", "ThresholdedRelu", "Sigmoid", "HardSigmoid", "HardSwish", "Tanh", "Elu", "Selu", "Celu", "Softplus",
+    "Softsign", "Mish", "Gelu", "Erf", "Exp", "Log", "Sqrt", "Abs", "Neg", "Pow", "Reciprocal", "Add", "Sub", "Mul", "Div", "Min", "Max",
+}  # fmt: skip
 MOST_SPLIT = 80  # operators in all that are looked at one by one, those of the loudest kinds
 
 
@@ -47,11 +52,10 @@ def measure(
         outputs = _parts(_outputs(_only(model, nodes, statistics, recipe), feeds), parts)
         noise = [float(np.sum((a - b) ** 2)) for a, b in zip(outputs, references, strict=True)]
         relative = max(n / p for n, p in zip(noise, power, strict=True))
-        size = sum(
-            4 * int(np.prod(constants[name].dims)) for node in nodes for name in node.input[1:2] if name in constants
-        )
+        weights = [node.input[1] for node in nodes if node.op_type in WEIGHTED and len(node.input) > 1]
+        size = sum(4 * int(np.prod(constants[name].dims)) for name in weights if name in constants)
         return {
-            "nodes": [node.name for node in nodes], "kind": kind, "weight_bytes": size if kind in WEIGHTED else 0,
+            "nodes": [node.name for node in nodes], "kind": kind, "weight_bytes": size,
             "noise": relative if np.isfinite(relative) else 1e9,
         }  # fmt: skip
 
@@ -62,7 +66,7 @@ def measure(
         found.append(unit(kind, nodes))
     loud, left = SPLIT_SHARE * sum(one["noise"] for one in found), MOST_SPLIT
     for whole, (kind, nodes) in sorted(zip(found, units, strict=True), key=lambda pair: -pair[0]["noise"]):
-        if 1 < len(nodes) <= left and whole["noise"] >= loud:
+        if kind not in WEIGHTED and 1 < len(nodes) <= left and whole["noise"] >= loud:
             progress(f"sensitivity of every {kind}", len(units), len(units))
             left -= len(nodes)
             found.remove(whole)
@@ -73,13 +77,36 @@ def measure(
 
 def _units(model: onnx.ModelProto) -> list[tuple[str, list[onnx.NodeProto]]]:
     constants = {i.name for i in model.graph.initializer}
-    weighted, kinds = [], dict[str, list[onnx.NodeProto]]()
+    readers: dict[str, list[onnx.NodeProto]] = {}
+    for node in model.graph.node:
+        for name in node.input:
+            readers.setdefault(name, []).append(node)
+    weighted, taken = [], set[str]()
     for node in model.graph.node:
         if node.op_type in WEIGHTED and len(node.input) > 1 and node.input[1] in constants:
-            weighted.append((node.op_type, [node]))
-        elif node.op_type not in PASSIVE:
+            nodes = [node, *_activation(node, readers, constants)]
+            weighted.append((node.op_type, nodes))
+            taken |= {one.name for one in nodes}
+    kinds: dict[str, list[onnx.NodeProto]] = {}
+    for node in model.graph.node:
+        if node.name not in taken and node.op_type not in PASSIVE:
             kinds.setdefault(node.op_type, []).append(node)
     return weighted + list(kinds.items())
+
+
+def _activation(
+    node: onnx.NodeProto, readers: dict[str, list[onnx.NodeProto]], constants: set[str]
+) -> list[onnx.NodeProto]:
+    """What goes on element by element with the operator's output alone, in whatever pieces the network has it: SiLU is two, GELU five."""
+    known, found = {*node.output, *constants, ""}, list[onnx.NodeProto]()
+    open_values = list(node.output)
+    while open_values:
+        for reader in readers.get(open_values.pop(), []):
+            if reader.op_type in ELEMENTWISE and known.issuperset(reader.input) and reader not in found:
+                found.append(reader)
+                known.update(reader.output)
+                open_values += reader.output
+    return found
 
 
 def _only(
@@ -88,7 +115,7 @@ def _only(
     """The network with these nodes' weights and inputs, and what no other node rounds of their outputs, rounded to 8 bits."""
     own = onnx.ModelProto()
     own.CopyFrom(model)
-    wanted = {node.name for node in nodes}
+    wanted = {node.name for node in nodes if node.op_type not in PASSIVE}
     constants = {i.name: i for i in own.graph.initializer}
     ranges = statistics["ranges"]
     rounder = _Rounder(own, {name: methods[recipe["ranges"]] for name, methods in ranges.items()})

@@ -15,7 +15,7 @@ class OnnxruntimeTarget:
     module = "ort"
     tools = ()
     engine_package = "onnxruntime"
-    precisions = frozenset({"int8", "fp32"})
+    precisions = frozenset({"int8", "fp16", "fp32"})
     methods = frozenset({"minmax", "percentile", "entropy", "mse"})
     quantizers = ("edgefleet",)
     reads_qdq = True

@@ -1,0 +1,64 @@
+"""Stage 2, compile: float weights in half precision. Receives an ONNX network, hands on one with the same arithmetic and smaller constants.
+
+Large float constants become float16 with a Cast behind them, which onnxruntime folds back when it loads the network: nothing is computed in float16,
+for which processors without such arithmetic only pay. A constant that float16 can't hold closely stays as it is.
+Source: IEEE 754-2019, binary16 (11 bits of precision, largest 65504, smallest normal 6.1e-5).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import helper, numpy_helper
+
+from . import job
+
+MIN_ELEMENTS = 256  # a Cast costs a hundred bytes
+MOST_ERROR = 1e-3  # of the constant's own root mean square
+QUANTIZED = ("QuantizeLinear", "DequantizeLinear")  # their scales stay exact
+
+
+def halve(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The network with its large float constants in half precision."""
+    own = onnx.ModelProto()
+    own.CopyFrom(model)
+    kept = {name for node in own.graph.node if node.op_type in QUANTIZED for name in node.input}
+    kept |= {value.name for value in (*own.graph.input, *own.graph.output)}
+    casts, constants = [], []
+    for tensor in own.graph.initializer:
+        half = None if tensor.name in kept else _half(tensor)
+        if half is None:
+            constants.append(tensor)
+            continue
+        constants.append(numpy_helper.from_array(half, f"{tensor.name}/half"))
+        cast = helper.make_node(
+            "Cast", [f"{tensor.name}/half"], [tensor.name], name=f"{tensor.name}/float", to=onnx.TensorProto.FLOAT
+        )
+        casts.append(cast)
+    nodes = list(own.graph.node)
+    for field, values in (("initializer", constants), ("node", [*casts, *nodes])):
+        copies = [type(value).FromString(value.SerializeToString()) for value in values]
+        own.graph.ClearField(field)
+        getattr(own.graph, field).extend(copies)
+    return own
+
+
+def _half(tensor: onnx.TensorProto) -> np.ndarray[Any, Any] | None:
+    if tensor.data_type != onnx.TensorProto.FLOAT or int(np.prod(tensor.dims)) < MIN_ELEMENTS:
+        return None
+    value = numpy_helper.to_array(tensor)
+    with np.errstate(over="ignore", invalid="ignore"):
+        half = value.astype(np.float16)
+        error = np.sqrt(np.mean((half.astype(np.float64) - value) ** 2))  # infinite, or not a number, where it does not fit
+    return half if error <= MOST_ERROR * np.sqrt(np.mean(value.astype(np.float64) ** 2)) else None
+
+
+def write(request: job.Request, progress: job.Progress) -> dict[str, Any]:
+    """Request: ``jobs`` (each ``network`` and ``compiled``, the file to write)."""
+    for number, one in enumerate(request["jobs"]):
+        progress("halving weights", number, len(request["jobs"]))
+        onnx.save(halve(onnx.load(one["network"])), one["compiled"])
+    progress("halving weights", len(request["jobs"]), len(request["jobs"]))
+    return {}

@@ -1,0 +1,71 @@
+"""Layers that int8 hurts: an operator goes with its activation, in whatever pieces the network has that."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from edgefleet_controller.compile.children import sensitivity, statistics
+from edgefleet_controller.compile.children.measure import SampleFile
+from onnx import helper, numpy_helper
+from safetensors.numpy import save_file
+
+RNG = np.random.default_rng(5)
+PICTURES = RNG.normal(size=(4, 3, 16, 16)).astype(np.float32)
+RECIPE = {"ranges": "minmax", "weights": "full"}
+PARTS = [{"output": "y"}]
+
+
+def network(activation: list[tuple[str, list[str]]]) -> onnx.ModelProto:
+    """conv0, then ``activation`` (operators with what they read: ``v`` is the convolution's output, ``2`` a constant, ``n`` the n-th operator's
+    output), then conv1, then an addition of both convolutions' outputs."""
+    constants = {
+        "w0": RNG.normal(size=(8, 3, 3, 3)), "w1": RNG.normal(size=(8, 8, 3, 3)), "2": np.array(2.0),
+    }  # fmt: skip
+    nodes = [helper.make_node("Conv", ["x", "w0"], ["v"], name="conv0", pads=[1] * 4)]
+    last = "v"
+    for number, (op, reads) in enumerate(activation):
+        last = f"a{number}"
+        nodes.append(helper.make_node(op, reads, [last], name=last))
+    nodes += [
+        helper.make_node("Conv", [last, "w1"], ["c"], name="conv1", pads=[1] * 4),
+        helper.make_node("Add", [last, "c"], ["y"], name="sum"),
+    ]
+    graph = helper.make_graph(
+        nodes, "g", [helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, [1, 3, 16, 16])],
+        [helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, [1, 8, 16, 16])],
+        [numpy_helper.from_array(value.astype(np.float32), name) for name, value in constants.items()],
+    )  # fmt: skip
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8)
+    return onnx.shape_inference.infer_shapes(model)
+
+
+def units(model: onnx.ModelProto, tmp_path: Path) -> dict[tuple[str, ...], float]:
+    save_file({"x": PICTURES}, tmp_path / "samples.safetensors")
+    samples = SampleFile(str(tmp_path / "samples.safetensors"))
+    known = statistics.collect(model, samples, lambda *_: None, histograms=False)
+    found = sensitivity.measure(model, known, [samples[0]], RECIPE, PARTS, lambda *_: None)
+    return {tuple(one["nodes"]): one["noise"] for one in found}
+
+
+@pytest.mark.parametrize(
+    ("activation", "with_it"),
+    [
+        ([("LeakyRelu", ["v"])], ("a0",)),
+        ([("Sigmoid", ["v"]), ("Mul", ["v", "a0"])], ("a0", "a1")),
+        ([("Add", ["v", "2"]), ("Clip", ["a0"]), ("Mul", ["v", "a1"])], ("a0", "a1", "a2")),
+        ([], ()),
+    ],
+)
+def test_a_weighted_operator_and_its_activation_are_one_unit(
+    tmp_path: Path, activation: list[tuple[str, list[str]]], with_it: tuple[str, ...]
+) -> None:
+    found = units(network(activation), tmp_path)
+    assert set(map(frozenset, found)) == {frozenset({"conv0", *with_it}), frozenset({"conv1"}), frozenset({"sum"})}
+    assert all(noise > 0 for noise in found.values())
+
+
+def test_a_sum_of_two_branches_is_nobodys_activation(tmp_path: Path) -> None:
+    assert ("sum",) in units(network([("LeakyRelu", ["v"])]), tmp_path)
