@@ -95,6 +95,13 @@ def test_the_ladder_leaves_the_noisiest_in_float_and_kinds_together_within_the_b
     assert any("head" in rung.in_float for rung in search.by_layers(trial(), UNITS, 10.0))
 
 
+def test_weights_that_stay_in_half_precision_cost_a_third_of_the_room() -> None:
+    unit = [Unit(nodes=("wide",), kind="Conv", noise=1.0, weight_bytes=1_000_000)]
+    assert search.by_layers(trial(), unit, search.MOST_BYTES) == []
+    (rung,) = search.by_layers(trial(), unit, search.MOST_BYTES, search.HALF_WEIGHT_COST)
+    assert rung.in_float == ("wide",)
+
+
 def test_a_unit_that_drowns_the_others_does_not_end_the_ladder() -> None:
     loud = [Unit(nodes=("join",), kind="Concat", noise=1.0, weight_bytes=0)]
     quiet = [Unit(nodes=(f"conv{i}",), kind="Conv", noise=0.01 / 2**i, weight_bytes=1000) for i in range(8)]

@@ -313,11 +313,12 @@ class _Search:
         if self._target.leaves_in_float and (effort == "full" or not search.accurate(trials[0], spec)):
             best = search.base_of_ladder(trials)
             units = self._steps.rank(best.recipe)
-            rungs = search.by_layers(best, units, search.MOST_BYTES)
+            cost = search.HALF_WEIGHT_COST if self._target.ships_onnx else search.FLOAT_WEIGHT_COST
+            rungs = search.by_layers(best, units, search.MOST_BYTES, cost)
             rungs += search.leading(best, units) if effort == "full" else []
             trials += self._try(rungs, known=trials)
             if not any(search.accurate(trial, spec) for trial in trials):
-                trials += self._try(search.by_layers(best, units, search.MOST_BYTES_AT_LAST), known=trials)
+                trials += self._try(search.by_layers(best, units, search.MOST_BYTES_AT_LAST, cost), known=trials)
         if HALF.precision in self._target.precisions and (effort == "full" or all(trial.misses for trial in trials)):
             trials += self._try([HALF])
         if FLOAT.precision in self._target.precisions:

@@ -26,7 +26,10 @@ NOTHING = "nothing fits"
 METHODS = ("minmax", "mse", "percentile", "entropy")  # in the order in which they are tried
 RUNGS = (0.5, 0.75, 0.9, 0.97)  # shares of the noise that a rung of the ladder takes away by leaving layers in float
 MOST_ALONE = 2  # units that are rungs by themselves
-FLOAT_WEIGHT_COST = 0.75  # of a float weight's bytes is what keeping it costs: int8 keeps a quarter
+FLOAT_WEIGHT_COST, HALF_WEIGHT_COST = (
+    0.75,
+    0.25,
+)  # of a float weight's bytes is what keeping it costs, in full or in half precision: int8 keeps a quarter
 LEADING = (0.01, 0.05)  # shares of the weights' bytes that leading layers in float may have
 MOST_BYTES = 1.3  # a rung may grow to so many times the plain candidate
 ALIKE = 1.05  # times in time or bytes: candidates that differ by less are told apart by accuracy
@@ -109,7 +112,9 @@ def by_tensorflow(found: Choice, spec: DeviceClassSpec) -> Recipe | None:
     return msgspec.structs.replace(PLAIN_TENSORFLOW, precision=spec.precision)
 
 
-def by_layers(best: Trial, units: Sequence[Unit], most_bytes: float) -> list[Recipe]:
+def by_layers(
+    best: Trial, units: Sequence[Unit], most_bytes: float, weight_cost: float = FLOAT_WEIGHT_COST
+) -> list[Recipe]:
     """The ladder: the recipe of ``best`` with ever more of the noisiest units in float, within the bytes.
 
     A unit that alone makes most of the noise is a rung by itself, and the shares of the others count without it: else the ladder would end
@@ -117,6 +122,7 @@ def by_layers(best: Trial, units: Sequence[Unit], most_bytes: float) -> list[Rec
 
     Args:
         most_bytes: how many times the bytes of ``best`` a rung may have.
+        weight_cost: what a weight that stays in float costs, as a share of its float32 bytes.
     """
     room = (most_bytes - 1) * best.figures.compiled_bytes
     taken: list[str] = list(best.recipe.in_float)
@@ -125,7 +131,7 @@ def by_layers(best: Trial, units: Sequence[Unit], most_bytes: float) -> list[Rec
     rungs: list[Recipe] = []
     goals, alone = list(RUNGS), 0
     for unit in sorted(open_units, key=lambda u: (-u.noise, u.nodes)):
-        cost = unit.weight_bytes * FLOAT_WEIGHT_COST
+        cost = unit.weight_bytes * weight_cost
         if cost > room:
             continue
         room -= cost

@@ -51,7 +51,9 @@ def _half(tensor: onnx.TensorProto) -> np.ndarray[Any, Any] | None:
     value = numpy_helper.to_array(tensor)
     with np.errstate(over="ignore", invalid="ignore"):
         half = value.astype(np.float16)
-        error = np.sqrt(np.mean((half.astype(np.float64) - value) ** 2))  # infinite, or not a number, where it does not fit
+        error = np.sqrt(
+            np.mean((half.astype(np.float64) - value) ** 2)
+        )  # infinite, or not a number, where it does not fit
     return half if error <= MOST_ERROR * np.sqrt(np.mean(value.astype(np.float64) ** 2)) else None
 
 
