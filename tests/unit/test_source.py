@@ -1,3 +1,5 @@
+"""Source networks and what goes with them: labels, layouts, decoders, plans; and what is refused."""
+
 from __future__ import annotations
 
 import io
@@ -10,7 +12,6 @@ import msgspec
 import numpy as np
 import onnx
 import pytest
-from edgefleet_controller import samples_entry
 from edgefleet_controller.converters import original_of
 from edgefleet_controller.manifests import Model, Pruning
 from edgefleet_controller.source import ModelVersion, blobs, decode, import_model
@@ -19,7 +20,7 @@ from edgefleet_shared.errors import DataError, ModelError
 from onnx import TensorProto, helper
 from PIL import Image
 from pydantic import ValidationError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 from support.networks import SIDE, Net, classifier, project, write_pictures
 
 
@@ -163,227 +164,6 @@ def test_labels_must_be_as_many_as_classes(tmp_path: Path) -> None:
         run(tmp_path, manifest)
 
 
-def spoil_missing(folder: Path) -> None:
-    for file in folder.iterdir():
-        file.unlink()
-    folder.rmdir()
-
-
-def spoil_unreadable(folder: Path) -> None:
-    (folder / "p003.png").write_bytes(b"\x89PNG\r\n\x1a\n broken")
-
-
-def spoil_cut(folder: Path) -> None:
-    file = folder / "p003.png"
-    file.write_bytes(file.read_bytes()[:-40])
-
-
-def spoil_small(folder: Path) -> None:
-    Image.new("RGB", (20, 48), (1, 2, 3)).save(folder / "p003.png")
-
-
-def spoil_blank(folder: Path) -> None:
-    Image.new("RGB", (48, 48), (7, 7, 7)).save(folder / "p003.png")
-
-
-def spoil_few(folder: Path) -> None:
-    for file in sorted(folder.iterdir())[3:]:
-        file.unlink()
-
-
-def spoil_alike(folder: Path) -> None:
-    content = (folder / "p000.png").read_bytes()
-    for file in folder.iterdir():
-        file.write_bytes(content)
-
-
-@pytest.mark.parametrize(
-    ("spoil", "words"),
-    [
-        (spoil_missing, "calibration: no folder"),
-        (spoil_unreadable, r"calibration: can't read the picture .*p003\.png"),
-        (spoil_cut, r"calibration: can't read the picture .*p003\.png"),
-        (spoil_small, r"p003\.png has 20 x 48 pixels, the network takes 32 x 32"),
-        (spoil_blank, r"p003\.png is blank: every pixel is 7"),
-        (spoil_few, "has 3 pictures, 8 are needed"),
-        (spoil_alike, "all 16 samples in .* are the same"),
-    ],
-)
-def test_calibration_pictures_that_mean_nothing_are_refused(tmp_path: Path, spoil: Any, words: str) -> None:
-    manifest = project(tmp_path, classifier())
-    spoil(tmp_path / "calibration")
-    with pytest.raises(DataError, match=words):
-        run(tmp_path, manifest)
-
-
-def test_more_pictures_wanted_than_there_are_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"holdout: .* has 32 pictures, 100 are needed"):
-        imported(tmp_path, classifier(), holdout={"path": "holdout", "count": 100})
-
-
-def test_a_picture_in_two_splits_is_refused(tmp_path: Path) -> None:
-    manifest = project(tmp_path, classifier())
-    (tmp_path / "holdout" / "p001.png").write_bytes((tmp_path / "calibration" / "p005.png").read_bytes())
-    with pytest.raises(DataError, match=r"p001\.png \(holdout\) is the same picture as p005\.png \(calibration\)"):
-        run(tmp_path, manifest)
-
-
-def test_pictures_are_cropped_around_their_centre(tmp_path: Path) -> None:
-    manifest = project(tmp_path, classifier(), inputs=[{"name": "image", "resize": SIDE}])
-    array = np.zeros((SIDE, 3 * SIDE, 3), np.uint8)
-    array[:, SIDE : SIDE + 16] = 200  # left half of the centre
-    Image.fromarray(array).save(tmp_path / "golden" / "p000.png")
-    version = run(tmp_path, manifest)
-    stored = load_file(Layout(tmp_path / "layout").path(version.golden.digest))["image"][0]
-    assert stored[:, :14].min() == 200
-    assert stored[:, 18:].max() == 0
-
-
-def tensors(folder: Path, array: Any, name: str = "image") -> None:
-    save_file({name: array}, folder / "c.safetensors")
-
-
-GOOD = np.random.default_rng(0).normal(size=(16, 3, SIDE, SIDE)).astype(np.float32)
-
-
-def test_encoded_tensors_may_calibrate(tmp_path: Path) -> None:
-    manifest = project(tmp_path, classifier(), calibration={"path": "c.safetensors"})
-    tensors(tmp_path, GOOD)
-    version = run(tmp_path, manifest)
-    stored = load_file(Layout(tmp_path / "layout").path(version.calibration.digest))["image"]
-    assert stored.dtype == np.float32
-    assert np.array_equal(stored, GOOD)
-
-
-@pytest.mark.parametrize(
-    ("array", "name", "words"),
-    [
-        (GOOD[:, :, :16], "image", r"expected N x 3 x 32 x 32"),
-        (GOOD.astype(np.float64), "image", "is float64, expected float32"),
-        (GOOD, "picture", "holds picture; the network's inputs are image"),
-        (GOOD[:3], "image", "has 3 samples, 8 are needed"),
-        (np.where(GOOD > 3, np.nan, GOOD), "image", "not finite"),
-        (np.ones_like(GOOD), "image", "is constant"),
-    ],
-)
-def test_encoded_tensors_that_mean_nothing_are_refused(tmp_path: Path, array: Any, name: str, words: str) -> None:
-    manifest = project(tmp_path, classifier(), calibration={"path": "c.safetensors"})
-    tensors(tmp_path, array, name)
-    with pytest.raises(DataError, match=words):
-        run(tmp_path, manifest)
-
-
-PICTURES = np.random.default_rng(5).integers(0, 256, (16, SIDE, SIDE, 3)).astype(np.uint8)
-BLANK = PICTURES.copy()
-BLANK[3] = 77
-
-
-def test_an_archive_of_pictures_is_stored_as_it_is(tmp_path: Path) -> None:
-    manifest = project(tmp_path, classifier(), calibration={"path": "c.safetensors"})
-    tensors(tmp_path, PICTURES)
-    version = run(tmp_path, manifest)
-    stored = load_file(Layout(tmp_path / "layout").path(version.calibration.digest))["image"]
-    assert np.array_equal(stored, PICTURES)
-
-
-@pytest.mark.parametrize(
-    ("array", "words"),
-    [
-        (PICTURES[:, :16], r"expected N x 32 x 32 x 3 \(uint8 pictures\)"),
-        (PICTURES.transpose(0, 3, 1, 2), r"has shape \(16, 3, 32, 32\), expected N x 32 x 32 x 3"),
-        (PICTURES[:5], "has 5 samples, 8 are needed"),
-        (np.full_like(PICTURES, 9), "constant, 9.0 everywhere"),
-        (BLANK, "sample 3 is blank: every value is 77"),
-        (PICTURES.astype(np.int64), "is int64, expected float32, or uint8 pictures"),
-    ],
-)
-def test_an_archive_of_pictures_that_mean_nothing_is_refused(tmp_path: Path, array: Any, words: str) -> None:
-    manifest = project(tmp_path, classifier(), calibration={"path": "c.safetensors"})
-    tensors(tmp_path, np.ascontiguousarray(array))
-    with pytest.raises(DataError, match=words):
-        run(tmp_path, manifest)
-
-
-@pytest.mark.parametrize("encoded", [False, True], ids=["as pictures", "encoded"])
-def test_a_picture_of_a_folder_is_found_in_an_archive_too(tmp_path: Path, encoded: bool) -> None:
-    manifest = project(tmp_path, classifier(), calibration={"path": "c.safetensors"})
-    first = run(tmp_path, project(tmp_path, classifier()))
-    array = PICTURES.copy()
-    array[4] = load_file(Layout(tmp_path / "layout").path(first.holdout.digest))["image"][7]
-    if encoded:  # as the manifest says: mean 127.5, spread 64
-        array = ((array.astype(np.float64) - 127.5) / 64).astype(np.float32).transpose(0, 3, 1, 2)
-    tensors(tmp_path, np.ascontiguousarray(array))
-    with pytest.raises(DataError, match=r"p007\.png \(holdout\) is the same picture as sample 4 \(calibration\)"):
-        run(tmp_path, manifest)
-
-
-ENTRY = """
-import msgspec
-import numpy as np
-def samples():
-    chance = np.random.default_rng(3)
-    for _ in range(20):
-        yield {"image": chance.integers(0, 256, (32, 32, 3)).astype(np.uint8)}
-def none(): return []
-def broken():
-    yield {"image": np.zeros((32, 32, 3), np.uint8)}
-    raise RuntimeError("the camera is gone")
-def lists(): yield [1, 2]
-def mixed():
-    yield {"image": np.zeros((32, 32, 3), np.uint8)}
-    yield {"image": np.zeros((32, 32, 1), np.uint8)}
-def doubles(): yield {"image": np.zeros((3, 32, 32))}
-def dies():
-    import os
-    os.abort()
-"""
-
-
-def test_a_python_function_gives_samples_from_a_process_of_its_own(tmp_path: Path) -> None:
-    (tmp_path / "own.py").write_text(
-        ENTRY + f"import os\nopen({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid()))\n"
-    )
-    version = run(tmp_path, project(tmp_path, classifier(), calibration={"entry": "own.py:samples", "count": 12}))
-    assert version.calibration.count == 12
-    assert (tmp_path / "pid").read_text() != str(os.getpid())
-    again = run(tmp_path, project(tmp_path, classifier(), calibration={"entry": "own.py:samples", "count": 12}))
-    assert again.digest == version.digest
-
-
-@pytest.mark.parametrize(
-    ("function", "words"),
-    [
-        ("none", "own.py:none failed: it yields no sample"),
-        ("broken", "own.py:broken failed: RuntimeError: the camera is gone"),
-        ("lists", "sample 0 is a list, expected a dict of arrays by input name"),
-        ("mixed", r"sample 1: image is uint8 \(32, 32, 1\), the first one uint8 \(32, 32, 3\)"),
-        ("doubles", "sample 0: image is float64, expected uint8"),
-        ("missing", "there is no function missing"),
-        ("dies", "own.py:dies failed: status -6"),
-    ],
-)
-def test_a_function_that_gives_no_samples_is_told(tmp_path: Path, function: str, words: str) -> None:
-    (tmp_path / "own.py").write_text(ENTRY)
-    with pytest.raises(DataError, match=words):
-        run(tmp_path, project(tmp_path, classifier(), calibration={"entry": f"own.py:{function}"}))
-
-
-def test_a_function_that_hangs_is_stopped_with_what_it_started(tmp_path: Path) -> None:
-    (tmp_path / "own.py").write_text(
-        "import subprocess\ndef hangs():\n    child = subprocess.Popen(['sleep', '600'])\n"
-        "    open('child', 'w').write(str(child.pid))\n    child.wait()\n    yield {}\n"
-    )
-    with pytest.raises(DataError, match="ran past its limit of 3 s and was stopped"):
-        samples_entry.write("calibration", tmp_path, "own.py:hangs", None, tmp_path / "x.safetensors", limit_s=3.0)
-    status = Path(f"/proc/{(tmp_path / 'child').read_text()}/stat")
-    assert not status.exists() or status.read_text().rpartition(")")[2].split()[0] == "Z"
-
-
-def test_a_function_in_a_file_that_is_not_there_is_told(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"no file .*gone\.py"):
-        run(tmp_path, project(tmp_path, classifier(), calibration={"entry": "gone.py:samples"}))
-
-
 def pruned(folder: Path, **prune: Any) -> Model:
     return project(folder, classifier(), counts=(70, 32, 8), prune={"structured": 0.5, **prune})
 
@@ -398,26 +178,6 @@ def test_a_version_to_prune_keeps_its_plan_and_its_training_samples(tmp_path: Pa
     assert version.training.count == len(version.training_truth) == 80
     assert version.training.digest in blobs(version)
     assert run(tmp_path, pruned(tmp_path)).training is None
-
-
-def test_training_samples_may_calibrate_and_may_not_judge(tmp_path: Path) -> None:
-    write_pictures(tmp_path / "training", 80, 7)
-    manifest = pruned(tmp_path, training={"path": "training"})
-    (tmp_path / "training" / "p001.png").write_bytes((tmp_path / "calibration" / "p005.png").read_bytes())
-    run(tmp_path, manifest)
-    (tmp_path / "training" / "p002.png").write_bytes((tmp_path / "holdout" / "p003.png").read_bytes())
-    with pytest.raises(DataError, match=r"p003\.png \(holdout\) is the same picture as p002\.png \(training\)"):
-        run(tmp_path, manifest)
-
-
-def test_too_few_samples_to_prune_with_and_a_label_out_of_range_are_refused(tmp_path: Path) -> None:
-    few = project(tmp_path, classifier(), prune={"structured": 0.5})
-    with pytest.raises(DataError, match="calibration: 16 samples, pruning needs at least 64"):
-        run(tmp_path, few)
-    write_pictures(tmp_path / "training", 80, 7)
-    (tmp_path / "labels.txt").write_text("\n".join(str(i % 11) for i in range(80)))
-    with pytest.raises(DataError, match=r"labels\.txt, line 11: '10' is no label and no number from 0 to 9"):
-        run(tmp_path, pruned(tmp_path, training={"path": "training", "truth": "labels.txt"}))
 
 
 def test_pruning_of_nothing_is_refused() -> None:
@@ -435,47 +195,6 @@ def test_a_pytorch_file_is_told_how_to_be_exported(tmp_path: Path, archive: bool
         (tmp_path / "net.pth").write_bytes(b"\x80\x02cos\nsystem\n")
     with pytest.raises(ModelError, match=r"is a PyTorch file.*torch\.onnx\.export"):
         run(tmp_path, manifest)
-
-
-def test_a_file_that_is_no_safetensors_is_refused(tmp_path: Path) -> None:
-    manifest = project(tmp_path, classifier(), calibration={"path": "c.safetensors"})
-    (tmp_path / "c.safetensors").write_bytes(b"\xff" * 64)
-    with pytest.raises(DataError, match="not a safetensors file"):
-        run(tmp_path, manifest)
-
-
-def test_a_folder_of_pictures_needs_a_picture_input(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="describes no picture input"):
-        imported(tmp_path, classifier(), inputs=[])
-
-
-def test_a_decompression_bomb_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    manifest = project(tmp_path, classifier())
-    write_pictures(tmp_path / "calibration", 1, 9, size=(300, 300))
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10_000)
-    with pytest.raises(DataError, match=r"can't read the picture .*p000\.png"):
-        run(tmp_path, manifest)
-
-
-@pytest.mark.parametrize(
-    ("fit", "grey", "coloured"),
-    [
-        ("letterbox", [(0, 16), (31, 16)], [(16, 0), (16, 31)]),
-        ("left", [(20, 0), (31, 31)], [(2, 16), (10, 31)]),
-        ("stretch", [], [(0, 0), (31, 31), (16, 16)]),
-    ],
-)
-def test_pictures_fit_as_the_manifest_says(tmp_path: Path, fit: str, grey: Any, coloured: Any) -> None:
-    manifest = project(tmp_path, classifier(), inputs=[{"name": "image", "fit": fit, "fill": 7}])
-    for split in ("calibration", "holdout", "golden"):
-        for number, file in enumerate(sorted((tmp_path / split).iterdir())):
-            Image.new("RGB", (80, 40), (200, number, 20 * len(split))).save(file)
-    version = run(tmp_path, manifest)
-    (array,) = load_file(Layout(tmp_path / "layout").path(version.golden.digest)).values()
-    for row, column in grey:
-        assert array[0, row, column].tolist() == [7, 7, 7]
-    for row, column in coloured:
-        assert abs(int(array[0, row, column, 0]) - 200) < 20
 
 
 def yolo_like() -> onnx.ModelProto:

@@ -1,0 +1,308 @@
+"""Networks and descriptions that plain int8, or a careless reader, gets wrong, on real toolchains."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from edgefleet_controller.manifests import Model
+from edgefleet_shared import artifact, golden
+from edgefleet_shared.errors import QualityError
+from safetensors.numpy import save_file
+from support.compiling import Bench, class_here
+from support.networks import Net, classifier, project
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Bench:
+    return Bench(tmp_path)
+
+
+def wide(net: Net) -> list[int]:
+    """Pads that TFLite can't express, pools, normalisation, squeeze and excite, concatenation."""
+    net.conv(3, 8, stride=2, pads=[1, 1, 1, 1])
+    net.add("Relu")
+    net.add("MaxPool", kernel_shape=[3, 3], strides=[2, 2], pads=[1, 1, 1, 1])
+    trunk = net.last
+    net.add("GlobalAveragePool")
+    net.conv(8, 8, 1, pads=[0, 0, 0, 0])
+    net.add("HardSigmoid", alpha=1 / 6, beta=0.5)
+    net.add("Mul", trunk)
+    left = net.last
+    net.conv(8, 4, 1, pads=[0, 0, 0, 0])
+    net.add("HardSwish")
+    net.add("Concat", left, axis=1)
+    values = [net.constant(net.rng.uniform(0.5, 1.5, 12).astype(np.float32)) for _ in range(4)]
+    net.add("BatchNormalization", *values, epsilon=1e-3)
+    net.add("LeakyRelu", alpha=0.1)
+    net.add("AveragePool", kernel_shape=[2, 2], strides=[2, 2])
+    net.add("Add", net.constant(net.rng.normal(size=(12, 1, 1)).astype(np.float32)))
+    net.add("Sigmoid")
+    net.add("Reshape", net.constant(np.array([0, -1], np.int64)))
+    net.dense(192, 6)
+    net.add("Softmax", axis=-1)
+    return [1, 6]
+
+
+def shapes(net: Net) -> list[int]:
+    """Transposes, squeezes, reductions, padding, arithmetic over another order."""
+    net.add("Pad", net.constant(np.array([0, 0, 1, 2, 0, 0, 1, 0], np.int64)))
+    net.conv(3, 6, 5, pads=[0, 0, 0, 0], stride=3)
+    net.add("Sub", net.constant(np.array(0.25, np.float32)))
+    net.add("Transpose", perm=[0, 2, 3, 1])
+    net.add("Mul", net.constant(net.rng.normal(size=6).astype(np.float32)))
+    net.add("Transpose", perm=[0, 3, 1, 2])
+    net.conv(6, 6, 3, group=6)
+    net.add("Tanh")
+    net.add("ReduceMean", axes=[2], keepdims=0)
+    net.add("Unsqueeze", net.constant(np.array([2], np.int64)))
+    net.add("ReduceMax", axes=[3], keepdims=1)
+    net.add("Squeeze", net.constant(np.array([2, 3], np.int64)))
+    net.add("Clip", net.constant(np.array(-0.5, np.float32)), net.constant(np.array(0.5, np.float32)))
+    net.add("MatMul", net.constant(net.rng.normal(size=(6, 4)).astype(np.float32)))
+    return [1, 4]
+
+
+@pytest.mark.parametrize("build", [wide, shapes])
+def test_a_float_tflite_answers_as_onnxruntime_does(bench: Bench, build: Any) -> None:
+    net = Net(3)
+    shape = build(net)
+    raw = {"output": {"kind": "raw"}, "acceptance": {"min_agreement": 1.0, "tolerance_abs": 1e-4}}
+    version = bench.version(project(bench.folder, net.model(shape, opset=14), **raw))
+    target = class_here("tflite", precision="fp32", accuracy={"min_agreement": 1.0})
+    assert bench.compile(version, target).figures.agreement == 1.0
+
+
+def test_a_network_of_onnxs_early_days_whose_bias_is_a_row_is_quantized(bench: Bench) -> None:
+    net = Net(3)
+    net.conv(3, 16, stride=4)
+    net.add("Relu")
+    net.add("Flatten")
+    net.add("MatMul", net.constant(net.rng.normal(size=(1024, 10)).astype(np.float32)))
+    net.add("Add", net.constant(net.rng.normal(size=(1, 10)).astype(np.float32)))
+    model = net.model([1, 10], opset=8, ir_version=3)
+    model.graph.input.extend(
+        onnx.helper.make_tensor_value_info(i.name, i.data_type, list(i.dims)) for i in model.graph.initializer
+    )
+    result = bench.compile(
+        bench.version(project(bench.folder, model)), class_here(search={"effort": "full", "prefer": "size"})
+    )
+    assert result.precision == "int8"
+    assert result.candidates > 3
+
+
+def unlike_channels(octaves: float) -> onnx.ModelProto:
+    """A classifier two of whose middle value's channels are 2 ** octaves times as wide as they were, taken back by the weights that read
+    them: it answers as without, and int8 leaves nothing of the other channels."""
+    net = Net(5)
+    net.conv(3, 32, stride=2)
+    net.add("Relu")
+    net.conv(32, 32)
+    net.add("Relu")
+    net.conv(32, 32, 1, pads=[0, 0, 0, 0])
+    net.add("Relu")
+    net.conv(32, 64)
+    net.conv(64, 32)
+    net.add("AveragePool", kernel_shape=[4, 4], strides=[4, 4])
+    net.add("Flatten")
+    net.dense(512, 10)
+    model = net.model([1, 10])
+    constants = {i.name: i for i in model.graph.initializer}
+    convolutions = [node for node in model.graph.node if node.op_type == "Conv"]
+    maker, reader = convolutions[1], convolutions[2]
+    factors = np.where(np.arange(32) < 2, 2.0**octaves, 1.0).astype(np.float32)
+    for name, by in (
+        (maker.input[1], factors[:, None, None, None]), (maker.input[2], factors), (reader.input[1], 1 / factors[None, :, None, None]),
+    ):  # fmt: skip
+        values = onnx.numpy_helper.to_array(constants[name]) * by
+        constants[name].CopyFrom(onnx.numpy_helper.from_array(values, name))
+    return model
+
+
+@pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
+def test_a_network_that_int8_breaks_is_noticed_and_mixed_precision_wins_it_back(bench: Bench, engine: str) -> None:
+    version = bench.version(project(bench.folder, unlike_channels(10), counts=(16, 64, 8)))
+    wanted = {"accuracy": {"min_agreement": 0.95}, "budgets": {"latency_p95_ms": 100.0, "memory_bytes": 1 << 30}}
+    plain = class_here(engine, search={"effort": "fixed", "prefer": "size"}, **wanted)
+    with pytest.raises(QualityError, match="agreement with the float model"):
+        bench.compile(version, plain)
+    broken = bench.compile(version, plain, ship_despite_quality=True).figures
+    mended = bench.compile(version, class_here(engine, search={"effort": "quick", "prefer": "size"}, **wanted))
+    assert mended.precision == "int8"
+    assert "nodes in float" in mended.recipe
+    assert 1 - mended.figures.agreement <= (1 - broken.agreement) / 2
+    assert mended.figures.compiled_bytes <= 1.3 * broken.compiled_bytes
+    told = json.loads(bench.layout.read(mended.report, 10**7))
+    assert told["layers"][0]["noise"] > 10 * told["layers"][-1]["noise"]
+    assert len(told["candidates"]) > 2
+
+
+def test_what_is_no_faster_in_int8_is_shipped_in_float_and_the_result_says_why(bench: Bench) -> None:
+    version = bench.version(project(bench.folder, classifier()))
+    result = bench.compile(
+        version, class_here("tflite", search={"effort": "quick", "prefer": "accuracy"}, accuracy={"min_agreement": 1.0})
+    )
+    assert (result.precision, result.figures.agreement) == ("fp32", 1.0)
+    assert "no int8 candidate is better here" in result.why
+    config = bench.layout.config(bench.layout.manifest(result.artifact.digest))
+    assert config.precision == "fp32"
+
+
+def test_a_detector_compiles_and_is_judged_by_its_boxes(bench: Bench) -> None:
+    net = Net(2)
+    net.conv(3, 32, stride=4)
+    net.add("Relu")
+    net.conv(32, 14, stride=2)
+    model = net.model([1, 14, 4, 4])
+    detection = {"decoder": "yolov3", "anchors": [[8, 8], [16, 16]], "masks": [[0, 1]], "threshold": 0.4}
+    manifest = project(
+        bench.folder, model, output={"kind": "detection", "detection": detection}, acceptance={"tolerance_abs": 0.5}
+    )
+    result = bench.compile(bench.version(manifest), class_here(search={"effort": "fixed", "prefer": "size"}))
+    shares = result.figures.shares
+    assert shares["box_recall"].of > 20
+    assert result.figures.agreement == min(shares["box_recall"].value, shares["box_precision"].value)
+    config = bench.layout.config(bench.layout.manifest(result.artifact.digest))
+    assert config.contract.kind == "raw"
+
+
+@pytest.mark.parametrize("engine", ["onnxruntime", "tflite", "openvino"])
+def test_a_head_that_joins_pixels_and_scores_is_won_back_where_it_joins_them(bench: Bench, engine: str) -> None:
+    """YOLOv8's: in int8 a step of the joined output is larger than any score, and beside the pixels that is hardly noise."""
+    net = Net(5)
+    net.conv(3, 32, stride=4)
+    trunk = net.add("Relu")
+    net.conv(32, 4, stride=2)
+    net.add("Sigmoid")
+    boxes = net.add("Mul", net.constant(np.array(320, np.float32)))
+    net.last = trunk
+    net.conv(32, 2, stride=2)
+    scores = net.add("Sigmoid")
+    net.add("Concat", scores, first=boxes, axis=1)
+    net.add("Reshape", net.constant(np.array([1, 6, 16], np.int64)))
+    told = {"decoder": "yolov8", "threshold": 0.6, "nms_iou": 0.9}
+    manifest = project(
+        bench.folder,
+        net.model([1, 6, 16]),
+        output={"kind": "detection", "detection": told},
+        acceptance={"tolerance_abs": 9.0},
+    )
+    wanted = class_here(engine, search={"effort": "full", "prefer": "size"}, accuracy={"min_agreement": 0.9})
+    result = bench.compile(bench.version(manifest), wanted)
+    report = json.loads(bench.layout.read(result.report, 10**7))
+    assert result.figures.sqnr_db_by_output.keys() == {"scores, boxes", "scores, scores"}
+    good = [c["figures"] for c in report["candidates"] if c["recipe"]["precision"] == "int8" and not c["misses"]]
+    assert max(f["sqnr_db_by_output"]["scores, scores"] for f in good) > 20
+    if engine == "tflite":  # which rounds its outputs too
+        plain = report["candidates"][0]["figures"]
+        assert plain["sqnr_db_by_output"]["scores, scores"] < 10 < plain["sqnr_db_by_output"]["scores, boxes"]
+
+
+@pytest.mark.parametrize("engine", ["onnxruntime", "tflite", "openvino"])
+def test_a_recogniser_whose_answers_put_their_steps_first_is_judged_line_by_line(bench: Bench, engine: str) -> None:
+    """Steps x batch x classes, as PyTorch's recurrent networks have it: the first axis is no batch."""
+    net = Net(3)
+    net.conv(3, 16, stride=4)
+    net.add("Relu")
+    net.conv(16, 5, stride=2)
+    net.add("Reshape", net.constant(np.array([1, 5, 16], np.int64)))
+    net.add("Transpose", perm=[2, 0, 1])
+    (bench.folder / "characters.txt").write_text("a\nb\nc\n")
+    manifest = project(
+        bench.folder, net.model([16, 1, 5]),
+        output={"kind": "text", "text": {"characters": "characters.txt"}}, acceptance={"tolerance_abs": 0.5},
+    )  # fmt: skip
+    version = bench.version(manifest)
+    result = bench.compile(
+        version, class_here(engine, search={"effort": "fixed", "prefer": "size"}, accuracy={"min_agreement": 0.3})
+    )
+    assert result.figures.samples == version.holdout.count
+    content = bench.layout.read(
+        bench.layout.manifest(result.artifact.digest).layer(artifact.GOLDEN_LAYER).digest, 10**8
+    )
+    _, references = golden.unpack(content, version.encoding)
+    assert references["scores"].shape == (version.golden.count, 16, 1, 5)
+
+
+def test_a_network_with_masks_of_minus_infinity_is_calibrated_all_the_same(bench: Bench) -> None:
+    net = Net()
+    net.conv(3, 16, stride=4)
+    net.add("Relu")
+    net.add("Mul", net.constant(np.array(8, np.float32)))
+    mask = np.zeros((1, 16, 8, 8), np.float32)
+    mask[..., -1] = -np.inf
+    net.add("Add", net.constant(mask))
+    net.add("Softmax", axis=-1)
+    net.conv(16, 16, stride=2)
+    net.add("AveragePool", kernel_shape=[2, 2], strides=[2, 2])
+    net.add("Flatten")
+    net.dense(64, 10)
+    version = bench.version(project(bench.folder, net.model([1, 10])))
+    target = class_here("openvino", search={"effort": "full", "prefer": "accuracy"}, accuracy={"min_agreement": 1.0})
+    result = bench.compile(version, target)
+    told = json.loads(bench.layout.read(result.report, 10**7))
+    assert result.figures.agreement == 1.0
+    assert {"int8", "fp16", "fp32"} == {c["recipe"]["precision"] for c in told["candidates"]}
+
+
+def by_colour(folder: Path, trained: dict[str, Any], declared: dict[str, Any]) -> Model:
+    """A network that says which of three colours a picture has, how bright it is taken into account, and labelled pictures; ``trained`` is
+    how it takes its input, ``declared`` how the manifest says."""
+    scale = {"mean": 0.0, "std": 255.0} | {k: v for k, v in trained.items() if k in ("mean", "std")}
+    net = Net()
+    net.add("GlobalAveragePool")
+    net.add("Flatten")
+    # Red, green, blue, in the order in which they come; and a fourth class for dark pictures.
+    colours = [[3, -1, -1], [-1, 3, -1], [-1, -1, 3]]
+    rows = np.array(
+        [*(row[::-1] if trained.get("colour") == "BGR" else row for row in colours), [-3, -3, -3]], np.float32
+    )
+    # What the network sees of grey level g is (g - mean) / std: taken back here, so that it judges g / 255.
+    weight = rows * np.float32(scale["std"] / 255)
+    bias = rows.sum(axis=1) * np.float32(scale["mean"] / 255) + np.array([0, 0, 0, 2.2], np.float32)
+    net.add("Gemm", net.constant(weight), net.constant(bias.astype(np.float32)), transB=1)
+    manifest = project(folder, net.model([1, 4]), counts=(8, 8, 8), inputs=[{"name": "image", **declared}])
+    chance, truth = np.random.default_rng(0), []
+    pictures = chance.integers(0, 40, (80, 32, 32, 3))
+    for number, picture in enumerate(pictures):
+        truth.append(number % 4)
+        if number % 4 < 3:
+            picture[..., number % 4] += int(chance.integers(120, 200))
+    save_file({"image": pictures.astype(np.uint8)}, folder / "holdout.safetensors")
+    (folder / "truth.txt").write_text("\n".join(map(str, truth)))
+    fields = manifest.spec.model_dump() | {"holdout": {"path": "holdout.safetensors", "truth": "truth.txt"}}
+    return Model.model_validate({"kind": "Model", "metadata": {"name": "net"}, "spec": fields})
+
+
+SCALED = {"std": [255.0]}
+
+
+@pytest.mark.parametrize(
+    ("trained", "declared", "words"),
+    [
+        (
+            {"colour": "BGR"},
+            SCALED,
+            r"answers \d+ of 64 .* as the manifest describes its input, and 64 with colour BGR",
+        ),
+        ({}, {"colour": "BGR", **SCALED}, r"and 64 with colour RGB"),
+        ({}, {"mean": [127.5], "std": [127.5]}, r"and 64 with x / 255"),
+        ({"mean": 127.5, "std": 127.5}, SCALED, r"and 64 with \(x - 127\.5\) / 127\.5"),
+        ({"colour": "BGR", "mean": 127.5, "std": 127.5}, SCALED, r"and 64 with colour BGR and \(x - 127\.5\) / 127\.5"),
+    ],
+)
+def test_an_input_described_otherwise_than_the_network_takes_it_is_told_with_what_would_be_right(
+    bench: Bench, trained: dict[str, Any], declared: dict[str, Any], words: str
+) -> None:
+    version = bench.version(by_colour(bench.folder, trained, declared))
+    with pytest.raises(QualityError, match=words):
+        bench.compile(version, class_here(precision="fp32"))
+
+
+def test_an_input_described_rightly_is_not_suspected(bench: Bench) -> None:
+    version = bench.version(by_colour(bench.folder, {"colour": "BGR"}, {"colour": "BGR", **SCALED}))
+    assert bench.compile(version, class_here(precision="fp32")).quality == "passed"
