@@ -66,7 +66,7 @@ class Story:
         self.accepted_bad = 0
         self.samples: list[Sample] = []
         self.promises = [Promise(0.0, frozenset({"1"}))]
-        self.reload_s: list[float] = []
+        self.memory_bytes: list[int] = []  # of the front, after each swap
         self.failed_count = 0
 
     def run(self, count: int) -> None:
@@ -94,6 +94,7 @@ class Story:
         self._promise(new)
         control.retire(self._good[current].digest)
         self.swaps.append(Swap(began, time.perf_counter()))
+        self.memory_bytes.append(control.status().memory_bytes)
         return new
 
     def _try_bad(self, kind: str) -> None:
@@ -150,6 +151,7 @@ def story_rows(count: int) -> list[Row]:
     rows += [Row(f"{kind} candidates refused", number, "count") for kind, number in story.refused.items()]
     return [
         *rows,
+        Row("the front's memory, last tenth of the swaps over the first", _growth(story.memory_bytes), "x"),
         Row("steady p50 under load", quantile(steady, 0.5) * 1e3, "ms"),
         Row("steady p99 under load", p99 * 1e3, "ms"),
         Row("longest request of a swap over steady p99, median of swaps", quantile(longest, 0.5) / p99, "x", 1.5,
@@ -158,6 +160,11 @@ def story_rows(count: int) -> list[Row]:
             "longest request without a swap", max(steady) / p99),
         Row("a whole swap: load, switch, retire, p50", quantile([s.ended - s.began for s in story.swaps], 0.5) * 1e3, "ms"),
     ]  # fmt: skip
+
+
+def _growth(values: list[int]) -> float:
+    tenth = max(1, len(values) // 10)
+    return sum(values[-tenth:]) / sum(values[:tenth])
 
 
 def size_rows(count: int) -> list[Row]:
