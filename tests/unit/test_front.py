@@ -11,11 +11,10 @@ import pytest
 from edgefleet_agent.runtime.front import Front
 from edgefleet_agent.runtime.head import Head
 from edgefleet_agent.runtime.http import Request
-from edgefleet_agent.runtime.job import Job
+from edgefleet_agent.runtime.job import Job, Lease
 from edgefleet_agent.runtime.peer import Peer
 from edgefleet_agent.runtime.protocol import OutputTensor
 from edgefleet_agent.runtime.regions import Regions
-from edgefleet_agent.runtime.worker_process import Lease
 
 
 class Board:

@@ -19,13 +19,12 @@ from edgefleet_agent.runtime import answer as answers
 from edgefleet_agent.runtime import metrics, protocol
 from edgefleet_agent.runtime.head import Head
 from edgefleet_agent.runtime.http import BINARY, JSON, TEXT, Place, Reply, Request
-from edgefleet_agent.runtime.job import Job
+from edgefleet_agent.runtime.job import Job, Lease
 from edgefleet_agent.runtime.peer import Peer
 from edgefleet_agent.runtime.protocol import Form, InferRequest, InputTensor, OutputTensor, RequestError
 from edgefleet_agent.runtime.regions import Regions
 from edgefleet_agent.runtime.switchboard import Switchboard
 from edgefleet_agent.runtime.version import Version, VersionState
-from edgefleet_agent.runtime.worker_process import Lease
 
 SERVER_NAME = "edgefleet-runtime"
 EXTENSIONS = ("binary_tensor_data", "statistics", "system_shared_memory")

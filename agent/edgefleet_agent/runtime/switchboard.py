@@ -22,12 +22,11 @@ from edgefleet_shared.errors import ConflictError, EdgefleetError, NotFoundError
 
 from edgefleet_agent.runtime import protocol, swap_mode
 from edgefleet_agent.runtime.control import Loaded, Retired, Shadowing, StatusReport, SwapMode, Switched, VersionStatus
-from edgefleet_agent.runtime.job import Job
+from edgefleet_agent.runtime.job import Job, Lease
 from edgefleet_agent.runtime.nursery import Nursery
 from edgefleet_agent.runtime.protocol import RequestError
 from edgefleet_agent.runtime.shadow import Shadow
 from edgefleet_agent.runtime.version import Version, VersionState
-from edgefleet_agent.runtime.worker_process import Lease
 from edgefleet_agent.sandbox import resident_bytes
 
 log = logging.getLogger("edgefleet.runtime")

@@ -16,14 +16,14 @@ from edgefleet_shared.errors import EdgefleetError, EngineError, NotFoundError
 
 from edgefleet_agent.runtime import protocol
 from edgefleet_agent.runtime.channel import Ready, Start
-from edgefleet_agent.runtime.job import Job
+from edgefleet_agent.runtime.job import Job, Lease
 from edgefleet_agent.runtime.metrics import Figures
 from edgefleet_agent.runtime.nursery import Nursery
 from edgefleet_agent.runtime.protocol import OutputTensor, RequestError
 from edgefleet_agent.runtime.shadow import Shadow
 from edgefleet_agent.runtime.shm import PAGE_BYTES
 from edgefleet_agent.runtime.tensors import NUMPY, element_count
-from edgefleet_agent.runtime.worker_process import Lease, WorkerProcess
+from edgefleet_agent.runtime.worker_process import WorkerProcess
 from edgefleet_agent.sandbox import resident_bytes
 
 log = logging.getLogger("edgefleet.runtime")

@@ -14,7 +14,7 @@ from edgefleet_shared.errors import EngineError, from_dict
 
 from edgefleet_agent.runtime import channel, priority, protocol, shm
 from edgefleet_agent.runtime.channel import Done, Failed, Observed, Ready, Refused, Run, Start
-from edgefleet_agent.runtime.job import Job
+from edgefleet_agent.runtime.job import Job, Lease
 from edgefleet_agent.runtime.nursery import Child, Nursery
 from edgefleet_agent.runtime.protocol import InputTensor, OutputTensor, RequestError
 from edgefleet_agent.runtime.shadow import Shadow
@@ -25,38 +25,6 @@ EXIT_GRACE_S = 0.5  # between the end of a worker's channel and the end of the w
 PATIENCE_S = 10.0  # how long loading may stand aside: on a board that is always busy it would never end
 LEAVING_S = 0.3  # and how long ending may
 KEPT_SLOTS = 2  # never lent: clients that are slow to fill theirs must not keep whole requests out
-
-
-class Lease:
-    """A slot's input memory, lent to a request whose body is still coming.
-
-    ``view`` is where the body goes, ``data`` where in the slot that is which follows its header. The request that was read there
-    takes the slot over with :meth:`WorkerProcess.submit`; whoever can't use it releases it. ``job`` is that request, if it is known
-    already.
-    """
-
-    __slots__ = ("data", "held", "index", "job", "owner", "view")
-
-    def __init__(self, owner: WorkerProcess, index: int, data: int, view: memoryview) -> None:
-        self.owner, self.index, self.data, self.view = owner, index, data, view
-        self.held = True
-        self.job: Job | None = None
-
-    def take_back(self, process: WorkerProcess, index: int) -> bool:
-        """Hold the slot again that :meth:`WorkerProcess.submit` took over, if it is this one."""
-        self.held = self.owner is process and self.index == index
-        return self.held
-
-    def take_job(self) -> Job | None:
-        """The request, once: it knows its lease, so a lease that went on knowing it would be the collector's to find."""
-        job, self.job = self.job, None
-        return job
-
-    def release(self) -> None:
-        self.job = None
-        if self.held:
-            self.held = False
-            self.owner.give_back(self.index)
 
 
 class WorkerProcess:

@@ -11,7 +11,7 @@ import numpy as np
 
 from .tflite_elementwise import NUMBER, combined, scaled, shifted
 from .tflite_layout import Value
-from .tflite_source import Node
+from .tflite_node import Node
 from .tflite_writer import ACTIVATION, FLOAT, Operator, Writer, bounds, relu_kind
 
 SOFTMAX_BY_AXIS = 13  # before this operator set, Softmax ran over all axes from the given one on

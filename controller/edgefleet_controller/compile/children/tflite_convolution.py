@@ -13,7 +13,7 @@ from ai_edge_litert import schema_py_generated as schema
 
 from .tflite_graph import Array
 from .tflite_layout import Shape, Value, channels_last
-from .tflite_source import Node
+from .tflite_node import Node
 from .tflite_window import Window, padded, window_of
 from .tflite_writer import Operator, Writer
 

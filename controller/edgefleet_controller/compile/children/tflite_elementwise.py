@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 from .tflite_layout import Value
-from .tflite_source import Node
+from .tflite_node import Node
 from .tflite_writer import ACTIVATION, BOOL, FLOAT, INT, Operator, Writer
 
 NUMBER = (FLOAT, INT)

@@ -7,16 +7,13 @@ Shape arithmetic and prepared weights, evaluated by ONNX's reference implementat
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx
 import onnx.reference
 
 from .tflite_graph import Array
-
-if TYPE_CHECKING:
-    from .tflite_source import Node, Type
+from .tflite_node import Node, Type
 
 MAX_ELEMENTS = 2**26  # 256 MB of float
 SHAPED = frozenset({"Shape", "Size"})

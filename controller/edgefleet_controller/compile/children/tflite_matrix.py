@@ -9,7 +9,7 @@ import numpy as np
 from .tflite_elementwise import combined, scaled
 from .tflite_graph import Array
 from .tflite_layout import Value, plain, transposed, widened
-from .tflite_source import Node
+from .tflite_node import Node
 from .tflite_writer import Operator, Writer
 
 MAX_RANK = 5  # of TFLite's BATCH_MATMUL

@@ -6,7 +6,7 @@ import numpy as np
 
 from .tflite_graph import Array
 from .tflite_layout import Value, channels_last
-from .tflite_source import Node
+from .tflite_node import Node
 from .tflite_window import SAME, VALID, Window, window_of, with_border
 from .tflite_writer import Operator, Writer
 

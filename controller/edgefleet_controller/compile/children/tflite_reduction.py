@@ -11,7 +11,7 @@ import numpy as np
 
 from .tflite_elementwise import NUMBER, combined, shifted
 from .tflite_layout import Value, plain
-from .tflite_source import Node
+from .tflite_node import Node
 from .tflite_writer import INT, Operator, Writer
 
 _REDUCE = {

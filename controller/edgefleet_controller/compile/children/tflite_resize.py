@@ -14,7 +14,7 @@ import numpy as np
 
 from .tflite_graph import Array
 from .tflite_layout import Value, channels_last, with_last
-from .tflite_source import Node
+from .tflite_node import Node
 from .tflite_writer import Operator, Writer
 
 COORDINATES_GIVEN = 11  # before this operator set, coordinates were asymmetric and rounded down

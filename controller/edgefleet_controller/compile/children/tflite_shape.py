@@ -12,7 +12,7 @@ from ai_edge_litert import schema_py_generated as schema
 
 from .tflite_elementwise import EVERY, NUMBER
 from .tflite_layout import Value, plain, widened
-from .tflite_source import Node
+from .tflite_node import Node
 from .tflite_writer import ACTIVATION, BOOL, Operator, Writer
 
 MAX_RANK = 5  # of slices and pads in TFLite's kernels

@@ -11,7 +11,7 @@ import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 
 from .tflite_layout import Shape, Value
-from .tflite_source import Node
+from .tflite_node import Node
 from .tflite_writer import Writer
 
 SAME, VALID = int(schema.Padding.SAME), int(schema.Padding.VALID)

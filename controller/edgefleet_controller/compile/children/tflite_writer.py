@@ -29,8 +29,9 @@ from .tflite_layout import (
     widened,
     with_last,
 )
+from .tflite_node import Node
 from .tflite_patterns import simplified
-from .tflite_source import WIDE, Node, Source, read
+from .tflite_source import WIDE, Source, read
 
 ACTIVATION = schema.ActivationFunctionType
 FLOAT, INT, BOOL = np.dtype(np.float32), np.dtype(np.int32), np.dtype(np.bool_)
