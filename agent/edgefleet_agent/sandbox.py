@@ -8,8 +8,8 @@ standard library and msgspec.
 from __future__ import annotations
 
 import contextlib
-import mmap
 import os
+import resource
 import selectors
 import signal
 import subprocess
@@ -99,7 +99,7 @@ def child_environment() -> dict[str, str]:
 def resident_bytes(pid: int) -> int:
     """What :func:`memory_of` says first, for whoever asks often: a fraction of its time."""
     try:
-        return int(Path(f"/proc/{pid}/statm").read_bytes().split()[1]) * mmap.PAGESIZE
+        return int(Path(f"/proc/{pid}/statm").read_bytes().split()[1]) * resource.getpagesize()
     except (FileNotFoundError, ProcessLookupError):
         return 0
 
