@@ -83,6 +83,17 @@ def test_a_constant_that_half_precision_can_not_hold_or_would_not_pay_for_stays(
     np.testing.assert_array_equal(numpy_helper.to_array(constant), weight)
 
 
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize(
+    ("share", "held"), [(1e-4, TensorProto.FLOAT), (1e-2, TensorProto.FLOAT16), (1e-7, TensorProto.FLOAT16)]
+)
+def test_one_faint_channel_keeps_a_weight_in_full_unless_it_is_dead(axis: int, share: float, held: int) -> None:
+    weight = RNG.normal(size=(32, 32), scale=0.01).astype(np.float32)
+    np.moveaxis(weight, axis, 0)[5] *= share
+    (constant,) = halve(affine(weight)).graph.initializer
+    assert constant.data_type == held
+
+
 def test_zeros_are_held_exactly() -> None:
     model = halve(affine(np.zeros(512, np.float32)))
     assert model.graph.initializer[0].data_type == TensorProto.FLOAT16
