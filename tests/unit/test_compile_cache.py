@@ -63,8 +63,11 @@ def test_what_was_used_today_stays_whatever_the_limit_says(cache: Cache) -> None
 def test_a_hit_is_a_use(cache: Cache) -> None:
     folder = made(cache, "a", 30)
     assert cache.once("compiled", "a", lambda _: pytest.fail("it is there")) == folder
+    looked_at = made(cache, "b", 30)
+    assert cache.path("compiled", "b") == looked_at
     tidied(cache, 1)
     assert folder.exists()
+    assert looked_at.exists()
 
 
 def test_what_was_removed_is_made_again(cache: Cache) -> None:

@@ -37,8 +37,11 @@ class Cache:
         self._raise_if_cancelled = raise_if_cancelled
 
     def path(self, kind: str, key: str) -> Path:
-        """Where the folder of that kind and key is, if it is."""
-        return self.folder / kind / key
+        """Where the folder of that kind and key is, if it is; then it counts as used."""
+        folder = self.folder / kind / key
+        with cache_limit.looking(self.folder):
+            cache_limit.mark_used(folder)
+        return folder
 
     def once(self, kind: str, key: str, fill: Callable[[Path], None]) -> Path:
         """The folder of that kind and key, filled if it is not there."""
@@ -51,7 +54,7 @@ class Cache:
             wanted: what is to be made, by key.
             fill: gets what is missing, by the empty folder that it goes into.
         """
-        folders = {key: self.path(kind, key) for key in wanted}
+        folders = {key: self.folder / kind / key for key in wanted}
         with cache_limit.looking(self.folder):
             there = [cache_limit.mark_used(folder) for folder in folders.values()]
         if not all(there):
