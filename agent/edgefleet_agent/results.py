@@ -139,8 +139,9 @@ class Results:
                 self._waiting.popleft()
                 self._tries = 0
                 self._problem("")
-                self._keep(done.ended, result)
+                # The event first: an agent that dies between the two signs and tells it once more; the other way round it would be missing.
                 self._tell(OutcomeTold(ended=done.ended, result=result))
+                self._keep(done.ended, result)
                 self._report(Told(ended=done.ended, result=result))
                 self._next()
             case error:
