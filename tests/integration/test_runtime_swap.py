@@ -164,6 +164,23 @@ def test_a_worker_that_loads_stands_aside_for_what_serves_and_serves_in_the_firs
     assert policy_of(serving) == policy_of(spawner) == 0
 
 
+def test_memory_does_not_grow_by_swaps(runtime: Runtime) -> None:
+    """What a version that is gone leaves behind must not wait for the collector: that looks like a leak, megabytes in an hour of swaps."""
+    current, other = served(runtime), runtime.add("2")
+
+    def swaps(count: int) -> int:
+        nonlocal current, other
+        for _ in range(count):
+            runtime.client.load(other)
+            runtime.client.switch(other)
+            runtime.client.retire(current)
+            current, other = other, current
+        return runtime.client.status().memory_bytes
+
+    before = swaps(5)
+    assert swaps(20) - before < 256 * 1024
+
+
 WITHOUT_RIGHTS = """
 import os
 os.setgid(65534)

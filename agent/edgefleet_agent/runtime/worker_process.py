@@ -329,10 +329,16 @@ class WorkerProcess:
         unanswered, self._jobs = list(self._jobs.values()), {}
         self._free.clear()
         self._inputs = self._answers = None  # unmapped once no request looks into them any more
-        self._on_end("" if self._stopping and not unanswered else problem or "ended by itself", unanswered)
+        # Whoever is told knows this process: kept, the two would be the collector's to find, and swaps would look like a leak.
+        on_end, self._on_end = self._on_end, _nobody
+        on_end("" if self._stopping and not unanswered else problem or "ended by itself", unanswered)
 
     def _close_link(self) -> None:
         if self._link is not None:
             self._loop.remove_reader(self._link.fileno())
             self._link.close()
             self._link = None
+
+
+def _nobody(problem: str, jobs: list[Job]) -> None:
+    """Has heard of its end already."""
