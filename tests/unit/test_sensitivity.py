@@ -69,3 +69,17 @@ def test_a_weighted_operator_and_its_activation_are_one_unit(
 
 def test_a_sum_of_two_branches_is_nobodys_activation(tmp_path: Path) -> None:
     assert ("sum",) in units(network([("LeakyRelu", ["v"])]), tmp_path)
+
+
+def test_products_of_computed_values_are_a_kind_that_is_split_where_it_is_loud(tmp_path: Path) -> None:
+    nodes = [
+        helper.make_node("MatMul", ["x", "x"], ["m0"], name="m0"),
+        helper.make_node("MatMul", ["m0", "x"], ["y"], name="m1"),
+    ]
+    shape = [1, 3, 16, 16]
+    graph = helper.make_graph(
+        nodes, "g", [helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, shape)],
+        [helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, shape)],
+    )  # fmt: skip
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8)
+    assert set(units(onnx.shape_inference.infer_shapes(model), tmp_path)) == {("m0",), ("m1",)}

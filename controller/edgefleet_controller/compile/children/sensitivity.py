@@ -66,7 +66,7 @@ def measure(
         found.append(unit(kind, nodes))
     loud, left = SPLIT_SHARE * sum(one["noise"] for one in found), MOST_SPLIT
     for whole, (kind, nodes) in sorted(zip(found, units, strict=True), key=lambda pair: -pair[0]["noise"]):
-        if kind not in WEIGHTED and 1 < len(nodes) <= left and whole["noise"] >= loud:
+        if not whole["weight_bytes"] and 1 < len(nodes) <= left and whole["noise"] >= loud:
             progress(f"sensitivity of every {kind}", len(units), len(units))
             left -= len(nodes)
             found.remove(whole)
