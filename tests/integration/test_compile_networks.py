@@ -249,6 +249,26 @@ def test_a_network_with_masks_of_minus_infinity_is_calibrated_all_the_same(bench
     assert {"int8", "fp16", "fp32"} == {c["recipe"]["precision"] for c in told["candidates"]}
 
 
+@pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
+def test_weights_that_stay_in_float_beside_int8_take_two_bytes_each(bench: Bench, engine: str) -> None:
+    net = Net()
+    net.conv(3, 128, 7, stride=4, pads=[3, 3, 3, 3])
+    net.add("Relu")
+    net.conv(128, 8, stride=2)
+    net.add("Flatten")
+    net.dense(128, 10)
+    version, in_float = bench.version(project(bench.folder, net.model([1, 10]))), 128 * 3 * 7 * 7
+    sizes = []
+    for leading in (0, 1):
+        search = {"effort": "fixed", "prefer": "size"}
+        target = class_here(engine, search=search, options={"float_first": leading}, accuracy={"min_agreement": 0.3})
+        figures = bench.compile(version, target).figures
+        sizes.append(figures.compiled_bytes)
+    assert sizes[1] - sizes[0] < 1.2 * in_float  # a byte more for each; in full it would be three
+    assert figures.sqnr_db is not None
+    assert figures.sqnr_db > 15
+
+
 def by_colour(folder: Path, trained: dict[str, Any], declared: dict[str, Any]) -> Model:
     """A network that says which of three colours a picture has, how bright it is taken into account, and labelled pictures; ``trained`` is
     how it takes its input, ``declared`` how the manifest says."""

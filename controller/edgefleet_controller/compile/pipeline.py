@@ -313,7 +313,7 @@ class _Search:
         if self._target.leaves_in_float and (effort == "full" or not search.accurate(trials[0], spec)):
             best = search.base_of_ladder(trials)
             units = self._steps.rank(best.recipe)
-            cost = search.HALF_WEIGHT_COST if self._target.ships_onnx else search.FLOAT_WEIGHT_COST
+            cost = search.HALF_WEIGHT_COST if self._target.halves_weights else search.FLOAT_WEIGHT_COST
             rungs = search.by_layers(best, units, search.MOST_BYTES, cost)
             rungs += search.leading(best, units) if effort == "full" else []
             trials += self._try(rungs, known=trials)

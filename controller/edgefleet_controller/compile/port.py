@@ -48,6 +48,9 @@ class Target(Protocol):
     ships_onnx: bool  # the network itself is the compiled model: the engine compiles it when it loads
     measures_onnx: bool  # the action measure takes the float network as ONNX; else it is compiled first
     leaves_in_float: bool  # single layers can stay in float
+    halves_weights: (
+        bool  # keeps a float16 constant before a Cast: so come all float weights in fp16, and those beside int8
+    )
     runs_here: bool  # compiled models, or their stand-ins, can be run on the controller's host
     stand_in: str  # what runs here where it is not the compiled model itself, in words
     providers: tuple[str, ...]  # what may compute on the board, unless the class says otherwise

@@ -332,6 +332,20 @@ class Steps:
         folders = self._cache.all("quantized", {key: recipe for recipe, key in keys.items()}, fill)
         return {recipe: folders[key] / "network.onnx" for recipe, key in keys.items()}
 
+    def _halved(self, pruned: str, networks: dict[Recipe, Path]) -> dict[Recipe, Path]:
+        """These networks with their float weights in half precision: the same for every target that takes them so."""
+        data = self._gathered(pruned)
+        keys = {recipe: content_key("halve", data, recipe.as_dict()) for recipe in networks}
+
+        def fill(wanted: dict[Path, Recipe]) -> None:
+            self._child(self._preparing, PREPARE[1], self._limits.compile_s, {
+                "action": "halve",
+                "jobs": [{"network": str(networks[r]), "halved": str(s / "network.onnx")} for s, r in wanted.items()],
+            })  # fmt: skip
+
+        folders = self._cache.all("halved", {key: recipe for recipe, key in keys.items()}, fill)
+        return {recipe: folders[key] / "network.onnx" for recipe, key in keys.items()}
+
     def _compile(self, wanted: dict[Path, Recipe]) -> None:
         """Compile into staged folders, one network after the other."""
         for pruned in dict.fromkeys(recipe.pruned for recipe in wanted.values()):
@@ -356,8 +370,14 @@ class Steps:
         int8 = [r for r in wanted.values() if r.precision == "int8" and r.quantizer == OWN]
         quantized = self._quantized(pruned, int8) if self._target.reads_qdq and int8 else {}
         networks = {staged: quantized.get(recipe, simplified) for staged, recipe in wanted.items()}
+        if self._target.halves_weights:
+            halved = self._halved(
+                pruned, {r: networks[staged] for staged, r in wanted.items() if _has_float_weights(r)}
+            )
+            networks |= {staged: halved[recipe] for staged, recipe in wanted.items() if recipe in halved}
         if self._target.ships_onnx:
-            self._ship({staged: (wanted[staged], network) for staged, network in networks.items()})
+            for staged, network in networks.items():
+                os.link(network, staged / COMPILED)
             return
         self._child(self._toolchain, self._target.module, self._limits.compile_s, {
             "action": "compile",
@@ -376,17 +396,6 @@ class Steps:
                     f"the {self._toolchain.name} compile ended well, but wrote no compiled model",
                     hint=f"see {self._log('compile')}",
                 )
-
-    def _ship(self, networks: dict[Path, tuple[Recipe, Path]]) -> None:
-        """ONNX as it is; but weights of what is computed in float beside int8 have half precision there, as have all in fp16."""
-        halved = []
-        for staged, (recipe, network) in networks.items():
-            if recipe.precision == HALF.precision or (recipe.precision == "int8" and recipe.in_float):
-                halved.append({"network": str(network), "compiled": str(staged / COMPILED)})
-            else:
-                os.link(network, staged / COMPILED)
-        if halved:
-            self._child(self._preparing, PREPARE[1], self._limits.compile_s, {"action": "halve", "jobs": halved})
 
     def _float_model(self) -> Path:
         """The float model as the class's engine runs it."""
@@ -442,6 +451,11 @@ class Steps:
             / "logs"
             / f"{self._version.model}-{self._version.version}-{self._class.name}-{action}.log"
         )
+
+
+def _has_float_weights(recipe: Recipe) -> bool:
+    """Whether half precision is asked for, or weights of our own int8 stay in float."""
+    return recipe.precision == HALF.precision or (recipe.quantizer == OWN and bool(recipe.in_float))
 
 
 def _runnable(compiled: Path) -> Path:

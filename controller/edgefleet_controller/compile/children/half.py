@@ -1,6 +1,6 @@
 """Stage 2, compile: float weights in half precision. Receives an ONNX network, hands on one with the same arithmetic and smaller constants.
 
-Large float constants become float16 with a Cast behind them, which onnxruntime folds back when it loads the network: nothing is computed in float16,
+Large float constants become float16 with a Cast behind them, which engines fold back when they load the network: nothing is computed in float16,
 for which processors without such arithmetic only pay. A constant that float16 can't hold closely stays as it is.
 Source: IEEE 754-2019, binary16 (11 bits of precision, largest 65504, smallest normal 6.1e-5).
 """
@@ -71,9 +71,9 @@ def _powers(value: Array, axis: int) -> Array:
 
 
 def write(request: job.Request, progress: job.Progress) -> dict[str, Any]:
-    """Request: ``jobs`` (each ``network`` and ``compiled``, the file to write)."""
+    """Request: ``jobs`` (each ``network`` and ``halved``, the file to write)."""
     for number, one in enumerate(request["jobs"]):
         progress("halving weights", number, len(request["jobs"]))
-        onnx.save(halve(onnx.load(one["network"])), one["compiled"])
+        onnx.save(halve(onnx.load(one["network"])), one["halved"])
     progress("halving weights", len(request["jobs"]), len(request["jobs"]))
     return {}

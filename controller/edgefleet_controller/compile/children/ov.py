@@ -61,7 +61,7 @@ def compile_model(request: job.Request, progress: job.Progress) -> dict[str, Any
         if one["recipe"]["quantizer"] == "nncf":
             progress("quantizing", number, len(request["jobs"]))
             model = _by_nncf(model, samples, one["recipe"])
-        _write(model, one["compiled"], half=one["recipe"]["precision"] == "fp16")
+        _write(model, one["compiled"])
     progress("converting", len(request["jobs"]), len(request["jobs"]))
     return {}
 
@@ -87,9 +87,9 @@ def _by_nncf(model: Any, samples: SampleFile, recipe: dict[str, Any]) -> Any:
     )
 
 
-def _write(model: Any, path: str, *, half: bool) -> None:
+def _write(model: Any, path: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        ov.save_model(model, os.path.join(folder, "model.xml"), compress_to_fp16=half)
+        ov.save_model(model, os.path.join(folder, "model.xml"), compress_to_fp16=False)
         with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
             for member in _MEMBERS:
                 with open(os.path.join(folder, member), "rb") as stream:

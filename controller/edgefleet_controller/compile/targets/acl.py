@@ -28,6 +28,7 @@ class AclTarget:
     ships_onnx = False
     measures_onnx = True
     leaves_in_float = False
+    halves_weights = False
     runs_here = False
     stand_in = ""
     providers = ("NPU",)

@@ -32,6 +32,7 @@ class CoralTarget:
     ships_onnx = False
     measures_onnx = False
     leaves_in_float = True
+    halves_weights = False
     runs_here = True
     stand_in = "LiteRT on the CPU, on the .tflite before it was mapped onto the Edge TPU"
     providers = ("EdgeTPU",)

@@ -34,6 +34,7 @@ class Hls4mlTarget:
     ships_onnx = False
     measures_onnx = False
     leaves_in_float = False
+    halves_weights = False
     runs_here = True
     stand_in = "hls4ml's C simulation, which computes the FPGA's fixed-point numbers bit by bit"
     providers = ("FPGA",)

@@ -33,6 +33,7 @@ class IreeTarget:
     ships_onnx = False
     measures_onnx = False
     leaves_in_float = False
+    halves_weights = False
     runs_here = True
     stand_in = "the same network, compiled by IREE for this host's processor"
     providers = ("local-sync", "local-task")

@@ -22,6 +22,7 @@ class NcnnTarget:
     ships_onnx = False
     measures_onnx = False
     leaves_in_float = False
+    halves_weights = False
     runs_here = True
     stand_in = ""
     providers = ("CPU",)

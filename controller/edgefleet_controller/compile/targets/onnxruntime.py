@@ -22,6 +22,7 @@ class OnnxruntimeTarget:
     ships_onnx = True
     measures_onnx = True
     leaves_in_float = True
+    halves_weights = True
     runs_here = True
     stand_in = ""
     providers = ("CPUExecutionProvider",)

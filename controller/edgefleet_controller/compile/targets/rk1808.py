@@ -35,6 +35,7 @@ class Rk1808Target:
     ships_onnx = False
     measures_onnx = True
     leaves_in_float = False
+    halves_weights = False
     runs_here = False
     stand_in = ""
     providers = ("NPU",)

@@ -30,6 +30,7 @@ class RknnTarget:
     ships_onnx = False
     measures_onnx = False
     leaves_in_float = True
+    halves_weights = False
     runs_here = True
     stand_in = "RKNN-Toolkit2's simulator of the NPU"
     providers = ("NPU",)

@@ -22,6 +22,7 @@ class TensorrtTarget:
     ships_onnx = False
     measures_onnx = True
     leaves_in_float = True
+    halves_weights = False
     runs_here = True
     stand_in = "onnxruntime, on the network that the board's TensorRT builds from"
     providers = ("TensorRT",)

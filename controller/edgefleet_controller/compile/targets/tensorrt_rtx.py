@@ -27,6 +27,7 @@ class TensorrtRtxTarget:
     ships_onnx = False
     measures_onnx = True
     leaves_in_float = True
+    halves_weights = False
     runs_here = True
     stand_in = "onnxruntime, on the network that the engine was built from"
     providers = ("TensorRT-RTX",)

@@ -26,6 +26,7 @@ class TfliteTarget:
     ships_onnx = False
     measures_onnx = False
     leaves_in_float = True
+    halves_weights = False
     runs_here = True
     stand_in = ""
     providers = ("CPU",)
