@@ -112,6 +112,14 @@ def test_a_unit_that_drowns_the_others_does_not_end_the_ladder() -> None:
     assert len(rungs[-1].in_float) >= 5
 
 
+def test_the_last_rungs_leave_less_noise_than_any_before() -> None:
+    units = [Unit(nodes=(f"conv{i}",), kind="Conv", noise=2.0**-i, weight_bytes=1000) for i in range(16)]
+    ladder = search.by_layers(trial(), units, search.MOST_BYTES)
+    at_last = search.by_layers(trial(), units, search.MOST_BYTES_AT_LAST, shares=search.RUNGS_AT_LAST)
+    assert at_last[: len(ladder)] == ladder
+    assert len(at_last) > len(ladder)
+
+
 def test_a_ladder_with_nothing_to_leave_in_float_has_no_rungs() -> None:
     assert search.by_layers(trial(), [], search.MOST_BYTES) == []
     assert search.leading(trial(), []) == []

@@ -184,10 +184,8 @@ class _Search:
             spec.search.model_dump(), spec.measure_on, self._steps.has_builder,
         )  # fmt: skip
         # Another rule for choosing, or another measure, is another search.
-        rules = [
-            Path(str(module.__file__)).read_text(encoding="utf-8")
-            for module in (search, quality, answers, detection, pruning)
-        ]
+        files = (__file__, *(module.__file__ for module in (search, quality, answers, detection, pruning)))
+        rules = [Path(str(file)).read_text(encoding="utf-8") for file in files]
         # Pruned networks are made by a toolchain that the recipe's key does not know.
         pruner = lock_named(PRUNING_TOOLCHAIN).hash if self._version.pruning is not None else ""
         own = originals.key(self._version) if originals.offered(self._target, self._version) else ()
@@ -317,8 +315,10 @@ class _Search:
             rungs = search.by_layers(best, units, search.MOST_BYTES, cost)
             rungs += search.leading(best, units) if effort == "full" else []
             trials += self._try(rungs, known=trials)
-            if not any(search.accurate(trial, spec) for trial in trials):
-                trials += self._try(search.by_layers(best, units, search.MOST_BYTES_AT_LAST, cost), known=trials)
+            if not self._holds(trials):
+                rungs = search.by_layers(best, units, search.MOST_BYTES_AT_LAST, cost, search.RUNGS_AT_LAST)
+                trials += self._try(rungs, known=trials)
+                self._holds(trials)
         if HALF.precision in self._target.precisions and (effort == "full" or all(trial.misses for trial in trials)):
             trials += self._try([HALF])
         if FLOAT.precision in self._target.precisions:
@@ -335,6 +335,21 @@ class _Search:
         measured = self._steps.measure([(recipe, path) for recipe, (path, _) in zip(wanted, made, strict=True)])
         self._fresh |= {one.trial.recipe: one for one in measured}
         return [one.trial for one in measured]
+
+    def _holds(self, trials: list[Trial]) -> bool:
+        """Whether one of these is accurate on all held-out samples. A round looks at some of them: who is so there is judged anew here, in place."""
+        spec = self._class.spec
+        for trial in sorted(trials, key=lambda t: t.figures.sqnr_db or 0.0, reverse=True):
+            if not search.accurate(trial, spec):
+                continue
+            if trial.figures.samples < self._version.holdout.count:
+                alone, _ = self._alone(trial.recipe)
+                trials[trials.index(trial)] = alone.trial
+                self._fresh[trial.recipe] = alone
+                trial = alone.trial
+            if search.accurate(trial, spec):
+                return True
+        return False
 
     def _float(self, trials: Sequence[Trial]) -> Trial:
         return search.float_trial(next(t for t in trials if not t.died), self._class.spec)

@@ -25,6 +25,7 @@ from edgefleet_controller.manifests import DeviceClassSpec
 NOTHING = "nothing fits"
 METHODS = ("minmax", "mse", "percentile", "entropy")  # in the order in which they are tried
 RUNGS = (0.5, 0.75, 0.9, 0.97)  # shares of the noise that a rung of the ladder takes away by leaving layers in float
+RUNGS_AT_LAST = (*RUNGS, 0.99, 0.997)  # where none of those is accurate enough
 MOST_ALONE = 2  # units that are rungs by themselves
 FLOAT_WEIGHT_COST, HALF_WEIGHT_COST = (
     0.75,
@@ -113,7 +114,11 @@ def by_tensorflow(found: Choice, spec: DeviceClassSpec) -> Recipe | None:
 
 
 def by_layers(
-    best: Trial, units: Sequence[Unit], most_bytes: float, weight_cost: float = FLOAT_WEIGHT_COST
+    best: Trial,
+    units: Sequence[Unit],
+    most_bytes: float,
+    weight_cost: float = FLOAT_WEIGHT_COST,
+    shares: Sequence[float] = RUNGS,
 ) -> list[Recipe]:
     """The ladder: the recipe of ``best`` with ever more of the noisiest units in float, within the bytes.
 
@@ -123,13 +128,14 @@ def by_layers(
     Args:
         most_bytes: how many times the bytes of ``best`` a rung may have.
         weight_cost: what a weight that stays in float costs, as a share of its float32 bytes.
+        shares: of the noise, that rungs take away.
     """
     room = (most_bytes - 1) * best.figures.compiled_bytes
     taken: list[str] = list(best.recipe.in_float)
     open_units = [unit for unit in units if not set(unit.nodes) <= set(taken)]
     total = left = sum(unit.noise for unit in open_units)
     rungs: list[Recipe] = []
-    goals, alone = list(RUNGS), 0
+    goals, alone = list(shares), 0
     for unit in sorted(open_units, key=lambda u: (-u.noise, u.nodes)):
         cost = unit.weight_bytes * weight_cost
         if cost > room:
@@ -140,7 +146,7 @@ def by_layers(
         left -= unit.noise
         reached = [goal for goal in goals if total and left <= (1 - goal) * total]
         if outlier:
-            total, goals, alone = left, list(RUNGS), alone + 1
+            total, goals, alone = left, list(shares), alone + 1
         else:
             goals = [goal for goal in goals if goal not in reached]
         if outlier or reached:
