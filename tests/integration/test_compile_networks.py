@@ -249,6 +249,30 @@ def test_a_network_with_masks_of_minus_infinity_is_calibrated_all_the_same(bench
     assert {"int8", "fp16", "fp32"} == {c["recipe"]["precision"] for c in told["candidates"]}
 
 
+@pytest.mark.parametrize("engine", ["onnxruntime", "tflite", "openvino"])
+def test_where_all_that_computes_stays_in_float_nothing_is_rounded_and_no_bias_corrected(
+    bench: Bench, engine: str
+) -> None:
+    """Also not what pools, pads and reshapes between."""
+    net = Net(6)
+    net.conv(3, 8, stride=2)
+    trunk = net.add("Relu")
+    net.add("MaxPool", kernel_shape=[2, 2], strides=[2, 2])
+    shortcut = net.add("Pad", net.constant(np.array([0, 0, 0, 0, 0, 8, 0, 0], np.int64)))
+    net.last = trunk
+    net.conv(8, 16, stride=2)
+    net.add("Add", shortcut)
+    net.add("Relu")
+    net.conv(16, 4)
+    net.add("Reshape", net.constant(np.array([1, 256], np.int64)))
+    version = bench.version(project(bench.folder, net.model([1, 256])))
+    wanted = {"float_first": 9, "scope": "weighted"}
+    search = {"effort": "fixed", "prefer": "size"}
+    figures = bench.compile(version, class_here(engine, search=search, options=wanted)).figures
+    assert figures.sqnr_db is not None
+    assert figures.sqnr_db > 50
+
+
 @pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
 def test_weights_that_stay_in_float_beside_int8_take_two_bytes_each(bench: Bench, engine: str) -> None:
     net = Net()

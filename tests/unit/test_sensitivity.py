@@ -83,3 +83,23 @@ def test_products_of_computed_values_are_a_kind_that_is_split_where_it_is_loud(t
     )  # fmt: skip
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8)
     assert set(units(onnx.shape_inference.infer_shapes(model), tmp_path)) == {("m0",), ("m1",)}
+
+
+def test_where_int8_operators_write_int8_a_loud_reader_has_its_maker_with_it(tmp_path: Path) -> None:
+    """The values between are spread wide, the weights are not: rounding what is read is what hurts."""
+    model = network([("Relu", ["v"])])
+    constants = {i.name: i for i in model.graph.initializer}
+    wide, narrow = (numpy_helper.to_array(constants[name]).copy() for name in ("w0", "w1"))
+    wide[0] *= 300
+    narrow[:, 0] = 0
+    for name, value in (("w0", wide), ("w1", narrow)):
+        constants[name].CopyFrom(numpy_helper.from_array(value, name))
+    save_file({"x": PICTURES}, tmp_path / "samples.safetensors")
+    samples = SampleFile(str(tmp_path / "samples.safetensors"))
+    known = statistics.collect(model, samples, lambda *_: None, histograms=False)
+    parts = [{"output": "y", "axis": 1, "begin": 1, "end": 8}]
+    for with_makers in (False, True):
+        found = sensitivity.measure(model, known, [samples[0]], RECIPE, parts, lambda *_: None, with_makers=with_makers)
+        (reader,) = [one for one in found if "conv1" in one["nodes"]]
+        assert set(reader["nodes"]) == ({"conv1", "conv0", "a0"} if with_makers else {"conv1"})
+        assert reader["weight_bytes"] == 4 * (wide.size * with_makers + narrow.size)

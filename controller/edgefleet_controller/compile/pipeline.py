@@ -221,7 +221,8 @@ class _Search:
                 break
             left = search.without(choice, fallen, self._class.spec)
         measured, cached = self._alone(choice.nearest.recipe)
-        return msgspec.structs.replace(choice, chosen=None), measured, cached
+        why = search.NOTHING if fallen else choice.why
+        return msgspec.structs.replace(choice, chosen=None, why=why), measured, cached
 
     def _alone(self, recipe: Recipe) -> tuple[Measured, bool]:
         ((path, cached),) = self._steps.compile([recipe])

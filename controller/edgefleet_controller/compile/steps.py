@@ -191,6 +191,7 @@ class Steps:
     def rank(self, recipe: Recipe) -> list[Unit]:
         """Noise of every layer, with the ranges and weights of a recipe."""
         asked = {"ranges": recipe.ranges, "weights": recipe.weights}
+        with_makers = not self._target.reads_qdq  # in QDQ an int8 operator can write float
         parts = [part.told() for part in quality.parts(self._version).values()]
 
         def fill(staged: Path) -> None:
@@ -202,10 +203,11 @@ class Steps:
                 "count": RANKED_SAMPLES,
                 "recipe": asked,
                 "parts": parts,
+                "with_makers": with_makers,
             })  # fmt: skip
             (staged / "units.json").write_text(json.dumps(found["units"]))
 
-        folder = self._cache.once("ranked", content_key("rank", self._gathered_key, asked, parts), fill)
+        folder = self._cache.once("ranked", content_key("rank", self._gathered_key, asked, parts, with_makers), fill)
         return msgspec.json.decode((folder / "units.json").read_bytes(), type=list[Unit])
 
     def compile(self, recipes: Sequence[Recipe]) -> list[tuple[Path, bool]]:

@@ -16,10 +16,11 @@ from ai_edge_litert.interpreter import Interpreter
 from onnx import numpy_helper
 
 from . import job
+from .in_float import outside, with_passages
 from .measure import Array, Run, SampleFile, measure
 from .onnx_to_tflite import Converted, convert
 from .tflite_islands import joined
-from .weights import PASSIVE, WEIGHTED, axis_of, channel_scales, correct_biases
+from .weights import WEIGHTED, axis_of, channel_scales, correct_biases
 
 
 def load(path: str) -> Run:
@@ -104,19 +105,18 @@ class _Quantizer:
             self._found = self._calibrate(samples, len(samples))
 
     def quantize(self, recipe: dict[str, Any]) -> bytes:
+        left = with_passages(self._model, {*recipe["in_float"], *outside(self._model, recipe["scope"])})
         converted = self._plain
         if recipe["correct_bias"]:
             corrected = onnx.ModelProto()
             corrected.CopyFrom(self._model)
-            correct_biases(corrected, self._statistics["means"], _scales(corrected))
+            correct_biases(corrected, self._statistics["means"], _scales(corrected, left))
             converted = convert(corrected)
-        left = set(recipe["in_float"])
-        if recipe["scope"] == "weighted":
-            left |= {n.name for n in self._model.graph.node if n.op_type not in WEIGHTED and n.op_type not in PASSIVE}
-        left |= _behind(self._model, left)
-        outputs = {node.name: node.output[0] for node in self._model.graph.node}
-        in_float = [converted.made.get(name, outputs[name]) for name in sorted(left) if name in outputs]
-        worker = quantizer_of(converted.content, [*in_float, *converted.whole])
+        nodes = [node for node in self._model.graph.node if node.name in left]
+        # What the writer put before an operator is named after its own output, the operator perhaps after that of its activation.
+        in_float = {node.output[0] for node in nodes} | {converted.made.get(node.name, "") for node in nodes} - {""}
+        in_float |= {value.name for value in self._model.graph.input if any(value.name in n.input for n in nodes)}
+        worker = quantizer_of(converted.content, [*sorted(in_float), *converted.whole])
         return joined(bytes(worker.quantize(self._ranges(recipe["ranges"])).quantized_model))
 
     def _calibrate(self, samples: SampleFile, count: int) -> dict[str, Any]:
@@ -136,20 +136,6 @@ class _Quantizer:
             low, high = methods[method]
             out[name] = own | {"min": np.full_like(own["min"], low), "max": np.full_like(own["max"], high)}
         return out
-
-
-def _behind(model: onnx.ModelProto, left: set[str]) -> set[str]:
-    """Nodes that only move what a node in float has made to an output: in int8 they would round it after all."""
-    makers = {name: node for node in model.graph.node for name in node.output}
-    found = set()
-    for output in model.graph.output:
-        path, node = set(), makers.get(output.name)
-        while node is not None and node.op_type in PASSIVE:
-            path.add(node.name)
-            node = makers.get(node.input[0]) if node.input else None
-        if node is not None and node.name in left:
-            found |= path
-    return found
 
 
 def quantizer_of(content: bytes, in_float: list[str]) -> Any:
@@ -173,13 +159,13 @@ def quantizer_of(content: bytes, in_float: list[str]) -> Any:
     return quantizer.Quantizer(bytearray(content), recipe.get_quantization_recipe())
 
 
-def _scales(model: onnx.ModelProto) -> dict[str, Array]:
-    """The scales that ai-edge-quantizer gives weights: 8 bits over each channel's largest."""
+def _scales(model: onnx.ModelProto, in_float: set[str]) -> dict[str, Array]:
+    """The scales that ai-edge-quantizer gives weights, but for those of nodes in float: 8 bits over each channel's largest."""
     constants = {i.name: i for i in model.graph.initializer}
     return {
         node.input[1]: channel_scales(numpy_helper.to_array(constants[node.input[1]]), axis_of(node), "full")
         for node in model.graph.node
-        if node.op_type in WEIGHTED and node.input[1] in constants
+        if node.op_type in WEIGHTED and node.name not in in_float and node.input[1] in constants
     }
 
 

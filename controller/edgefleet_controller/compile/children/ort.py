@@ -73,12 +73,13 @@ def gather(request: job.Request, progress: job.Progress) -> dict[str, Any]:
 
 def rank(request: job.Request, progress: job.Progress) -> dict[str, Any]:
     """Noise of every layer. Request: ``simplified``, ``statistics``, ``samples``, ``count`` (how many of them), ``recipe``, ``parts`` (of the
-    outputs)."""
+    outputs), ``with_makers``."""
     model = _inferred(request["simplified"])
     known = statistics.load(request["statistics"])
     samples = SampleFile(request["samples"])
     feeds = [samples[i] for i in range(min(request["count"], len(samples)))]
-    units = sensitivity.measure(model, known, feeds, request["recipe"], request["parts"], progress)
+    parts, with_makers = request["parts"], request["with_makers"]
+    units = sensitivity.measure(model, known, feeds, request["recipe"], parts, progress, with_makers=with_makers)
     return {"units": units}
 
 

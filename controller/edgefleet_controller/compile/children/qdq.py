@@ -18,6 +18,7 @@ from onnxruntime.quantization.calibrate import CalibrationMethod, TensorData, Te
 from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
 from onnxruntime.quantization.registry import QDQRegistry
 
+from .in_float import ACTIVATIONS, outside, with_passages
 from .statistics import Statistics
 from .weights import (
     LEVELS,
@@ -33,7 +34,6 @@ from .weights import (
 )
 
 Recipe = dict[str, Any]
-ACTIVATIONS = ("Relu", "Clip")  # what the range of a rounded value can stand for
 FAR = 1e30  # a limit that no activation reaches
 
 
@@ -52,7 +52,8 @@ def quantize(model: onnx.ModelProto, statistics: Statistics, recipe: Recipe) -> 
         ]
         for name, values, axis in _with_axis(own, scales)
     }
-    in_float = _with_activations(own, recipe["in_float"])
+    out_of_scope = outside(own, recipe["scope"])
+    in_float = with_passages(own, {*recipe["in_float"], *out_of_scope})
     # Its warnings are about biases that _weight_scales has made room for.
     logging.getLogger().setLevel(logging.ERROR)
     symmetric = recipe["activations"] == "symmetric"
@@ -64,7 +65,7 @@ def quantize(model: onnx.ModelProto, statistics: Statistics, recipe: Recipe) -> 
         QuantType.QInt8 if symmetric else QuantType.QUInt8,
         _tensors(ranges),
         [],
-        in_float,
+        sorted(in_float),
         [op for op in sorted(QDQRegistry) if recipe["scope"] == "all" or op in WEIGHTED or op in PASSIVE],
         {
             "QDQDisableWeightAdjustForInt32Bias": True,
@@ -76,7 +77,7 @@ def quantize(model: onnx.ModelProto, statistics: Statistics, recipe: Recipe) -> 
     )
     writer.quantize_model()
     quantized: onnx.ModelProto = writer.model.model
-    _keep_float(quantized, set(in_float), model)
+    _keep_float(quantized, in_float - out_of_scope | set(recipe["in_float"]), model)
     _swept(quantized)
     _sorted(quantized.graph)
     return quantized
@@ -99,7 +100,7 @@ def _flatten_biases(model: onnx.ModelProto) -> None:
 def _keep_float(model: onnx.ModelProto, in_float: set[str], source: onnx.ModelProto) -> None:
     """Give nodes that stay in float what they are meant to read.
 
-    A value that no int8 node reads is not rounded at all; an activation that the rounding's range stood for comes back as ``source`` has it, with
+    A value that was made in float, or that no int8 node reads, is not rounded for them; an activation that the rounding's range stood for comes back as ``source`` has it, with
     limits of its own: the writer drops constants that nothing reads any more, or has given them int8 forms. Where one does, the float node reads the rounded value through a Clip that
     clips nothing: onnxruntime's WeightBiasQuantization pass gives a float weight between DequantizeLinear and QuantizeLinear int8 values
     of its own, one scale for all, at load (EfficientNet-Lite0 fell from 21 to 7 dB by one layer kept in "float"); the Clip breaks its pattern.
@@ -107,7 +108,7 @@ def _keep_float(model: onnx.ModelProto, in_float: set[str], source: onnx.ModelPr
     graph = model.graph
     made = {name: node for node in graph.node for name in node.output}
     constants = {i.name for i in graph.initializer}
-    outputs = {o.name for o in graph.output}
+    inputs, outputs = {i.name for i in graph.input}, {o.name for o in graph.output}
     readers: dict[str, list[onnx.NodeProto]] = {}
     for node in graph.node:
         for name in node.input:
@@ -143,7 +144,8 @@ def _keep_float(model: onnx.ModelProto, in_float: set[str], source: onnx.ModelPr
             if dequantize is None or dequantize.op_type != "DequantizeLinear" or dequantize.input[0] in constants:
                 continue
             exact = made[dequantize.input[0]].input[0]
-            if name not in outputs and all(reader.name in in_float for reader in readers[name]):
+            made_in_float = exact in inputs or (exact in made and made[exact].name in in_float)
+            if name not in outputs and (made_in_float or all(r.name in in_float for r in readers[name])):
                 node.input[place] = active(exact)
             elif node.op_type in WEIGHTED:
                 if name not in guards:
@@ -197,19 +199,6 @@ def _read(node: onnx.NodeProto) -> set[str]:
     """What a node and the graphs inside it read."""
     inside = [attribute.g for attribute in node.attribute if attribute.HasField("g")]
     return {*node.input, *(name for graph in inside for one in graph.node for name in _read(one))}
-
-
-def _with_activations(model: onnx.ModelProto, in_float: list[str]) -> list[str]:
-    """Nodes that stay in float, and the activations behind them: to round what an activation is about to clip wastes the range."""
-    readers: dict[str, list[onnx.NodeProto]] = {}
-    for node in model.graph.node:
-        for name in node.input:
-            readers.setdefault(name, []).append(node)
-    found = set(in_float)
-    for node in model.graph.node:
-        if node.name in found and node.op_type in WEIGHTED:
-            found |= {reader.name for reader in readers.get(node.output[0], []) if reader.op_type in ACTIVATIONS}
-    return sorted(found)
 
 
 def _weight_scales(model: onnx.ModelProto, ranges: dict[str, list[float]], recipe: Recipe) -> dict[str, Array]:

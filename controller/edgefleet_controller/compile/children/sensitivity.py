@@ -5,6 +5,9 @@ Each unit is quantized alone, everything else stays float, and the noise that th
 of units in float removes about the sum of theirs. A unit is one weighted operator with its activation, which must not read a rounded value
 where the operator stays in float; or all operators of one other kind together: softmax and the like stand or fall as a kind, unless
 the kind is among the noisiest: then it is looked at one by one, for it may be one of them.
+
+Where the engine's int8 operators write int8 (TFLite), a value is exact only if its maker and its reader are in float: a loud unit whose noise is
+mostly that of what it reads has the makers of that in it. Where an int8 operator can write float (QDQ), the reader alone will do.
 """
 
 from __future__ import annotations
@@ -27,6 +30,7 @@ ELEMENTWISE = {
     "Relu", "Clip", "LeakyRelu", "PRelu", "ThresholdedRelu", "Sigmoid", "HardSigmoid", "HardSwish", "Tanh", "Elu", "Selu", "Celu", "Softplus",
     "Softsign", "Mish", "Gelu", "Erf", "Exp", "Log", "Sqrt", "Abs", "Neg", "Pow", "Reciprocal", "Add", "Sub", "Mul", "Div", "Min", "Max",
 }  # fmt: skip
+MOSTLY = 0.5  # of a unit's noise
 MOST_SPLIT = 80  # operators in all that are looked at one by one, those of the loudest kinds
 
 
@@ -37,26 +41,34 @@ def measure(
     recipe: dict[str, Any],
     parts: list[dict[str, Any]],
     progress: job.Progress,
+    *,
+    with_makers: bool = False,
 ) -> list[dict[str, Any]]:
     """One entry per unit, weighted operators first, in order of the network: ``nodes``, ``kind``, ``noise`` (power that it puts on that part of the outputs where it is the
     most, relative to the part's), ``weight_bytes`` (that stay when it stays float).
 
     Args:
         parts: each the name of an ``output``, or of it what lies on ``axis`` from ``begin`` to ``end``.
+        with_makers: the engine's int8 operators write int8.
     """
     references = _parts(_outputs(model, feeds), parts)
     power = [float(np.sum(value**2)) or 1.0 for value in references]
     constants = {i.name: i for i in model.graph.initializer}
 
+    def noise(rounded: onnx.ModelProto) -> float:
+        outputs = _parts(_outputs(rounded, feeds), parts)
+        powers = [float(np.sum((a - b) ** 2)) for a, b in zip(outputs, references, strict=True)]
+        relative = max(n / p for n, p in zip(powers, power, strict=True))
+        return relative if np.isfinite(relative) else 1e9
+
+    def size(nodes: Sequence[onnx.NodeProto]) -> int:
+        weights = {node.input[1] for node in nodes if node.op_type in WEIGHTED and len(node.input) > 1}
+        return sum(4 * int(np.prod(constants[name].dims)) for name in weights if name in constants)
+
     def unit(kind: str, nodes: Sequence[onnx.NodeProto]) -> dict[str, Any]:
-        outputs = _parts(_outputs(_only(model, nodes, statistics, recipe), feeds), parts)
-        noise = [float(np.sum((a - b) ** 2)) for a, b in zip(outputs, references, strict=True)]
-        relative = max(n / p for n, p in zip(noise, power, strict=True))
-        weights = [node.input[1] for node in nodes if node.op_type in WEIGHTED and len(node.input) > 1]
-        size = sum(4 * int(np.prod(constants[name].dims)) for name in weights if name in constants)
         return {
-            "nodes": [node.name for node in nodes], "kind": kind, "weight_bytes": size,
-            "noise": relative if np.isfinite(relative) else 1e9,
+            "nodes": [node.name for node in nodes], "kind": kind, "weight_bytes": size(nodes),
+            "noise": noise(_only(model, nodes, statistics, recipe)),
         }  # fmt: skip
 
     units = _units(model)
@@ -71,6 +83,15 @@ def measure(
             left -= len(nodes)
             found.remove(whole)
             found += [unit(kind, [node]) for node in nodes]
+    if with_makers:
+        makers = _Makers(model, units)
+        for one in found:
+            if one["noise"] >= loud and len(one["nodes"]) < len(model.graph.node):
+                nodes = makers.named(one["nodes"])
+                read = noise(_only(model, nodes, statistics, recipe, reads_alone=True))
+                if read > MOSTLY * one["noise"]:
+                    nodes = makers.with_makers(nodes)
+                    one |= {"nodes": [node.name for node in nodes], "weight_bytes": size(nodes)}
     progress("sensitivity of layers", len(units), len(units))
     return found
 
@@ -109,10 +130,45 @@ def _activation(
     return found
 
 
+class _Makers:
+    """Who makes what a unit reads."""
+
+    def __init__(self, model: onnx.ModelProto, units: list[tuple[str, list[onnx.NodeProto]]]) -> None:
+        self._nodes = {node.name: node for node in model.graph.node}
+        self._makers = {name: node for node in model.graph.node for name in node.output}
+        self._with = {node.name: nodes for _, nodes in units if nodes[0].op_type in WEIGHTED for node in nodes}
+
+    def named(self, names: Sequence[str]) -> list[onnx.NodeProto]:
+        return [self._nodes[name] for name in names]
+
+    def with_makers(self, nodes: Sequence[onnx.NodeProto]) -> list[onnx.NodeProto]:
+        """The nodes, and each operator that computes what they read, with its activation; what only moves values is passed by."""
+        found = {node.name: node for node in nodes}
+        read = [name for node in nodes for name in node.input]
+        while read:
+            maker = self._makers.get(read.pop())
+            if maker is None or maker.name in found:
+                continue
+            if maker.op_type in PASSIVE and maker.name not in self._with:
+                read += maker.input[:1]
+            else:
+                found |= {node.name: node for node in self._with.get(maker.name, [maker])}
+        return list(found.values())
+
+
 def _only(
-    model: onnx.ModelProto, nodes: Sequence[onnx.NodeProto], statistics: Statistics, recipe: dict[str, Any]
+    model: onnx.ModelProto,
+    nodes: Sequence[onnx.NodeProto],
+    statistics: Statistics,
+    recipe: dict[str, Any],
+    *,
+    reads_alone: bool = False,
 ) -> onnx.ModelProto:
-    """The network with these nodes' weights and inputs, and what no other node rounds of their outputs, rounded to 8 bits."""
+    """The network with these nodes' weights and inputs, and what no other node rounds of their outputs, rounded to 8 bits.
+
+    Args:
+        reads_alone: only what they read, and no weights.
+    """
     own = onnx.ModelProto()
     own.CopyFrom(model)
     wanted = {node.name for node in nodes if node.op_type not in PASSIVE}
@@ -130,7 +186,12 @@ def _only(
             tensor = constants.get(name)
             if tensor is None:
                 node.input[place] = rounder.before(name)
-            elif place == 1 and node.op_type in WEIGHTED and tensor.data_type == onnx.TensorProto.FLOAT:
+            elif (
+                not reads_alone
+                and place == 1
+                and node.op_type in WEIGHTED
+                and tensor.data_type == onnx.TensorProto.FLOAT
+            ):
                 weight = numpy_helper.to_array(tensor)
                 axis = axis_of(node)
                 values = rounded(weight, channel_scales(weight, axis, recipe["weights"], groups_of(node)), axis)
@@ -138,7 +199,8 @@ def _only(
                 own.graph.initializer.append(copy)
                 node.input[place] = copy.name
         # A weighted operator's output is rounded where it is read, after the activation that is fused into it.
-        made = [n for n in node.output if n in ranges and (n in outputs or node.op_type not in WEIGHTED)]
+        rounds_its_own = not reads_alone and node.op_type not in WEIGHTED
+        made = [n for n in node.output if n in ranges and (rounds_its_own or (n in outputs and not reads_alone))]
         node.output[:] = [f"{name}/exact" if name in made else name for name in node.output]
         own.graph.node.append(node)
         for name in made:
