@@ -273,7 +273,26 @@ def test_where_all_that_computes_stays_in_float_nothing_is_rounded_and_no_bias_c
     assert figures.sqnr_db > 50
 
 
-@pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
+@pytest.mark.parametrize("engine", ["onnxruntime", "tflite", "openvino"])
+def test_half_precision_takes_two_bytes_a_weight_and_answers_as_float_does(bench: Bench, engine: str) -> None:
+    net = Net()
+    net.conv(3, 64, stride=2)
+    net.add("Relu")
+    net.conv(64, 64, group=64)
+    net.add("Relu")
+    net.conv(64, 64, stride=4)
+    net.add("Flatten")
+    net.dense(1024, 10)
+    version = bench.version(project(bench.folder, net.model([1, 10])))
+    figures = bench.compile(version, class_here(engine, precision="fp16", search={"prefer": "size"})).figures
+    weights = 64 * 3 * 9 + 64 * 9 + 64 * 64 * 9 + 10240
+    assert figures.compiled_bytes < 2 * weights + 0.2 * figures.float_bytes
+    assert figures.agreement == 1.0
+    assert figures.sqnr_db is not None
+    assert 50 < figures.sqnr_db < 110  # rounded to 11 bits, and not left in float32
+
+
+@pytest.mark.parametrize("engine", ["onnxruntime", "tflite", "openvino"])
 def test_weights_that_stay_in_float_beside_int8_take_two_bytes_each(bench: Bench, engine: str) -> None:
     net = Net()
     net.conv(3, 128, 7, stride=4, pads=[3, 3, 3, 3])

@@ -372,7 +372,7 @@ class Steps:
         int8 = [r for r in wanted.values() if r.precision == "int8" and r.quantizer == OWN]
         quantized = self._quantized(pruned, int8) if self._target.reads_qdq and int8 else {}
         networks = {staged: quantized.get(recipe, simplified) for staged, recipe in wanted.items()}
-        if self._target.halves_weights:
+        if self._target.halves_weights and self._target.reads_qdq:
             halved = self._halved(
                 pruned, {r: networks[staged] for staged, r in wanted.items() if _has_float_weights(r)}
             )

@@ -48,14 +48,24 @@ def halve(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def _half(tensor: onnx.TensorProto) -> Array | None:
-    if tensor.data_type != onnx.TensorProto.FLOAT or int(np.prod(tensor.dims)) < MIN_ELEMENTS:
+    if tensor.data_type != onnx.TensorProto.FLOAT:
         return None
     value = numpy_helper.to_array(tensor)
+    return in_half(value, channels=tuple(range(min(2, value.ndim))))
+
+
+def in_half(value: Array, *, channels: tuple[int, ...]) -> Array | None:
+    """A float32 constant in float16; None where it is too small to be worth it, or float16 can't hold it closely.
+
+    Args:
+        channels: the axes that may count channels. Each is judged by itself: what comes behind may make a faint one as loud as the others.
+    """
+    if value.size < MIN_ELEMENTS:
+        return None
     with np.errstate(over="ignore", invalid="ignore"):
         half = value.astype(np.float16)
         error = half.astype(np.float64) - value  # infinite, or not a number, where it does not fit
-    # Of every channel by itself, whichever axis counts them: what comes behind may make a faint one as loud as the others.
-    return half if all(_close(value, error, axis) for axis in range(min(2, value.ndim))) else None
+    return half if all(_close(value, error, axis) for axis in channels) else None
 
 
 def _close(value: Array, error: Array, axis: int) -> bool:

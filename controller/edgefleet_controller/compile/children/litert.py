@@ -19,6 +19,7 @@ from . import job
 from .in_float import outside, with_passages
 from .measure import Array, Run, SampleFile, measure
 from .onnx_to_tflite import Converted, convert
+from .tflite_half import halved
 from .tflite_islands import joined
 from .weights import WEIGHTED, axis_of, channel_scales, correct_biases
 
@@ -76,8 +77,9 @@ def compile_model(request: job.Request, progress: job.Progress) -> dict[str, Any
     progress("converting", 1, 1)
     quantizer: _Quantizer | None = None
     for number, one in enumerate(request["jobs"]):
-        if one["recipe"]["precision"] == "fp32":
-            _write(one["compiled"], plain.content)
+        if one["recipe"]["precision"] != "int8":
+            half = one["recipe"]["precision"] == "fp16"
+            _write(one["compiled"], halved(plain.content) if half else plain.content)
             continue
         progress("quantizing", number, len(request["jobs"]))
         quantizer = quantizer or _Quantizer(model, plain, request["statistics"], SampleFile(request["calibration"]))
@@ -117,7 +119,8 @@ class _Quantizer:
         in_float = {node.output[0] for node in nodes} | {converted.made.get(node.name, "") for node in nodes} - {""}
         in_float |= {value.name for value in self._model.graph.input if any(value.name in n.input for n in nodes)}
         worker = quantizer_of(converted.content, [*sorted(in_float), *converted.whole])
-        return joined(bytes(worker.quantize(self._ranges(recipe["ranges"])).quantized_model))
+        content = joined(bytes(worker.quantize(self._ranges(recipe["ranges"])).quantized_model))
+        return halved(content) if left else content
 
     def _calibrate(self, samples: SampleFile, count: int) -> dict[str, Any]:
         worker = quantizer_of(self._plain.content, self._plain.whole)

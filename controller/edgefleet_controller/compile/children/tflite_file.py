@@ -38,6 +38,16 @@ class _Aligned:
         return int(schema.BufferEnd(builder))
 
 
+def unpacked(schema: Any, content: bytes) -> Any:
+    """A file as ``ModelT`` of these classes, all constants inside their buffers, as old readers expect: newer writers put them behind the flatbuffer."""
+    model = schema.ModelT.InitFromPackedBuf(content, 0)
+    for buffer in model.buffers:
+        if buffer.offset:
+            buffer.data = np.frombuffer(content, np.uint8, int(buffer.size), int(buffer.offset))
+            buffer.offset = buffer.size = 0
+    return model
+
+
 def packed(model: Any) -> bytes:
     """The file of a ``ModelT`` (LiteRT's or TensorFlow's: each has these classes generated in a module of its own) whose constants are all inside
     their buffers (none behind the flatbuffer by offset)."""

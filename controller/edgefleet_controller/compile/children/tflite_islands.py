@@ -8,10 +8,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 
-from .tflite_file import packed
+from .tflite_file import packed, unpacked
 
 _CODES = schema.BuiltinOperator
 # Kernels that rescale from the input's scale to the output's by themselves, in LiteRT and in tflite-runtime.
@@ -20,13 +19,7 @@ JOINED = frozenset({_CODES.LEAKY_RELU, _CODES.RELU, _CODES.RELU6, _CODES.RELU_N1
 
 def joined(content: bytes) -> bytes:
     """The file without the islands of :data:`JOINED` operators; its inputs, outputs and answers stay, but for a rounding less."""
-    model = schema.ModelT.InitFromPackedBuf(content, 0)
-    for buffer in model.buffers:
-        if (
-            buffer.offset
-        ):  # the quantizer writes constants behind the flatbuffer; here they go into it, as old readers expect
-            buffer.data = np.frombuffer(content, np.uint8, int(buffer.size), int(buffer.offset))
-            buffer.offset = buffer.size = 0
+    model = unpacked(schema, content)
     codes = [max(code.builtinCode, code.deprecatedBuiltinCode) for code in model.operatorCodes]
     for subgraph in model.subgraphs:
         _join(subgraph, codes)

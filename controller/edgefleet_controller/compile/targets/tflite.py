@@ -19,14 +19,14 @@ class TfliteTarget:
     module = "litert"
     tools = ()
     engine_package = "ai_edge_litert"
-    precisions = frozenset({"int8", "fp32"})
+    precisions = frozenset({"int8", "fp16", "fp32"})
     methods = frozenset({"minmax", "percentile", "entropy", "mse"})
     quantizers = ("edgefleet", "tensorflow")
     reads_qdq = False
     ships_onnx = False
     measures_onnx = False
     leaves_in_float = True
-    halves_weights = False
+    halves_weights = True
     runs_here = True
     stand_in = ""
     providers = ("CPU",)
