@@ -38,13 +38,10 @@ def _halve(model: Any, subgraph: Any, weights: list[int]) -> None:
     for index in weights:
         tensor = subgraph.tensors[index]
         buffer = model.buffers[tensor.buffer]
-        data, shared = (
-            buffer.data,
-            sum(one.buffer == tensor.buffer for sub in model.subgraphs for one in sub.tensors) > 1,
-        )
-        if tensor.type != _TYPES.FLOAT32 or tensor.sparsity is not None or data is None or shared:
+        shared = sum(one.buffer == tensor.buffer for sub in model.subgraphs for one in sub.tensors) > 1
+        if tensor.type != _TYPES.FLOAT32 or tensor.sparsity is not None or buffer.data is None or shared:
             continue
-        value = np.frombuffer(np.ascontiguousarray(data, np.uint8).tobytes(), "<f4").reshape(tensor.shape)
+        value = np.frombuffer(np.ascontiguousarray(buffer.data, np.uint8).tobytes(), "<f4").reshape(tensor.shape)
         half = in_half(value, channels=(0, -1))  # a depthwise convolution's are the last axis, all others' the first
         if half is None:
             continue
