@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import importlib.util
+import inspect
 import json
 import pkgutil
 import sys
@@ -247,7 +248,17 @@ def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
 
 
 def _json(value: object) -> str:
-    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    return json.dumps(_without_margins(value), indent=2, ensure_ascii=False) + "\n"
+
+
+def _without_margins(value: Any) -> Any:
+    """A schema whose descriptions are docstrings without their margin, which Python takes away by itself from 3.13 on."""
+    if isinstance(value, dict):
+        return {
+            key: inspect.cleandoc(one) if key == "description" and isinstance(one, str) else _without_margins(one)
+            for key, one in value.items()
+        }
+    return [_without_margins(one) for one in value] if isinstance(value, list) else value
 
 
 PAGES = (
