@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from edgefleet_agent.runtime import engines
 from edgefleet_agent.runtime.engines.fake import FakeEngine
-from edgefleet_agent.runtime.engines.port import Engine
+from edgefleet_agent.runtime.engines.port import Binder, Engine
 from edgefleet_shared import golden
 from edgefleet_shared.contract import TensorSpec
 from edgefleet_shared.errors import EngineError
@@ -125,6 +125,22 @@ def test_a_loaded_session_names_what_really_computes(case: Case, model_path: Pat
     assert set(session.providers) <= {
         "CPU", "CPUExecutionProvider", "NPU", "EdgeTPU", "TensorRT", "TensorRT-RTX", "local-sync",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("case", ["onnxruntime", "onnxruntime, file with batch 1"], indirect=True)
+def test_a_session_that_was_told_where_tensors_lie_answers_there_as_it_does_otherwise(
+    case: Case, model_path: Path
+) -> None:
+    session = case.engine.load(model_path, case.config, threads=1)
+    assert isinstance(session, Binder)
+    pictures = encoded(4)
+    x, y = np.empty_like(pictures[:1]), np.zeros((1, artifacts.CLASSES), np.float32)
+    compute = session.bind({"x": x}, {"y": y})
+    assert compute is not None
+    for i in range(4):
+        x[:] = pictures[i : i + 1]
+        compute()
+        np.testing.assert_array_equal(y, session.run({"x": pictures[i : i + 1]})["y"])
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 torn", b"\x08\x09" + bytes(400)])

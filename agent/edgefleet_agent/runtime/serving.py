@@ -14,6 +14,7 @@ from edgefleet_shared.errors import EngineError
 
 from edgefleet_agent import confinement
 from edgefleet_agent.runtime import channel, engines
+from edgefleet_agent.runtime.bound import Bound
 from edgefleet_agent.runtime.channel import Done, Refused, Run, Start
 from edgefleet_agent.runtime.engines.port import loadable
 from edgefleet_agent.runtime.observing import Observer
@@ -61,6 +62,7 @@ class Serving:
         # reserve more than they touch, hence twice as much.
         self.unconfined = confinement.limit_address_space(start.memory_bytes * 2)
         self._observer = Observer(config.statistics)
+        self._bound = Bound(self.session, config.outputs)
         # What is here now stays; the collector need not look at it again in the middle of a request.
         gc.collect()
         gc.freeze()
@@ -83,28 +85,41 @@ class Serving:
                 self._link.send(channel.encode(self._observer.observed()))
 
     def _run(self, message: Run) -> Done:
+        began = time.perf_counter_ns()
+        known = self._bound.compute(message)
+        if known is None:
+            return self._run_anew(message)
+        compute_ns = time.perf_counter_ns() - began
+        if self._observer.is_due():
+            self._observer.look(known.inputs, known.outputs)
+        return Done(message.number, message.slot, known.shapes, compute_ns)
+
+    def _run_anew(self, message: Run) -> Done:
         slot = self._inputs[message.slot]
         inputs: dict[str, Array] = {}
+        in_slot = True
         for (name, dtype), (offset, shape) in zip(self._takes, message.tensors, strict=True):
             tensor: Array = np.ndarray(shape, dtype, slot, message.base + offset)
+            in_slot = in_slot and tensor.flags.aligned
             inputs[name] = tensor if tensor.flags.aligned else tensor.copy()
         began = time.perf_counter_ns()
         outputs = self.session.run(inputs)
         compute_ns = time.perf_counter_ns() - began
         if self._observer.is_due():
             self._observer.look(inputs, outputs)
-        slot, at, shapes = self._answers[message.slot], 0, []
+        slot, at, targets = self._answers[message.slot], 0, {}
         for name, dtype in self._gives:
             value = outputs[name]
             if value.dtype != dtype:
                 raise EngineError(f"output {name} is {value.dtype}, the artifact promises {dtype}")
             if at + value.nbytes > len(slot):
                 raise EngineError(f"the answer does not fit the {len(slot)} bytes of one request's memory")
-            target: Array = np.ndarray(value.shape, dtype, slot, at)
+            targets[name] = target = np.ndarray(value.shape, dtype, slot, at)
             np.copyto(target, value)
-            shapes.append(value.shape)
             at = aligned(at + value.nbytes)
-        return Done(message.number, message.slot, shapes, compute_ns)
+        if in_slot:
+            self._bound.learn(message, inputs, targets)
+        return Done(message.number, message.slot, [target.shape for target in targets.values()], compute_ns)
 
 
 def _sample(config: ModelConfig, layout: Layout, golden_digest: str) -> dict[str, Array]:

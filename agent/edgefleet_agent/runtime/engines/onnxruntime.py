@@ -9,6 +9,7 @@ Source: onnxruntime's Python API, ``InferenceSession`` and ``SessionOptions``.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,23 @@ class OnnxruntimeSession:
         except Exception as exc:
             raise EngineError(f"onnxruntime failed: {_first_line(exc)}") from exc
         return dict(zip(self._outputs, values, strict=True))
+
+    def bind(self, inputs: dict[str, Array], outputs: dict[str, Array]) -> Callable[[], None] | None:
+        if self._fixed_one and any(len(a) != 1 for a in inputs.values()):
+            return None
+        binding = self._session.io_binding()
+        for name, array in inputs.items():
+            binding.bind_input(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
+        for name, array in outputs.items():
+            binding.bind_output(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
+
+        def compute() -> None:
+            try:
+                self._session.run_with_iobinding(binding)
+            except Exception as exc:
+                raise EngineError(f"onnxruntime failed: {_first_line(exc)}") from exc
+
+        return compute
 
 
 def _require(what: str, promised: set[str], found: set[str], *, subset: bool = False) -> None:

@@ -44,6 +44,24 @@ class Session(Protocol):
         ...
 
 
+@runtime_checkable
+class Binder(Session, Protocol):
+    """A session that can be told once where tensors lie, and then computes there without looking at each of them again."""
+
+    def bind(self, inputs: dict[str, Array], outputs: dict[str, Array]) -> Callable[[], None] | None:
+        """Prepare inferences from ``inputs`` into ``outputs``, whatever they hold by then.
+
+        Args:
+            inputs: as for :meth:`Session.run`; shapes that were answered before.
+            outputs: C-contiguous, of the datatypes and shapes of that answer.
+
+        Returns:
+            what computes one, and raises :class:`EngineError` when the library refuses or failed, as it does where an output has
+            another shape this time; None where a batch is computed row by row.
+        """
+        ...
+
+
 class Engine(Protocol):
     """An inference library."""
 
