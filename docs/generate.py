@@ -171,7 +171,7 @@ def _descend(kind: Any, depth: int) -> Iterator[tuple[int, Any]]:
 
 def tflite_operators() -> dict[str, str]:
     """What the ONNX to TFLite converter can write."""
-    from edgefleet_controller.compile.children import onnx_to_tflite, tflite_folding, tflite_source
+    from edgefleet_controller.compile.children.tflite import folding, onnx_to_tflite, source
 
     types = {"float32": "float", "int32": "whole", "bool": "bool", "uint8": "uint8", "int8": "int8"}
     sections = [
@@ -192,15 +192,15 @@ def tflite_operators() -> dict[str, str]:
     ]
     return {
         "tflite-operators.md": _page(
-            "edgefleet_controller.compile.children.onnx_to_tflite",
+            "edgefleet_controller.compile.children.tflite.onnx_to_tflite",
             "ONNX operators that the TFLite target can write",
-            f"Operator sets {tflite_source.MIN_OPSET} and later, all sizes fixed, float32 between the operators; whole numbers are "
+            f"Operator sets {source.MIN_OPSET} and later, all sizes fixed, float32 between the operators; whole numbers are "
             "computed with 32 bits. Anything else is refused by node and operator before a board sees it. RESHAPE, TRANSPOSE and CAST "
             "are added where order or type ask for them. An activation that follows a convolution, a pool, a matrix product or "
             "arithmetic is fused into it.",
             *sections,
             "## Computed when compiling\n\nOver constants, and over shapes, which are fixed: "
-            + ", ".join(sorted(tflite_folding.FOLDED))
+            + ", ".join(sorted(folding.FOLDED))
             + ".",
         )
     }
@@ -268,7 +268,7 @@ PAGES = (
     Page("edgefleet_shared.messages", messages),
     Page("edgefleet_shared.errors", errors),
     Page("edgefleet_controller.manifests", manifests),
-    Page("edgefleet_controller.compile.children.onnx_to_tflite", tflite_operators),
+    Page("edgefleet_controller.compile.children.tflite.onnx_to_tflite", tflite_operators),
     *(Page(module, lambda p=program, m=module: commands(p, m)) for program, module in PROGRAMS),  # type: ignore[misc]
 )
 

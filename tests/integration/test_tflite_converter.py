@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 import pytest
 from edgefleet_controller.compile.children.job import Refused
-from edgefleet_controller.compile.children.onnx_to_tflite import OPERATORS, convert
+from edgefleet_controller.compile.children.tflite.onnx_to_tflite import OPERATORS, convert
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from onnx import helper, numpy_helper

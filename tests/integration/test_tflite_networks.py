@@ -17,7 +17,7 @@ import onnx
 import pytest
 import skimage.data
 from edgefleet_controller import packages
-from edgefleet_controller.compile.children.onnx_to_tflite import convert
+from edgefleet_controller.compile.children.tflite.onnx_to_tflite import convert
 from edgefleet_controller.compile.toolchains import Toolchains
 from edgefleet_controller.importers import efficientnet_lite
 from PIL import Image
@@ -261,7 +261,7 @@ def test_int8_stays_close_to_float_on_pictures_that_it_was_not_calibrated_on(
 
 
 def test_leaky_relus_are_computed_in_int8_between_convolutions(quantized: dict[str, Quantized]) -> None:
-    """The quantizer leaves them in float; :mod:`.tflite_islands` joins them."""
+    """The quantizer leaves them in float; :mod:`.tflite.islands` joins them."""
     found = operators_of(quantized["yolo_head"].content)
     assert found["LEAKY_RELU"] == 2
     assert found["DEQUANTIZE"] == 1  # at the output

@@ -16,8 +16,8 @@ from safetensors.numpy import load_file
 
 def main(package: str, folder: Path) -> None:
     sys.path.append(package)
-    convert = import_module("children.onnx_to_tflite").convert
-    joined = import_module("children.tflite_islands").joined
+    convert = import_module("children.tflite.onnx_to_tflite").convert
+    joined = import_module("children.tflite.islands").joined
     quantizer_of = import_module("children.litert").quantizer_of
     for path in sorted(folder.glob("*.onnx")):
         converted = convert(onnx.load(path))

@@ -469,8 +469,8 @@ def _runnable(compiled: Path) -> Path:
 def _code() -> str:
     """Hash over the children's code: a better recipe is another key. All modules, as they import each other."""
     state = hashlib.sha256()
-    for path in sorted(_CHILDREN.glob("*.py")):
-        state.update(path.name.encode() + b"\0" + path.read_bytes())
+    for path in sorted(_CHILDREN.rglob("*.py")):
+        state.update(str(path.relative_to(_CHILDREN)).encode() + b"\0" + path.read_bytes())
     return state.hexdigest()
 
 

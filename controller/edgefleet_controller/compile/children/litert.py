@@ -18,9 +18,9 @@ from onnx import numpy_helper
 from . import job
 from .in_float import outside, with_passages
 from .measure import Array, Run, SampleFile, measure
-from .onnx_to_tflite import Converted, convert
-from .tflite_half import halved
-from .tflite_islands import joined
+from .tflite.half import halved
+from .tflite.islands import joined
+from .tflite.onnx_to_tflite import Converted, convert
 from .weights import WEIGHTED, axis_of, channel_scales, correct_biases
 
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from . import job, tensorflow_source
 from .measure import Array, SampleFile
-from .tflite_file import packed
+from .tflite.file import packed
 
 MAX_FILES, MAX_BYTES = 1000, 2**31  # of a SavedModel
 CLOSE = tensorflow_source.CLOSE

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from . import job
-from .tflite_graph import Array
+from .. import job
+from .graph import Array
 
 
 class Type(NamedTuple):

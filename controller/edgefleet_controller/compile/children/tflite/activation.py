@@ -9,10 +9,10 @@ import math
 
 import numpy as np
 
-from .tflite_elementwise import NUMBER, combined, scaled, shifted
-from .tflite_layout import Value
-from .tflite_node import Node
-from .tflite_writer import ACTIVATION, FLOAT, Operator, Writer, bounds, relu_kind
+from .elementwise import NUMBER, combined, scaled, shifted
+from .layout import Value
+from .node import Node
+from .writer import ACTIVATION, FLOAT, Operator, Writer, bounds, relu_kind
 
 SOFTMAX_BY_AXIS = 13  # before this operator set, Softmax ran over all axes from the given one on
 _UNARY = {"Relu": "RELU", "Sigmoid": "LOGISTIC", "Tanh": "TANH", "HardSwish": "HARD_SWISH"}

@@ -1,7 +1,7 @@
 """Stage 2, compile: reading an ONNX graph for :mod:`.onnx_to_tflite`. Receives a model, hands on its nodes in order, checked.
 
 What the emitters can rely on afterwards: every name is made once and before it is used; every value has a fixed shape without
-zeros and a type that TFLite has; attributes are those of ONNX's schema; what can be computed now has been (:mod:`.tflite_folding`).
+zeros and a type that TFLite has; attributes are those of ONNX's schema; what can be computed now has been (:mod:`.folding`).
 Shapes come from ONNX's own inference, node by node, so that a fault is told with the node that has it. Only what an output
 needs is looked at. Not handled, and refused: external data, sparse tensors, control flow, sizes known only at run time.
 """
@@ -20,10 +20,10 @@ import onnx.defs
 import onnx.shape_inference
 from onnx import TensorProto, helper, numpy_helper
 
-from . import job
-from .tflite_folding import FOLDED, folded
-from .tflite_graph import Array
-from .tflite_node import Node, Type
+from .. import job
+from .folding import FOLDED, folded
+from .graph import Array
+from .node import Node, Type
 
 MIN_OPSET = 7  # older operators broadcast by an attribute
 MAX_TENSOR_BYTES = 2**31 - 1  # TFLite's tensors and its file are indexed with 32 bits

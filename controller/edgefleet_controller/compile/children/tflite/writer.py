@@ -1,8 +1,8 @@
 """Stage 2, compile: walking an ONNX graph while a .tflite is written. Receives the graph and a table of operators, hands on bytes.
 
 The walk goes once through the nodes; each appends what it amounts to through the row of its operator. Values keep the order in
-which they lie (:mod:`.tflite_layout`) until an operator asks for another. Inputs and outputs keep ONNX's names, order, shape and
-type, so that a model is served alike by every engine. The operators themselves are in the other ``tflite_`` modules.
+which they lie (:mod:`.layout`) until an operator asks for another. Inputs and outputs keep ONNX's names, order, shape and
+type, so that a model is served alike by every engine. The operators themselves are in the other modules here.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ import numpy as np
 import onnx
 from ai_edge_litert import schema_py_generated as schema
 
-from . import job
-from .tflite_graph import TENSOR_TYPES, Array, Graph
-from .tflite_layout import (
+from .. import job
+from .graph import TENSOR_TYPES, Array, Graph
+from .layout import (
     Order,
     Shape,
     Value,
@@ -29,9 +29,9 @@ from .tflite_layout import (
     widened,
     with_last,
 )
-from .tflite_node import Node
-from .tflite_patterns import simplified
-from .tflite_source import WIDE, Source, read
+from .node import Node
+from .patterns import simplified
+from .source import WIDE, Source, read
 
 ACTIVATION = schema.ActivationFunctionType
 FLOAT, INT, BOOL = np.dtype(np.float32), np.dtype(np.int32), np.dtype(np.bool_)

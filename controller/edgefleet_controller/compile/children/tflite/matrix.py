@@ -6,11 +6,11 @@ import math
 
 import numpy as np
 
-from .tflite_elementwise import combined, scaled
-from .tflite_graph import Array
-from .tflite_layout import Value, plain, transposed, widened
-from .tflite_node import Node
-from .tflite_writer import Operator, Writer
+from .elementwise import combined, scaled
+from .graph import Array
+from .layout import Value, plain, transposed, widened
+from .node import Node
+from .writer import Operator, Writer
 
 MAX_RANK = 5  # of TFLite's BATCH_MATMUL
 

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from .tflite_elementwise import NUMBER, combined, shifted
-from .tflite_layout import Value, plain
-from .tflite_node import Node
-from .tflite_writer import INT, Operator, Writer
+from .elementwise import NUMBER, combined, shifted
+from .layout import Value, plain
+from .node import Node
+from .writer import INT, Operator, Writer
 
 _REDUCE = {
     "ReduceMean": "MEAN",

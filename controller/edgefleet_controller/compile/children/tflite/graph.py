@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from ai_edge_litert import schema_py_generated as schema
 
-from .tflite_file import packed
+from .file import packed
 
 Array = npt.NDArray[Any]
 

@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 
-from .tflite_graph import Array
-from .tflite_layout import Shape, Value, channels_last
-from .tflite_node import Node
-from .tflite_window import Window, padded, window_of
-from .tflite_writer import Operator, Writer
+from .graph import Array
+from .layout import Shape, Value, channels_last
+from .node import Node
+from .window import Window, padded, window_of
+from .writer import Operator, Writer
 
 SAME, VALID = int(schema.Padding.SAME), int(schema.Padding.VALID)
 

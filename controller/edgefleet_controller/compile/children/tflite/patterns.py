@@ -11,8 +11,8 @@ import dataclasses
 import math
 from collections.abc import Mapping
 
-from .tflite_node import Node
-from .tflite_source import Source
+from .node import Node
+from .source import Source
 
 _CLOSE = 1e-4  # exporters round 1/6 to four digits and more
 

@@ -1,6 +1,6 @@
 """Stage 2, compile: what moves elements without computing, for :mod:`.onnx_to_tflite`. Receives nodes, appends operators; hands on its table.
 
-Transposes only rename axes, and reshapes keep the order where they can: see :mod:`.tflite_layout`.
+Transposes only rename axes, and reshapes keep the order where they can: see :mod:`.layout`.
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 
-from .tflite_elementwise import EVERY, NUMBER
-from .tflite_layout import Value, plain, widened
-from .tflite_node import Node
-from .tflite_writer import ACTIVATION, BOOL, Operator, Writer
+from .elementwise import EVERY, NUMBER
+from .layout import Value, plain, widened
+from .node import Node
+from .writer import ACTIVATION, BOOL, Operator, Writer
 
 MAX_RANK = 5  # of slices and pads in TFLite's kernels
 MAX_EDGE = 8  # an edge is repeated by so many operators at most

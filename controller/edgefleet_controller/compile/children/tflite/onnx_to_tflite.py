@@ -11,26 +11,26 @@ from typing import NamedTuple
 import onnx
 
 from . import (
-    tflite_activation,
-    tflite_convolution,
-    tflite_elementwise,
-    tflite_matrix,
-    tflite_pooling,
-    tflite_reduction,
-    tflite_resize,
-    tflite_shape,
+    activation,
+    convolution,
+    elementwise,
+    matrix,
+    pooling,
+    reduction,
+    resize,
+    shape,
 )
-from .tflite_writer import Operator, Writer
+from .writer import Operator, Writer
 
 KINDS: dict[str, dict[str, Operator]] = {
-    "Convolutions": tflite_convolution.TABLE,
-    "Pools": tflite_pooling.TABLE,
-    "Matrix products": tflite_matrix.TABLE,
-    "Activations": tflite_activation.TABLE,
-    "Element by element": tflite_elementwise.TABLE,
-    "Reductions and normalisations": tflite_reduction.TABLE,
-    "Resizing": tflite_resize.TABLE,
-    "Shapes": tflite_shape.TABLE,
+    "Convolutions": convolution.TABLE,
+    "Pools": pooling.TABLE,
+    "Matrix products": matrix.TABLE,
+    "Activations": activation.TABLE,
+    "Element by element": elementwise.TABLE,
+    "Reductions and normalisations": reduction.TABLE,
+    "Resizing": resize.TABLE,
+    "Shapes": shape.TABLE,
 }
 OPERATORS: dict[str, Operator] = {name: row for table in KINDS.values() for name, row in table.items()}
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from .tflite_graph import Array
-from .tflite_layout import Value, channels_last
-from .tflite_node import Node
-from .tflite_window import SAME, VALID, Window, window_of, with_border
-from .tflite_writer import Operator, Writer
+from .graph import Array
+from .layout import Value, channels_last
+from .node import Node
+from .window import SAME, VALID, Window, window_of, with_border
+from .writer import Operator, Writer
 
 
 def _pool(writer: Writer, node: Node) -> None:

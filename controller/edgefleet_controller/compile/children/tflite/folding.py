@@ -12,8 +12,8 @@ import numpy as np
 import onnx
 import onnx.reference
 
-from .tflite_graph import Array
-from .tflite_node import Node, Type
+from .graph import Array
+from .node import Node, Type
 
 MAX_ELEMENTS = 2**26  # 256 MB of float
 SHAPED = frozenset({"Shape", "Size"})

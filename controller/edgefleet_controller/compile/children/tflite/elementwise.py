@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from .tflite_layout import Value
-from .tflite_node import Node
-from .tflite_writer import ACTIVATION, BOOL, FLOAT, INT, Operator, Writer
+from .layout import Value
+from .node import Node
+from .writer import ACTIVATION, BOOL, FLOAT, INT, Operator, Writer
 
 NUMBER = (FLOAT, INT)
 _TINY = 1e-30  # a divisor below this has no inverse in float32

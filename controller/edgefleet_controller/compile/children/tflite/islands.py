@@ -10,7 +10,7 @@ from typing import Any
 
 from ai_edge_litert import schema_py_generated as schema
 
-from .tflite_file import packed, unpacked
+from .file import packed, unpacked
 
 _CODES = schema.BuiltinOperator
 # Kernels that rescale from the input's scale to the output's by themselves, in LiteRT and in tflite-runtime.

@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .tflite_graph import Array
-from .tflite_layout import Value, channels_last, with_last
-from .tflite_node import Node
-from .tflite_writer import Operator, Writer
+from .graph import Array
+from .layout import Value, channels_last, with_last
+from .node import Node
+from .writer import Operator, Writer
 
 COORDINATES_GIVEN = 11  # before this operator set, coordinates were asymmetric and rounded down
 _FLAGS = ((False, True), (True, False), (False, False))  # TFLite's (align_corners, half_pixel_centers)

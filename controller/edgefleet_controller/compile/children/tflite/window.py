@@ -10,9 +10,9 @@ from typing import NamedTuple
 import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 
-from .tflite_layout import Shape, Value
-from .tflite_node import Node
-from .tflite_writer import Writer
+from .layout import Shape, Value
+from .node import Node
+from .writer import Writer
 
 SAME, VALID = int(schema.Padding.SAME), int(schema.Padding.VALID)
 

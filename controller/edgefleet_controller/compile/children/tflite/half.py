@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 
-from .half import in_half
-from .tflite_file import packed, unpacked
+from ..half import in_half
+from .file import packed, unpacked
 
 _CODES, _TYPES = schema.BuiltinOperator, schema.TensorType
 PRODUCTS = frozenset({_CODES.CONV_2D, _CODES.DEPTHWISE_CONV_2D, _CODES.FULLY_CONNECTED, _CODES.TRANSPOSE_CONV})
