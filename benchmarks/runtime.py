@@ -3,6 +3,7 @@
 The raw call is made in this process, where the picture lies; a served answer comes from another process. All are timed round by round
 in turn. Beside the p50 of a hundred raw calls in a row stands the p50 of raw calls that alternate with served ones: a
 processor that does something else in between is slower at either, and so is every application that looks at a picture now and then.
+Beside ours stands the floor: two processes that only pass the picture on (:mod:`bare`).
 ``--swaps 40`` makes the swaps' part short, ``--no-peers`` leaves KServe and MLServer out.
 """
 
@@ -16,6 +17,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+import bare
 import grpc
 import networks
 import peers
@@ -51,6 +53,9 @@ class Ways:
         self._closing.append(runtime.stop)
         session = raw_session(content)
         self.calls["raw"] = lambda: session.run(None, {"x": PICTURE})
+        floor = bare.Bare(content)
+        self._closing.append(floor.stop)
+        self.calls["bare"] = floor.infer
         self.calls["unix"] = Client(runtime.infer_socket, self._kind).infer
         self.calls["shm"] = self._shared_memory(runtime)
         self.calls["grpc"] = self._grpc()
@@ -115,6 +120,7 @@ def null_rows(*, with_peers: bool) -> list[Row]:
         Row(f"overhead over the raw call, p50, 150 KB picture, {SHOWN[way]}", over[way], "ms", GOALS_MS.get(way), "raw onnxruntime call", raw)
         for way in ("unix", "shm", "grpc")
     ]  # fmt: skip
+    rows.append(Row("overhead of two processes that only pass it on, p50", over["bare"], "ms"))
     rows.append(
         Row(
             "overhead over a raw call made in between, p50, Unix socket",
