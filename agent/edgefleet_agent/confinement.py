@@ -1,9 +1,9 @@
 """Confinement from inside: receives a policy, hands on a process that can compute and little else.
 
 Worker and accepting child call :func:`confine` before they touch a model, so that native code reached through a bad model has no
-network, no new processes, no files but those it needs, and no way to signal others. Three layers: rlimits, Landlock
-(kernel 5.13+) and a seccomp filter. What a kernel lacks is returned, never dropped in silence.
-Source: kernel ``Documentation/userspace-api/landlock.rst`` and ``seccomp_filter.rst``; numbers from each ``unistd.h``.
+network, no new processes, no files but those it needs, and no way to reach others. Three layers: rlimits, Landlock
+(kernel 5.13+) and a seccomp filter (:mod:`edgefleet_agent.system_calls`). What a kernel lacks is returned, never dropped in silence.
+Source: kernel ``Documentation/userspace-api/landlock.rst`` and ``seccomp_filter.rst``.
 
 Not handled here: limits that only a parent can watch (wall time, resident memory): :mod:`edgefleet_agent.sandbox`.
 """
@@ -11,7 +11,6 @@ Not handled here: limits that only a parent can watch (wall time, resident memor
 from __future__ import annotations
 
 import ctypes
-import errno
 import os
 import platform
 import resource
@@ -22,6 +21,8 @@ from pathlib import Path
 
 import msgspec
 from edgefleet_shared.fingerprint import architecture
+
+from edgefleet_agent import system_calls
 
 _PR_SET_PDEATHSIG, _PR_SET_SECCOMP, _PR_SET_NO_NEW_PRIVS, _PR_SET_DUMPABLE = 1, 22, 38, 4
 _LANDLOCK_CREATE, _LANDLOCK_ADD, _LANDLOCK_RESTRICT = 444, 445, 446  # the same on every architecture
@@ -162,47 +163,6 @@ def _code_folders() -> list[str]:
 
 # --- seccomp ---------------------------------------------------------------------------------------------------------
 
-# Refused with "permission denied": new connections, other programs, other processes, the kernel's rarely guarded corners.
-_REFUSED: dict[str, dict[str, int]] = {
-    "x86_64": {
-        "socket": 41, "connect": 42, "accept": 43, "bind": 49, "listen": 50, "socketpair": 53, "accept4": 288,
-        "fork": 57, "vfork": 58, "execve": 59, "execveat": 322, "setsid": 112, "setpgid": 109, "tkill": 200,
-        "rt_sigqueueinfo": 129, "rt_tgsigqueueinfo": 297, "ptrace": 101, "process_vm_readv": 310,
-        "process_vm_writev": 311, "pidfd_send_signal": 424, "pidfd_getfd": 438, "unshare": 272, "setns": 308,
-        "mount": 165, "umount2": 166, "chroot": 161, "pivot_root": 155, "bpf": 321, "perf_event_open": 298,
-        "userfaultfd": 323, "keyctl": 250, "add_key": 248, "request_key": 249, "io_uring_setup": 425,
-        "init_module": 175, "finit_module": 313, "reboot": 169,
-    },
-    "aarch64": {
-        "socket": 198, "connect": 203, "accept": 202, "bind": 200, "listen": 201, "socketpair": 199, "accept4": 242,
-        "execve": 221, "execveat": 281, "setsid": 157, "setpgid": 154, "tkill": 130,
-        "rt_sigqueueinfo": 138, "rt_tgsigqueueinfo": 240, "ptrace": 117, "process_vm_readv": 270,
-        "process_vm_writev": 271, "pidfd_send_signal": 424, "pidfd_getfd": 438, "unshare": 97, "setns": 268,
-        "mount": 40, "umount2": 39, "chroot": 51, "pivot_root": 41, "bpf": 280, "perf_event_open": 241,
-        "userfaultfd": 282, "keyctl": 219, "add_key": 217, "request_key": 218, "io_uring_setup": 425,
-        "init_module": 105, "finit_module": 273, "reboot": 142,
-    },
-    "armv7l": {
-        "socket": 281, "connect": 283, "accept": 285, "bind": 282, "listen": 284, "socketpair": 288, "accept4": 366,
-        "fork": 2, "vfork": 190, "execve": 11, "execveat": 387, "setsid": 66, "setpgid": 57, "tkill": 238,
-        "rt_sigqueueinfo": 178, "rt_tgsigqueueinfo": 363, "ptrace": 26, "process_vm_readv": 376,
-        "process_vm_writev": 377, "pidfd_send_signal": 424, "pidfd_getfd": 438, "unshare": 337, "setns": 375,
-        "mount": 21, "umount2": 52, "chroot": 61, "pivot_root": 218, "bpf": 386, "perf_event_open": 364,
-        "userfaultfd": 388, "keyctl": 311, "add_key": 309, "request_key": 310, "io_uring_setup": 425,
-        "init_module": 128, "finit_module": 379, "reboot": 88,
-    },
-}  # fmt: skip
-# (AUDIT_ARCH, clone, kill, tgkill); clone3 is 435 everywhere.
-_ARCHITECTURES = {
-    "x86_64": (0xC000003E, 56, 62, 234),
-    "aarch64": (0xC00000B7, 220, 129, 131),
-    "armv7l": (0x40000028, 120, 37, 268),
-}
-_CLONE3, _CLONE_THREAD = 435, 0x10000
-_LOAD, _JUMP_EQUAL, _JUMP_ABOVE, _JUMP_BITS, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
-_NR, _ARCH, _ARGUMENT_0 = 0, 4, 16  # offsets in struct seccomp_data (little-endian low word of the argument)
-_ALLOW, _KILL, _ERRNO = 0x7FFF0000, 0x80000000, 0x00050000
-
 
 class _Program(ctypes.Structure):
     _fields_ = (("length", ctypes.c_ushort), ("filter", ctypes.c_char_p))
@@ -210,29 +170,7 @@ class _Program(ctypes.Structure):
 
 def _seccomp(policy: Policy) -> None:
     # Calls are numbered by the program's architecture, whatever the kernel's.
-    machine = architecture(platform.machine(), 8 * struct.calcsize("P"))
-    if machine not in _ARCHITECTURES:
-        raise OSError(errno.ENOSYS, f"no filter for {machine} programs")
-    audit, clone, kill, tgkill = _ARCHITECTURES[machine]
-    code = [(_LOAD, 0, 0, _ARCH), (_JUMP_EQUAL, 1, 0, audit), (_RETURN, 0, 0, _KILL), (_LOAD, 0, 0, _NR)]
-    if machine == "x86_64":  # the x32 calls are the same calls under other numbers
-        code += [(_JUMP_ABOVE, 0, 1, 0x40000000), (_RETURN, 0, 0, _ERRNO | errno.EPERM)]
-    for number in sorted(_REFUSED[machine].values()):
-        code += [(_JUMP_EQUAL, 0, 1, number), (_RETURN, 0, 0, _ERRNO | errno.EACCES)]
-    # libc tries clone3, whose flags a filter can't see, and then falls back to clone, whose flags it can: threads only.
-    code += [(_JUMP_EQUAL, 0, 1, _CLONE3), (_RETURN, 0, 0, _ERRNO | errno.ENOSYS)]
-    code += [
-        (_JUMP_EQUAL, 0, 4, clone), (_LOAD, 0, 0, _ARGUMENT_0), (_JUMP_BITS, 0, 1, _CLONE_THREAD),
-        (_RETURN, 0, 0, _ALLOW), (_RETURN, 0, 0, _ERRNO | errno.EACCES),
-    ]  # fmt: skip
-    # abort() signals its own process; nothing else may be signalled.
-    for number in (kill, tgkill):
-        code += [
-            (_JUMP_EQUAL, 0, 4, number), (_LOAD, 0, 0, _ARGUMENT_0), (_JUMP_EQUAL, 0, 1, os.getpid()),
-            (_RETURN, 0, 0, _ALLOW), (_RETURN, 0, 0, _ERRNO | errno.EACCES),
-        ]  # fmt: skip
-    code.append((_RETURN, 0, 0, _ALLOW))
-    packed = b"".join(struct.pack("=HBBI", *instruction) for instruction in code)
-    program = _Program(len(code), packed)
+    code = system_calls.program(architecture(platform.machine(), 8 * struct.calcsize("P")), os.getpid())
+    program = _Program(len(code) // system_calls.INSTRUCTION_BYTES, code)
     if _libc().prctl(_PR_SET_SECCOMP, 2, ctypes.byref(program), 0, 0) != 0:
         raise OSError(ctypes.get_errno(), f"the filter was refused: {os.strerror(ctypes.get_errno())}")

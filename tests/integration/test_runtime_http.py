@@ -198,6 +198,55 @@ def test_an_offer_to_upgrade_is_ignored_and_the_connection_goes_on(runtime: Runt
     assert talk(runtime, offer + post(infer_body(X)) + offer).count(b"HTTP/1.1 200") == 3
 
 
+def test_a_client_of_http_1_0_that_keeps_its_connection_is_told_that_it_may(runtime: Runtime) -> None:
+    """Else it waits for the end of the connection, as ``ab -k`` does."""
+    ask = b"GET /v2 HTTP/1.0\r\nConnection: keep-alive\r\n\r\n"
+    heads = [part.lower() for part in talk(runtime, ask + ask).split(b"HTTP/1.1 200 OK")[1:]]
+    assert len(heads) == 2
+    assert b"\r\nconnection: keep-alive\r\n" in heads[0]
+    (plain,) = talk(runtime, b"GET /v2 HTTP/1.0\r\n\r\n").split(b"HTTP/1.1 200 OK")[1:]
+    assert b"\r\nconnection: close\r\n" in plain.lower()
+
+
+def test_a_client_that_believes_a_proxy_between_us_is_answered(runtime: Runtime) -> None:
+    for url in (b"http://board:8000/v2/models/toy?x=1", b"HTTP://127.0.0.1/v2/models/toy"):
+        assert b'"name":"toy"' in talk(runtime, b"GET " + url + b" HTTP/1.1\r\nHost: board\r\n\r\n")
+
+
+def test_bodies_that_are_small_only_while_they_are_packed_do_not_fill_the_memory(tmp_path: Path) -> None:
+    count = 60_000  # 46 MB: a batch that waits for a slot, and is then told that it fits none
+    tensor = {
+        "name": "x", "datatype": "FP32", "shape": [count, 8, 8, 3], "parameters": {"binary_data_size": count * 768},
+    }  # fmt: skip
+    header = json.dumps({"inputs": [tensor]}).encode()
+    packed = post(
+        gzip.compress(header + bytes(count * 768), 1), "Content-Encoding: gzip",
+        f"Inference-Header-Content-Length: {len(header)}",
+    )  # fmt: skip
+    with running(tmp_path) as runtime:
+        # Its worker is stopped for a while, which must not count as hanging.
+        runtime.install(runtime.add("1", contract=artifacts.make_contract(latency_p95_ms=5000.0)))
+        runtime.start()
+        worker = runtime.version("1").pid
+        os.kill(worker, signal.SIGSTOP)
+        links = []
+        for sent in [post(infer_body(X))] * 6 + [packed] * 8:
+            links.append(runtime.connect())
+            links[-1].sendall(sent)
+        refused = links[-1].recv(4096)
+        memory_bytes = runtime.status().memory_bytes
+        os.kill(worker, signal.SIGCONT)
+        assert refused.startswith(b"HTTP/1.1 503"), refused
+        assert memory_bytes < 450 << 20
+        answers = [link.recv(65536)[:12] for link in links[:-1]]
+        assert set(answers[:6]) == {b"HTTP/1.1 200"}
+        assert set(answers[6:]) <= {b"HTTP/1.1 413", b"HTTP/1.1 503"}
+        until(lambda: runtime.gauge("held_body_bytes") == 0, what="the memory given back")
+        still_serves(runtime)
+        for link in links:
+            link.close()
+
+
 def test_a_small_body_that_unpacks_to_gigabytes_is_refused(runtime: Runtime) -> None:
     machine = zlib.compressobj(9)
     bomb = b"".join(machine.compress(bytes(1 << 20)) for _ in range(100)) + machine.flush()

@@ -7,8 +7,10 @@ Stands where a hostile model would: after the confinement. What it achieved goes
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import json
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -19,6 +21,8 @@ from collections.abc import Callable
 
 from edgefleet_agent import confinement
 from edgefleet_agent.confinement import Policy
+
+_PR_SET_PDEATHSIG, _PR_SET_NAME = 1, 15
 
 
 def main() -> None:
@@ -99,7 +103,28 @@ def escape(report: Callable[[str], None], request: dict[str, object]) -> None:
     attempt(report, "delete artifact", lambda: os.unlink(inside))
     attempt(report, "link artifact away", lambda: os.rename(inside, scratch + "/stolen"))
     attempt(report, "ptrace", lambda: _syscall({"x86_64": 101}.get(os.uname().machine, 117), 0, 0, 0, 0))
+    parent = os.getppid()
+    attempt(report, "limit parent", lambda: resource.prlimit(parent, resource.RLIMIT_CORE, (0, 0)))
+    attempt(report, "put parent behind", lambda: os.sched_setscheduler(parent, os.SCHED_OTHER, os.sched_param(0)))
+    attempt(report, "renice parent", lambda: os.setpriority(os.PRIO_PROCESS, parent, 0))
+    attempt(report, "have the kernel signal parent", lambda: fcntl.fcntl(1, fcntl.F_SETOWN, parent))
+    attempt(report, "outlive parent", lambda: _prctl(_PR_SET_PDEATHSIG, 0))
+    attempt(report, "type at the terminal", lambda: fcntl.ioctl(0, 0x5412, b"x"))
+    attempt(report, "open a file to all", lambda: os.chmod(outside, 0o666))
+    attempt(report, "close a folder to all", lambda: os.chmod(os.path.dirname(outside), 0))
+    attempt(report, "give a file away", lambda: os.chown(outside, os.getuid(), os.getgid()))
+    attempt(report, "date a file back", lambda: os.utime(outside, (0, 0)))
+    attempt(report, "mark a file", lambda: os.setxattr(outside, "user.mark", b"x"))
+    # Kernels before 6.2 let it empty what it may open: with a folder that it may write, this one does too.
+    attempt(report, "cut a file by its name", lambda: os.truncate(scratch + "/kept", 4))
+    attempt(report, "empty a file by reading", lambda: os.open(scratch + "/kept", os.O_RDONLY | os.O_TRUNC))
+    shmget = {"x86_64": 29, "armv7l": 307}.get(os.uname().machine, 194)
+    attempt(report, "memory that outlives it", lambda: _syscall(shmget, 0, 4096, 0o1600))
     # What a model needs must still work.
+    attempt(report, "limit itself", lambda: resource.prlimit(0, resource.RLIMIT_CORE, (0, 0)))
+    attempt(report, "pin itself", lambda: os.sched_setaffinity(0, os.sched_getaffinity(0)))
+    attempt(report, "name itself", lambda: _prctl(_PR_SET_NAME, ctypes.create_string_buffer(b"model")))
+    attempt(report, "empty a file by writing", lambda: os.open(scratch + "/kept", os.O_WRONLY | os.O_TRUNC))
     attempt(report, "read artifact", lambda: open(inside).read())
     attempt(report, "write scratch", lambda: open(scratch + "/small", "w").write("x"))
     thread = threading.Thread(target=report, args=("thread: done",))
@@ -114,6 +139,12 @@ def _fill(path: str) -> None:
         for _ in range(64):
             if stream.write(bytes(1 << 20)) != 1 << 20:
                 raise OSError("short write")
+
+
+def _prctl(option: int, value: object) -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(option, value, 0, 0, 0) < 0:
+        raise OSError(ctypes.get_errno(), "refused")
 
 
 def _syscall(number: int, *arguments: int) -> None:

@@ -24,7 +24,7 @@ class Refused(Exception):
 class Head:
     """A parsed head.
 
-    ``path`` has no query; ``content_length`` is 0 where none is given; ``chunked`` bodies have none; ``inference_length`` is the value of
+    ``path`` has no query, nor a scheme and host before it; ``is_old`` is HTTP/1.0; ``content_length`` is 0 where none is given; ``chunked`` bodies have none; ``inference_length`` is the value of
     ``Inference-Header-Content-Length`` and ``encoding`` that of ``Content-Encoding``, None when absent.
     """
 
@@ -34,6 +34,7 @@ class Head:
         "encoding",
         "expects_continue",
         "inference_length",
+        "is_old",
         "keep_alive",
         "method",
         "parser",
@@ -45,7 +46,7 @@ class Head:
         self.content_length = 0
         self.inference_length: str | None = None
         self.encoding: str | None = None
-        self.chunked = self.expects_continue = self.keep_alive = False
+        self.chunked = self.expects_continue = self.keep_alive = self.is_old = False
         # Where a chunked body goes on; None for all others.
         self.parser: Parser | None = None
 
@@ -79,7 +80,12 @@ class Parser:
             raise Refused(400, "not HTTP: the head does not end where its empty line is")
         if self._parser.get_http_version() not in ("1.1", "1.0"):
             raise Refused(505, "only HTTP/1.1 and HTTP/1.0 are spoken here")
-        head.path = self._url.partition(b"?")[0].decode("latin-1")
+        head.is_old = self._parser.get_http_version() == "1.0"
+        head.expects_continue = head.expects_continue and not head.is_old  # RFC 9110, 10.1.1
+        url = self._url
+        if url[:7].lower() == b"http://":  # RFC 9112, 3.2.2: as a client writes it that believes us behind a proxy
+            url = b"/" + url[7:].partition(b"/")[2]
+        head.path = url.partition(b"?")[0].decode("latin-1")
         head.keep_alive = head.keep_alive and head.method != "CONNECT"
         if head.chunked:
             head.parser = self

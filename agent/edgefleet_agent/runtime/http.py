@@ -308,11 +308,20 @@ class Connection(asyncio.BufferedProtocol):
         self._answered = request
         if request.head.encoding is not None:
             try:
-                request.body = decompress(request.body, request.head.encoding)
+                self._unpack(request, request.head.encoding)
             except Refused as exc:
                 self._reply(exc.status, error_body(str(exc)), JSON)
                 return
         self._server.handler.handle(request, self._reply)
+
+    def _unpack(self, request: Request, encoding: str) -> None:
+        """Put the plain body in place of what came. It counts as what it is: it may have to wait for its worker too."""
+        body = decompress(request.body, encoding)
+        more = len(body) - request.held_bytes
+        if self._server.held_bytes + more > MAX_HELD_BYTES:
+            raise Refused(503, "too many large requests at once")
+        self._server.held_bytes += more
+        request.body, request.held_bytes = body, len(body)
 
     def _reply(self, status: int, body: bytes, content_type: bytes, header_length: int | None = None) -> None:
         request = self._answered
@@ -327,7 +336,7 @@ class Connection(asyncio.BufferedProtocol):
         if self._server.ending and not self._waiting and not self._request_began:
             self._closing = True
         keep_alive = head.keep_alive and not (self._closing and not self._waiting)
-        self._write(status, body, content_type, header_length, keep_alive, head.method != "HEAD")
+        self._write(status, body, content_type, header_length, keep_alive, head)
         if not head.keep_alive:
             self._closing = True
             self._forget_waiting()
@@ -357,11 +366,13 @@ class Connection(asyncio.BufferedProtocol):
         content_type: bytes,
         header_length: int | None,
         keep_alive: bool,
-        with_body: bool = True,
+        asked: Head | None = None,
     ) -> None:
         assert self._transport is not None
-        head = _answer_head(status, content_type, header_length, keep_alive, len(body))
-        self._transport.write(head + body if with_body else head)
+        # A client of HTTP/1.0 takes the connection for closed unless it is told (RFC 9112, 9.3); one of HTTP/1.1 the other way round.
+        connection = (b"keep-alive" if asked is not None and asked.is_old else b"") if keep_alive else b"close"
+        head = _answer_head(status, content_type, header_length, connection, len(body))
+        self._transport.write(head if asked is not None and asked.method == "HEAD" else head + body)
 
     def _refuse(self, status: int, message: str) -> None:
         """Answer that this connection can't go on, after what it asked before has been answered."""
@@ -408,10 +419,10 @@ class Connection(asyncio.BufferedProtocol):
 
 
 @lru_cache(64)
-def _answer_head(status: int, content_type: bytes, header_length: int | None, keep_alive: bool, length: int) -> bytes:
+def _answer_head(status: int, content_type: bytes, header_length: int | None, connection: bytes, length: int) -> bytes:
     extra = b"" if header_length is None else b"Inference-Header-Content-Length: %d\r\n" % header_length
-    close = b"" if keep_alive else b"Connection: close\r\n"
-    fixed = b"%sContent-Type: %s\r\n%s%s" % (_STATUS_LINES[status], content_type, extra, close)
+    kept = b"Connection: %s\r\n" % connection if connection else b""
+    fixed = b"%sContent-Type: %s\r\n%s%s" % (_STATUS_LINES[status], content_type, extra, kept)
     return b"%sContent-Length: %d\r\n\r\n" % (fixed, length)
 
 

@@ -72,12 +72,13 @@ def main() -> None:
         if bell in ready:
             os.read(bell, 4096)
             _reap(link, children)
-        if link.fileno() in ready and not _obey(link, children):
+        if link.fileno() in ready and not _obey(link, children, (bell, ring)):
             return
 
 
-def _obey(link: socket.socket, children: dict[int, int]) -> bool:
-    """Carry out one order; False when the front is gone."""
+def _obey(link: socket.socket, children: dict[int, int], own: tuple[int, ...]) -> bool:
+    """Carry out one order; False when the front is gone. ``own`` are descriptors that no worker may keep: one that read the bell could
+    keep us from hearing that another has ended."""
     message, fds, _, _ = socket.recv_fds(link, MAX_ORDER_BYTES, WORKER_FDS)
     if not message:
         return False
@@ -89,7 +90,7 @@ def _obey(link: socket.socket, children: dict[int, int]) -> bool:
             try:
                 pid = os.fork()
                 if pid == 0:
-                    _be_worker(link, fds)
+                    _be_worker(link, fds, own)
             except OSError as exc:
                 report = Spawned(number, 0, exc.strerror or str(exc))
             else:
@@ -116,13 +117,15 @@ def _reap(link: socket.socket, children: dict[int, int]) -> None:
         link.send(encode(Ended(children.pop(pid), os.waitstatus_to_exitcode(status))))
 
 
-def _be_worker(link: socket.socket, fds: list[int]) -> None:
+def _be_worker(link: socket.socket, fds: list[int], own: tuple[int, ...]) -> None:
     """What the forked process does; it never returns."""
     code = 1
     try:
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         link.close()
+        for fd in own:
+            os.close(fd)
         code = worker.main(socket.socket(fileno=fds[0]), (fds[1], fds[2]))
     except BaseException:  # noqa: BLE001  # whatever it is, this process must not go on as a second spawner
         sys.excepthook(*sys.exc_info())

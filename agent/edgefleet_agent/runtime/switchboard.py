@@ -166,20 +166,35 @@ class Switchboard:
             target.submit(self._waiting.popleft())
 
     def _orphans(self, jobs: list[Job]) -> None:
+        """Let jobs wait, before all others, for the model that they asked for; by now that may be another one than what serves."""
         for job in reversed(jobs):
-            if job.version is None:
+            if job.version is None and self._serving is not None and job.model == self._serving.config.model:
                 self._waiting.appendleft(job)
                 continue
             try:
-                self.find(job.model, job.version).waiting.appendleft(job)
+                version = self.find(job.model, job.version)
             except RequestError as exc:
                 job.failure(exc)
+                continue
+            job.version = version.config.version
+            version.waiting.appendleft(job)
         self._pump()
+
+    def _sort_waiting(self) -> None:
+        """What serves has changed: whoever waits for another model waits for that model's own version."""
+        waiting, self._waiting = list(self._waiting), deque()
+        self._orphans(waiting)
 
     def _refused(self, version: Version, job: Job, error: RequestError) -> None:
         """What the new version can't answer, the one before it may still; the new one's counter keeps the failure."""
         standby = self._standby
-        if job.version is not None or job.fell_back or standby is None or standby is version:
+        if (
+            job.version is not None
+            or job.fell_back
+            or standby is None
+            or standby is version
+            or standby.config.model != job.model
+        ):
             job.failure(error)
             return
         job.fell_back = True
@@ -210,6 +225,8 @@ class Switchboard:
         """
         async with self._order:
             present = self._loaded.get(manifest)
+            if present is not None and present.state is VersionState.RESTARTING:
+                await present.returned()
             if present is not None and present.state is not VersionState.PREPARED:
                 if present.state is not VersionState.READY or present.ready is None:
                     raise ConflictError(
@@ -257,7 +274,7 @@ class Switchboard:
             # Going back to the standby means that what served was not good enough to fall back on.
             self._standby = None if version is forgotten else old
             self.swaps += 1
-            self._pump()
+            self._sort_waiting()
             if forgotten is not None and forgotten is not version:
                 await self._drop(forgotten)
             return Switched(manifest=manifest, previous=previous, mode="blue-green")
@@ -322,9 +339,13 @@ class Switchboard:
             self._let_serve(self._expected[0])
 
     def _let_serve(self, version: Version) -> None:
-        if self._serving is not None:
-            self._loaded.pop(self._serving.manifest, None)
+        before = self._serving
+        if before is not None:
+            self._loaded.pop(before.manifest, None)
         self._loaded[version.manifest] = self._serving = version
+        if before is not None and before is not version:
+            before.send_away()
+            self._sort_waiting()
 
     async def serve_at_start(self) -> None:
         """Serve the first of the expected artifacts that loads; when none does, keep trying the first."""
@@ -360,18 +381,24 @@ class Switchboard:
             try:
                 await version.start()
             except EdgefleetError:
-                self._loaded.pop(version.manifest, None)
                 if old is not None:
                     await self._bring_back(old)
+                self._keep_only(old)
                 raise
-            for other in [v for v in self._loaded.values() if v is not version]:
-                self._loaded.pop(other.manifest)
-            self._serving, self._standby = version, None
+            self._serving = version
             self.swaps += 1
+            self._keep_only(version)
         finally:
             self._parked = False
-            self._pump()
+            self._sort_waiting()
         return (time.monotonic() - began) * 1e3
+
+    def _keep_only(self, version: Version | None) -> None:
+        """Forget every other version; none of them has a process any more, but somebody may have come meanwhile to wait for it."""
+        self._standby = None
+        for other in [v for v in self._loaded.values() if v is not version]:
+            self._loaded.pop(other.manifest)
+            other.send_away()
 
     async def _bring_back(self, old: Version) -> None:
         try:

@@ -176,6 +176,11 @@ class Version:
         self.state = VersionState.RESTARTING
         self._restart = asyncio.get_running_loop().create_task(self._restart_with_backoff())
 
+    async def returned(self) -> None:
+        """Wait until the worker that died has come back; no longer than a start may take."""
+        if self._restart is not None:
+            await asyncio.wait({self._restart}, timeout=self.config.contract.time_limit_s)
+
     async def stop(self) -> None:
         """Answer what is in flight, then end the worker. Idempotent."""
         self.state = VersionState.STOPPED
@@ -185,6 +190,10 @@ class Version:
         worker, self._worker = self._worker, None
         if worker is not None:
             await worker.stop()
+        self.send_away()
+
+    def send_away(self) -> None:
+        """Tell whoever waits for this version that it is gone."""
         while self.waiting:
             self.waiting.popleft().failure(
                 RequestError(404, f"{self.config.model} version {self.config.version} is not loaded any more")

@@ -56,7 +56,9 @@ class WorkerProcess:
         self._on_done, self._on_refused, self._on_free, self._on_end = on_done, on_refused, on_free, on_end
         self._on_observed = on_observed
         self._loop = asyncio.get_running_loop()
-        self._jobs: dict[int, Job] = {}
+        self._jobs: dict[int, tuple[Job, int]] = {}  # by number; each with its slot
+        self._busy_since_ns = 0  # since when the oldest of them has been computed
+        self._may_observe = False
         self._free = list(range(start.slot_count))
         self._number = 0
         self._shapes: list[tuple[int, ...]] = []  # of the answer before, and where it lay
@@ -184,8 +186,10 @@ class WorkerProcess:
             if lease is not None:
                 lease.release()
         self._number += 1
-        self._jobs[self._number] = job
         job.sent_ns = time.perf_counter_ns()
+        if not self._jobs:
+            self._busy_since_ns = job.sent_ns
+        self._jobs[self._number] = job, index
         try:
             self._link.send(channel.encode(Run(self._number, index, base, placed)))
         except OSError:
@@ -212,10 +216,8 @@ class WorkerProcess:
         return placed
 
     def oldest_age_s(self) -> float:
-        """How long the job that is being computed has been there; 0 when there is none."""
-        for job in self._jobs.values():
-            return (time.perf_counter_ns() - job.sent_ns) / 1e9
-        return 0.0
+        """How long the oldest job has been computed, its turn behind others not counted; 0 when there is none."""
+        return (time.perf_counter_ns() - self._busy_since_ns) / 1e9 if self._jobs else 0.0
 
     def kill(self, why: str) -> None:
         """Kill the process; ``why`` completes "the worker ..."."""
@@ -271,30 +273,53 @@ class WorkerProcess:
                 return  # it has nothing more to say now; whatever it says later wakes the loop
             link = self._link
 
+    def _answered(self, number: int, slot: int) -> Job:
+        """The job that it says it is through with.
+
+        Raises:
+            KeyError, ValueError: it was not given that, or not there. Believed, it could have one client's picture put over another's.
+        """
+        job, given = self._jobs[number]
+        if slot != given:
+            raise ValueError(f"job {number} was in slot {given}, not in {slot}")
+        del self._jobs[number]
+        self._busy_since_ns = time.perf_counter_ns()
+        self._may_observe = True
+        return job
+
     def _done(self, message: Done) -> None:
         outputs = self._outputs(message.slot, message.shapes)
-        job = self._jobs.pop(message.number)
+        job = self._answered(message.number, message.slot)
         self._free.append(message.slot)
         self._on_done(job, outputs, message.compute_ns)
         self._on_free()
 
     def _take(self, message: channel.FromWorker) -> None:
+        """What is said seldom. Whatever it is may be said once: one that never stops talking would keep this loop from all others.
+
+        Raises:
+            ValueError, KeyError, IndexError: it makes no sense.
+        """
         match message:
             case Refused(number, slot, text):
-                job = self._jobs.pop(number)
+                job = self._answered(number, slot)
                 # A body that was read into the slot stays there: another version may be asked with it.
                 if job.lease is None or not job.lease.take_back(self, slot):
                     self._free.append(slot)
                 self._on_refused(job, text)
                 self._on_free()
             case Observed():
+                if not self._may_observe:
+                    raise ValueError("an observation of no request")
+                self._may_observe = False
                 self._on_observed(message)
-            case Ready():
-                if not self._ready.done():
+            case Ready() | Failed():
+                if self._ready.done():
+                    raise ValueError("it was loaded already")
+                if isinstance(message, Ready):
                     self._ready.set_result(message)
-            case Failed(error):
-                if not self._ready.done():
-                    self._ready.set_exception(from_dict(error))
+                else:
+                    self._ready.set_exception(from_dict(message.error))
 
     def _outputs(self, index: int, shapes: list[tuple[int, ...]]) -> list[OutputTensor]:
         """Copy the outputs out of a slot, so that it is free at once; a worker's numbers are not trusted."""
@@ -326,7 +351,7 @@ class WorkerProcess:
         if not self._ready.done():
             self._ready.set_exception(EngineError(f"the worker {problem or 'ended'} while loading the model"))
             self._ready.exception()  # seen: start() may have given up waiting
-        unanswered, self._jobs = list(self._jobs.values()), {}
+        unanswered, self._jobs = [job for job, _ in self._jobs.values()], {}
         self._free.clear()
         self._inputs = self._answers = None  # unmapped once no request looks into them any more
         # Whoever is told knows this process: kept, the two would be the collector's to find, and swaps would look like a leak.

@@ -1,0 +1,84 @@
+"""Workers that lie or meddle, in a real runtime under real load: it costs them their process, and nobody a request."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+from support import artifacts, hostile
+from support.runtimes import Load, Runtime, running, until
+
+TRIGGER = np.zeros((1, 8, 8, 3), np.float32)
+TRIGGER[0, 0, 0, 0] = 1.0
+
+
+@pytest.fixture
+def runtime(tmp_path: Path) -> Iterator[Runtime]:
+    with running(tmp_path / "state") as made:
+        yield made
+
+
+@pytest.fixture
+def served(runtime: Runtime, tmp_path: Path) -> Callable[[hostile.Deed], str]:
+    """Version 1, which is good, serves; version 2, which is not, is loaded beside it."""
+
+    def serve(deed: hostile.Deed) -> str:
+        runtime.install(runtime.add("1"))
+        runtime.start(env=hostile.install(tmp_path / "engine"))
+        bad = runtime.add("2", engine="hostile", contract=artifacts.make_contract(), content=hostile.model(2, deed))
+        runtime.client.load(bad)
+        return bad
+
+    return serve
+
+
+@pytest.mark.parametrize("deed", ["observe", "start"])
+def test_a_worker_that_never_stops_talking_is_ended_and_holds_up_nobody(
+    runtime: Runtime, served: Callable[[hostile.Deed], str], deed: hostile.Deed
+) -> None:
+    served(deed)
+    with Load(runtime) as load, ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(runtime.infer, TRIGGER, "/v2/models/toy/versions/2/infer")
+        until(lambda: runtime.version("2").crashes, what="its end")
+        load.seen("1")
+        assert asked.result(30)[0] == 500  # it killed every worker that it was given to
+    assert load.failed == []
+    assert load.wrong == 0
+    assert "makes no sense" in runtime.version("2").last_problem
+
+
+def test_a_worker_that_misplaces_its_answer_is_ended_and_the_standby_answers(
+    runtime: Runtime, served: Callable[[hostile.Deed], str]
+) -> None:
+    runtime.client.switch(served("misplace"))
+    status, answer = runtime.infer(TRIGGER)
+    assert (status, answer["model_version"]) == (200, "1")
+    np.testing.assert_allclose(answer["outputs"][0]["data"], artifacts.truth(1, TRIGGER).ravel(), atol=1e-4)
+    assert "was in slot" in runtime.version("2").last_problem
+
+
+def test_a_worker_holds_nothing_of_what_started_it(runtime: Runtime) -> None:
+    """One that could read the spawner's bell would keep it from hearing that another has ended."""
+    runtime.install(runtime.add("1"))
+    runtime.start()
+    runtime.client.load(runtime.add("2"))
+    for version in ("1", "2"):
+        folder = Path(f"/proc/{runtime.version(version).pid}/fd")
+        held = sorted(os.readlink(folder / fd).partition(":")[0] for fd in os.listdir(folder) if int(fd) > 2)
+        # Its channel, and the memory that it shares with the front.
+        assert held == ["/memfd", "/memfd", "socket"]
+
+
+def test_requests_that_stand_behind_slow_ones_do_not_count_as_hanging(
+    runtime: Runtime, served: Callable[[hostile.Deed], str]
+) -> None:
+    served("linger")
+    path = "/v2/models/toy/versions/2/infer"
+    with ThreadPoolExecutor(4) as pool:  # 3.2 s each: the last one is there for longer than one may be computed
+        answers = list(pool.map(lambda _: runtime.infer(TRIGGER, path), range(4)))
+    assert [status for status, _ in answers] == [200] * 4
+    assert runtime.version("2").crashes == 0

@@ -1,0 +1,124 @@
+"""An engine that does what no model may, in a real worker, when a picture asks it to; and how a board gets it.
+
+It answers as the tests' classifier does. A picture whose first value is exactly 1.0 makes it do its deed first, with the rights that a
+worker has: behind the confinement, and with the worker's own channel at hand.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import stat
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+import numpy as np
+from edgefleet_agent.runtime import channel
+from edgefleet_agent.runtime.channel import Done, Observed, Ready
+from edgefleet_agent.runtime.tensors import Array
+from edgefleet_shared.artifact import ModelConfig
+
+from support import artifacts
+
+TESTS = Path(__file__).resolve().parents[1]
+
+# observe   says for ever what a request was like
+# start     says for ever that it is loaded
+# misplace  says that its answer is in another request's slot
+# linger    takes three seconds
+Deed = Literal["observe", "start", "misplace", "linger"]
+
+
+class Does(msgspec.Struct, frozen=True):
+    """The model: whose classifier it is, and its deed."""
+
+    seed: int
+    deed: Deed
+
+
+class HostileEngine:
+    """Registered under the name ``hostile`` by :func:`install`."""
+
+    name = "hostile"
+
+    def available(self) -> str | None:
+        return "1.0"
+
+    def missing(self) -> str:
+        return ""
+
+    def load_library(self) -> None:
+        """There is none."""
+
+    def load(self, path: Path, config: ModelConfig, threads: int) -> HostileSession:
+        return HostileSession(msgspec.json.decode(path.read_bytes(), type=Does), config)
+
+
+class HostileSession:
+    providers = ("CPUExecutionProvider",)
+
+    def __init__(self, does: Does, config: ModelConfig) -> None:
+        self._does, self._config = does, config
+
+    def run(self, inputs: dict[str, Array]) -> dict[str, Array]:
+        if inputs["x"].ravel()[0] == 1.0:
+            caller: Any = sys._getframe(1)
+            _DEEDS[self._does.deed](self._config, caller.f_locals)
+        return {"y": artifacts.truth(self._does.seed, inputs["x"]).astype(np.float32)}
+
+
+def _link() -> socket.socket:
+    for fd in map(int, os.listdir("/proc/self/fd")):
+        with contextlib.suppress(OSError):
+            if stat.S_ISSOCK(os.fstat(fd).st_mode):
+                return socket.socket(fileno=os.dup(fd))
+    raise AssertionError("a worker has a channel")
+
+
+def _observe(config: ModelConfig, _caller: dict[str, Any]) -> None:
+    normal = config.statistics
+    assert normal is not None
+    said = [([0] * len(tensor.shares), 0, None) for tensor in (*normal.inputs, *normal.outputs)]
+    _for_ever(channel.encode(Observed(said, -1, 0)))
+
+
+def _start(_config: ModelConfig, _caller: dict[str, Any]) -> None:
+    _for_ever(channel.encode(Ready((), 0.0, 0.0, ())))
+
+
+def _for_ever(message: bytes) -> None:
+    link = _link()
+    while True:
+        link.send(message)
+
+
+def _misplace(_config: ModelConfig, caller: dict[str, Any]) -> None:
+    asked = caller["message"]
+    _link().send(channel.encode(Done(asked.number, (asked.slot + 1) % 6, [(1, artifacts.CLASSES)], 1)))
+    time.sleep(60)
+
+
+_DEEDS: dict[str, Callable[[ModelConfig, dict[str, Any]], None]] = {
+    "observe": _observe,
+    "start": _start,
+    "misplace": _misplace,
+    "linger": lambda _config, _caller: time.sleep(3.2),
+}
+
+
+def model(seed: int, deed: Deed) -> bytes:
+    return msgspec.json.encode(Does(seed, deed))
+
+
+def install(folder: Path) -> dict[str, str]:
+    """Put the engine's distribution into ``folder``; the environment of a program that is to have it."""
+    info = folder / "edgefleet_test_hostile-1.dist-info"
+    info.mkdir(parents=True)
+    (info / "entry_points.txt").write_text("[edgefleet.engines]\nhostile = support.hostile:HostileEngine\n")
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: edgefleet-test-hostile\nVersion: 1\n")
+    return {"PYTHONPATH": os.pathsep.join([str(folder), str(TESTS), os.environ.get("PYTHONPATH", "")])}
