@@ -280,7 +280,7 @@ class Output(_Strict):
 
 
 class Pictures(_Strict):
-    """A folder of pictures; a ``.safetensors`` file of one tensor per input, first axis the samples (float32 as the network takes it, or uint8
+    """A folder of pictures; a ``.safetensors`` file of one tensor per input, first axis the samples (as the network takes it, or uint8
     pictures in the input's size); or a Python function that yields such samples one by one, run in a process of its own."""
 
     path: str | None = None
