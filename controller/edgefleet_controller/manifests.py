@@ -249,25 +249,38 @@ class Text(_Strict):
     space: bool = True
 
 
+class Segmentation(_Strict):
+    """How an output becomes a class for each pixel. Scores of several classes: the largest is the answer. One channel, or none: a pixel is in the mask
+    above ``threshold``, as the application has it. Whole numbers (a network that ends in ArgMax) are answers already."""
+
+    layout: Literal["NCHW", "NHWC"] = "NCHW"
+    threshold: float | None = Field(default=None, description="of a mask of one channel, in the output's own unit")
+
+
 class Output(_Strict):
     """``classification``: the largest of the last axis is the answer; ``detection``: boxes; ``text``: a line, spaces included;
-    ``segmentation``: the largest of axis 1 is each pixel's answer; ``raw``: values are compared within a tolerance."""
+    ``segmentation``: a class for each pixel; ``raw``: values are compared within a tolerance."""
 
     kind: Literal["classification", "detection", "text", "segmentation", "raw"] = "classification"
     labels: str | None = Field(default=None, description="text file, one label a line, in the order of the outputs")
     detection: Detection | None = None
     text: Text | None = None
+    segmentation: Segmentation | None = Field(
+        default=None, description="default: the largest of axis 1 is each pixel's answer"
+    )
 
     @model_validator(mode="after")
     def _described(self) -> Output:
         for kind, given in (("detection", self.detection), ("text", self.text)):
             if (self.kind == kind) != (given is not None):
                 raise ValueError(f"output kind {kind} and output.{kind} go together")
+        if self.segmentation is not None and self.kind != "segmentation":
+            raise ValueError("output.segmentation goes with output kind segmentation")
         return self
 
 
 class Pictures(_Strict):
-    """A folder of pictures; a ``.safetensors`` file of one tensor per input, first axis the samples (float32 as the network takes it, or uint8
+    """A folder of pictures; a ``.safetensors`` file of one tensor per input, first axis the samples (as the network takes it, or uint8
     pictures in the input's size); or a Python function that yields such samples one by one, run in a process of its own."""
 
     path: str | None = None

@@ -1,7 +1,7 @@
 """Stage 1, source: calibration, held-out and golden data. Receives folders of pictures or tensor files, hands on arrays.
 
 Pictures become uint8, N x H x W x C, as the network will see them: shortest side resized, centre cropped, RGB (or grey).
-Tensor files are safetensors with one tensor per input, first axis the samples: float32 as the network takes it, or uint8 pictures. Whatever would make a calibration
+Tensor files are safetensors with one tensor per input, first axis the samples: as the network takes it, or uint8 pictures. Whatever would make a calibration
 meaningless without anybody noticing is an error here: too few, unreadable, too small, blank, all the same, not finite.
 """
 
@@ -24,6 +24,10 @@ from safetensors.numpy import load_file
 Array = npt.NDArray[Any]
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff"}
 NEARLY_WHOLE = 0.02  # of a grey level: what rounding leaves of one that was encoded
+# numpy's names of what inputs are made of.
+TYPES = {
+    "FP32": "float32", "FP16": "float16", "FP64": "float64", "UINT8": "uint8", "INT8": "int8", "INT32": "int32", "INT64": "int64", "BOOL": "bool",
+}  # fmt: skip
 MIN_COUNT = 8  # fewer pictures than this can't calibrate, nor tell a damaged model from a sound one
 
 
@@ -98,7 +102,7 @@ def read_tensors(
     *,
     pictures: tuple[int, int, int] | None = None,
 ) -> Samples:
-    """Read a safetensors file: one tensor per input, first axis the samples; float32 as the network takes them, or uint8 pictures.
+    """Read a safetensors file: one tensor per input, first axis the samples; as the network takes them, or uint8 pictures.
 
     Args:
         pictures: height, width and channels of a picture, where the network takes one.
@@ -123,7 +127,8 @@ def read_tensors(
     if len(counts) != 1 or available < max(wanted, MIN_COUNT):
         raise DataError(f"{split}: {file} has {available} samples, {max(wanted, MIN_COUNT)} are needed")
     for spec in inputs:
-        _check(f"{split}: {spec.name} in {file}", found[spec.name][:wanted], spec, pictures)
+        beside = len(inputs) > 1 and spec.datatype not in ("FP32", "FP16", "FP64")
+        _check(f"{split}: {spec.name} in {file}", found[spec.name][:wanted], spec, pictures, beside=beside)
     return Samples(
         split,
         str(file),
@@ -132,21 +137,23 @@ def read_tensors(
     )
 
 
-def _check(where: str, array: Array, spec: TensorSpec, pictures: tuple[int, int, int] | None) -> None:
+def _check(where: str, array: Array, spec: TensorSpec, pictures: tuple[int, int, int] | None, *, beside: bool) -> None:
+    """Refuse what means nothing. Args: ``beside``: whole numbers next to other inputs, such as a mode, which may be the same in all samples."""
+    expected = TYPES[spec.datatype]
     if array.dtype == np.uint8 and pictures is not None:
         if array.shape[1:] != pictures:
             raise DataError(
                 f"{where} has shape {array.shape}, expected N x {' x '.join(map(str, pictures))} (uint8 pictures)"
             )
-    elif array.dtype != np.float32:
+    elif array.dtype != expected:
         also = ", or uint8 pictures" if pictures is not None else ""
-        raise DataError(f"{where} is {array.dtype}, expected float32{also}")
+        raise DataError(f"{where} is {array.dtype}, expected {expected}{also}")
     elif tuple(array.shape[1:]) != spec.shape[1:]:
-        raise DataError(f"{where} has shape {array.shape}, expected N x {' x '.join(map(str, spec.shape[1:]))}")
+        raise DataError(f"{where} has shape {array.shape}, expected {' x '.join(map(str, ('N', *spec.shape[1:])))}")
     elif not np.isfinite(array).all():
         raise DataError(f"{where} holds values that are not finite")
     flat = array.reshape(len(array), -1)
-    if array.min() == array.max():
+    if array.min() == array.max() and not beside:
         raise DataError(f"{where} is constant, {float(array.min())} everywhere")
     blank = np.flatnonzero(flat.min(axis=1) == flat.max(axis=1))
     if len(blank) and pictures is not None:

@@ -41,8 +41,8 @@ for number, sample in enumerate(itertools.islice(given, int(count) or None)):
         sys.exit(f"sample {number} has the inputs {', '.join(sample)}, the first one {', '.join(rows)}")
     for name, value in sample.items():
         value = np.asarray(value)
-        if value.dtype not in (np.uint8, np.float32):
-            sys.exit(f"sample {number}: {name} is {value.dtype}, expected uint8 (a picture) or float32")
+        if value.dtype.name not in ("uint8", "float32", "float16", "int8", "int32", "int64", "bool"):
+            sys.exit(f"sample {number}: {name} is {value.dtype}, expected uint8 (a picture), float32, or what else the network takes")
         if name in rows and (value.shape, value.dtype) != (rows[name][0].shape, rows[name][0].dtype):
             sys.exit(f"sample {number}: {name} is {value.dtype} {value.shape}, the first one {rows[name][0].dtype} {rows[name][0].shape}")
         rows.setdefault(name, []).append(value)
@@ -56,7 +56,7 @@ def write(split: str, base: Path, entry: str, count: int | None, target: Path, *
     """Run an entry point and have its samples written.
 
     The function takes no argument and yields samples: dicts of one array per input, without a batch axis, uint8 pictures (height x width x channels,
-    in the input's size) or float32 as the network takes them.
+    in the input's size) or arrays as the network takes them.
 
     Args:
         entry: ``file.py:function``, the file relative to ``base``.

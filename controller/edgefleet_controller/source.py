@@ -16,12 +16,13 @@ from edgefleet_shared.contract import PictureEncoding, TensorSpec
 from edgefleet_shared.errors import ArtifactError, DataError, ModelError
 from safetensors.numpy import save
 
-from edgefleet_controller import network, pictures, sample_sets
+from edgefleet_controller import network, pictures, sample_sets, segmentation
 from edgefleet_controller.detection import BoxDecoding, misfit
 from edgefleet_controller.formats import format_of
 from edgefleet_controller.importers import importer
 from edgefleet_controller.manifests import Model, Output, PictureInput, Pruning
 from edgefleet_controller.sample_sets import Progress as Progress
+from edgefleet_controller.segmentation import MaskReading
 
 SCHEMA = 1
 VERSION_TYPE = "application/vnd.edgefleet.version.v1+json"
@@ -84,6 +85,7 @@ class ModelVersion(msgspec.Struct, frozen=True, kw_only=True):
     acceptance: AcceptanceLimits
     options: dict[str, str | int | float | bool] = {}
     detection: BoxDecoding | None = None
+    masks: MaskReading = MaskReading()  # of a segmentation
     characters: tuple[str, ...] = ()  # of text output, by class less one: class 0 is the blank
     truth: tuple[str, ...] = ()  # of the held-out samples: class numbers, or lines of text
     as_is: str = ""  # digest of the .tflite that it came as, where that is quantized already; the network is then what it means in floats
@@ -172,6 +174,7 @@ def import_model(
     labels = _labels(manifest, base, outputs, origin)
     characters = _characters(manifest, base, outputs, origin)
     detection = _detection(spec.output, inputs, outputs, sample_sets.encoding(picture), origin)
+    masks = _masks(spec.output, inputs, outputs, sample_sets.encoding(picture), origin)
     progress("reading the network", 1, 1)
 
     splits = []
@@ -204,6 +207,7 @@ def import_model(
         acceptance=AcceptanceLimits(**spec.acceptance.model_dump()),
         options=dict(sorted(spec.options.items())),
         detection=detection,
+        masks=masks,
         characters=characters,
         truth=truth,
         as_is="" if as_is is None else layout.put(as_is).digest,
@@ -279,6 +283,11 @@ def _labels(manifest: Model, base: Path, outputs: tuple[TensorSpec, ...], origin
             f"{origin} has the outputs {', '.join(f'{o.name} {o.shape}' for o in outputs)}; a classifier has one, batch x classes",
             hint="use output kind raw",
         )
+    if output.kind == "classification" and outputs[0].shape[-1] == 1:
+        raise ModelError(
+            f"{origin}: output {outputs[0].name} {outputs[0].shape} has one class, which is always the largest",
+            hint="use output kind raw, with as much tolerance as the application's threshold has room",
+        )
     if output.labels is None:
         return ()
     path = base / output.labels
@@ -312,6 +321,24 @@ def _detection(
     if expected := misfit([o.shape for o in outputs], told, _picture_size(inputs[0], encoding)):
         shapes = ", ".join(f"{o.name} {o.shape}" for o in outputs)
         raise ModelError(f"{origin} has the outputs {shapes}; decoder {told.decoder} takes {expected}")
+    return told
+
+
+def _masks(
+    output: Output,
+    inputs: tuple[TensorSpec, ...],
+    outputs: tuple[TensorSpec, ...],
+    encoding: PictureEncoding | None,
+    origin: str,
+) -> MaskReading:
+    """How masks are read, checked against inputs and outputs."""
+    told = MaskReading() if output.segmentation is None else MaskReading(**output.segmentation.model_dump())
+    if output.kind == "segmentation":
+        size = _picture_size(inputs[0], encoding) if len(inputs[0].shape) == 4 else (-1, -1)
+        if unfit := segmentation.misfit(outputs, told, size):
+            raise ModelError(
+                f"{origin} as a segmentation: {unfit}", hint="use output kind raw for what is no class of a pixel"
+            )
     return told
 
 

@@ -13,7 +13,7 @@ from edgefleet_controller.manifests import Model
 from edgefleet_shared import artifact, golden
 from edgefleet_shared.errors import QualityError
 from safetensors.numpy import save_file
-from support.compiling import Bench, class_here
+from support.compiling import ENGINES, Bench, class_here
 from support.networks import Net, classifier, project
 
 
@@ -75,6 +75,24 @@ def test_a_float_tflite_answers_as_onnxruntime_does(bench: Bench, build: Any) ->
     version = bench.version(project(bench.folder, net.model(shape, opset=14), **raw))
     target = class_here("tflite", precision="fp32", accuracy={"min_agreement": 1.0})
     assert bench.compile(version, target).figures.agreement == 1.0
+
+
+@pytest.mark.parametrize("opset", [7, 9])
+def test_a_linear_resize_of_onnxs_early_days_keeps_its_places(bench: Bench, opset: int) -> None:
+    """Until operator set 10 a pixel's place was its number by the scale; later the default is half a pixel beside that."""
+    net = Net(4)
+    net.conv(3, 8)
+    if opset == 7:
+        net.add("Upsample", mode="linear", scales=[1.0, 1.0, 2.0, 2.0])
+    else:
+        net.add("Upsample", net.constant(np.array([1, 1, 2, 2], np.float32)), mode="linear")
+    net.conv(8, 4)
+    raw = {"output": {"kind": "raw"}, "acceptance": {"min_agreement": 1.0, "tolerance_abs": 1e-4}}
+    model = net.model([1, 4, 64, 64], opset=opset, ir_version=5)
+    version = bench.version(project(bench.folder, model, **raw))
+    for engine in ENGINES:
+        result = bench.compile(version, class_here(engine, precision="fp32", accuracy={"min_agreement": 1.0}))
+        assert result.figures.agreement == 1.0
 
 
 def test_a_network_of_onnxs_early_days_whose_bias_is_a_row_is_quantized(bench: Bench) -> None:

@@ -10,6 +10,7 @@ import pytest
 from edgefleet_controller.compile import answers
 from edgefleet_controller.compile.quality import compare, unlike, vacuous
 from edgefleet_controller.detection import BoxDecoding
+from edgefleet_controller.segmentation import MaskReading
 from edgefleet_controller.source import AcceptanceLimits, ModelVersion, Split
 from edgefleet_shared.contract import TensorSpec
 
@@ -112,6 +113,70 @@ def test_a_segmented_picture_agrees_when_nearly_all_its_pixels_do() -> None:
     have[0, 1, 0, 0] = 2.0
     spec = version("segmentation", TensorSpec("y", "FP32", (1, 2, 10, 10)))
     assert compare({"y": have}, {"y": want}, spec).changed == (1,)
+
+
+def masks(*outputs: TensorSpec, threshold: float | None = None, layout: Any = "NCHW") -> ModelVersion:
+    return version("segmentation", *outputs, masks=MaskReading(threshold=threshold, layout=layout))
+
+
+def test_a_mask_of_one_channel_is_read_at_its_threshold() -> None:
+    want = np.zeros((3, 1, 20, 20), np.float32)
+    want[:, 0, :10, :8] = 0.9
+    have = want.copy()
+    have[1] = 0.0  # nothing is found any more
+    have[2] = 0.31  # all is found
+    found = compare({"y": have}, {"y": want}, masks(TensorSpec("y", "FP32", (1, 1, 20, 20)), threshold=0.3))
+    assert found.changed == (1, 2)
+
+
+def test_what_is_small_in_a_picture_may_not_vanish_from_its_mask() -> None:
+    want = np.zeros((2, 1, 100, 100), np.float32)
+    want[:, 0, 50:55, 20:60] = 1.0  # a line of text: 2 of 100 pixels
+    have = want.copy()
+    have[1] = 0.0
+    assert np.mean((have > 0.5) == (want > 0.5)) > answers.SAME_PIXELS
+    found = compare({"y": have}, {"y": want}, masks(TensorSpec("y", "FP32", (1, 1, 100, 100)), threshold=0.5))
+    assert found.changed == (1,)
+
+
+def test_scores_whose_classes_lie_last_are_read_along_them() -> None:
+    want = np.zeros((2, 10, 10, 3), np.float32)
+    want[..., 0] = 1.0
+    have = want.copy()
+    have[1, :5, :, 2] = 2.0
+    spec = TensorSpec("y", "FP32", (1, 10, 10, 3))
+    assert compare({"y": have}, {"y": want}, masks(spec, layout="NHWC")).changed == (1,)
+
+
+def test_whole_numbers_are_classes_already() -> None:
+    want = np.zeros((2, 1, 10, 10), np.float32)
+    have = want.copy()
+    have[1, 0, :5] = 7.0
+    assert compare({"y": have}, {"y": want}, masks(TensorSpec("y", "INT64", (1, 1, 10, 10)))).changed == (1,)
+
+
+def test_every_output_of_a_segmentation_is_judged() -> None:
+    one, two = TensorSpec("one", "FP32", (1, 2, 10, 10)), TensorSpec("two", "FP32", (1, 2, 10, 10))
+    want = np.zeros((2, 2, 10, 10), np.float32)
+    want[:, 0] = 1.0
+    assert compare({"one": want, "two": -want}, {"one": want, "two": want}, masks(one, two)).changed == (0, 1)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_pixel_that_is_not_a_number_has_no_class(bad: float) -> None:
+    want = np.zeros((1, 1, 10, 10), np.float32)
+    want[..., :4] = 1.0
+    have = np.where(want > 0, np.float32(bad), want)
+    spec = masks(TensorSpec("y", "FP32", (1, 1, 10, 10)), threshold=0.5)
+    assert compare({"y": have}, {"y": want}, spec).changed == (0,)
+
+
+def test_held_out_samples_in_which_the_float_model_segments_nothing_tell_nothing() -> None:
+    spec = masks(TensorSpec("y", "FP32", (1, 1, 10, 10)), threshold=0.5)
+    empty = np.full((4, 1, 10, 10), 0.1, np.float32)
+    assert "one and the same class" in vacuous({"y": empty}, spec)
+    empty[2, 0, 3:6] = 0.7
+    assert vacuous({"y": empty}, spec) == ""
 
 
 def test_labelled_samples_give_the_accuracy_of_both_models() -> None:

@@ -180,6 +180,7 @@ def test_every_kind_has_a_json_schema_that_forbids_unknown_fields() -> None:
         ("{kind: detection, detection: {decoder: yolov3, anchors: [[1, 2]], masks: [[1]]}}", "by their place, from 0"),
         ("{kind: text}", "output kind text and output.text go together"),
         ("{kind: segmentation}", "needs acceptance.tolerance_abs"),
+        ("{kind: raw, segmentation: {threshold: 0.5}}", "goes with output kind segmentation"),
     ],
 )
 def test_an_output_contract_that_could_not_be_judged_is_refused(tmp_path: Path, output: str, words: str) -> None:

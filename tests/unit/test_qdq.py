@@ -91,3 +91,33 @@ def test_the_file_is_valid_onnx_whatever_stays_in_float(tmp_path: Path, in_float
     samples = SampleFile(str(tmp_path / "samples.safetensors"))
     known = statistics.collect(model, samples, lambda *_: None, histograms=False)
     onnx.checker.check_model(qdq.quantize(model, known, PLAIN | {"in_float": list(in_float)}), full_check=True)
+
+
+@pytest.mark.parametrize(("group", "channels"), [(8, 8), (2, 6), (1, 6)])
+def test_a_transposed_convolution_in_groups_is_quantized(tmp_path: Path, group: int, channels: int) -> None:
+    """One output channel for each of input, as upsampling has it, and several in a group, whose weight has no axis that counts them."""
+    net = Net(5)
+    net.conv(3, 8, stride=2)
+    weight = net.rng.normal(size=(8, channels // group, 2, 2)) * 0.3 * 10.0 ** net.rng.uniform(-1, 1, (8, 1, 1, 1))
+    bias = net.constant(net.rng.normal(size=channels).astype(np.float32))
+    net.add("ConvTranspose", net.constant(weight.astype(np.float32)), bias, group=group, strides=[2, 2])
+    model = onnx.shape_inference.infer_shapes(net.model([1, channels, 32, 32]))
+    save_file({"image": PICTURES}, tmp_path / "samples")
+    known = statistics.collect(model, SampleFile(str(tmp_path / "samples")), lambda *_: None, histograms=False)
+    want, have = answers(model), answers(qdq.quantize(model, known, PLAIN | {"in_float": []}))
+    assert np.sum((have - want) ** 2) < 0.01 * np.sum(want**2)  # 20 dB
+
+
+def test_means_of_what_a_convolution_over_a_line_reads_are_by_channel(tmp_path: Path) -> None:
+    weight = numpy_helper.from_array(np.ones((2, 6, 1), np.float32), "w")
+    graph = helper.make_graph(
+        [helper.make_node("Conv", ["x", "w"], ["y"], name="c")], "g",
+        [helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, [1, 6, 6])],
+        [helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, [1, 2, 6])],
+        [weight],
+    )  # fmt: skip
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8)
+    lines = np.tile(np.arange(6, dtype=np.float32)[:, None], (8, 1, 6))
+    save_file({"x": lines}, tmp_path / "samples")
+    known = statistics.collect(model, SampleFile(str(tmp_path / "samples")), lambda *_: None, histograms=False)
+    assert known["means"]["x"] == [0, 1, 2, 3, 4, 5]

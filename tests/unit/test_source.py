@@ -279,3 +279,45 @@ def test_a_version_from_before_originals_can_be_read(tmp_path: Path) -> None:
     fields = msgspec.json.decode(version.encode())
     assert fields.pop("original") is None
     assert decode(msgspec.json.encode(fields)) == version
+
+
+def masked(channels: int) -> onnx.ModelProto:
+    net = Net()
+    net.conv(3, channels)
+    return net.model([1, channels, SIDE, SIDE])
+
+
+SEGMENTS: dict[str, Any] = {"acceptance": {"tolerance_abs": 0.1}}
+
+
+def test_a_mask_of_one_channel_wants_the_applications_threshold(tmp_path: Path) -> None:
+    with pytest.raises(
+        ModelError, match=r"scores \(1, 1, 32, 32\) has one channel.*give output.segmentation.threshold"
+    ):
+        imported(tmp_path, masked(1), output={"kind": "segmentation"}, **SEGMENTS)
+    told = {"kind": "segmentation", "segmentation": {"threshold": 0.3}}
+    assert imported(tmp_path, masked(1), output=told, **SEGMENTS).masks.threshold == 0.3
+
+
+def test_masks_that_lie_otherwise_than_described_are_told(tmp_path: Path) -> None:
+    net = Net()
+    net.conv(3, 5)
+    net.add("Transpose", perm=[0, 2, 3, 1])
+    model = net.model([1, SIDE, SIDE, 5])
+    with pytest.raises(ModelError, match="where layout NHWC has them"):
+        imported(tmp_path, model, output={"kind": "segmentation"}, **SEGMENTS)
+    told = {"kind": "segmentation", "segmentation": {"layout": "NHWC"}}
+    assert imported(tmp_path, model, output=told, **SEGMENTS).masks.layout == "NHWC"
+
+
+def test_a_threshold_for_scores_of_several_classes_is_refused(tmp_path: Path) -> None:
+    told = {"kind": "segmentation", "segmentation": {"threshold": 0.3}}
+    with pytest.raises(ModelError, match=r"leave output.segmentation.threshold away"):
+        imported(tmp_path, masked(4), output=told, **SEGMENTS)
+    with pytest.raises(ModelError, match="is no picture of classes, nor a mask"):
+        imported(tmp_path, classifier(), output={"kind": "segmentation"}, **SEGMENTS)
+
+
+def test_a_classifier_of_one_class_could_answer_nothing_else_and_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"scores \(1, 1\) has one class, which is always the largest"):
+        imported(tmp_path, classifier(1))

@@ -14,6 +14,7 @@ from edgefleet_controller.manifests import Model
 from edgefleet_controller.source import ModelVersion, import_model
 from edgefleet_shared.artifact import Layout
 from edgefleet_shared.errors import DataError
+from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 from support.networks import SIDE, classifier, project, write_pictures
@@ -313,3 +314,29 @@ def test_pictures_fit_as_the_manifest_says(tmp_path: Path, fit: str, grey: Any, 
         assert array[0, row, column].tolist() == [7, 7, 7]
     for row, column in coloured:
         assert abs(int(array[0, row, column, 0]) - 200) < 20
+
+
+def test_samples_are_of_the_networks_own_types(tmp_path: Path) -> None:
+    """A table of symbols and a mode beside it, which is the same in all samples."""
+    nodes = [
+        helper.make_node("Gather", ["table", "symbols"], ["rows"]),
+        helper.make_node("Cast", ["mode"], ["factor"], to=TensorProto.FLOAT),
+        helper.make_node("Mul", ["rows", "factor"], ["scores"]),
+    ]
+    inputs = [helper.make_tensor_value_info(n, TensorProto.INT64, s) for n, s in (("symbols", [1, 6]), ("mode", [1]))]
+    graph = helper.make_graph(
+        nodes, "g", inputs, [helper.make_tensor_value_info("scores", TensorProto.FLOAT, [1, 6, 4])],
+        [numpy_helper.from_array(np.random.default_rng(0).normal(size=(9, 4)).astype(np.float32), "table")],
+    )  # fmt: skip
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8)
+    project(tmp_path, model)
+    for seed, split in enumerate(("calibration", "holdout", "golden")):
+        symbols = np.random.default_rng(seed).integers(0, 9, (8, 6))
+        save_file({"symbols": symbols, "mode": np.full(8, 3)}, tmp_path / f"{split}.safetensors")
+    paths: dict[str, Any] = {split: {"path": f"{split}.safetensors"} for split in ("calibration", "holdout", "golden")}
+    told = {"inputs": [], "output": {"kind": "raw"}, "acceptance": {"tolerance_abs": 0.1}}
+    version = run(tmp_path, project(tmp_path, model, **paths, **told))
+    assert [spec.datatype for spec in version.inputs] == ["INT64", "INT64"]
+    save_file({"symbols": symbols.astype(np.float32), "mode": np.full(8, 3)}, tmp_path / "golden.safetensors")
+    with pytest.raises(DataError, match=r"golden: symbols in .* is float32, expected int64"):
+        run(tmp_path, project(tmp_path, model, **paths, **told))

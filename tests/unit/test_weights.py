@@ -96,3 +96,20 @@ def test_a_corrected_bias_gives_back_the_mean_that_rounding_took(group: int) -> 
 def test_means_of_another_shape_correct_nothing() -> None:
     node = onnx.helper.make_node("Gemm", ["x", "w"], ["y"], transB=1)
     assert bias_shift(node, np.ones((3, 4)), np.ones(5)) is None
+
+
+@pytest.mark.parametrize("kernel", [(4,), (2, 2, 2)])
+def test_over_lines_and_volumes_neighbours_are_input_channels_too(kernel: tuple[int, ...]) -> None:
+    size = int(np.prod(kernel))
+    # Taps alternate in sign, so that they are no neighbours that overflow; input channels at one tap are.
+    signs = np.where(np.arange(size) % 2, -1, 1).reshape(kernel)
+    weight = (np.random.default_rng(0).normal(0.5, 0.05, (8, 6, *kernel)) * signs).astype(np.float32)
+    scales = channel_scales(weight, 0, "pairs", groups=1)
+    integers = np.round(rounded(weight, scales, 0) / scales.reshape(-1, *[1] * (weight.ndim - 1)))
+    rows = np.moveaxis(integers, 1, -1).reshape(8, -1)
+    assert np.abs(rows[:, :-1] + rows[:, 1:]).max() * 255 <= 32767
+
+
+def test_a_depthwise_tap_over_a_line_has_no_neighbour() -> None:
+    weight = np.full((4, 1, 3), 1.0, np.float32)
+    assert np.array_equal(channel_scales(weight, 0, "pairs", groups=4), channel_scales(weight, 0, "full", groups=4))

@@ -26,7 +26,7 @@ from edgefleet_shared.artifact import Layout
 from edgefleet_shared.errors import EnvironmentProblem, ManifestError, ModelError, QualityError, ToolchainError
 from safetensors.numpy import load_file
 
-from edgefleet_controller import detection
+from edgefleet_controller import detection, segmentation
 from edgefleet_controller.compile import answers, originals, pruning, quality, report, search
 from edgefleet_controller.compile.boards import Measure
 from edgefleet_controller.compile.cache import content_key
@@ -184,7 +184,10 @@ class _Search:
             spec.search.model_dump(), spec.measure_on, self._steps.has_builder,
         )  # fmt: skip
         # Another rule for choosing, or another measure, is another search.
-        files = (__file__, *(module.__file__ for module in (search, quality, answers, detection, pruning)))
+        files = (
+            __file__,
+            *(module.__file__ for module in (search, quality, answers, detection, segmentation, pruning)),
+        )
         rules = [Path(str(file)).read_text(encoding="utf-8") for file in files]
         # Pruned networks are made by a toolchain that the recipe's key does not know.
         pruner = lock_named(PRUNING_TOOLCHAIN).hash if self._version.pruning is not None else ""

@@ -22,12 +22,21 @@ from edgefleet_controller.compile.port import MAX_BLOB_BYTES, Figures
 from edgefleet_controller.compile.pruning import Pruned, Step, Tried
 from edgefleet_controller.compile.steps import PREPARE, Steps
 from edgefleet_controller.manifests import Accuracy, DeviceClass
+from edgefleet_controller.segmentation import class_axis
 from edgefleet_controller.source import ModelVersion
 
 TOOLCHAIN, MODULE = "pruning", "prune"
 SET_ASIDE = 5  # one sample in so many judges and is not trained on
 MOST_SET_ASIDE = 4000
-AXES = {"classification": -1, "text": -1, "segmentation": 1}  # of the distribution that an output is, by its kind
+AXES = {"classification": -1, "text": -1}  # of the distribution that an output is, by its kind
+
+
+def _axis(version: ModelVersion) -> int | None:
+    """Of the distribution that each output is; None where outputs are plain values."""
+    if version.output_kind != "segmentation":
+        return AXES.get(version.output_kind)
+    axes = {class_axis(spec, version.masks) for spec in version.outputs}
+    return axes.pop() if len(axes) == 1 else None
 
 
 class Pruner:
@@ -95,7 +104,7 @@ class Pruner:
             "rows": str(rows),
             "truth": str(truth) if labelled else None,
             "encoding": msgspec.to_builtins(self._version.encoding),
-            "axis": AXES.get(self._version.output_kind),
+            "axis": _axis(self._version),
             "unstructured": step.unstructured,
             "epochs": plan.epochs, "learning_rate": plan.learning_rate, "batch": plan.batch,
             "seed": plan.seed + step.number + 1000 * step.again,

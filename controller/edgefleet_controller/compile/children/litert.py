@@ -55,17 +55,17 @@ def _by_tensors(interpreter: Any) -> Run:
 
 
 def _to_file(value: Array, detail: dict[str, Any]) -> Array:
-    if detail["dtype"] == np.float32:
-        return value
     scale, zero = detail["quantization"]
+    if not scale:  # numbers that mean themselves; TFLite's whole ones may have fewer bits
+        return value.astype(detail["dtype"], copy=False)
     limits = np.iinfo(detail["dtype"])
     return np.asarray(np.clip(np.rint(value / scale) + zero, limits.min, limits.max).astype(detail["dtype"]))
 
 
 def _from_file(value: Array, detail: dict[str, Any]) -> Array:
-    if detail["dtype"] == np.float32:
-        return np.array(value)
     scale, zero = detail["quantization"]
+    if not scale:
+        return np.array(value)
     return np.asarray((value.astype(np.float32) - zero) * np.float32(scale))
 
 

@@ -8,19 +8,20 @@ from __future__ import annotations
 import re
 from typing import Any
 
+import numpy as np
 import onnx
-import onnx.version_converter
 import onnxruntime
 from onnxruntime.quantization.shape_inference import quant_pre_process
 from safetensors.numpy import save_file
 
-from . import half, job, qdq, sensitivity, statistics
+from . import half, job, opset, qdq, sensitivity, statistics
 from .measure import Array, Run, SampleFile, measure, run_all
 
 onnxruntime.disable_telemetry_events()
 
-PER_CHANNEL_OPSET = 13
 MIN_IR_VERSION = 4  # of ONNX, from which constants need not be inputs too
+LOOKED_AT = 4  # samples that tell a network from one that computes something else
+SAME_DB = 40.0  # signal to noise, from which two ways of computing one network are one; float32's own rounding leaves 80 and more
 
 
 def load(path: str, *, int8_kernels: bool = True) -> Run:
@@ -50,13 +51,28 @@ def prepare(request: job.Request, progress: job.Progress) -> dict[str, Any]:
         run = load(request["network"])
     except Exception as exc:  # onnxruntime's own classes share no base but this
         raise _refusal(exc, request["network"]) from exc
-    source = _at_least_opset(request["network"], request["simplified"])
+    source = opset.at_least_per_channel(request["network"], request["simplified"])
     quant_pre_process(source, request["simplified"], skip_symbolic_shape=True)
     _name_nodes(request["simplified"])
     progress("simplifying", 1, 1)
     for samples, references in zip(request["samples"], request["references"], strict=True):
         save_file(run_all(run, SampleFile(samples), progress, "float reference"), references)
+    _same(run, load(request["simplified"]), SampleFile(request["samples"][0], LOOKED_AT), progress)
     return {"engine_version": onnxruntime.__version__}
+
+
+def _same(source: Run, simplified: Run, samples: SampleFile, progress: job.Progress) -> None:
+    """Refuse a simplified network that answers something else: all that is made of it would, and where nothing runs here nobody would see."""
+    before, after = (run_all(run, samples, progress, "simplified network") for run in (source, simplified))
+    for name, want in before.items():
+        want, have = (np.nan_to_num(side.astype(np.float64)) for side in (want, after[name]))
+        noise, power = float(np.sum((have - want) ** 2)), float(np.sum(want**2))
+        if noise > power / 10 ** (SAME_DB / 10):
+            raise job.Refused(
+                "bad_model",
+                f"simplified, the network answers something else: {name} is off by up to {float(np.abs(have - want).max()):.3g}",
+                f"export it with operator set {opset.PER_CHANNEL_OPSET} or later, simplified by its own exporter",
+            )
 
 
 def gather(request: job.Request, progress: job.Progress) -> dict[str, Any]:
@@ -111,16 +127,6 @@ def _name_nodes(path: str) -> None:
             node.name = f"{node.op_type}/{node.output[0]}"
         seen.add(node.name)
     onnx.save(model, path)
-
-
-def _at_least_opset(path: str, beside: str) -> str:
-    model = onnx.load(path)
-    opset = max(entry.version for entry in model.opset_import if entry.domain in {"", "ai.onnx"})
-    if opset >= PER_CHANNEL_OPSET:
-        return path
-    raised = beside + ".opset.onnx"
-    onnx.save(onnx.version_converter.convert_version(model, PER_CHANNEL_OPSET), raised)
-    return raised
 
 
 def _refusal(exc: Exception, path: str) -> job.Refused:

@@ -37,12 +37,13 @@ def load(path: str) -> Run:
         "INFERENCE_PRECISION_HINT": "f32",
     }
     compiled = core.compile_model(model, "CPU", settings)
-    names = [output.get_any_name() for output in compiled.outputs]
+    # One tensor has several names where what stood between them is folded, a Cast to half precision and back; each may be the served one.
+    names = [sorted(output.get_names()) for output in compiled.outputs]
     infer = compiled.create_infer_request()
 
     def run(feeds: dict[str, Array]) -> dict[str, Array]:
         results = infer.infer(feeds)
-        return {name: np.array(results[i]) for i, name in enumerate(names)}
+        return {name: np.array(results[i]) for i, known in enumerate(names) for name in known}
 
     return run
 

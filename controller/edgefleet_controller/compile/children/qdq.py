@@ -26,10 +26,8 @@ from .weights import (
     WEIGHTED,
     Array,
     axis_of,
-    channel_scales,
     correct_biases,
-    groups_of,
-    tensor_scale,
+    scales_of,
     wide_enough,
 )
 
@@ -48,7 +46,13 @@ def quantize(model: onnx.ModelProto, statistics: Statistics, recipe: Recipe) -> 
         correct_biases(own, statistics["means"], scales)
     overrides = {
         name: [
-            {"scale": scale, "zero_point": np.int8(0), "quant_type": QuantType.QInt8, "axis": axis} for scale in values
+            {
+                "scale": scale,
+                "zero_point": np.int8(0),
+                "quant_type": QuantType.QInt8,
+                **({"axis": axis} if len(values) > 1 else {}),
+            }
+            for scale in values
         ]
         for name, values, axis in _with_axis(own, scales)
     }
@@ -215,13 +219,7 @@ def _weight_scales(model: onnx.ModelProto, ranges: dict[str, list[float]], recip
         weight = numpy_helper.to_array(tensor)
         if weight.ndim < 2 or not np.any(weight):
             continue
-        axis = axis_of(node)
-        channels = weight.shape[axis]
-        scales = (
-            channel_scales(weight, axis, recipe["weights"], groups_of(node))
-            if recipe["granularity"] == "channel"
-            else np.full(channels, tensor_scale(weight, recipe["weights"]), np.float32)
-        )
+        scales = scales_of(node, weight, recipe["weights"], recipe["granularity"])
         bias = constants.get(node.input[2]) if len(node.input) > 2 else None
         low, high = ranges[node.input[0]]
         scale = max((high - low) / LEVELS, 1e-30)

@@ -23,7 +23,7 @@ from onnx import helper, numpy_helper
 from . import job
 from .measure import Array
 from .statistics import Statistics
-from .weights import LEVELS, PASSIVE, WEIGHTED, axis_of, channel_scales, groups_of, rounded
+from .weights import LEVELS, PASSIVE, WEIGHTED, axis_of, rounded, scales_of
 
 SPLIT_SHARE = 0.02  # of all noise, from which a kind is split into its operators
 ELEMENTWISE = {
@@ -193,8 +193,7 @@ def _only(
                 and tensor.data_type == onnx.TensorProto.FLOAT
             ):
                 weight = numpy_helper.to_array(tensor)
-                axis = axis_of(node)
-                values = rounded(weight, channel_scales(weight, axis, recipe["weights"], groups_of(node)), axis)
+                values = rounded(weight, scales_of(node, weight, recipe["weights"]), axis_of(node))
                 copy = numpy_helper.from_array(values.astype(np.float32), f"{name}/rounded")
                 own.graph.initializer.append(copy)
                 node.input[place] = copy.name

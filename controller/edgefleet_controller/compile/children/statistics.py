@@ -17,7 +17,7 @@ import onnxruntime
 
 from . import job
 from .measure import Array, SampleFile
-from .weights import LEVELS, WEIGHTED
+from .weights import AXIS, LEVELS, WEIGHTED
 
 BINS = 2048
 MOST_VALUES = 20_000  # of one tensor and sample that go into its histogram
@@ -38,7 +38,8 @@ def collect(model: onnx.ModelProto, samples: SampleFile, progress: job.Progress,
     names, watch = _watched(model)
     extremes: dict[str, list[float]] = {}
     means: dict[str, Array] = {}
-    read = {node.input[0] for node in model.graph.node if node.op_type in WEIGHTED}
+    # Channels are axis 1 of what a convolution reads, over lines and volumes too; the last of what a matrix product does.
+    read = {n.input[0]: 1 if n.op_type in AXIS else -1 for n in model.graph.node if n.op_type in WEIGHTED}
     for tensors in _runs(watch, names, samples, progress, "ranges of activations"):
         for name, value in tensors.items():
             if not value.size:
@@ -48,7 +49,7 @@ def collect(model: onnx.ModelProto, samples: SampleFile, progress: job.Progress,
             known = extremes.setdefault(name, [low, high])
             extremes[name] = [min(known[0], low), max(known[1], high)]
             if name in read and value.ndim >= 2:
-                means[name] = means.get(name, 0.0) + _channel_means(value) / len(samples)
+                means[name] = means.get(name, 0.0) + _channel_means(value, read[name]) / len(samples)
     told = {name: value.tolist() for name, value in means.items()}
     if not histograms:
         return {"ranges": {n: {"minmax": (min(a, 0.0), max(b, 0.0))} for n, (a, b) in extremes.items()}, "means": told}
@@ -106,10 +107,9 @@ def _finite(value: Array) -> Array:
     return value if np.isfinite(value).all() else np.nan_to_num(value, nan=0.0, posinf=0.0, neginf=0.0)
 
 
-def _channel_means(value: Array) -> Array:
-    """Per channel: axis 1 of pictures, the last of everything else."""
-    axes = (0, 2, 3) if value.ndim == 4 else tuple(range(value.ndim - 1))
-    found: Array = value.mean(axis=axes, dtype=np.float64)
+def _channel_means(value: Array, axis: int) -> Array:
+    """Per channel, which ``axis`` counts."""
+    found: Array = value.mean(axis=tuple(set(range(value.ndim)) - {axis % value.ndim}), dtype=np.float64)
     return found
 
 

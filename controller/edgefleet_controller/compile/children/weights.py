@@ -33,7 +33,22 @@ def axis_of(node: onnx.NodeProto) -> int:
     """The axis of a weight that counts output channels."""
     if node.op_type == "Gemm":
         return 0 if any(a.name == "transB" and a.i for a in node.attribute) else 1
+    if node.op_type == "ConvTranspose" and groups_of(node) > 1:
+        return 0  # input channels: with one output channel for each, as upsampling has it, they count those too
     return AXIS.get(node.op_type, -1)
+
+
+def scales_of(node: onnx.NodeProto, weight: Array, bits: str, granularity: str = "channel") -> Array:
+    """A node's scales: one per output channel; one alone for granularity ``tensor``, and for a transposed convolution in groups of several output channels,
+    whose weight has no axis that counts them.
+
+    Returns:
+        float32, shape [channels] or [1].
+    """
+    uncounted = node.op_type == "ConvTranspose" and groups_of(node) > 1 and weight.shape[1] > 1
+    if granularity != "channel" or uncounted:
+        return np.array([tensor_scale(weight, bits)], np.float32)
+    return channel_scales(weight, axis_of(node), bits, groups_of(node))
 
 
 def channel_scales(weight: Array, axis: int, bits: str, groups: int | None = None) -> Array:
@@ -54,7 +69,7 @@ def channel_scales(weight: Array, axis: int, bits: str, groups: int | None = Non
         scales = largest / FULL
         # A depthwise tap meets one input channel only: kernels multiply it alone. Not so where the input has but one channel (grey
         # pictures): there the taps are neighbours.
-        depthwise = weight.ndim == 4 and weight.shape[1] == 1 and groups != 1
+        depthwise = weight.ndim >= 3 and weight.shape[1] == 1 and groups != 1
         if bits == "pairs" and rows.shape[1] > 1 and not depthwise:
             scales = np.maximum(scales, _pair_sums(rows) / PAIR_SUM)
     floor = float(largest.max()) * 1e-6 or 1.0
@@ -77,7 +92,8 @@ def wide_enough(scales: Array, bias: Array | None, input_scale: float) -> Array:
     """Scales raised where a channel's bias would not fit its int32, as it happens to channels whose weights are all but zero."""
     if bias is None:
         return scales
-    found: Array = np.maximum(scales, np.abs(bias.reshape(-1)) / (input_scale * BIAS_LEVELS)).astype(np.float32)
+    least = np.abs(bias.reshape(-1)) / (input_scale * BIAS_LEVELS)
+    found: Array = np.maximum(scales, least if scales.size > 1 else least.max()).astype(np.float32)
     return found
 
 
@@ -151,8 +167,8 @@ def correct_biases(model: onnx.ModelProto, means: dict[str, list[float]], scales
 def _rows(weight: Array, axis: int) -> Array:
     """Output channels x everything else, input channels innermost."""
     moved = np.moveaxis(weight, axis, 0)
-    if moved.ndim == 4:
-        moved = moved.transpose(0, 2, 3, 1)
+    if axis >= 0 and moved.ndim > 2:  # a convolution's, over a line, a picture or a volume
+        moved = np.moveaxis(moved, 1, -1)
     rows: Array = moved.reshape(moved.shape[0], -1)
     return rows
 

@@ -1,0 +1,90 @@
+"""Networks whose inputs, outputs or insides are not float32, on real toolchains."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from edgefleet_controller.manifests import Model
+from onnx import TensorProto
+from safetensors.numpy import save_file
+from support.compiling import ENGINES, Bench, class_here
+from support.networks import SIDE, Net, project
+
+FLOAT, HALF, BYTES, WHOLE = TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.UINT8, TensorProto.INT64
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Bench:
+    return Bench(tmp_path)
+
+
+def with_samples(bench: Bench, model: onnx.ModelProto, samples: Any, **spec: Any) -> Model:
+    """A project whose samples are what ``samples(count, seed)`` gives, by input name."""
+    manifest = project(bench.folder, model)
+    for seed, (split, count) in enumerate({"calibration": 16, "holdout": 32, "golden": 8}.items()):
+        save_file(samples(count, seed), bench.folder / f"{split}.safetensors")
+    paths = {split: {"path": f"{split}.safetensors"} for split in ("calibration", "holdout", "golden")}
+    return Model.model_validate(
+        manifest.model_dump() | {"spec": manifest.spec.model_dump() | paths | {"inputs": []} | spec}
+    )
+
+
+def typed(net: Net, shape: Any, *, inputs: Any = FLOAT, outputs: Any = FLOAT) -> onnx.ModelProto:
+    model = net.model(shape)
+    model.graph.input[0].type.tensor_type.elem_type = inputs
+    model.graph.output[0].type.tensor_type.elem_type = outputs
+    return model
+
+
+RAW: dict[str, Any] = {"output": {"kind": "raw"}, "acceptance": {"min_agreement": 0.9, "tolerance_abs": 0.5}}
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_network_that_takes_bytes_is_calibrated_and_judged_by_bytes(bench: Bench, engine: str) -> None:
+    net = Net(6)
+    net.add("Cast", to=FLOAT)
+    net.add("Div", net.constant(np.float32(64.0)))
+    net.conv(3, 16, stride=2)
+    net.add("Relu")
+    net.add("GlobalAveragePool")
+    net.add("Flatten")
+    net.dense(16, 5)
+
+    def samples(count: int, seed: int) -> dict[str, Any]:
+        return {"image": np.random.default_rng(seed).integers(0, 256, (count, 3, SIDE, SIDE)).astype(np.uint8)}
+
+    version = bench.version(with_samples(bench, typed(net, [1, 5], inputs=BYTES), samples, **RAW))
+    assert version.inputs[0].datatype == "UINT8"
+    result = bench.compile(version, class_here(engine, search={"effort": "fixed", "prefer": "size"}))
+    assert result.precision == "int8"
+    assert result.figures.agreement == 1.0
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_network_that_ends_in_classes_is_judged_by_those(bench: Bench, engine: str) -> None:
+    net = Net(7)
+    net.conv(3, 16)
+    net.add("Relu")
+    net.conv(16, 4, 1, pads=[0, 0, 0, 0])
+    net.add("ArgMax", axis=1, keepdims=0)
+    model = typed(net, [1, SIDE, SIDE], outputs=WHOLE)
+    told = {"output": {"kind": "segmentation"}, "acceptance": {"min_agreement": 0.9, "tolerance_abs": 0.5}}
+    version = bench.version(project(bench.folder, model, **told))
+    figures = bench.compile(version, class_here(engine, precision="fp32")).figures
+    assert figures.agreement == 1.0
+    assert figures.sqnr_db > 20  # the classes themselves, and no zeros in their place
+
+
+def test_openvino_finds_an_output_behind_a_cast_that_it_folds(bench: Bench) -> None:
+    net = Net(8)
+    net.add("Cast", to=HALF)
+    net.add("Conv", net.constant(net.rng.normal(size=(8, 3, 3, 3)).astype(np.float16)), kernel_shape=[3, 3])
+    net.add("Relu")
+    net.add("GlobalAveragePool")
+    net.add("Cast", to=FLOAT)
+    version = bench.version(project(bench.folder, net.model([1, 8, 1, 1]), **RAW))
+    assert bench.compile(version, class_here("openvino", precision="fp32")).figures.agreement == 1.0
