@@ -84,7 +84,7 @@ class OnnxruntimeSession:
         return dict(zip(self._outputs, values, strict=True))
 
     def bind(self, inputs: dict[str, Array], outputs: dict[str, Array]) -> Callable[[], None] | None:
-        if self._fixed_one and any(len(a) != 1 for a in inputs.values()):
+        if self._fixed_one and any(a.shape[:1] != (1,) for a in inputs.values()):
             return None
         binding = self._session.io_binding()
         for name, array in inputs.items():
