@@ -114,7 +114,7 @@ def test_where_another_axis_is_open_nothing_is_bound(tmp_path: Path) -> None:
 
 
 class Doubling:
-    """A session that computes where it is told to ``good`` times, and then no more."""
+    """A session that computes where it is told to ``good`` times, and then no more; with none it does not take the memory."""
 
     providers = ("fake",)
 
@@ -125,6 +125,9 @@ class Doubling:
         return {"y": inputs["x"] * 2}
 
     def bind(self, inputs: dict[str, np.ndarray], outputs: dict[str, np.ndarray]) -> Callable[[], None]:
+        if not self.good:
+            raise EngineError("not there")
+
         def compute() -> None:
             self.good -= 1
             if self.good < 0:
@@ -134,8 +137,9 @@ class Doubling:
         return compute
 
 
-def test_an_engine_that_fails_in_a_place_is_asked_the_usual_way_from_then_on() -> None:
-    found = Memory(Doubling(good=1), (TensorSpec("y", "FP32", (1, SIZE)),))
+@pytest.mark.parametrize("good", [0, 1])
+def test_an_engine_that_fails_in_a_place_is_asked_the_usual_way_from_then_on(good: int) -> None:
+    found = Memory(Doubling(good), (TensorSpec("y", "FP32", (1, SIZE)),))
     for value in (1.0, 2.0, 3.0, 4.0):
         np.testing.assert_array_equal(found.ask([value] * SIZE), [[2 * value] * SIZE])
-    assert found.answered_in_place == 1
+    assert found.answered_in_place == good

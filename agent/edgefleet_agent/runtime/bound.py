@@ -64,7 +64,11 @@ class Bound:
         """``run`` was answered the usual way; ``inputs`` and ``outputs`` lie in its slot."""
         if self._binder is None or any(not a.nbytes for tensors in (inputs, outputs) for a in tensors.values()):
             return
-        compute = self._binder.bind(inputs, outputs)
+        try:
+            compute = self._binder.bind(inputs, outputs)
+        except EngineError:
+            self._binder = None  # the usual way does it
+            return
         if compute is None:
             return
         if len(self._places) >= MAX_PLACES:

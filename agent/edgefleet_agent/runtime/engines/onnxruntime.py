@@ -86,11 +86,14 @@ class OnnxruntimeSession:
     def bind(self, inputs: dict[str, Array], outputs: dict[str, Array]) -> Callable[[], None] | None:
         if self._fixed_one and any(a.shape[:1] != (1,) for a in inputs.values()):
             return None
-        binding = self._session.io_binding()
-        for name, array in inputs.items():
-            binding.bind_input(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
-        for name, array in outputs.items():
-            binding.bind_output(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
+        try:
+            binding = self._session.io_binding()
+            for name, array in inputs.items():
+                binding.bind_input(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
+            for name, array in outputs.items():
+                binding.bind_output(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
+        except Exception as exc:
+            raise EngineError(f"onnxruntime can't compute in place: {_first_line(exc)}") from exc
 
         def compute() -> None:
             try:

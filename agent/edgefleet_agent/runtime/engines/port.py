@@ -58,6 +58,9 @@ class Binder(Session, Protocol):
         Returns:
             what computes one, and raises :class:`EngineError` when the library refuses or failed, as it does where an output has
             another shape this time; None where a batch is computed row by row.
+
+        Raises:
+            EngineError: the library does not take such memory.
         """
         ...
 
