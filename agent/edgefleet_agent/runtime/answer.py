@@ -106,6 +106,29 @@ def error_body(message: str) -> bytes:
     return _encode({"error": message})
 
 
+def model_configuration(config: ModelConfig, max_rows: int) -> bytes:
+    """Triton's model configuration, as much of it as has a meaning here; its clients learn from it whether they may send batches.
+
+    Args:
+        max_rows: the largest batch; 0 for a model that takes none.
+    """
+    batch_axes = 1 if max_rows else 0
+
+    def tensors(specs: tuple[TensorSpec, ...]) -> list[dict[str, Any]]:
+        return [{"name": s.name, "data_type": f"TYPE_{s.datatype}", "dims": s.shape[batch_axes:]} for s in specs]
+
+    return _encode(
+        {
+            "name": config.model,
+            "platform": f"{config.engine}_{config.precision}",
+            "backend": config.engine,
+            "max_batch_size": max_rows,
+            "input": tensors(config.inputs),
+            "output": tensors(config.outputs),
+        }
+    )
+
+
 def model_metadata(config: ModelConfig, versions: list[str]) -> bytes:
     """The protocol's model metadata response."""
 
