@@ -147,6 +147,18 @@ def test_a_batch_fits_where_the_served_shape_is_open_and_nowhere_else() -> None:
         protocol.plan(request, fixed)
 
 
+def test_an_answer_of_the_same_version_made_anew_names_its_own_outputs() -> None:
+    """Another artifact of the same version may have been compiled otherwise."""
+    body, length = message(
+        without_data(parameters={"binary_data_size": 8}), binary=bytes(8), parameters={"binary_data_output": True}
+    )
+    request = protocol.parse_infer(body, length)
+    for name, datatype in (("y", "FP32"), ("y", "INT32"), ("z", "INT32")):
+        content, header = answer.encode_answer(request, "toy", "3", [OutputTensor(name, datatype, (1,), bytes(4))])
+        (told,) = json.loads(content[:header])["outputs"]
+        assert (told["name"], told["datatype"]) == (name, datatype)
+
+
 def _many(piece: bytes, count: int = 300_000) -> bytes:
     return b"[" + b",".join([piece] * count) + b"]"
 

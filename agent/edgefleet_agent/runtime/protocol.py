@@ -122,9 +122,9 @@ class Form:
 
 
 class KnownAnswer(msgspec.Struct, frozen=True):
-    """What an answer is like whatever its tensors hold: the shapes of all outputs, its JSON header, which outputs follow that."""
+    """What an answer is like whatever its tensors hold: shape, datatype and name of all outputs, its JSON header, which outputs follow that."""
 
-    shapes: list[tuple[int, ...]]
+    outputs: list[tuple[tuple[int, ...], str, str]]
     header: bytes
     binary: list[int]
 
