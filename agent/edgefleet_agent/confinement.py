@@ -10,6 +10,7 @@ Not handled here: limits that only a parent can watch (wall time, resident memor
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import platform
@@ -50,6 +51,7 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True):
         file_bytes: largest file it may write.
         open_files: how many descriptors it may hold.
         cpu_s: CPU seconds after which the kernel kills it; 0 for no limit.
+        threads: how many threads it may start. Kernel and table of processes are everybody's, and count as nobody's memory.
     """
 
     readable: tuple[str, ...] = ()
@@ -57,6 +59,7 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True):
     file_bytes: int = 0
     open_files: int = 256
     cpu_s: int = 0
+    threads: int = 1024
 
 
 def die_with_parent() -> None:
@@ -109,9 +112,23 @@ def _limits(policy: Policy) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_FSIZE, (policy.file_bytes, policy.file_bytes))
     resource.setrlimit(resource.RLIMIT_NOFILE, (policy.open_files, policy.open_files))
+    # The kernel counts what a user has in all, and root never.
+    _, most = resource.getrlimit(resource.RLIMIT_NPROC)
+    tasks = _tasks_of_this_user() + policy.threads
+    tasks = tasks if most == resource.RLIM_INFINITY else min(tasks, most)
+    resource.setrlimit(resource.RLIMIT_NPROC, (tasks, tasks))
     if policy.cpu_s:
         # SIGXCPU at the soft limit, SIGKILL a second later.
         resource.setrlimit(resource.RLIMIT_CPU, (policy.cpu_s, policy.cpu_s + 1))
+
+
+def _tasks_of_this_user() -> int:
+    found = 0
+    for process in Path("/proc").iterdir():
+        with contextlib.suppress(OSError):  # it has ended
+            if process.name.isdecimal() and process.stat().st_uid == os.getuid():
+                found += sum(1 for _ in (process / "task").iterdir())
+    return found
 
 
 def _landlock(policy: Policy) -> None:

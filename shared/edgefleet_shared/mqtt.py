@@ -76,6 +76,19 @@ class Will(msgspec.Struct, frozen=True):
     payload: bytes
 
 
+class _Client(paho.Client):
+    """paho's, which tells the broker how large a packet may be, and then takes whatever comes: up to 256 MB, several times over."""
+
+    largest_bytes = 0
+    oversized_bytes = 0  # what the broker began to send all the same
+
+    def _sock_recv(self, bufsize: int) -> bytes:
+        if bufsize > self.largest_bytes:
+            self.oversized_bytes = bufsize
+            raise ConnectionAbortedError(f"a packet of {bufsize} bytes")
+        return super()._sock_recv(bufsize)
+
+
 class Link:
     """One connection, kept up.
 
@@ -84,6 +97,7 @@ class Link:
         on_message: (topic, payload). Runs on the link's thread: put and return.
         on_up, on_down: the connection came or went (the reason in words).
         receive_maximum: how many unacknowledged QoS 1 messages the broker may send at once; bounds memory.
+        max_packet_bytes: how large one may be; a broker that sends a larger one is hung up on.
     """
 
     def __init__(
@@ -116,7 +130,8 @@ class Link:
         self._connect_properties.SessionExpiryInterval = SESSION_LIFE_S
         self._connect_properties.ReceiveMaximum = receive_maximum
         self._connect_properties.MaximumPacketSize = max_packet_bytes
-        client = paho.Client(CallbackAPIVersion.VERSION2, client_id=name, protocol=paho.MQTTv5)
+        client = _Client(CallbackAPIVersion.VERSION2, client_id=name, protocol=paho.MQTTv5)
+        client.largest_bytes = max_packet_bytes
         client.tls_set_context(endpoint.tls())
         client.max_inflight_messages_set(IN_FLIGHT)
         client.connect_timeout = CONNECT_TIMEOUT_S
@@ -220,7 +235,9 @@ class Link:
 
     def _disconnected(self, client: Any, userdata: Any, flags: Any, code: Any, properties: Any) -> None:
         if self.connected.is_set():
-            self._reason = f"the connection was lost: {code}"
+            oversized, self._client.oversized_bytes = self._client.oversized_bytes, 0
+            why = f"the broker sent a packet of {oversized} bytes" if oversized else str(code)
+            self._reason = f"the connection was lost: {why}"
 
     def _run(self) -> None:
         backoff = BACKOFF_FIRST_S

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tritonclient.http as triton
+from edgefleet_agent.runtime.http import MAX_CONNECTIONS
 from support import artifacts
 from support.runtimes import Runtime, UnixConnection, infer_body, running, until
 from tritonclient.utils import InferenceServerException
@@ -98,6 +99,31 @@ def test_tritonclient_reads_statistics_that_count_its_requests(client: triton.In
     (stats,) = client.get_inference_statistics("toy", "1")["model_stats"]
     assert stats["inference_count"] == before + 3
     assert stats["inference_stats"]["compute_infer"]["ns"] > 0
+
+
+def test_tritonclient_learns_from_the_configuration_whether_it_may_send_batches(
+    client: triton.InferenceServerClient,
+) -> None:
+    told = client.get_model_config("toy", "1")
+    assert (told["name"], told["backend"], told["max_batch_size"]) == ("toy", "onnxruntime", 16)
+    assert told["input"] == [{"name": "x", "data_type": "TYPE_FP32", "dims": [8, 8, 3]}]
+    assert told["output"] == [{"name": "y", "data_type": "TYPE_FP32", "dims": [5]}]
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda c: c.load_model("toy"),
+        lambda c: c.unload_model("toy"),
+        lambda c: c.get_trace_settings("toy"),
+        lambda c: c.get_log_settings(),
+        lambda c: c.get_cuda_shared_memory_status(),
+        lambda c: c.get_model_config("other"),
+    ],
+)
+def test_tritonclient_is_told_what_is_not_served(client: triton.InferenceServerClient, ask: Any) -> None:
+    with pytest.raises(InferenceServerException, match="served"):
+        ask(client)
 
 
 def test_tritonclient_is_told_what_it_did_wrong(client: triton.InferenceServerClient) -> None:
@@ -314,6 +340,22 @@ def test_idle_connections_do_not_keep_others_out(runtime: Runtime) -> None:
     still_serves(runtime)
     for link in idle:
         link.close()
+
+
+def test_programs_that_forget_their_connections_do_not_keep_others_out(runtime: Runtime) -> None:
+    forgotten = [runtime.connect() for _ in range(MAX_CONNECTIONS)]
+    try:
+        # Those that are silent for a while go, the oldest first, and only as many as are needed.
+        until(lambda: runtime.get("/v2/health/live")[0] == 200, what="another one being let in")
+        for number in range(5):
+            assert runtime.infer(X)[0] == 200, number
+        ask = b"GET /v2/health/live HTTP/1.1\r\nHost: b\r\n\r\n"
+        forgotten[-1].sendall(ask)
+        assert forgotten[-1].recv(4096).startswith(b"HTTP/1.1 200")
+    finally:
+        for link in forgotten:
+            link.close()
+    until(lambda: runtime.gauge("connections") < 10, what="all of them gone")
 
 
 def test_expect_100_continue_is_answered_before_the_body(runtime: Runtime) -> None:

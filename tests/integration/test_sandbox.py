@@ -26,10 +26,11 @@ def misbehave(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     scratch.mkdir()
     (scratch / "kept").write_text("kept")
 
-    def run(deed: str, memory_bytes: int = 256 * MB, time_s: float = 20.0) -> Ended:
+    def run(deed: str, memory_bytes: int = 256 * MB, time_s: float = 20.0, user: int = 0) -> Ended:
         request = {
             "deed": deed, "readable": [str(inside)], "writable": [str(scratch)], "file_bytes": 8 * MB,
             "outside": str(outside), "inside": str(inside), "scratch": str(scratch),
+            "user": user,
         }  # fmt: skip
         return sandbox.run(
             "support.misbehaving", json.dumps(request).encode(), Limits(memory_bytes=memory_bytes, time_s=time_s)
@@ -77,6 +78,15 @@ def test_a_child_that_floods_its_parent_is_ended(misbehave) -> None:
     ended = misbehave("flood")
     assert "report limit" in ended.problem
     assert ended.over_limit
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="giving rights up needs root")
+def test_a_child_that_starts_threads_without_end_is_refused_them(misbehave) -> None:
+    said = reports(misbehave("many_threads", user=65533))
+    assert said[0] == "missing []"
+    assert "refused" in said
+    assert said[-1] == "survived"
+    assert 500 < int(said[-2].split()[0]) < 1100
 
 
 def test_a_confined_child_reaches_no_network_process_or_file_and_keeps_what_it_needs(misbehave) -> None:

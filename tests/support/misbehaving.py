@@ -32,6 +32,10 @@ def main() -> None:
     def report(text: str) -> None:
         os.write(report_fd, json.dumps(text).encode() + b"\n")
 
+    if request.get("user"):  # root is limited in less
+        os.setgroups([])
+        os.setgid(request["user"])
+        os.setuid(request["user"])
     missing = confinement.confine(
         Policy(
             readable=tuple(request["readable"]), writable=tuple(request["writable"]), file_bytes=request["file_bytes"]
@@ -84,6 +88,19 @@ def reserve_memory(report: Callable[[str], None], request: dict[str, object]) ->
 def flood(report: Callable[[str], None], request: dict[str, object]) -> None:
     while True:
         report("noise" * 1000)
+
+
+def many_threads(report: Callable[[str], None], request: dict[str, object]) -> None:
+    threading.stack_size(64 << 10)
+    end, started = threading.Event(), 0
+    try:
+        while started < 4000:
+            threading.Thread(target=end.wait, daemon=True).start()
+            started += 1
+    except RuntimeError:
+        report("refused")
+    report(f"{started} started")
+    end.set()
 
 
 def escape(report: Callable[[str], None], request: dict[str, object]) -> None:
@@ -155,7 +172,7 @@ def _syscall(number: int, *arguments: int) -> None:
 
 DEEDS: dict[str, Callable[[Callable[[str], None], dict[str, object]], None]] = {
     deed.__name__: deed
-    for deed in (segfault, illegal_instruction, abort, hang, eat_memory, reserve_memory, flood, escape)
+    for deed in (segfault, illegal_instruction, abort, hang, eat_memory, reserve_memory, flood, many_threads, escape)
 }
 
 if __name__ == "__main__":

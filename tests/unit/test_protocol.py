@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from typing import Any
 
 import numpy as np
@@ -144,6 +145,67 @@ def test_a_batch_fits_where_the_served_shape_is_open_and_nowhere_else() -> None:
     fixed = artifacts.make_config(inputs=(TensorSpec("x", "FP32", (1, 8, 8, 3)),))
     with pytest.raises(RequestError, match="has shape"):
         protocol.plan(request, fixed)
+
+
+def test_an_answer_of_the_same_version_made_anew_names_its_own_outputs() -> None:
+    """Another artifact of the same version may have been compiled otherwise."""
+    body, length = message(
+        without_data(parameters={"binary_data_size": 8}), binary=bytes(8), parameters={"binary_data_output": True}
+    )
+    request = protocol.parse_infer(body, length)
+    for name, datatype in (("y", "FP32"), ("y", "INT32"), ("z", "INT32")):
+        content, header = answer.encode_answer(request, "toy", "3", [OutputTensor(name, datatype, (1,), bytes(4))])
+        (told,) = json.loads(content[:header])["outputs"]
+        assert (told["name"], told["datatype"]) == (name, datatype)
+
+
+def _many(piece: bytes, count: int = 300_000) -> bytes:
+    return b"[" + b",".join([piece] * count) + b"]"
+
+
+def _header(shape: bytes = b"[1]", data: bytes = b"[1]", parameters: bytes = b"{}", more: bytes = b"") -> bytes:
+    return b'{"inputs":[{"name":"x","datatype":"FP32","shape":%s,"data":%s,"parameters":%s}]%s}' % (
+        shape, data, parameters, more,
+    )  # fmt: skip
+
+
+SWELLING = {
+    "empty lists": (_header(data=_many(b"[]")), "do not fill"),
+    "empty lists in the number of the values": (_header(b"[300000]", _many(b"[]")), "neither flat nor nested"),
+    "empty objects": (_header(b"[300000]", _many(b"{}")), "objects or texts"),
+    "texts": (_header(b"[300000]", _many(b'""')), "objects or texts"),
+    "more numbers than the shape": (_header(data=_many(b"0.1")), "do not fill"),
+    "numbers for a tensor of none": (_header(b"[0]", _many(b"0.1")), "do not fill"),
+    "numbers without measure": (_header(b"[5000000]", _many(b"1", 5_000_000)), "send them in binary"),
+    "a shape": (_header(_many(b"1")), "shape has"),
+    "parameters of an input": (_header(parameters=b'{"a":%s}' % _many(b"[]")), "parameters has"),
+    "parameters": (_header(more=b',"parameters":{"a":%s}' % _many(b"[]")), "parameters has"),
+    "outputs": (_header(more=b',"outputs":%s' % _many(b'{"name":""}')), "outputs has"),
+    "what nobody knows": (_header(more=b',"pictures":%s' % _many(b"[]")), ""),
+}
+
+
+@pytest.mark.parametrize("case", SWELLING)
+def test_json_that_would_swell_when_it_is_parsed_is_not_parsed(case: str) -> None:
+    body, reason = SWELLING[case]
+    tracemalloc.start()
+    try:
+        if reason:
+            with pytest.raises(RequestError, match=reason):
+                protocol.parse_infer(body, None)
+        else:
+            protocol.parse_infer(body, None)
+        peak_bytes = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak_bytes < 3 * len(body)
+
+
+def test_a_batch_of_pictures_may_be_json() -> None:
+    shape = [16, 3, 64, 64]
+    values = np.random.default_rng(1).random(shape, np.float32)
+    body, _ = message(tensor(shape=shape, data=values.tolist()))
+    assert protocol.parse_infer(body, None).inputs[0].data == values.tobytes()
 
 
 def test_the_answer_holds_the_wanted_outputs_each_as_wanted() -> None:

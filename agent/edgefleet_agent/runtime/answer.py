@@ -47,7 +47,7 @@ def encode_answer(
         outputs: every output of the model. Those that the client wants in a region are named, not repeated.
     """
     known = request.form.heads.get((model, version))
-    if known is None or known.shapes != list(map(_shape, outputs)):
+    if known is None or known.outputs != list(map(_kind, outputs)):
         known = _known(request.form, model, version, outputs)
     if not known.binary:
         return known.header, None
@@ -57,7 +57,7 @@ def encode_answer(
     return body, len(known.header)
 
 
-_shape = attrgetter("shape")
+_kind = attrgetter("shape", "datatype", "name")
 
 
 def _known(form: Form, model: str, version: str, outputs: list[OutputTensor]) -> KnownAnswer:
@@ -65,7 +65,7 @@ def _known(form: Form, model: str, version: str, outputs: list[OutputTensor]) ->
     how = [_how(form, tensor.name) for tensor in outputs]
     wanted = [(tensor, way) for tensor, way in zip(outputs, how, strict=True) if way is not None]
     binary = [i for i, way in enumerate(how) if way is not None and way.binary and way.region is None]
-    made = KnownAnswer(list(map(_shape, outputs)), _header(form, model, version, wanted), binary)
+    made = KnownAnswer(list(map(_kind, outputs)), _header(form, model, version, wanted), binary)
     if all(way.binary or way.region is not None for _, way in wanted):
         if len(form.heads) >= KEPT_HEADS:
             form.heads.clear()
@@ -104,6 +104,29 @@ def _header(form: Form, model: str, version: str, wanted: list[tuple[OutputTenso
 def error_body(message: str) -> bytes:
     """The protocol's error object."""
     return _encode({"error": message})
+
+
+def model_configuration(config: ModelConfig, max_rows: int) -> bytes:
+    """Triton's model configuration, as much of it as has a meaning here; its clients learn from it whether they may send batches.
+
+    Args:
+        max_rows: the largest batch; 0 for a model that takes none.
+    """
+    batch_axes = 1 if max_rows else 0
+
+    def tensors(specs: tuple[TensorSpec, ...]) -> list[dict[str, Any]]:
+        return [{"name": s.name, "data_type": f"TYPE_{s.datatype}", "dims": s.shape[batch_axes:]} for s in specs]
+
+    return _encode(
+        {
+            "name": config.model,
+            "platform": f"{config.engine}_{config.precision}",
+            "backend": config.engine,
+            "max_batch_size": max_rows,
+            "input": tensors(config.inputs),
+            "output": tensors(config.outputs),
+        }
+    )
 
 
 def model_metadata(config: ModelConfig, versions: list[str]) -> bytes:

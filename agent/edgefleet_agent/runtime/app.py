@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
+import resource
 import signal
 import socket
 import sys
@@ -49,6 +50,10 @@ DRAIN_LIMIT_S = 10.0
 def main(state: Path, http: str, socket_path: Path | None, threads: int) -> None:
     """Serve the board's model over the Open Inference Protocol (KServe v2)."""
     logs.configure()
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(
+        resource.RLIMIT_NOFILE, (most, most)
+    )  # each client takes one; shells and containers begin with 1,024
     try:
         run_folder = state.resolve() / "run"
         with atomic.lock(run_folder, "fleet-runtime"):

@@ -1,6 +1,7 @@
 """The Open Inference Protocol's resources: receives whole HTTP requests, hands on jobs, metadata and metrics.
 
-Source: KServe Open Inference Protocol v2 (HTTP/REST), Triton's statistics, repository index and system shared memory extensions.
+Source: KServe Open Inference Protocol v2 (HTTP/REST), Triton's statistics, repository index, model configuration and system shared memory
+extensions.
 Not served: loading and unloading over HTTP (the agent alone decides what serves), tracing, CUDA shared memory.
 """
 
@@ -27,9 +28,11 @@ from edgefleet_agent.runtime.switchboard import Switchboard
 from edgefleet_agent.runtime.version import Version, VersionState
 
 SERVER_NAME = "edgefleet-runtime"
-EXTENSIONS = ("binary_tensor_data", "statistics", "system_shared_memory")
+EXTENSIONS = ("binary_tensor_data", "statistics", "system_shared_memory", "model_configuration")
 
-_MODEL = re.compile(r"/v2/models/(?P<model>[^/]+)(?:/versions/(?P<version>[^/]+))?(?:/(?P<what>infer|ready|stats))?")
+_MODEL = re.compile(
+    r"/v2/models/(?P<model>[^/]+)(?:/versions/(?P<version>[^/]+))?(?:/(?P<what>infer|ready|stats|config))?"
+)
 _REGIONS = re.compile(r"/v2/systemsharedmemory(?:/region/(?P<name>[^/]+))?/(?P<what>status|register|unregister)")
 
 
@@ -178,6 +181,8 @@ class Front:
             ready = found.state is VersionState.READY or (version is None and self._switchboard.ready)
             body = {"name": model, "ready": ready}
             return (200 if ready else 503), msgspec.json.encode(body), JSON
+        if what == "config":
+            return 200, answers.model_configuration(found.config, found.max_rows), JSON
         versions = [v.config.version for v in self._switchboard.versions() if v.config.model == model]
         return 200, answers.model_metadata(found.config, versions), JSON
 

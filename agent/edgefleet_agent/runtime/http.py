@@ -25,6 +25,7 @@ from edgefleet_agent.runtime.peer import Peer
 MAX_HELD_BYTES = 256 * 1024 * 1024  # all bodies of all connections
 MAX_PIPELINED = 16
 MAX_CONNECTIONS = 1024
+SILENT_S = 10.0  # a connection that has been silent for so long may be closed to make room for another
 REQUEST_LIMIT_S = 30.0  # from a request's first byte to its last
 LINGER_S = 2.0  # how long a client that was hung up on may go on sending: a reset would take its last answer away
 LAST_CALL_S = 0.3  # how long a client that was let in may stay silent when the server ends
@@ -88,6 +89,17 @@ class Server:
     def connection(self) -> asyncio.BaseProtocol:
         return Connection(self)
 
+    def make_room(self) -> bool:
+        """Close the connection that has been silent the longest, if one has been long enough: programs that forget theirs must not keep
+        all others out. Returns whether there was one."""
+        silent = [c for c in self.connections if c.silent_since is not None]
+        found = min(silent, key=lambda c: c.silent_since or 0.0, default=None)
+        if found is None or time.monotonic() - (found.silent_since or 0.0) < SILENT_S:
+            return False
+        self.connections.discard(found)
+        found.abandon()
+        return True
+
     def tick(self) -> None:
         """End requests that take too long to arrive. Call about once a second."""
         now = time.monotonic()
@@ -128,6 +140,7 @@ class Connection(asyncio.BufferedProtocol):
         self._request_began = 0.0
         self._hung_up = 0.0
         self._called = 0.0  # when its last call began
+        self._asked_last = 0.0  # when it came, or was answered last
         self._last_raw, self._last_head = b"", Head()
         self._pending = b""  # a head that is not whole yet
         self._head: Head | None = None  # of the request whose body is coming
@@ -143,8 +156,9 @@ class Connection(asyncio.BufferedProtocol):
         self._peer = Peer(transport.get_extra_info("socket"))
         # Otherwise an answer waits until the loop has done what else it has to do.
         self._transport.set_write_buffer_limits(high=0)
+        self._asked_last = time.monotonic()
         self._server.connections.add(self)
-        if len(self._server.connections) > MAX_CONNECTIONS:
+        if len(self._server.connections) > MAX_CONNECTIONS and not self._server.make_room():
             self._refuse(503, f"more than {MAX_CONNECTIONS} connections")
         if self._server.ending:
             self.last_call(time.monotonic())
@@ -154,6 +168,12 @@ class Connection(asyncio.BufferedProtocol):
         self._forget_body()
         self._forget_waiting()
         self._transport = None
+
+    @property
+    def silent_since(self) -> float | None:
+        """Since when it has asked nothing (:func:`time.monotonic`); None while it asks, or waits for an answer."""
+        busy = self._answered is not None or bool(self._waiting) or self._request_began or self._closing
+        return None if busy else self._asked_last
 
     def get_buffer(self, sizehint: int) -> memoryview:
         if self._filled < len(self._target) and not self._closing:
@@ -327,6 +347,7 @@ class Connection(asyncio.BufferedProtocol):
         request = self._answered
         assert request is not None
         self._answered = None
+        self._asked_last = time.monotonic()
         self._server.held_bytes -= request.held_bytes
         if request.place is not None:
             request.place.release()

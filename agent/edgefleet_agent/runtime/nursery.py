@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import signal
 import socket
@@ -48,7 +49,10 @@ class Nursery:
         Raises:
             EngineError: it can't be started.
         """
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        except OSError as exc:
+            raise EngineError(f"no channel to what starts workers: {exc}") from exc
         try:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "edgefleet_agent.runtime.spawner", str(theirs.fileno())],
@@ -97,7 +101,8 @@ class Nursery:
 
     def _order(self, order: Kill) -> None:
         if self._link is not None:
-            self._link.send(spawner.encode(order))
+            with contextlib.suppress(OSError):  # it has just died, and its workers with it
+                self._link.send(spawner.encode(order))
 
     def _readable(self) -> None:
         while self._link is not None:

@@ -12,19 +12,25 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 import numpy as np
 from edgefleet_shared.artifact import ModelConfig
 from edgefleet_shared.contract import TensorSpec
 
+from edgefleet_agent.runtime import json_data
 from edgefleet_agent.runtime.tensors import NUMPY, element_count
 
 MAX_TENSORS = 256
 MAX_RANK = 16
 MAX_ID_CHARACTERS = 1024
+MAX_PART_BYTES = (
+    256 * 1024
+)  # of a shape, of parameters, of the outputs: they are parsed, and take many times that for a moment
 KEPT_FORMS, MAX_KEPT_BYTES = 64, 4096
+
+_PartT = TypeVar("_PartT")
 
 
 class RequestError(Exception):
@@ -116,9 +122,9 @@ class Form:
 
 
 class KnownAnswer(msgspec.Struct, frozen=True):
-    """What an answer is like whatever its tensors hold: the shapes of all outputs, its JSON header, which outputs follow that."""
+    """What an answer is like whatever its tensors hold: shape, datatype and name of all outputs, its JSON header, which outputs follow that."""
 
-    shapes: list[tuple[int, ...]]
+    outputs: list[tuple[tuple[int, ...], str, str]]
     header: bytes
     binary: list[int]
 
@@ -150,11 +156,12 @@ class InferRequest:
         return InputTensor(tensor.name, tensor.datatype, tensor.shape, data, tensor.size, tensor.start)
 
 
+# What could become many times its size is parsed only once it is known to be small, see :mod:`json_data`.
 class _Input(msgspec.Struct):
     name: str
     datatype: str
-    shape: list[int]
-    parameters: dict[str, Any] = {}
+    shape: msgspec.Raw
+    parameters: msgspec.Raw = msgspec.Raw(b"{}")
     data: msgspec.Raw = msgspec.Raw(b"")
 
 
@@ -166,12 +173,12 @@ class _Wanted(msgspec.Struct):
 class _Header(msgspec.Struct):
     inputs: list[_Input]
     id: str = ""
-    parameters: dict[str, Any] = {}
-    outputs: list[_Wanted] = []
+    parameters: msgspec.Raw = msgspec.Raw(b"{}")
+    outputs: msgspec.Raw = msgspec.Raw(b"[]")
 
 
 _decode_header = msgspec.json.Decoder(_Header).decode
-_decode_data = msgspec.json.Decoder().decode
+_Shape, _Parameters, _Outputs = list[int], dict[str, Any], list[_Wanted]
 
 
 def parse_infer(body: bytes | bytearray | memoryview, header_length: str | None) -> InferRequest:
@@ -218,7 +225,8 @@ def _form(raw: bytes) -> Form:
         header = _decode_header(raw)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
         raise RequestError(400, f"the request is not an inference request: {exc}") from exc
-    if not header.inputs or len(header.inputs) > MAX_TENSORS or len(header.outputs) > MAX_TENSORS:
+    outputs = _small(header.outputs, _Outputs, "outputs")
+    if not header.inputs or len(header.inputs) > MAX_TENSORS or len(outputs) > MAX_TENSORS:
         raise RequestError(400, f"a request has 1 to {MAX_TENSORS} inputs and at most {MAX_TENSORS} outputs")
     if len(header.id) > MAX_ID_CHARACTERS:
         raise RequestError(400, f"the id is longer than {MAX_ID_CHARACTERS} characters")
@@ -229,8 +237,22 @@ def _form(raw: bytes) -> Form:
         offset += tensor.size if tensor.start >= 0 else 0
     if len({tensor.name for tensor in inputs}) != len(inputs):
         raise RequestError(400, "an input is given twice")
-    binary = _flag(header.parameters, "binary_data_output", False)
-    return Form(header.id, inputs, offset, _outputs(header.outputs, binary), binary)
+    binary = _flag(_small(header.parameters, _Parameters, "parameters"), "binary_data_output", False)
+    return Form(header.id, inputs, offset, _outputs(outputs, binary), binary)
+
+
+def _small(raw: msgspec.Raw, kind: type[_PartT], what: str) -> _PartT:
+    """A part of the header, parsed.
+
+    Raises:
+        RequestError: 400, it is too large to be meant, or not what it should be.
+    """
+    if len(raw) > MAX_PART_BYTES:
+        raise RequestError(400, f"{what} has {len(raw)} bytes, {MAX_PART_BYTES} are allowed")
+    try:
+        return msgspec.json.decode(raw, type=kind)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
+        raise RequestError(400, f"the request is not an inference request: {what}: {exc}") from exc
 
 
 _kept_form = lru_cache(KEPT_FORMS)(_form)
@@ -254,12 +276,14 @@ def _input(entry: _Input, offset: int) -> InputTensor:
     dtype = NUMPY.get(entry.datatype)
     if dtype is None:
         raise RequestError(400, f"input {name!r}: datatype {entry.datatype!r} is not served; one of {', '.join(NUMPY)}")
-    if len(entry.shape) > MAX_RANK or any(n < 0 or n > 1 << 40 for n in entry.shape):
-        raise RequestError(400, f"input {name!r}: not a shape: {entry.shape[: MAX_RANK + 1]}")
-    expected = element_count(entry.shape) * dtype.itemsize
-    shape = tuple(entry.shape)
-    size = entry.parameters.get("binary_data_size")
-    region = _region(f"input {name!r}", entry.parameters)
+    sizes = _small(entry.shape, _Shape, f"input {name!r}: shape")
+    if len(sizes) > MAX_RANK or any(n < 0 or n > 1 << 40 for n in sizes):
+        raise RequestError(400, f"input {name!r}: not a shape: {sizes[: MAX_RANK + 1]}")
+    parameters = _small(entry.parameters, _Parameters, f"input {name!r}: parameters")
+    expected = element_count(sizes) * dtype.itemsize
+    shape = tuple(sizes)
+    size = parameters.get("binary_data_size")
+    region = _region(f"input {name!r}", parameters)
     if region is not None:
         if size is not None or len(entry.data):
             raise RequestError(400, f"input {name!r} has data beside its shared memory")
@@ -270,7 +294,7 @@ def _input(entry: _Input, offset: int) -> InputTensor:
             )
         return InputTensor(name, entry.datatype, shape, b"", expected, region=region)
     if size is None:
-        return InputTensor(name, entry.datatype, shape, _from_json(entry, dtype, expected), expected)
+        return InputTensor(name, entry.datatype, shape, _from_json(entry, dtype, sizes), expected)
     if len(entry.data):
         raise RequestError(400, f"input {name!r} has data both in JSON and in binary")
     if type(size) is not int or size != expected:
@@ -292,30 +316,14 @@ def _region(what: str, parameters: dict[str, Any]) -> RegionUse | None:
     return RegionUse(name, offset, size)
 
 
-def _from_json(entry: _Input, dtype: np.dtype[Any], expected: int) -> bytes:
-    """The tensor of a JSON ``data`` field, nested or flat."""
-    name = entry.name
+def _from_json(entry: _Input, dtype: np.dtype[Any], shape: list[int]) -> bytes:
+    """The tensor of a JSON ``data`` field."""
     if not len(entry.data):
-        raise RequestError(400, f"input {name!r} has no data")
+        raise RequestError(400, f"input {entry.name!r} has no data")
     try:
-        values = np.asarray(_decode_data(entry.data))
-    except (msgspec.DecodeError, ValueError, OverflowError, RecursionError) as exc:
-        raise RequestError(400, f"input {name!r}: data is no rectangular list of numbers: {exc}") from exc
-    if values.size == 0 and expected == 0:
-        return b""
-    if values.ndim > 1 and values.shape != tuple(entry.shape):
-        raise RequestError(400, f"input {name!r}: nested data has shape {list(values.shape)}, not {entry.shape}")
-    if values.size * dtype.itemsize != expected:
-        raise RequestError(400, f"input {name!r}: {values.size} values do not fill shape {entry.shape}")
-    allowed = {"f": "iuf", "i": "iu", "u": "iu", "b": "b"}[dtype.kind]
-    if values.dtype.kind not in allowed:
-        raise RequestError(400, f"input {name!r}: data are not {entry.datatype} values")
-    if dtype.kind in "iu":
-        limits = np.iinfo(dtype)
-        if int(values.min()) < limits.min or int(values.max()) > limits.max:
-            raise RequestError(400, f"input {name!r}: a value does not fit {entry.datatype}")
-    with np.errstate(over="ignore"):
-        return values.astype(dtype).tobytes()
+        return json_data.tensor_bytes(bytes(entry.data), entry.datatype, dtype, shape)
+    except ValueError as exc:
+        raise RequestError(400, f"input {entry.name!r}: {exc}") from exc
 
 
 def _flag(parameters: dict[str, Any], name: str, default: bool) -> bool:

@@ -86,6 +86,7 @@ class Version:
         self._started_at = 0.0
         model, golden = manifest.layer(MODEL_LAYER), manifest.layer(GOLDEN_LAYER)
         answers, inputs = _slot_bytes(config.outputs), _slot_bytes(config.inputs)
+        self.max_rows = _rows(config, inputs)
         own = int(config.contract.peak_memory_bytes * MEMORY_SLACK) + MEMORY_SLACK_BYTES
         # What is resident counts the shared memory too, which the front gave it.
         self.memory_limit_bytes = own + SLOTS * (inputs + answers)
@@ -297,6 +298,13 @@ def _picture_bytes(tensors: tuple[TensorSpec, ...]) -> int | None:
             return None
         total += element_count([abs(n) for n in spec.shape]) * NUMPY[spec.datatype].itemsize + MAX_HEAD_BYTES
     return total
+
+
+def _rows(config: ModelConfig, slot_bytes: int) -> int:
+    """How many pictures one request may surely be of; 0 for a model that takes no batches."""
+    if not all(spec.shape[:1] == (-1,) for spec in (*config.inputs, *config.outputs)):
+        return 0
+    return max(1, min(SLOT_ROWS, slot_bytes // (_picture_bytes(config.inputs) or slot_bytes)))
 
 
 def _slot_bytes(tensors: tuple[TensorSpec, ...]) -> int:

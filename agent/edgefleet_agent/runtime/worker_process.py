@@ -100,7 +100,10 @@ class WorkerProcess:
         Raises:
             EngineError or another EdgefleetError: how it failed; the process is gone.
         """
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        except OSError as exc:
+            raise EngineError(f"no channel to a worker: {exc}") from exc
         given = [theirs.fileno()]
         try:
             given += self._share()
