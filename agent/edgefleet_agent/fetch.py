@@ -119,7 +119,7 @@ class Fetcher:
         self._target: Descriptor | None = None
         self._blobs: dict[str, _Blob] = {}
         self._round = 0
-        self._quiet_since = self._asked_at = 0.0
+        self._heard_at = self._asked_at = self._fell_back_at = 0.0
         self._pause_s = WANT_AGAIN_S
         self.finished = False
         self.done_bytes = self.total_bytes = 0
@@ -140,6 +140,8 @@ class Fetcher:
             raise ArtifactError(f"a manifest of {size} bytes is not accepted")
         self._target = Descriptor("", manifest, size)
         self.finished, self._round = False, 0
+        self._heard_at = self._fell_back_at = self._clock.monotonic()
+        self._pause_s = WANT_AGAIN_S
         self.done_bytes, self.total_bytes, self.bad_chunks = 0, size, 0
         self._open([(self._target, None, CHUNK_BYTES)])
         self._go_on()
@@ -164,22 +166,22 @@ class Fetcher:
             self.bad_chunks += number in blob.missing
             return False
         self.done_bytes += blob.length(number)
-        self._quiet_since = self._clock.monotonic()
+        self._heard_at = self._clock.monotonic()
         self._pause_s = WANT_AGAIN_S
         if not blob.missing:
             self._go_on()
         return True
 
     def tick(self) -> None:
-        """Ask again after silence; fall back to HTTP after more of it."""
+        """Ask again after silence; fall back to HTTP after more of it. Neither puts the other off: each may be the one way there is."""
         if not self.busy:
             return
         now = self._clock.monotonic()
-        if now - max(self._quiet_since, self._asked_at) >= self._pause_s:
+        if now - max(self._heard_at, self._asked_at) >= self._pause_s:
             self._pause_s = min(self._pause_s * 1.5, WANT_AGAIN_LAST_S)
             self._ask()
-        if self._fallback is not None and now - self._quiet_since >= FALLBACK_S:
-            self._quiet_since = now
+        if self._fallback is not None and now - max(self._heard_at, self._fell_back_at) >= FALLBACK_S:
+            self._fell_back_at = now
             for digest, blob in self._blobs.items():
                 self._fallback(digest, blob.blob.size, blob.chunk_bytes, sorted(blob.missing))
                 break  # one at a time: this is the slow way
@@ -232,7 +234,7 @@ class Fetcher:
             self._next_round(self._target)
 
     def _next_round(self, target: Descriptor) -> None:
-        self._quiet_since = self._clock.monotonic()
+        self._heard_at = self._clock.monotonic()
         manifest = parse_manifest(self._layout.read(target.digest, MAX_MANIFEST_BYTES))
         if self._round == 1:
             self.total_bytes = target.size + sum(blob.size for blob in manifest.blobs())

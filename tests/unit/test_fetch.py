@@ -1,0 +1,111 @@
+"""The fetcher: what it asks for, of whom and when, and what it takes of the disk."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import pytest
+from edgefleet_agent import fetch
+from edgefleet_agent.fetch import FALLBACK_S, WANT_AGAIN_LAST_S, WANT_AGAIN_S, Fetcher
+from edgefleet_shared import artifact
+from edgefleet_shared.artifact import SCHEMA, AgentConfig, Descriptor, Layout
+from edgefleet_shared.clock import ManualClock
+from edgefleet_shared.errors import EnvironmentProblem
+from edgefleet_shared.files import Disk
+from edgefleet_shared.fingerprint import Requirement
+from edgefleet_shared.messages import Want
+
+CHUNK_BYTES = 4096
+TICK_S = 0.5
+
+
+class SmallDisk(Disk):
+    """A disk with so many bytes free, whatever is written."""
+
+    free = 1 << 40
+
+    def free_bytes(self, folder: Path) -> int:
+        return self.free
+
+
+class Board:
+    """A fetcher, the artifact that it is to bring, and what it asked for."""
+
+    def __init__(self, folder: Path, code: bytes = b"code", by_http: bool = True) -> None:
+        self.clock, self.files = ManualClock(), SmallDisk()
+        self.source = Layout(folder / "controller")
+        config = AgentConfig(
+            schema=SCHEMA, version="2", device_class="c", requires=Requirement(), chunk_bytes=CHUNK_BYTES
+        )
+        self.made: Descriptor = artifact.build_agent(self.source, config, code)
+        self.wants: list[tuple[float, Want]] = []
+        self.fallbacks: list[tuple[float, str]] = []
+        self.listened: set[str] = set()
+        self.layout = Layout(folder / "board", files=self.files)
+        self.beats = 0
+        self.fetcher = self.fetcher_of_a_start(by_http)
+
+    def fetcher_of_a_start(self, by_http: bool = True) -> Fetcher:
+        return Fetcher(
+            self.layout,
+            want=lambda want: self.wants.append((self.clock.monotonic(), want)),
+            listen=self.listened.add,
+            unlisten=self.listened.discard,
+            fallback=(lambda digest, *_: self.fallbacks.append((self.clock.monotonic(), digest))) if by_http else None,
+            clock=self.clock,
+        )
+
+    def begin(self) -> None:
+        self.fetcher.begin(self.made.digest, self.made.size)
+
+    def silence(self, seconds: float) -> None:
+        for _ in range(int(seconds / TICK_S)):
+            self.clock.advance(TICK_S)
+            self.fetcher.tick()
+
+    def bring(self, digest: str, numbers: list[int] | None = None, chunk_bytes: int = artifact.CHUNK_BYTES) -> None:
+        content = self.source.path(digest).read_bytes()
+        count = artifact.chunk_count(len(content), chunk_bytes)
+        for number in range(count) if numbers is None else numbers:
+            self.fetcher.chunk(digest, number, content[number * chunk_bytes : (number + 1) * chunk_bytes])
+
+    def bring_all_but_the_code(self) -> str:
+        """Manifest and config come; returns the digest of the code, which is wanted next."""
+        self.bring(self.made.digest)
+        manifest = self.source.manifest(self.made.digest)
+        self.bring(manifest.config.digest)
+        return manifest.layers[0].digest
+
+
+@pytest.fixture
+def board(tmp_path: Path) -> Board:
+    return Board(tmp_path)
+
+
+def test_it_asks_for_what_is_missing_for_as_long_as_it_is_whatever_https_does(board: Board) -> None:
+    board.begin()
+    board.silence(600)
+    assert len(board.fallbacks) > 600 / FALLBACK_S - 2
+    asked = [at for at, _ in board.wants]
+    pauses = [after - before for before, after in zip(asked, asked[1:], strict=False)]
+    assert board.clock.monotonic() - asked[-1] <= WANT_AGAIN_LAST_S + TICK_S
+    assert max(pauses) <= WANT_AGAIN_LAST_S + TICK_S
+
+
+def test_https_is_tried_after_silence_and_not_at_once(board: Board) -> None:
+    board.begin()
+    board.silence(FALLBACK_S - TICK_S)
+    assert not board.fallbacks
+    board.silence(2 * TICK_S)
+    assert [digest for _, digest in board.fallbacks] == [board.made.digest]
+
+
+def test_the_patience_of_one_fetch_is_not_that_of_the_next(board: Board) -> None:
+    board.begin()
+    board.silence(120)
+    board.fetcher.stop()
+    board.wants.clear()
+    board.begin()
+    board.silence(WANT_AGAIN_S + TICK_S)
+    assert len(board.wants) == 2, "the first question may be lost like any other"
