@@ -53,6 +53,10 @@ class _Blob:
     def length(self, number: int) -> int:
         return min(self.chunk_bytes, self.blob.size - number * self.chunk_bytes)
 
+    @property
+    def missing_bytes(self) -> int:
+        return sum(map(self.length, self.missing))
+
     def _find_again(self) -> None:
         """Chunks that an interrupted fetch left behind, by hashing them. Without chunk hashes there is nothing to go by."""
         if self.hashes is None:
@@ -187,16 +191,21 @@ class Fetcher:
                 break  # one at a time: this is the slow way
 
     def _open(self, blobs: list[tuple[Descriptor, tuple[str, ...] | None, int]]) -> None:
+        opened: dict[str, _Blob] = {}
         for descriptor, hashes, chunk_bytes in blobs:
-            if descriptor.digest in self._blobs:
+            if descriptor.digest in opened:
                 continue
             if self._lies_whole(descriptor):
                 self.done_bytes += descriptor.size
                 continue
             blob = _Blob(self._layout, descriptor, hashes, chunk_bytes)
-            self.done_bytes += descriptor.size - sum(blob.length(n) for n in blob.missing)
-            self._blobs[descriptor.digest] = blob
-            self._listen(descriptor.digest)
+            self.done_bytes += descriptor.size - blob.missing_bytes
+            opened[descriptor.digest] = blob
+        # What lies here already, of an earlier try or of another slot, takes no space a second time.
+        self._need_space(sum(blob.missing_bytes for blob in opened.values()))
+        for digest, blob in opened.items():
+            self._blobs[digest] = blob
+            self._listen(digest)
         self._ask()
 
     def _lies_whole(self, descriptor: Descriptor) -> bool:
@@ -226,6 +235,7 @@ class Fetcher:
                         self._unlisten(digest)
                         del self._blobs[digest]
                     else:
+                        self.done_bytes -= blob.blob.size
                         self.bad_chunks += 1
                         self._ask()
             if self._blobs or self._target is None or self.finished:
@@ -240,7 +250,6 @@ class Fetcher:
             self.total_bytes = target.size + sum(blob.size for blob in manifest.blobs())
             if manifest.config.size > MAX_CONFIG_BYTES:
                 raise ArtifactError(f"a config of {manifest.config.size} bytes is not accepted")
-            self._need_space(self._layout.root, self.total_bytes - self.done_bytes)
             self._open([(manifest.config, None, CHUNK_BYTES)])
         elif self._round == 2:
             chunks, chunk_bytes = chunk_plan(manifest, self._layout.read(manifest.config.digest, MAX_CONFIG_BYTES))
@@ -250,7 +259,10 @@ class Fetcher:
             self._layout.sync()
             self.finished = True
 
-    def _need_space(self, folder: Path, wanted: int) -> None:
+    def _need_space(self, wanted: int) -> None:
+        if not wanted:
+            return
+        folder = self._layout.root
         with atomic.disk_errors(folder, "measure"):
             free = self._layout.files.free_bytes(folder)
         if free < wanted + SPARE_BYTES:

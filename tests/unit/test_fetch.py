@@ -109,3 +109,43 @@ def test_the_patience_of_one_fetch_is_not_that_of_the_next(board: Board) -> None
     board.begin()
     board.silence(WANT_AGAIN_S + TICK_S)
     assert len(board.wants) == 2, "the first question may be lost like any other"
+
+
+def test_what_an_earlier_start_brought_needs_no_space_again(tmp_path: Path) -> None:
+    board = Board(tmp_path, code=b"".join(hashlib.sha256(bytes([n])).digest() * 128 for n in range(100)))
+    board.begin()
+    code = board.bring_all_but_the_code()
+    board.bring(code, list(range(90)), CHUNK_BYTES)
+    board.fetcher = board.fetcher_of_a_start()  # it was killed; meanwhile what is left is about what is missing
+    board.files.free = fetch.SPARE_BYTES + 10 * CHUNK_BYTES
+    board.begin()
+    assert board.wants[-1][1].missing == ((90, 99),)
+    board.bring(code, list(range(90, 100)), CHUNK_BYTES)
+    assert board.fetcher.finished
+    assert board.fetcher.done_bytes == board.fetcher.total_bytes
+
+
+def test_an_artifact_that_another_slot_has_is_fetched_on_a_full_disk(board: Board) -> None:
+    board.begin()
+    board.bring(board.bring_all_but_the_code(), chunk_bytes=CHUNK_BYTES)
+    assert board.fetcher.finished
+    board.files.free = 0
+    board.begin()
+    assert board.fetcher.finished
+
+
+def test_what_does_not_fit_is_refused_before_a_byte_of_it_is_asked_for(tmp_path: Path) -> None:
+    board = Board(tmp_path, code=bytes(100 * CHUNK_BYTES))
+    board.files.free = fetch.SPARE_BYTES + 99 * CHUNK_BYTES
+    board.begin()
+    with pytest.raises(EnvironmentProblem, match=f"needs {100 * CHUNK_BYTES} bytes"):
+        board.bring_all_but_the_code()
+    code = board.source.manifest(board.made.digest).layers[0].digest
+    assert code not in {want.digest for _, want in board.wants}
+    assert code not in board.listened
+
+
+def test_a_blob_that_came_wrong_is_not_counted_as_come(board: Board) -> None:
+    board.begin()
+    board.fetcher.chunk(board.made.digest, 0, bytes(board.made.size))
+    assert (board.fetcher.done_bytes, board.fetcher.bad_chunks) == (0, 1)
