@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from contextlib import suppress
-from pathlib import Path
 
 from edgefleet_shared import atomic, chunks
 from edgefleet_shared.artifact import (
@@ -33,13 +32,22 @@ from edgefleet_shared.messages import Want, ranges
 WANT_AGAIN_S = 2.0  # silence after which the missing chunks are asked for again
 WANT_AGAIN_LAST_S = 30.0
 FALLBACK_S = 8.0  # silence after which HTTP is tried
+ALIVE_EVERY_S = 1.0
 SPARE_BYTES = 16 * 1024 * 1024  # what must stay free beside the artifact
 
 
 class _Blob:
     """One blob on its way: a file that is filled chunk by chunk, and which chunks are missing."""
 
-    def __init__(self, layout: Layout, blob: Descriptor, hashes: tuple[str, ...] | None, chunk_bytes: int) -> None:
+    def __init__(
+        self,
+        layout: Layout,
+        blob: Descriptor,
+        hashes: tuple[str, ...] | None,
+        chunk_bytes: int,
+        alive: Callable[[], None],
+    ) -> None:
+        self._alive = alive
         self.blob, self.hashes, self.chunk_bytes = blob, hashes, chunk_bytes
         self.count = chunk_count(blob.size, chunk_bytes)
         if hashes is not None and len(hashes) != self.count:
@@ -66,6 +74,7 @@ class _Blob:
             for number, piece in zip(range(self.count), pieces, strict=False):
                 if len(piece) == self.length(number) and self._good(number, piece):
                     self.missing.discard(number)
+                self._alive()
 
     def _good(self, number: int, piece: bytes) -> bool:
         return self.hashes is None or hashlib.sha256(piece).hexdigest() == self.hashes[number]
@@ -86,7 +95,7 @@ class _Blob:
             return True
         # Also false when the file is longer than it should be: then its bytes hash to something else.
         try:
-            whole = digest_file(self.part, files=self.files) == self.blob.digest
+            whole = digest_file(self.part, files=self.files, alive=self._alive) == self.blob.digest
         except FileNotFoundError:
             whole = False
         if not whole:
@@ -106,6 +115,7 @@ class Fetcher:
         listen, unlisten: subscribe to a digest's chunks.
         fallback: (digest, size, chunk_bytes, missing chunk numbers): fetch these another way; None where there is none. Results come
             in through :meth:`chunk` too.
+        alive: called once a second while what lies on the disk is hashed: of a gigabyte a slow one takes longer than a watchdog waits.
     """
 
     def __init__(
@@ -117,9 +127,11 @@ class Fetcher:
         unlisten: Callable[[str], None],
         fallback: Callable[[str, int, int, list[int]], None] | None,
         clock: Clock,
+        alive: Callable[[], object] = lambda: None,
     ) -> None:
         self._layout, self._want, self._listen, self._unlisten = layout, want, listen, unlisten
         self._fallback, self._clock = fallback, clock
+        self._say_alive, self._alive_at = alive, 0.0
         self._target: Descriptor | None = None
         self._blobs: dict[str, _Blob] = {}
         self._round = 0
@@ -198,7 +210,7 @@ class Fetcher:
             if self._lies_whole(descriptor):
                 self.done_bytes += descriptor.size
                 continue
-            blob = _Blob(self._layout, descriptor, hashes, chunk_bytes)
+            blob = _Blob(self._layout, descriptor, hashes, chunk_bytes, self._alive)
             self.done_bytes += descriptor.size - blob.missing_bytes
             opened[descriptor.digest] = blob
         # What lies here already, of an earlier try or of another slot, takes no space a second time.
@@ -213,11 +225,17 @@ class Fetcher:
         if not self._layout.has(descriptor.digest):
             return False
         try:
-            self._layout.check(descriptor)
+            self._layout.check(descriptor, alive=self._alive)
         except ArtifactError:
             atomic.remove(self._layout.path(descriptor.digest), files=self._layout.files)
             return False
         return True
+
+    def _alive(self) -> None:
+        now = self._clock.monotonic()
+        if now - self._alive_at >= ALIVE_EVERY_S:
+            self._alive_at = now
+            self._say_alive()
 
     def _ask(self) -> None:
         self._asked_at = self._clock.monotonic()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -21,9 +22,17 @@ TICK_S = 0.5
 
 
 class SmallDisk(Disk):
-    """A disk with so many bytes free, whatever is written."""
+    """A disk with so many bytes free, whatever is written; each read of it takes a while."""
 
     free = 1 << 40
+    read_s = 0.0
+
+    def __init__(self, clock: ManualClock) -> None:
+        self._clock = clock
+
+    def read(self, fd: int, size_bytes: int) -> bytes:
+        self._clock.advance(self.read_s)
+        return super().read(fd, size_bytes)
 
     def free_bytes(self, folder: Path) -> int:
         return self.free
@@ -33,7 +42,8 @@ class Board:
     """A fetcher, the artifact that it is to bring, and what it asked for."""
 
     def __init__(self, folder: Path, code: bytes = b"code", by_http: bool = True) -> None:
-        self.clock, self.files = ManualClock(), SmallDisk()
+        self.clock = ManualClock()
+        self.files = SmallDisk(self.clock)
         self.source = Layout(folder / "controller")
         config = AgentConfig(
             schema=SCHEMA, version="2", device_class="c", requires=Requirement(), chunk_bytes=CHUNK_BYTES
@@ -43,7 +53,7 @@ class Board:
         self.fallbacks: list[tuple[float, str]] = []
         self.listened: set[str] = set()
         self.layout = Layout(folder / "board", files=self.files)
-        self.beats = 0
+        self.beats: list[float] = []
         self.fetcher = self.fetcher_of_a_start(by_http)
 
     def fetcher_of_a_start(self, by_http: bool = True) -> Fetcher:
@@ -54,7 +64,11 @@ class Board:
             unlisten=self.listened.discard,
             fallback=(lambda digest, *_: self.fallbacks.append((self.clock.monotonic(), digest))) if by_http else None,
             clock=self.clock,
+            alive=self.beat,
         )
+
+    def beat(self) -> None:
+        self.beats.append(self.clock.monotonic())
 
     def begin(self) -> None:
         self.fetcher.begin(self.made.digest, self.made.size)
@@ -88,7 +102,7 @@ def test_it_asks_for_what_is_missing_for_as_long_as_it_is_whatever_https_does(bo
     board.silence(600)
     assert len(board.fallbacks) > 600 / FALLBACK_S - 2
     asked = [at for at, _ in board.wants]
-    pauses = [after - before for before, after in zip(asked, asked[1:], strict=False)]
+    pauses = [after - before for before, after in pairwise(asked)]
     assert board.clock.monotonic() - asked[-1] <= WANT_AGAIN_LAST_S + TICK_S
     assert max(pauses) <= WANT_AGAIN_LAST_S + TICK_S
 
@@ -149,3 +163,20 @@ def test_a_blob_that_came_wrong_is_not_counted_as_come(board: Board) -> None:
     board.begin()
     board.fetcher.chunk(board.made.digest, 0, bytes(board.made.size))
     assert (board.fetcher.done_bytes, board.fetcher.bad_chunks) == (0, 1)
+
+
+@pytest.mark.parametrize("stage", ["brought in part", "brought whole", "has its name"])
+def test_a_disk_that_takes_minutes_to_read_looks_alive_to_the_watchdog(tmp_path: Path, stage: str) -> None:
+    board = Board(tmp_path, code=bytes(1000 * CHUNK_BYTES))
+    board.begin()
+    code = board.bring_all_but_the_code()
+    board.bring(code, list(range(1000 if stage == "has its name" else 999)), CHUNK_BYTES)
+    board.files.read_s, board.beats = 5.0, [board.clock.monotonic()]
+    if stage == "brought whole":
+        board.bring(code, [999], CHUNK_BYTES)
+    else:
+        board.fetcher = board.fetcher_of_a_start()
+        board.begin()
+    beats = [*board.beats, board.clock.monotonic()]
+    assert beats[-1] - beats[0] > 60, "this test shows nothing"
+    assert max(after - before for before, after in pairwise(beats)) < 60
