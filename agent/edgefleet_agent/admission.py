@@ -1,7 +1,8 @@
 """Stage 6, verify: what is wanted of the board. Receives ``desired`` messages and metadata, hands on the assignment to take up.
 
-Level-triggered: only the newest ``desired`` message counts, and each one is decided about once, also across restarts. Asking the
-verifying child takes a moment, so it runs on a thread whose answer comes back through the runner's inbox.
+Level-triggered: only the newest ``desired`` message counts, and each one is decided about once, also across restarts. What was refused is
+looked at again after a start and when metadata came: they may have been stale, or the clock wrong; what stays refused is told once. Asking
+the verifying child takes a moment, so it runs on a thread whose answer comes back through the runner's inbox.
 
 Not handled here: the checks themselves (:mod:`edgefleet_agent.verify`), what happens next (:mod:`edgefleet_agent.runner`).
 """
@@ -19,6 +20,7 @@ from edgefleet_shared.assignment import MAX_ASSIGNMENT_BYTES, Admission, Incompl
 from edgefleet_shared.errors import EdgefleetError, EnvironmentProblem, TrustError
 from edgefleet_shared.exhaustive import assert_never
 from edgefleet_shared.fingerprint import Fingerprint
+from edgefleet_shared.lifecycle import State
 from edgefleet_shared.messages import Body, Ended, Refused
 from edgefleet_shared.outcomes import Outcome
 from edgefleet_shared.results import MAX_REASON
@@ -80,6 +82,7 @@ class Admissions:
         self._desired: bytes | None = None
         self._unkept: dict[str, bytes] = {}
         self._begun = self._asking = self._fresh = self._waits_for_fresh = False
+        self._look_again = True  # at what was refused
         self._ask_again_at: float | None = None
         self._root_version = 0
         self._followed: tuple[str, ...] = ()
@@ -138,6 +141,7 @@ class Admissions:
             self._problem("metadata", str(exc))
         else:
             self._problem("metadata", "")
+        self._look_again = self._look_again or news
         if news or self._waits_for_fresh:
             self._consider()
 
@@ -150,17 +154,17 @@ class Admissions:
 
     def _consider(self) -> None:
         """Have the newest ``desired`` message verified, unless that was done."""
-        desired = self._desired
+        desired, decided = self._desired, self._keeper.now
         if not self._begun or desired is None or self._asking or len(desired) > MAX_ASSIGNMENT_BYTES:
             return
         digest = digest_of(desired)
-        if digest == self._keeper.now.desired_seen:
+        if digest == decided.desired_seen and not (decided.refusal and self._look_again):
             return
         # A file that the disk would not take is as good as one that has not arrived.
         self._waits_for_fresh = not self._fresh or bool(self._unkept)
         if self._waits_for_fresh:
             return
-        self._asking = True
+        self._asking, self._look_again = True, False
 
         def ask() -> None:
             result: Admission | verify.Refusal | EdgefleetError
@@ -233,16 +237,21 @@ class Admissions:
         self._problem("admission", "" if isinstance(error, Incomplete) else str(error))
 
     def _refuse(self, digest: str, refusal: verify.Refusal) -> None:
-        reason = str(refusal.error)
-        ended = self._keeper.now.ended
-        if refusal.assignment:
+        reason, decided = str(refusal.error), self._keeper.now
+        if (digest, reason) == (decided.desired_seen, decided.refusal):
+            return  # it was told
+        ended = decided.ended
+        # How it ends is said once: one that is at work, or has ended, may be signed anew and refused then.
+        at_work = decided.assignment.id if decided.assignment and decided.life.state is not State.IDLE else ""
+        ends = refusal.assignment not in ("", at_work, ended.assignment if ended else "")
+        if ends:
             ended = Ended(
                 assignment=refusal.assignment, manifest="", outcome=Outcome.REJECTED, reason=reason[:MAX_REASON],
-                at=self._ports.clock.now(), number=next_number(self._keeper.now),
+                at=self._ports.clock.now(), number=next_number(decided),
             )  # fmt: skip
         self._keeper.keep(desired_seen=digest, refusal=reason, ended=ended)
         log.warning("assignment refused", extra={"digest": digest, "reason": reason})
         check = getattr(refusal.error, "check", refusal.error.code)
         self._tell(Refused(desired=digest, check=check, reason=reason))
-        if ended is not None and refusal.assignment:
+        if ended is not None and ends:
             self._tell_result(ended)

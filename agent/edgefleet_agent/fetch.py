@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from contextlib import suppress
-from pathlib import Path
 
 from edgefleet_shared import atomic, chunks
 from edgefleet_shared.artifact import (
@@ -33,13 +32,22 @@ from edgefleet_shared.messages import Want, ranges
 WANT_AGAIN_S = 2.0  # silence after which the missing chunks are asked for again
 WANT_AGAIN_LAST_S = 30.0
 FALLBACK_S = 8.0  # silence after which HTTP is tried
+ALIVE_EVERY_S = 1.0
 SPARE_BYTES = 16 * 1024 * 1024  # what must stay free beside the artifact
 
 
 class _Blob:
     """One blob on its way: a file that is filled chunk by chunk, and which chunks are missing."""
 
-    def __init__(self, layout: Layout, blob: Descriptor, hashes: tuple[str, ...] | None, chunk_bytes: int) -> None:
+    def __init__(
+        self,
+        layout: Layout,
+        blob: Descriptor,
+        hashes: tuple[str, ...] | None,
+        chunk_bytes: int,
+        alive: Callable[[], None],
+    ) -> None:
+        self._alive = alive
         self.blob, self.hashes, self.chunk_bytes = blob, hashes, chunk_bytes
         self.count = chunk_count(blob.size, chunk_bytes)
         if hashes is not None and len(hashes) != self.count:
@@ -53,6 +61,10 @@ class _Blob:
     def length(self, number: int) -> int:
         return min(self.chunk_bytes, self.blob.size - number * self.chunk_bytes)
 
+    @property
+    def missing_bytes(self) -> int:
+        return sum(map(self.length, self.missing))
+
     def _find_again(self) -> None:
         """Chunks that an interrupted fetch left behind, by hashing them. Without chunk hashes there is nothing to go by."""
         if self.hashes is None:
@@ -62,6 +74,7 @@ class _Blob:
             for number, piece in zip(range(self.count), pieces, strict=False):
                 if len(piece) == self.length(number) and self._good(number, piece):
                     self.missing.discard(number)
+                self._alive()
 
     def _good(self, number: int, piece: bytes) -> bool:
         return self.hashes is None or hashlib.sha256(piece).hexdigest() == self.hashes[number]
@@ -82,7 +95,7 @@ class _Blob:
             return True
         # Also false when the file is longer than it should be: then its bytes hash to something else.
         try:
-            whole = digest_file(self.part, files=self.files) == self.blob.digest
+            whole = digest_file(self.part, files=self.files, alive=self._alive) == self.blob.digest
         except FileNotFoundError:
             whole = False
         if not whole:
@@ -102,6 +115,7 @@ class Fetcher:
         listen, unlisten: subscribe to a digest's chunks.
         fallback: (digest, size, chunk_bytes, missing chunk numbers): fetch these another way; None where there is none. Results come
             in through :meth:`chunk` too.
+        alive: called once a second while what lies on the disk is hashed: of a gigabyte a slow one takes longer than a watchdog waits.
     """
 
     def __init__(
@@ -113,13 +127,15 @@ class Fetcher:
         unlisten: Callable[[str], None],
         fallback: Callable[[str, int, int, list[int]], None] | None,
         clock: Clock,
+        alive: Callable[[], object] = lambda: None,
     ) -> None:
         self._layout, self._want, self._listen, self._unlisten = layout, want, listen, unlisten
         self._fallback, self._clock = fallback, clock
+        self._say_alive, self._alive_at = alive, 0.0
         self._target: Descriptor | None = None
         self._blobs: dict[str, _Blob] = {}
         self._round = 0
-        self._quiet_since = self._asked_at = 0.0
+        self._heard_at = self._asked_at = self._fell_back_at = 0.0
         self._pause_s = WANT_AGAIN_S
         self.finished = False
         self.done_bytes = self.total_bytes = 0
@@ -140,6 +156,8 @@ class Fetcher:
             raise ArtifactError(f"a manifest of {size} bytes is not accepted")
         self._target = Descriptor("", manifest, size)
         self.finished, self._round = False, 0
+        self._heard_at = self._fell_back_at = self._clock.monotonic()
+        self._pause_s = WANT_AGAIN_S
         self.done_bytes, self.total_bytes, self.bad_chunks = 0, size, 0
         self._open([(self._target, None, CHUNK_BYTES)])
         self._go_on()
@@ -164,37 +182,42 @@ class Fetcher:
             self.bad_chunks += number in blob.missing
             return False
         self.done_bytes += blob.length(number)
-        self._quiet_since = self._clock.monotonic()
+        self._heard_at = self._clock.monotonic()
         self._pause_s = WANT_AGAIN_S
         if not blob.missing:
             self._go_on()
         return True
 
     def tick(self) -> None:
-        """Ask again after silence; fall back to HTTP after more of it."""
+        """Ask again after silence; fall back to HTTP after more of it. Neither puts the other off: each may be the one way there is."""
         if not self.busy:
             return
         now = self._clock.monotonic()
-        if now - max(self._quiet_since, self._asked_at) >= self._pause_s:
+        if now - max(self._heard_at, self._asked_at) >= self._pause_s:
             self._pause_s = min(self._pause_s * 1.5, WANT_AGAIN_LAST_S)
             self._ask()
-        if self._fallback is not None and now - self._quiet_since >= FALLBACK_S:
-            self._quiet_since = now
+        if self._fallback is not None and now - max(self._heard_at, self._fell_back_at) >= FALLBACK_S:
+            self._fell_back_at = now
             for digest, blob in self._blobs.items():
                 self._fallback(digest, blob.blob.size, blob.chunk_bytes, sorted(blob.missing))
                 break  # one at a time: this is the slow way
 
     def _open(self, blobs: list[tuple[Descriptor, tuple[str, ...] | None, int]]) -> None:
+        opened: dict[str, _Blob] = {}
         for descriptor, hashes, chunk_bytes in blobs:
-            if descriptor.digest in self._blobs:
+            if descriptor.digest in opened:
                 continue
             if self._lies_whole(descriptor):
                 self.done_bytes += descriptor.size
                 continue
-            blob = _Blob(self._layout, descriptor, hashes, chunk_bytes)
-            self.done_bytes += descriptor.size - sum(blob.length(n) for n in blob.missing)
-            self._blobs[descriptor.digest] = blob
-            self._listen(descriptor.digest)
+            blob = _Blob(self._layout, descriptor, hashes, chunk_bytes, self._alive)
+            self.done_bytes += descriptor.size - blob.missing_bytes
+            opened[descriptor.digest] = blob
+        # What lies here already, of an earlier try or of another slot, takes no space a second time.
+        self._need_space(sum(blob.missing_bytes for blob in opened.values()))
+        for digest, blob in opened.items():
+            self._blobs[digest] = blob
+            self._listen(digest)
         self._ask()
 
     def _lies_whole(self, descriptor: Descriptor) -> bool:
@@ -202,11 +225,17 @@ class Fetcher:
         if not self._layout.has(descriptor.digest):
             return False
         try:
-            self._layout.check(descriptor)
+            self._layout.check(descriptor, alive=self._alive)
         except ArtifactError:
             atomic.remove(self._layout.path(descriptor.digest), files=self._layout.files)
             return False
         return True
+
+    def _alive(self) -> None:
+        now = self._clock.monotonic()
+        if now - self._alive_at >= ALIVE_EVERY_S:
+            self._alive_at = now
+            self._say_alive()
 
     def _ask(self) -> None:
         self._asked_at = self._clock.monotonic()
@@ -224,6 +253,7 @@ class Fetcher:
                         self._unlisten(digest)
                         del self._blobs[digest]
                     else:
+                        self.done_bytes -= blob.blob.size
                         self.bad_chunks += 1
                         self._ask()
             if self._blobs or self._target is None or self.finished:
@@ -232,13 +262,12 @@ class Fetcher:
             self._next_round(self._target)
 
     def _next_round(self, target: Descriptor) -> None:
-        self._quiet_since = self._clock.monotonic()
+        self._heard_at = self._clock.monotonic()
         manifest = parse_manifest(self._layout.read(target.digest, MAX_MANIFEST_BYTES))
         if self._round == 1:
             self.total_bytes = target.size + sum(blob.size for blob in manifest.blobs())
             if manifest.config.size > MAX_CONFIG_BYTES:
                 raise ArtifactError(f"a config of {manifest.config.size} bytes is not accepted")
-            self._need_space(self._layout.root, self.total_bytes - self.done_bytes)
             self._open([(manifest.config, None, CHUNK_BYTES)])
         elif self._round == 2:
             chunks, chunk_bytes = chunk_plan(manifest, self._layout.read(manifest.config.digest, MAX_CONFIG_BYTES))
@@ -248,7 +277,10 @@ class Fetcher:
             self._layout.sync()
             self.finished = True
 
-    def _need_space(self, folder: Path, wanted: int) -> None:
+    def _need_space(self, wanted: int) -> None:
+        if not wanted:
+            return
+        folder = self._layout.root
         with atomic.disk_errors(folder, "measure"):
             free = self._layout.files.free_bytes(folder)
         if free < wanted + SPARE_BYTES:

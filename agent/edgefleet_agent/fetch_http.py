@@ -20,8 +20,12 @@ def fetch_chunks(
     chunk_bytes: int,
     numbers: list[int],
     take: Callable[[str, int, bytes], None],
+    wanted: Callable[[], bool] = lambda: True,
 ) -> None:
     """Fetch chunks of one blob over one connection, in order, each handed to ``take`` as it is complete.
+
+    Args:
+        wanted: asked whenever something came; once it says no, the rest is left.
 
     Raises:
         TransportError: the controller can't be reached, refuses, or sends something else.
@@ -29,11 +33,19 @@ def fetch_chunks(
     link = http.client.HTTPSConnection(host, port, timeout=TIMEOUT_S, context=endpoint.tls())
     try:
         for number in numbers:
+            if not wanted():
+                return
             first = number * chunk_bytes
             last = min(first + chunk_bytes, size) - 1
             link.request("GET", f"/v1/blobs/{digest}", headers={"Range": f"bytes={first}-{last}"})
             answer = link.getresponse()
-            piece = answer.read(chunk_bytes + 1)
+            # As it comes: a sender that drips would hold this way for whoever wants something else now.
+            piece = b""
+            while len(piece) <= chunk_bytes and (more := answer.read1(chunk_bytes + 1 - len(piece))):
+                piece += more
+                if not wanted():
+                    return
+            answer.close()  # read1 leaves that to us, and the connection takes no other request before
             if answer.status != 206 or len(piece) != last - first + 1:
                 raise TransportError(f"the controller answered {answer.status} to a range of {digest}")
             take(digest, number, piece)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,8 +15,10 @@ from edgefleet_agent.ports import ModelServer
 from edgefleet_agent.power import PowerMeter, Scope, watts
 from edgefleet_agent.runtime.control import StatusReport
 
-# After commit: this many crashes of the engine's process between two looks at its health mean that it regressed.
+# After commit: this many crashes of the engine's process over this many looks at its health mean that it regressed. Over several looks,
+# because one that dies at each request may take longer to load than passes between two of them.
 REGRESSION_CRASHES = 3
+REGRESSION_LOOKS = 12
 
 
 class CpuMeter:
@@ -42,17 +45,24 @@ class CrashWatch:
     """Whether the engine of what serves keeps dying, from the runtime's counters."""
 
     def __init__(self) -> None:
-        self._seen: tuple[str, int] | None = None
+        self._manifest = ""
+        self._seen: deque[int] = deque(maxlen=REGRESSION_LOOKS + 1)  # its crashes so far, at each look
 
     def look(self, status: StatusReport | None) -> tuple[str, str] | None:
-        """(manifest, why) when it ended :data:`REGRESSION_CRASHES` times or more since the last look, else None."""
+        """(manifest, why) when it ended :data:`REGRESSION_CRASHES` times or more in the last :data:`REGRESSION_LOOKS`, else None."""
         serving = next((v for v in status.versions if v.serving), None) if status else None
         if serving is None:
             return None
-        before, self._seen = self._seen, (serving.manifest, serving.crashes)
-        if before is None or before[0] != serving.manifest or serving.crashes - before[1] < REGRESSION_CRASHES:
+        if serving.manifest != self._manifest:
+            self._manifest = serving.manifest
+            self._seen.clear()
+        elif self._seen and serving.crashes < self._seen[-1]:  # the runtime started again, and counts from nothing
+            self._seen.clear()
+            self._seen.append(0)
+        self._seen.append(serving.crashes)
+        crashed = self._seen[-1] - self._seen[0]
+        if crashed < REGRESSION_CRASHES:
             return None
-        crashed = serving.crashes - before[1]
         return serving.manifest, f"the engine's process ended {crashed} times: {serving.last_problem}"
 
 

@@ -122,6 +122,7 @@ class Runner:
             unlisten=uplink.unlisten,
             fallback=uplink.fetch if settings.api_host else None,
             clock=clock,
+            alive=notify.alive,
         )
         self._teller = reporting.Teller(state, settings, board, boot, self._keeper, ports, self._spool, self._fetcher)
         self._results = Results(

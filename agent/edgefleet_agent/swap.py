@@ -84,7 +84,10 @@ def soak(ports: Ports, assignment: Assignment, stop: threading.Event) -> tuple[E
         if version is None or (status.serving != assignment.manifest):
             problem = version.last_problem if version is not None else "it is not loaded any more"
             return Event.UNHEALTHY, f"the runtime does not serve it: {problem or 'something else serves'}"
-        at_start = at_start or version
+        if at_start is None:
+            at_start = version
+        elif version.requests < at_start.requests:  # the runtime started again, and counts from nothing
+            at_start = msgspec.structs.replace(version, requests=0, failed=0)
         if version.crashes:
             return Event.UNHEALTHY, f"the engine's process ended {version.crashes} times: {version.last_problem}"
         requests, failed = version.requests - at_start.requests, version.failed - at_start.failed

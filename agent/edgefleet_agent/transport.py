@@ -90,7 +90,7 @@ class Uplink(Protocol):
     def event(self, content: bytes) -> None: ...
 
     def fetch(self, digest: str, size: int, chunk_bytes: int, numbers: list[int]) -> None:
-        """Get these chunks another way, in the background; they arrive like the others."""
+        """Get these chunks another way, in the background; they arrive like the others, as long as somebody listens for the blob."""
         ...
 
 
@@ -115,6 +115,7 @@ class MqttUplink:
         self._api = (api_host, api_port)
         self._fetching = threading.Lock()
         self._metadata: set[str] = set()
+        self._listened: set[str] = set()
         self._reported: Reported | None = None
         self._agent: AgentReport | None = None
         offline = Presence(online=False, boot=boot)
@@ -155,9 +156,11 @@ class MqttUplink:
         self._metadata = wanted
 
     def listen(self, digest: str) -> None:
+        self._listened.add(digest)
         self._link.subscribe(topics.chunks(digest))
 
     def unlisten(self, digest: str) -> None:
+        self._listened.discard(digest)
         self._link.unsubscribe(topics.chunks(digest))
 
     def want(self, want: Want) -> None:
@@ -190,6 +193,7 @@ class MqttUplink:
                 fetch_chunks(
                     self._endpoint, host, port, digest, size, chunk_bytes, numbers,
                     lambda name, number, piece: self._put(Chunk(name, number, piece)),
+                    wanted=lambda: digest in self._listened,
                 )  # fmt: skip
             except TransportError as exc:
                 log.warning("HTTP fallback failed", extra={"digest": digest, "reason": str(exc)})

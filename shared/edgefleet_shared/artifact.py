@@ -11,7 +11,7 @@ Not handled here: who signed what (:mod:`edgefleet_shared.trust`), how bytes tra
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -134,11 +134,13 @@ def digest_of(content: bytes | memoryview) -> str:
     return "sha256:" + hashlib.sha256(content).hexdigest()
 
 
-def digest_file(path: Path, *, files: FileSystem = DISK) -> str:
-    """``sha256:<hex>`` of a file, read piece by piece. Raises like :func:`edgefleet_shared.atomic.read`."""
+def digest_file(path: Path, *, files: FileSystem = DISK, alive: Callable[[], None] = lambda: None) -> str:
+    """``sha256:<hex>`` of a file, read piece by piece, with a word to ``alive`` after each. Raises like
+    :func:`edgefleet_shared.atomic.read`."""
     state = hashlib.sha256()
     for piece in atomic.pieces(path, files=files):
         state.update(piece)
+        alive()
     return "sha256:" + state.hexdigest()
 
 
@@ -227,8 +229,8 @@ class Layout:
             raise ArtifactError(f"blob {digest} was changed on disk: its bytes hash to {digest_of(content)}")
         return content
 
-    def check(self, descriptor: Descriptor) -> None:
-        """Check a blob on disk against size and digest, without holding it in memory.
+    def check(self, descriptor: Descriptor, *, alive: Callable[[], None] = lambda: None) -> None:
+        """Check a blob on disk against size and digest, without holding it in memory; see :func:`digest_file`.
 
         Raises:
             NotFoundError: no such blob.
@@ -240,7 +242,7 @@ class Layout:
             raise NotFoundError(f"no blob {descriptor.digest} in {self.root}")
         if size != descriptor.size:
             raise ArtifactError(f"blob {descriptor.digest} has {size} bytes on disk, {descriptor.size} were signed")
-        actual = digest_file(path, files=self.files)
+        actual = digest_file(path, files=self.files, alive=alive)
         if actual != descriptor.digest:
             raise ArtifactError(f"blob {descriptor.digest} was changed on disk: its bytes hash to {actual}")
 

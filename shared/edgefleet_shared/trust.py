@@ -13,7 +13,8 @@ closed; a test named after its attack stands behind each:
  6  floor                  no version of any of them below what this board has already accepted
  7  assignment_signature   signed by the director, a role that the offline targets keys delegate
  8  assignment_device      made out to this board and its class, about what it was sent as, exactly one artifact
- 9  assignment_fresh       version above what was accepted before (or the very same bytes), not expired
+ 9  assignment_fresh       version above what was accepted before (or the very same bytes), not expired, issued while the
+                           metadata held
 10  agreement              path, length and sha256 equal to the image repository's
 11  fingerprint            the board can run it; said before a byte is downloaded
 ==  =====================  ==========================================================================================
@@ -57,7 +58,7 @@ from edgefleet_shared.assignment import (
     class_role,
     target_path,
 )
-from edgefleet_shared.clock import utc
+from edgefleet_shared.clock import iso, utc
 from edgefleet_shared.errors import TrustError
 from edgefleet_shared.fingerprint import Fingerprint, Requirement, mismatches
 
@@ -107,6 +108,7 @@ class ImageRepository:
         self.versions = {
             name: self._trusted[name].version for name in ("root", "timestamp", "snapshot", "targets", role)
         }
+        self.valid_until = min(self._trusted[name].expires for name in self.versions).timestamp()
         for name, version in self.versions.items():
             if version < floors.versions.get(name, 0):
                 raise TrustError("floor", f"{name} version {version} is below {floors.versions[name]}, accepted before")
@@ -142,6 +144,12 @@ def admit(
     floor, accepted = floors.of(subject)
     if version < floor or (version == floor and digest != accepted):
         raise TrustError("assignment_fresh", f"version {version} is not above {floor}")
+    # It becomes the floor of the clock, for good: past the metadata's end it would make all of them look expired, also what is signed next.
+    if assignment.issued_at >= repository.valid_until:
+        raise TrustError(
+            "assignment_fresh",
+            f"issued at {assignment.issued_at}, when metadata of now have expired, at {iso(repository.valid_until)}",
+        )
     released = repository.releases.targets.get(target_path(device_class, assignment.model, assignment.version))
     if released is None:
         raise TrustError(

@@ -6,6 +6,7 @@ import json
 import ssl
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -53,7 +54,8 @@ def test_a_board_whom_the_broker_brings_no_chunk_gets_the_artifact_by_https(tmp_
         fleet.close()
 
 
-Fetch = Callable[[list[int], dict[int, bytes]], None]  # chunk numbers, and where the received chunks go
+# Chunk numbers, where the received chunks go, and whether they are wanted still.
+Fetch = Callable[..., None]
 Answer = Callable[[BaseHTTPRequestHandler, int, int], None]
 
 
@@ -83,10 +85,10 @@ def served(tmp_path: Path) -> Iterator[Callable[[Answer], Fetch]]:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         running.append(server)
 
-        def fetch(numbers: list[int], taken: dict[int, bytes]) -> None:
+        def fetch(numbers: list[int], taken: dict[int, bytes], wanted: Callable[[], bool] = lambda: True) -> None:
             fetch_chunks(
                 pki.endpoint("board"), "127.0.0.1", server.server_port, digest_of(CONTENT), len(CONTENT), CHUNK_BYTES,
-                numbers, lambda digest, number, piece: taken.update({number: piece}),
+                numbers, lambda digest, number, piece: taken.update({number: piece}), wanted,
             )  # fmt: skip
 
         return fetch
@@ -142,6 +144,33 @@ def test_an_answer_that_is_not_the_range_ends_the_fetch_and_keeps_what_came_befo
     with pytest.raises(TransportError):
         served(then_bad)([0, 1, 2], taken)
     assert taken == {0: CONTENT[:4096]}
+
+
+def test_what_is_not_wanted_any_more_is_left_also_by_a_controller_that_drips(tmp_path: Path, served) -> None:
+    asked: list[int] = []
+    hung_up = threading.Event()
+
+    def drip(to: BaseHTTPRequestHandler, first: int, last: int) -> None:
+        asked.append(first)
+        if first == 0:
+            honest(to, first, last)
+            return
+        to.send_response(206)
+        to.send_header("Content-Length", str(last - first + 1))
+        to.end_headers()
+        with suppress(OSError):
+            while not hung_up.wait(0.05):
+                to.wfile.write(b"x")
+        to.close_connection = True
+
+    wanted = iter([True, True, True, True, False])
+    taken: dict[int, bytes] = {}
+    try:
+        served(drip)([0, 1, 2], taken, lambda: next(wanted, False))
+    finally:
+        hung_up.set()
+    assert taken == {0: CONTENT[:4096]}
+    assert 8192 not in asked
 
 
 def test_a_controller_that_is_not_there_is_a_transport_error(tmp_path: Path) -> None:

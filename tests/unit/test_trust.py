@@ -200,6 +200,22 @@ def test_check_9_an_expired_assignment_is_refused_even_by_a_board_whose_clock_st
     refused("assignment_fresh", fleet, old, floors=msgspec.structs.replace(floors, assignment_version=0))
 
 
+@pytest.mark.parametrize("ahead", [15 * DAY, 100 * 365 * DAY, 1e15], ids=["past the timestamp", "a century", "no date"])
+def test_check_9_a_stolen_director_can_not_put_a_boards_clock_past_all_metadata(fleet: Fleet, ahead: float) -> None:
+    signed = fleet.assignment()
+    ahead_of_time = msgspec.structs.replace(signed, issued_at=signed.issued_at + int(ahead))
+    refused("assignment_fresh", fleet, fleet.director.sign(ahead_of_time, 1))
+
+
+def test_check_9_whatever_a_stolen_director_signed_metadata_that_is_renewed_is_taken_after_it(fleet: Fleet) -> None:
+    signed = fleet.assignment()
+    latest = msgspec.structs.replace(signed, issued_at=signed.issued_at + int(14 * DAY) - 1)
+    floors = fleet.admit(fleet.director.sign(latest, 1)).floors
+    fleet.clock.advance(8 * DAY)
+    fleet.repository.renew()
+    assert fleet.admit(fleet.director.sign(fleet.assignment("2", V2), 2), floors).assignment.version == "2"
+
+
 def test_check_10_a_stolen_director_can_not_assign_what_was_never_released(fleet: Fleet) -> None:
     never = Descriptor("", "sha256:" + "9" * 64, 1000)
     refused("agreement", fleet, fleet.director.sign(fleet.assignment("9", never), 1))

@@ -1,0 +1,153 @@
+"""Which assignment a board takes up: each is decided about, a refusal is not for ever, and nothing is told twice."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Any, cast
+
+import msgspec
+import pytest
+from edgefleet_agent.admission import Admissions
+from edgefleet_agent.inbox import AdmissionDone
+from edgefleet_agent.journal import Keeper
+from edgefleet_agent.ports import Ports
+from edgefleet_agent.settings import Settings
+from edgefleet_agent.verify import AdmitRequest, Refusal
+from edgefleet_shared import atomic
+from edgefleet_shared.artifact import digest_of
+from edgefleet_shared.assignment import Admission, Assignment, Subject
+from edgefleet_shared.clock import ManualClock
+from edgefleet_shared.errors import TrustError
+from edgefleet_shared.files import DISK
+from edgefleet_shared.fingerprint import Fingerprint, Requirement
+from edgefleet_shared.lifecycle import Life, State
+from edgefleet_shared.messages import Ended, Refused
+from edgefleet_shared.outcomes import Outcome
+
+ROOT = msgspec.json.encode({"signed": {"version": 1}})
+STALE = TrustError("timestamp", "timestamp.json is expired")
+ASSIGNMENT = Assignment(
+    id="a1", device="b1", device_class="c", rollout="r", model="m", version="1", manifest="sha256:" + "1" * 64, size=9,
+    issued_at=1,
+)  # fmt: skip
+
+
+class Uplink:
+    def follow_metadata(self, files: tuple[str, ...]) -> None:
+        pass
+
+
+class Board:
+    """The admissions of a board; what the verifying child says is set by hand, and said at once."""
+
+    def __init__(self, state: Path) -> None:
+        self.state = state
+        for folder in ("trust", "metadata"):
+            atomic.make_folder(state / folder)
+        atomic.write(state / "trust" / "root.json", ROOT)
+        self.says: TrustError | None = STALE
+        self.named = ""
+        self.asked = 0
+        self.told: list[Any] = []
+        self.ended: list[Ended] = []
+        self.start()
+
+    def start(self) -> None:
+        """The agent starts (again), and its line comes up."""
+        self.keeper = Keeper(self.state, DISK)
+        self.keeper.load()
+        self.inbox: list[AdmissionDone] = []
+        ports = Ports(
+            uplink=cast(Any, Uplink()), runtime=cast(Any, None), examiner=cast(Any, self), signer=cast(Any, None),
+            clock=ManualClock(), files=DISK, spawn=lambda name, work: work(),
+        )  # fmt: skip
+        self.admissions = Admissions(
+            self.state, Settings(device="b1", device_class="c", site="", broker_host="b", broker_port=1),
+            Fingerprint(arch="x86_64"), self.keeper, ports, tell=self.told.append, tell_result=self.ended.append,
+            put=cast(Any, self.inbox.append), problem=lambda what, why: None, subject=Subject.MODEL,
+            deciding=threading.Lock(),
+        )  # fmt: skip
+        self.admissions.begin()
+        self.metadata(b"timestamp 1")
+
+    def admit(self, request: AdmitRequest) -> Admission:
+        self.asked += 1
+        if self.says is not None:
+            raise Refusal(self.says, self.named)
+        return Admission(
+            assignment=ASSIGNMENT, desired=digest_of(request.desired), requires=Requirement(), floors=request.floors,
+            root=ROOT,
+        )  # fmt: skip
+
+    def desire(self, content: bytes = b"an assignment") -> None:
+        self.admissions.desire(content)
+        self.turn()
+
+    def metadata(self, content: bytes) -> None:
+        self.admissions.take_metadata("timestamp.json", content)
+        self.turn()
+
+    def turn(self) -> None:
+        while self.inbox:
+            self.admissions.done(self.inbox.pop(0))
+
+
+@pytest.fixture
+def board(tmp_path: Path) -> Board:
+    return Board(tmp_path)
+
+
+def test_what_was_refused_for_stale_metadata_is_taken_up_once_they_are_renewed(board: Board) -> None:
+    board.desire()
+    assert board.keeper.now.refusal == str(STALE)
+    board.says = None
+    board.metadata(b"timestamp 2")
+    assert board.keeper.now.pending == ASSIGNMENT
+    assert board.keeper.now.refusal == ""
+
+
+def test_what_was_refused_is_looked_at_once_more_after_a_start(board: Board) -> None:
+    board.desire()
+    board.says = None
+    board.start()
+    board.desire()  # retained, it comes again
+    assert board.keeper.now.pending == ASSIGNMENT
+
+
+def test_a_refusal_that_stands_is_told_once(board: Board) -> None:
+    board.says, board.named = TrustError("agreement", "m 1 is not released"), "a1"
+    board.desire()
+    board.metadata(b"timestamp 2")
+    board.metadata(b"timestamp 3")
+    assert board.asked == 3
+    assert [type(event) for event in board.told] == [Refused]
+    assert [ended.outcome for ended in board.ended] == [Outcome.REJECTED]
+
+
+def test_an_assignment_that_ended_is_not_told_to_have_ended_again_when_it_is_refused_later(board: Board) -> None:
+    done = Ended(assignment="a1", manifest="", outcome=Outcome.SUCCEEDED, reason="", at=1.0, number=1)
+    board.keeper.keep(ended=done)
+    board.says, board.named = TrustError("fingerprint", "engine onnxruntime is not on this board"), "a1"
+    board.desire(b"the same, signed anew")
+    assert board.keeper.now.refusal
+    assert board.keeper.now.ended == done
+    assert board.ended == []
+
+
+def test_an_assignment_that_is_at_work_is_not_told_to_have_ended_when_it_is_refused_anew(board: Board) -> None:
+    board.keeper.keep(assignment=ASSIGNMENT, life=Life(State.SOAKING))
+    board.says, board.named = TrustError("fingerprint", "engine onnxruntime is not on this board"), "a1"
+    board.desire(b"the same, signed anew")
+    assert board.keeper.now.refusal
+    assert board.ended == []
+    assert board.keeper.now.ended is None
+
+
+def test_what_was_admitted_is_not_looked_at_again(board: Board) -> None:
+    board.says = None
+    board.desire()
+    board.metadata(b"timestamp 2")
+    board.start()
+    board.desire()
+    assert board.asked == 1
