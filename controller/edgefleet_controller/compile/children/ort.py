@@ -20,6 +20,7 @@ from .measure import Array, Run, SampleFile, measure, run_all
 onnxruntime.disable_telemetry_events()
 
 MIN_IR_VERSION = 4  # of ONNX, from which constants need not be inputs too
+ROUNDINGS = ("QuantizeLinear", "DequantizeLinear")
 LOOKED_AT = 4  # samples that tell a network from one that computes something else
 SAME_DB = 40.0  # signal to noise, from which two ways of computing one network are one; float32's own rounding leaves 80 and more
 
@@ -126,7 +127,31 @@ def _name_nodes(path: str) -> None:
         if not node.name or node.name in seen:
             node.name = f"{node.op_type}/{node.output[0]}"
         seen.add(node.name)
+    _stand_aside(model.graph)
     onnx.save(model, path)
+
+
+def _stand_aside(graph: onnx.GraphProto) -> None:
+    """Give roundings that a network came with names of their own: the QDQ writer's are made from tensors' names, as those were by its like."""
+    outputs = {output.name for output in graph.output}
+    renamed: dict[str, str] = {}
+    for node in graph.node:
+        if node.op_type in ROUNDINGS:
+            node.name = f"given/{node.name}"
+            renamed |= {name: f"given/{name}" for name in node.output if name not in outputs}
+    _rename(graph, renamed)
+
+
+def _rename(graph: onnx.GraphProto, renamed: dict[str, str]) -> None:
+    """Values by other names, here and in the graphs inside, which may read them."""
+    for node in graph.node:
+        node.input[:] = [renamed.get(name, name) for name in node.input]
+        node.output[:] = [renamed.get(name, name) for name in node.output]
+        for attribute in node.attribute:
+            for inside in (*attribute.graphs, *([attribute.g] if attribute.HasField("g") else [])):
+                _rename(inside, renamed)
+    for value in graph.value_info:
+        value.name = renamed.get(value.name, value.name)
 
 
 def _refusal(exc: Exception, path: str) -> job.Refused:
