@@ -127,3 +127,16 @@ def test_an_output_of_another_size_for_each_sample_is_told(bench: Bench) -> None
     model = typed(net, [3, "found"], outputs=WHOLE)
     with pytest.raises(ModelError, match="output 'scores' has another size for each sample, such as"):
         bench.compile(bench.version(project(bench.folder, model, **RAW)), class_here())
+
+
+def test_samples_that_a_network_can_not_answer_are_told_with_the_node(bench: Bench) -> None:
+    net = Net(11)
+    net.add("ReduceMean", axes=[2, 3], keepdims=0)
+    net.add("Cast", to=WHOLE)
+    net.add("Gather", net.last, first=net.constant(np.ones((4, 2), np.float32)))
+    net.nodes[-1].name = "table"
+    version = bench.version(project(bench.folder, net.model([1, 3, 2]), inputs=[{"name": "image"}], **RAW))
+    with pytest.raises(
+        ModelError, match=r"onnxruntime can't run this network: .*'table'.*indices element out of data bounds"
+    ):
+        bench.compile(version, class_here())

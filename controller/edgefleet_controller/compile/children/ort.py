@@ -57,9 +57,19 @@ def prepare(request: job.Request, progress: job.Progress) -> dict[str, Any]:
     _name_nodes(request["simplified"])
     progress("simplifying", 1, 1)
     for samples, references in zip(request["samples"], request["references"], strict=True):
-        save_file(run_all(run, SampleFile(samples), progress, "float reference"), references)
+        save_file(_answers(run, request["network"], SampleFile(samples), progress), references)
     _same(run, load(request["simplified"]), SampleFile(request["samples"][0], LOOKED_AT), progress)
     return {"engine_version": onnxruntime.__version__}
+
+
+def _answers(run: Run, network: str, samples: SampleFile, progress: job.Progress) -> dict[str, Array]:
+    """What the network as it came says. What it can't answer is its own or the samples' fault: an index past a table's end, shapes that don't meet."""
+    try:
+        return run_all(run, samples, progress, "float reference")
+    except (job.Refused, MemoryError):
+        raise
+    except Exception as exc:  # onnxruntime's own classes share no base but this
+        raise _refusal(exc, network, "run") from exc
 
 
 def _same(source: Run, simplified: Run, samples: SampleFile, progress: job.Progress) -> None:
@@ -154,8 +164,8 @@ def _rename(graph: onnx.GraphProto, renamed: dict[str, str]) -> None:
         value.name = renamed.get(value.name, value.name)
 
 
-def _refusal(exc: Exception, path: str) -> job.Refused:
-    """onnxruntime's load error as a sentence that names operator and node; its own texts name one or the other."""
+def _refusal(exc: Exception, path: str, what: str = "load") -> job.Refused:
+    """onnxruntime's error as a sentence that names operator and node; its own texts name one or the other."""
     text = str(exc)
     missing = re.search(r"Could not find an implementation for (\w+)\(\d+\) node with name '([^']*)'", text)
     if missing:
@@ -168,7 +178,7 @@ def _refusal(exc: Exception, path: str) -> job.Refused:
         nodes = [n for n in onnx.load(path).graph.node if (n.domain, n.op_type) == (domain, op)]
         where = f" (node {nodes[0].name or nodes[0].output[0]!r})" if nodes else ""
         return job.Refused("bad_model", f"onnxruntime has no operator {domain}.{op}{where}")
-    return job.Refused("bad_model", f"onnxruntime can't load this network: {text.splitlines()[0]}")
+    return job.Refused("bad_model", f"onnxruntime can't {what} this network: {text.splitlines()[0]}")
 
 
 def main() -> None:
