@@ -9,6 +9,7 @@ import numpy as np
 import onnx
 import pytest
 from edgefleet_controller.manifests import Model
+from edgefleet_shared.errors import ModelError
 from onnx import TensorProto
 from safetensors.numpy import save_file
 from support.compiling import ENGINES, Bench, class_here
@@ -88,3 +89,54 @@ def test_openvino_finds_an_output_behind_a_cast_that_it_folds(bench: Bench) -> N
     net.add("Cast", to=FLOAT)
     version = bench.version(project(bench.folder, net.model([1, 8, 1, 1]), **RAW))
     assert bench.compile(version, class_here("openvino", precision="fp32")).figures.agreement == 1.0
+
+
+@pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
+def test_a_network_that_comes_with_roundings_of_its_own_keeps_them(bench: Bench, engine: str) -> None:
+    """As onnxruntime's quantizer leaves them; the names of ours are made likewise."""
+    net = Net(9)
+
+    def rounded(name: str, array: Any = None) -> None:
+        scale, zero = net.constant(np.float32(0.02)), net.constant(np.int8(0) if array is not None else np.uint8(128))
+        if array is None:
+            net.add("QuantizeLinear", scale, zero)
+            net.nodes[-1].name = f"{name}_QuantizeLinear"
+            net.add("DequantizeLinear", scale, zero)
+        else:
+            net.add("DequantizeLinear", scale, zero, first=net.constant(array))
+        net.nodes[-1].name = net.last = f"{name}_DequantizeLinear"
+        net.nodes[-1].output[:] = [net.last]
+
+    for number, inputs in enumerate((3, 8)):
+        rounded(f"n{len(net.nodes) - 1}" if number else "image")
+        read = net.last
+        rounded(f"w{number}", net.rng.integers(-40, 40, (8, inputs, 3, 3)).astype(np.int8))
+        net.add("Conv", net.last, first=read, kernel_shape=[3, 3])
+        net.add("Relu")
+    net.add("GlobalAveragePool")
+    version = bench.version(project(bench.folder, net.model([1, 8, 1, 1]), **RAW))
+    result = bench.compile(version, class_here(engine, search={"effort": "fixed", "prefer": "size"}))
+    assert result.figures.agreement == 1.0
+
+
+def test_an_output_of_another_size_for_each_sample_is_told(bench: Bench) -> None:
+    net = Net(10)
+    net.add("ReduceMax", axes=[1], keepdims=0)
+    net.add("Greater", net.constant(np.float32(1.0)))
+    net.add("NonZero")
+    model = typed(net, [3, "found"], outputs=WHOLE)
+    with pytest.raises(ModelError, match="output 'scores' has another size for each sample, such as"):
+        bench.compile(bench.version(project(bench.folder, model, **RAW)), class_here())
+
+
+def test_samples_that_a_network_can_not_answer_are_told_with_the_node(bench: Bench) -> None:
+    net = Net(11)
+    net.add("ReduceMean", axes=[2, 3], keepdims=0)
+    net.add("Cast", to=WHOLE)
+    net.add("Gather", net.last, first=net.constant(np.ones((4, 2), np.float32)))
+    net.nodes[-1].name = "table"
+    version = bench.version(project(bench.folder, net.model([1, 3, 2]), inputs=[{"name": "image"}], **RAW))
+    with pytest.raises(
+        ModelError, match=r"onnxruntime can't run this network: .*'table'.*indices element out of data bounds"
+    ):
+        bench.compile(version, class_here())

@@ -196,6 +196,14 @@ def test_held_out_samples_that_could_not_tell_damage_are_named() -> None:
     assert vacuous({"head": head((0, 0, 0, 5.0))}, HEAD) == ""
 
 
+def test_a_float_model_that_answers_with_no_numbers_is_not_int8s_fault() -> None:
+    spec = version("raw", TensorSpec("y", "FP32", (1, 2)))
+    answered = np.array([[1, 0], [0, np.nan], [-np.inf, 1]], np.float32)
+    assert "'y' holds NaN or infinity for 2 of 3 held-out samples" in vacuous({"y": answered}, spec)
+    answered[1] = 2.0
+    assert vacuous({"y": answered}, spec) == ""
+
+
 def test_a_float_model_that_answers_by_chance_points_at_colours_layout_and_labels() -> None:
     rng = np.random.default_rng(0)
     scores = rng.normal(size=(200, 10)).astype(np.float32)

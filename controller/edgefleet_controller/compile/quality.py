@@ -89,6 +89,11 @@ def vacuous(references: dict[str, Array], version: ModelVersion) -> str:
     """
     n = len(next(iter(references.values())))
     name = version.outputs[0].name
+    if version.output_kind != "detection":
+        for spec in version.outputs:
+            broken = n - int(np.isfinite(references[spec.name]).reshape(n, -1).all(axis=1).sum())
+            if 2 * broken > n:
+                return f"the float model's own output {spec.name!r} holds NaN or infinity for {broken} of {n} held-out samples, which nothing agrees with"
     if version.output_kind == "detection":
         if not any(answers.boxes(references, version)):
             assert version.detection is not None

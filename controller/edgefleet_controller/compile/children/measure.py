@@ -15,7 +15,7 @@ import numpy.typing as npt
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from .job import Progress, Request
+from .job import Progress, Refused, Request
 
 Array = npt.NDArray[Any]
 Run = Callable[[dict[str, Array]], dict[str, Array]]
@@ -54,6 +54,15 @@ def run_all(run: Run, samples: SampleFile, progress: Progress, what: str) -> dic
         for name, value in run(samples[index]).items():
             rows.setdefault(name, []).append(np.asarray(value, np.float32))
     progress(what, len(samples), len(samples))
+    for name, values in rows.items():
+        shapes = {value.shape for value in values}
+        if len(shapes) > 1:
+            told = " and ".join(str(shape) for shape in sorted(shapes)[:2])
+            raise Refused(
+                "bad_model",
+                f"output {name!r} has another size for each sample, such as {told}: boards and budgets want one that is fixed",
+                "leave out what makes lists, such as non-maximum suppression, and let the application do it",
+            )
     return {
         name: np.concatenate(values) if values[0].shape[:1] == (1,) else np.stack(values)
         for name, values in rows.items()

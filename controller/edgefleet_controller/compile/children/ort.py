@@ -20,6 +20,7 @@ from .measure import Array, Run, SampleFile, measure, run_all
 onnxruntime.disable_telemetry_events()
 
 MIN_IR_VERSION = 4  # of ONNX, from which constants need not be inputs too
+ROUNDINGS = ("QuantizeLinear", "DequantizeLinear")
 LOOKED_AT = 4  # samples that tell a network from one that computes something else
 SAME_DB = 40.0  # signal to noise, from which two ways of computing one network are one; float32's own rounding leaves 80 and more
 
@@ -56,9 +57,19 @@ def prepare(request: job.Request, progress: job.Progress) -> dict[str, Any]:
     _name_nodes(request["simplified"])
     progress("simplifying", 1, 1)
     for samples, references in zip(request["samples"], request["references"], strict=True):
-        save_file(run_all(run, SampleFile(samples), progress, "float reference"), references)
+        save_file(_answers(run, request["network"], SampleFile(samples), progress), references)
     _same(run, load(request["simplified"]), SampleFile(request["samples"][0], LOOKED_AT), progress)
     return {"engine_version": onnxruntime.__version__}
+
+
+def _answers(run: Run, network: str, samples: SampleFile, progress: job.Progress) -> dict[str, Array]:
+    """What the network as it came says. What it can't answer is its own or the samples' fault: an index past a table's end, shapes that don't meet."""
+    try:
+        return run_all(run, samples, progress, "float reference")
+    except (job.Refused, MemoryError):
+        raise
+    except Exception as exc:  # onnxruntime's own classes share no base but this
+        raise _refusal(exc, network, "run") from exc
 
 
 def _same(source: Run, simplified: Run, samples: SampleFile, progress: job.Progress) -> None:
@@ -126,11 +137,35 @@ def _name_nodes(path: str) -> None:
         if not node.name or node.name in seen:
             node.name = f"{node.op_type}/{node.output[0]}"
         seen.add(node.name)
+    _stand_aside(model.graph)
     onnx.save(model, path)
 
 
-def _refusal(exc: Exception, path: str) -> job.Refused:
-    """onnxruntime's load error as a sentence that names operator and node; its own texts name one or the other."""
+def _stand_aside(graph: onnx.GraphProto) -> None:
+    """Give roundings that a network came with names of their own: the QDQ writer's are made from tensors' names, as those were by its like."""
+    outputs = {output.name for output in graph.output}
+    renamed: dict[str, str] = {}
+    for node in graph.node:
+        if node.op_type in ROUNDINGS:
+            node.name = f"given/{node.name}"
+            renamed |= {name: f"given/{name}" for name in node.output if name not in outputs}
+    _rename(graph, renamed)
+
+
+def _rename(graph: onnx.GraphProto, renamed: dict[str, str]) -> None:
+    """Values by other names, here and in the graphs inside, which may read them."""
+    for node in graph.node:
+        node.input[:] = [renamed.get(name, name) for name in node.input]
+        node.output[:] = [renamed.get(name, name) for name in node.output]
+        for attribute in node.attribute:
+            for inside in (*attribute.graphs, *([attribute.g] if attribute.HasField("g") else [])):
+                _rename(inside, renamed)
+    for value in graph.value_info:
+        value.name = renamed.get(value.name, value.name)
+
+
+def _refusal(exc: Exception, path: str, what: str = "load") -> job.Refused:
+    """onnxruntime's error as a sentence that names operator and node; its own texts name one or the other."""
     text = str(exc)
     missing = re.search(r"Could not find an implementation for (\w+)\(\d+\) node with name '([^']*)'", text)
     if missing:
@@ -143,7 +178,7 @@ def _refusal(exc: Exception, path: str) -> job.Refused:
         nodes = [n for n in onnx.load(path).graph.node if (n.domain, n.op_type) == (domain, op)]
         where = f" (node {nodes[0].name or nodes[0].output[0]!r})" if nodes else ""
         return job.Refused("bad_model", f"onnxruntime has no operator {domain}.{op}{where}")
-    return job.Refused("bad_model", f"onnxruntime can't load this network: {text.splitlines()[0]}")
+    return job.Refused("bad_model", f"onnxruntime can't {what} this network: {text.splitlines()[0]}")
 
 
 def main() -> None:
