@@ -41,7 +41,7 @@ from edgefleet_shared.messages import (
     EnvelopeSignature,
     Event,
     Health,
-    OutcomeTold,
+    Refused,
     Reported,
     SignedResult,
     Want,
@@ -294,7 +294,7 @@ class Wire:
     metadata: dict[str, bytes]
     put: Callable[[Item], None]
     reported: Reported | None = None
-    outcomes: list[Outcome] = field(default_factory=list)
+    refused: list[Refused] = field(default_factory=list)
     stored: dict[tuple[str, int], bytes] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
 
@@ -326,8 +326,8 @@ class Wire:
     def event(self, content: bytes) -> None:
         event = decode(content, Event)
         key = (event.boot, event.sequence)
-        if self.stored.setdefault(key, content) is content and isinstance(event.body, OutcomeTold):
-            self.outcomes.append(event.body.ended.outcome)
+        if self.stored.setdefault(key, content) is content and isinstance(event.body, Refused):
+            self.refused.append(event.body)
         self.put(Acked(Ack(event.boot, event.sequence)))
 
     def fetch(self, digest: str, size: int, chunk_bytes: int, numbers: list[int]) -> None: ...
@@ -480,6 +480,8 @@ def check_end(agent: Agent, ends: dict[str, tuple[Outcome, ...]] | None = None) 
     check_signed(told, Subject.MODEL)
     assert told.ended is not None
     assert told.ended.outcome in ends[version], f"{version or 'nothing'} serves, {told.ended.outcome.value} was told"
+    if told.ended.outcome is not Outcome.REJECTED:
+        assert told.desired_seen not in {one.desired for one in agent.wire.refused}, "it was refused, and then followed"
     if version:
         assert active is not None
         assert active.status is SlotStatus.GOOD, f"{version} serves and was left {active.status.value}"
