@@ -100,8 +100,11 @@ class Spool:
         self._rewind()
 
     def acknowledge(self, ack: Ack) -> None:
-        """The controller has stored everything of a boot up to a number."""
+        """The controller has stored everything of a boot up to a number. One that was never given says nothing: believed, it would have all
+        that is still to come taken for stored."""
         if ack.boot != self._boot and ack.boot not in self._store.boots():
+            return
+        if ack.boot == self._boot and ack.sequence > self._sequence:
             return
         floor = max(ack.sequence, self._store.floor(ack.boot))
         self._store.acknowledge(ack.boot, floor)

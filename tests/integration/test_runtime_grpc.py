@@ -183,6 +183,17 @@ def test_a_hostile_call_is_refused_and_the_next_one_answered(address: str, case:
     assert len(call(address, request()).raw_output_contents) == 1
 
 
+@pytest.mark.parametrize(("shape", "why"), [([1, 8, 8, 3], "do not fill"), ([5_000_000], "send raw contents")])
+def test_typed_contents_without_measure_are_not_made_a_tensor_of(address: str, shape: list[int], why: str) -> None:
+    """A byte each on the wire, an object each in the gateway."""
+    made = service_pb2.ModelInferRequest(model_name="toy")
+    made.inputs.add(name="x", datatype="UINT8", shape=shape).contents.uint_contents.extend([0] * 5_000_000)
+    with pytest.raises(grpc.RpcError) as caught:
+        call(address, made)
+    assert why in str(caught.value.details())
+    assert len(call(address, request()).raw_output_contents) == 1
+
+
 def test_a_runtime_that_was_started_again_is_found_again(
     client: triton.InferenceServerClient, runtime: Runtime
 ) -> None:

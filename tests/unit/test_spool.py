@@ -137,6 +137,18 @@ def test_an_old_boot_that_is_never_acknowledged_does_not_silence_the_present_one
     assert ("boot-2", WINDOW) in numbers(sent)
 
 
+def test_an_acknowledgement_of_what_was_never_told_costs_no_event() -> None:
+    files, clock, sent = disk(), ManualClock(), list[bytes]()
+    spool = spool_on(files, sent, clock)
+    spool.came_up()
+    spool.acknowledge(Ack("boot-1", 1_000_000))
+    spool.add(OutcomeTold(ended=ENDED))
+    spool.up = False  # and what was sent is lost
+    sent.clear()
+    spool.came_up()
+    assert numbers(sent) == [("boot-1", 1)]
+
+
 def test_a_window_that_nobody_answers_is_sent_again() -> None:
     clock, sent = ManualClock(), list[bytes]()
     spool = spool_on(disk(), sent, clock)

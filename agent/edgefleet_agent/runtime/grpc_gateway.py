@@ -31,7 +31,9 @@ from edgefleet_agent import notify
 from edgefleet_agent.runtime import open_inference_pb2
 from edgefleet_agent.runtime.control import short_path
 from edgefleet_agent.runtime.head import MAX_BODY_BYTES
-from edgefleet_agent.runtime.tensors import NUMPY
+from edgefleet_agent.runtime.json_data import MAX_PIECES
+from edgefleet_agent.runtime.protocol import MAX_RANK
+from edgefleet_agent.runtime.tensors import NUMPY, element_count
 
 pb: Any = open_inference_pb2  # its messages are made from a descriptor when it is imported
 SERVICE = "inference.GRPCInferenceService"
@@ -219,7 +221,18 @@ def _typed(tensor: Any) -> bytes:
     field = _CONTENTS.get(tensor.datatype)
     if field is None:
         raise CallError("INVALID_ARGUMENT", f"input {tensor.name!r}: {tensor.datatype!r} has no typed contents here")
-    values, dtype = np.array(getattr(tensor.contents, field)), NUMPY[tensor.datatype]
+    given = getattr(tensor.contents, field)
+    # Each value becomes an object on its way: how many there are is looked at first.
+    if len(given) != element_count(tensor.shape):
+        raise CallError(
+            "INVALID_ARGUMENT",
+            f"input {tensor.name!r}: {len(given)} values do not fill shape {list(tensor.shape[: MAX_RANK + 1])}",
+        )
+    if len(given) > MAX_PIECES:
+        raise CallError(
+            "INVALID_ARGUMENT", f"input {tensor.name!r}: more than {MAX_PIECES} typed values; send raw contents"
+        )
+    values, dtype = np.array(given), NUMPY[tensor.datatype]
     if dtype.kind in "iu" and values.size:
         limits = np.iinfo(dtype)
         if int(values.min()) < limits.min or int(values.max()) > limits.max:
