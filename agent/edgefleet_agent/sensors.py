@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+MOST_CELSIUS = 200.0  # no processor lives there: what reads more is a sensor that is broken, or not there
 THROTTLED_BELOW = 0.8  # of the maximum clock, right after a load that wants all of it
 
 
@@ -15,8 +16,8 @@ def hottest_celsius(sys_root: Path = Path("/sys")) -> float | None:
     readings = []
     for zone in sorted(sys_root.glob("class/thermal/thermal_zone*/temp")):
         value = _number(zone)
-        # Sensors that are switched off read 0 or far below zero.
-        if value is not None and value > 0:
+        # Sensors that are switched off read 0 or far below zero, or all ones.
+        if value is not None and 0 < value <= MOST_CELSIUS * 1000:
             readings.append(value / 1000.0)
     return max(readings, default=None)
 

@@ -56,7 +56,20 @@ def test_the_real_board_has_an_architecture_memory_and_the_engines_that_load() -
 
 
 def test_the_hottest_zone_counts_and_a_dead_sensor_does_not(tmp_path: Path) -> None:
-    for number, text in enumerate(("45000\n", "71500\n", "0\n", "rubbish")):
+    for number, text in enumerate(
+        (
+            "45000\n",
+            "71500\n",
+            "0\n",
+            "rubbish",
+            "",
+            "-128000",
+            "1000000000",
+            "255000",
+            "inf",
+            "nan",
+        )
+    ):
         zone = tmp_path / "class" / "thermal" / f"thermal_zone{number}"
         zone.mkdir(parents=True)
         (zone / "temp").write_text(text)
