@@ -128,7 +128,7 @@ def measure(
         watts=timed.watts,
         joules_per_inference=timed.joules_per_inference,
         power_scope=timed.power_scope,
-        throttled=sensors.throttled(),
+        throttled=sensors.throttled(most_mhz=request.most_mhz),
         celsius_before=celsius_before,
         celsius_after=sensors.hottest_celsius(),
     )

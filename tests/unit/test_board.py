@@ -85,6 +85,28 @@ def test_a_clock_far_below_its_maximum_is_throttled(tmp_path: Path, current: int
     assert sensors.throttled(tmp_path) is expected
 
 
+@pytest.mark.parametrize(
+    ("current", "asked_mhz", "governor", "driver", "expected"),
+    [
+        (900_000, 900, "schedutil", "cpufreq-dt", False),  # as fast as the class lets it
+        (600_000, 900, "schedutil", "cpufreq-dt", True),
+        (1_500_000, 2000, "schedutil", "cpufreq-dt", False),  # a ceiling above what the processor can do is none
+        (600_000, 0, "powersave", "cpufreq-dt", None),  # it holds the lowest clock, hot or cold
+        (600_000, 0, "powersave", "intel_pstate", True),  # here the same word follows the load
+    ],
+)
+def test_a_clock_that_was_asked_for_is_not_throttled(
+    tmp_path: Path, current: int, asked_mhz: int, governor: str, driver: str, expected: bool | None
+) -> None:
+    policy = tmp_path / "devices" / "system" / "cpu" / "cpufreq" / "policy0"
+    policy.mkdir(parents=True)
+    for name, value in (
+        ("scaling_cur_freq", current), ("cpuinfo_max_freq", 1_500_000), ("scaling_governor", governor), ("scaling_driver", driver),
+    ):  # fmt: skip
+        (policy / name).write_text(f"{value}\n")
+    assert sensors.throttled(tmp_path, asked_mhz) is expected
+
+
 def test_without_a_service_manager_notices_go_nowhere(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("NOTIFY_SOCKET", raising=False)
     monkeypatch.delenv("WATCHDOG_USEC", raising=False)
