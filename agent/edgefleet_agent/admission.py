@@ -85,6 +85,7 @@ class Admissions:
         self._look_again = True  # at what was refused
         self._ask_again_at: float | None = None
         self._root_version = 0
+        self._followed: tuple[str, ...] = ()
 
     def begin(self) -> None:
         """The journal is there: from now on decisions are made.
@@ -105,7 +106,8 @@ class Admissions:
         version = root.signed.version
         if version != self._root_version:
             self._root_version = version
-            self._ports.uplink.follow_metadata(metadata_files(self._settings.device_class, version))
+            self._followed = metadata_files(self._settings.device_class, version)
+            self._ports.uplink.follow_metadata(self._followed)
 
     def connected(self) -> None:
         """The line is there (again). What the broker retained comes anew, the metadata last: what lies here may be old.
@@ -120,7 +122,9 @@ class Admissions:
         self._consider()
 
     def take_metadata(self, name: str, content: bytes) -> None:
-        """A metadata file came: what could not be decided before may be now."""
+        """A metadata file came: what could not be decided before may be now. One that nobody asked for would only fill the disk."""
+        if self._followed and name not in self._followed:
+            return
         self._unkept[name] = content
         self._fresh = self._fresh or name == LAST_FILE
         self._keep_metadata()
