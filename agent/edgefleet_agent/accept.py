@@ -15,7 +15,7 @@ import msgspec
 from edgefleet_shared.contract import AcceptanceContract, AcceptanceFigures, AcceptanceReport, Verdict, judge
 from edgefleet_shared.errors import ArtifactError, NotFoundError
 
-from edgefleet_agent import sandbox, slots
+from edgefleet_agent import power_profile, sandbox, slots
 from edgefleet_agent.sandbox import Ended, Limits
 
 # The child is stopped a little above the contract's peak, so that a small overrun is a measured figure, not a kill.
@@ -24,13 +24,15 @@ MEMORY_SLACK_BYTES = 64 * 1024 * 1024
 
 
 class AcceptRequest(msgspec.Struct, frozen=True, kw_only=True):
-    """parent -> child, on its stdin. ``address_space_bytes`` is what it may map beyond the engine's libraries."""
+    """parent -> child, on its stdin. ``address_space_bytes`` is what it may map beyond the engine's libraries, ``most_mhz`` the clock that
+    the board may have now, 0 for no limit."""
 
     layout: str
     manifest: str
     engine: str
     threads: int
     address_space_bytes: int
+    most_mhz: int = 0
 
 
 class Stage(msgspec.Struct, frozen=True, tag="stage"):
@@ -91,6 +93,7 @@ def accept(state: Path, manifest_digest: str, *, threads: int = 1) -> Acceptance
         threads=threads,
         # Allocators reserve more than they touch; resident memory is watched by the parent, this only bounds a burst.
         address_space_bytes=limits.memory_bytes * 2 + (512 << 20),
+        most_mhz=power_profile.asked_mhz(state),
     )
     ended = sandbox.run("edgefleet_agent.accept_child", msgspec.json.encode(request), limits)
     return _report(contract, ended)

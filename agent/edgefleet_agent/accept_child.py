@@ -128,7 +128,7 @@ def measure(
         watts=timed.watts,
         joules_per_inference=timed.joules_per_inference,
         power_scope=timed.power_scope,
-        throttled=sensors.throttled(),
+        throttled=sensors.throttled(most_mhz=request.most_mhz),
         celsius_before=celsius_before,
         celsius_after=sensors.hottest_celsius(),
     )
@@ -194,7 +194,7 @@ def compare(
         references: float32, first axis the golden pictures.
 
     Raises:
-        ArtifactError: an output's size differs from its reference's.
+        ArtifactError: an output is missing, is empty, or differs in size from its reference.
     """
     import numpy as np
 
@@ -202,10 +202,14 @@ def compare(
     for number, answer in enumerate(answers):
         top, within = True, []
         for name, reference in references.items():
+            if name not in answer:
+                raise ArtifactError(f"the model gave no output {name}")
             wanted = reference[number].astype(np.float64).ravel()
             got = answer[name].astype(np.float64).ravel()
             if got.size != wanted.size:
                 raise ArtifactError(f"output {name} has {got.size} values, its reference has {wanted.size}")
+            if not wanted.size:
+                raise ArtifactError(f"output {name} has no values: nothing could be compared")
             # NaN and infinity agree with nothing.
             finite = bool(np.isfinite(got).all())
             top = top and finite and int(got.argmax()) == int(wanted.argmax())

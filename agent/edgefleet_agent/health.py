@@ -10,7 +10,7 @@ from edgefleet_shared.errors import EdgefleetError
 from edgefleet_shared.files import DISK
 from edgefleet_shared.messages import Health
 
-from edgefleet_agent import sensors
+from edgefleet_agent import power_profile, sensors
 from edgefleet_agent.ports import ModelServer
 from edgefleet_agent.power import PowerMeter, Scope, watts
 from edgefleet_agent.runtime.control import StatusReport
@@ -144,7 +144,7 @@ def measure(state: Path, client: ModelServer, meters: Meters) -> tuple[Health, S
         memory_available_bytes=memory_available_bytes(),
         disk_free_bytes=disk_free_bytes(state),
         celsius=sensors.hottest_celsius(),
-        throttled=sensors.throttled(),
+        throttled=sensors.throttled(most_mhz=power_profile.asked_mhz(state)),
         watts=used.watts if used else None,
         joules_per_request=used.joules_per_request if used else None,
         power_scope=meters.energy.scope,

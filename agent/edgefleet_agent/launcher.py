@@ -171,7 +171,18 @@ def code_of(state: Path, manifest: str, *, files: FileSystem = DISK) -> str:
         digest = str(layers[0]["digest"])
     except (ValueError, KeyError, IndexError, TypeError, RecursionError):
         return ""
-    return str(_path(own, digest)) if _blob(own, digest, files) else ""
+    return str(_path(own, digest)) if _is_whole(own, digest, files) else ""
+
+
+def _is_whole(own: Path, digest: str, files: FileSystem) -> bool:
+    """Piece by piece: a version that does not fit the memory must not end the launcher before it has counted the start."""
+    path, state = _path(own, digest), hashlib.sha256()
+    try:
+        for piece in atomic.pieces(path, files=files) if path else ():
+            state.update(piece)
+    except (OSError, EdgefleetError):
+        return False
+    return f"sha256:{state.hexdigest()}" == digest
 
 
 def _blob(own: Path, digest: str, files: FileSystem) -> bytes:

@@ -15,7 +15,7 @@ from pathlib import Path
 import msgspec
 from edgefleet_shared import atomic
 from edgefleet_shared.artifact import PowerProfile
-from edgefleet_shared.errors import EnvironmentProblem
+from edgefleet_shared.errors import EdgefleetError, EnvironmentProblem
 
 from edgefleet_agent import slots
 
@@ -44,6 +44,14 @@ def wanted(state: Path) -> PowerProfile:
     return layout.config(layout.manifest(serving.manifest)).power
 
 
+def asked_mhz(state: Path) -> int:
+    """The highest clock that is asked of the board now; 0 where there is no limit, or none that can be read."""
+    try:
+        return wanted(state).max_clock_mhz
+    except EdgefleetError:
+        return 0
+
+
 def apply(profile: PowerProfile, sys_root: Path = Path("/sys"), kept: Path = KEPT) -> list[str]:
     """Set every cpufreq policy as the profile says; what it leaves open goes back to what it was before any profile.
 
@@ -53,7 +61,8 @@ def apply(profile: PowerProfile, sys_root: Path = Path("/sys"), kept: Path = KEP
     Raises:
         EnvironmentProblem: the kernel offers no such governor or clock (then nothing was changed), or refuses to be written.
     """
-    policies = sorted((sys_root / _POLICIES).glob("policy*"))
+    # A cluster whose cores are switched off answers nothing (EBUSY), and has no clock to be set.
+    policies = [p for p in sorted((sys_root / _POLICIES).glob("policy*")) if _text(p / _GOVERNOR) and _khz(p / _CLOCK)]
     if not policies:
         if profile != PowerProfile():
             raise EnvironmentProblem(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+MOST_CELSIUS = 200.0  # no processor lives there: what reads more is a sensor that is broken, or not there
 THROTTLED_BELOW = 0.8  # of the maximum clock, right after a load that wants all of it
 
 
@@ -15,20 +16,38 @@ def hottest_celsius(sys_root: Path = Path("/sys")) -> float | None:
     readings = []
     for zone in sorted(sys_root.glob("class/thermal/thermal_zone*/temp")):
         value = _number(zone)
-        # Sensors that are switched off read 0 or far below zero.
-        if value is not None and value > 0:
+        # Sensors that are switched off read 0 or far below zero, or all ones.
+        if value is not None and 0 < value <= MOST_CELSIUS * 1000:
             readings.append(value / 1000.0)
     return max(readings, default=None)
 
 
-def throttled(sys_root: Path = Path("/sys")) -> bool | None:
-    """Whether every core runs clearly below its maximum clock just now; None when the board does not show its clocks."""
+def throttled(sys_root: Path = Path("/sys"), most_mhz: int = 0) -> bool | None:
+    """Whether every core runs clearly below its maximum clock just now; None when the board does not show its clocks, or holds them low.
+
+    Args:
+        most_mhz: the highest clock that the class's power profile lets it have; 0 for no such limit. The kernel's own
+            ``scaling_max_freq`` is no measure: what cools the board lowers it too.
+    """
     shares = []
     for policy in sorted(sys_root.glob("devices/system/cpu/cpufreq/policy*")):
         current, most = _number(policy / "scaling_cur_freq"), _number(policy / "cpuinfo_max_freq")
-        if current and most:
+        if current and most and not _holds_low(policy):
+            most = min(most, most_mhz * 1000) if most_mhz > 0 else most
             shares.append(current / most)
     return max(shares) < THROTTLED_BELOW if shares else None
+
+
+def _holds_low(policy: Path) -> bool:
+    """Whether the governor keeps the lowest clock whatever is asked of the core. The P-state drivers use the same word for another one."""
+    return _text(policy / "scaling_governor") == "powersave" and "pstate" not in _text(policy / "scaling_driver")
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text().strip()
+    except (OSError, UnicodeDecodeError):
+        return ""
 
 
 def _number(path: Path) -> float | None:

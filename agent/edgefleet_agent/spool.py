@@ -183,24 +183,31 @@ class Spool:
         self._send()
 
     def _send(self) -> None:
-        """Send in order, earlier boots first, as long as the window is open."""
-        try:
-            while self.up and (found := self._next()) is not None:
-                boot, sequence, content = found
+        """Send in order, earlier boots first, as long as the window is open. What can't be read keeps back its own boot alone."""
+        stuck: set[str] = set()
+        while self.up and (found := self._next(stuck)) is not None:
+            boot, sequence, content = found
+            try:
                 content = content or self._store.read(boot, sequence)
-                self._cursor[boot] = sequence
-                self._in_flight.append((boot, sequence))
-                self._publish(content)
-        except EnvironmentProblem as exc:
-            self._trouble(str(exc))
+            except EnvironmentProblem as exc:
+                stuck.add(boot)
+                self._trouble(str(exc))
+                continue
+            self._cursor[boot] = sequence
+            self._in_flight.append((boot, sequence))
+            self._publish(content)
 
-    def _next(self) -> tuple[str, int, bytes | None] | None:
-        """(boot, number, bytes unless they are on the disk) of what goes out next; None when the windows are full too."""
+    def _next(self, stuck: set[str]) -> tuple[str, int, bytes | None] | None:
+        """(boot, number, bytes unless they are on the disk) of what goes out next; None when the windows are full too, or the rest is
+        ``stuck``."""
         own = sum(boot == self._boot for boot, _ in self._in_flight)
         for boot in self._store.boots() if len(self._in_flight) - own < WINDOW else ():
-            if boot != self._boot and (sequence := self._store.next_after(boot, self._cursor.get(boot, 0))) is not None:
+            if (
+                boot not in (self._boot, *stuck)
+                and (sequence := self._store.next_after(boot, self._cursor.get(boot, 0))) is not None
+            ):
                 return boot, sequence, None
-        if own >= WINDOW:
+        if own >= WINDOW or self._boot in stuck:
             return None
         sequence, content = self._first_after(self._cursor.get(self._boot, 0))
         return (self._boot, sequence, content) if sequence is not None else None

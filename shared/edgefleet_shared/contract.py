@@ -26,6 +26,9 @@ class Verdict(str, Enum):
     ERROR = "error"
 
 
+# A board that accepts heeds no other assignment, and the deployment's own time does not end it: what hangs must not hold it for ever.
+MAX_ACCEPTANCE_S = 6 * 3600.0
+
 # When several checks disagree the first in this order wins: a proven fault outweighs a doubt.
 _GRAVITY = (Verdict.FAILED, Verdict.ERROR, Verdict.INCONCLUSIVE, Verdict.PASSED)
 
@@ -132,8 +135,8 @@ class AcceptanceContract(msgspec.Struct, frozen=True, kw_only=True):
             problems.append("at least 1 golden picture, 10 timed runs and 1 warm-up run")
         if self.kind == "raw" and self.tolerance_abs <= 0 and self.tolerance_rel <= 0:
             problems.append("kind raw needs a tolerance")
-        if not self.time_limit_s > 0:
-            problems.append("time_limit_s must be above 0")
+        if not 0 < self.time_limit_s <= MAX_ACCEPTANCE_S:
+            problems.append(f"time_limit_s must be above 0 and at most {MAX_ACCEPTANCE_S:.0f}")
         if not (self.build.time_limit_s > 0 and self.build.memory_bytes > 0 and self.build.disk_bytes > 0):
             problems.append("build.time_limit_s, build.memory_bytes and build.disk_bytes must be above 0")
         shadow = self.shadow

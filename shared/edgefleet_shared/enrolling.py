@@ -94,7 +94,8 @@ def _fetch_ca(host: str, port: int, fingerprint: str) -> str:
         raise TransportError("the controller sent no certificate") from exc
     if hashlib.sha256(der).hexdigest() != fingerprint:
         raise TrustError("controller", f"{host}:{port} is not the controller that the token was made by")
-    return pem
+    # Not what came: base64 ends at its padding, so another certificate after this one would be trusted too.
+    return ssl.DER_cert_to_PEM_cert(der)
 
 
 def _call(host: str, port: int, context: ssl.SSLContext, method: str, path: str, body: bytes | None) -> bytes:

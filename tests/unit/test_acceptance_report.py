@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 
 import msgspec
+import numpy as np
 import pytest
+from edgefleet_agent.accept_child import compare
 from edgefleet_shared.contract import (
     AcceptanceContract,
     AcceptanceFigures,
@@ -109,3 +111,24 @@ def test_only_enough_live_requests_that_agree_in_time_pass(seen: dict, verdict: 
 def test_a_shadow_that_could_not_fail_is_no_contract(plan: ShadowPlan) -> None:
     with pytest.raises(ArtifactError, match="shadow"):
         msgspec.structs.replace(CONTRACT, shadow=plan).check()
+
+
+@pytest.mark.parametrize("kind", ["classification", "raw"])
+@pytest.mark.parametrize(
+    ("answer", "reference", "words"),
+    [
+        pytest.param({}, np.ones((1, 3)), "gave no output y", id="an output is missing"),
+        pytest.param({"y": np.ones((1, 0))}, np.ones((1, 0)), "no values", id="nothing to compare"),
+        pytest.param({"y": np.ones((1, 2))}, np.ones((1, 3)), "2 values", id="another size"),
+    ],
+)
+def test_an_answer_that_can_not_be_compared_is_the_models_fault(kind, answer, reference, words: str) -> None:
+    contract = msgspec.structs.replace(CONTRACT, kind=kind, tolerance_abs=0.1)
+    with pytest.raises(ArtifactError, match=words):
+        compare(contract, [answer], {"y": reference.astype(np.float32)})
+
+
+@pytest.mark.parametrize("time_limit_s", [0.0, -1.0, 1e9])
+def test_an_acceptance_that_could_hold_a_board_for_ever_is_no_contract(time_limit_s: float) -> None:
+    with pytest.raises(ArtifactError, match="time_limit_s"):
+        msgspec.structs.replace(CONTRACT, time_limit_s=time_limit_s).check()

@@ -144,6 +144,13 @@ def test_an_assignment_that_is_at_work_is_not_told_to_have_ended_when_it_is_refu
     assert board.keeper.now.ended is None
 
 
+def test_attack_a_broker_can_not_fill_the_disk_with_metadata_that_nobody_asked_for(board: Board) -> None:
+    for number in range(20):
+        board.admissions.take_metadata(f"junk-{number}.json", bytes(1000))
+    board.admissions.take_metadata("2.root.json", b"the next root")
+    assert sorted(path.name for path in (board.state / "metadata").iterdir()) == ["2.root.json", "timestamp.json"]
+
+
 def test_what_was_admitted_is_not_looked_at_again(board: Board) -> None:
     board.says = None
     board.desire()

@@ -56,7 +56,20 @@ def test_the_real_board_has_an_architecture_memory_and_the_engines_that_load() -
 
 
 def test_the_hottest_zone_counts_and_a_dead_sensor_does_not(tmp_path: Path) -> None:
-    for number, text in enumerate(("45000\n", "71500\n", "0\n", "rubbish")):
+    for number, text in enumerate(
+        (
+            "45000\n",
+            "71500\n",
+            "0\n",
+            "rubbish",
+            "",
+            "-128000",
+            "1000000000",
+            "255000",
+            "inf",
+            "nan",
+        )
+    ):
         zone = tmp_path / "class" / "thermal" / f"thermal_zone{number}"
         zone.mkdir(parents=True)
         (zone / "temp").write_text(text)
@@ -70,6 +83,28 @@ def test_a_clock_far_below_its_maximum_is_throttled(tmp_path: Path, current: int
     (policy / "scaling_cur_freq").write_text(str(current))
     (policy / "cpuinfo_max_freq").write_text("1500000")
     assert sensors.throttled(tmp_path) is expected
+
+
+@pytest.mark.parametrize(
+    ("current", "asked_mhz", "governor", "driver", "expected"),
+    [
+        (900_000, 900, "schedutil", "cpufreq-dt", False),  # as fast as the class lets it
+        (600_000, 900, "schedutil", "cpufreq-dt", True),
+        (1_500_000, 2000, "schedutil", "cpufreq-dt", False),  # a ceiling above what the processor can do is none
+        (600_000, 0, "powersave", "cpufreq-dt", None),  # it holds the lowest clock, hot or cold
+        (600_000, 0, "powersave", "intel_pstate", True),  # here the same word follows the load
+    ],
+)
+def test_a_clock_that_was_asked_for_is_not_throttled(
+    tmp_path: Path, current: int, asked_mhz: int, governor: str, driver: str, expected: bool | None
+) -> None:
+    policy = tmp_path / "devices" / "system" / "cpu" / "cpufreq" / "policy0"
+    policy.mkdir(parents=True)
+    for name, value in (
+        ("scaling_cur_freq", current), ("cpuinfo_max_freq", 1_500_000), ("scaling_governor", governor), ("scaling_driver", driver),
+    ):  # fmt: skip
+        (policy / name).write_text(f"{value}\n")
+    assert sensors.throttled(tmp_path, asked_mhz) is expected
 
 
 def test_without_a_service_manager_notices_go_nowhere(monkeypatch: pytest.MonkeyPatch) -> None:

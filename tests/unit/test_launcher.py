@@ -6,6 +6,7 @@ import itertools
 import json
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -165,3 +166,19 @@ def test_it_needs_nothing_but_the_standard_library_and_our_own_way_to_write() ->
     done = subprocess.run([sys.executable, "-I", "-S", "-c", f"import sys; sys.path += {[p for p in sys.path if p]!r}; {told}"],
                           capture_output=True, text=True, check=True)  # fmt: skip
     assert set(done.stdout.split()) == {"__main__", "edgefleet_agent", "edgefleet_shared"}
+
+
+def test_a_version_larger_than_the_boards_memory_costs_no_memory_to_look_at(disk: Disk) -> None:
+    size = 64 << 20
+    config = AgentConfig(schema=SCHEMA, version="3", device_class="c", requires=Requirement())
+    large = artifact.build_agent(disk.layout, config, bytes(size)).digest
+    slots.write(disk.own, Slots(active=Slot(large, "edgefleet-agent", "3", SlotStatus.UNKNOWN)))
+    disk.trial(manifest=large)
+    tracemalloc.start()
+    try:
+        chosen = disk.choose()
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert chosen.manifest == large
+    assert peak < size / 16

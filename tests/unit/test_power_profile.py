@@ -84,6 +84,25 @@ def test_a_limit_of_one_cluster_alone_changes_none(cpus: Cpus) -> None:
     assert cpus.now() == AS_IT_WAS
 
 
+def test_a_cluster_that_is_switched_off_keeps_no_other_from_its_profile(cpus: Cpus) -> None:
+    off = cpus.root / "devices/system/cpu/cpufreq/policy4"
+    for name in ("scaling_governor", "scaling_max_freq", "cpuinfo_max_freq", "scaling_available_governors"):
+        (off / name).unlink()
+        (off / name).mkdir()  # as EBUSY does, it answers neither a read nor a write
+    cpus.apply(governor="powersave", max_clock_mhz=1200)
+    policy = cpus.root / "devices/system/cpu/cpufreq/policy0"
+    assert (policy / "scaling_governor").read_text() == "powersave"
+    for name, value in (
+        ("scaling_governor", "schedutil"), ("scaling_max_freq", 2_256_000), ("cpuinfo_max_freq", 2_256_000),
+        ("scaling_available_governors", "performance powersave schedutil"),
+    ):  # fmt: skip
+        (off / name).rmdir()
+        (off / name).write_text(f"{value}\n")
+    cpus.apply(governor="powersave", max_clock_mhz=1200)  # it is on again
+    cpus.apply()
+    assert cpus.now() == AS_IT_WAS
+
+
 def test_a_board_that_does_not_scale_says_so_only_when_it_is_asked_to(tmp_path: Path) -> None:
     assert power_profile.apply(PowerProfile(), tmp_path, tmp_path / "kept") == []
     with pytest.raises(EnvironmentProblem, match="does not scale"):

@@ -273,3 +273,37 @@ def test_the_real_controller_stores_each_event_once_over_a_line_that_loses_half(
         stored = {(row.boot, row.sequence) for row in events.recent(session, limit=10_000)}
     assert stored == set(receiver.have)
     database.close()
+
+
+class _BadSector(MemoryDisk):
+    """A disk on which one file can't be read any more once ``bad`` names it."""
+
+    bad = ""
+
+    def open(self, path: Path, flags: int, mode: int = 0o644) -> int:
+        if self.bad and self.bad in str(path) and not flags & os.O_WRONLY:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return super().open(path, flags, mode)
+
+
+def test_an_event_that_can_not_be_read_any_more_keeps_back_none_of_other_starts() -> None:
+    files, clock, sent = (
+        _BadSector({"/board-in-memory": None, "/board-in-memory/state": None}),
+        ManualClock(),
+        list[bytes](),
+    )
+    for boot in ("boot-1", "boot-2"):
+        early = spool_on(files, sent, clock, boot=boot)
+        early.add(OutcomeTold(ended=ENDED))
+        early.close()
+    spool = spool_on(files, sent, clock, boot="boot-3")
+    spool.add(OutcomeTold(ended=ENDED))
+    files.bad = "00000001-other.seg"
+    spool.came_up()
+    assert numbers(sent) == [("boot-2", 1), ("boot-3", 1)]
+    spool.add(Health())
+    assert numbers(sent)[-1] == ("boot-3", 2)
+    files.bad = ""
+    clock.advance(60)
+    spool.tick()
+    assert ("boot-1", 1) in numbers(sent)
