@@ -121,3 +121,45 @@ def test_means_of_what_a_convolution_over_a_line_reads_are_by_channel(tmp_path: 
     save_file({"x": lines}, tmp_path / "samples")
     known = statistics.collect(model, SampleFile(str(tmp_path / "samples")), lambda *_: None, histograms=False)
     assert known["means"]["x"] == [0, 1, 2, 3, 4, 5]
+
+
+def sqnr_db(model: onnx.ModelProto, folder: Path) -> float:
+    """Of the network in int8 against the float one."""
+    model = onnx.shape_inference.infer_shapes(model)
+    save_file({"image": PICTURES}, folder / "samples")
+    known = statistics.collect(model, SampleFile(str(folder / "samples")), lambda *_: None, histograms=False)
+    recipe = PLAIN | {"in_float": [], "weights": "pairs"}  # so that no sum overflows on a CPU without VNNI
+    want, have = answers(model), answers(qdq.quantize(model, known, recipe))
+    return float(10 * np.log10(np.sum(want**2) / np.sum((have - want) ** 2)))
+
+
+@pytest.mark.parametrize("limits", [(0.5, 2.0), (-3.0, -1.0), (0.25, None), (None, -0.5)])
+def test_a_clip_whose_limits_leave_out_zero_is_more_than_a_range(tmp_path: Path, limits: tuple[Any, Any]) -> None:
+    net = Net(6)
+    net.conv(3, 8, stride=2)
+    net.add("Clip", *("" if limit is None else net.constant(np.float32(limit)) for limit in limits))
+    net.conv(8, 8)
+    assert sqnr_db(net.model([1, 8, 16, 16]), tmp_path) > 25
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1), (5,), (1, 5)])
+def test_a_bias_may_be_one_number_for_all_channels(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    net = Net(7)
+    net.conv(3, 8, stride=2)
+    net.add("Relu")
+    net.add("GlobalAveragePool")
+    net.add("Flatten")
+    weight = net.constant(net.rng.normal(size=(8, 5)).astype(np.float32))
+    net.add("Gemm", weight, net.constant(np.full(shape, 0.7, np.float32)))
+    assert sqnr_db(net.model([1, 5]), tmp_path) > 25
+
+
+def test_a_product_that_is_scaled_afterwards_keeps_its_mean(tmp_path: Path) -> None:
+    net = Net(8)
+    net.conv(3, 8, stride=2)
+    net.add("Relu")
+    net.add("GlobalAveragePool")
+    net.add("Flatten")
+    weight = net.constant(net.rng.normal(size=(8, 5)).astype(np.float32))
+    net.add("Gemm", weight, net.constant(net.rng.normal(size=5).astype(np.float32)), alpha=0.01, beta=3.0)
+    assert sqnr_db(net.model([1, 5]), tmp_path) > 25

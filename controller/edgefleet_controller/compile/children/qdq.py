@@ -57,7 +57,7 @@ def quantize(model: onnx.ModelProto, statistics: Statistics, recipe: Recipe) -> 
         for name, values, axis in _with_axis(own, scales)
     }
     out_of_scope = outside(own, recipe["scope"])
-    in_float = with_passages(own, {*recipe["in_float"], *out_of_scope})
+    in_float = with_passages(own, {*recipe["in_float"], *out_of_scope}) | _unlike_a_range(own)
     # Its warnings are about biases that _weight_scales has made room for.
     logging.getLogger().setLevel(logging.ERROR)
     symmetric = recipe["activations"] == "symmetric"
@@ -88,17 +88,41 @@ def quantize(model: onnx.ModelProto, statistics: Statistics, recipe: Recipe) -> 
 
 
 def _flatten_biases(model: onnx.ModelProto) -> None:
-    """Gemm's bias may be a row, 1 x N; a scale per channel needs it flat, and it means the same."""
+    """Gemm's bias may be a row, 1 x N, or one number for all, and have a factor; a scale per channel needs one for each, in a row of one axis, and
+    it means the same."""
     constants = {i.name: i for i in model.graph.initializer}
     for node in model.graph.node:
-        bias = constants.get(node.input[2]) if node.op_type == "Gemm" and len(node.input) > 2 else None
-        if bias is not None and len(bias.dims) == 2 and bias.dims[0] == 1:
-            name = f"{bias.name}/flat"
-            if name not in constants:
-                flat = numpy_helper.from_array(numpy_helper.to_array(bias).reshape(-1), name)
-                model.graph.initializer.append(flat)
-                constants[name] = flat
-            node.input[2] = name
+        if node.op_type != "Gemm" or len(node.input) < 3 or not {node.input[1], node.input[2]} <= constants.keys():
+            continue
+        weight, bias = constants[node.input[1]], constants[node.input[2]]
+        channels = weight.dims[axis_of(node)]
+        size, beta = int(np.prod(bias.dims)), next((a for a in node.attribute if a.name == "beta"), None)
+        factor = 1.0 if beta is None else beta.f
+        flat = list(bias.dims) == [channels] and factor == 1.0
+        if flat or size not in (1, channels) or (size > 1 and bias.dims[-1] != channels):
+            continue
+        if beta is not None:  # which the QDQ writer forgets
+            beta.f = 1.0
+        name = f"{bias.name}/flat{channels}" if factor == 1.0 else f"{bias.name}/flat{channels}/{factor}"
+        if name not in constants:
+            values = np.broadcast_to(numpy_helper.to_array(bias).reshape(-1) * np.float32(factor), (channels,))
+            constants[name] = numpy_helper.from_array(np.ascontiguousarray(values), name)
+            model.graph.initializer.append(constants[name])
+        node.input[2] = name
+
+
+def _unlike_a_range(model: onnx.ModelProto) -> set[str]:
+    """The names of Clips that the range of a rounded value can't stand for: it always holds zero, which their limits leave out, or may."""
+    limits = {i.name: numpy_helper.to_array(i) for i in model.graph.initializer if not i.dims}
+    for node in model.graph.node:
+        if node.op_type == "Constant" and node.attribute[0].HasField("t"):
+            limits[node.output[0]] = numpy_helper.to_array(node.attribute[0].t)
+
+    def holds_zero(node: onnx.NodeProto) -> bool:
+        low, high = (limits.get(name, np.nan) if name else 0.0 for name in [*node.input[1:], "", ""][:2])
+        return bool(low <= 0 <= high)
+
+    return {node.name for node in model.graph.node if node.op_type == "Clip" and not holds_zero(node)}
 
 
 def _keep_float(model: onnx.ModelProto, in_float: set[str], source: onnx.ModelProto) -> None:

@@ -145,7 +145,8 @@ def correct_biases(model: onnx.ModelProto, means: dict[str, list[float]], scales
         weight = numpy_helper.to_array(constants[node.input[1]])
         lost = weight - rounded(weight, scales[node.input[1]], axis_of(node))
         shift = bias_shift(node, lost, np.asarray(means[node.input[0]]))
-        if shift is None or node.op_type == "MatMul":
+        scaled = any(a.name in ("alpha", "beta") and a.f != 1.0 for a in node.attribute if node.op_type == "Gemm")
+        if shift is None or node.op_type == "MatMul" or scaled:
             continue
         name = node.input[2] if len(node.input) > 2 else ""
         if name in constants:
