@@ -276,14 +276,17 @@ def _admit(
     root: bytes, metadata: tuple[tuple[str, bytes], ...], desired: bytes, floors: bytes, now: float
 ) -> Admission:
     """The real trust path; equal questions have equal answers, and signatures are slow."""
-    known = msgspec.json.decode(floors, type=Floors)
+    known, named = msgspec.json.decode(floors, type=Floors), ""
     try:
         repository = trust.ImageRepository(root, dict(metadata).get, CLASS, known, now)
+        named = trust.check_assignment(repository.targets, desired, now=now)[
+            0
+        ].id  # its signature is good, as the real child says
         return trust.admit(repository, desired, device=DEVICE, device_class=CLASS, board=BOARD, floors=known, now=now)
     except trust.Incomplete:
         raise
     except EdgefleetError as exc:
-        raise Refusal(exc, "") from exc
+        raise Refusal(exc, named) from exc
 
 
 @dataclass
