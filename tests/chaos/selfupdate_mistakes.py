@@ -50,12 +50,9 @@ def whatever_the_package(state: Path, package: str = "", *, files: Any, **option
     return _choose(state, trial.package if trial else package, files=files, **options)
 
 
-def bytes_not_looked_at(own: Path, digest: str, files: Any) -> bytes:
+def bytes_not_looked_at(own: Path, digest: str, files: Any) -> bool:
     path = launcher._path(own, digest)
-    try:
-        return atomic.read(path, files=files) if path else b""
-    except (OSError, launcher.EdgefleetError):
-        return b""
+    return path is not None and files.size_bytes(path) is not None
 
 
 def flip_before_the_trial_is_on_record(self: AgentEffects, assignment: Any, stop: Any) -> Result:
@@ -139,7 +136,7 @@ AGENT_MISTAKES = (
     Mistake("agent: no alarm", "update: it hangs", _patched(launcher, "choose", no_alarm)),
     Mistake("agent: alarm left set", UPDATE, _patched(AgentEffects, "_commit_agent", alarm_left_set)),
     Mistake("agent: another package's version started", "another package came", _patched(launcher, "choose", whatever_the_package)),
-    Mistake("agent: bytes not looked at", "what runs has rotted", _patched(launcher, "_blob", bytes_not_looked_at)),
+    Mistake("agent: bytes not looked at", "what runs has rotted", _patched(launcher, "_is_whole", bytes_not_looked_at)),
     Mistake("agent: flip before the trial is on record", UPDATE, _patched(AgentEffects, "_swap_agent", flip_before_the_trial_is_on_record)),
     Mistake("agent: collect at the flip", DIES, _patched(AgentEffects, "_swap_agent", collect_at_the_flip)),
     Mistake("agent: believed at once", CUT_OFF, _patched(AgentEffects, "_stand_trial", believed_at_once)),
