@@ -54,11 +54,21 @@ def bad_candidates(state: Path) -> dict[str, Model]:
     return found
 
 
-class Story:
-    """Swaps under load, and what was seen of them."""
+def two(ballast_bytes: int = 0) -> tuple[bytes, bytes]:
+    """Two versions of the small network."""
+    return networks.conv(1, ballast_bytes), networks.conv(2, ballast_bytes)
 
-    def __init__(self, state: Path, *, ballast_bytes: int, bad: bool) -> None:
-        self._good = {str(n): build(state, MODEL, str(n), networks.conv(n, ballast_bytes)) for n in (1, 2)}
+
+class Story:
+    """Swaps under load, and what was seen of them.
+
+    Args:
+        contents: two versions of a network with different answers, which take turns.
+        bad: whether bad candidates of the small network come in between.
+    """
+
+    def __init__(self, state: Path, contents: tuple[bytes, bytes], *, bad: bool) -> None:
+        self._good = {str(n): build(state, MODEL, str(n), content) for n, content in enumerate(contents, 1)}
         self._bad = bad_candidates(state) if bad else {}
         self._runtime = Runtime(state, self._good["1"])
         self.swaps: list[Swap] = []
@@ -135,7 +145,7 @@ class Story:
 def story_rows(count: int) -> list[Row]:
     """Good and bad candidates, small models."""
     with tempfile.TemporaryDirectory() as folder:
-        story = Story(Path(folder), ballast_bytes=0, bad=True)
+        story = Story(Path(folder), two(), bad=True)
         story.run(count)
     steady, longest, windows = story.stalls()
     p99 = quantile(steady, 0.99)
@@ -175,7 +185,7 @@ def size_rows(count: int) -> list[Row]:
     for _ in range(2):
         for size in SIZES_MB:
             with tempfile.TemporaryDirectory() as folder:
-                story = Story(Path(folder), ballast_bytes=size << 20, bad=False)
+                story = Story(Path(folder), two(size << 20), bad=False)
                 story.run(max(3, count // 2))
             steady, longest, _ = story.stalls()
             found[size] += longest
@@ -196,8 +206,28 @@ def size_rows(count: int) -> list[Row]:
     ]  # fmt: skip
 
 
+def real_rows(count: int) -> list[Row]:
+    """The stall of a network as people have them, whose requests take milliseconds."""
+    with tempfile.TemporaryDirectory() as folder:
+        story = Story(Path(folder), (networks.lite0(1), networks.lite0(2)), bad=False)
+        story.run(count)
+    steady, longest, windows = story.stalls()
+    p99 = quantile(steady, 0.99)
+    what = "EfficientNet-Lite0 int8"
+    return [
+        Row(f"{what}: failed requests", sum(sample.version is None for sample in story.samples), "count", 0),
+        Row(f"{what}: wrong-version or wrong answers", wrong_answers(story.samples, story.promises), "count", 0),
+        Row(f"{what}: steady p99 under load", p99 * 1e3, "ms"),
+        Row(f"{what}: longest request of a swap over steady p99, median of swaps", quantile(longest, 0.5) / p99, "x", 1.5,
+            f"longest request of {WINDOW_S:g} s without a swap, median", quantile(windows, 0.5) / p99),
+        Row(f"{what}: longest request of all swaps over steady p99", max(longest) / p99, "x", 1.5,
+            "longest request without a swap", max(steady) / p99),
+    ]  # fmt: skip
+
+
 def rows(count: int) -> list[Row]:
-    return [*story_rows(count), *size_rows(min(count, 20))]
+    few = min(count, 20)
+    return [*story_rows(count), *real_rows(few), *size_rows(few)]
 
 
 if __name__ == "__main__":
