@@ -11,6 +11,9 @@ KEY := $(shell { cat requirements/dev.txt */pyproject.toml; pwd; } | sha256sum |
 READY := .venv/.ready-$(KEY)
 BIN := .venv/bin
 PYTHON ?= $(shell scripts/find-python)
+# As many at once as there are processors; a file stays in one process, because its tests share what is costly to start.
+WORKERS ?= $(shell nproc)
+PARALLEL := -n $(WORKERS) --dist loadfile
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-zA-Z0-9%_-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -55,19 +58,19 @@ types: $(READY) ## mypy, strict
 	$(BIN)/mypy docs/generate.py docker/healthcheck.py docker/broker_settings.py agent/debian/build.py
 
 unit: $(READY) ## pure tests
-	$(BIN)/python -m pytest -q tests/unit
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal tests/unit
 
 contract: $(READY) ## one suite per port, on every adapter
-	$(BIN)/python -m pytest -q tests/contract
+	$(BIN)/python -m pytest -q $(PARALLEL) tests/contract
 
 faults: setup-test ## power cuts, kills, disks that refuse or are full: the bounded part of make chaos
-	$(BIN)/python -m pytest -q tests/chaos
+	$(BIN)/python -m pytest -q $(PARALLEL) tests/chaos
 
 chaos: setup-test ## all of them, half an hour or so; the last line counts states, faults, failures
 	cd tests && ../$(BIN)/python -m chaos
 
 integration: setup-test ## real mosquitto, PostgreSQL, engines, units
-	$(BIN)/python -m pytest -q tests/integration
+	$(BIN)/python -m pytest -q $(PARALLEL) tests/integration
 
 e2e: setup ## the real programs, and the demo in its short form
 	$(BIN)/python -m pytest -q tests/e2e

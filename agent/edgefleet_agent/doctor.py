@@ -116,7 +116,7 @@ def _disk(state: Path) -> str:
     free = DISK.free_bytes(state)
     if free < SPARE_BYTES:
         raise OSError(f"{free} bytes are free, less than the {SPARE_BYTES} that an update leaves untouched")
-    return f"{free} bytes free"
+    return f"{free // 10**6} MB free"
 
 
 def _engines(state: Path) -> str:

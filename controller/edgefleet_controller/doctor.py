@@ -96,8 +96,8 @@ def _metadata(home: Path) -> str:
 def _disk(home: Path) -> str:
     free = shutil.disk_usage(home).free
     if free < SPARE_BYTES:
-        raise EnvironmentProblem(f"{free} bytes free in {home}, less than {SPARE_BYTES}")
-    return f"{free} bytes free"
+        raise EnvironmentProblem(f"{free // 10**6} MB free in {home}, less than {SPARE_BYTES // 10**6}")
+    return f"{free // 10**6} MB free"
 
 
 def _toolchains(home: Path) -> str:
