@@ -69,8 +69,9 @@ class Agent:
         self._state, self._manifest, self._clock = state, manifest or "", ports.clock
         deciding = threading.Lock()
         self._models = Runner(
-            state, settings, found, boot, inbox, ports, Line(may_begin=lambda: not self._own.changes, deciding=deciding)
-        )
+            state, settings, found, boot, inbox, ports,
+            Line(may_begin=lambda: not self._own.changes, excused=lambda: self._own.is_changing, deciding=deciding),
+        )  # fmt: skip
         myself = Myself(
             manifest=manifest or "",
             launched=manifest is not None,
@@ -98,6 +99,7 @@ class Agent:
         self._settles_at = self._clock.monotonic() + launcher.SETTLED_S
         self._uplink.start()
         try:
+            self._own.turn(None)  # first: the model's line asks whether this start is its doing
             self._models.run(beside=self._turn_own)
         finally:
             notify.stopping()

@@ -64,6 +64,7 @@ class Line(NamedTuple):
         home: the folder with the board's trust, when that is not the line's own.
         effects: makes what carries its effects out.
         may_begin: whether an assignment may be taken up now.
+        excused: whether the agent starts anew for another line's sake: then a start says nothing about what this one is at.
         deciding: shared by lines that share the trust; None for a lock of its own.
     """
 
@@ -71,6 +72,7 @@ class Line(NamedTuple):
     home: Path | None = None
     effects: Callable[[Path, Ports, Fetcher, int, Upkeep, Callable[[Ended], None]], Effects] = Effects
     may_begin: Callable[[], bool] = lambda: True
+    excused: Callable[[], bool] = lambda: False
     deciding: threading.Lock | None = None
 
 
@@ -105,7 +107,7 @@ class Runner:
         line: Line | None = None,
     ) -> None:
         line = line or Line()
-        self._subject, self._may_begin = line.subject, line.may_begin
+        self._subject, self._may_begin, self._excused = line.subject, line.may_begin, line.excused
         self._state, self._settings = state, settings
         self._inbox, self._ports = inbox, ports
         uplink, clock = ports.uplink, ports.clock
@@ -181,7 +183,12 @@ class Runner:
     @property
     def changes(self) -> bool:
         """Whether what it is about is being changed, or may be on its way back."""
-        return self._wake_at is not None or self._keeper.now.life.state in CHANGING
+        return self._wake_at is not None or self.is_changing
+
+    @property
+    def is_changing(self) -> bool:
+        """The same as far as the disk has said: what is not read yet changes nothing."""
+        return self._keeper.now.life.state in CHANGING
 
     def unverified(self) -> str:
         """See :meth:`edgefleet_agent.admission.Admissions.unverified`."""
@@ -340,7 +347,7 @@ class Runner:
             EnvironmentProblem: it could not be persisted, and has not happened.
         """
         event, detail, before = happened.event, happened.detail, self._keeper.now
-        life, effects = step(before.life, event)
+        life, effects = step(before.life, event, counted=not self._excused())
         if not effects:
             return
         planned = msgspec.structs.replace(before, **happened.changes, life=life)
