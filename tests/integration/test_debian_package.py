@@ -162,6 +162,15 @@ def test_a_killed_service_comes_back(machine, port, service):
     until(lambda: ask(port, "/v2/models/toy/ready")[0] == 200, "the model is served", 40)
 
 
+def test_an_upgrade_that_comes_to_nothing_leaves_the_board_within_reach(machine, port, packages, tmp_path):
+    broken = repacked(packages[0], tmp_path, preinst="#!/bin/sh\nexit 1\n")
+    (machine.tree / "root" / broken.name).write_bytes(broken.read_bytes())
+    runtime = machine.main_pid("fleet-runtime.service")
+    assert machine.run("dpkg", "--install", f"/root/{broken.name}", check=False).returncode != 0
+    until(lambda: machine.active("fleet-agent.service"), "the agent that was stopped for it runs again", 60)
+    assert machine.main_pid("fleet-runtime.service") == runtime
+
+
 @contextmanager
 def under_load(port: int) -> Iterator[list[int]]:
     """Requests without a pause; their statuses, or the negative number of the error that came instead."""
@@ -237,13 +246,16 @@ def test_an_upgrade_under_load_fails_no_request_and_keeps_the_board_what_it_was(
     assert "toy 1 (good)" in machine.run("fleet-agent", "status").stdout
 
 
-def repacked(package: Path, folder: Path) -> Path:
-    """The same package as a later version."""
+def repacked(package: Path, folder: Path, preinst: str = "") -> Path:
+    """The same package as a later version, with a script of that text."""
     tree = folder / package.stem
     subprocess.run(["dpkg-deb", "--raw-extract", str(package), str(tree)], check=True)
     control = tree / "DEBIAN/control"
     text = re.sub(r"^(Version: .*)$", r"\1+next", control.read_text(), flags=re.M)
     control.write_text(re.sub(r"(edgefleet-agent \(= [^)]*)\)", r"\1+next)", text))
+    if preinst:
+        (tree / "DEBIAN/preinst").write_text(preinst)
+        (tree / "DEBIAN/preinst").chmod(0o755)
     made = folder / package.name
     subprocess.run(["dpkg-deb", "--root-owner-group", "-Znone", "--build", str(tree), str(made)], check=True, stdout=-3)
     return made
