@@ -171,6 +171,16 @@ def test_an_upgrade_that_comes_to_nothing_leaves_the_board_within_reach(machine,
     assert machine.main_pid("fleet-runtime.service") == runtime
 
 
+def test_the_package_is_put_in_again_where_etc_is_read_only(machine, port, packages):
+    machine.run("mount", "--bind", "/etc", "/etc")
+    try:
+        machine.run("mount", "-o", "remount,ro,bind", "/etc")
+        install(machine, packages[0])
+    finally:
+        machine.run("umount", "/etc")
+    assert machine.active("fleet-agent.service")
+
+
 @contextmanager
 def under_load(port: int) -> Iterator[list[int]]:
     """Requests without a pause; their statuses, or the negative number of the error that came instead."""
