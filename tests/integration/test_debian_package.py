@@ -6,7 +6,7 @@ import re
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.client import HTTPConnection
 from pathlib import Path
@@ -179,6 +179,35 @@ def test_the_package_is_put_in_again_where_etc_is_read_only(machine, port, packa
     finally:
         machine.run("umount", "/etc")
     assert machine.active("fleet-agent.service")
+
+
+POLICY = "/sys/devices/system/cpu/cpufreq/policy0"
+
+
+@pytest.fixture
+def scaling(machine) -> Iterator[Callable[[str], str]]:
+    """A processor whose clock can be set, in the place of this host's, which the machine may not touch; reads one of its files."""
+    files = {
+        "scaling_governor": "performance", "scaling_max_freq": "2000000", "cpuinfo_min_freq": "600000", "cpuinfo_max_freq": "2000000",
+        "scaling_available_governors": "performance powersave",
+    }  # fmt: skip
+    machine.run("mount", "-t", "tmpfs", "-o", "mode=755", "tmpfs", "/sys/devices/system/cpu")
+    try:
+        lines = "; ".join(f"echo {content} > {POLICY}/{name}" for name, content in files.items())
+        machine.run("sh", "-ec", f"mkdir -p {POLICY}; {lines}")
+        machine.run("systemctl", "start", "fleet-power")
+        yield lambda name: machine.run("cat", f"{POLICY}/{name}").stdout.strip()
+    finally:
+        machine.run("umount", "/sys/devices/system/cpu")
+
+
+def test_slots_that_change_often_do_not_end_the_watch_for_the_next_power_profile(machine, port, scaling):
+    slots = "/var/lib/edgefleet/slots.json"
+    for _ in range(12):
+        # What a profile of before would have left; nothing serves here that asks for one.
+        machine.run("sh", "-ec", f"echo powersave > {POLICY}/scaling_governor; cp -p {slots} {slots}.new; mv {slots}.new {slots}")
+        until(lambda: scaling("scaling_governor") == "performance", "the change was looked at")
+    assert machine.active("fleet-power.path")
 
 
 @contextmanager

@@ -73,6 +73,13 @@ def test_a_board_service_notifies_is_watched_and_comes_back(name):
     assert re.search(r"^WatchdogSec=\d+$", text, flags=re.M)
 
 
+@pytest.mark.parametrize("name", ["fleet-power.service", "fleet-runtime-grpc.service"])
+def test_what_is_started_by_something_else_is_never_started_too_often(name):
+    """A start limit that is hit fails the path, or the socket, as well: nothing would start it again."""
+    text = (ROOT / "agent/edgefleet_agent/systemd" / name).read_text()
+    assert "StartLimitIntervalSec=0" in text.splitlines()
+
+
 @pytest.mark.parametrize(
     ("name", "other"), [("fleet-agent.service", "fleet-runtime"), ("fleet-runtime.service", "fleet-agent")]
 )
