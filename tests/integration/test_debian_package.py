@@ -319,3 +319,19 @@ def test_removed_it_is_silent_and_purged_it_leaves_nothing_but_its_user(machine,
     assert [path for path in gone if machine.run("test", "-e", path, check=False).returncode == 0] == []
     assert machine.run("systemctl", "list-unit-files", "fleet-*", "--no-legend", check=False).stdout.strip() == ""
     assert machine.run("id", "edgefleet").returncode == 0
+
+
+@pytest.fixture
+def installed_again(machine: Machine, packages: list[Path]) -> None:
+    install(machine, packages[0])
+
+
+def test_a_state_folder_that_is_a_disk_of_its_own_is_purged_and_left_empty(machine, installed_again):
+    state = "/var/lib/edgefleet"
+    machine.run("mount", "-t", "tmpfs", "tmpfs", state)
+    try:
+        machine.run("sh", "-ec", f"mkdir {state}/identity; touch {state}/identity/agent.key")
+        machine.run("dpkg", "--purge", "edgefleet-agent")
+        assert machine.run("find", state, "-mindepth", "1").stdout == ""
+    finally:
+        machine.run("umount", state)
