@@ -300,6 +300,14 @@ def repacked(package: Path, folder: Path, preinst: str = "") -> Path:
     return made
 
 
+def test_an_engine_that_is_removed_is_reported_no_longer_while_the_runtime_serves_on(machine, port, fleet):
+    runtime = machine.main_pid("fleet-runtime.service")
+    machine.run("dpkg", "--remove", "edgefleet-engine-onnxruntime")
+    until(lambda: fleet.client().device("packaged")["report"]["fingerprint"]["engines"] == {}, "it is told", 60)
+    assert machine.main_pid("fleet-runtime.service") == runtime
+    assert ask(port, "/v2/models/toy/ready")[0] == 200
+
+
 def test_removed_it_is_silent_and_purged_it_leaves_nothing_but_its_user(machine, port):
     machine.run("dpkg", "--remove", "edgefleet-engine-onnxruntime", "edgefleet-runtime-grpc", "edgefleet-agent")
     assert not any(
