@@ -205,7 +205,11 @@ def test_slots_that_change_often_do_not_end_the_watch_for_the_next_power_profile
     slots = "/var/lib/edgefleet/slots.json"
     for _ in range(12):
         # What a profile of before would have left; nothing serves here that asks for one.
-        machine.run("sh", "-ec", f"echo powersave > {POLICY}/scaling_governor; cp -p {slots} {slots}.new; mv {slots}.new {slots}")
+        machine.run(
+            "sh",
+            "-ec",
+            f"echo powersave > {POLICY}/scaling_governor; cp -p {slots} {slots}.new; mv {slots}.new {slots}",
+        )
         until(lambda: scaling("scaling_governor") == "performance", "the change was looked at")
     assert machine.active("fleet-power.path")
 
@@ -343,3 +347,10 @@ def test_a_state_folder_that_is_a_disk_of_its_own_is_purged_and_left_empty(machi
         assert machine.run("find", state, "-mindepth", "1").stdout == ""
     finally:
         machine.run("umount", state)
+
+
+def test_removed_it_gives_the_processor_back_what_a_power_profile_took(machine, installed_again, scaling):
+    machine.run("sh", "-ec", "echo {} > /var/lib/edgefleet/slots.json; systemctl start fleet-power")
+    machine.run("sh", "-ec", f"echo powersave > {POLICY}/scaling_governor; echo 600000 > {POLICY}/scaling_max_freq")
+    machine.run("dpkg", "--remove", "edgefleet-agent")
+    assert (scaling("scaling_governor"), scaling("scaling_max_freq")) == ("performance", "2000000")
