@@ -124,6 +124,18 @@ def test_damaged_records_of_plans_cost_a_build(how: str) -> None:
     check_end(agent)
 
 
+def test_a_record_of_a_plan_that_names_no_digest_costs_a_build() -> None:
+    tree = came_to("5", "6")
+    path = f"{STATE}/artifacts/plans.json"
+    content = tree[path]
+    assert content is not None
+    disk = MemoryDisk(tree | {path: content.replace(b'"digest":"sha256:', b'"digest":"sha25v:')})
+    agent = start(disk, depot().assign("6"), "6", "7")
+    agent.run()
+    check_end(agent)
+    assert disk.tree()[path] == content
+
+
 def test_a_plan_that_is_not_held_against_its_digest_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plans, "is_whole", lambda layout, plan: True)
     with pytest.raises(AssertionError):
