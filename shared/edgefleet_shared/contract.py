@@ -28,6 +28,8 @@ class Verdict(str, Enum):
 
 # A board that accepts heeds no other assignment, and the deployment's own time does not end it: what hangs must not hold it for ever.
 MAX_ACCEPTANCE_S = 6 * 3600.0
+# Nor while it makes the plans of what serves anew, which no deployment bounds.
+MAX_BUILD_S = 6 * 3600.0
 
 # When several checks disagree the first in this order wins: a proven fault outweighs a doubt.
 _GRAVITY = (Verdict.FAILED, Verdict.ERROR, Verdict.INCONCLUSIVE, Verdict.PASSED)
@@ -139,6 +141,8 @@ class AcceptanceContract(msgspec.Struct, frozen=True, kw_only=True):
             problems.append(f"time_limit_s must be above 0 and at most {MAX_ACCEPTANCE_S:.0f}")
         if not (self.build.time_limit_s > 0 and self.build.memory_bytes > 0 and self.build.disk_bytes > 0):
             problems.append("build.time_limit_s, build.memory_bytes and build.disk_bytes must be above 0")
+        if self.build.time_limit_s > MAX_BUILD_S:
+            problems.append(f"build.time_limit_s must be at most {MAX_BUILD_S:.0f}")
         shadow = self.shadow
         if shadow.requests and not (0.0 < shadow.min_agreement <= 1.0 and shadow.time_limit_s > 0):
             problems.append("shadow needs a min_agreement in (0, 1] and a time_limit_s above 0")

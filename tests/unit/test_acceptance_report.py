@@ -80,6 +80,11 @@ def test_a_budget_for_building_of_nothing_is_no_contract(nothing: str) -> None:
         msgspec.structs.replace(CONTRACT, build=BuildBudget(**{nothing: 0})).check()
 
 
+def test_a_build_that_could_hold_a_board_for_ever_is_no_contract() -> None:
+    with pytest.raises(ArtifactError, match=r"build\.time_limit_s"):
+        msgspec.structs.replace(CONTRACT, build=BuildBudget(time_limit_s=1e9)).check()
+
+
 PLAN = ShadowPlan(requests=100, min_agreement=0.95, max_latency_ratio=1.5)
 ACCEPTED = judge(CONTRACT, GOOD)
 
