@@ -30,7 +30,8 @@ Decoder = Literal["yolov3", "yolov5", "yolov8", "yolox", "boxes"]
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+    # JSON, in which all of it is kept and signed, has no infinity.
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Metadata(_Strict):
