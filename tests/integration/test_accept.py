@@ -32,6 +32,7 @@ def test_a_good_model_passes_with_every_figure_measured(tmp_path: Path, engine: 
     assert 10 << 20 < figures.peak_memory_bytes < 1 << 30
     assert figures.providers == artifacts.PROVIDERS[engine]
     assert figures.cpu_share is not None
+    assert figures.waited_share is not None
     assert report.unconfined == ()
 
 

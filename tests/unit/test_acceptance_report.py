@@ -74,6 +74,25 @@ def test_a_power_budget_of_nothing_is_no_contract() -> None:
         msgspec.structs.replace(CONTRACT, max_watts=0.0).check()
 
 
+@pytest.mark.parametrize(
+    ("waited_share", "cpu_share", "verdict"),
+    [
+        (0.02, 0.05, Verdict.FAILED),  # on an accelerator: the processor has nothing to do, and nobody took it
+        (0.02, 1.0, Verdict.FAILED),
+        (0.4, 0.6, Verdict.INCONCLUSIVE),
+        (0.4, 0.05, Verdict.INCONCLUSIVE),
+        (None, 0.6, Verdict.INCONCLUSIVE),  # a kernel that does not tell how long a thread waited
+        (None, 0.9, Verdict.FAILED),
+        (None, None, Verdict.FAILED),
+    ],
+)
+def test_a_slow_model_fails_unless_it_waited_for_a_core(waited_share, cpu_share, verdict) -> None:
+    slow = msgspec.structs.replace(GOOD, p95_ms=50.0, waited_share=waited_share, cpu_share=cpu_share, watts=None)
+    report = judge(CONTRACT, slow)
+    assert report.verdict is verdict
+    assert ("busy" in report.reason) is (verdict is Verdict.INCONCLUSIVE)
+
+
 @pytest.mark.parametrize("nothing", ["time_limit_s", "memory_bytes", "disk_bytes"])
 def test_a_budget_for_building_of_nothing_is_no_contract(nothing: str) -> None:
     with pytest.raises(ArtifactError, match=rf"build\.{nothing}"):
