@@ -7,7 +7,9 @@ import math
 import msgspec
 import numpy as np
 import pytest
+from edgefleet_agent.accept import Stage, report_on
 from edgefleet_agent.accept_child import compare
+from edgefleet_agent.sandbox import Ended
 from edgefleet_shared.contract import (
     AcceptanceContract,
     AcceptanceFigures,
@@ -156,3 +158,26 @@ def test_an_answer_that_can_not_be_compared_is_the_models_fault(kind, answer, re
 def test_an_acceptance_that_could_hold_a_board_for_ever_is_no_contract(time_limit_s: float) -> None:
     with pytest.raises(ArtifactError, match="time_limit_s"):
         msgspec.structs.replace(CONTRACT, time_limit_s=time_limit_s).check()
+
+
+@pytest.mark.parametrize(
+    ("out_of_time", "throttled", "waited_share", "verdict"),
+    [
+        (True, False, 0.02, Verdict.FAILED),  # it hangs
+        (True, None, None, Verdict.FAILED),
+        (True, False, 0.6, Verdict.INCONCLUSIVE),
+        (True, True, 0.02, Verdict.INCONCLUSIVE),
+        (False, True, None, Verdict.FAILED),  # over its memory limit, which no other process has a part in
+    ],
+)
+def test_time_that_ran_out_on_a_busy_board_is_no_fault_of_the_model(
+    out_of_time: bool, throttled: bool | None, waited_share: float | None, verdict: Verdict
+) -> None:
+    stage = msgspec.json.encode(Stage("timing inferences"))
+    ended = Ended(
+        problem="over its limit", signal=0, over_limit=True, reports=(stage,), output="", peak_memory_bytes=1, seconds=2.0,
+        out_of_time=out_of_time, waited_share=waited_share,
+    )  # fmt: skip
+    report = report_on(CONTRACT, ended, throttled=throttled)
+    assert report.verdict is verdict
+    assert report.reason.startswith("over its limit while timing inferences")
