@@ -43,6 +43,7 @@ UNITS = (
     "fleet-runtime.socket",
     "fleet-power.service",
     "fleet-power.path",
+    "fleet-power.timer",
 )
 GRPC_PROGRAMS = {"fleet-runtime-grpc": "edgefleet_agent.runtime.grpc_gateway"}
 GRPC_UNITS = ("fleet-runtime-grpc.socket", "fleet-runtime-grpc-proxy.service", "fleet-runtime-grpc.service")

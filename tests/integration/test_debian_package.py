@@ -210,8 +210,28 @@ def test_slots_that_change_often_do_not_end_the_watch_for_the_next_power_profile
             "-ec",
             f"echo powersave > {POLICY}/scaling_governor; cp -p {slots} {slots}.new; mv {slots}.new {slots}",
         )
-        until(lambda: scaling("scaling_governor") == "performance", "the change was looked at")
+        until(lambda: scaling("scaling_governor") == "performance", "the change was looked at", 60)
+        until(lambda: not busy(machine, "fleet-power.service"), "and the next one is watched for", 60)
     assert machine.active("fleet-power.path")
+
+
+def busy(machine: Machine, unit: str) -> bool:
+    return machine.run("systemctl", "is-active", unit, check=False).stdout.strip() in ("activating", "deactivating")
+
+
+def test_a_change_that_the_watch_missed_is_looked_at_all_the_same(machine, port, scaling):
+    folder = machine.tree / "etc/systemd/system/fleet-power.timer.d"
+    folder.mkdir()
+    (folder / "soon.conf").write_text("[Timer]\nOnUnitInactiveSec=\nOnUnitInactiveSec=1s\nAccuracySec=1ms\n")
+    machine.run("systemctl", "stop", "fleet-power.path")
+    machine.run("systemctl", "daemon-reload")
+    try:
+        machine.run("sh", "-ec", f"echo powersave > {POLICY}/scaling_governor")
+        until(lambda: scaling("scaling_governor") == "performance", "it was looked at again", 60)
+    finally:
+        (folder / "soon.conf").unlink()
+        machine.run("systemctl", "daemon-reload")
+        machine.run("systemctl", "start", "fleet-power.path")
 
 
 @contextmanager

@@ -45,7 +45,9 @@ def test_the_services_are_there():
     assert {unit.name for unit in UNITS} == set(EXPOSURE)
 
 
-@pytest.mark.parametrize("name", [*EXPOSURE, "fleet-runtime.socket", "fleet-runtime-grpc.socket", "fleet-power.path"])
+@pytest.mark.parametrize(
+    "name", [*EXPOSURE, "fleet-runtime.socket", "fleet-runtime-grpc.socket", "fleet-power.path", "fleet-power.timer"]
+)
 def test_systemd_reads_the_unit_without_a_word(installed, name):
     _, complaints = analyze("verify", "--man=no", installed / name)
     assert complaints == ""
