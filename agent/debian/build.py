@@ -43,6 +43,7 @@ UNITS = (
     "fleet-runtime.socket",
     "fleet-power.service",
     "fleet-power.path",
+    "fleet-power.timer",
 )
 GRPC_PROGRAMS = {"fleet-runtime-grpc": "edgefleet_agent.runtime.grpc_gateway"}
 GRPC_UNITS = ("fleet-runtime-grpc.socket", "fleet-runtime-grpc-proxy.service", "fleet-runtime-grpc.service")
@@ -180,7 +181,7 @@ def _engine(tree: Path, engine: str, target: Target, held: dict[str, str]) -> No
         summary=f"edgefleet: {engine} for the inference runtime of a board",
         text=f"The inference engine {engine}, at the version that the agent was released with.",
     )  # fmt: skip
-    _scripts(tree, "edgefleet-engine", ("postinst", "prerm"))
+    _scripts(tree, "edgefleet-engine", SCRIPTS)
 
 
 def _grpc(tree: Path, target: Target, held: dict[str, str]) -> None:

@@ -12,10 +12,17 @@ from pathlib import Path
 from typing import Literal
 
 import msgspec
-from edgefleet_shared.contract import AcceptanceContract, AcceptanceFigures, AcceptanceReport, Verdict, judge
+from edgefleet_shared.contract import (
+    AcceptanceContract,
+    AcceptanceFigures,
+    AcceptanceReport,
+    Verdict,
+    is_busy,
+    judge,
+)
 from edgefleet_shared.errors import ArtifactError, NotFoundError
 
-from edgefleet_agent import power_profile, sandbox, slots
+from edgefleet_agent import power_profile, sandbox, sensors, slots
 from edgefleet_agent.sandbox import Ended, Limits
 
 # The child is stopped a little above the contract's peak, so that a small overrun is a measured figure, not a kill.
@@ -96,10 +103,15 @@ def accept(state: Path, manifest_digest: str, *, threads: int = 1) -> Acceptance
         most_mhz=power_profile.asked_mhz(state),
     )
     ended = sandbox.run("edgefleet_agent.accept_child", msgspec.json.encode(request), limits)
-    return _report(contract, ended)
+    return report_on(contract, ended, throttled=sensors.throttled(most_mhz=request.most_mhz))
 
 
-def _report(contract: AcceptanceContract, ended: Ended) -> AcceptanceReport:
+def report_on(contract: AcceptanceContract, ended: Ended, *, throttled: bool | None) -> AcceptanceReport:
+    """The verdict on how a child ended, and on what it measured.
+
+    Args:
+        throttled: whether the board was, at the end.
+    """
     doing, missing = "starting", tuple[str, ...]()
     figures: AcceptanceFigures | None = None
     broke: Broke | None = None
@@ -122,9 +134,11 @@ def _report(contract: AcceptanceContract, ended: Ended) -> AcceptanceReport:
         verdict = Verdict.FAILED if broke.blame == "model" else Verdict.ERROR
         return AcceptanceReport(verdict=verdict, reason=f"{broke.message} (while {doing})", unconfined=missing)
     if ended.problem:
+        verdict = _blame(ended, doing, throttled)
+        busy = ": the board was busy or throttling" if verdict is Verdict.INCONCLUSIVE else ""
         return AcceptanceReport(
-            verdict=_blame(ended, doing),
-            reason=f"{ended.problem} while {doing}{ended.last_words()}",
+            verdict=verdict,
+            reason=f"{ended.problem} while {doing}{busy}{ended.last_words()}",
             unconfined=missing,
         )
     if figures is None:
@@ -137,10 +151,12 @@ def _report(contract: AcceptanceContract, ended: Ended) -> AcceptanceReport:
     return msgspec.structs.replace(report, unconfined=missing)
 
 
-def _blame(ended: Ended, doing: str) -> Verdict:
-    """Whose fault an early end is. Before the model was touched, or killed from outside: not the model's."""
+def _blame(ended: Ended, doing: str, throttled: bool | None) -> Verdict:
+    """Whose fault an early end is. Before the model was touched, killed from outside, or too late on a busy board: not the model's."""
     if doing == "starting":
         return Verdict.ERROR
+    if ended.out_of_time and is_busy(throttled, ended.waited_share):
+        return Verdict.INCONCLUSIVE
     if ended.over_limit or ended.signal not in (0, signal.SIGKILL, signal.SIGTERM):
         return Verdict.FAILED
     # SIGKILL that this parent did not send is the kernel's out-of-memory killer or a person; a plain exit status is our bug.

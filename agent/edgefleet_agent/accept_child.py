@@ -20,7 +20,7 @@ from edgefleet_shared.artifact import GOLDEN_LAYER, MODEL_LAYER, Layout, ModelCo
 from edgefleet_shared.contract import AcceptanceContract, AcceptanceFigures
 from edgefleet_shared.errors import ArtifactError, EdgefleetError, EngineError, NotFoundError
 
-from edgefleet_agent import confinement, sensors
+from edgefleet_agent import confinement, run_queue, sensors
 from edgefleet_agent.accept import AcceptRequest, Broke, ChildReport, Confined, Measured, Stage
 from edgefleet_agent.power import PowerMeter, Scope, watts
 from edgefleet_agent.runtime.engines import devices
@@ -125,6 +125,7 @@ def measure(
         peak_memory_bytes=memory_of(os.getpid())[1],
         providers=session.providers,
         cpu_share=timed.cpu_share,
+        waited_share=timed.waited_share,
         watts=timed.watts,
         joules_per_inference=timed.joules_per_inference,
         power_scope=timed.power_scope,
@@ -222,10 +223,11 @@ def compare(
 
 
 class _Timed(NamedTuple):
-    """What the timed runs took: each in ms, the share of a core that they had, and power and energy where the board tells."""
+    """What the timed runs took: each in ms, the shares of a core that they had and waited for, and power and energy where the board tells."""
 
     times_ms: list[float]
     cpu_share: float
+    waited_share: float | None
     watts: float | None
     joules_per_inference: float | None
     power_scope: Scope | None
@@ -238,7 +240,7 @@ def _time(session: Session, samples: list[dict[str, Array]], contract: Acceptanc
         session.run(next(cycle))
     times_ms = []
     meter = PowerMeter()
-    before = meter.look()
+    before, waits_before = meter.look(), run_queue.waits_s()
     cpu_began, began = time.process_time(), time.perf_counter()
     for _ in range(contract.timed_runs):
         one = time.perf_counter()
@@ -247,8 +249,9 @@ def _time(session: Session, samples: list[dict[str, Array]], contract: Acceptanc
         after = meter.look()  # between two runs: a sensor of the moment is integrated
     wall = time.perf_counter() - began
     share = (time.process_time() - cpu_began) / wall if wall > 0 else 1.0
+    waited = run_queue.longest_share(waits_before, run_queue.waits_s(), wall)
     joules = (after.joules - before.joules) / contract.timed_runs if before and after else None
-    return _Timed(times_ms, min(1.0, share), watts(before, after), joules, meter.scope)
+    return _Timed(times_ms, min(1.0, share), waited, watts(before, after), joules, meter.scope)
 
 
 if __name__ == "__main__":

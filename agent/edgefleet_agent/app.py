@@ -23,10 +23,11 @@ from edgefleet_agent import __version__, board, launcher, notify
 from edgefleet_agent import settings as board_settings
 from edgefleet_agent.examiner import SandboxedExaminer
 from edgefleet_agent.inbox import Item
+from edgefleet_agent.line import Line
 from edgefleet_agent.ports import Ports, spawn_thread
 from edgefleet_agent.rehearse import AgentExaminer
 from edgefleet_agent.results import ChildSigner
-from edgefleet_agent.runner import Line, Runner
+from edgefleet_agent.runner import Runner
 from edgefleet_agent.runtime.control import RuntimeClient, socket_path
 from edgefleet_agent.selfupdate import AgentEffects, AgentUplink, Fork, Myself, Proof
 from edgefleet_agent.settings import Settings
@@ -69,8 +70,9 @@ class Agent:
         self._state, self._manifest, self._clock = state, manifest or "", ports.clock
         deciding = threading.Lock()
         self._models = Runner(
-            state, settings, found, boot, inbox, ports, Line(may_begin=lambda: not self._own.changes, deciding=deciding)
-        )
+            state, settings, found, boot, inbox, ports,
+            Line(may_begin=lambda: not self._own.changes, excused=lambda: self._own.is_changing, deciding=deciding),
+        )  # fmt: skip
         myself = Myself(
             manifest=manifest or "",
             launched=manifest is not None,
@@ -98,6 +100,7 @@ class Agent:
         self._settles_at = self._clock.monotonic() + launcher.SETTLED_S
         self._uplink.start()
         try:
+            self._own.turn(None)  # first: the model's line asks whether this start is its doing
             self._models.run(beside=self._turn_own)
         finally:
             notify.stopping()

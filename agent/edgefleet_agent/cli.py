@@ -154,12 +154,15 @@ def doctor(state: Path, as_json: bool) -> None:
 @main.command()
 @state_option
 @json_option
+@click.option("--undo", is_flag=True, help="whatever serves: put back what was there before any profile")
 @told
-def power(state: Path, as_json: bool) -> None:
+def power(state: Path, as_json: bool, undo: bool) -> None:
     """Apply the power profile of what serves, or undo it. For root: fleet-power.service runs this whenever the slots change."""
+    from edgefleet_shared.artifact import PowerProfile
+
     from edgefleet_agent import power_profile
 
-    profile = power_profile.wanted(state)
+    profile = PowerProfile() if undo else power_profile.wanted(state)
     changed = power_profile.apply(profile)
     if as_json:
         click.echo(msgspec.json.encode({"profile": profile, "changed": changed}).decode())

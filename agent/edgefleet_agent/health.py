@@ -26,19 +26,24 @@ class CpuMeter:
 
     def __init__(self, source: Path = Path("/proc/stat")) -> None:
         self._source = source
-        self._busy, self._all = self._read()
+        self._before = self._read()
 
     def share(self) -> float | None:
-        """0 to 1; None when nothing has passed."""
-        busy, everything = self._read()
-        passed, used = everything - self._all, busy - self._busy
-        self._busy, self._all = busy, everything
+        """0 to 1; None when nothing has passed, or the kernel does not tell."""
+        before, self._before = self._before, self._read()
+        if before is None or self._before is None:
+            return None
+        used, passed = (now - then for now, then in zip(self._before, before, strict=True))
         return max(0.0, min(1.0, used / passed)) if passed > 0 else None
 
-    def _read(self) -> tuple[int, int]:
+    def _read(self) -> tuple[int, int] | None:
+        """Busy and all, in ticks."""
         # proc(5): user nice system idle iowait irq softirq steal ...
-        fields = [int(f) for f in self._source.read_text().split("\n", 1)[0].split()[1:9]]
-        return sum(fields) - fields[3] - fields[4], sum(fields)
+        try:
+            fields = [int(f) for f in self._source.read_text().split("\n", 1)[0].split()[1:9]]
+            return sum(fields) - fields[3] - fields[4], sum(fields)
+        except (OSError, ValueError, IndexError):
+            return None
 
 
 class CrashWatch:
@@ -102,9 +107,13 @@ class EnergyMeter:
 
 
 def memory_available_bytes(source: Path = Path("/proc/meminfo")) -> int | None:
-    for line in source.read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
+    """What programs may still take; None when the kernel does not tell."""
+    try:
+        for line in source.read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except (OSError, ValueError, IndexError):
+        pass
     return None
 
 

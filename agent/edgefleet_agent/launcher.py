@@ -32,6 +32,7 @@ LAUNCHER = "1"  # what a version may expect of its launcher; rises when this mod
 STARTS = 3  # that a version on trial is given to prove itself
 LATE_STARTS = 10  # that a committed version is given in a row without having settled in between
 SETTLED_S = 60.0  # a version that has run so long has settled, whether it reaches anybody or not
+LIMIT_MOST_S = 86_400.0  # of a trial; no version is given a fraction of it
 ALARM_FACTOR = 1.5  # of the trial's limit: the version itself gives up first, and says why
 CODE_LAYER = (
     "application/vnd.edgefleet.agent.code.v1+zip"  # as in edgefleet_shared.artifact, which needs more than we may
@@ -78,9 +79,11 @@ def read_trial(state: Path, *, files: FileSystem = DISK) -> Trial | None:
     """The record of the last trial; None when there is none, or none that can be read."""
     found = _object(folder(state) / "trial.json", files)
     try:
-        return Trial(str(found["manifest"]), float(found["limit_s"]), str(found["package"]), int(found["starts"]))
-    except (KeyError, TypeError, ValueError):
+        trial = Trial(str(found["manifest"]), float(found["limit_s"]), str(found["package"]), int(found["starts"]))
+    except (KeyError, TypeError, ValueError, OverflowError):
         return None
+    # Whatever they are, they must not end the launcher: it would be started again to the same end, for ever.
+    return trial if 0 < trial.limit_s <= LIMIT_MOST_S and trial.starts >= 0 else None
 
 
 def write_trial(state: Path, trial: Trial, *, files: FileSystem = DISK) -> None:

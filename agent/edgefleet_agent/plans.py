@@ -40,7 +40,7 @@ class Plan(msgspec.Struct, frozen=True):
 
 
 def read(layout: Layout) -> dict[str, Plan]:
-    """The records by artifact. A damaged file is as good as none: what it named is made again.
+    """The records by artifact. A damaged file, or record, is as good as none: what it named is made again.
 
     Raises:
         EnvironmentProblem: it can't be read.
@@ -48,9 +48,11 @@ def read(layout: Layout) -> dict[str, Plan]:
     path = _path(layout)
     try:
         records = msgspec.json.decode(atomic.read(path, files=layout.files), type=tuple[Plan, ...])
+        for record in records:
+            hex_of(record.digest)  # becomes a file's name
     except FileNotFoundError:
         return {}
-    except msgspec.DecodeError as exc:
+    except (msgspec.DecodeError, ArtifactError) as exc:
         log.error("plans damaged", extra={"reason": f"{path}: {exc}"})
         return {}
     return {record.artifact: record for record in records}

@@ -136,7 +136,7 @@ class _Channel(NamedTuple):
 
 
 def _supply_monitor(sys_root: Path, now_s: float) -> Source | None:
-    for chip in sorted(sys_root.glob("class/hwmon/hwmon*")):
+    for chip in _found(sys_root, "class/hwmon/hwmon*"):
         name = _text(chip / "name")
         if not _MONITORS.match(name):
             continue
@@ -163,11 +163,11 @@ def _channels(chip: Path) -> list[_Channel]:
     """A monitor's channels: those that give power, else those that give voltage and current."""
     found = [
         _Channel(_text(path.with_name(path.name.replace("input", "label"))), partial(_scaled, path, 1e-6))
-        for path in sorted(chip.glob("power*_input"))
+        for path in _found(chip, "power*_input")
     ]
     if found:
         return found
-    for amperes in sorted(chip.glob("curr*_input")):
+    for amperes in _found(chip, "curr*_input"):
         number = amperes.name.removeprefix("curr").removesuffix("_input")
         label = _text(chip / f"in{number}_label") or _text(chip / f"curr{number}_label")
         found.append(_Channel(label, partial(_product, chip / f"in{number}_input", amperes, 1e-3)))
@@ -175,7 +175,7 @@ def _channels(chip: Path) -> list[_Channel]:
 
 
 def _battery(sys_root: Path, now_s: float) -> Source | None:
-    for supply in sorted(sys_root.glob("class/power_supply/*")):
+    for supply in _found(sys_root, "class/power_supply/*"):
         if _text(supply / "type") != "Battery" or _text(supply / "status") != "Discharging":
             continue
 
@@ -194,7 +194,7 @@ def _battery(sys_root: Path, now_s: float) -> Source | None:
 
 
 def _rapl(sys_root: Path, now_s: float) -> Source | None:
-    zones = {zone: _text(zone / "name") for zone in sorted(sys_root.glob("class/powercap/intel-rapl:*"))}
+    zones = {zone: _text(zone / "name") for zone in _found(sys_root, "class/powercap/intel-rapl:*")}
     platform = [zone for zone, name in zones.items() if name == "psys"]
     packages = [zone for zone, name in zones.items() if name.startswith("package")]
     scope: Scope = "board" if platform else "package"
@@ -213,6 +213,13 @@ def _product(volts: Path, amperes: Path, unit: float) -> float | None:
 def _scaled(path: Path, unit: float) -> float | None:
     value = _number(path)
     return None if value is None else value * unit
+
+
+def _found(folder: Path, pattern: str) -> list[Path]:
+    try:
+        return sorted(folder.glob(pattern))
+    except OSError:
+        return []  # a kernel, or a process, that can open no folder now
 
 
 def _number(path: Path) -> float | None:

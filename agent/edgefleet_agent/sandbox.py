@@ -22,6 +22,8 @@ from pathlib import Path
 import msgspec
 from edgefleet_shared.errors import EnvironmentProblem
 
+from edgefleet_agent import run_queue
+
 POLL_S = 0.02  # how often resident memory is looked at; a child can grow some 100 MB in that time, not a gigabyte
 MAX_REPORT_BYTES = 4 * 1024 * 1024
 MAX_OUTPUT_BYTES = 8 * 1024
@@ -43,7 +45,7 @@ class Ended(msgspec.Struct, frozen=True, kw_only=True):
         problem: empty when it returned 0; else a phrase for people: ``killed by SIGSEGV``, ``over its memory limit of 1000 bytes``.
         signal: the signal that ended it by itself, 0 when none did or when this parent sent it.
         over_limit: this parent killed it for time, memory, or what it sent.
-        out_of_time: it was for time.
+        out_of_time: it was for time; then ``waited_share`` is the share of it that the child waited for a core, None where nobody knows.
         reports: the lines that it wrote to its report pipe, in order.
         output: the end of what it wrote to stdout and stderr.
         peak_memory_bytes: highest resident memory that was seen.
@@ -57,6 +59,7 @@ class Ended(msgspec.Struct, frozen=True, kw_only=True):
     peak_memory_bytes: int
     seconds: float
     out_of_time: bool = False
+    waited_share: float | None = None
 
     def last_words(self) -> str:
         """``: `` and the last line of its output, for the end of a sentence; empty when it said nothing."""
@@ -215,12 +218,14 @@ class _Watch:
 
     def _until_end(self) -> Ended:
         began = time.monotonic()
-        broken, out_of_time = "", False
+        broken, out_of_time, waited_share = "", False, None
         while self._child.poll() is None:
             self._read(POLL_S)
             broken = self._broken_limit()
             if not broken and time.monotonic() - began > self._limits.time_s:
                 broken, out_of_time = f"over its time limit of {self._limits.time_s:g} s", True
+                waits = run_queue.waits_s(str(self._child.pid))
+                waited_share = run_queue.longest_share({}, waits, time.monotonic() - began)
             if broken or self._stop.is_set():
                 _kill_session(self._child)
                 self._child.wait()
@@ -235,6 +240,7 @@ class _Watch:
             signal=-code if code < 0 and not broken else 0,
             over_limit=bool(broken),
             out_of_time=out_of_time,
+            waited_share=waited_share,
             reports=tuple(self._reports),
             output=self._output.decode(errors="replace"),
             peak_memory_bytes=self._peak,

@@ -14,7 +14,7 @@ THROTTLED_BELOW = 0.8  # of the maximum clock, right after a load that wants all
 def hottest_celsius(sys_root: Path = Path("/sys")) -> float | None:
     """The highest reading of all thermal zones in degrees Celsius; None when the board has no readable zone."""
     readings = []
-    for zone in sorted(sys_root.glob("class/thermal/thermal_zone*/temp")):
+    for zone in _found(sys_root, "class/thermal/thermal_zone*/temp"):
         value = _number(zone)
         # Sensors that are switched off read 0 or far below zero, or all ones.
         if value is not None and 0 < value <= MOST_CELSIUS * 1000:
@@ -30,7 +30,7 @@ def throttled(sys_root: Path = Path("/sys"), most_mhz: int = 0) -> bool | None:
             ``scaling_max_freq`` is no measure: what cools the board lowers it too.
     """
     shares = []
-    for policy in sorted(sys_root.glob("devices/system/cpu/cpufreq/policy*")):
+    for policy in _found(sys_root, "devices/system/cpu/cpufreq/policy*"):
         current, most = _number(policy / "scaling_cur_freq"), _number(policy / "cpuinfo_max_freq")
         if current and most and not _holds_low(policy):
             most = min(most, most_mhz * 1000) if most_mhz > 0 else most
@@ -48,6 +48,13 @@ def _text(path: Path) -> str:
         return path.read_text().strip()
     except (OSError, UnicodeDecodeError):
         return ""
+
+
+def _found(folder: Path, pattern: str) -> list[Path]:
+    try:
+        return sorted(folder.glob(pattern))
+    except OSError:
+        return []  # a kernel, or a process, that can open no folder now
 
 
 def _number(path: Path) -> float | None:

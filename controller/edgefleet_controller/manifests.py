@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
+from edgefleet_shared.contract import MAX_ACCEPTANCE_S, MAX_BUILD_S
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator, model_validator
 
 API_VERSION: Literal["edgefleet/v1"] = "edgefleet/v1"
@@ -29,7 +30,8 @@ Decoder = Literal["yolov3", "yolov5", "yolov8", "yolox", "boxes"]
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+    # JSON, in which all of it is kept and signed, has no infinity.
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Metadata(_Strict):
@@ -96,7 +98,7 @@ class AcceptanceOverrides(_Strict):
     min_golden: Count | None = None
     warmup_runs: Count = 5
     timed_runs: Annotated[int, Field(ge=10)] = 40
-    time_limit_s: Annotated[float, Field(gt=0)] = 120.0
+    time_limit_s: Annotated[float, Field(gt=0, le=MAX_ACCEPTANCE_S)] = 120.0
 
 
 class Shadow(_Strict):
@@ -115,7 +117,7 @@ class BuildBudget(_Strict):
     """What making a plan may cost on a board of the class, where the engine needs one (tensorrt). A rollout's ``timeout_s`` must leave time
     for it."""
 
-    time_limit_s: Annotated[float, Field(gt=0)] = 900.0
+    time_limit_s: Annotated[float, Field(gt=0, le=MAX_BUILD_S)] = 900.0
     memory_bytes: Bytes = Field(default=2 << 30, description="resident, of the process that builds")
     disk_bytes: Bytes = Field(default=1 << 30, description="of the plan")
 

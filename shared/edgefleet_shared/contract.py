@@ -28,6 +28,10 @@ class Verdict(str, Enum):
 
 # A board that accepts heeds no other assignment, and the deployment's own time does not end it: what hangs must not hold it for ever.
 MAX_ACCEPTANCE_S = 6 * 3600.0
+# Nor while it makes the plans of what serves anew, which no deployment bounds.
+MAX_BUILD_S = 6 * 3600.0
+
+MAX_WAITED_SHARE = 0.25  # of the time, for a core; beyond that, what time was measured says little of the model
 
 # When several checks disagree the first in this order wins: a proven fault outweighs a doubt.
 _GRAVITY = (Verdict.FAILED, Verdict.ERROR, Verdict.INCONCLUSIVE, Verdict.PASSED)
@@ -139,6 +143,8 @@ class AcceptanceContract(msgspec.Struct, frozen=True, kw_only=True):
             problems.append(f"time_limit_s must be above 0 and at most {MAX_ACCEPTANCE_S:.0f}")
         if not (self.build.time_limit_s > 0 and self.build.memory_bytes > 0 and self.build.disk_bytes > 0):
             problems.append("build.time_limit_s, build.memory_bytes and build.disk_bytes must be above 0")
+        if self.build.time_limit_s > MAX_BUILD_S:
+            problems.append(f"build.time_limit_s must be at most {MAX_BUILD_S:.0f}")
         shadow = self.shadow
         if shadow.requests and not (0.0 < shadow.min_agreement <= 1.0 and shadow.time_limit_s > 0):
             problems.append("shadow needs a min_agreement in (0, 1] and a time_limit_s above 0")
@@ -163,8 +169,10 @@ class AcceptanceFigures(msgspec.Struct, frozen=True, kw_only=True):
     p95_ms: float
     peak_memory_bytes: int
     providers: tuple[str, ...]
-    # CPU time over wall time of the timed runs, 1.0 when the child had its core to itself; None where not measured.
+    # CPU time over wall time of the timed runs, and the share of it that the thread which waited most has waited for a core; None where
+    # not measured.
     cpu_share: float | None = None
+    waited_share: float | None = None
     throttled: bool | None = None
     celsius_before: float | None = None
     celsius_after: float | None = None
@@ -203,13 +211,18 @@ class AcceptanceReport(msgspec.Struct, frozen=True, kw_only=True):
 def judge(contract: AcceptanceContract, figures: AcceptanceFigures) -> AcceptanceReport:
     """Hold measured figures against the contract.
 
-    A latency that misses its limit is *inconclusive*, not failed, when the board was throttling or when the child did not have
-    a core for most of the time: then the board, not the model, was slow.
+    A latency that misses its limit is *inconclusive*, not failed, when the board was throttling or when the child had to wait for
+    a core: then the board, not the model, was slow.
 
     Returns:
         the report; its verdict is the gravest of its measurements.
     """
-    busy = bool(figures.throttled) or (figures.cpu_share is not None and figures.cpu_share < 0.75)
+    waited = figures.waited_share
+    if waited is None and figures.cpu_share is not None:
+        waited = (
+            1.0 - figures.cpu_share
+        )  # what was not computed was waited for: right for models that compute on the processor
+    busy = is_busy(figures.throttled, waited)
     rows = [
         _row("golden_count", figures.golden_count >= contract.min_golden, figures.golden_count, contract.min_golden,
              "pictures", "golden pictures answered"),
@@ -244,6 +257,11 @@ def judge(contract: AcceptanceContract, figures: AcceptanceFigures) -> Acceptanc
             rows.append(_row("power", figures.watts <= contract.max_watts, figures.watts, contract.max_watts,
                              "watts", "mean of the board while inferring without a pause"))  # fmt: skip
     return _judged(AcceptanceReport(verdict=Verdict.PASSED, figures=figures, unmeasured=tuple(unmeasured)), tuple(rows))
+
+
+def is_busy(throttled: bool | None, waited_share: float | None) -> bool:
+    """Whether the board, not the model, is to blame for time: it was throttling, or a thread had to wait for a core for too much of it."""
+    return bool(throttled) or (waited_share is not None and waited_share > MAX_WAITED_SHARE)
 
 
 def judge_shadow(plan: ShadowPlan, figures: ShadowFigures, report: AcceptanceReport) -> AcceptanceReport:

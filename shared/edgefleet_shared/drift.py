@@ -44,7 +44,7 @@ class Statistics(msgspec.Struct, frozen=True, kw_only=True):
 
 class TensorDrift(msgspec.Struct, frozen=True, kw_only=True):
     """How far one tensor has moved. ``shift`` None where the golden set does not vary; ``non_finite`` is the share of values that are
-    NaN or infinite, which the other figures leave out."""
+    NaN or infinite, which the other figures leave out; where all are, ``psi`` is of that alone."""
 
     name: str
     kind: Literal["input", "output"]
@@ -55,7 +55,7 @@ class TensorDrift(msgspec.Struct, frozen=True, kw_only=True):
 
 class Drift(msgspec.Struct, frozen=True, kw_only=True):
     """How far a model's world has moved, over the last ``samples`` requests that were looked at. ``psi`` is the greatest of its tensors',
-    None while nothing can be said, with the reason in ``note``; ``repeated`` the share of inputs equal to the one before."""
+    with values that are no numbers as one more bin, which a golden set has none in; None while nothing can be said, with the reason in ``note``; ``repeated`` the share of inputs equal to the one before."""
 
     samples: int
     note: str = ""
@@ -73,6 +73,12 @@ def psi(expected: Sequence[float], counts: Sequence[int]) -> float:
         p, q = max(share, MIN_SHARE), max(count / total, MIN_SHARE)
         found += (q - p) * math.log(q / p)
     return found
+
+
+def psi_of_non_finite(share: float) -> float:
+    """What a bin of values that are NaN or infinite adds to the index where none was expected."""
+    q = max(share, MIN_SHARE)
+    return (q - MIN_SHARE) * math.log(q / MIN_SHARE)
 
 
 def divergence(expected: Sequence[float], counts: Sequence[int]) -> float:

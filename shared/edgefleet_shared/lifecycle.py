@@ -197,8 +197,11 @@ class IllegalTransition(Exception):
     """An event that its state has no row for: our own bug, not a user's."""
 
 
-def step(life: Life, event: Event) -> tuple[Life, tuple[Effect, ...]]:
+def step(life: Life, event: Event, *, counted: bool = True) -> tuple[Life, tuple[Effect, ...]]:
     """One transition.
+
+    Args:
+        counted: False for a restart that is known to be another's doing: it is no sign that what this state does ends the agent.
 
     Returns:
         the new life and the effects to carry out in order.
@@ -208,7 +211,7 @@ def step(life: Life, event: Event) -> tuple[Life, tuple[Effect, ...]]:
     """
     restarts = 0
     if event is Event.RESTARTED and life.state is not State.IDLE:
-        restarts = life.restarts + 1
+        restarts = life.restarts + counted
         if restarts > MAX_RESTARTS:
             event, restarts = Event.LOOPING, 0
     row = TABLE.get((life.state, event))

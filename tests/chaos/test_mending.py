@@ -6,8 +6,10 @@ import pytest
 from chaos.board import STATE, Agent, SimulatedRuntime, Story, check_end
 from chaos.stories import came_to, depot
 from edgefleet_agent import plans, slots
+from edgefleet_agent.runtime.control import Loaded
 from edgefleet_agent.slots import SlotStatus
 from edgefleet_shared.artifact import Layout
+from edgefleet_shared.errors import EngineError
 from edgefleet_shared.outcomes import Outcome
 from support.disk import MemoryDisk, Tree
 
@@ -124,6 +126,18 @@ def test_damaged_records_of_plans_cost_a_build(how: str) -> None:
     check_end(agent)
 
 
+def test_a_record_of_a_plan_that_names_no_digest_costs_a_build() -> None:
+    tree = came_to("5", "6")
+    path = f"{STATE}/artifacts/plans.json"
+    content = tree[path]
+    assert content is not None
+    disk = MemoryDisk(tree | {path: content.replace(b'"digest":"sha256:', b'"digest":"sha25v:')})
+    agent = start(disk, depot().assign("6"), "6", "7")
+    agent.run()
+    check_end(agent)
+    assert disk.tree()[path] == content
+
+
 def test_a_plan_that_is_not_held_against_its_digest_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plans, "is_whole", lambda layout, plan: True)
     with pytest.raises(AssertionError):
@@ -136,3 +150,43 @@ def test_a_blob_that_rotted_under_the_model_that_serves_is_fetched_again_with_th
     agent = start(disk, depot().assign("3"), "3")
     agent.run()
     check_end(agent)
+
+
+def test_a_manifest_that_rotted_under_the_model_that_serves_keeps_no_garbage_beyond_the_next_commit() -> None:
+    rotten, newer = depot().manifest("2").partition(":")[2], depot().manifest("3")
+    disk = MemoryDisk(came_to("1", "2") | {f"{STATE}/artifacts/blobs/sha256/{rotten}": b"rot"})
+    agent = start(disk, depot().assign("3"), "3")
+    agent.run()
+    check_end(agent)
+    layout = Layout(STATE / "artifacts", read_only=True, files=disk)
+    assert set(layout.digests()) == {newer, *(blob.digest for blob in layout.manifest(newer).blobs())}
+    assert slots.read(STATE, files=disk).previous is None, "what can't be returned to is not named"
+
+
+class Stubborn(SimulatedRuntime):
+    """It can start no worker until somebody mends it."""
+
+    mended = False
+
+    def _boot(self) -> None:
+        if self.mended:
+            super()._boot()
+
+    def load(self, manifest: str, mode: str = "auto", timeout_s: float = 0.0) -> Loaded:
+        if not self.mended:
+            raise EngineError("no memory for a worker")
+        return super().load(manifest, mode, timeout_s)
+
+
+def test_a_board_whose_runtime_does_not_serve_says_so_and_tries_again_until_it_does() -> None:
+    disk = MemoryDisk(came_to("1", "2"))
+    runtime = Stubborn(depot(), disk, frozenset())
+    story = Story("stubborn", disk.tree(), (depot().assign("2"),), {"2": (Outcome.SUCCEEDED,)})
+    agent = Agent(depot(), story, disk, runtime)
+    with pytest.raises(AssertionError, match=r"wedged in idle: .*the runtime does not serve: no memory for a worker"):
+        agent.run()
+    runtime.mended = True
+    agent.run()
+    assert runtime.serving == depot().manifest("2")
+    assert agent.wire.reported is not None
+    assert agent.wire.reported.problem == ""

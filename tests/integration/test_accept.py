@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +34,7 @@ def test_a_good_model_passes_with_every_figure_measured(tmp_path: Path, engine: 
     assert 10 << 20 < figures.peak_memory_bytes < 1 << 30
     assert figures.providers == artifacts.PROVIDERS[engine]
     assert figures.cpu_share is not None
+    assert figures.waited_share is not None
     assert report.unconfined == ()
 
 
@@ -86,6 +89,38 @@ def test_each_limit_of_the_contract_can_fail_a_model(tmp_path: Path, limit: str)
     assert words in report.reason
     # A child that ran out of time before it touched the model says nothing about the model; a busy core neither.
     assert report.verdict is Verdict.FAILED or limit in ("time", "latency")
+
+
+BUSY = "import os, sys\nos.sched_setaffinity(0, {int(sys.argv[1])})\nprint(flush=True)\nwhile True: pass"
+
+
+@pytest.fixture
+def crowded_core() -> Iterator[None]:
+    """This process, and what it starts, on one core, beside three that never pause."""
+    cores = os.sched_getaffinity(0)
+    core = min(cores)
+    busy = [
+        subprocess.Popen([sys.executable, "-c", BUSY, str(core)], stdout=subprocess.PIPE, text=True) for _ in range(3)
+    ]
+    try:
+        for process in busy:
+            assert process.stdout is not None
+            process.stdout.readline()
+        os.sched_setaffinity(0, {core})
+        yield
+    finally:
+        os.sched_setaffinity(0, cores)
+        for process in busy:
+            process.kill()
+            process.communicate()
+
+
+def test_time_that_runs_out_on_a_crowded_core_is_inconclusive(tmp_path: Path, crowded_core: None) -> None:
+    contract = artifacts.make_contract(timed_runs=100_000_000, time_limit_s=30.0)
+    made = artifacts.make_artifact(slots.artifacts(tmp_path), contract=contract)
+    report = accept(tmp_path, made.digest)
+    assert report.verdict is Verdict.INCONCLUSIVE, report.reason
+    assert "over its time limit of 30 s while timing inferences: the board was busy" in report.reason
 
 
 def test_a_temperature_ceiling_on_a_board_without_sensor_is_inconclusive(tmp_path: Path) -> None:

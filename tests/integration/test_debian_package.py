@@ -6,7 +6,7 @@ import re
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.client import HTTPConnection
 from pathlib import Path
@@ -162,6 +162,78 @@ def test_a_killed_service_comes_back(machine, port, service):
     until(lambda: ask(port, "/v2/models/toy/ready")[0] == 200, "the model is served", 40)
 
 
+def test_an_upgrade_that_comes_to_nothing_leaves_the_board_within_reach(machine, port, packages, tmp_path):
+    broken = repacked(packages[0], tmp_path, preinst="#!/bin/sh\nexit 1\n")
+    (machine.tree / "root" / broken.name).write_bytes(broken.read_bytes())
+    runtime = machine.main_pid("fleet-runtime.service")
+    assert machine.run("dpkg", "--install", f"/root/{broken.name}", check=False).returncode != 0
+    until(lambda: machine.active("fleet-agent.service"), "the agent that was stopped for it runs again", 60)
+    assert machine.main_pid("fleet-runtime.service") == runtime
+
+
+def test_the_package_is_put_in_again_where_etc_is_read_only(machine, port, packages):
+    machine.run("mount", "--bind", "/etc", "/etc")
+    try:
+        machine.run("mount", "-o", "remount,ro,bind", "/etc")
+        install(machine, packages[0])
+    finally:
+        machine.run("umount", "/etc")
+    assert machine.active("fleet-agent.service")
+
+
+POLICY = "/sys/devices/system/cpu/cpufreq/policy0"
+
+
+@pytest.fixture
+def scaling(machine) -> Iterator[Callable[[str], str]]:
+    """A processor whose clock can be set, in the place of this host's, which the machine may not touch; reads one of its files."""
+    files = {
+        "scaling_governor": "performance", "scaling_max_freq": "2000000", "cpuinfo_min_freq": "600000", "cpuinfo_max_freq": "2000000",
+        "scaling_available_governors": "performance powersave",
+    }  # fmt: skip
+    machine.run("mount", "-t", "tmpfs", "-o", "mode=755", "tmpfs", "/sys/devices/system/cpu")
+    try:
+        lines = "; ".join(f"echo {content} > {POLICY}/{name}" for name, content in files.items())
+        machine.run("sh", "-ec", f"mkdir -p {POLICY}; {lines}")
+        machine.run("systemctl", "start", "fleet-power")
+        yield lambda name: machine.run("cat", f"{POLICY}/{name}").stdout.strip()
+    finally:
+        machine.run("umount", "/sys/devices/system/cpu")
+
+
+def test_slots_that_change_often_do_not_end_the_watch_for_the_next_power_profile(machine, port, scaling):
+    slots = "/var/lib/edgefleet/slots.json"
+    for _ in range(12):
+        # What a profile of before would have left; nothing serves here that asks for one.
+        machine.run(
+            "sh",
+            "-ec",
+            f"echo powersave > {POLICY}/scaling_governor; cp -p {slots} {slots}.new; mv {slots}.new {slots}",
+        )
+        until(lambda: scaling("scaling_governor") == "performance", "the change was looked at", 60)
+        until(lambda: not busy(machine, "fleet-power.service"), "and the next one is watched for", 60)
+    assert machine.active("fleet-power.path")
+
+
+def busy(machine: Machine, unit: str) -> bool:
+    return machine.run("systemctl", "is-active", unit, check=False).stdout.strip() in ("activating", "deactivating")
+
+
+def test_a_change_that_the_watch_missed_is_looked_at_all_the_same(machine, port, scaling):
+    folder = machine.tree / "etc/systemd/system/fleet-power.timer.d"
+    folder.mkdir()
+    (folder / "soon.conf").write_text("[Timer]\nOnUnitInactiveSec=\nOnUnitInactiveSec=1s\nAccuracySec=1ms\n")
+    machine.run("systemctl", "stop", "fleet-power.path")
+    machine.run("systemctl", "daemon-reload")
+    try:
+        machine.run("sh", "-ec", f"echo powersave > {POLICY}/scaling_governor")
+        until(lambda: scaling("scaling_governor") == "performance", "it was looked at again", 60)
+    finally:
+        (folder / "soon.conf").unlink()
+        machine.run("systemctl", "daemon-reload")
+        machine.run("systemctl", "start", "fleet-power.path")
+
+
 @contextmanager
 def under_load(port: int) -> Iterator[list[int]]:
     """Requests without a pause; their statuses, or the negative number of the error that came instead."""
@@ -237,16 +309,27 @@ def test_an_upgrade_under_load_fails_no_request_and_keeps_the_board_what_it_was(
     assert "toy 1 (good)" in machine.run("fleet-agent", "status").stdout
 
 
-def repacked(package: Path, folder: Path) -> Path:
-    """The same package as a later version."""
+def repacked(package: Path, folder: Path, preinst: str = "") -> Path:
+    """The same package as a later version, with a script of that text."""
     tree = folder / package.stem
     subprocess.run(["dpkg-deb", "--raw-extract", str(package), str(tree)], check=True)
     control = tree / "DEBIAN/control"
     text = re.sub(r"^(Version: .*)$", r"\1+next", control.read_text(), flags=re.M)
     control.write_text(re.sub(r"(edgefleet-agent \(= [^)]*)\)", r"\1+next)", text))
+    if preinst:
+        (tree / "DEBIAN/preinst").write_text(preinst)
+        (tree / "DEBIAN/preinst").chmod(0o755)
     made = folder / package.name
     subprocess.run(["dpkg-deb", "--root-owner-group", "-Znone", "--build", str(tree), str(made)], check=True, stdout=-3)
     return made
+
+
+def test_an_engine_that_is_removed_is_reported_no_longer_while_the_runtime_serves_on(machine, port, fleet):
+    runtime = machine.main_pid("fleet-runtime.service")
+    machine.run("dpkg", "--remove", "edgefleet-engine-onnxruntime")
+    until(lambda: fleet.client().device("packaged")["report"]["fingerprint"]["engines"] == {}, "it is told", 60)
+    assert machine.main_pid("fleet-runtime.service") == runtime
+    assert ask(port, "/v2/models/toy/ready")[0] == 200
 
 
 def test_removed_it_is_silent_and_purged_it_leaves_nothing_but_its_user(machine, port):
@@ -268,3 +351,26 @@ def test_removed_it_is_silent_and_purged_it_leaves_nothing_but_its_user(machine,
     assert [path for path in gone if machine.run("test", "-e", path, check=False).returncode == 0] == []
     assert machine.run("systemctl", "list-unit-files", "fleet-*", "--no-legend", check=False).stdout.strip() == ""
     assert machine.run("id", "edgefleet").returncode == 0
+
+
+@pytest.fixture
+def installed_again(machine: Machine, packages: list[Path]) -> None:
+    install(machine, packages[0])
+
+
+def test_a_state_folder_that_is_a_disk_of_its_own_is_purged_and_left_empty(machine, installed_again):
+    state = "/var/lib/edgefleet"
+    machine.run("mount", "-t", "tmpfs", "tmpfs", state)
+    try:
+        machine.run("sh", "-ec", f"mkdir {state}/identity; touch {state}/identity/agent.key")
+        machine.run("dpkg", "--purge", "edgefleet-agent")
+        assert machine.run("find", state, "-mindepth", "1").stdout == ""
+    finally:
+        machine.run("umount", state)
+
+
+def test_removed_it_gives_the_processor_back_what_a_power_profile_took(machine, installed_again, scaling):
+    machine.run("sh", "-ec", "echo {} > /var/lib/edgefleet/slots.json; systemctl start fleet-power")
+    machine.run("sh", "-ec", f"echo powersave > {POLICY}/scaling_governor; echo 600000 > {POLICY}/scaling_max_freq")
+    machine.run("dpkg", "--remove", "edgefleet-agent")
+    assert (scaling("scaling_governor"), scaling("scaling_max_freq")) == ("performance", "2000000")

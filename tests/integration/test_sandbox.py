@@ -58,6 +58,7 @@ def test_a_child_that_hangs_and_ignores_signals_is_ended_at_its_time_limit(misbe
     began = time.monotonic()
     ended = misbehave("hang", time_s=1.5)
     assert ended.problem == "over its time limit of 1.5 s"
+    assert ended.waited_share is not None
     assert ended.over_limit
     assert time.monotonic() - began < 10
 

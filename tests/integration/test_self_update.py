@@ -13,7 +13,7 @@ import pytest
 from edgefleet_agent import launcher, slots, verify
 from edgefleet_agent.launcher import STARTS
 from edgefleet_controller.results import Holder, ResultVerifier, Standing
-from edgefleet_shared.artifact import Descriptor
+from edgefleet_shared.artifact import MODEL_LAYER, Descriptor
 from edgefleet_shared.assignment import AGENT, Subject
 from edgefleet_shared.lifecycle import State
 from edgefleet_shared.outcomes import Outcome
@@ -119,6 +119,24 @@ def test_a_version_that_runs_out_of_its_zip_takes_a_model_as_any_other(controlle
     assert report is not None
     assert report.acceptance is not None
     assert report.acceptance.unconfined == ()
+
+
+def test_a_version_that_dies_on_its_trial_costs_no_model_that_is_on_its_way(controller, board, make) -> None:
+    model = artifacts.make_artifact(controller.layout, version="3", seed=3, device_class=controller.device_class)
+    controller.release(model, "toy", "3")
+    weights = controller.layout.path(controller.layout.manifest(model.digest).layer(MODEL_LAYER).digest)
+    held = weights.rename(weights.with_name("..held"))
+    on_its_way = controller.assign("b1", model, "3")
+    until(lambda: controller.reports["b1"].state is State.FETCHING, "the model is being fetched")
+
+    anchor = "        if not self._line_is_up():"
+    made = make("edgefleet_agent/selfupdate.py", anchor, "        import os\n\n        os._exit(3)\n" + anchor)
+    assert board.outcome(assign(controller, made)) is Outcome.FAILED_ROLLED_BACK
+    rests(board)
+    assert controller.reports["b1"].state is State.FETCHING
+
+    held.rename(weights)
+    assert controller.outcome("b1", on_its_way) is Outcome.SUCCEEDED, board.log()[-3000:]
 
 
 @pytest.mark.parametrize("seed", [1, 2, 3])

@@ -45,7 +45,9 @@ def test_the_services_are_there():
     assert {unit.name for unit in UNITS} == set(EXPOSURE)
 
 
-@pytest.mark.parametrize("name", [*EXPOSURE, "fleet-runtime.socket", "fleet-runtime-grpc.socket", "fleet-power.path"])
+@pytest.mark.parametrize(
+    "name", [*EXPOSURE, "fleet-runtime.socket", "fleet-runtime-grpc.socket", "fleet-power.path", "fleet-power.timer"]
+)
 def test_systemd_reads_the_unit_without_a_word(installed, name):
     _, complaints = analyze("verify", "--man=no", installed / name)
     assert complaints == ""
@@ -71,6 +73,13 @@ def test_a_board_service_notifies_is_watched_and_comes_back(name):
     for line in ("Type=notify", "Restart=always", "StartLimitIntervalSec=0", "User=edgefleet"):
         assert line in text.splitlines()
     assert re.search(r"^WatchdogSec=\d+$", text, flags=re.M)
+
+
+@pytest.mark.parametrize("name", ["fleet-power.service", "fleet-runtime-grpc.service"])
+def test_what_is_started_by_something_else_is_never_started_too_often(name):
+    """A start limit that is hit fails the path, or the socket, as well: nothing would start it again."""
+    text = (ROOT / "agent/edgefleet_agent/systemd" / name).read_text()
+    assert "StartLimitIntervalSec=0" in text.splitlines()
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,9 @@ import math
 import msgspec
 import numpy as np
 import pytest
+from edgefleet_agent.accept import Stage, report_on
 from edgefleet_agent.accept_child import compare
+from edgefleet_agent.sandbox import Ended
 from edgefleet_shared.contract import (
     AcceptanceContract,
     AcceptanceFigures,
@@ -74,10 +76,34 @@ def test_a_power_budget_of_nothing_is_no_contract() -> None:
         msgspec.structs.replace(CONTRACT, max_watts=0.0).check()
 
 
+@pytest.mark.parametrize(
+    ("waited_share", "cpu_share", "verdict"),
+    [
+        (0.02, 0.05, Verdict.FAILED),  # on an accelerator: the processor has nothing to do, and nobody took it
+        (0.02, 1.0, Verdict.FAILED),
+        (0.4, 0.6, Verdict.INCONCLUSIVE),
+        (0.4, 0.05, Verdict.INCONCLUSIVE),
+        (None, 0.6, Verdict.INCONCLUSIVE),  # a kernel that does not tell how long a thread waited
+        (None, 0.9, Verdict.FAILED),
+        (None, None, Verdict.FAILED),
+    ],
+)
+def test_a_slow_model_fails_unless_it_waited_for_a_core(waited_share, cpu_share, verdict) -> None:
+    slow = msgspec.structs.replace(GOOD, p95_ms=50.0, waited_share=waited_share, cpu_share=cpu_share, watts=None)
+    report = judge(CONTRACT, slow)
+    assert report.verdict is verdict
+    assert ("busy" in report.reason) is (verdict is Verdict.INCONCLUSIVE)
+
+
 @pytest.mark.parametrize("nothing", ["time_limit_s", "memory_bytes", "disk_bytes"])
 def test_a_budget_for_building_of_nothing_is_no_contract(nothing: str) -> None:
     with pytest.raises(ArtifactError, match=rf"build\.{nothing}"):
         msgspec.structs.replace(CONTRACT, build=BuildBudget(**{nothing: 0})).check()
+
+
+def test_a_build_that_could_hold_a_board_for_ever_is_no_contract() -> None:
+    with pytest.raises(ArtifactError, match=r"build\.time_limit_s"):
+        msgspec.structs.replace(CONTRACT, build=BuildBudget(time_limit_s=1e9)).check()
 
 
 PLAN = ShadowPlan(requests=100, min_agreement=0.95, max_latency_ratio=1.5)
@@ -132,3 +158,26 @@ def test_an_answer_that_can_not_be_compared_is_the_models_fault(kind, answer, re
 def test_an_acceptance_that_could_hold_a_board_for_ever_is_no_contract(time_limit_s: float) -> None:
     with pytest.raises(ArtifactError, match="time_limit_s"):
         msgspec.structs.replace(CONTRACT, time_limit_s=time_limit_s).check()
+
+
+@pytest.mark.parametrize(
+    ("out_of_time", "throttled", "waited_share", "verdict"),
+    [
+        (True, False, 0.02, Verdict.FAILED),  # it hangs
+        (True, None, None, Verdict.FAILED),
+        (True, False, 0.6, Verdict.INCONCLUSIVE),
+        (True, True, 0.02, Verdict.INCONCLUSIVE),
+        (False, True, None, Verdict.FAILED),  # over its memory limit, which no other process has a part in
+    ],
+)
+def test_time_that_ran_out_on_a_busy_board_is_no_fault_of_the_model(
+    out_of_time: bool, throttled: bool | None, waited_share: float | None, verdict: Verdict
+) -> None:
+    stage = msgspec.json.encode(Stage("timing inferences"))
+    ended = Ended(
+        problem="over its limit", signal=0, over_limit=True, reports=(stage,), output="", peak_memory_bytes=1, seconds=2.0,
+        out_of_time=out_of_time, waited_share=waited_share,
+    )  # fmt: skip
+    report = report_on(CONTRACT, ended, throttled=throttled)
+    assert report.verdict is verdict
+    assert report.reason.startswith("over its limit while timing inferences")

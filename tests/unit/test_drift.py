@@ -123,7 +123,53 @@ def test_values_that_are_no_numbers_are_counted_and_spoil_nothing_else(normal: S
     assert x.psi < LITTLE
     everything = seen(normal, lambda: np.full((1, 48, 64, 3), value, np.float32))
     assert all(np.isfinite(t.psi) for t in everything.tensors)
-    assert "x" not in {t.name for t in everything.tensors}
+    x = next(t for t in everything.tensors if t.name == "x")
+    assert (x.non_finite, x.shift) == (1.0, None)
+
+
+def answering(normal: Statistics, answers: Callable[[Array], Array]) -> Drift:
+    """The world as it was, seen by a model that answers so."""
+    observer, meter = Observer(normal), DriftMeter(normal)
+    for _ in range(120):
+        x = prepared(scene())
+        observer.look({"x": x}, {"y": answers(answer(x))})
+        meter.add(observer.observed())
+    return meter.figures()
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("share", [0.5, 1.0])
+def test_a_model_whose_answers_are_no_numbers_has_moved_much(normal: Statistics, value: float, share: float) -> None:
+    def broken(y: Array) -> Array:
+        return np.full_like(y, value) if RANDOM.random() < share else y
+
+    found = answering(normal, broken)
+    assert found.psi is not None
+    assert found.psi > 2 * MUCH
+    assert next(t for t in found.tensors if t.name == "y").non_finite > share - 0.2
+
+
+def test_an_answer_that_is_no_number_is_of_no_class(normal: Statistics) -> None:
+    found = answering(normal, lambda y: np.full_like(y, np.nan))
+    assert found.classes is None
+
+
+def test_a_model_that_always_answers_the_same_has_moved_much(normal: Statistics) -> None:
+    found = answering(normal, lambda y: np.full_like(y, 1 / CLASSES))
+    assert found.psi is not None
+    assert found.psi > 2 * MUCH
+
+
+def test_what_was_never_a_number_in_the_golden_set_is_no_drift() -> None:
+    shown = RANDOM.normal(size=(8, 10))
+    normal = golden.statistics({"x": shown}, {"y": np.full((8, 2), np.inf)}, classification=False)
+    observer, meter = Observer(normal), DriftMeter(normal)
+    for _ in range(MIN_SAMPLES):
+        observer.look({"x": RANDOM.normal(size=(1, 10))}, {"y": np.full((1, 2), np.inf)})
+        meter.add(observer.observed())
+    found = meter.figures()
+    assert found.psi is not None
+    assert found.psi < 2 * MUCH
 
 
 def test_numbers_too_large_to_add_up_break_nothing() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import subprocess
 import sys
 import tracemalloc
@@ -146,6 +147,19 @@ def test_what_was_taken_on_another_package_is_not_started_on_this_one(disk: Disk
 )
 def test_whatever_lies_there_the_packages_version_is_left(disk: Disk, name: str, content: bytes) -> None:
     (disk.own / name).write_bytes(content)
+    assert disk.choose() == Choice()
+
+
+@pytest.mark.parametrize("status", [SlotStatus.UNKNOWN, SlotStatus.GOOD])
+@pytest.mark.parametrize(
+    "figures",
+    [{"limit_s": limit_s} for limit_s in (math.inf, math.nan, -1.0, 0.0, 1e30)]
+    + [{"starts": starts} for starts in (math.inf, -1_000_000)],
+    ids=str,
+)
+def test_a_trial_whose_figures_are_none_is_no_trial(disk: Disk, status: SlotStatus, figures: dict[str, float]) -> None:
+    disk.install(status)
+    disk.trial(**figures)
     assert disk.choose() == Choice()
 
 

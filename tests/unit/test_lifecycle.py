@@ -145,6 +145,15 @@ def test_restarting_in_one_state_for_ever_ends(state: State) -> None:
     assert (life.outcome is not None) == (state is not State.REBUILDING)
 
 
+@pytest.mark.parametrize("state", [s for s in State if s is not State.IDLE])
+def test_a_restart_that_is_anothers_doing_is_not_counted(state: State) -> None:
+    life = Life(state, restarts=1)
+    for _ in range(2 * MAX_RESTARTS):
+        life, effects = step(life, Event.RESTARTED, counted=False)
+        assert effects[0] is Effect.PERSIST
+    assert life == Life(state, restarts=1)
+
+
 @given(st.lists(st.sampled_from(list(Event)), max_size=60))
 def test_whatever_happens_a_finished_deployment_has_an_outcome(events: list[Event]) -> None:
     life = Life()

@@ -53,6 +53,15 @@ def test_whole_numbers_are_accepted_where_a_real_number_is_meant(tmp_path: Path)
             6,
             ["spec.engin", "unknown field", "expected one of", "engine"],
         ),
+        *(
+            (
+                ("  budgets:", f"  {part}: {{time_limit_s: 21601}}\n  budgets:"),
+                7,
+                [f"spec.{part}.time_limit_s", "21600"],
+            )
+            for part in ("acceptance", "build_budget")
+        ),
+        (("latency_p95_ms: 40", "latency_p95_ms: .inf"), 8, ["spec.budgets.latency_p95_ms", "finite number"]),
         (("arch: x86_64", "arch: sparc"), 5, ["spec.arch", "x86_64", "'sparc'"]),
         (("kind: DeviceClass", "kind: DeviceKlass"), 2, ["kind", "DeviceClass, Model, Rollout, Site", "'DeviceKlass'"]),
         (("edgefleet/v1", "edgefleet/v9"), 1, ["apiVersion", "'edgefleet/v1'"]),

@@ -81,20 +81,22 @@ class DriftMeter:
         samples = sum(window.samples for window in windows)
         if samples < MIN_SAMPLES:
             return Drift(samples=samples, note=f"not enough: {samples} of {MIN_SAMPLES} requests looked at")
-        tensors = tuple(
-            found
-            for place, (kind, tensor) in enumerate(_kinds(normal))
-            if (found := self._tensor(place, kind, tensor)) is not None
-        )
+        tensors, moved = list[TensorDrift](), list[float]()
+        for place, (kind, tensor) in enumerate(_kinds(normal)):
+            found = self._tensor(place, kind, tensor)
+            if found is not None:
+                tensors.append(found)
+                # Without edges the golden set's values were no numbers either.
+                moved.append(max(found.psi, drift.psi_of_non_finite(found.non_finite)) if tensor.edges else found.psi)
         if not tensors:
             return Drift(samples=samples, note="no value was a number")
         classes = [sum(counts) for counts in zip(*(window.classes for window in windows), strict=True)]
         return Drift(
             samples=samples,
-            psi=max(tensor.psi for tensor in tensors),
+            psi=max(moved),
             classes=drift.divergence(normal.classes, classes) if sum(classes) else None,
             repeated=sum(window.repeated for window in windows) / samples,
-            tensors=tensors,
+            tensors=tuple(tensors),
         )
 
     def _tensor(self, place: int, kind: Literal["input", "output"], normal: TensorStatistics) -> TensorDrift | None:
@@ -102,6 +104,10 @@ class DriftMeter:
         counts = [sum(bins) for bins in zip(*(window.bins[place] for window in windows), strict=True)]
         finite, non_finite = sum(counts), sum(window.non_finite[place] for window in windows)
         measured = sum(window.measured[place] for window in windows)
+        if non_finite and not finite and normal.edges:
+            return TensorDrift(
+                name=normal.name, kind=kind, psi=drift.psi_of_non_finite(1.0), shift=None, non_finite=1.0
+            )
         if not finite or not measured:
             return None
         mean = sum(window.means[place] for window in windows) / measured

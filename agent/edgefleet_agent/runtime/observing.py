@@ -58,7 +58,8 @@ class Observer:
         self._answer = -1
         if self._normal.classes:
             scores = outputs[self._normal.outputs[0].name][:1]
-            self._answer = int(scores.argmax()) if scores.size else -1
+            # The largest of scores among which one is no number is none.
+            self._answer = int(scores.argmax()) if scores.size and np.isfinite(scores).all() else -1
 
     def _pick(self, tensor: Array | None) -> Array:
         if tensor is None or not tensor.size:
