@@ -298,15 +298,11 @@ class _Search:
         # Candidates that can't be told apart here are not made: the board's acceptance judges the plain one.
         effort = spec.search.effort if self._target.runs_here else "fixed"
         trials = self._try(search.first(plain, self._target, effort))
-        if (
-            plain.precision != "int8"
-            or plain.quantizer == AS_IS
-            or effort == "fixed"
-            or all(trial.died for trial in trials)
-        ):
+        if plain.precision != "int8" or effort == "fixed" or all(trial.died for trial in trials):
             return search.choose(trials, spec)
-        if effort == "quick" and not trials[0].misses:
-            return search.choose(trials, spec)
+        # Nothing else can be made of what came quantized; and what fits may still be no better than float, which was measured beside it.
+        if plain.quantizer == AS_IS or (effort == "quick" and not trials[0].misses):
+            return search.choose(trials + self._in_float(trials), spec)
         if not any(search.accurate(trial, spec) for trial in trials):
             reason = self._unlike()
             if reason:  # layers in float would hide it
@@ -325,8 +321,7 @@ class _Search:
                 self._holds(trials)
         if HALF.precision in self._target.precisions and (effort == "full" or all(trial.misses for trial in trials)):
             trials += self._try([HALF])
-        if FLOAT.precision in self._target.precisions:
-            trials.append(self._float(trials))
+        trials += self._in_float(trials)
         return search.choose(trials, spec, units)
 
     def _try(self, recipes: Sequence[Recipe], known: Sequence[Trial] = ()) -> list[Trial]:
@@ -355,8 +350,11 @@ class _Search:
                 return True
         return False
 
-    def _float(self, trials: Sequence[Trial]) -> Trial:
-        return search.float_trial(next(t for t in trials if not t.died), self._class.spec)
+    def _in_float(self, trials: Sequence[Trial]) -> list[Trial]:
+        """The float model as a candidate, where the target makes it."""
+        if FLOAT.precision not in self._target.precisions:
+            return []
+        return [search.float_trial(next(t for t in trials if not t.died), self._class.spec)]
 
     def _unlike(self) -> str:
         calibration, holdout = (
