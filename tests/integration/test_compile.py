@@ -296,3 +296,18 @@ def test_the_float_models_bytes_are_those_that_its_engine_would_have(bench: Benc
     int8, exact = (bench.compile(version, one).figures for one in (small, class_here(engine, precision="fp32")))
     assert int8.float_bytes == exact.compiled_bytes == exact.float_bytes
     assert int8.float_wire_bytes == exact.wire_bytes
+
+
+def test_a_cache_that_a_power_cut_emptied_or_somebody_altered_is_made_again(bench: Bench) -> None:
+    version = bench.version(project(bench.folder, classifier()))
+    small = class_here(search={"effort": "quick", "prefer": "size"})
+    first = bench.compile(version, small)
+    kinds = [folder for folder in (bench.folder / "cache").iterdir() if folder.name not in ("locks", "logs")]
+    files = [file for kind in kinds for file in kind.rglob("*") if file.is_file()]
+    assert {"compiled", "prepared", "quantized", "searched"} <= {kind.name for kind in kinds}
+    for harm in (lambda content: b"", lambda content: content[:-1] + bytes([content[-1] ^ 1])):
+        for file in files:
+            content = file.read_bytes()
+            file.unlink()  # not in place: one file may lie in several folders
+            file.write_bytes(harm(content))
+        assert bench.compile(version, small).artifact.digest == first.artifact.digest

@@ -196,10 +196,9 @@ class _Search:
             "search", self._steps.key(plain), self._version.digest, *judged_by, host(), rules, pruner, own
         )
         file = cache / "searched" / f"{key}.json"
-        if file.exists():
-            known = msgspec.json.decode(file.read_bytes(), type=Choice)
-            if all(self._steps.simplified(trial.recipe.pruned).exists() for trial in known.trials):
-                return known
+        known = _known(file)
+        if known and all(self._steps.simplified(trial.recipe.pruned).exists() for trial in known.trials):
+            return known
         found = self._search(plain)
         passing = any(not one.lasting for one in found.left_out)
         died = any(trial.died for trial in found.trials)  # it may have been the machine's fault
@@ -361,6 +360,14 @@ class _Search:
             load_file(self._steps.samples(split)) for split in (self._version.calibration, self._version.holdout)
         )
         return quality.unlike(calibration, holdout)
+
+
+def _known(file: Path) -> Choice | None:
+    """What an earlier search ended in; None where there was none, or nothing that can be read is left of it."""
+    try:
+        return msgspec.json.decode(file.read_bytes(), type=Choice)
+    except (FileNotFoundError, msgspec.DecodeError):
+        return None
 
 
 def _sparing(found: Choice, recipe: Recipe, more: Callable[[], Choice]) -> Choice:
