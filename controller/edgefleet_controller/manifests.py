@@ -345,6 +345,19 @@ class Pruning(_Strict):
         return self
 
 
+class OutputTolerance(_Strict):
+    """How far the values of one output may lie from the float model's: ``tolerance_abs + tolerance_rel * |value|``."""
+
+    tolerance_abs: Annotated[float, Field(ge=0)] = 0.0
+    tolerance_rel: Annotated[float, Field(ge=0)] = 0.0
+
+    @model_validator(mode="after")
+    def _some(self) -> OutputTolerance:
+        if not (self.tolerance_abs or self.tolerance_rel):
+            raise ValueError("give tolerance_abs or tolerance_rel")
+        return self
+
+
 class ModelAcceptance(_Strict):
     """What every board must show on the golden pictures. ``tolerance_*`` are for all output kinds but ``classification``: a board
     compares values, it decodes no boxes and no text."""
@@ -353,6 +366,9 @@ class ModelAcceptance(_Strict):
     min_cosine: Annotated[float, Field(ge=0, le=1)] = 0.9
     tolerance_abs: Annotated[float, Field(ge=0)] = 0.0
     tolerance_rel: Annotated[float, Field(ge=0)] = 0.0
+    outputs: dict[str, OutputTolerance] = Field(
+        default={}, description="by the output's name, where one tolerance does not suit all: a score beside pixels"
+    )
     min_golden: Count = 8
 
 
@@ -379,6 +395,8 @@ class ModelSpec(_Strict):
         kind = self.output.kind
         if kind != "classification" and not (limits.tolerance_abs or limits.tolerance_rel):
             raise ValueError(f"output kind {kind} needs acceptance.tolerance_abs or acceptance.tolerance_rel")
+        if limits.outputs and kind == "classification":
+            raise ValueError("acceptance.outputs goes with output kinds that are compared by their values")
         if self.holdout.truth is not None and kind not in ("classification", "text"):
             raise ValueError(f"holdout.truth has no form for output kind {kind}")
         training = self.prune.training if self.prune is not None else None

@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple
 
 import msgspec
 from edgefleet_shared.artifact import Descriptor, Layout, digest_of
-from edgefleet_shared.contract import PictureEncoding, TensorSpec
+from edgefleet_shared.contract import OutputTolerance, PictureEncoding, TensorSpec
 from edgefleet_shared.errors import ArtifactError, DataError, ModelError
 from safetensors.numpy import save
 
@@ -20,7 +20,7 @@ from edgefleet_controller import network, pictures, sample_sets, segmentation
 from edgefleet_controller.detection import BoxDecoding, misfit
 from edgefleet_controller.formats import format_of
 from edgefleet_controller.importers import importer
-from edgefleet_controller.manifests import Model, Output, PictureInput, Pruning
+from edgefleet_controller.manifests import Model, ModelAcceptance, Output, PictureInput, Pruning
 from edgefleet_controller.sample_sets import Progress as Progress
 from edgefleet_controller.segmentation import MaskReading
 
@@ -51,6 +51,12 @@ class AcceptanceLimits(msgspec.Struct, frozen=True, kw_only=True):
     tolerance_abs: float
     tolerance_rel: float
     min_golden: int
+    outputs: tuple[OutputTolerance, ...] = ()
+
+    def tolerance(self, output: str) -> tuple[float, float]:
+        """(absolute, relative) of an output, by name."""
+        own = {one.name: (one.tolerance_abs, one.tolerance_rel) for one in self.outputs}
+        return own.get(output, (self.tolerance_abs, self.tolerance_rel))
 
 
 class PruningPlan(msgspec.Struct, frozen=True, kw_only=True):
@@ -204,7 +210,7 @@ def import_model(
         calibration_method=spec.calibration.method,
         holdout=stored[1],
         golden=stored[2],
-        acceptance=AcceptanceLimits(**spec.acceptance.model_dump()),
+        acceptance=_limits(spec.acceptance, outputs, origin),
         options=dict(sorted(spec.options.items())),
         detection=detection,
         masks=masks,
@@ -360,6 +366,16 @@ def _characters(manifest: Model, base: Path, outputs: tuple[TensorSpec, ...], or
             f"{path} has {len(found)} characters, space included; with the blank they don't fit {origin}'s outputs {shapes}"
         )
     return tuple(found)
+
+
+def _limits(given: ModelAcceptance, outputs: tuple[TensorSpec, ...], origin: str) -> AcceptanceLimits:
+    """What boards are held to, with tolerances of outputs that there are."""
+    names = [output.name for output in outputs]
+    for name in given.outputs:
+        if name not in names:
+            raise ModelError(f"{origin} has the outputs {', '.join(names)}; acceptance.outputs names {name!r}")
+    own = tuple(OutputTolerance(name, t.tolerance_abs, t.tolerance_rel) for name, t in sorted(given.outputs.items()))
+    return AcceptanceLimits(**given.model_dump(exclude={"outputs"}), outputs=own)
 
 
 def _plan(prune: Pruning | None) -> PruningPlan | None:

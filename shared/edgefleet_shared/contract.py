@@ -93,11 +93,20 @@ class ShadowFigures(msgspec.Struct, frozen=True, kw_only=True):
     serving_p50_ms: float | None = None
 
 
+class OutputTolerance(msgspec.Struct, frozen=True):
+    """How far the values of one output may lie from the float model's: ``tolerance_abs + tolerance_rel * |reference|``."""
+
+    name: str
+    tolerance_abs: float
+    tolerance_rel: float
+
+
 class AcceptanceContract(msgspec.Struct, frozen=True, kw_only=True):
     """What a candidate must show on the board.
 
     ``agreement`` is the share of golden pictures with the same top-1 class as the float reference (``kind``
-    classification) or the share of outputs within ``tolerance_abs + tolerance_rel * |reference|`` (``kind`` raw).
+    classification) or the share of values within ``tolerance_abs + tolerance_rel * |reference|`` (``kind`` raw), of the output
+    that has the smallest; ``tolerances`` are those of single outputs, where one does not suit all.
     ``min_cosine`` is the smallest allowed mean cosine between outputs and reference. Times in ms, memory in bytes (the peak
     of the child that holds engine and model), temperature in degrees Celsius. ``max_watts`` is the mean power of the whole board while
     it infers without a pause; a board that does not measure its power says so in the report and is not held against it.
@@ -111,6 +120,7 @@ class AcceptanceContract(msgspec.Struct, frozen=True, kw_only=True):
     min_cosine: float = 0.0
     tolerance_abs: float = 0.0
     tolerance_rel: float = 0.0
+    tolerances: tuple[OutputTolerance, ...] = ()
     max_celsius: float | None = None
     max_watts: float | None = None
     min_golden: int = 8
@@ -119,6 +129,11 @@ class AcceptanceContract(msgspec.Struct, frozen=True, kw_only=True):
     time_limit_s: float = 120.0
     build: BuildBudget = BuildBudget()
     shadow: ShadowPlan = ShadowPlan()
+
+    def tolerance(self, output: str) -> tuple[float, float]:
+        """(absolute, relative) of an output, by name."""
+        own = {one.name: (one.tolerance_abs, one.tolerance_rel) for one in self.tolerances}
+        return own.get(output, (self.tolerance_abs, self.tolerance_rel))
 
     def check(self) -> None:
         """Refuse a contract that could not fail.
@@ -139,6 +154,11 @@ class AcceptanceContract(msgspec.Struct, frozen=True, kw_only=True):
             problems.append("at least 1 golden picture, 10 timed runs and 1 warm-up run")
         if self.kind == "raw" and self.tolerance_abs <= 0 and self.tolerance_rel <= 0:
             problems.append("kind raw needs a tolerance")
+        if any(
+            one.tolerance_abs < 0 or one.tolerance_rel < 0 or not (one.tolerance_abs or one.tolerance_rel)
+            for one in self.tolerances
+        ):
+            problems.append("the tolerance of an output must be above 0")
         if not 0 < self.time_limit_s <= MAX_ACCEPTANCE_S:
             problems.append(f"time_limit_s must be above 0 and at most {MAX_ACCEPTANCE_S:.0f}")
         if not (self.build.time_limit_s > 0 and self.build.memory_bytes > 0 and self.build.disk_bytes > 0):

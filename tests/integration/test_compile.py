@@ -265,3 +265,49 @@ def test_a_full_search_is_made_once_and_ends_in_the_same_digest(bench: Bench) ->
     assert fresh.compile(version, target).artifact.digest == first.artifact.digest, (
         "size decides: times have no part in it"
     )
+
+
+def test_a_quick_search_for_size_ships_float_where_int8_is_larger(bench: Bench) -> None:
+    # So few weights that what stands around them in int8 takes more bytes than they save.
+    net = Net()
+    for _ in range(8):
+        net.conv(3, 3)
+        net.add("LeakyRelu", alpha=0.5)
+    net.add("AveragePool", kernel_shape=[8, 8], strides=[8, 8])
+    net.add("Flatten")
+    net.dense(48, 10)
+    version = bench.version(project(bench.folder, net.model([1, 10])))
+    fixed = class_here("openvino", accuracy={"min_agreement": 0.1}, search={"effort": "fixed", "prefer": "size"})
+    assert (
+        bench.compile(version, fixed).figures.compiled_bytes
+        > 1.3 * bench.compile(version, class_here("openvino", precision="fp32")).figures.compiled_bytes
+    ), "this network's int8 should be the larger one"
+    quick = class_here("openvino", accuracy={"min_agreement": 0.1}, search={"effort": "quick", "prefer": "size"})
+    result = bench.compile(version, quick)
+    assert result.precision == "fp32"
+    assert "fp32 is shipped" in result.why
+    assert result.figures.compiled_bytes == result.figures.float_bytes
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_the_float_models_bytes_are_those_that_its_engine_would_have(bench: Bench, engine: str) -> None:
+    version = bench.version(project(bench.folder, classifier()))
+    small = class_here(engine, accuracy={"min_agreement": 0.1}, search={"effort": "fixed", "prefer": "size"})
+    int8, exact = (bench.compile(version, one).figures for one in (small, class_here(engine, precision="fp32")))
+    assert int8.float_bytes == exact.compiled_bytes == exact.float_bytes
+    assert int8.float_wire_bytes == exact.wire_bytes
+
+
+def test_a_cache_that_a_power_cut_emptied_or_somebody_altered_is_made_again(bench: Bench) -> None:
+    version = bench.version(project(bench.folder, classifier()))
+    small = class_here(search={"effort": "quick", "prefer": "size"})
+    first = bench.compile(version, small)
+    kinds = [folder for folder in (bench.folder / "cache").iterdir() if folder.name not in ("locks", "logs")]
+    files = [file for kind in kinds for file in kind.rglob("*") if file.is_file()]
+    assert {"compiled", "prepared", "quantized", "searched"} <= {kind.name for kind in kinds}
+    for harm in (lambda content: b"", lambda content: content[:-1] + bytes([content[-1] ^ 1])):
+        for file in files:
+            content = file.read_bytes()
+            file.unlink()  # not in place: one file may lie in several folders
+            file.write_bytes(harm(content))
+        assert bench.compile(version, small).artifact.digest == first.artifact.digest

@@ -81,6 +81,17 @@ whole.save(f"{folder}/inside.keras")
 lambdas = keras.Sequential([keras.Input((32, 32, 3), name="image"), L.Lambda(lambda x: x * 2), L.Flatten(), L.Dense(6)])
 lambdas.save(f"{folder}/lambda.keras")
 lambdas.save(f"{folder}/lambda.h5")
+class Counting(tf.Module):
+    def __init__(self):
+        self.seen = tf.Variable(tf.zeros([1, 4]))
+    @tf.function(input_signature=[tf.TensorSpec([1, 4], tf.float32, name="image")])
+    def __call__(self, image):
+        self.seen.assign_add(image)
+        return {"sum": self.seen.read_value() * 2.0}
+counting = Counting()
+stateful = tf.lite.TFLiteConverter.from_concrete_functions([counting.__call__.get_concrete_function()], counting)
+stateful.experimental_enable_resource_variables = True
+open(f"{folder}/stateful.tflite", "wb").write(stateful.convert())
 class Reader(tf.Module):
     @tf.function(input_signature=[tf.TensorSpec([1, 32, 32, 3], tf.float32)])
     def __call__(self, image):
@@ -182,6 +193,12 @@ def test_a_quantized_tflite_is_taken_as_it_is_and_measured(made: Path, tmp_path:
 def test_a_lambda_layer_is_refused_unloaded(made: Path, tmp_path: Path, name: str) -> None:
     with pytest.raises(ModelError, match=r"names .*Lambda.* which would run code of the file's choice"):
         imported(made, Layout(tmp_path / "layout"), name)
+
+
+def test_a_tflite_that_remembers_what_it_was_asked_before_is_refused(made: Path, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"keeps values from one call to the next \(.*VAR_HANDLE") as caught:
+        imported(made, Layout(tmp_path / "layout"), "stateful.tflite")
+    assert "as inputs and outputs" in caught.value.hint
 
 
 def test_a_saved_model_that_reads_files_is_refused(made: Path, tmp_path: Path) -> None:

@@ -9,12 +9,15 @@ import numpy as np
 import pytest
 from edgefleet_agent.accept import Stage, report_on
 from edgefleet_agent.accept_child import compare
+from edgefleet_agent.runtime.protocol import OutputTensor
+from edgefleet_agent.runtime.shadow import agree
 from edgefleet_agent.sandbox import Ended
 from edgefleet_shared.contract import (
     AcceptanceContract,
     AcceptanceFigures,
     AcceptanceReport,
     BuildBudget,
+    OutputTolerance,
     ShadowFigures,
     ShadowPlan,
     Verdict,
@@ -181,3 +184,41 @@ def test_time_that_ran_out_on_a_busy_board_is_no_fault_of_the_model(
     report = report_on(CONTRACT, ended, throttled=throttled)
     assert report.verdict is verdict
     assert report.reason.startswith("over its limit while timing inferences")
+
+
+RAW = msgspec.structs.replace(CONTRACT, kind="raw", tolerance_abs=5.0)
+
+
+def test_a_score_that_is_wrong_is_not_drowned_by_the_map_beside_it() -> None:
+    wanted = {"map": np.zeros((4, 1000), np.float32), "score": np.full((4, 1), 10.0, np.float32)}
+    answers = [{"map": np.zeros((1, 1000)), "score": np.full((1, 1), 3.0)} for _ in range(4)]
+    agreement, _ = compare(RAW, answers, wanted)
+    assert agreement == 0.0
+
+
+def test_each_output_is_held_against_its_own_tolerance() -> None:
+    wanted = {"pixels": np.full((4, 2), 100.0, np.float32), "score": np.full((4, 1), 0.9, np.float32)}
+    answers = [{"pixels": np.full((1, 2), 104.0), "score": np.full((1, 1), 0.1)} for _ in range(4)]
+    assert compare(RAW, answers, wanted)[0] == 1.0
+    own = msgspec.structs.replace(RAW, tolerances=(OutputTolerance("score", 0.05, 0.0),))
+    assert compare(own, answers, wanted)[0] == 0.0
+    assert (own.tolerance("score"), own.tolerance("pixels")) == ((0.05, 0.0), (5.0, 0.0))
+    near = [{"pixels": np.full((1, 2), 104.0), "score": np.full((1, 1), 0.87)} for _ in range(4)]
+    assert compare(own, near, wanted)[0] == 1.0
+
+
+def test_live_answers_are_held_against_the_tolerance_of_their_output() -> None:
+    def tensor(name: str, value: float) -> OutputTensor:
+        return OutputTensor(name, "FP32", (1,), np.array([value], np.float32).tobytes())
+
+    own = msgspec.structs.replace(RAW, tolerances=(OutputTolerance("score", 0.05, 0.0),))
+    serving = [tensor("pixels", 100.0), tensor("score", 0.9)]
+    assert agree(own, [tensor("pixels", 104.0), tensor("score", 0.87)], serving)
+    assert not agree(own, [tensor("pixels", 104.0), tensor("score", 0.1)], serving)
+    assert agree(RAW, [tensor("pixels", 104.0), tensor("score", 0.1)], serving)
+
+
+@pytest.mark.parametrize("limits", [(0.0, 0.0), (-1.0, 2.0)])
+def test_an_outputs_tolerance_of_nothing_is_no_contract(limits: tuple[float, float]) -> None:
+    with pytest.raises(ArtifactError, match="tolerance of an output"):
+        msgspec.structs.replace(RAW, tolerances=(OutputTolerance("score", *limits),)).check()

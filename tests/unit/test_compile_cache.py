@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -93,9 +94,57 @@ def test_what_killed_writers_left_goes_and_what_is_being_written_stays(cache: Ca
 
 
 def test_toolchains_and_packages_are_not_its_business(cache: Cache) -> None:
-    others = [made(cache, "a", 400, kind) for kind in ("toolchains", "packages", "photos")]
+    others = [cache.folder / kind / "a" for kind in ("toolchains", "packages", "photos")]
+    for folder in others:
+        folder.mkdir(parents=True)
+        fill(folder)
+        os.utime(folder, (0, 0))
     assert tidied(cache, 1) == 0
     assert all(folder.exists() for folder in others)
+
+
+def test_everything_that_the_compiler_keeps_is_cleared_away_some_day(cache: Cache) -> None:
+    compiler = Path(cache_limit.__file__).parent
+    code = "".join(file.read_text(encoding="utf-8") for file in compiler.glob("*.py"))
+    kept = set(re.findall(r"\.(?:once|all|path)\(\s*\"(\w+)\"", code))
+    assert kept >= {"compiled", "halved", "described", "answers"}
+    folders = [made(cache, "a", 400, kind) for kind in sorted(kept)]
+    assert tidied(cache, 1) == 0
+    assert not any(folder.exists() for folder in folders)
+
+
+def test_what_would_never_be_cleared_away_is_not_kept(cache: Cache) -> None:
+    with pytest.raises(ValueError, match="nobody would ever clear odds away"):
+        cache.once("odds", "a", fill)
+
+
+@pytest.mark.parametrize("harm", ["cut short", "empty", "a bit", "missing", "nothing said of it"])
+def test_what_is_not_what_it_was_is_made_again(cache: Cache, harm: str) -> None:
+    folder = made(cache, "a", 0)
+    model = folder / "model"
+    match harm:
+        case "cut short":
+            model.write_bytes(model.read_bytes()[:100])
+        case "empty":
+            model.write_bytes(b"")
+        case "a bit":
+            model.write_bytes(b"y" + model.read_bytes()[1:])
+        case "missing":
+            model.unlink()
+        case _:
+            for file in folder.iterdir():
+                if file != model:
+                    file.write_bytes(b"")
+    later = Cache(cache.folder, lambda: None)
+    assert (later.once("compiled", "a", fill) / "model").read_bytes() == b"x" * 64 * KIB
+    assert not [path.name for path in folder.parent.iterdir() if path != folder], "nothing is left beside it"
+    again = Cache(cache.folder, lambda: None)
+    assert again.once("compiled", "a", lambda _: pytest.fail("it is whole again")) == folder
+
+
+def test_what_was_harmed_is_not_told_to_be_there(cache: Cache) -> None:
+    (made(cache, "a", 0) / "model").write_bytes(b"")
+    assert not Cache(cache.folder, lambda: None).path("compiled", "a").exists()
 
 
 def test_nothing_is_removed_under_a_job_that_looks(cache: Cache) -> None:

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from edgefleet_controller.compile.packing import contract
 from edgefleet_controller.compile.port import Figures, chosen_options, target_named
-from edgefleet_controller.compile.quality import EXACT_DB, compare, misses, wilson
+from edgefleet_controller.compile.quality import EXACT_DB, compare, misses, vacuous, wilson
 from edgefleet_controller.compile.recipe import Recipe
 from edgefleet_controller.detection import BoxDecoding
 from edgefleet_controller.source import AcceptanceLimits, ModelVersion, Split
-from edgefleet_shared.contract import BuildBudget, TensorSpec
+from edgefleet_shared.contract import BuildBudget, OutputTolerance, TensorSpec
 from edgefleet_shared.errors import ManifestError, ToolchainError
 from support.networks import device_class
 
@@ -162,3 +162,36 @@ def test_an_output_that_is_always_zero_does_not_hide_the_others_noise() -> None:
     want = {"y": np.ones((4, 3), np.float32), "z": np.zeros((4, 3), np.float32)}
     have = {"y": np.full((4, 3), 1.1, np.float32), "z": np.full((4, 3), 1e-3, np.float32)}
     assert compare(have, want, both).figures["sqnr_db"] == pytest.approx(20, abs=0.1)
+
+
+def two_scales(**changes: Any) -> ModelVersion:
+    """Places in pixels beside a score, within five of either."""
+    limits = {"min_agreement": 0.9, "min_cosine": 0.8, "tolerance_abs": 5.0, "tolerance_rel": 0.0, "min_golden": 8}
+    outputs = (TensorSpec("place", "FP32", (1, 2)), TensorSpec("score", "FP32", (1, 1)))
+    return version("raw", outputs=outputs, acceptance=AcceptanceLimits(**(limits | changes)))
+
+
+PLACES = np.array([[10, 20], [200, 40], [90, 90], [30, 250]], np.float32)
+SCORES = np.array([[0.1], [0.9], [0.2], [0.8]], np.float32)
+
+
+def test_outputs_of_unlike_scales_are_judged_by_tolerances_of_their_own() -> None:
+    wanted, have = {"place": PLACES, "score": SCORES}, {"place": PLACES + 4, "score": 1 - SCORES}
+    assert compare(have, wanted, two_scales()).figures["agreement"] == 1.0
+    own = two_scales(outputs=(OutputTolerance("score", 0.05, 0.0),))
+    assert compare(have, wanted, own).figures["agreement"] == 0.0
+    assert compare({"place": PLACES + 4, "score": SCORES + 0.04}, wanted, own).figures["agreement"] == 1.0
+    told = contract(own, device_class(), target_named("onnxruntime"))
+    assert told.tolerance("score") == (0.05, 0.0)
+    assert told.tolerance("place") == (5.0, 0.0)
+
+
+def test_a_tolerance_that_any_answer_is_within_tells_nothing() -> None:
+    wanted = {"place": PLACES, "score": SCORES}
+    assert "the tolerance of output 'score' is wider than all that it answers" in vacuous(wanted, two_scales())
+    assert "at most 0.8" in vacuous(wanted, two_scales())
+    assert vacuous(wanted, two_scales(outputs=(OutputTolerance("score", 0.05, 0.0),))) == ""
+    relative = two_scales(outputs=(OutputTolerance("score", 0.0, 20.0),))
+    assert "output 'score'" in vacuous(wanted, relative)
+    never_changes = {"place": PLACES, "score": np.ones((4, 1), np.float32)}
+    assert vacuous(never_changes, two_scales()) == "", "a grid may be held against its tolerance"

@@ -10,9 +10,10 @@ from typing import Any, cast
 from edgefleet_controller.compile import quality, search
 from edgefleet_controller.compile.pipeline import _Search
 from edgefleet_controller.compile.port import Figures, target_named
-from edgefleet_controller.compile.recipe import Recipe
+from edgefleet_controller.compile.recipe import AS_IS, FLOAT, Recipe
 from edgefleet_controller.compile.search import Trial, Unit
 from edgefleet_controller.compile.steps import Measured
+from edgefleet_controller.manifests import DeviceClass
 from support.networks import device_class
 
 SAMPLES, OF_A_ROUND = 160, 100
@@ -67,3 +68,76 @@ def test_where_no_rung_holds_on_all_samples_half_precision_is_tried(monkeypatch:
     chosen = searched(Lucky(needed=17), monkeypatch).chosen
     assert chosen is not None
     assert chosen.recipe.precision == "fp16"
+
+
+class Fixed:
+    """Steps in which every int8 candidate has these figures."""
+
+    has_builder = False
+
+    def __init__(self, spec: Any, **figures: Any) -> None:
+        self._spec, self._figures = spec, figures
+        self.ranked = False
+
+    def compile(self, recipes: Sequence[Recipe]) -> list[tuple[Path, bool]]:
+        return [(Path("compiled"), False) for _ in recipes]
+
+    def rank(self, recipe: Recipe) -> list[Unit]:
+        self.ranked = True
+        return UNITS
+
+    def measure(self, made: Sequence[tuple[Recipe, Path]]) -> list[Measured]:
+        fields: dict[str, Any] = {
+            "engine": "tflite", "engine_version": "1", "float_bytes": 2_000_000, "compiled_bytes": 1_000_000, "samples": SAMPLES, "agreement": 0.97,
+            "agreement_low": 0.9, "agreement_high": 0.99, "sqnr_db": 20.0, "p50_ms": 1.0, "float_p50_ms": 2.0, "peak_memory_bytes": 1,
+        }  # fmt: skip
+        figures = Figures(**(fields | self._figures))
+        return [
+            Measured(Trial(recipe=r, figures=figures, misses=tuple(quality.misses(figures, self._spec, r))), {}, ())
+            for r, _ in made
+        ]
+
+
+def found(kind: DeviceClass, plain: Recipe, **figures: Any) -> tuple[search.Choice, bool]:
+    """(what the search ends in, whether it looked at single layers)."""
+    version: Any = SimpleNamespace(holdout=SimpleNamespace(count=SAMPLES))
+    steps = Fixed(kind.spec, **figures)
+    choice = _Search(cast(Any, steps), version, kind, target_named("tflite"), {})._unpruned(plain)
+    return choice, steps.ranked
+
+
+def test_what_came_quantized_gives_way_to_float_where_that_is_faster() -> None:
+    as_it_came = Recipe(quantizer=AS_IS, correct_bias=False)
+    kind = device_class("tflite", search={"effort": "full"})
+    choice, _ = found(kind, as_it_came, p50_ms=2.2)
+    assert choice.chosen is not None
+    assert choice.chosen.recipe == FLOAT
+    assert "int8, as it came: slower than float" in choice.why
+    faster, _ = found(kind, as_it_came)
+    assert faster.chosen is not None
+    assert faster.chosen.recipe == as_it_came
+    fixed, _ = found(device_class("tflite", search={"effort": "fixed"}), as_it_came, p50_ms=2.2)
+    assert fixed.chosen is None, "fixed tries nothing else"
+
+
+def test_a_quick_search_ends_in_float_where_the_plain_recipe_fits_and_gains_nothing() -> None:
+    for prefer, figures in (
+        ("latency", {"p50_ms": 1.99}),
+        ("size", {"compiled_bytes": 2_400_000}),
+        ("transfer", {"wire_bytes": 900_000, "float_wire_bytes": 800_000}),
+    ):
+        choice, ranked = found(
+            device_class("tflite", search={"effort": "quick", "prefer": prefer}), Recipe(), **figures
+        )
+        assert choice.chosen is not None
+        assert choice.chosen.recipe == FLOAT, prefer
+        assert choice.why.startswith("fp32 is shipped")
+        assert not ranked, "what fits ends a quick search"
+        choice, _ = found(
+            device_class("tflite", search={"effort": "quick", "prefer": prefer}),
+            Recipe(),
+            wire_bytes=400_000,
+            float_wire_bytes=800_000,
+        )
+        assert choice.chosen is not None
+        assert choice.chosen.recipe == Recipe(), prefer

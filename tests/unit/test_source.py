@@ -321,3 +321,16 @@ def test_a_threshold_for_scores_of_several_classes_is_refused(tmp_path: Path) ->
 def test_a_classifier_of_one_class_could_answer_nothing_else_and_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"scores \(1, 1\) has one class, which is always the largest"):
         imported(tmp_path, classifier(1))
+
+
+def test_an_outputs_own_tolerance_names_an_output_that_there_is(tmp_path: Path) -> None:
+    acceptance: dict[str, Any] = {"tolerance_abs": 0.5, "outputs": {"scores": {"tolerance_rel": 0.1}}}
+    version = imported(tmp_path, classifier(), output={"kind": "raw"}, acceptance=acceptance)
+    assert version.acceptance.tolerance("scores") == (0.0, 0.1)
+    acceptance["outputs"] = {"score": {"tolerance_rel": 0.1}}
+    with pytest.raises(ModelError, match=r"has the outputs scores; acceptance\.outputs names 'score'"):
+        imported(tmp_path, classifier(), output={"kind": "raw"}, acceptance=acceptance)
+    with pytest.raises(ValidationError, match="give tolerance_abs or tolerance_rel"):
+        project(tmp_path, classifier(), output={"kind": "raw"}, acceptance=acceptance | {"outputs": {"scores": {}}})
+    with pytest.raises(ValidationError, match="compared by their values"):
+        project(tmp_path, classifier(), acceptance=acceptance)

@@ -121,8 +121,10 @@ def agree(contract: AcceptanceContract, given: list[OutputTensor], wanted: list[
         if contract.kind == "classification":
             if have.ndim and not np.array_equal(have.argmax(axis=-1), want.argmax(axis=-1)):
                 return False
-        elif (np.abs(have - want) > contract.tolerance_abs + contract.tolerance_rel * np.abs(want)).any():
-            return False
+        else:
+            most, relative = contract.tolerance(tensor.name)
+            if (np.abs(have - want) > most + relative * np.abs(want)).any():
+                return False
     return True
 
 

@@ -1,7 +1,8 @@
 """Stage 2, compile: how large the cache may become. Receives its folder and a limit, removes what was used longest ago.
 
 What was used within a day may be in use by a job, here or in another process, and stays whatever the limit says; no job is that long between two
-looks at one thing. Also removed: what writers that were killed left behind. Not counted: toolchains, packages, pictures, searches' results (small).
+looks at one thing. Also removed: what writers that were killed left behind. Not counted: toolchains, packages, pictures; searches' results and seals, which are
+small.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-KINDS = ("prepared", "pruned", "statistics", "quantized", "ranked", "compiled")
+KINDS = ("prepared", "described", "pruned", "answers", "statistics", "quantized", "halved", "ranked", "compiled")
 UNFINISHED = ".filling-"
+SEAL = ".whole"  # in each folder: the digests of its files, by their paths in it
 IN_USE_S = 24 * 3600.0
 
 
@@ -99,6 +101,8 @@ def _used_at(path: Path, now: float) -> float:
 def _size_bytes(folder: Path) -> int:
     total = 0
     for file in folder.rglob("*"):
+        if file.name == SEAL:
+            continue
         try:
             total += file.lstat().st_blocks * 512
         except FileNotFoundError:

@@ -14,9 +14,9 @@ import numpy as np
 import numpy.typing as npt
 from edgefleet_shared import golden
 from edgefleet_shared.contract import PictureEncoding
-from safetensors.numpy import load, load_file, save_file
+from safetensors.numpy import load, load_file
 
-from edgefleet_controller.compile import answers, quality
+from edgefleet_controller.compile import answers, quality, writing
 from edgefleet_controller.compile.cache import content_key
 from edgefleet_controller.compile.port import MAX_BLOB_BYTES
 from edgefleet_controller.compile.steps import Steps
@@ -67,7 +67,7 @@ def better_description(steps: Steps, version: ModelVersion) -> str:
     def fill(staged: Path) -> None:
         samples = steps.work / "described.safetensors"
         encoded = [golden.encode_pictures(array[:count], encoding) for encoding in ways.values()]
-        save_file({name: np.concatenate(encoded)}, samples)
+        writing.write_tensors({name: np.concatenate(encoded)}, samples)
         steps.answer(steps.simplified(), samples, count * len(ways), staged / "answers.safetensors")
 
     key = content_key(

@@ -130,6 +130,7 @@ def contract(version: ModelVersion, device_class: DeviceClass, target: Target) -
         min_cosine=limits.min_cosine if own.min_cosine is None else own.min_cosine,
         tolerance_abs=limits.tolerance_abs,
         tolerance_rel=limits.tolerance_rel,
+        tolerances=limits.outputs,
         latency_p95_ms=budgets.latency_p95_ms,
         peak_memory_bytes=budgets.memory_bytes,
         allowed_providers=tuple(own.allowed_providers or target.providers),

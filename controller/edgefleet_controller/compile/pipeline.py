@@ -196,10 +196,9 @@ class _Search:
             "search", self._steps.key(plain), self._version.digest, *judged_by, host(), rules, pruner, own
         )
         file = cache / "searched" / f"{key}.json"
-        if file.exists():
-            known = msgspec.json.decode(file.read_bytes(), type=Choice)
-            if all(self._steps.simplified(trial.recipe.pruned).exists() for trial in known.trials):
-                return known
+        known = _known(file)
+        if known and all(self._steps.simplified(trial.recipe.pruned).exists() for trial in known.trials):
+            return known
         found = self._search(plain)
         passing = any(not one.lasting for one in found.left_out)
         died = any(trial.died for trial in found.trials)  # it may have been the machine's fault
@@ -298,15 +297,11 @@ class _Search:
         # Candidates that can't be told apart here are not made: the board's acceptance judges the plain one.
         effort = spec.search.effort if self._target.runs_here else "fixed"
         trials = self._try(search.first(plain, self._target, effort))
-        if (
-            plain.precision != "int8"
-            or plain.quantizer == AS_IS
-            or effort == "fixed"
-            or all(trial.died for trial in trials)
-        ):
+        if plain.precision != "int8" or effort == "fixed" or all(trial.died for trial in trials):
             return search.choose(trials, spec)
-        if effort == "quick" and not trials[0].misses:
-            return search.choose(trials, spec)
+        # Nothing else can be made of what came quantized; and what fits may still be no better than float, which was measured beside it.
+        if plain.quantizer == AS_IS or (effort == "quick" and not trials[0].misses):
+            return search.choose(trials + self._in_float(trials), spec)
         if not any(search.accurate(trial, spec) for trial in trials):
             reason = self._unlike()
             if reason:  # layers in float would hide it
@@ -325,8 +320,7 @@ class _Search:
                 self._holds(trials)
         if HALF.precision in self._target.precisions and (effort == "full" or all(trial.misses for trial in trials)):
             trials += self._try([HALF])
-        if FLOAT.precision in self._target.precisions:
-            trials.append(self._float(trials))
+        trials += self._in_float(trials)
         return search.choose(trials, spec, units)
 
     def _try(self, recipes: Sequence[Recipe], known: Sequence[Trial] = ()) -> list[Trial]:
@@ -355,14 +349,25 @@ class _Search:
                 return True
         return False
 
-    def _float(self, trials: Sequence[Trial]) -> Trial:
-        return search.float_trial(next(t for t in trials if not t.died), self._class.spec)
+    def _in_float(self, trials: Sequence[Trial]) -> list[Trial]:
+        """The float model as a candidate, where the target makes it."""
+        if FLOAT.precision not in self._target.precisions:
+            return []
+        return [search.float_trial(next(t for t in trials if not t.died), self._class.spec)]
 
     def _unlike(self) -> str:
         calibration, holdout = (
             load_file(self._steps.samples(split)) for split in (self._version.calibration, self._version.holdout)
         )
         return quality.unlike(calibration, holdout)
+
+
+def _known(file: Path) -> Choice | None:
+    """What an earlier search ended in; None where there was none, or nothing that can be read is left of it."""
+    try:
+        return msgspec.json.decode(file.read_bytes(), type=Choice)
+    except (FileNotFoundError, msgspec.DecodeError):
+        return None
 
 
 def _sparing(found: Choice, recipe: Recipe, more: Callable[[], Choice]) -> Choice:

@@ -14,9 +14,9 @@ from typing import Any
 import msgspec
 import numpy as np
 from edgefleet_shared import golden
-from safetensors.numpy import load, load_file, save_file
+from safetensors.numpy import load, load_file
 
-from edgefleet_controller.compile import pruning, quality
+from edgefleet_controller.compile import pruning, quality, writing
 from edgefleet_controller.compile.cache import content_key
 from edgefleet_controller.compile.port import MAX_BLOB_BYTES, Figures
 from edgefleet_controller.compile.pruning import Pruned, Step, Tried
@@ -135,7 +135,7 @@ class Pruner:
         path = self._steps.work / "set-aside.safetensors"
         if not path.exists():
             tensors = load(self._steps.layout.read(self._split.digest, MAX_BLOB_BYTES))
-            save_file({name: self._encoded(array[self._aside]) for name, array in tensors.items()}, path)
+            writing.write_tensors({name: self._encoded(array[self._aside]) for name, array in tensors.items()}, path)
         return path
 
     def _encoded(self, array: Any) -> Any:

@@ -109,7 +109,7 @@ def vacuous(references: dict[str, Array], version: ModelVersion) -> str:
             return f"the float model gives every pixel of all {n} held-out samples one and the same class"
         return ""
     else:
-        return ""
+        return _told_apart(references, version)
     if len(said) == 1:
         return f"the float model gives all {n} held-out samples one and the same answer"
     if version.truth and version.output_kind == "classification":
@@ -152,13 +152,33 @@ def _agreement(
 
 
 def _within(outputs: dict[str, Array], references: dict[str, Array], version: ModelVersion) -> Array:
-    limits = version.acceptance
     n = len(next(iter(references.values())))
     same = np.ones(n, bool)
     for spec in version.outputs:
         have, want = outputs[spec.name].reshape(n, -1), references[spec.name].reshape(n, -1)
-        same &= (np.abs(have - want) <= limits.tolerance_abs + limits.tolerance_rel * np.abs(want)).all(axis=1)
+        same &= (np.abs(have - want) <= _room(want, spec.name, version)).all(axis=1)
     return same
+
+
+def _room(values: Array, output: str, version: ModelVersion) -> Array:
+    """How far other values of an output may lie from these."""
+    most, relative = version.acceptance.tolerance(output)
+    found: Array = most + relative * np.abs(values)
+    return found
+
+
+def _told_apart(references: dict[str, Array], version: ModelVersion) -> str:
+    """Why a tolerance says nothing, or nothing: that of an output in which the float model's answer to any sample passes for any other's."""
+    for spec in version.outputs:
+        values = references[spec.name].reshape(len(references[spec.name]), -1)
+        spread = values.max(axis=0) - values.min(axis=0)
+        # What never changes may still be held against its tolerance: corners of a grid, say.
+        if spread.any() and (spread <= _room(values, spec.name, version).min(axis=0)).all():
+            return (
+                f"the tolerance of output {spec.name!r} is wider than all that it answers: over {len(values)} held-out samples its values differ by at "
+                f"most {spread.max():.4g}, so that the answer to any of them would pass for that to any other; give it one of its own under acceptance.outputs"
+            )
+    return ""
 
 
 def _accuracy(outputs: dict[str, Array], references: dict[str, Array], version: ModelVersion) -> dict[str, Share]:

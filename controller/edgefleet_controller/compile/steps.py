@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import platform
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -27,9 +26,9 @@ import msgspec
 from edgefleet_shared import chunks, golden
 from edgefleet_shared.artifact import Layout
 from edgefleet_shared.errors import ToolchainError
-from safetensors.numpy import load, load_file, save_file
+from safetensors.numpy import load, load_file
 
-from edgefleet_controller.compile import originals, quality
+from edgefleet_controller.compile import originals, quality, writing
 from edgefleet_controller.compile.boards import BuilderBoard, Measure
 from edgefleet_controller.compile.cache import Cache, content_key
 from edgefleet_controller.compile.host import cpu_features
@@ -291,7 +290,7 @@ class Steps:
                 tensors = {
                     k: golden.encode_pictures(a, encoding) if a.dtype == "uint8" else a for k, a in tensors.items()
                 }
-            save_file(tensors, path)
+            writing.write_tensors(tensors, path)
         return str(path)
 
     # -- one step each -------------------------------------------------------------------------------------------------
@@ -355,7 +354,7 @@ class Steps:
 
     def _compile_one(self, pruned: str, wanted: dict[Path, Recipe]) -> None:
         for staged in [staged for staged, recipe in wanted.items() if recipe.quantizer == AS_IS]:
-            os.link(self._layout.path(self._version.as_is), staged / COMPILED)
+            writing.put(self._layout.path(self._version.as_is), staged / COMPILED)
             del wanted[staged]
         by_tensorflow = {staged: recipe for staged, recipe in wanted.items() if recipe.quantizer == TENSORFLOW}
         if by_tensorflow:
@@ -379,7 +378,7 @@ class Steps:
             networks |= {staged: halved[recipe] for staged, recipe in wanted.items() if recipe in halved}
         if self._target.ships_onnx:
             for staged, network in networks.items():
-                os.link(network, staged / COMPILED)
+                writing.put(network, staged / COMPILED)
             return
         self._child(self._toolchain, self._target.module, self._limits.compile_s, {
             "action": "compile",

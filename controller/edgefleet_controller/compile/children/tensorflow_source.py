@@ -28,6 +28,8 @@ os.environ |= {
 }
 
 OPSET = 15
+# Operators of TFLite through which one call leaves something for the next.
+STATE = ("VAR_HANDLE", "READ_VARIABLE", "ASSIGN_VARIABLE")
 CLOSE = 1e-3  # of the largest output: what other orders of the same sums may differ by
 
 
@@ -135,6 +137,13 @@ def _from_tflite(request: job.Request, progress: job.Progress) -> dict[str, Any]
         interpreter.allocate_tensors()
     except (RuntimeError, ValueError) as exc:
         raise job.Refused("bad_model", f"this .tflite can't be loaded: {str(exc).splitlines()[0]}") from exc
+    found = sorted({operator["op_name"] for operator in interpreter._get_ops_details()} & set(STATE))
+    if found:
+        raise job.Refused(
+            "bad_model",
+            f"this .tflite keeps values from one call to the next ({', '.join(found)}), and its answers depend on what was asked before",
+            "export it with that state as inputs and outputs, which the application passes on",
+        )
     details = interpreter.get_tensor_details()
     quantized = any(
         detail["dtype"] in (np.int8, np.uint8) and len(detail["quantization_parameters"]["scales"])
