@@ -33,6 +33,7 @@ EXTENSIONS = ("binary_tensor_data", "statistics", "system_shared_memory", "model
 _MODEL = re.compile(
     r"/v2/models/(?P<model>[^/]+)(?:/versions/(?P<version>[^/]+))?(?:/(?P<what>infer|ready|stats|config))?"
 )
+_REGIONS = re.compile(r"/v2/cudasharedmemory(?:/region/[^/]+)?/(?P<what>status|register|unregister)")
 _REGIONS = re.compile(r"/v2/systemsharedmemory(?:/region/(?P<name>[^/]+))?/(?P<what>status|register|unregister)")
 
 
@@ -102,6 +103,9 @@ class Front:
                 self._infer(request, wanted[0], wanted[1], reply)
                 return
             status, body, content_type = self._resource(request, wanted)
+        except _WrongMethod as exc:
+            reply(exc.status, answers.error_body(exc.message), JSON, None, exc.allow)
+            return
         except RequestError as exc:
             status, body, content_type = exc.status, answers.error_body(exc.message), JSON
         reply(status, body, content_type)
@@ -272,9 +276,17 @@ def _statistics(version: Version) -> dict[str, object]:
     }
 
 
+class _WrongMethod(RequestError):
+    """A resource was asked in a way that it has not; ``allow`` are those that it has (RFC 9110, 15.5.6)."""
+
+    def __init__(self, path: str, method: str) -> None:
+        super().__init__(405, f"{path[:200]} takes {method}")
+        self.allow = b"GET, HEAD" if method == "GET" else method.encode()
+
+
 def _only(request: Request, method: str) -> None:
     if request.head.method != method and not (method == "GET" and request.head.method == "HEAD"):
-        raise RequestError(405, f"{request.head.path[:200]} takes {method}")
+        raise _WrongMethod(request.head.path, method)
 
 
 def _json(value: object) -> tuple[int, bytes, bytes]:
