@@ -64,6 +64,18 @@ def test_whoever_asks_by_the_wrong_method_is_told_the_right_one(
     connection.close()
 
 
+def test_a_program_that_clears_both_kinds_of_regions_before_it_begins_is_served(
+    client: triton.InferenceServerClient,
+) -> None:
+    """As all shared memory examples of Triton's do."""
+    client.unregister_system_shared_memory()
+    client.unregister_cuda_shared_memory()
+    client.unregister_cuda_shared_memory("mine")
+    assert client.get_cuda_shared_memory_status() == []
+    with pytest.raises(InferenceServerException, match="no CUDA shared memory here"):
+        client.register_cuda_shared_memory("mine", b"handle", 0, 64)
+
+
 def test_tritons_asynchronous_client_infers_and_asks(runtime: Runtime) -> None:
     async def story() -> None:
         async with triton_aio.InferenceServerClient("{}:{}".format(*runtime.address)) as client:

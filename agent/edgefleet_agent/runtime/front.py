@@ -33,7 +33,8 @@ EXTENSIONS = ("binary_tensor_data", "statistics", "system_shared_memory", "model
 _MODEL = re.compile(
     r"/v2/models/(?P<model>[^/]+)(?:/versions/(?P<version>[^/]+))?(?:/(?P<what>infer|ready|stats|config))?"
 )
-_REGIONS = re.compile(r"/v2/cudasharedmemory(?:/region/[^/]+)?/(?P<what>status|register|unregister)")
+# Programs that use Triton's regions begin by forgetting those of both kinds.
+_CUDA_REGIONS = re.compile(r"/v2/cudasharedmemory(?:/region/[^/]+)?/(?P<what>status|register|unregister)")
 _REGIONS = re.compile(r"/v2/systemsharedmemory(?:/region/(?P<name>[^/]+))?/(?P<what>status|register|unregister)")
 
 
@@ -124,6 +125,9 @@ class Front:
         match = _REGIONS.fullmatch(path)
         if match is not None:
             return self._region(request, match["name"] and unquote(match["name"]), match["what"])
+        match = _CUDA_REGIONS.fullmatch(path)
+        if match is not None:
+            return _cuda_region(request, match["what"])
         raise RequestError(404, f"nothing is served at {path[:200]!r}")
 
     def _region(self, request: Request, name: str | None, what: str) -> tuple[int, bytes, bytes]:
@@ -274,6 +278,22 @@ def _statistics(version: Version) -> dict[str, object]:
             "compute_infer": part(answered, figures.compute_ns),
         },
     }
+
+
+class _WrongMethod(RequestError):
+    """A resource was asked in a way that it has not; ``allow`` are those that it has (RFC 9110, 15.5.6)."""
+
+    def __init__(self, path: str, method: str) -> None:
+        super().__init__(405, f"{path[:200]} takes {method}")
+        self.allow = b"GET, HEAD" if method == "GET" else method.encode()
+
+
+def _cuda_region(request: Request, what: str) -> tuple[int, bytes, bytes]:
+    """There are none: nothing can be registered, and all have been forgotten already."""
+    _only(request, "GET" if what == "status" else "POST")
+    if what == "register":
+        raise RequestError(400, "there is no CUDA shared memory here; use system shared memory")
+    return _json([]) if what == "status" else (200, b"", JSON)
 
 
 class _WrongMethod(RequestError):
