@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import http.client
+import time
 from collections.abc import Iterator
 
 import numpy as np
@@ -74,6 +75,41 @@ def test_a_program_that_clears_both_kinds_of_regions_before_it_begins_is_served(
     assert client.get_cuda_shared_memory_status() == []
     with pytest.raises(InferenceServerException, match="no CUDA shared memory here"):
         client.register_cuda_shared_memory("mine", b"handle", 0, 64)
+
+
+def test_statistics_are_true_when_counted_again(client: triton.InferenceServerClient, runtime: Runtime) -> None:
+    (before,) = client.get_inference_statistics("toy")["model_stats"]
+    began_ms = time.time() * 1e3
+    elapsed_ns = 0
+    for rows in (1, 3, 8):
+        at = time.perf_counter_ns()
+        answer = client.infer("toy", [tensor(pictures(rows))])
+        elapsed_ns += time.perf_counter_ns() - at
+        np.testing.assert_allclose(answer.as_numpy("y"), artifacts.truth(1, pictures(rows)), atol=1e-4)
+    (after,) = client.get_inference_statistics("toy")["model_stats"]
+    assert after["inference_count"] - before["inference_count"] == 12  # a batch of n is n inferences, and one execution
+    assert after["execution_count"] - before["execution_count"] == 3
+    assert began_ms - 1 <= after["last_inference"] <= time.time() * 1e3
+    took = {
+        part: after["inference_stats"][part]["ns"] - before["inference_stats"][part]["ns"]
+        for part in after["inference_stats"]
+    }
+    assert 0 < took["compute_infer"] <= took["success"] <= elapsed_ns
+    assert took["queue"] + took["compute_infer"] == took["success"]
+    assert {"fail", "compute_input", "compute_output", "cache_hit", "cache_miss"} <= set(took)
+
+
+def test_a_failed_request_is_counted_with_the_time_that_it_took(tmp_path_factory: pytest.TempPathFactory) -> None:
+    with running(tmp_path_factory.mktemp("board")) as runtime:
+        runtime.install(runtime.add("1", behaviour="poison"))
+        runtime.start()
+        poisoned = pictures(1)
+        poisoned[0, 0, 0, 0] = 1.0
+        assert runtime.infer(poisoned)[0] == 500
+        (found,) = runtime.get("/v2/models/toy/stats")[1]["model_stats"]
+        assert found["inference_stats"]["fail"]["count"] == 1
+        assert found["inference_stats"]["fail"]["ns"] > 0
+        assert found["inference_count"] == found["last_inference"] == 0
 
 
 def test_tritons_asynchronous_client_infers_and_asks(runtime: Runtime) -> None:

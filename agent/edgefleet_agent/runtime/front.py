@@ -259,33 +259,36 @@ class _Asked(Job):
 
 
 def _statistics(version: Version) -> dict[str, object]:
-    """One entry of Triton's statistics response; durations in ns."""
+    """One entry of Triton's statistics response; durations in ns, ``last_inference`` in ms since 1970.
+
+    Tensors are copied while others are computed, so of what Triton has for that nothing is told; there is no cache.
+    """
     figures = version.figures
     answered = figures.requests - figures.failed
+    ago_ns = time.perf_counter_ns() - figures.last_ns
 
     def part(count: int, ns: int) -> dict[str, int]:
         return {"count": count, "ns": ns}
 
+    nothing = part(0, 0)
     return {
         "name": version.config.model,
         "version": version.config.version,
-        "inference_count": answered,
+        "last_inference": (time.time_ns() - ago_ns) // 1_000_000 if figures.last_ns else 0,
+        "inference_count": figures.pictures,
         "execution_count": answered,
         "inference_stats": {
             "success": part(answered, figures.latency_ns),
-            "fail": part(figures.failed, 0),
+            "fail": part(figures.failed, figures.failed_ns),
             "queue": part(answered, figures.queue_ns),
+            "compute_input": nothing,
             "compute_infer": part(answered, figures.compute_ns),
+            "compute_output": nothing,
+            "cache_hit": nothing,
+            "cache_miss": nothing,
         },
+        "batch_stats": [],
     }
-
-
-class _WrongMethod(RequestError):
-    """A resource was asked in a way that it has not; ``allow`` are those that it has (RFC 9110, 15.5.6)."""
-
-    def __init__(self, path: str, method: str) -> None:
-        super().__init__(405, f"{path[:200]} takes {method}")
-        self.allow = b"GET, HEAD" if method == "GET" else method.encode()
 
 
 def _cuda_region(request: Request, what: str) -> tuple[int, bytes, bytes]:

@@ -233,7 +233,8 @@ class Version:
         latency_ns = time.perf_counter_ns() - job.arrived_ns
         job.answer(self.config.model, self.config.version, outputs)
         # Counted while the answer is on its way.
-        self.figures.answered(latency_ns, max(0, latency_ns - compute_ns), compute_ns)
+        pictures = job.request.form.inputs[0].shape[0] if self.max_rows else 1
+        self.figures.answered(latency_ns, max(0, latency_ns - compute_ns), compute_ns, pictures, job.arrived_ns)
         if self.on_computed is not None:
             self.on_computed(compute_ns)
         if self._shadow is not None:
@@ -242,7 +243,7 @@ class Version:
     def _refused(self, job: Job, message: str) -> None:
         if self._shadow is not None:
             self._shadow.lost(job)
-        self.figures.refused()
+        self.figures.refused(time.perf_counter_ns() - job.arrived_ns)
         self._on_refused(self, job, RequestError(500, message))
 
     def _ended(self, worker: WorkerProcess, problem: str, unanswered: list[Job]) -> None:
@@ -258,8 +259,8 @@ class Version:
             unanswered[0].attempts += 1
             self.figures.retried += len(unanswered)
             if unanswered[0].attempts >= MAX_ATTEMPTS:
-                self.figures.refused()
                 job = unanswered.pop(0)
+                self.figures.refused(time.perf_counter_ns() - job.arrived_ns)
                 job.failure(
                     RequestError(500, f"the model's process died {job.attempts} times on this request ({problem})")
                 )
