@@ -265,7 +265,7 @@ def _outputs(entries: list[_Wanted], binary: bool) -> dict[str, Wanted] | None:
             raise RequestError(400, f"output {entry.name!r} is asked for twice")
         if entry.parameters.get("classification"):
             raise RequestError(400, f"output {entry.name!r}: classification is not supported by this server")
-        region = _region(f"output {entry.name!r}", entry.parameters)
+        region = region_use(f"output {entry.name!r}", entry.parameters)
         wanted[entry.name] = Wanted(_flag(entry.parameters, "binary_data", binary), region)
     return wanted or None
 
@@ -283,7 +283,7 @@ def _input(entry: _Input, offset: int) -> InputTensor:
     expected = element_count(sizes) * dtype.itemsize
     shape = tuple(sizes)
     size = parameters.get("binary_data_size")
-    region = _region(f"input {name!r}", parameters)
+    region = region_use(f"input {name!r}", parameters)
     if region is not None:
         if size is not None or len(entry.data):
             raise RequestError(400, f"input {name!r} has data beside its shared memory")
@@ -304,7 +304,12 @@ def _input(entry: _Input, offset: int) -> InputTensor:
     return InputTensor(name, entry.datatype, shape, b"", expected, offset)
 
 
-def _region(what: str, parameters: dict[str, Any]) -> RegionUse | None:
+def region_use(what: str, parameters: dict[str, Any]) -> RegionUse | None:
+    """Which part of a region a tensor's parameters name, None where they name none.
+
+    Raises:
+        RequestError: 400, they make no sense.
+    """
     name = parameters.get("shared_memory_region")
     if name is None:
         return None
