@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import socket
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -52,6 +55,34 @@ def test_a_worker_that_can_not_be_told_what_to_load_costs_the_candidate_only(run
     until(lambda: children_of(spawner) == [runtime.version("1").pid], what="the worker that was never told being gone")
     good = runtime.add("3")
     assert load_and_switch(runtime, good, mode) == mode
+
+
+def test_a_request_that_was_taken_is_answered_by_the_version_that_could_when_the_next_one_takes_other_inputs(
+    runtime: Runtime,
+) -> None:
+    """It waits for a worker while the switch comes; the version before it stands by."""
+    single = runtime.add(
+        "2", content=artifacts.onnx_model(2, batch=1),
+        inputs=(TensorSpec("x", "FP32", (1, 8, 8, 3)),), outputs=(TensorSpec("y", "FP32", (1, artifacts.CLASSES)),),
+    )  # fmt: skip
+    runtime.client.load(single)
+    old = runtime.version("1").pid
+    os.kill(old, signal.SIGSTOP)
+    answers: list[tuple[int, Any]] = []
+    asking = [threading.Thread(target=lambda: answers.append(runtime.infer(X))) for _ in range(12)]
+    try:
+        for thread in asking:
+            thread.start()
+        until(lambda: runtime.status().waiting > 0, what="requests waiting for a slot")
+        runtime.client.switch(single)
+    finally:
+        os.kill(old, signal.SIGCONT)
+    for thread in asking:
+        thread.join(60)
+    assert {status for status, _ in answers} == {200}
+    assert {answer["model_version"] for _, answer in answers} == {"1"}
+    status, refused = runtime.infer(np.zeros((1, 4, 4, 3), np.float32))  # what neither takes is told so by what serves
+    assert (status, "toy 2 takes" in refused["error"]) == (400, True)
 
 
 ABUSE = {

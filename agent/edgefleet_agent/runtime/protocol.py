@@ -350,6 +350,15 @@ def check(form: Form, config: ModelConfig) -> None:
         form.fits = config
 
 
+def fits(form: Form, config: ModelConfig) -> bool:
+    """Whether a model takes requests of this form, see :func:`check`."""
+    try:
+        check(form, config)
+    except RequestError:
+        return False
+    return True
+
+
 def plan(request: InferRequest, config: ModelConfig) -> list[InputTensor]:
     """The request's inputs in the order of ``config.inputs``, checked like :func:`check`."""
     if request.form.fits is not config:

@@ -54,7 +54,7 @@ class Version:
         manifest_digest: which one.
         on_room: called when it can take another job, or none any more.
         on_orphans: jobs whose worker died, oldest first, to be placed again.
-        on_refused: a job that the engine refused, and why.
+        on_refused: a job that the engine refused, or that does not fit the model, and why.
     """
 
     def __init__(
@@ -143,7 +143,7 @@ class Version:
         return self._worker.lend(body_bytes, header_bytes) if self.has_room and self._worker is not None else None
 
     def submit(self, job: Job) -> bool:
-        """Give a job to the worker; False when it has no room or is not ready. A job that can't be served here is failed here."""
+        """Give a job to the worker; False when it has no room or is not ready. A job that can't be served here is refused here."""
         worker = self._worker
         if worker is None or self.state is not VersionState.READY or not worker.has_room:
             return False
@@ -152,7 +152,7 @@ class Version:
                 protocol.check(job.request.form, self.config)
             return worker.submit(job)
         except RequestError as exc:
-            job.failure(exc)
+            self._on_refused(self, job, exc)
             return True
 
     def check_hang(self) -> None:
