@@ -73,7 +73,7 @@ def test_a_program_that_clears_both_kinds_of_regions_before_it_begins_is_served(
     client.unregister_cuda_shared_memory()
     client.unregister_cuda_shared_memory("mine")
     assert client.get_cuda_shared_memory_status() == []
-    with pytest.raises(InferenceServerException, match="no CUDA shared memory here"):
+    with pytest.raises(InferenceServerException, match="no CUDA shared memory is served"):
         client.register_cuda_shared_memory("mine", b"handle", 0, 64)
 
 

@@ -46,6 +46,17 @@ def test_nested_and_flat_json_data_are_the_same_tensor() -> None:
     assert protocol.parse_infer(nested, None).inputs[0].data == protocol.parse_infer(flat, None).inputs[0].data
 
 
+def test_numbers_from_both_halves_of_uint64_come_through_to_the_last_digit() -> None:
+    values = np.array([[1, 2**64 - 1], [2**63, 2**53 + 1]], np.uint64)
+    for shown in (values, values.ravel()):
+        body, _ = message(tensor(datatype="UINT64", shape=[2, 2], data=shown.tolist()))
+        assert protocol.parse_infer(body, None).inputs[0].data == values.tobytes()
+    for wrong in ([1, -1], [1, 2**64], [2**63, 1.5]):
+        body, _ = message(tensor(datatype="UINT64", data=wrong))
+        with pytest.raises(RequestError):
+            protocol.parse_infer(body, None)
+
+
 def test_binary_and_json_tensors_mix_in_one_request() -> None:
     a, b = np.array([7, 8], "<f4").tobytes(), np.array([9], "<i8").tobytes()
     body, length = message(

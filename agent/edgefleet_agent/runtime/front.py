@@ -7,6 +7,7 @@ Not served: loading and unloading over HTTP (the agent alone decides what serves
 
 from __future__ import annotations
 
+import asyncio
 import re
 import time
 from collections.abc import Callable
@@ -56,6 +57,7 @@ class Front:
 
     def __init__(self, switchboard: Switchboard, regions: Regions, gauges: Callable[[], dict[str, float]]) -> None:
         self._switchboard, self._regions, self._gauges = switchboard, regions, gauges
+        self._one_long, self._parsing = asyncio.Lock(), set[asyncio.Task[None]]()
         self._fixed: dict[str, tuple[str, Callable[[], tuple[int, bytes, bytes]]]] = {
             "/v2": ("GET", self._server),
             "/v2/": ("GET", self._server),
@@ -144,7 +146,31 @@ class Front:
         return 200, b"", JSON
 
     def _infer(self, request: Request, model: str, version: str | None, reply: Reply) -> None:
+        if protocol.is_long(request.body, request.head.inference_length):
+            task = asyncio.get_running_loop().create_task(self._infer_in_pieces(request, model, version, reply))
+            self._parsing.add(task)
+            task.add_done_callback(self._parsing.discard)
+            return
         parsed = protocol.parse_infer(request.body, request.head.inference_length)
+        self._ask(request, parsed, model, version, reply)
+
+    async def _infer_in_pieces(self, request: Request, model: str, version: str | None, reply: Reply) -> None:
+        """A request with so much JSON that parsing it at once would keep all others waiting. One at a time: each takes memory."""
+        try:
+            async with self._one_long:
+                steps = protocol.parse_long_infer(request.body, request.head.inference_length)
+                while True:
+                    try:
+                        next(steps)
+                    except StopIteration as end:
+                        parsed: InferRequest = end.value
+                        break
+                    await asyncio.sleep(0)
+            self._ask(request, parsed, model, version, reply)
+        except RequestError as exc:
+            reply(exc.status, answers.error_body(exc.message), JSON)
+
+    def _ask(self, request: Request, parsed: InferRequest, model: str, version: str | None, reply: Reply) -> None:
         form, peer = parsed.form, request.peer
         if form.uses_regions:
             inputs = parsed.inputs if form.binary_bytes else form.inputs
@@ -295,7 +321,7 @@ def _cuda_region(request: Request, what: str) -> tuple[int, bytes, bytes]:
     """There are none: nothing can be registered, and all have been forgotten already."""
     _only(request, "GET" if what == "status" else "POST")
     if what == "register":
-        raise RequestError(400, "there is no CUDA shared memory here; use system shared memory")
+        raise RequestError(400, "no CUDA shared memory is served here; use system shared memory")
     return _json([]) if what == "status" else (200, b"", JSON)
 
 

@@ -50,7 +50,7 @@ REFUSED = {
     "ModelStreamInfer": "streams are not served; a model that answers once is asked by ModelInfer",
     "RepositoryModelLoad": "the board's agent alone decides what is loaded",
     "RepositoryModelUnload": "the board's agent alone decides what is loaded",
-    "CudaSharedMemoryRegister": "there is no CUDA shared memory here; use system shared memory",
+    "CudaSharedMemoryRegister": "no CUDA shared memory is served here; use system shared memory",
     "TraceSetting": "there is no tracing here",
     "LogSettings": "there are no log settings here",
 }

@@ -10,7 +10,7 @@ memory region (:mod:`regions`). Refused with a reason: BYTES and BF16 tensors, T
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from functools import lru_cache
 from typing import Any, TypeVar
 
@@ -193,14 +193,34 @@ def parse_infer(body: bytes | bytearray | memoryview, header_length: str | None)
     """
     view = memoryview(body)
     length = len(view) if header_length is None else _header_length(header_length, len(view))
-    form = parse_form(bytes(view[:length]))
-    rest = len(view) - length
+    return _whole(parse_form(bytes(view[:length])), view[length:])
+
+
+def is_long(body: bytes | bytearray | memoryview, header_length: str | None) -> bool:
+    """Whether there may be so much JSON in a body that others should have their turn meanwhile."""
+    length = len(body) if header_length is None else _header_length(header_length, len(body))
+    return length > json_data.SMALL_BYTES
+
+
+def parse_long_infer(
+    body: bytes | bytearray | memoryview, header_length: str | None
+) -> Generator[None, None, InferRequest]:
+    """Like :func:`parse_infer`: lets others have their turn at each ``yield``."""
+    view = memoryview(body)
+    length = len(view) if header_length is None else _header_length(header_length, len(view))
+    form = yield from _form_in_pieces(bytes(view[:length]))
+    return _whole(form, view[length:])
+
+
+def _whole(form: Form, binary: memoryview) -> InferRequest:
+    """The request, once what follows its header is as long as that says."""
+    rest = len(binary)
     if rest != form.binary_bytes:
         if rest > form.binary_bytes:
             raise RequestError(400, f"{rest - form.binary_bytes} bytes follow the last binary tensor")
         cut = next(t for t in form.inputs if t.start >= 0 and t.start + t.size > rest)
         raise RequestError(400, f"input {cut.name!r}: the body ends {cut.start + cut.size - rest} bytes too early")
-    return InferRequest(form, view[length:])
+    return InferRequest(form, binary)
 
 
 def parse_form(header: bytes) -> Form:
@@ -221,6 +241,17 @@ def _header_length(text: str, body_bytes: int) -> int:
 
 def _form(raw: bytes) -> Form:
     """Raises: RequestError."""
+    steps = _form_in_pieces(raw)
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            form: Form = end.value
+            return form
+
+
+def _form_in_pieces(raw: bytes) -> Generator[None, None, Form]:
+    """Raises: RequestError."""
     try:
         header = _decode_header(raw)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
@@ -232,7 +263,7 @@ def _form(raw: bytes) -> Form:
         raise RequestError(400, f"the id is longer than {MAX_ID_CHARACTERS} characters")
     inputs, offset = [], 0
     for entry in header.inputs:
-        tensor = _input(entry, offset)
+        tensor = yield from _input(entry, offset)
         inputs.append(tensor)
         offset += tensor.size if tensor.start >= 0 else 0
     if len({tensor.name for tensor in inputs}) != len(inputs):
@@ -270,7 +301,7 @@ def _outputs(entries: list[_Wanted], binary: bool) -> dict[str, Wanted] | None:
     return wanted or None
 
 
-def _input(entry: _Input, offset: int) -> InputTensor:
+def _input(entry: _Input, offset: int) -> Generator[None, None, InputTensor]:
     """One input, whose bytes lie ``offset`` behind the header if they are there."""
     name = entry.name
     dtype = NUMPY.get(entry.datatype)
@@ -294,7 +325,8 @@ def _input(entry: _Input, offset: int) -> InputTensor:
             )
         return InputTensor(name, entry.datatype, shape, b"", expected, region=region)
     if size is None:
-        return InputTensor(name, entry.datatype, shape, _from_json(entry, dtype, sizes), expected)
+        values = yield from _from_json(entry, dtype, sizes)
+        return InputTensor(name, entry.datatype, shape, values, expected)
     if len(entry.data):
         raise RequestError(400, f"input {name!r} has data both in JSON and in binary")
     if type(size) is not int or size != expected:
@@ -321,12 +353,14 @@ def region_use(what: str, parameters: dict[str, Any]) -> RegionUse | None:
     return RegionUse(name, offset, size)
 
 
-def _from_json(entry: _Input, dtype: np.dtype[Any], shape: list[int]) -> bytes:
+def _from_json(entry: _Input, dtype: np.dtype[Any], shape: list[int]) -> Generator[None, None, bytes]:
     """The tensor of a JSON ``data`` field."""
     if not len(entry.data):
         raise RequestError(400, f"input {entry.name!r} has no data")
     try:
-        return json_data.tensor_bytes(bytes(entry.data), entry.datatype, dtype, shape)
+        if len(entry.data) <= json_data.SMALL_BYTES:
+            return json_data.tensor_bytes(bytes(entry.data), entry.datatype, dtype, shape)
+        return (yield from json_data.long_tensor_bytes(memoryview(entry.data), entry.datatype, dtype, shape))
     except ValueError as exc:
         raise RequestError(400, f"input {entry.name!r}: {exc}") from exc
 
