@@ -57,6 +57,27 @@ def test_numbers_from_both_halves_of_uint64_come_through_to_the_last_digit() -> 
             protocol.parse_infer(body, None)
 
 
+def test_what_a_client_leaves_out_may_be_null() -> None:
+    """Clients that write every field of their model do so, MLServer's among them."""
+    nothing: dict[str, Any] = {"id": None, "parameters": None, "outputs": None}
+    body, _ = message(tensor(parameters=None), **nothing)
+    parsed = protocol.parse_infer(body, None)
+    assert (parsed.form.id, parsed.form.outputs, parsed.form.binary) == ("", None, False)
+    output = {"name": "y", "parameters": None}
+    absent = {"content_type": None, "binary_data_size": None, "shared_memory_region": None}
+    body, _ = message(
+        tensor(parameters=absent), outputs=[output], parameters={"binary_data_output": None, "headers": None}
+    )
+    parsed = protocol.parse_infer(body, None)
+    assert list(parsed.form.outputs or {}) == ["y"]
+    binary = tensor(data=None, parameters={"binary_data_size": 8})
+    assert bytes(protocol.parse_infer(*message(binary, binary=b"12345678")).inputs[0].data) == b"12345678"
+    for wrong in (tensor(shape=None), tensor(data=None), tensor(name=None), tensor(datatype=None)):
+        body, _ = message(wrong)
+        with pytest.raises(RequestError):
+            protocol.parse_infer(body, None)
+
+
 def test_binary_and_json_tensors_mix_in_one_request() -> None:
     a, b = np.array([7, 8], "<f4").tobytes(), np.array([9], "<i8").tobytes()
     body, length = message(

@@ -167,17 +167,18 @@ class _Input(msgspec.Struct):
 
 class _Wanted(msgspec.Struct):
     name: str
-    parameters: dict[str, Any] = {}
+    parameters: dict[str, Any] | None = None
 
 
 class _Header(msgspec.Struct):
     inputs: list[_Input]
-    id: str = ""
+    id: str | None = None
     parameters: msgspec.Raw = msgspec.Raw(b"{}")
     outputs: msgspec.Raw = msgspec.Raw(b"[]")
 
 
 _decode_header = msgspec.json.Decoder(_Header).decode
+_NULL = msgspec.Raw(b"null")  # clients that write all fields of their model write so what they leave out
 _Shape, _Parameters, _Outputs = list[int], dict[str, Any], list[_Wanted]
 
 
@@ -259,7 +260,8 @@ def _form_in_pieces(raw: bytes) -> Generator[None, None, Form]:
     outputs = _small(header.outputs, _Outputs, "outputs")
     if not header.inputs or len(header.inputs) > MAX_TENSORS or len(outputs) > MAX_TENSORS:
         raise RequestError(400, f"a request has 1 to {MAX_TENSORS} inputs and at most {MAX_TENSORS} outputs")
-    if len(header.id) > MAX_ID_CHARACTERS:
+    name = header.id or ""
+    if len(name) > MAX_ID_CHARACTERS:
         raise RequestError(400, f"the id is longer than {MAX_ID_CHARACTERS} characters")
     inputs, offset = [], 0
     for entry in header.inputs:
@@ -269,7 +271,7 @@ def _form_in_pieces(raw: bytes) -> Generator[None, None, Form]:
     if len({tensor.name for tensor in inputs}) != len(inputs):
         raise RequestError(400, "an input is given twice")
     binary = _flag(_small(header.parameters, _Parameters, "parameters"), "binary_data_output", False)
-    return Form(header.id, inputs, offset, _outputs(outputs, binary), binary)
+    return Form(name, inputs, offset, _outputs(outputs, binary), binary)
 
 
 def _small(raw: msgspec.Raw, kind: type[_PartT], what: str) -> _PartT:
@@ -280,6 +282,8 @@ def _small(raw: msgspec.Raw, kind: type[_PartT], what: str) -> _PartT:
     """
     if len(raw) > MAX_PART_BYTES:
         raise RequestError(400, f"{what} has {len(raw)} bytes, {MAX_PART_BYTES} are allowed")
+    if raw == _NULL:
+        return kind()
     try:
         return msgspec.json.decode(raw, type=kind)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
@@ -294,10 +298,11 @@ def _outputs(entries: list[_Wanted], binary: bool) -> dict[str, Wanted] | None:
     for entry in entries:
         if entry.name in wanted:
             raise RequestError(400, f"output {entry.name!r} is asked for twice")
-        if entry.parameters.get("classification"):
+        parameters = entry.parameters or {}
+        if parameters.get("classification"):
             raise RequestError(400, f"output {entry.name!r}: classification is not supported by this server")
-        region = region_use(f"output {entry.name!r}", entry.parameters)
-        wanted[entry.name] = Wanted(_flag(entry.parameters, "binary_data", binary), region)
+        region = region_use(f"output {entry.name!r}", parameters)
+        wanted[entry.name] = Wanted(_flag(parameters, "binary_data", binary), region)
     return wanted or None
 
 
@@ -307,6 +312,8 @@ def _input(entry: _Input, offset: int) -> Generator[None, None, InputTensor]:
     dtype = NUMPY.get(entry.datatype)
     if dtype is None:
         raise RequestError(400, f"input {name!r}: datatype {entry.datatype!r} is not served; one of {', '.join(NUMPY)}")
+    if entry.shape == _NULL:
+        raise RequestError(400, f"input {name!r} has no shape")
     sizes = _small(entry.shape, _Shape, f"input {name!r}: shape")
     if len(sizes) > MAX_RANK or any(n < 0 or n > 1 << 40 for n in sizes):
         raise RequestError(400, f"input {name!r}: not a shape: {sizes[: MAX_RANK + 1]}")
@@ -316,7 +323,7 @@ def _input(entry: _Input, offset: int) -> Generator[None, None, InputTensor]:
     size = parameters.get("binary_data_size")
     region = region_use(f"input {name!r}", parameters)
     if region is not None:
-        if size is not None or len(entry.data):
+        if size is not None or _is_there(entry.data):
             raise RequestError(400, f"input {name!r} has data beside its shared memory")
         if region.size != expected:
             raise RequestError(
@@ -327,13 +334,17 @@ def _input(entry: _Input, offset: int) -> Generator[None, None, InputTensor]:
     if size is None:
         values = yield from _from_json(entry, dtype, sizes)
         return InputTensor(name, entry.datatype, shape, values, expected)
-    if len(entry.data):
+    if _is_there(entry.data):
         raise RequestError(400, f"input {name!r} has data both in JSON and in binary")
     if type(size) is not int or size != expected:
         raise RequestError(
             400, f"input {name!r}: binary_data_size is {size!r}, {entry.datatype} {list(shape)} has {expected} bytes"
         )
     return InputTensor(name, entry.datatype, shape, b"", expected, offset)
+
+
+def _is_there(data: msgspec.Raw) -> bool:
+    return bool(len(data)) and data != _NULL
 
 
 def region_use(what: str, parameters: dict[str, Any]) -> RegionUse | None:
@@ -345,7 +356,8 @@ def region_use(what: str, parameters: dict[str, Any]) -> RegionUse | None:
     name = parameters.get("shared_memory_region")
     if name is None:
         return None
-    size, offset = parameters.get("shared_memory_byte_size"), parameters.get("shared_memory_offset", 0)
+    size, offset = parameters.get("shared_memory_byte_size"), parameters.get("shared_memory_offset")
+    offset = 0 if offset is None else offset
     if type(name) is not str or not name:
         raise RequestError(400, f"{what}: shared_memory_region must be a region's name")
     if type(size) is not int or type(offset) is not int or not 0 < size < 1 << 48 or not 0 <= offset < 1 << 48:
@@ -355,7 +367,7 @@ def region_use(what: str, parameters: dict[str, Any]) -> RegionUse | None:
 
 def _from_json(entry: _Input, dtype: np.dtype[Any], shape: list[int]) -> Generator[None, None, bytes]:
     """The tensor of a JSON ``data`` field."""
-    if not len(entry.data):
+    if not _is_there(entry.data):
         raise RequestError(400, f"input {entry.name!r} has no data")
     try:
         if len(entry.data) <= json_data.SMALL_BYTES:
@@ -366,7 +378,9 @@ def _from_json(entry: _Input, dtype: np.dtype[Any], shape: list[int]) -> Generat
 
 
 def _flag(parameters: dict[str, Any], name: str, default: bool) -> bool:
-    value = parameters.get(name, default)
+    value = parameters.get(name)
+    if value is None:
+        return default
     if type(value) is not bool:
         raise RequestError(400, f"parameter {name} must be true or false")
     return value
