@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import signal
@@ -15,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 from support import artifacts
-from support.runtimes import Load, Runtime, running, until
+from support.runtimes import Load, Runtime, infer_body, running, until
 
 BATCH = np.random.default_rng(3).random((16, 8, 8, 3), np.float32)  # 12 KiB: more than the first read of a request
 
@@ -289,3 +290,10 @@ def test_others_are_answered_while_a_request_of_millions_of_numbers_is_understoo
         asking.join()
     assert answers[0][0] == 413  # too large for the toy's slots, which is found last
     assert served > 50
+
+
+@pytest.mark.parametrize("more", [b"garbage", gzip.compress(b"}")], ids=["garbage", "another member"])
+def test_a_packed_body_with_something_behind_it_is_refused_and_not_half_read(runtime: Runtime, more: bytes) -> None:
+    body = gzip.compress(infer_body(np.zeros((1, 8, 8, 3), np.float32))) + more
+    status, answer = runtime.ask("POST", "/v2/models/toy/infer", body, {"Content-Encoding": "gzip"})
+    assert (status, "follow the gzip body" in answer["error"]) == (400, True)
