@@ -297,3 +297,11 @@ def test_a_packed_body_with_something_behind_it_is_refused_and_not_half_read(run
     body = gzip.compress(infer_body(np.zeros((1, 8, 8, 3), np.float32))) + more
     status, answer = runtime.ask("POST", "/v2/models/toy/infer", body, {"Content-Encoding": "gzip"})
     assert (status, "follow the gzip body" in answer["error"]) == (400, True)
+
+
+def test_the_runtime_says_where_it_listens(runtime: Runtime) -> None:
+    (line,) = [line for line in (runtime.state / "runtime.log").read_text().splitlines() if '"listening"' in line]
+    assert json.loads(line)["addresses"] == [
+        "http://{}:{}".format(*runtime.address),
+        str(runtime.state / "run" / "infer.sock"),
+    ]
