@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import signal
 import socket
 import struct
+import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from support import artifacts
-from support.runtimes import Load, Runtime, running, until
+from support.runtimes import Load, Runtime, infer_body, running, until
 
 BATCH = np.random.default_rng(3).random((16, 8, 8, 3), np.float32)  # 12 KiB: more than the first read of a request
 
@@ -260,3 +263,45 @@ def test_a_body_that_is_longer_or_shorter_than_its_tensor_is_refused(runtime: Ru
         assert talker.answer()[0] == 400
     talker.link.sendall(whole)
     talker.judged(BATCH)
+
+
+def test_others_are_answered_while_a_request_of_millions_of_numbers_is_understood(runtime: Runtime) -> None:
+    """It takes tenths of a second of work, whatever comes of it; meanwhile whoever asks on has his turn many times."""
+    rows = 15_000
+    body = json.dumps(
+        {"inputs": [{"name": "x", "datatype": "FP32", "shape": [rows, 8, 8, 3], "data": [0] * (rows * 192)}]}
+    )
+    ended = threading.Event()
+    answers: list[tuple[int, Any]] = []
+
+    def ask() -> None:
+        answers.append(runtime.ask("POST", "/v2/models/toy/infer", body.encode()))
+        ended.set()
+
+    with runtime.connect() as link:
+        asking = threading.Thread(target=ask)
+        asking.start()
+        until(lambda: runtime.gauge("held_body_bytes") >= len(body), what="the body being there")
+        served = 0
+        while not ended.is_set():
+            link.sendall(b"GET /v2/health/live HTTP/1.1\r\nHost: b\r\n\r\n")
+            assert link.recv(4096).startswith(b"HTTP/1.1 200")
+            served += 1
+        asking.join()
+    assert answers[0][0] == 413  # too large for the toy's slots, which is found last
+    assert served > 50
+
+
+@pytest.mark.parametrize("more", [b"garbage", gzip.compress(b"}")], ids=["garbage", "another member"])
+def test_a_packed_body_with_something_behind_it_is_refused_and_not_half_read(runtime: Runtime, more: bytes) -> None:
+    body = gzip.compress(infer_body(np.zeros((1, 8, 8, 3), np.float32))) + more
+    status, answer = runtime.ask("POST", "/v2/models/toy/infer", body, {"Content-Encoding": "gzip"})
+    assert (status, "follow the gzip body" in answer["error"]) == (400, True)
+
+
+def test_the_runtime_says_where_it_listens(runtime: Runtime) -> None:
+    (line,) = [line for line in (runtime.state / "runtime.log").read_text().splitlines() if '"listening"' in line]
+    assert json.loads(line)["addresses"] == [
+        "http://{}:{}".format(*runtime.address),
+        str(runtime.state / "run" / "infer.sock"),
+    ]

@@ -111,9 +111,9 @@ def test_tritonclient_is_told_what_it_did_wrong(client: triton.InferenceServerCl
         client.infer("toy", [tensor(np.zeros((4000, 8, 8, 3), np.float32))])
     shared = triton.InferInput("x", list(X.shape), "FP32")
     shared.set_shared_memory("somebody's", X.nbytes)
-    with pytest.raises(InferenceServerException, match="over HTTP only") as caught:
+    with pytest.raises(InferenceServerException, match="is registered by this user") as caught:
         client.infer("toy", [shared])
-    assert caught.value.status() == "StatusCode.UNIMPLEMENTED"
+    assert caught.value.status() == "StatusCode.INVALID_ARGUMENT"
 
 
 def call(address: str, request: Any) -> Any:

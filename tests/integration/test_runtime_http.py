@@ -117,7 +117,7 @@ def test_tritonclient_learns_from_the_configuration_whether_it_may_send_batches(
         lambda c: c.unload_model("toy"),
         lambda c: c.get_trace_settings("toy"),
         lambda c: c.get_log_settings(),
-        lambda c: c.get_cuda_shared_memory_status(),
+        lambda c: c.register_cuda_shared_memory("r", b"AAAA", 0, 64),
         lambda c: c.get_model_config("other"),
     ],
 )

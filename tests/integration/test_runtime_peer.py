@@ -33,6 +33,20 @@ def test_the_kernel_tells_whose_a_loopback_connection_is(host: str) -> None:
         assert Peer(ours).uid == os.getuid()
 
 
+def test_a_client_whose_ipv6_socket_speaks_ipv4_is_known_too() -> None:
+    """As Java's and gRPC's do."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        try:
+            theirs = socket.socket(socket.AF_INET6)
+            theirs.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+            theirs.connect(("::ffff:127.0.0.1", server.getsockname()[1]))
+        except OSError as exc:
+            pytest.skip(f"this machine has no IPv6: {exc}")
+        ours = server.accept()[0]
+    with ours, theirs:
+        assert Peer(ours).uid == os.getuid()
+
+
 def test_a_connection_that_its_owner_closed_is_nobodys_and_not_roots() -> None:
     ours, theirs = loopback("127.0.0.1")
     with ours:

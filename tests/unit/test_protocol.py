@@ -46,6 +46,38 @@ def test_nested_and_flat_json_data_are_the_same_tensor() -> None:
     assert protocol.parse_infer(nested, None).inputs[0].data == protocol.parse_infer(flat, None).inputs[0].data
 
 
+def test_numbers_from_both_halves_of_uint64_come_through_to_the_last_digit() -> None:
+    values = np.array([[1, 2**64 - 1], [2**63, 2**53 + 1]], np.uint64)
+    for shown in (values, values.ravel()):
+        body, _ = message(tensor(datatype="UINT64", shape=[2, 2], data=shown.tolist()))
+        assert protocol.parse_infer(body, None).inputs[0].data == values.tobytes()
+    for wrong in ([1, -1], [1, 2**64], [2**63, 1.5]):
+        body, _ = message(tensor(datatype="UINT64", data=wrong))
+        with pytest.raises(RequestError):
+            protocol.parse_infer(body, None)
+
+
+def test_what_a_client_leaves_out_may_be_null() -> None:
+    """Clients that write every field of their model do so, MLServer's among them."""
+    nothing: dict[str, Any] = {"id": None, "parameters": None, "outputs": None}
+    body, _ = message(tensor(parameters=None), **nothing)
+    parsed = protocol.parse_infer(body, None)
+    assert (parsed.form.id, parsed.form.outputs, parsed.form.binary) == ("", None, False)
+    output = {"name": "y", "parameters": None}
+    absent = {"content_type": None, "binary_data_size": None, "shared_memory_region": None}
+    body, _ = message(
+        tensor(parameters=absent), outputs=[output], parameters={"binary_data_output": None, "headers": None}
+    )
+    parsed = protocol.parse_infer(body, None)
+    assert list(parsed.form.outputs or {}) == ["y"]
+    binary = tensor(data=None, parameters={"binary_data_size": 8})
+    assert bytes(protocol.parse_infer(*message(binary, binary=b"12345678")).inputs[0].data) == b"12345678"
+    for wrong in (tensor(shape=None), tensor(data=None), tensor(name=None), tensor(datatype=None)):
+        body, _ = message(wrong)
+        with pytest.raises(RequestError):
+            protocol.parse_infer(body, None)
+
+
 def test_binary_and_json_tensors_mix_in_one_request() -> None:
     a, b = np.array([7, 8], "<f4").tobytes(), np.array([9], "<i8").tobytes()
     body, length = message(

@@ -36,3 +36,7 @@ def test_a_name_can_not_break_out_of_its_label() -> None:
     text = exposition([('a"} 1\nevil', "\\", False, Figures())], {}).decode()
     assert 'model="a\\"} 1\\nevil",version="\\\\"' in text
     assert not any(line.startswith("evil") for line in text.splitlines())
+
+
+def test_a_large_gauge_is_told_to_the_last_byte() -> None:
+    assert "edgefleet_runtime_held_body_bytes 134217729\n" in exposition([], {"held_body_bytes": 134_217_729}).decode()

@@ -108,7 +108,8 @@ async def serve(state: Path, address: tuple[str, int] | None, socket_path: Path,
         listener.setblocking(False)
         if listener.family == socket.AF_UNIX:
             servers.append(await loop.create_unix_server(server.connection, sock=listener))
-            where.append(str(listener.getsockname()))
+            bound = str(listener.getsockname())
+            where.append(str(socket_path) if bound.startswith("/proc/self/") else bound)  # see control.short_path
             continue
         servers.append(await loop.create_server(server.connection, sock=listener))
         host, port = listener.getsockname()[:2]

@@ -11,7 +11,7 @@ def decompress(body: bytes | bytearray | memoryview, encoding: str) -> bytes | b
     """gzip or deflate (RFC 9110, 8.4.1), bounded: a small body may claim to be a large one.
 
     Raises:
-        Refused: another coding, not of this coding, cut off, or more than :data:`MAX_BODY_BYTES`.
+        Refused: another coding, not of this coding, cut off, followed by something, or more than :data:`MAX_BODY_BYTES`.
     """
     if encoding == "identity":
         return body
@@ -26,4 +26,6 @@ def decompress(body: bytes | bytearray | memoryview, encoding: str) -> bytes | b
         raise Refused(413, f"the body unpacks to more than {MAX_BODY_BYTES} bytes")
     if not machine.eof:
         raise Refused(400, f"the {encoding} body is cut off")
+    if machine.unused_data:  # dropped, it would be another request than its sender meant
+        raise Refused(400, f"{len(machine.unused_data)} bytes follow the {encoding} body; it must be one member")
     return plain

@@ -7,6 +7,7 @@ Not served: loading and unloading over HTTP (the agent alone decides what serves
 
 from __future__ import annotations
 
+import asyncio
 import re
 import time
 from collections.abc import Callable
@@ -33,6 +34,8 @@ EXTENSIONS = ("binary_tensor_data", "statistics", "system_shared_memory", "model
 _MODEL = re.compile(
     r"/v2/models/(?P<model>[^/]+)(?:/versions/(?P<version>[^/]+))?(?:/(?P<what>infer|ready|stats|config))?"
 )
+# Programs that use Triton's regions begin by forgetting those of both kinds.
+_CUDA_REGIONS = re.compile(r"/v2/cudasharedmemory(?:/region/[^/]+)?/(?P<what>status|register|unregister)")
 _REGIONS = re.compile(r"/v2/systemsharedmemory(?:/region/(?P<name>[^/]+))?/(?P<what>status|register|unregister)")
 
 
@@ -54,6 +57,7 @@ class Front:
 
     def __init__(self, switchboard: Switchboard, regions: Regions, gauges: Callable[[], dict[str, float]]) -> None:
         self._switchboard, self._regions, self._gauges = switchboard, regions, gauges
+        self._one_long, self._parsing = asyncio.Lock(), set[asyncio.Task[None]]()
         self._fixed: dict[str, tuple[str, Callable[[], tuple[int, bytes, bytes]]]] = {
             "/v2": ("GET", self._server),
             "/v2/": ("GET", self._server),
@@ -102,6 +106,9 @@ class Front:
                 self._infer(request, wanted[0], wanted[1], reply)
                 return
             status, body, content_type = self._resource(request, wanted)
+        except _WrongMethod as exc:
+            reply(exc.status, answers.error_body(exc.message), JSON, None, exc.allow)
+            return
         except RequestError as exc:
             status, body, content_type = exc.status, answers.error_body(exc.message), JSON
         reply(status, body, content_type)
@@ -120,6 +127,9 @@ class Front:
         match = _REGIONS.fullmatch(path)
         if match is not None:
             return self._region(request, match["name"] and unquote(match["name"]), match["what"])
+        match = _CUDA_REGIONS.fullmatch(path)
+        if match is not None:
+            return _cuda_region(request, match["what"])
         raise RequestError(404, f"nothing is served at {path[:200]!r}")
 
     def _region(self, request: Request, name: str | None, what: str) -> tuple[int, bytes, bytes]:
@@ -136,7 +146,31 @@ class Front:
         return 200, b"", JSON
 
     def _infer(self, request: Request, model: str, version: str | None, reply: Reply) -> None:
+        if protocol.is_long(request.body, request.head.inference_length):
+            task = asyncio.get_running_loop().create_task(self._infer_in_pieces(request, model, version, reply))
+            self._parsing.add(task)
+            task.add_done_callback(self._parsing.discard)
+            return
         parsed = protocol.parse_infer(request.body, request.head.inference_length)
+        self._ask(request, parsed, model, version, reply)
+
+    async def _infer_in_pieces(self, request: Request, model: str, version: str | None, reply: Reply) -> None:
+        """A request with so much JSON that parsing it at once would keep all others waiting. One at a time: each takes memory."""
+        try:
+            async with self._one_long:
+                steps = protocol.parse_long_infer(request.body, request.head.inference_length)
+                while True:
+                    try:
+                        next(steps)
+                    except StopIteration as end:
+                        parsed: InferRequest = end.value
+                        break
+                    await asyncio.sleep(0)
+            self._ask(request, parsed, model, version, reply)
+        except RequestError as exc:
+            reply(exc.status, answers.error_body(exc.message), JSON)
+
+    def _ask(self, request: Request, parsed: InferRequest, model: str, version: str | None, reply: Reply) -> None:
         form, peer = parsed.form, request.peer
         if form.uses_regions:
             inputs = parsed.inputs if form.binary_bytes else form.inputs
@@ -251,30 +285,57 @@ class _Asked(Job):
 
 
 def _statistics(version: Version) -> dict[str, object]:
-    """One entry of Triton's statistics response; durations in ns."""
+    """One entry of Triton's statistics response; durations in ns, ``last_inference`` in ms since 1970.
+
+    Tensors are copied while others are computed, so of what Triton has for that nothing is told; there is no cache.
+    """
     figures = version.figures
     answered = figures.requests - figures.failed
+    ago_ns = time.perf_counter_ns() - figures.last_ns
 
     def part(count: int, ns: int) -> dict[str, int]:
         return {"count": count, "ns": ns}
 
+    nothing = part(0, 0)
     return {
         "name": version.config.model,
         "version": version.config.version,
-        "inference_count": answered,
+        "last_inference": (time.time_ns() - ago_ns) // 1_000_000 if figures.last_ns else 0,
+        "inference_count": figures.pictures,
         "execution_count": answered,
         "inference_stats": {
             "success": part(answered, figures.latency_ns),
-            "fail": part(figures.failed, 0),
+            "fail": part(figures.failed, figures.failed_ns),
             "queue": part(answered, figures.queue_ns),
+            "compute_input": nothing,
             "compute_infer": part(answered, figures.compute_ns),
+            "compute_output": nothing,
+            "cache_hit": nothing,
+            "cache_miss": nothing,
         },
+        "batch_stats": [],
     }
+
+
+def _cuda_region(request: Request, what: str) -> tuple[int, bytes, bytes]:
+    """There are none: nothing can be registered, and all have been forgotten already."""
+    _only(request, "GET" if what == "status" else "POST")
+    if what == "register":
+        raise RequestError(400, "no CUDA shared memory is served here; use system shared memory")
+    return _json([]) if what == "status" else (200, b"", JSON)
+
+
+class _WrongMethod(RequestError):
+    """A resource was asked in a way that it has not; ``allow`` are those that it has (RFC 9110, 15.5.6)."""
+
+    def __init__(self, path: str, method: str) -> None:
+        super().__init__(405, f"{path[:200]} takes {method}")
+        self.allow = b"GET, HEAD" if method == "GET" else method.encode()
 
 
 def _only(request: Request, method: str) -> None:
     if request.head.method != method and not (method == "GET" and request.head.method == "HEAD"):
-        raise RequestError(405, f"{request.head.path[:200]} takes {method}")
+        raise _WrongMethod(request.head.path, method)
 
 
 def _json(value: object) -> tuple[int, bytes, bytes]:

@@ -1,66 +1,59 @@
 """``fleet-runtime-grpc``: the Open Inference Protocol's gRPC face: receives gRPC calls, hands them to the runtime's Unix socket, and back.
 
 A process of its own, for boards whose clients speak gRPC (``edgefleet-agent[grpc]``): the runtime stays small and has no network without
-it, and its connections, swaps and counters are the same. Tensors pass as the bytes they are.
-Source: KServe Open Inference Protocol v2 (gRPC), :file:`open_inference.proto`. Not served: shared memory (the runtime asks the kernel whose a
-connection is, and would be told this process's user), BYTES and BF16 tensors, streaming, loading and unloading.
+it, and its connections, swaps and counters are the same. Clients' shared memory is read and written here: the runtime asks the kernel whose a
+connection is, and would be told this process's user.
+Every resource that a client can take is bounded: the size of a message, the time until it is there, calls at once and in all.
+Source: KServe Open Inference Protocol v2 (gRPC). Not served, and refused with a reason: streams, loading and unloading, tracing.
 """
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import quote, unquote
 
 import click
 import grpc
 import msgspec
-import numpy as np
 from edgefleet_shared import logs
 from edgefleet_shared.errors import EdgefleetError, EnvironmentProblem
 from google.protobuf.message import Message
 
 from edgefleet_agent import notify
-from edgefleet_agent.runtime import open_inference_pb2
+from edgefleet_agent.runtime import grpc_messages as messages
 from edgefleet_agent.runtime.control import short_path
+from edgefleet_agent.runtime.grpc_bounds import CALLS_AT_ONCE, MAX_CALLS, MESSAGE_LIMIT_S
+from edgefleet_agent.runtime.grpc_messages import Bytes, CallError, pb
 from edgefleet_agent.runtime.head import MAX_BODY_BYTES
-from edgefleet_agent.runtime.json_data import MAX_PIECES
-from edgefleet_agent.runtime.protocol import MAX_RANK
-from edgefleet_agent.runtime.tensors import NUMPY, element_count
+from edgefleet_agent.runtime.peer import uid_of_tcp
+from edgefleet_agent.runtime.protocol import RegionUse, RequestError
+from edgefleet_agent.runtime.regions import Regions
 
-pb: Any = open_inference_pb2  # its messages are made from a descriptor when it is imported
 SERVICE = "inference.GRPCInferenceService"
-CALLS_AT_ONCE = 8
+LOOK_S = 1.0  # how often silent calls are looked at
 TIMEOUT_S = 90.0  # the runtime answers or refuses within 60 s
 GRACE_S = 10.0
+JOINED_BYTES = 1 << 20  # a body up to this is sent in one piece; a larger one is not copied together first
 
-_CODES = {400: "INVALID_ARGUMENT", 404: "NOT_FOUND", 413: "RESOURCE_EXHAUSTED", 503: "UNAVAILABLE"}
-# Which field of InferTensorContents holds a datatype's values.
-_CONTENTS = {
-    "BOOL": "bool_contents",
-    "FP32": "fp32_contents",
-    "FP64": "fp64_contents",
-    "INT64": "int64_contents",
-    "UINT64": "uint64_contents",
+# What Triton has beside these, and why it is not here.
+REFUSED = {
+    "ModelStreamInfer": "streams are not served; a model that answers once is asked by ModelInfer",
+    "RepositoryModelLoad": "the board's agent alone decides what is loaded",
+    "RepositoryModelUnload": "the board's agent alone decides what is loaded",
+    "CudaSharedMemoryRegister": "no CUDA shared memory is served here; use system shared memory",
+    "TraceSetting": "there is no tracing here",
+    "LogSettings": "there are no log settings here",
 }
-_CONTENTS |= {f"INT{bits}": "int_contents" for bits in (8, 16, 32)} | {
-    f"UINT{bits}": "uint_contents" for bits in (8, 16, 32)
-}
-
-
-class CallError(Exception):
-    """A call that ends without an answer: its gRPC status and what is wrong."""
-
-    def __init__(self, code: str, message: str) -> None:
-        super().__init__(message)
-        self.code, self.message = code, message
 
 
 class _Connection(http.client.HTTPConnection):
@@ -75,6 +68,58 @@ class _Connection(http.client.HTTPConnection):
             self.sock.connect(address)
 
 
+class Call:
+    """One call on its way: who asks, and whether anybody still waits for the answer.
+
+    Args:
+        ours: host and port where it came in; None for a Unix socket.
+    """
+
+    def __init__(self, context: grpc.ServicerContext, ours: tuple[str, int] | None) -> None:
+        self._theirs, self._ours = context.peer(), ours
+        self._lock = threading.Lock()
+        self._asked: socket.socket | None = None
+        self._over = not context.add_callback(self._end)
+
+    @property
+    def uid(self) -> int | None:
+        """The client's user; None when the kernel does not tell."""
+        kind, _, address = self._theirs.partition(":")
+        host, _, port = unquote(address).rpartition(":")
+        if kind not in ("ipv4", "ipv6") or self._ours is None or not port.isdecimal():
+            return None
+        return uid_of_tcp((host.strip("[]"), int(port)), self._ours)
+
+    @contextlib.contextmanager
+    def asking(self, link: socket.socket) -> Iterator[None]:
+        """While the runtime is asked over ``link``, which is shut down when nobody waits for the answer any more.
+
+        Raises:
+            CallError: nobody does.
+        """
+        with self._lock:
+            if self._over:
+                raise CallError("CANCELLED", "nobody waits for the answer any more")
+            self._asked = link
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._asked = None
+
+    @property
+    def is_over(self) -> bool:
+        return self._over
+
+    def _end(self) -> None:
+        """It was answered or cancelled, its client is gone, or its time has run out."""
+        with self._lock:
+            self._over = True
+            if self._asked is not None:
+                with contextlib.suppress(OSError):
+                    self._asked.shutdown(socket.SHUT_RDWR)
+
+
 class Runtime:
     """The runtime's Unix socket; each calling thread keeps a connection."""
 
@@ -82,24 +127,33 @@ class Runtime:
         self._path, self._local = path, threading.local()
 
     def ask(
-        self, method: str, path: str, body: bytes = b"", header_length: int | None = None
+        self, call: Call, method: str, path: str, body: tuple[Bytes, ...] = (), header_length: int | None = None
     ) -> tuple[int, bytes, int]:
         """One request: (status, body, length of the inference header in it).
 
         Raises:
-            CallError: nobody answers there.
+            CallError: nobody answers there, or ``call`` is over.
         """
-        headers = {} if header_length is None else {"Inference-Header-Content-Length": str(header_length)}
+        length = sum(map(len, body))
+        headers = {"Content-Length": str(length)}
+        if header_length is not None:
+            headers["Inference-Header-Content-Length"] = str(header_length)
+        sent = (b"".join(body),) if length <= JOINED_BYTES else body
         # A kept connection may have been closed meanwhile, by a runtime that was started again; an inference may be repeated.
         for attempt in (1, 2):
             connection = self._connection()
             try:
-                connection.request(method, path, body, headers)
-                response = connection.getresponse()
-                content = response.read()
+                if connection.sock is None:
+                    connection.connect()
+                with call.asking(connection.sock):
+                    connection.request(method, path, sent, headers)
+                    response = connection.getresponse()
+                    content = response.read()
             except (OSError, http.client.HTTPException) as exc:
                 connection.close()
-                if attempt == 2:
+                if call.is_over:
+                    raise CallError("CANCELLED", "nobody waits for the answer any more") from exc
+                if attempt == 2 or isinstance(exc, TimeoutError):
                     raise CallError("UNAVAILABLE", f"the runtime does not answer: {exc}") from exc
                 continue
             break
@@ -112,47 +166,153 @@ class Runtime:
         return connection
 
 
+class SharedMemory:
+    """The clients' regions. One thread at a time: what is unregistered is closed, and must not be read by its number any more."""
+
+    def __init__(self) -> None:
+        self._regions, self._lock = Regions(), threading.Lock()
+
+    def register(self, call: Call, name: str, key: str, offset: int, byte_size: int) -> None:
+        """Raises: RequestError."""
+        with self._lock:
+            self._regions.register(
+                call, name, msgspec.json.encode({"key": key, "offset": offset, "byte_size": byte_size})
+            )
+
+    def unregister(self, call: Call, name: str | None) -> None:
+        with self._lock:
+            self._regions.unregister(call, name)
+
+    def status(self, call: Call, name: str | None) -> list[dict[str, object]]:
+        """Raises: RequestError."""
+        with self._lock:
+            return self._regions.status(call, name)
+
+    def read(self, call: Call, use: RegionUse) -> Bytes:
+        """Raises: RequestError."""
+        content = bytearray(use.size)
+        with self._lock:
+            self._regions.find(call, use).read_into(use, memoryview(content))
+        return content
+
+    def write(self, call: Call, use: RegionUse, content: bytes) -> None:
+        """Raises: RequestError."""
+        with self._lock:
+            self._regions.find(call, use).write(use, content)
+
+    def tick(self) -> None:
+        with self._lock:
+            self._regions.tick()
+
+
 class Gateway:
-    """The six calls."""
+    """The calls."""
 
-    def __init__(self, runtime: Runtime) -> None:
-        self._runtime = runtime
+    def __init__(self, runtime: Runtime, memory: SharedMemory) -> None:
+        self._runtime, self._memory = runtime, memory
 
-    def server_live(self, request: Any) -> Message:
-        return pb.ServerLiveResponse(live=self._runtime.ask("GET", "/v2/health/live")[0] == 200)
+    def server_live(self, request: Any, call: Call) -> Message:
+        return pb.ServerLiveResponse(live=self._is("/v2/health/live", call))
 
-    def server_ready(self, request: Any) -> Message:
-        return pb.ServerReadyResponse(ready=self._runtime.ask("GET", "/v2/health/ready")[0] == 200)
+    def server_ready(self, request: Any, call: Call) -> Message:
+        return pb.ServerReadyResponse(ready=self._is("/v2/health/ready", call))
 
-    def model_ready(self, request: Any) -> Message:
-        return pb.ModelReadyResponse(
-            ready=self._runtime.ask("GET", _path(request.name, request.version) + "/ready")[0] == 200
+    def model_ready(self, request: Any, call: Call) -> Message:
+        return pb.ModelReadyResponse(ready=self._is(_path(request.name, request.version) + "/ready", call))
+
+    def server_metadata(self, request: Any, call: Call) -> Message:
+        found = self._json("GET", "/v2", call)
+        found["extensions"] = [name for name in found["extensions"] if name != "binary_tensor_data"]  # that is HTTP's
+        return messages.described(found, pb.ServerMetadataResponse)
+
+    def model_metadata(self, request: Any, call: Call) -> Message:
+        return messages.described(
+            self._json("GET", _path(request.name, request.version), call), pb.ModelMetadataResponse
         )
 
-    def server_metadata(self, request: Any) -> Message:
-        return pb.ServerMetadataResponse(**self._json("/v2") | {"extensions": []})
+    def model_config(self, request: Any, call: Call) -> Message:
+        found = self._json("GET", _path(request.name, request.version) + "/config", call)
+        return messages.described({"config": found}, pb.ModelConfigResponse)
 
-    def model_metadata(self, request: Any) -> Message:
-        return pb.ModelMetadataResponse(**self._json(_path(request.name, request.version)))
+    def model_statistics(self, request: Any, call: Call) -> Message:
+        path = _path(request.name, request.version) + "/stats" if request.name else "/v2/models/stats"
+        return messages.described(self._json("GET", path, call), pb.ModelStatisticsResponse)
 
-    def model_infer(self, request: Any) -> Message:
-        header, tensors = to_http(request)
+    def repository_index(self, request: Any, call: Call) -> Message:
+        found = self._json("POST", "/v2/repository/index", call)
+        models = [model for model in found if model["state"] == "READY" or not request.ready]
+        return messages.described({"models": models}, pb.RepositoryIndexResponse)
+
+    def memory_status(self, request: Any, call: Call) -> Message:
+        found = self._memory.status(call, request.name or None)
+        return messages.described({"regions": {r["name"]: r for r in found}}, pb.SystemSharedMemoryStatusResponse)
+
+    def memory_register(self, request: Any, call: Call) -> Message:
+        self._memory.register(call, request.name, request.key, request.offset, request.byte_size)
+        return pb.SystemSharedMemoryRegisterResponse()
+
+    def memory_unregister(self, request: Any, call: Call) -> Message:
+        self._memory.unregister(call, request.name or None)
+        return pb.SystemSharedMemoryUnregisterResponse()
+
+    def cuda_status(self, request: Any, call: Call) -> Message:
+        return pb.CudaSharedMemoryStatusResponse()
+
+    def cuda_unregister(self, request: Any, call: Call) -> Message:
+        """There are none, so all have been forgotten already; programs that use shared memory begin with it."""
+        return pb.CudaSharedMemoryUnregisterResponse()
+
+    def model_infer(self, request: Any, call: Call) -> Message:
+        regions = messages.wanted_regions(request)
+        header, tensors = messages.to_http(request, lambda use: self._memory.read(call, use))
         status, body, length = self._runtime.ask(
-            "POST",
-            _path(request.model_name, request.model_version) + "/infer",
-            b"".join((header, *tensors)),
-            len(header),
+            call, "POST", _path(request.model_name, request.model_version) + "/infer", (header, *tensors), len(header)
         )
         if status != 200:
-            raise _failed(status, body)
-        return to_grpc(body[:length], body[length:])
+            raise messages.failed(status, body)
+        return messages.to_grpc(
+            body[:length], body[length:], regions, lambda use, content: self._memory.write(call, use, content)
+        )
 
-    def _json(self, path: str) -> dict[str, Any]:
-        status, body, _ = self._runtime.ask("GET", path)
+    def _is(self, path: str, call: Call) -> bool:
+        return self._runtime.ask(call, "GET", path)[0] == 200
+
+    def _json(self, method: str, path: str, call: Call) -> Any:
+        status, body, _ = self._runtime.ask(call, method, path)
         if status != 200:
-            raise _failed(status, body)
-        found: dict[str, Any] = msgspec.json.decode(body)
-        return found
+            raise messages.failed(status, body)
+        return msgspec.json.decode(body)
+
+
+class Silence(threading.Thread):
+    """Ends calls whose message does not come: each has a thread, and a few of them would have them all."""
+
+    def __init__(self, memory: SharedMemory) -> None:
+        super().__init__(name="silence", daemon=True)
+        self._memory, self._began = memory, dict[grpc.ServicerContext, float]()
+
+    def message(self, sent: Iterator[Any], context: grpc.ServicerContext) -> Any:
+        """The call's message.
+
+        Raises:
+            CallError: it ended without one. grpc.RpcError: the call was cancelled.
+        """
+        self._began[context] = time.monotonic()
+        try:
+            return next(sent)
+        except StopIteration:
+            raise CallError("INVALID_ARGUMENT", "the call has no message") from None
+        finally:
+            del self._began[context]
+
+    def run(self) -> None:
+        while True:
+            time.sleep(LOOK_S)
+            horizon = time.monotonic() - MESSAGE_LIMIT_S
+            for context, began in list(self._began.items()):
+                if began < horizon:
+                    context.cancel()
+            self._memory.tick()
 
 
 def _path(model: str, version: str) -> str:
@@ -160,143 +320,75 @@ def _path(model: str, version: str) -> str:
     return f"{path}/versions/{quote(version, safe='')}" if version else path
 
 
-def _failed(status: int, body: bytes) -> CallError:
-    try:
-        message = str(msgspec.json.decode(body)["error"])
-    except (msgspec.DecodeError, KeyError, TypeError):
-        message = f"the runtime answered with status {status}"
-    return CallError(_CODES.get(status, "INTERNAL"), message)
-
-
-def to_http(request: Any) -> tuple[bytes, list[bytes]]:
-    """An infer request as the HTTP face takes it: its JSON header, and each input's bytes.
-
-    Raises:
-        CallError: raw and typed contents do not fit the inputs, or it needs shared memory.
-    """
-    raw = list(request.raw_input_contents)
-    if raw and len(raw) != len(request.inputs):
-        raise CallError("INVALID_ARGUMENT", f"{len(raw)} raw contents for {len(request.inputs)} inputs")
-    inputs, tensors = [], []
-    for number, tensor in enumerate(request.inputs):
-        _refuse_regions(tensor)
-        if raw and tensor.HasField("contents"):
-            raise CallError("INVALID_ARGUMENT", f"input {tensor.name!r} has both raw and typed contents")
-        tensors.append(raw[number] if raw else _typed(tensor))
-        inputs.append(
-            {
-                "name": tensor.name,
-                "datatype": tensor.datatype,
-                "shape": list(tensor.shape),
-                "parameters": {"binary_data_size": len(tensors[-1])},
-            }
-        )
-    header: dict[str, Any] = {"inputs": inputs, "parameters": {"binary_data_output": True}}
-    if request.id:
-        header["id"] = request.id
-    if request.outputs:
-        for output in request.outputs:
-            _refuse_regions(output)
-        header["outputs"] = [
-            {
-                "name": output.name,
-                "parameters": {key: _value(value) for key, value in output.parameters.items()} | {"binary_data": True},
-            }
-            for output in request.outputs
-        ]
-    return msgspec.json.encode(header), tensors
-
-
-def _refuse_regions(tensor: Any) -> None:
-    if "shared_memory_region" in tensor.parameters:
-        raise CallError("UNIMPLEMENTED", f"{tensor.name!r}: shared memory is served over HTTP only")
-
-
-def _value(parameter: Any) -> Any:
-    kind = parameter.WhichOneof("parameter_choice")
-    return getattr(parameter, kind) if kind else None
-
-
-def _typed(tensor: Any) -> bytes:
-    field = _CONTENTS.get(tensor.datatype)
-    if field is None:
-        raise CallError("INVALID_ARGUMENT", f"input {tensor.name!r}: {tensor.datatype!r} has no typed contents here")
-    given = getattr(tensor.contents, field)
-    # Each value becomes an object on its way: how many there are is looked at first.
-    if len(given) != element_count(tensor.shape):
-        raise CallError(
-            "INVALID_ARGUMENT",
-            f"input {tensor.name!r}: {len(given)} values do not fill shape {list(tensor.shape[: MAX_RANK + 1])}",
-        )
-    if len(given) > MAX_PIECES:
-        raise CallError(
-            "INVALID_ARGUMENT", f"input {tensor.name!r}: more than {MAX_PIECES} typed values; send raw contents"
-        )
-    values, dtype = np.array(given), NUMPY[tensor.datatype]
-    if dtype.kind in "iu" and values.size:
-        limits = np.iinfo(dtype)
-        if int(values.min()) < limits.min or int(values.max()) > limits.max:
-            raise CallError("INVALID_ARGUMENT", f"input {tensor.name!r}: a value does not fit {tensor.datatype}")
-    return values.astype(dtype).tobytes()
-
-
-def to_grpc(header: bytes, tensors: bytes) -> Message:
-    """The HTTP face's answer as the message."""
-    answer = msgspec.json.decode(header)
-    message = pb.ModelInferResponse(
-        model_name=answer["model_name"], model_version=answer["model_version"], id=answer.get("id", "")
-    )
-    at = 0
-    for output in answer["outputs"]:
-        message.outputs.add(name=output["name"], datatype=output["datatype"], shape=output["shape"])
-        size = output["parameters"]["binary_data_size"]
-        message.raw_output_contents.append(tensors[at : at + size])
-        at += size
-    return message
-
-
-def serve(gateway: Gateway, address: str) -> tuple[grpc.Server, int]:
+def serve(runtime: Runtime, address: str) -> tuple[grpc.Server, int]:
     """Start serving at ``address`` (``HOST:PORT`` or ``unix:PATH``); the server and its port.
 
     Raises:
         EnvironmentProblem: the address can't be taken.
     """
-    calls: dict[str, tuple[Callable[[Any], Message], Any]] = {
-        "ServerLive": (gateway.server_live, pb.ServerLiveRequest),
-        "ServerReady": (gateway.server_ready, pb.ServerReadyRequest),
-        "ModelReady": (gateway.model_ready, pb.ModelReadyRequest),
-        "ServerMetadata": (gateway.server_metadata, pb.ServerMetadataRequest),
-        "ModelMetadata": (gateway.model_metadata, pb.ModelMetadataRequest),
-        "ModelInfer": (gateway.model_infer, pb.ModelInferRequest),
-    }
-    handlers = {
-        name: grpc.unary_unary_rpc_method_handler(_answering(call), kind.FromString, lambda m: m.SerializeToString())
-        for name, (call, kind) in calls.items()
+    memory = SharedMemory()
+    gateway, silence = Gateway(runtime, memory), Silence(memory)
+    calls: dict[str, Callable[[Any, Call], Message]] = {
+        "ServerLive": gateway.server_live,
+        "ServerReady": gateway.server_ready,
+        "ModelReady": gateway.model_ready,
+        "ServerMetadata": gateway.server_metadata,
+        "ModelMetadata": gateway.model_metadata,
+        "ModelInfer": gateway.model_infer,
+        "ModelConfig": gateway.model_config,
+        "ModelStatistics": gateway.model_statistics,
+        "RepositoryIndex": gateway.repository_index,
+        "SystemSharedMemoryStatus": gateway.memory_status,
+        "SystemSharedMemoryRegister": gateway.memory_register,
+        "SystemSharedMemoryUnregister": gateway.memory_unregister,
+        "CudaSharedMemoryStatus": gateway.cuda_status,
+        "CudaSharedMemoryUnregister": gateway.cuda_unregister,
     }
     limits = [
         ("grpc.max_receive_message_length", MAX_BODY_BYTES),
         ("grpc.max_send_message_length", -1),
         ("grpc.so_reuseport", 0),
     ]
-    server = grpc.server(ThreadPoolExecutor(CALLS_AT_ONCE), options=limits)
-    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
+    server = grpc.server(ThreadPoolExecutor(CALLS_AT_ONCE), options=limits, maximum_concurrent_rpcs=MAX_CALLS)
     try:
         port = server.add_insecure_port(address)
     except RuntimeError as exc:
         raise EnvironmentProblem(f"can't listen at {address}", hint="choose another with --listen HOST:PORT") from exc
+    ours = None if address.startswith("unix:") else (address.rpartition(":")[0].strip("[]"), port)
+    # Taken as streams that are read once: a call that sends one message looks the same, and one that sends none can be ended.
+    handlers = {
+        name: grpc.stream_unary_rpc_method_handler(
+            _answering(call, silence, ours), getattr(pb, f"{name}Request").FromString, lambda m: m.SerializeToString()
+        )
+        for name, call in calls.items()
+    }
+    handlers |= {name: grpc.stream_unary_rpc_method_handler(_refusing(why)) for name, why in REFUSED.items()}
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
+    silence.start()
     server.start()
     return server, port
 
 
-def _answering(call: Callable[[Any], Message]) -> Callable[[Any, grpc.ServicerContext], Message]:
-    def answer(request: Any, context: grpc.ServicerContext) -> Message:
+def _answering(
+    carry_out: Callable[[Any, Call], Message], silence: Silence, ours: tuple[str, int] | None
+) -> Callable[[Iterator[Any], grpc.ServicerContext], Message]:
+    def answer(sent: Iterator[Any], context: grpc.ServicerContext) -> Message:
         try:
-            return call(request)
-        except CallError as exc:
-            context.abort(getattr(grpc.StatusCode, exc.code), exc.message)
+            return carry_out(silence.message(sent, context), Call(context, ours))
+        except (CallError, RequestError) as exc:
+            error = messages.refused(exc) if isinstance(exc, RequestError) else exc
+            context.abort(getattr(grpc.StatusCode, error.code), error.message)
             raise AssertionError("abort raises") from exc
 
     return answer
+
+
+def _refusing(why: str) -> Callable[[Iterator[bytes], grpc.ServicerContext], bytes]:
+    def refuse(sent: Iterator[bytes], context: grpc.ServicerContext) -> bytes:
+        context.abort(grpc.StatusCode.UNIMPLEMENTED, why)
+        raise AssertionError("abort raises")
+
+    return refuse
 
 
 def _host_and_port(listen: str) -> str:
@@ -337,12 +429,12 @@ def main(state: Path, socket_path: Path | None, listen: str) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
     try:
-        gateway = Gateway(Runtime(socket_path or state.resolve() / "run" / "infer.sock"))
+        runtime = Runtime(socket_path or state.resolve() / "run" / "infer.sock")
         if listen.startswith("unix:"):
-            server, shown = serve(gateway, listen)[0], listen
+            server, shown = serve(runtime, listen)[0], listen
         else:
             host = _host_and_port(listen)
-            server, port = serve(gateway, host)
+            server, port = serve(runtime, host)
             shown = f"{host.rpartition(':')[0]}:{port}"
     except EdgefleetError as exc:
         click.echo(f"fleet-runtime-grpc: {exc}", err=True)

@@ -58,8 +58,15 @@ class Request:
 
 
 class Reply(Protocol):
-    def __call__(self, status: int, body: bytes, content_type: bytes, header_length: int | None = None) -> None:
-        """Answer; ``header_length`` is that of the inference header in ``body``, None when there is none."""
+    def __call__(
+        self, status: int, body: bytes, content_type: bytes, header_length: int | None = None, allow: bytes = b""
+    ) -> None:
+        """Answer.
+
+        Args:
+            header_length: of the inference header in ``body``, None when there is none.
+            allow: the methods that the resource takes, told with status 405.
+        """
 
 
 class Handler(Protocol):
@@ -343,7 +350,9 @@ class Connection(asyncio.BufferedProtocol):
         self._server.held_bytes += more
         request.body, request.held_bytes = body, len(body)
 
-    def _reply(self, status: int, body: bytes, content_type: bytes, header_length: int | None = None) -> None:
+    def _reply(
+        self, status: int, body: bytes, content_type: bytes, header_length: int | None = None, allow: bytes = b""
+    ) -> None:
         request = self._answered
         assert request is not None
         self._answered = None
@@ -357,7 +366,7 @@ class Connection(asyncio.BufferedProtocol):
         if self._server.ending and not self._waiting and not self._request_began:
             self._closing = True
         keep_alive = head.keep_alive and not (self._closing and not self._waiting)
-        self._write(status, body, content_type, header_length, keep_alive, head)
+        self._write(status, body, content_type, header_length, keep_alive, head, allow)
         if not head.keep_alive:
             self._closing = True
             self._forget_waiting()
@@ -388,11 +397,12 @@ class Connection(asyncio.BufferedProtocol):
         header_length: int | None,
         keep_alive: bool,
         asked: Head | None = None,
+        allow: bytes = b"",
     ) -> None:
         assert self._transport is not None
         # A client of HTTP/1.0 takes the connection for closed unless it is told (RFC 9112, 9.3); one of HTTP/1.1 the other way round.
         connection = (b"keep-alive" if asked is not None and asked.is_old else b"") if keep_alive else b"close"
-        head = _answer_head(status, content_type, header_length, connection, len(body))
+        head = _answer_head(status, content_type, header_length, connection, len(body), allow)
         self._transport.write(head if asked is not None and asked.method == "HEAD" else head + body)
 
     def _refuse(self, status: int, message: str) -> None:
@@ -440,8 +450,11 @@ class Connection(asyncio.BufferedProtocol):
 
 
 @lru_cache(64)
-def _answer_head(status: int, content_type: bytes, header_length: int | None, connection: bytes, length: int) -> bytes:
+def _answer_head(
+    status: int, content_type: bytes, header_length: int | None, connection: bytes, length: int, allow: bytes
+) -> bytes:
     extra = b"" if header_length is None else b"Inference-Header-Content-Length: %d\r\n" % header_length
+    extra += b"Allow: %s\r\n" % allow if allow else b""
     kept = b"Connection: %s\r\n" % connection if connection else b""
     fixed = b"%sContent-Type: %s\r\n%s%s" % (_STATUS_LINES[status], content_type, extra, kept)
     return b"%sContent-Length: %d\r\n\r\n" % (fixed, length)

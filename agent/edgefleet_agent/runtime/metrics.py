@@ -28,25 +28,33 @@ class Figures:
         self.drift = DriftMeter(normal)
         self.requests = 0
         self.failed = 0
+        self.pictures = 0  # answered; a request may be a batch of them
         self.crashes = 0
         self.retried = 0
         self.compute_ns = 0
         self.queue_ns = 0
         self.latency_ns = 0
+        self.failed_ns = 0
+        self.last_ns = (
+            0  # when the request came that was answered last (:func:`time.perf_counter_ns`); 0 before the first
+        )
         self._buckets = [0] * (len(BUCKETS_S) + 1)
         self._recent: deque[int] = deque(maxlen=RECENT)
 
-    def answered(self, latency_ns: int, queue_ns: int, compute_ns: int) -> None:
+    def answered(self, latency_ns: int, queue_ns: int, compute_ns: int, pictures: int = 1, arrived_ns: int = 0) -> None:
         self.requests += 1
+        self.pictures += pictures
+        self.last_ns = arrived_ns
         self.latency_ns += latency_ns
         self.queue_ns += queue_ns
         self.compute_ns += compute_ns
         self._buckets[bisect_left(BUCKETS_S, latency_ns / 1e9)] += 1
         self._recent.append(latency_ns)
 
-    def refused(self) -> None:
+    def refused(self, latency_ns: int = 0) -> None:
         self.requests += 1
         self.failed += 1
+        self.failed_ns += latency_ns
 
     def percentiles_ms(self) -> tuple[float, float] | None:
         """(p50, p95) of the last :data:`RECENT` answers in ms; None before the first."""
@@ -97,7 +105,7 @@ def exposition(versions: Iterable[tuple[str, str, bool, Figures]], gauges: dict[
     lines += [f"edgefleet_runtime_serving{{{_labels(m, v)}}} {int(serving)}" for m, v, serving, _ in rows]
     lines += _drift(rows)
     for gauge, number in gauges.items():
-        lines += [f"# TYPE edgefleet_runtime_{gauge} gauge", f"edgefleet_runtime_{gauge} {number:g}"]
+        lines += [f"# TYPE edgefleet_runtime_{gauge} gauge", f"edgefleet_runtime_{gauge} {number}"]
     return ("\n".join(lines) + "\n").encode()
 
 

@@ -37,8 +37,30 @@ def _uid_of(connection: Any) -> int | None:
     try:
         if connection.family == socket.AF_UNIX:
             return int(struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[1])
-        table = "/proc/self/net/tcp6" if connection.family == socket.AF_INET6 else "/proc/self/net/tcp"
-        theirs, ours = _row(connection.getpeername()), _row(connection.getsockname())
+        return uid_of_tcp(connection.getpeername(), connection.getsockname())
+    except (OSError, AttributeError, ValueError):
+        return None  # gone meanwhile
+
+
+def uid_of_tcp(theirs: tuple[Any, ...], ours: tuple[Any, ...]) -> int | None:
+    """The user at the other end of a TCP connection within this machine; None when no table of the kernel's tells.
+
+    Args:
+        theirs, ours: host, port and whatever follows them of its two ends.
+    """
+    ways = [("/proc/self/net/tcp6" if ":" in theirs[0] else "/proc/self/net/tcp", theirs[0], ours[0])]
+    if ":" not in theirs[0]:
+        # An IPv6 socket may speak IPv4, and then stands in its own table; Java and gRPC make no others (RFC 4291, 2.5.5.2).
+        ways.append(("/proc/self/net/tcp6", f"::ffff:{theirs[0]}", f"::ffff:{ours[0]}"))
+    for table, their_host, our_host in ways:
+        found = _look_up(table, _row((their_host, theirs[1])), _row((our_host, ours[1])))
+        if found is not None:
+            return found
+    return None
+
+
+def _look_up(table: str, theirs: str, ours: str) -> int | None:
+    try:
         with open(table) as rows:
             for row in rows:
                 fields = row.split()
@@ -46,8 +68,8 @@ def _uid_of(connection: Any) -> int | None:
                 # and some kernels then say that it is root's.
                 if fields[1] == theirs and fields[2] == ours and fields[9] != "0":
                     return int(fields[7])
-    except (OSError, AttributeError, ValueError):
-        pass  # gone meanwhile, or no such table here
+    except (OSError, ValueError):
+        pass  # no such table here
     return None
 
 

@@ -10,7 +10,7 @@ memory region (:mod:`regions`). Refused with a reason: BYTES and BF16 tensors, T
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from functools import lru_cache
 from typing import Any, TypeVar
 
@@ -167,17 +167,18 @@ class _Input(msgspec.Struct):
 
 class _Wanted(msgspec.Struct):
     name: str
-    parameters: dict[str, Any] = {}
+    parameters: dict[str, Any] | None = None
 
 
 class _Header(msgspec.Struct):
     inputs: list[_Input]
-    id: str = ""
+    id: str | None = None
     parameters: msgspec.Raw = msgspec.Raw(b"{}")
     outputs: msgspec.Raw = msgspec.Raw(b"[]")
 
 
 _decode_header = msgspec.json.Decoder(_Header).decode
+_NULL = msgspec.Raw(b"null")  # clients that write all fields of their model write so what they leave out
 _Shape, _Parameters, _Outputs = list[int], dict[str, Any], list[_Wanted]
 
 
@@ -193,14 +194,34 @@ def parse_infer(body: bytes | bytearray | memoryview, header_length: str | None)
     """
     view = memoryview(body)
     length = len(view) if header_length is None else _header_length(header_length, len(view))
-    form = parse_form(bytes(view[:length]))
-    rest = len(view) - length
+    return _whole(parse_form(bytes(view[:length])), view[length:])
+
+
+def is_long(body: bytes | bytearray | memoryview, header_length: str | None) -> bool:
+    """Whether there may be so much JSON in a body that others should have their turn meanwhile."""
+    length = len(body) if header_length is None else _header_length(header_length, len(body))
+    return length > json_data.SMALL_BYTES
+
+
+def parse_long_infer(
+    body: bytes | bytearray | memoryview, header_length: str | None
+) -> Generator[None, None, InferRequest]:
+    """Like :func:`parse_infer`: lets others have their turn at each ``yield``."""
+    view = memoryview(body)
+    length = len(view) if header_length is None else _header_length(header_length, len(view))
+    form = yield from _form_in_pieces(bytes(view[:length]))
+    return _whole(form, view[length:])
+
+
+def _whole(form: Form, binary: memoryview) -> InferRequest:
+    """The request, once what follows its header is as long as that says."""
+    rest = len(binary)
     if rest != form.binary_bytes:
         if rest > form.binary_bytes:
             raise RequestError(400, f"{rest - form.binary_bytes} bytes follow the last binary tensor")
         cut = next(t for t in form.inputs if t.start >= 0 and t.start + t.size > rest)
         raise RequestError(400, f"input {cut.name!r}: the body ends {cut.start + cut.size - rest} bytes too early")
-    return InferRequest(form, view[length:])
+    return InferRequest(form, binary)
 
 
 def parse_form(header: bytes) -> Form:
@@ -221,6 +242,17 @@ def _header_length(text: str, body_bytes: int) -> int:
 
 def _form(raw: bytes) -> Form:
     """Raises: RequestError."""
+    steps = _form_in_pieces(raw)
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            form: Form = end.value
+            return form
+
+
+def _form_in_pieces(raw: bytes) -> Generator[None, None, Form]:
+    """Raises: RequestError."""
     try:
         header = _decode_header(raw)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
@@ -228,17 +260,18 @@ def _form(raw: bytes) -> Form:
     outputs = _small(header.outputs, _Outputs, "outputs")
     if not header.inputs or len(header.inputs) > MAX_TENSORS or len(outputs) > MAX_TENSORS:
         raise RequestError(400, f"a request has 1 to {MAX_TENSORS} inputs and at most {MAX_TENSORS} outputs")
-    if len(header.id) > MAX_ID_CHARACTERS:
+    name = header.id or ""
+    if len(name) > MAX_ID_CHARACTERS:
         raise RequestError(400, f"the id is longer than {MAX_ID_CHARACTERS} characters")
     inputs, offset = [], 0
     for entry in header.inputs:
-        tensor = _input(entry, offset)
+        tensor = yield from _input(entry, offset)
         inputs.append(tensor)
         offset += tensor.size if tensor.start >= 0 else 0
     if len({tensor.name for tensor in inputs}) != len(inputs):
         raise RequestError(400, "an input is given twice")
     binary = _flag(_small(header.parameters, _Parameters, "parameters"), "binary_data_output", False)
-    return Form(header.id, inputs, offset, _outputs(outputs, binary), binary)
+    return Form(name, inputs, offset, _outputs(outputs, binary), binary)
 
 
 def _small(raw: msgspec.Raw, kind: type[_PartT], what: str) -> _PartT:
@@ -249,6 +282,8 @@ def _small(raw: msgspec.Raw, kind: type[_PartT], what: str) -> _PartT:
     """
     if len(raw) > MAX_PART_BYTES:
         raise RequestError(400, f"{what} has {len(raw)} bytes, {MAX_PART_BYTES} are allowed")
+    if raw == _NULL:
+        return kind()
     try:
         return msgspec.json.decode(raw, type=kind)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
@@ -263,19 +298,22 @@ def _outputs(entries: list[_Wanted], binary: bool) -> dict[str, Wanted] | None:
     for entry in entries:
         if entry.name in wanted:
             raise RequestError(400, f"output {entry.name!r} is asked for twice")
-        if entry.parameters.get("classification"):
+        parameters = entry.parameters or {}
+        if parameters.get("classification"):
             raise RequestError(400, f"output {entry.name!r}: classification is not supported by this server")
-        region = _region(f"output {entry.name!r}", entry.parameters)
-        wanted[entry.name] = Wanted(_flag(entry.parameters, "binary_data", binary), region)
+        region = region_use(f"output {entry.name!r}", parameters)
+        wanted[entry.name] = Wanted(_flag(parameters, "binary_data", binary), region)
     return wanted or None
 
 
-def _input(entry: _Input, offset: int) -> InputTensor:
+def _input(entry: _Input, offset: int) -> Generator[None, None, InputTensor]:
     """One input, whose bytes lie ``offset`` behind the header if they are there."""
     name = entry.name
     dtype = NUMPY.get(entry.datatype)
     if dtype is None:
         raise RequestError(400, f"input {name!r}: datatype {entry.datatype!r} is not served; one of {', '.join(NUMPY)}")
+    if entry.shape == _NULL:
+        raise RequestError(400, f"input {name!r} has no shape")
     sizes = _small(entry.shape, _Shape, f"input {name!r}: shape")
     if len(sizes) > MAX_RANK or any(n < 0 or n > 1 << 40 for n in sizes):
         raise RequestError(400, f"input {name!r}: not a shape: {sizes[: MAX_RANK + 1]}")
@@ -283,9 +321,9 @@ def _input(entry: _Input, offset: int) -> InputTensor:
     expected = element_count(sizes) * dtype.itemsize
     shape = tuple(sizes)
     size = parameters.get("binary_data_size")
-    region = _region(f"input {name!r}", parameters)
+    region = region_use(f"input {name!r}", parameters)
     if region is not None:
-        if size is not None or len(entry.data):
+        if size is not None or _is_there(entry.data):
             raise RequestError(400, f"input {name!r} has data beside its shared memory")
         if region.size != expected:
             raise RequestError(
@@ -294,8 +332,9 @@ def _input(entry: _Input, offset: int) -> InputTensor:
             )
         return InputTensor(name, entry.datatype, shape, b"", expected, region=region)
     if size is None:
-        return InputTensor(name, entry.datatype, shape, _from_json(entry, dtype, sizes), expected)
-    if len(entry.data):
+        values = yield from _from_json(entry, dtype, sizes)
+        return InputTensor(name, entry.datatype, shape, values, expected)
+    if _is_there(entry.data):
         raise RequestError(400, f"input {name!r} has data both in JSON and in binary")
     if type(size) is not int or size != expected:
         raise RequestError(
@@ -304,11 +343,21 @@ def _input(entry: _Input, offset: int) -> InputTensor:
     return InputTensor(name, entry.datatype, shape, b"", expected, offset)
 
 
-def _region(what: str, parameters: dict[str, Any]) -> RegionUse | None:
+def _is_there(data: msgspec.Raw) -> bool:
+    return bool(len(data)) and data != _NULL
+
+
+def region_use(what: str, parameters: dict[str, Any]) -> RegionUse | None:
+    """Which part of a region a tensor's parameters name, None where they name none.
+
+    Raises:
+        RequestError: 400, they make no sense.
+    """
     name = parameters.get("shared_memory_region")
     if name is None:
         return None
-    size, offset = parameters.get("shared_memory_byte_size"), parameters.get("shared_memory_offset", 0)
+    size, offset = parameters.get("shared_memory_byte_size"), parameters.get("shared_memory_offset")
+    offset = 0 if offset is None else offset
     if type(name) is not str or not name:
         raise RequestError(400, f"{what}: shared_memory_region must be a region's name")
     if type(size) is not int or type(offset) is not int or not 0 < size < 1 << 48 or not 0 <= offset < 1 << 48:
@@ -316,18 +365,22 @@ def _region(what: str, parameters: dict[str, Any]) -> RegionUse | None:
     return RegionUse(name, offset, size)
 
 
-def _from_json(entry: _Input, dtype: np.dtype[Any], shape: list[int]) -> bytes:
+def _from_json(entry: _Input, dtype: np.dtype[Any], shape: list[int]) -> Generator[None, None, bytes]:
     """The tensor of a JSON ``data`` field."""
-    if not len(entry.data):
+    if not _is_there(entry.data):
         raise RequestError(400, f"input {entry.name!r} has no data")
     try:
-        return json_data.tensor_bytes(bytes(entry.data), entry.datatype, dtype, shape)
+        if len(entry.data) <= json_data.SMALL_BYTES:
+            return json_data.tensor_bytes(bytes(entry.data), entry.datatype, dtype, shape)
+        return (yield from json_data.long_tensor_bytes(memoryview(entry.data), entry.datatype, dtype, shape))
     except ValueError as exc:
         raise RequestError(400, f"input {entry.name!r}: {exc}") from exc
 
 
 def _flag(parameters: dict[str, Any], name: str, default: bool) -> bool:
-    value = parameters.get(name, default)
+    value = parameters.get(name)
+    if value is None:
+        return default
     if type(value) is not bool:
         raise RequestError(400, f"parameter {name} must be true or false")
     return value
@@ -343,6 +396,15 @@ def check(form: Form, config: ModelConfig) -> None:
         form.order = _fit(form, config)
         form.placed = [(form.inputs[i].start, form.inputs[i].shape) for i in form.order]
         form.fits = config
+
+
+def fits(form: Form, config: ModelConfig) -> bool:
+    """Whether a model takes requests of this form, see :func:`check`."""
+    try:
+        check(form, config)
+    except RequestError:
+        return False
+    return True
 
 
 def plan(request: InferRequest, config: ModelConfig) -> list[InputTensor]:

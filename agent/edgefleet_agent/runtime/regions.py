@@ -15,10 +15,10 @@ import stat
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Protocol
 
 import msgspec
 
-from edgefleet_agent.runtime.peer import Peer
 from edgefleet_agent.runtime.protocol import RegionUse, RequestError
 
 FOLDER = Path("/dev/shm")  # noqa: S108  # where shm_open(3) puts objects; each is checked below
@@ -36,6 +36,13 @@ class Register(msgspec.Struct):
     key: str
     byte_size: int
     offset: int = 0
+
+
+class Client(Protocol):
+    """Whose regions are meant, by the user that the kernel says; None when it does not tell."""
+
+    @property
+    def uid(self) -> int | None: ...
 
 
 class Region:
@@ -107,7 +114,7 @@ class Regions:
     def __len__(self) -> int:
         return len(self._regions)
 
-    def register(self, peer: Peer, name: str, body: bytes | bytearray | memoryview) -> None:
+    def register(self, peer: Client, name: str, body: bytes | bytearray | memoryview) -> None:
         """Take a registration. Registering the same again is done already.
 
         Raises:
@@ -130,12 +137,12 @@ class Regions:
             )
         self._regions[peer.uid, name] = Region(name, request, _open(peer.uid, request))
 
-    def unregister(self, peer: Peer, name: str | None) -> None:
+    def unregister(self, peer: Client, name: str | None) -> None:
         """Forget a region, or all of this client's user; one that is not there is forgotten already."""
         for key in [k for k in self._regions if k[0] == peer.uid and name in (None, k[1])]:
             self._regions.pop(key).close()
 
-    def status(self, peer: Peer, name: str | None) -> list[dict[str, object]]:
+    def status(self, peer: Client, name: str | None) -> list[dict[str, object]]:
         """This client's user's regions as the extension shows them.
 
         Raises:
@@ -146,7 +153,7 @@ class Regions:
             raise _unknown(name)
         return [{"name": r.name, "key": r.key, "offset": r.offset, "byte_size": r.size} for r in found]
 
-    def find(self, peer: Peer, use: RegionUse) -> Region:
+    def find(self, peer: Client, use: RegionUse) -> Region:
         """Raises: RequestError: 400, there is none."""
         region = self._regions.get((peer.uid, use.name))
         if region is None:

@@ -186,7 +186,8 @@ class Switchboard:
         self._orphans(waiting)
 
     def _refused(self, version: Version, job: Job, error: RequestError) -> None:
-        """What the new version can't answer, the one before it may still; the new one's counter keeps the failure."""
+        """What the new version can't answer, the one before it may still: a client that does not know yet that the inputs have changed, too. The
+        new one's counter keeps the failure."""
         standby = self._standby
         if (
             job.version is not None
@@ -194,6 +195,7 @@ class Switchboard:
             or standby is None
             or standby is version
             or standby.config.model != job.model
+            or not protocol.fits(job.request.form, standby.config)
         ):
             job.failure(error)
             return

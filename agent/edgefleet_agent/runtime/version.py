@@ -54,7 +54,7 @@ class Version:
         manifest_digest: which one.
         on_room: called when it can take another job, or none any more.
         on_orphans: jobs whose worker died, oldest first, to be placed again.
-        on_refused: a job that the engine refused, and why.
+        on_refused: a job that the engine refused, or that does not fit the model, and why.
     """
 
     def __init__(
@@ -143,7 +143,7 @@ class Version:
         return self._worker.lend(body_bytes, header_bytes) if self.has_room and self._worker is not None else None
 
     def submit(self, job: Job) -> bool:
-        """Give a job to the worker; False when it has no room or is not ready. A job that can't be served here is failed here."""
+        """Give a job to the worker; False when it has no room or is not ready. A job that can't be served here is refused here."""
         worker = self._worker
         if worker is None or self.state is not VersionState.READY or not worker.has_room:
             return False
@@ -152,7 +152,7 @@ class Version:
                 protocol.check(job.request.form, self.config)
             return worker.submit(job)
         except RequestError as exc:
-            job.failure(exc)
+            self._on_refused(self, job, exc)
             return True
 
     def check_hang(self) -> None:
@@ -233,7 +233,8 @@ class Version:
         latency_ns = time.perf_counter_ns() - job.arrived_ns
         job.answer(self.config.model, self.config.version, outputs)
         # Counted while the answer is on its way.
-        self.figures.answered(latency_ns, max(0, latency_ns - compute_ns), compute_ns)
+        pictures = job.request.form.inputs[0].shape[0] if self.max_rows else 1
+        self.figures.answered(latency_ns, max(0, latency_ns - compute_ns), compute_ns, pictures, job.arrived_ns)
         if self.on_computed is not None:
             self.on_computed(compute_ns)
         if self._shadow is not None:
@@ -242,7 +243,7 @@ class Version:
     def _refused(self, job: Job, message: str) -> None:
         if self._shadow is not None:
             self._shadow.lost(job)
-        self.figures.refused()
+        self.figures.refused(time.perf_counter_ns() - job.arrived_ns)
         self._on_refused(self, job, RequestError(500, message))
 
     def _ended(self, worker: WorkerProcess, problem: str, unanswered: list[Job]) -> None:
@@ -258,8 +259,8 @@ class Version:
             unanswered[0].attempts += 1
             self.figures.retried += len(unanswered)
             if unanswered[0].attempts >= MAX_ATTEMPTS:
-                self.figures.refused()
                 job = unanswered.pop(0)
+                self.figures.refused(time.perf_counter_ns() - job.arrived_ns)
                 job.failure(
                     RequestError(500, f"the model's process died {job.attempts} times on this request ({problem})")
                 )

@@ -122,7 +122,12 @@ class WorkerProcess:
         self._link = ours
         self._loop.add_reader(ours.fileno(), self._readable)
         self._child.ended.add_done_callback(lambda ended: self._exited(ended.result()))
-        ours.send(channel.encode(self._start))
+        try:
+            ours.send(channel.encode(self._start))
+        except OSError as exc:  # it died at once, or its model's config is longer than one message may be
+            self.kill("could not be told what to load")
+            await self._child.ended
+            raise EngineError(f"the worker could not be told what to load: {exc.strerror}") from exc
         hurry = self._loop.call_later(min(PATIENCE_S, limit_s / 4), priority.come_forward, self.pid)
         try:
             ready = await asyncio.wait_for(asyncio.shield(self._ready), limit_s)

@@ -1,0 +1,299 @@
+"""The gRPC face beside plain inferences: what Triton's client library asks, its shared memory, and clients that take and do not give."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+import tritonclient.grpc as triton
+import tritonclient.utils.shared_memory as triton_memory
+from edgefleet_agent.runtime.grpc_bounds import CALLS_AT_ONCE, MAX_CALLS
+from edgefleet_agent.runtime.head import MAX_BODY_BYTES
+from support import artifacts
+from support.runtimes import Runtime, running, until
+from tritonclient.grpc import service_pb2
+from tritonclient.utils import InferenceServerException
+
+X = np.random.default_rng(7).random((2, 8, 8, 3), np.float32)
+ANSWER_BYTES = len(X) * artifacts.CLASSES * 4
+
+
+@pytest.fixture(scope="module")
+def runtime(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runtime]:
+    with running(tmp_path_factory.mktemp("board")) as made:
+        made.install(made.add("1"))
+        yield made.start()
+
+
+@contextmanager
+def gateway(runtime: Runtime, listen: str = "127.0.0.1:0") -> Iterator[tuple[str, subprocess.Popen[str]]]:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "edgefleet_agent.runtime.grpc_gateway", "--state", str(runtime.state), "--listen", listen],
+        stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stdout is not None
+    try:
+        yield process.stdout.readline().removeprefix("listening at ").strip(), process
+    finally:
+        process.terminate()
+        assert process.wait(20) in (0, -signal.SIGKILL)  # SIGKILL comes from tests only
+
+
+@pytest.fixture(scope="module")
+def address(runtime: Runtime) -> Iterator[str]:
+    with gateway(runtime) as (found, _):
+        yield found
+
+
+@pytest.fixture
+def client(address: str) -> Iterator[triton.InferenceServerClient]:
+    made = triton.InferenceServerClient(address)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def key() -> Iterator[str]:
+    """The name of a shared memory object that nobody else uses."""
+    name = f"edgefleet-test-{uuid.uuid4().hex}"
+    yield name
+    Path("/dev/shm", name).unlink(missing_ok=True)
+
+
+def tensor(x: np.ndarray = X) -> triton.InferInput:
+    made = triton.InferInput("x", list(x.shape), "FP32")
+    made.set_data_from_numpy(x)
+    return made
+
+
+def request(x: np.ndarray = X) -> Any:
+    made = service_pb2.ModelInferRequest(model_name="toy")
+    made.inputs.add(name="x", datatype="FP32", shape=list(x.shape))
+    made.raw_input_contents.append(x.tobytes())
+    return made
+
+
+def infer_of(channel: grpc.Channel) -> Any:
+    return channel.unary_unary(
+        "/inference.GRPCInferenceService/ModelInfer", service_pb2.ModelInferRequest.SerializeToString,
+        service_pb2.ModelInferResponse.FromString,
+    )  # fmt: skip
+
+
+def answers(client: triton.InferenceServerClient) -> bool:
+    np.testing.assert_allclose(client.infer("toy", [tensor()]).as_numpy("y"), artifacts.truth(1, X), atol=1e-4)
+    return True
+
+
+def go_on(worker: int) -> None:
+    with suppress(ProcessLookupError):  # its hang was found, and it was replaced
+        os.kill(worker, signal.SIGCONT)
+
+
+def found_again(client: triton.InferenceServerClient) -> bool:
+    try:
+        return bool(client.is_server_ready())
+    except InferenceServerException:
+        return False
+
+
+# --- what Triton's client asks
+
+
+def test_tritonclient_reads_configuration_statistics_and_index(client: triton.InferenceServerClient) -> None:
+    config = client.get_model_config("toy").config
+    assert (config.name, config.backend) == ("toy", "onnxruntime")
+    assert config.max_batch_size > 1
+    assert [(i.name, i.data_type, list(i.dims)) for i in config.input] == [("x", 11, [8, 8, 3])]  # 11 is TYPE_FP32
+    (before,) = client.get_inference_statistics("toy").model_stats
+    assert answers(client)
+    (after,) = client.get_inference_statistics("toy", "1").model_stats
+    assert after.inference_count - before.inference_count == len(X)
+    assert after.execution_count - before.execution_count == 1
+    assert after.inference_stats.success.ns > before.inference_stats.success.ns
+    assert after.last_inference > before.last_inference
+    assert [m.name for m in client.get_inference_statistics().model_stats] == ["toy"]
+    assert [(m.name, m.version, m.state) for m in client.get_model_repository_index().models] == [("toy", "1", "READY")]
+    assert "system_shared_memory" in client.get_server_metadata().extensions
+    for ask in (client.get_model_config, client.get_inference_statistics):
+        with pytest.raises(InferenceServerException, match="not served here") as caught:
+            ask("other")
+        assert caught.value.status() == "StatusCode.NOT_FOUND"
+
+
+def test_what_is_not_served_is_refused_with_its_reason(client: triton.InferenceServerClient) -> None:
+    for ask, why in (
+        (lambda: client.load_model("toy"), "agent alone"),
+        (lambda: client.unload_model("toy"), "agent alone"),
+        (client.get_trace_settings, "no tracing"),
+        (client.get_log_settings, "no log settings"),
+        (lambda: client.register_cuda_shared_memory("r", b"AAAA", 0, 64), "use system shared memory"),
+    ):
+        with pytest.raises(InferenceServerException, match=why) as caught:
+            ask()
+        assert caught.value.status() == "StatusCode.UNIMPLEMENTED"
+    heard: list[Any] = []
+    client.start_stream(callback=lambda result, error: heard.append(error))
+    until(lambda: heard, what="the stream being refused")
+    client.stop_stream()
+    assert "streams are not served" in str(heard[0])
+    assert answers(client)
+
+
+def test_tritonclient_infers_from_and_into_its_shared_memory(client: triton.InferenceServerClient, key: str) -> None:
+    """As its example does: it forgets both kinds of regions first, and its object is nobody's but its own."""
+    client.unregister_system_shared_memory()
+    client.unregister_cuda_shared_memory()
+    handle = triton_memory.create_shared_memory_region("pictures", key, X.nbytes + ANSWER_BYTES)
+    try:
+        client.register_system_shared_memory("pictures", key, X.nbytes + ANSWER_BYTES)
+        assert client.get_system_shared_memory_status().regions["pictures"].byte_size == X.nbytes + ANSWER_BYTES
+        given = triton.InferInput("x", list(X.shape), "FP32")
+        given.set_shared_memory("pictures", X.nbytes)
+        output = triton.InferRequestedOutput("y")
+        output.set_shared_memory("pictures", ANSWER_BYTES, offset=X.nbytes)
+        for seed in range(3):
+            x = np.random.default_rng(seed).random(X.shape, np.float32)
+            triton_memory.set_shared_memory_region(handle, [x])
+            result = client.infer("toy", [given], outputs=[output])
+            assert result.get_output("y").parameters["shared_memory_byte_size"].int64_param == ANSWER_BYTES
+            answer = triton_memory.get_contents_as_numpy(
+                handle, np.float32, [len(X), artifacts.CLASSES], offset=X.nbytes
+            )
+            np.testing.assert_allclose(answer, artifacts.truth(1, x), atol=1e-4)
+        output.set_shared_memory("pictures", 8, offset=X.nbytes)
+        with pytest.raises(InferenceServerException, match="room is for 8"):
+            client.infer("toy", [given], outputs=[output])
+        with pytest.raises(InferenceServerException, match="registered already"):
+            client.register_system_shared_memory("pictures", key, X.nbytes)
+        client.unregister_system_shared_memory("pictures")
+        with pytest.raises(InferenceServerException, match="no shared memory region"):
+            client.infer("toy", [given])
+        assert answers(client)
+    finally:
+        triton_memory.destroy_shared_memory_region(handle)
+
+
+def test_where_nobody_tells_whose_a_connection_is_only_open_objects_are_taken(
+    runtime: Runtime, tmp_path: Path, key: str
+) -> None:
+    handle = triton_memory.create_shared_memory_region("pictures", key, X.nbytes)
+    try:
+        with gateway(runtime, f"unix:{tmp_path / 'grpc.sock'}") as (found, _):
+            client = triton.InferenceServerClient(found)
+            with pytest.raises(InferenceServerException, match="does not tell whose"):
+                client.register_system_shared_memory("pictures", key, X.nbytes)
+            Path("/dev/shm", key).chmod(0o666)
+            client.register_system_shared_memory("pictures", key, X.nbytes)
+            client.close()
+    finally:
+        triton_memory.destroy_shared_memory_region(handle)
+
+
+# --- clients that take and do not give
+
+
+def test_calls_whose_message_never_comes_do_not_keep_others_out(
+    client: triton.InferenceServerClient, address: str
+) -> None:
+    never = threading.Event()
+
+    def silence() -> Iterator[bytes]:
+        never.wait(60)
+        yield from ()
+
+    with grpc.insecure_channel(address) as channel:
+        silent = [
+            channel.stream_unary("/inference.GRPCInferenceService/ModelInfer").future(silence())
+            for _ in range(CALLS_AT_ONCE)
+        ]
+        assert client.infer("toy", [tensor()], client_timeout=40) is not None
+        assert answers(client)
+        codes = {call.exception(timeout=30).code() for call in silent}
+        assert codes == {grpc.StatusCode.CANCELLED}
+        never.set()
+
+
+def test_calls_that_nobody_waits_for_any_more_give_their_threads_back(tmp_path_factory: pytest.TempPathFactory) -> None:
+    with running(tmp_path_factory.mktemp("board")) as runtime:
+        runtime.install(runtime.add("1"))
+        runtime.start()
+        with gateway(runtime) as (found, _), grpc.insecure_channel(found) as channel:
+            infer = infer_of(channel)
+            assert len(infer(request(), timeout=30).outputs) == 1
+            worker = runtime.version("1").pid
+            os.kill(worker, signal.SIGSTOP)
+            try:
+                hopeless = [infer.future(request(), timeout=1) for _ in range(2 * CALLS_AT_ONCE)]
+                codes = {call.exception(timeout=30).code() for call in hopeless}
+                assert codes == {grpc.StatusCode.DEADLINE_EXCEEDED}
+                client = triton.InferenceServerClient(found)
+                assert client.is_server_live(client_timeout=5)  # the hang is found, and the worker replaced, only later
+                client.close()
+            finally:
+                go_on(worker)
+            assert len(infer(request(), timeout=30).outputs) == 1
+
+
+def test_more_calls_than_anybody_needs_are_refused_at_once(tmp_path_factory: pytest.TempPathFactory) -> None:
+    with running(tmp_path_factory.mktemp("board")) as runtime:
+        runtime.install(runtime.add("1"))
+        runtime.start()
+        with gateway(runtime) as (found, _), grpc.insecure_channel(found) as channel:
+            infer = infer_of(channel)
+            worker = runtime.version("1").pid
+            os.kill(worker, signal.SIGSTOP)
+            try:
+                calls = [infer.future(request(), timeout=60) for _ in range(MAX_CALLS + 50)]
+                until(lambda: sum(call.done() for call in calls) >= 50, what="calls being refused")
+                refused = [call for call in calls if call.done()]
+                assert {call.exception().code() for call in refused} == {grpc.StatusCode.RESOURCE_EXHAUSTED}
+            finally:
+                go_on(worker)
+            assert sum(call.exception(timeout=60) is None for call in calls) == MAX_CALLS
+
+
+def test_a_message_that_fits_but_whose_request_would_not_is_refused_as_too_large(
+    client: triton.InferenceServerClient, address: str
+) -> None:
+    """The HTTP face would hang up on it in the middle."""
+    made = service_pb2.ModelInferRequest(model_name="toy")
+    made.inputs.add(name="x", datatype="UINT8", shape=[1])
+    made.raw_input_contents.append(bytes(MAX_BODY_BYTES - made.ByteSize() - 5))
+    assert MAX_BODY_BYTES - 8 <= made.ByteSize() <= MAX_BODY_BYTES
+    with (
+        grpc.insecure_channel(address, [("grpc.max_send_message_length", -1)]) as channel,
+        pytest.raises(grpc.RpcError) as caught,
+    ):
+        infer_of(channel)(made, timeout=60)
+    assert (caught.value.code().name, f"{MAX_BODY_BYTES} are allowed" in caught.value.details()) == (
+        "RESOURCE_EXHAUSTED",
+        True,
+    )
+    assert answers(client)
+
+
+def test_a_client_finds_the_gateway_again_that_was_killed_and_started_again(runtime: Runtime) -> None:
+    with gateway(runtime) as (found, process):
+        client = triton.InferenceServerClient(found)
+        assert answers(client)
+        process.kill()
+        process.wait()
+        with pytest.raises(InferenceServerException):
+            client.infer("toy", [tensor()], client_timeout=5)
+        with gateway(runtime, found) as (again, _):
+            assert again == found
+            until(lambda: found_again(client), what="the gateway being found again")
+            assert answers(client)
+            client.close()
