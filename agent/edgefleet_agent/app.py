@@ -23,10 +23,11 @@ from edgefleet_agent import __version__, board, launcher, notify
 from edgefleet_agent import settings as board_settings
 from edgefleet_agent.examiner import SandboxedExaminer
 from edgefleet_agent.inbox import Item
+from edgefleet_agent.line import Line
 from edgefleet_agent.ports import Ports, spawn_thread
 from edgefleet_agent.rehearse import AgentExaminer
 from edgefleet_agent.results import ChildSigner
-from edgefleet_agent.runner import Line, Runner
+from edgefleet_agent.runner import Runner
 from edgefleet_agent.runtime.control import RuntimeClient, socket_path
 from edgefleet_agent.selfupdate import AgentEffects, AgentUplink, Fork, Myself, Proof
 from edgefleet_agent.settings import Settings

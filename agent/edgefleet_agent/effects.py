@@ -14,9 +14,9 @@ from pathlib import Path
 import msgspec
 from edgefleet_shared.assignment import Assignment
 from edgefleet_shared.contract import AcceptanceReport, Verdict
-from edgefleet_shared.errors import EdgefleetError
+from edgefleet_shared.errors import EdgefleetError, EnvironmentProblem
 from edgefleet_shared.exhaustive import assert_never
-from edgefleet_shared.lifecycle import Effect, Event
+from edgefleet_shared.lifecycle import Effect, Event, State
 from edgefleet_shared.messages import Ended
 
 from edgefleet_agent import shadow, slots, swap, verify
@@ -99,7 +99,8 @@ class Effects:
             case Effect.RETURN:
                 return lambda stop: self._go_back(at_work(journal).manifest, stop)
             case Effect.SERVE:
-                return self._serve
+                # On the way to a soak that, which follows, says what is wrong. At rest nothing follows.
+                return self._serve if journal.life.state is State.IDLE else self._try_to_serve
             case _:
                 assert_never(effect)
         return None
@@ -148,6 +149,13 @@ class Effects:
                     raise
                 swap.serve(self._state, self._ports, stop)
         except EdgefleetError as exc:
+            raise EnvironmentProblem(f"the runtime does not serve: {exc.message}", hint=exc.hint) from exc
+        return Result(None)
+
+    def _try_to_serve(self, stop: threading.Event) -> Result:
+        try:
+            return self._serve(stop)
+        except EnvironmentProblem as exc:
             log.warning("runtime does not serve", extra={"reason": str(exc)})
         return Result(None)
 

@@ -22,10 +22,10 @@ class AdmissionDone(msgspec.Struct, frozen=True):
 
 
 class JobDone(msgspec.Struct, frozen=True):
-    """Inbox: a job ended with an event. ``transition`` says which one had started it."""
+    """Inbox: a job ended, with an event where there is one. ``transition`` says which one had started it."""
 
     transition: int
-    event: Event
+    event: Event | None
     detail: str
     acceptance: AcceptanceReport | None = None
     about: Assignment | None = None

@@ -19,7 +19,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import msgspec
 from edgefleet_shared import results
@@ -29,15 +29,15 @@ from edgefleet_shared.errors import ArtifactError, EdgefleetError, EnvironmentPr
 from edgefleet_shared.exhaustive import assert_never
 from edgefleet_shared.fingerprint import Fingerprint
 from edgefleet_shared.lifecycle import TABLE, Effect, Event, State, step
-from edgefleet_shared.messages import Ended
 from edgefleet_shared.outcomes import Outcome
 
 from edgefleet_agent import health, notify, reporting, slots, swap
 from edgefleet_agent.admission import Admissions
-from edgefleet_agent.effects import Effects, Job
+from edgefleet_agent.effects import Job
 from edgefleet_agent.fetch import Fetcher
 from edgefleet_agent.inbox import AdmissionDone, Item, JobBroke, JobDone, JobFailed, JobTold, Measured, SigningDone
 from edgefleet_agent.journal import Journal, Keeper
+from edgefleet_agent.line import Happened, Line
 from edgefleet_agent.ports import Ports
 from edgefleet_agent.results import Results
 from edgefleet_agent.runtime.control import StatusReport
@@ -51,38 +51,10 @@ log = logging.getLogger(__name__)
 
 TICK_S = 0.5
 AGAIN_S = 5.0  # between two tries of what the disk, or the runtime, refused
+AT_REST_AGAIN_S = 60.0  # when that failed several times: each try may cost the start of a worker
 TRIES = 3  # of a job, in the states that are left when the board can't do its part
 PROGRESS_EVERY_S = 1.0
 CHANGING = frozenset({State.SWAPPING, State.SOAKING, State.COMMITTING, State.ROLLING_BACK})
-
-
-class Line(NamedTuple):
-    """What makes a runner one of the board's lines: the model's, or the agent's own (:mod:`edgefleet_agent.selfupdate`).
-
-    Args:
-        subject: what its assignments are about.
-        home: the folder with the board's trust, when that is not the line's own.
-        effects: makes what carries its effects out.
-        may_begin: whether an assignment may be taken up now.
-        excused: whether the agent starts anew for another line's sake: then a start says nothing about what this one is at.
-        deciding: shared by lines that share the trust; None for a lock of its own.
-    """
-
-    subject: Subject = Subject.MODEL
-    home: Path | None = None
-    effects: Callable[[Path, Ports, Fetcher, int, Upkeep, Callable[[Ended], None]], Effects] = Effects
-    may_begin: Callable[[], bool] = lambda: True
-    excused: Callable[[], bool] = lambda: False
-    deciding: threading.Lock | None = None
-
-
-class Happened(msgspec.Struct, frozen=True):
-    """An event of the life cycle, in which transition's time, why, and which other fields of the journal change with it."""
-
-    transition: int
-    event: Event
-    detail: str = ""
-    changes: dict[str, Any] = {}
 
 
 class Runner:
@@ -150,6 +122,7 @@ class Runner:
         self._look_at_pending = True
         self._look_at_plans = True
         self._again: tuple[Effect, ...] = ()
+        self._unserved = False
         self._again_at = 0.0
         self._tries = 0
         self._deadline: float | None = None  # of the assignment, while it is fetched and built
@@ -385,6 +358,8 @@ class Runner:
             },
         )  # fmt: skip
         self._carry_out(effects[1:])  # the first one was to persist
+        if self._unserved and life.state is State.IDLE and Effect.SERVE not in effects:
+            self._again, self._again_at = (*self._again, Effect.SERVE), self._ports.clock.monotonic() + AGAIN_S
         self._teller.report()
         if life.state is not before.life.state:
             self._teller.progress(detail)
@@ -441,6 +416,7 @@ class Runner:
                 if result.event is not None:
                     self._inbox.put(JobDone(transition, result.event, result.detail, result.acceptance, result.about))
                     return
+            self._inbox.put(JobDone(transition, None, ""))
 
         self._ports.spawn(f"job-{self._keeper.now.life.state.value}", run)
 
@@ -451,18 +427,26 @@ class Runner:
 
     def _job_ended(self, ended: JobDone | JobFailed) -> None:
         if isinstance(ended, JobDone):
+            if ended.event is None:
+                self._tries, self._unserved = 0, False
+                self._teller.note("serve")
+                return
             changes: dict[str, Any] = {} if ended.acceptance is None else {"acceptance": ended.acceptance}
             if ended.about is not None:
                 changes = {"assignment": ended.about, "acceptance": None}
             self._happen(ended.event, ended.detail, **changes)
             return
         self._tries += 1
-        self._teller.note("work", ended.reason)
-        if self._tries >= TRIES and (self._keeper.now.life.state, Event.BROKE) in TABLE:
+        serving = Effect.SERVE in ended.effects
+        self._unserved = self._unserved or serving  # whatever comes in between, it is tried again once the board rests
+        self._teller.note("serve" if serving else "work", ended.reason)
+        state = self._keeper.now.life.state
+        if self._tries >= TRIES and (state, Event.BROKE) in TABLE:
             self._happen(Event.BROKE, ended.reason)
         else:
             self._again += tuple(effect for effect in ended.effects if effect not in self._again)
-            self._again_at = self._ports.clock.monotonic() + AGAIN_S
+            pause_s = AT_REST_AGAIN_S if state is State.IDLE and self._tries >= TRIES else AGAIN_S
+            self._again_at = self._ports.clock.monotonic() + pause_s
 
     # -- fetching ------------------------------------------------------------------------------------------------------
 

@@ -20,8 +20,9 @@ from chaos.depot import Depot
 from chaos.stories import depot, enrolled
 from edgefleet_agent import journal, launcher, slots, verify, verify_child
 from edgefleet_agent.inbox import AdmissionDone, Item
+from edgefleet_agent.line import Line
 from edgefleet_agent.ports import Ports
-from edgefleet_agent.runner import Line, Runner
+from edgefleet_agent.runner import Runner
 from edgefleet_agent.selfupdate import AgentEffects, AgentUplink, Myself
 from edgefleet_agent.slots import SlotStatus
 from edgefleet_agent.transport import Desired, Up

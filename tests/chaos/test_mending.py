@@ -6,8 +6,10 @@ import pytest
 from chaos.board import STATE, Agent, SimulatedRuntime, Story, check_end
 from chaos.stories import came_to, depot
 from edgefleet_agent import plans, slots
+from edgefleet_agent.runtime.control import Loaded
 from edgefleet_agent.slots import SlotStatus
 from edgefleet_shared.artifact import Layout
+from edgefleet_shared.errors import EngineError
 from edgefleet_shared.outcomes import Outcome
 from support.disk import MemoryDisk, Tree
 
@@ -148,3 +150,32 @@ def test_a_blob_that_rotted_under_the_model_that_serves_is_fetched_again_with_th
     agent = start(disk, depot().assign("3"), "3")
     agent.run()
     check_end(agent)
+
+
+class Stubborn(SimulatedRuntime):
+    """It can start no worker until somebody mends it."""
+
+    mended = False
+
+    def _boot(self) -> None:
+        if self.mended:
+            super()._boot()
+
+    def load(self, manifest: str, mode: str = "auto", timeout_s: float = 0.0) -> Loaded:
+        if not self.mended:
+            raise EngineError("no memory for a worker")
+        return super().load(manifest, mode, timeout_s)
+
+
+def test_a_board_whose_runtime_does_not_serve_says_so_and_tries_again_until_it_does() -> None:
+    disk = MemoryDisk(came_to("1", "2"))
+    runtime = Stubborn(depot(), disk, frozenset())
+    story = Story("stubborn", disk.tree(), (depot().assign("2"),), {"2": (Outcome.SUCCEEDED,)})
+    agent = Agent(depot(), story, disk, runtime)
+    with pytest.raises(AssertionError, match=r"wedged in idle: .*the runtime does not serve: no memory for a worker"):
+        agent.run()
+    runtime.mended = True
+    agent.run()
+    assert runtime.serving == depot().manifest("2")
+    assert agent.wire.reported is not None
+    assert agent.wire.reported.problem == ""
