@@ -30,7 +30,7 @@ from edgefleet_agent.fetch import Fetcher
 from edgefleet_agent.journal import Journal
 from edgefleet_agent.launcher import Trial
 from edgefleet_agent.ports import Ports
-from edgefleet_agent.slots import Slots, SlotStatus
+from edgefleet_agent.slots import Slots
 from edgefleet_agent.transport import Arrival, Desired, Down, Up, Uplink
 from edgefleet_agent.upkeep import Upkeep
 
@@ -172,10 +172,7 @@ class AgentEffects(Effects):
         files = self._ports.files
         now = slots.read(self._state, files=files)
         if now.active is not None:
-            now = msgspec.structs.replace(
-                now, active=msgspec.structs.replace(now.active, status=SlotStatus.GOOD), candidate=None
-            )
-            slots.write(self._state, now, files=files)
+            now = slots.commit(self._state, now, files=files)
         self._myself.proven()
         slots.collect_garbage(self._state, now, files=files)
         return Result(Event.COMMITTED)

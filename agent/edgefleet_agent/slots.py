@@ -126,6 +126,27 @@ def _is_whole(layout: Layout, manifest: str) -> bool:
     return True
 
 
+def commit(state: Path, slots: Slots, *, files: FileSystem = DISK) -> Slots:
+    """Mark the active artifact good, durably, and forget the candidate; the previous one too when its manifest is damaged or gone: nobody
+    can return to it, and as long as a slot names it no blob can be told from garbage.
+
+    Raises:
+        EnvironmentProblem: the disk can't be read or written.
+    """
+    active, previous = slots.active, slots.previous
+    if active is not None:
+        active = msgspec.structs.replace(active, status=SlotStatus.GOOD)
+    if previous is not None:
+        try:
+            artifacts(state, files=files).manifest(previous.manifest)
+        except (NotFoundError, ArtifactError) as exc:
+            log.error("previous artifact forgotten", extra={"digest": previous.manifest, "reason": str(exc)})
+            previous = None
+    good = Slots(active=active, previous=previous)
+    write(state, good, files=files)
+    return good
+
+
 def collect_garbage(state: Path, slots: Slots, *, files: FileSystem = DISK) -> list[str]:
     """Remove every blob that no slot names, the plans of such artifacts, and what never became a blob. Returns the digests that went.
 

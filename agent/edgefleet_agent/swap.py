@@ -108,11 +108,8 @@ def commit(state: Path, ports: Ports) -> tuple[Event, str]:
     now = slots.read(state, files=ports.files)
     if now.active is None:
         return Event.COMMITTED, "nothing is active"
-    good = msgspec.structs.replace(
-        now, active=msgspec.structs.replace(now.active, status=SlotStatus.GOOD), candidate=None
-    )
     try:
-        slots.write(state, good, files=ports.files)
+        good = slots.commit(state, now, files=ports.files)
     except EnvironmentProblem:
         # On a full disk it may be the artifact before the previous one that takes the space; no slot names it since the flip.
         slots.collect_garbage(state, now, files=ports.files)

@@ -152,6 +152,17 @@ def test_a_blob_that_rotted_under_the_model_that_serves_is_fetched_again_with_th
     check_end(agent)
 
 
+def test_a_manifest_that_rotted_under_the_model_that_serves_keeps_no_garbage_beyond_the_next_commit() -> None:
+    rotten, newer = depot().manifest("2").partition(":")[2], depot().manifest("3")
+    disk = MemoryDisk(came_to("1", "2") | {f"{STATE}/artifacts/blobs/sha256/{rotten}": b"rot"})
+    agent = start(disk, depot().assign("3"), "3")
+    agent.run()
+    check_end(agent)
+    layout = Layout(STATE / "artifacts", read_only=True, files=disk)
+    assert set(layout.digests()) == {newer, *(blob.digest for blob in layout.manifest(newer).blobs())}
+    assert slots.read(STATE, files=disk).previous is None, "what can't be returned to is not named"
+
+
 class Stubborn(SimulatedRuntime):
     """It can start no worker until somebody mends it."""
 
