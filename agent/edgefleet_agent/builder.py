@@ -11,6 +11,7 @@ import logging
 from functools import partial
 from pathlib import Path
 
+from edgefleet_shared import atomic
 from edgefleet_shared.artifact import Layout
 from edgefleet_shared.errors import InputError
 from edgefleet_shared.work import MeasureTask, Progress, Task
@@ -28,7 +29,8 @@ def run(state: Path) -> None:
     """Measure until SIGTERM or SIGINT.
 
     Raises:
-        EnvironmentProblem: not enrolled. TrustError: the certificate can't be used, or the controller knows it no more.
+        EnvironmentProblem: not enrolled. ConflictError: another process owns the state folder.
+        TrustError: the certificate can't be used, or the controller knows it no more.
     """
     settings, identity = board_settings.read(state), state / "identity"
     client = WorkClient(
@@ -36,16 +38,22 @@ def run(state: Path) -> None:
         ca=identity / "ca.pem", certificate=identity / "agent.pem", key=identity / "agent.key",
     )  # fmt: skip
     log.info("builder board", extra={"device": settings.device, "class": settings.device_class})
-    builder = Builder(client, state, settings.threads)
-    run_until_signalled(client, builder.carry_out, at_once=1, end=lambda: None)
+    with atomic.lock(state, "fleet-agent"):
+        builder = Builder(client, state, settings.threads)
+        run_until_signalled(client, builder.carry_out, at_once=1, end=lambda: None)
 
 
 class Builder:
-    """Does measuring tasks."""
+    """Does measuring tasks.
+
+    Raises:
+        EnvironmentProblem: the disk can't be read or written.
+    """
 
     def __init__(self, client: WorkClient, state: Path, threads: int) -> None:
         self._client, self._state, self._threads = client, state, threads
         self._layout: Layout = slots.artifacts(state)
+        self._forget()  # what an earlier start was killed over
 
     def carry_out(self, task: Task, held: Held) -> None:
         """Fetch, accept, report, forget.
@@ -62,5 +70,8 @@ class Builder:
             report = accept(self._state, task.manifest, threads=self._threads)
             held.persistently(lambda: self._client.finish(held.lease, report))
         finally:
-            for digest in task.blobs:
-                self._layout.remove(digest)
+            self._forget()
+
+    def _forget(self) -> None:
+        """Nothing that a task brought is needed twice. Slots are of an agent whose folder this was; what they name stays."""
+        slots.collect_garbage(self._state, slots.read(self._state))
