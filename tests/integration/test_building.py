@@ -25,6 +25,7 @@ from edgefleet_shared.lifecycle import Event, State
 from edgefleet_shared.messages import Progress
 from edgefleet_shared.outcomes import Outcome
 from edgefleet_shared.work import MeasureTask
+from edgefleet_shared.work_loop import Held
 from support import artifacts, building
 from support.broker import until
 from support.building import Installed
@@ -232,10 +233,27 @@ class Office:
         return MeasureTask(lease="l", lease_s=60.0, job="j", manifest=made.digest, blobs=blobs)
 
 
+@pytest.mark.parametrize(
+    ("does", "verdict", "words"),
+    [({}, Verdict.PASSED, ""), ({"building": "refuse"}, Verdict.FAILED, "it has no plan: an operator of this network")],
+    ids=["it builds", "it does not"],
+)
+def test_a_builder_board_builds_what_it_is_to_measure_and_keeps_nothing(bench, tmp_path, does, verdict, words) -> None:
+    office = Office(Layout(tmp_path / "controller"))
+    task = office.task(artifact(office.layout, **does))
+    builder = Builder(office, bench.state, 1, {"building": "building 1.0"})
+    builder.carry_out(task, Held(office, "l", 60.0))
+    assert office.told is not None
+    assert office.told.verdict is verdict, office.told.reason
+    assert words in office.told.reason
+    bench.nothing_is_left()
+    assert list(bench.layout.digests()) == []
+
+
 def test_a_builder_board_that_was_killed_over_a_task_begins_with_an_empty_disk(bench: Bench) -> None:
     bench.ensure(artifact(bench.layout))
     (bench.layout.path("sha256:" + "0" * 64).with_name(".fetch-1")).write_bytes(b"half of a blob")
-    Builder(Office(bench.layout), bench.state, 1)
+    Builder(Office(bench.layout), bench.state, 1, {})
     bench.nothing_is_left()
     assert list(bench.layout.digests()) == []
 
