@@ -11,15 +11,20 @@ import logging
 from functools import partial
 from pathlib import Path
 
+from edgefleet_shared import atomic
 from edgefleet_shared.artifact import Layout
+from edgefleet_shared.contract import AcceptanceReport, Verdict
 from edgefleet_shared.errors import InputError
+from edgefleet_shared.files import DISK
+from edgefleet_shared.lifecycle import Event
 from edgefleet_shared.work import MeasureTask, Progress, Task
 from edgefleet_shared.work_client import WorkClient
 from edgefleet_shared.work_loop import Held, run_until_signalled
 
+from edgefleet_agent import board, build, slots
 from edgefleet_agent import settings as board_settings
-from edgefleet_agent import slots
 from edgefleet_agent.accept import accept
+from edgefleet_agent.examiner import SandboxedExaminer
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +33,8 @@ def run(state: Path) -> None:
     """Measure until SIGTERM or SIGINT.
 
     Raises:
-        EnvironmentProblem: not enrolled. TrustError: the certificate can't be used, or the controller knows it no more.
+        EnvironmentProblem: not enrolled. ConflictError: another process owns the state folder.
+        TrustError: the certificate can't be used, or the controller knows it no more.
     """
     settings, identity = board_settings.read(state), state / "identity"
     client = WorkClient(
@@ -36,19 +42,28 @@ def run(state: Path) -> None:
         ca=identity / "ca.pem", certificate=identity / "agent.pem", key=identity / "agent.key",
     )  # fmt: skip
     log.info("builder board", extra={"device": settings.device, "class": settings.device_class})
-    builder = Builder(client, state, settings.threads)
-    run_until_signalled(client, builder.carry_out, at_once=1, end=lambda: None)
+    with atomic.lock(state, "fleet-agent"):
+        builder = Builder(client, state, settings.threads, board.read_fingerprint().build_keys)
+        run_until_signalled(client, builder.carry_out, at_once=1, end=lambda: None)
 
 
 class Builder:
-    """Does measuring tasks."""
+    """Does measuring tasks.
 
-    def __init__(self, client: WorkClient, state: Path, threads: int) -> None:
-        self._client, self._state, self._threads = client, state, threads
+    Args:
+        build_keys: of the board's fingerprint: engines whose models become a plan before they can run here.
+
+    Raises:
+        EnvironmentProblem: the disk can't be read or written.
+    """
+
+    def __init__(self, client: WorkClient, state: Path, threads: int, build_keys: dict[str, str]) -> None:
+        self._client, self._state, self._threads, self._build_keys = client, state, threads, build_keys
         self._layout: Layout = slots.artifacts(state)
+        self._forget()  # what an earlier start was killed over
 
     def carry_out(self, task: Task, held: Held) -> None:
-        """Fetch, accept, report, forget.
+        """Fetch, build where that is needed, accept, report, forget.
 
         Raises:
             EdgefleetError: what it failed by.
@@ -58,9 +73,23 @@ class Builder:
         try:
             for digest in task.blobs:
                 held.persistently(partial(self._client.fetch, held.lease, digest, self._layout))
-            held.step = Progress("accepting", 0, 1)
-            report = accept(self._state, task.manifest, threads=self._threads)
+            report = self._measured(task.manifest, held)
             held.persistently(lambda: self._client.finish(held.lease, report))
         finally:
-            for digest in task.blobs:
-                self._layout.remove(digest)
+            self._forget()
+
+    def _measured(self, manifest: str, held: Held) -> AcceptanceReport:
+        if self._layout.config(self._layout.manifest(manifest)).engine in self._build_keys:
+
+            def tell(doing: str, done: int, total: int) -> None:
+                held.step = Progress(doing, done, total)
+
+            event, why = build.ensure(self._state, DISK, SandboxedExaminer(), manifest, tell, held.ended)
+            if event is not Event.BUILT:
+                return AcceptanceReport(verdict=Verdict.FAILED, reason=f"it has no plan: {why}")
+        held.step = Progress("accepting", 0, 1)
+        return accept(self._state, manifest, threads=self._threads)
+
+    def _forget(self) -> None:
+        """Nothing that a task brought is needed twice. Slots are of an agent whose folder this was; what they name stays."""
+        slots.collect_garbage(self._state, slots.read(self._state))

@@ -22,6 +22,7 @@ from typing import Literal, NamedTuple, Protocol
 
 Scope = Literal["board", "package"]
 
+MOST_WATTS = 2000.0  # no board draws as much; a counter that says so was reset
 # Labels of the channel through which everything on the board is fed; the other channels are parts of it.
 _INPUT = re.compile(r"^(vdd_in|pom_5v_in|vin_sys.*|.*_in|input|total|vin)$", re.IGNORECASE)
 _MONITORS = re.compile(r"^(ina|ltc294|max3440|adm12|pac19|isl28022)", re.IGNORECASE)
@@ -114,20 +115,32 @@ class _Gauge:
 class _Counters:
     """Energy counters in microjoules, each of which starts again at its own limit."""
 
-    def __init__(self, name: str, scope: Scope, counters: list[tuple[Path, int]]) -> None:
+    def __init__(self, name: str, scope: Scope, counters: list[tuple[Path, int]], now_s: float) -> None:
         self.name, self.scope = name, scope
-        self._counters = counters
+        self._counters, self._then = counters, now_s
         self._last = [_number(path) for path, _ in counters]
         self._joules = 0.0
 
     def read(self, now_s: float) -> float | None:
+        passed_s, self._then = now_s - self._then, now_s
+        used, known = 0.0, True
         for index, (path, limit) in enumerate(self._counters):
             value, before = _number(path), self._last[index]
             self._last[index] = value
-            if value is None or before is None:
-                return None
-            self._joules += ((value - before) if value >= before else (value - before + limit)) / 1e6
+            joules = None if value is None or before is None else _counted(before, value, limit, passed_s)
+            used, known = used + (joules or 0.0), known and joules is not None
+        if not known:
+            return None
+        self._joules += used
         return self._joules
+
+
+def _counted(before: float, value: float, limit: int, passed_s: float) -> float | None:
+    """Joules between two looks at a counter; None when it began anew without having come to its limit: after a sleep, or with its driver."""
+    if value >= before:
+        return (value - before) / 1e6
+    around = (value - before + limit) / 1e6
+    return around if 0 <= around <= MOST_WATTS * passed_s else None
 
 
 class _Channel(NamedTuple):
@@ -201,7 +214,7 @@ def _rapl(sys_root: Path, now_s: float) -> Source | None:
     counters = [(z / "energy_uj", int(_number(z / "max_energy_range_uj") or 0)) for z in platform[:1] or packages]
     if not counters or any(_number(path) is None for path, _ in counters):
         return None
-    return _Counters("RAPL psys" if platform else "RAPL package", scope, counters)
+    return _Counters("RAPL psys" if platform else "RAPL package", scope, counters, now_s)
 
 
 def _product(volts: Path, amperes: Path, unit: float) -> float | None:

@@ -20,7 +20,13 @@ PROGRAMS = (
     "edgefleet_agent.resident",
     "edgefleet_agent.cli",
     "edgefleet_agent.verify_child",
+    "edgefleet_agent.build_child",
     "edgefleet_agent.accept_child",
+    "edgefleet_agent.sign_child",
+    # Without these it would run, and no later version could take its place.
+    "edgefleet_agent.rehearse_child",
+    "edgefleet_agent.provided",
+    "edgefleet_agent.runtime.engines.probe",
 )
 
 

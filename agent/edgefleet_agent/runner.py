@@ -51,9 +51,7 @@ log = logging.getLogger(__name__)
 
 TICK_S = 0.5
 AGAIN_S = 5.0  # between two tries of what the disk, or the runtime, refused
-AT_REST_AGAIN_S = (
-    60.0  # when that failed several times: a worker that can't start costs each time what starting it costs
-)
+AT_REST_AGAIN_S = 60.0  # when that failed several times: each try may cost the start of a worker
 TRIES = 3  # of a job, in the states that are left when the board can't do its part
 PROGRESS_EVERY_S = 1.0
 CHANGING = frozenset({State.SWAPPING, State.SOAKING, State.COMMITTING, State.ROLLING_BACK})

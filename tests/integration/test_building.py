@@ -13,16 +13,19 @@ from typing import Any
 
 import pytest
 from edgefleet_agent import accept, build, doctor, plans, slots
+from edgefleet_agent.builder import Builder
 from edgefleet_agent.examiner import SandboxedExaminer
 from edgefleet_agent.slots import Slot, Slots, SlotStatus
 from edgefleet_shared.artifact import Descriptor, Layout
-from edgefleet_shared.contract import BuildBudget, Verdict
+from edgefleet_shared.contract import AcceptanceReport, BuildBudget, Verdict
 from edgefleet_shared.errors import EnvironmentProblem
 from edgefleet_shared.files import DISK
 from edgefleet_shared.fingerprint import Requirement
 from edgefleet_shared.lifecycle import Event, State
 from edgefleet_shared.messages import Progress
 from edgefleet_shared.outcomes import Outcome
+from edgefleet_shared.work import MeasureTask
+from edgefleet_shared.work_loop import Held
 from support import artifacts, building
 from support.broker import until
 from support.building import Installed
@@ -210,6 +213,49 @@ def test_plans_go_with_the_artifacts_that_no_slot_names(bench: Bench) -> None:
     assert not bench.layout.has(digests["1"])
     assert bench.layout.has(digests["2"]), "what one can return to keeps its plan"
     assert accept.accept(bench.state, second.digest).verdict is Verdict.PASSED
+
+
+class Office:
+    """A controller's end of a measuring task: it has the blobs, and keeps what is told."""
+
+    def __init__(self, layout: Layout) -> None:
+        self.layout = layout
+        self.told: AcceptanceReport | None = None
+
+    def fetch(self, lease: str, digest: str, into: Layout) -> None:
+        into.put_file(self.layout.path(digest))
+
+    def finish(self, lease: str, report: AcceptanceReport) -> None:
+        self.told = report
+
+    def task(self, made: Descriptor) -> MeasureTask:
+        blobs = (made.digest, *(blob.digest for blob in self.layout.manifest(made.digest).blobs()))
+        return MeasureTask(lease="l", lease_s=60.0, job="j", manifest=made.digest, blobs=blobs)
+
+
+@pytest.mark.parametrize(
+    ("does", "verdict", "words"),
+    [({}, Verdict.PASSED, ""), ({"building": "refuse"}, Verdict.FAILED, "it has no plan: an operator of this network")],
+    ids=["it builds", "it does not"],
+)
+def test_a_builder_board_builds_what_it_is_to_measure_and_keeps_nothing(bench, tmp_path, does, verdict, words) -> None:
+    office = Office(Layout(tmp_path / "controller"))
+    task = office.task(artifact(office.layout, **does))
+    builder = Builder(office, bench.state, 1, {"building": "building 1.0"})
+    builder.carry_out(task, Held(office, "l", 60.0))
+    assert office.told is not None
+    assert office.told.verdict is verdict, office.told.reason
+    assert words in office.told.reason
+    bench.nothing_is_left()
+    assert list(bench.layout.digests()) == []
+
+
+def test_a_builder_board_that_was_killed_over_a_task_begins_with_an_empty_disk(bench: Bench) -> None:
+    bench.ensure(artifact(bench.layout))
+    (bench.layout.path("sha256:" + "0" * 64).with_name(".fetch-1")).write_bytes(b"half of a blob")
+    Builder(Office(bench.layout), bench.state, 1, {})
+    bench.nothing_is_left()
+    assert list(bench.layout.digests()) == []
 
 
 # --- the real agent and runtime

@@ -330,6 +330,10 @@ def test_an_engine_that_is_removed_is_reported_no_longer_while_the_runtime_serve
     until(lambda: fleet.client().device("packaged")["report"]["fingerprint"]["engines"] == {}, "it is told", 60)
     assert machine.main_pid("fleet-runtime.service") == runtime
     assert ask(port, "/v2/models/toy/ready")[0] == 200
+    assert machine.run("find", "/usr/lib/edgefleet/engines/onnxruntime", check=False).stdout == ""
+    assert machine.run("find", "/usr/lib/edgefleet/engines/grpc", "-name", "*.pyc").stdout != "", (
+        "what others need stays"
+    )
 
 
 def test_removed_it_is_silent_and_purged_it_leaves_nothing_but_its_user(machine, port):

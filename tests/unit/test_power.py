@@ -116,6 +116,20 @@ def test_a_counter_that_starts_again_loses_nothing(board: Board) -> None:
     assert watts(before, meter.look()) == pytest.approx(2.0)
 
 
+@pytest.mark.parametrize("limit", [262_143_328_850, "", -1])
+def test_a_counter_that_was_reset_is_no_burst_of_energy(board: Board, limit: object) -> None:
+    """A board that slept, or a driver that was loaded anew: the counter begins at nothing, far from its limit."""
+    rapl = "powercap/intel-rapl:0"
+    board.put(rapl, name="psys", energy_uj=5_000_000_000, max_energy_range_uj=limit)
+    meter = board.meter()
+    board.put(rapl, energy_uj=0)
+    board.now = 60.0
+    assert meter.look() is None, "how much it was is not known"
+    board.put(rapl, energy_uj=120_000_000)
+    board.now = 120.0
+    assert meter.look() == (120.0, 120.0)
+
+
 @pytest.mark.parametrize("content", ["", "rubbish", "\x00"])
 def test_a_sensor_that_reads_rubbish_measures_nothing(board: Board, content: str) -> None:
     board.put("hwmon/hwmon0", name="ina226", power1_input=content)
