@@ -14,7 +14,6 @@ Each step is a child process in a toolchain's environment (:mod:`.steps`), which
 
 from __future__ import annotations
 
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -44,6 +43,7 @@ from edgefleet_controller.compile.search import Choice, LeftOut, Trial, Unit
 from edgefleet_controller.compile.steps import Limits, Measured, Progress, Steps
 from edgefleet_controller.compile.toolchains import Toolchains
 from edgefleet_controller.compile.watching import Cancelled
+from edgefleet_controller.compile.workplace import work_folder
 from edgefleet_controller.manifests import DeviceClass
 from edgefleet_controller.source import ModelVersion
 
@@ -78,7 +78,7 @@ def compile_version(
     target = target_named(device_class.target)
     options = _check(target, device_class, version)
     toolchain = toolchains.for_target(target, device_class.spec.precision, progress)
-    with tempfile.TemporaryDirectory(prefix="edgefleet-compile-") as temporary:
+    with work_folder() as work:
         steps = Steps(
             version,
             device_class,
@@ -88,7 +88,7 @@ def compile_version(
             layout,
             toolchains,
             cache,
-            Path(temporary),
+            work,
             progress,
             limits,
             measure,
