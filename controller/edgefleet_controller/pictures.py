@@ -54,6 +54,11 @@ class Samples:
         ]
         if len(self.names) > 1 and len(set(self.hashes)) == 1:
             raise DataError(f"{split}: all {len(self.names)} samples in {origin} are the same")
+        different = len(set(self.hashes))
+        if different < min(MIN_COUNT, len(self.names)):
+            raise DataError(
+                f"{split}: {len(self.names)} samples in {origin}, of which {different} are different ones; {MIN_COUNT} are needed"
+            )
 
     def __len__(self) -> int:
         return len(self.names)

@@ -62,9 +62,16 @@ def spoil_alike(folder: Path) -> None:
         file.write_bytes(content)
 
 
+def spoil_nearly_alike(folder: Path) -> None:
+    content = (folder / "p000.png").read_bytes()
+    for file in sorted(folder.iterdir())[4:]:
+        file.write_bytes(content)
+
+
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
+        (spoil_nearly_alike, "16 samples in .*, of which 4 are different ones; 8 are needed"),
         (spoil_missing, "calibration: no folder"),
         (spoil_unreadable, r"calibration: can't read the picture .*p003\.png"),
         (spoil_cut, r"calibration: can't read the picture .*p003\.png"),
