@@ -54,6 +54,11 @@ class Samples:
         ]
         if len(self.names) > 1 and len(set(self.hashes)) == 1:
             raise DataError(f"{split}: all {len(self.names)} samples in {origin} are the same")
+        different = len(set(self.hashes))
+        if different < min(MIN_COUNT, len(self.names)):
+            raise DataError(
+                f"{split}: {len(self.names)} samples in {origin}, of which {different} are different ones; {MIN_COUNT} are needed"
+            )
 
     def __len__(self) -> int:
         return len(self.names)
@@ -205,6 +210,11 @@ def _read(split: str, file: Path, height: int, width: int, grey: bool, fit: Fit)
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(file) as opened:
+                if opened.mode.startswith(("I", "F")):
+                    raise DataError(
+                        f"{split}: {file} has 16 or more bits per value ({opened.mode}), which would all become white",
+                        hint="save it, scaled as the application does, as pictures of 8 bits, or give a .safetensors file",
+                    )
                 picture = ImageOps.exif_transpose(opened).convert("L" if grey else "RGB")
     except (
         UnidentifiedImageError,

@@ -83,6 +83,13 @@ def truth(
     if kind == "text":
         return tuple(lines[:count])
     classes, numbers = outputs[0].shape[-1], {label: str(i) for i, label in enumerate(labels)}
+    for number, line in enumerate(lines[:count], 1):
+        if labels.count(line.strip()) > 1:
+            named = " and ".join(str(i) for i, label in enumerate(labels) if label == line.strip())
+            raise DataError(
+                f"{path}, line {number}: {line.strip()!r} names the classes {named}",
+                hint="give the class by its number",
+            )
     found = tuple(numbers.get(line.strip(), line.strip()) for line in lines[:count])
     for number, answer in enumerate(found, 1):
         if not answer.isdecimal() or int(answer) >= classes:

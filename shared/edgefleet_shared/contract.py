@@ -104,7 +104,7 @@ class OutputTolerance(msgspec.Struct, frozen=True):
 class AcceptanceContract(msgspec.Struct, frozen=True, kw_only=True):
     """What a candidate must show on the board.
 
-    ``agreement`` is the share of golden pictures with the same top-1 class as the float reference (``kind``
+    ``agreement`` is the share of golden pictures with the same top-1 class as the float reference, at every place of one (``kind``
     classification) or the share of values within ``tolerance_abs + tolerance_rel * |reference|`` (``kind`` raw), of the output
     that has the smallest; ``tolerances`` are those of single outputs, where one does not suit all.
     ``min_cosine`` is the smallest allowed mean cosine between outputs and reference. Times in ms, memory in bytes (the peak

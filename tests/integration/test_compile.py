@@ -195,8 +195,9 @@ def test_an_operator_that_tflite_lacks_is_named_with_its_node(bench: Bench) -> N
     net.add("GlobalAveragePool")
     net.add("Flatten")
     version = bench.version(project(bench.folder, net.model([1, 8])))
-    with pytest.raises(ModelError, match=rf"tflite has no operator Hardmax \(node '{lost}'\)"):
+    with pytest.raises(ModelError, match=rf"tflite has no operator Hardmax \(node '{lost}'\)") as caught:
         bench.compile(version, class_here("tflite"))
+    assert "docs/generated/tflite-operators.md" in caught.value.hint
 
 
 def test_an_operator_that_onnxruntime_lacks_is_named_with_its_node(bench: Bench) -> None:
@@ -311,3 +312,15 @@ def test_a_cache_that_a_power_cut_emptied_or_somebody_altered_is_made_again(benc
             file.unlink()  # not in place: one file may lie in several folders
             file.write_bytes(harm(content))
         assert bench.compile(version, small).artifact.digest == first.artifact.digest
+
+
+def test_a_network_of_which_tflite_can_quantize_nothing_is_shipped_in_float_and_says_why(bench: Bench) -> None:
+    net = Net()
+    net.add("Floor")
+    raw = {"output": {"kind": "raw"}, "acceptance": {"tolerance_abs": 0.1}}
+    version = bench.version(project(bench.folder, net.model([1, 3, 32, 32]), **raw))
+    result = bench.compile(version, class_here("tflite", search={"effort": "quick"}))
+    assert (result.precision, result.quality) == ("fp32", "passed")
+    assert "fp32 is shipped, because int8 can't be made: no operator of this network can be quantized" in result.why
+    report = json.loads(bench.layout.read(result.report, 10**7))
+    assert [one["lasting"] for one in report["left_out"]] == [True]

@@ -8,6 +8,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -283,6 +284,37 @@ def test_what_a_crashed_child_had_started_ends_with_it(pristine: Path, tmp_path:
     deadline = time.monotonic() + 10
     while status.exists() and status.read_text().rpartition(")")[2].split()[0] != "Z":
         assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_a_child_ends_with_the_worker_that_was_killed(pristine: Path, tmp_path: Path) -> None:
+    (tmp_path / "target.py").write_text(
+        CHILD.replace(
+            "BODY", "open('pid', 'w').write(str(os.getpid()))\n    progress('begun', 2, 2)\n    time.sleep(600)"
+        )
+    )
+    worker = f"""
+from pathlib import Path
+from edgefleet_controller.compile.environments import Lock
+from edgefleet_controller.compile.toolchains import Toolchains
+here, toolchains = Path({str(tmp_path)!r}), Toolchains(Path({str(pristine)!r}))
+toolchains.run(
+    toolchains.ensure(Lock({TINY.name!r}, {TINY.text!r})), str(here / "target.py"), {{"action": "try"}}, here / "work", here / "child.log",
+    limit_s=600, progress=lambda *step: print(*step, flush=True),
+)
+"""
+    process = subprocess.Popen([sys.executable, "-c", worker], stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        while "begun" not in process.stdout.readline():
+            assert process.poll() is None
+    finally:
+        process.kill()
+        process.communicate()
+    status = Path(f"/proc/{(tmp_path / 'work' / 'pid').read_text()}/stat")
+    deadline = time.monotonic() + 10
+    while status.exists() and status.read_text().rpartition(")")[2].split()[0] != "Z":
+        assert time.monotonic() < deadline, "it would work on for hours, for nobody"
         time.sleep(0.02)
 
 

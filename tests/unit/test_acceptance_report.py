@@ -196,6 +196,14 @@ def test_a_score_that_is_wrong_is_not_drowned_by_the_map_beside_it() -> None:
     assert agreement == 0.0
 
 
+def test_every_place_of_a_classifier_must_answer_alike() -> None:
+    """Four letters of a plate: the surest one alone would say nothing of the others."""
+    wanted = np.eye(5, dtype=np.float32)[[0, 1, 2, 3]][None] * np.array([[9], [1], [1], [1]], np.float32)
+    others = np.eye(5, dtype=np.float32)[[0, 4, 4, 4]][None] * np.array([[9], [1], [1], [1]], np.float32)
+    assert compare(CONTRACT, [{"letters": wanted}], {"letters": wanted})[0] == 1.0
+    assert compare(CONTRACT, [{"letters": others}], {"letters": wanted})[0] == 0.0
+
+
 def test_each_output_is_held_against_its_own_tolerance() -> None:
     wanted = {"pixels": np.full((4, 2), 100.0, np.float32), "score": np.full((4, 1), 0.9, np.float32)}
     answers = [{"pixels": np.full((1, 2), 104.0), "score": np.full((1, 1), 0.1)} for _ in range(4)]

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
+import pytest
 from edgefleet_controller.compile import quality, search
 from edgefleet_controller.compile.pipeline import _Search
 from edgefleet_controller.compile.port import Figures, target_named
 from edgefleet_controller.compile.recipe import AS_IS, FLOAT, Recipe
 from edgefleet_controller.compile.search import Trial, Unit
 from edgefleet_controller.compile.steps import Measured
+from edgefleet_controller.compile.watching import Cancelled
 from edgefleet_controller.manifests import DeviceClass
+from edgefleet_shared.errors import ModelError, ToolchainError
 from support.networks import device_class
 
 SAMPLES, OF_A_ROUND = 160, 100
@@ -76,11 +79,18 @@ class Fixed:
     has_builder = False
 
     def __init__(self, spec: Any, **figures: Any) -> None:
-        self._spec, self._figures = spec, figures
+        self.spec, self.figures = spec, figures
         self.ranked = False
 
     def compile(self, recipes: Sequence[Recipe]) -> list[tuple[Path, bool]]:
+        for recipe in recipes:
+            if reason := self.refuses(recipe):
+                raise reason
         return [(Path("compiled"), False) for _ in recipes]
+
+    def refuses(self, recipe: Recipe) -> Exception | None:
+        """Why a recipe can't be made, if so."""
+        return None
 
     def rank(self, recipe: Recipe) -> list[Unit]:
         self.ranked = True
@@ -91,9 +101,9 @@ class Fixed:
             "engine": "tflite", "engine_version": "1", "float_bytes": 2_000_000, "compiled_bytes": 1_000_000, "samples": SAMPLES, "agreement": 0.97,
             "agreement_low": 0.9, "agreement_high": 0.99, "sqnr_db": 20.0, "p50_ms": 1.0, "float_p50_ms": 2.0, "peak_memory_bytes": 1,
         }  # fmt: skip
-        figures = Figures(**(fields | self._figures))
+        figures = Figures(**(fields | self.figures))
         return [
-            Measured(Trial(recipe=r, figures=figures, misses=tuple(quality.misses(figures, self._spec, r))), {}, ())
+            Measured(Trial(recipe=r, figures=figures, misses=tuple(quality.misses(figures, self.spec, r))), {}, ())
             for r, _ in made
         ]
 
@@ -141,3 +151,60 @@ def test_a_quick_search_ends_in_float_where_the_plain_recipe_fits_and_gains_noth
         )
         assert choice.chosen is not None
         assert choice.chosen.recipe == Recipe(), prefer
+
+
+NOTHING_TO_QUANTIZE = ModelError(
+    "no operator of this network can be quantized for tflite", hint="ask for precision fp32"
+)
+
+
+def after(refuses: Callable[[Recipe], Exception | None], target: str = "tflite", **spec: Any) -> search.Choice:
+    """What a whole search ends in where some recipes can't be made."""
+    kind = device_class(target, **spec)
+    steps = Fixed(kind.spec)
+    steps.refuses = refuses  # type: ignore[method-assign]
+    version: Any = SimpleNamespace(holdout=SimpleNamespace(count=SAMPLES), original=None, pruning=None)
+    return _Search(cast(Any, steps), version, kind, target_named(target), {})._search(Recipe())
+
+
+def no_int8(recipe: Recipe) -> Exception | None:
+    return NOTHING_TO_QUANTIZE if recipe.precision == "int8" else None
+
+
+def test_a_network_of_which_nothing_can_be_quantized_is_shipped_in_float_and_says_why() -> None:
+    for effort in ("quick", "full"):
+        choice = after(no_int8, search={"effort": effort})
+        assert choice.chosen is not None
+        assert choice.chosen.recipe == FLOAT
+        assert choice.why.startswith(
+            "fp32 is shipped, because int8 can't be made: no operator of this network can be quantized"
+        )
+        assert [(one.recipe, one.lasting) for one in choice.left_out] == [(Recipe(), True)]
+    with pytest.raises(ModelError, match="no operator of this network can be quantized"):
+        after(no_int8, search={"effort": "fixed"})
+
+
+def test_a_network_that_the_engine_can_not_run_in_float_either_is_refused_for_what_it_lacks() -> None:
+    with pytest.raises(ModelError, match="no operator Hardmax"):
+        after(lambda _: ModelError("tflite has no operator Hardmax"), search={"effort": "full"})
+
+
+def test_another_quantizer_that_breaks_over_a_network_costs_its_candidate_alone() -> None:
+    def nncf_breaks(recipe: Recipe) -> Exception | None:
+        return ToolchainError("openvino compile failed: KeyError") if recipe.quantizer == "nncf" else None
+
+    choice = after(nncf_breaks, "openvino", search={"effort": "full", "prefer": "size"})
+    assert choice.chosen is not None
+    assert choice.chosen.recipe.precision == "int8"
+    assert [(one.recipe.quantizer, one.reason, one.lasting) for one in choice.left_out] == [
+        ("nncf", "openvino compile failed: KeyError", False)
+    ]
+
+
+def test_a_cancelled_job_tries_nothing_else() -> None:
+    with pytest.raises(Cancelled):
+        after(
+            lambda recipe: Cancelled("enough") if recipe.quantizer == "nncf" else None,
+            "openvino",
+            search={"effort": "full"},
+        )

@@ -238,6 +238,19 @@ def test_truth_names_classes_by_label_or_number_and_each_line_is_checked(tmp_pat
             imported(tmp_path, classifier(), **more)
 
 
+def test_a_label_of_two_classes_is_no_right_answer(tmp_path: Path) -> None:
+    """ImageNet has two cranes."""
+    manifest = project(
+        tmp_path, classifier(3), output={"labels": "labels.txt"}, holdout={"path": "holdout", "truth": "truth.txt"}
+    )
+    (tmp_path / "labels.txt").write_text("crane\ndog\ncrane\n")
+    (tmp_path / "truth.txt").write_text("dog\n" * 31 + "crane\n")
+    with pytest.raises(DataError, match="line 32: 'crane' names the classes 0 and 2"):
+        run(tmp_path, manifest)
+    (tmp_path / "truth.txt").write_text("dog\n" * 31 + "2\n")
+    assert run(tmp_path, manifest).truth[-2:] == ("1", "2")
+
+
 def test_characters_must_fit_the_outputs_classes(tmp_path: Path) -> None:
     net = Net()
     net.conv(3, 4, stride=8)

@@ -62,9 +62,22 @@ def spoil_alike(folder: Path) -> None:
         file.write_bytes(content)
 
 
+def spoil_nearly_alike(folder: Path) -> None:
+    content = (folder / "p000.png").read_bytes()
+    for file in sorted(folder.iterdir())[4:]:
+        file.write_bytes(content)
+
+
+def spoil_deep(folder: Path) -> None:
+    deep = np.random.default_rng(0).integers(0, 65536, (48, 48)).astype(np.uint16)
+    Image.fromarray(deep).save(folder / "p003.png")
+
+
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
+        (spoil_nearly_alike, "16 samples in .*, of which 4 are different ones; 8 are needed"),
+        (spoil_deep, r"p003\.png has 16 or more bits per value .*I;16"),
         (spoil_missing, "calibration: no folder"),
         (spoil_unreadable, r"calibration: can't read the picture .*p003\.png"),
         (spoil_cut, r"calibration: can't read the picture .*p003\.png"),

@@ -14,7 +14,6 @@ Each step is a child process in a toolchain's environment (:mod:`.steps`), which
 
 from __future__ import annotations
 
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -44,6 +43,7 @@ from edgefleet_controller.compile.search import Choice, LeftOut, Trial, Unit
 from edgefleet_controller.compile.steps import Limits, Measured, Progress, Steps
 from edgefleet_controller.compile.toolchains import Toolchains
 from edgefleet_controller.compile.watching import Cancelled
+from edgefleet_controller.compile.workplace import work_folder
 from edgefleet_controller.manifests import DeviceClass
 from edgefleet_controller.source import ModelVersion
 
@@ -78,7 +78,7 @@ def compile_version(
     target = target_named(device_class.target)
     options = _check(target, device_class, version)
     toolchain = toolchains.for_target(target, device_class.spec.precision, progress)
-    with tempfile.TemporaryDirectory(prefix="edgefleet-compile-") as temporary:
+    with work_folder() as work:
         steps = Steps(
             version,
             device_class,
@@ -88,7 +88,7 @@ def compile_version(
             layout,
             toolchains,
             cache,
-            Path(temporary),
+            work,
             progress,
             limits,
             measure,
@@ -242,8 +242,9 @@ class _Search:
         return search.plain(self._target, self._class.spec, self._version.calibration_method, self._options, names)
 
     def _search(self, plain: Recipe) -> Choice:
-        found = self._with_tensorflows(self._unpruned(plain))
-        spec = self._class.spec
+        found, spec = self._with_tensorflows(self._unpruned(plain)), self._class.spec
+        if not any(trial.recipe.precision == spec.precision for trial in found.trials):
+            return msgspec.structs.replace(found, why=f"{found.why}: {found.left_out[0].reason}")
         if self._version.pruning is None or not spec.search.pruned or not self._target.runs_here:
             return found
         accurate = {t.recipe.quantizer == TENSORFLOW for t in found.trials if search.accurate(t, spec)}
@@ -274,9 +275,12 @@ class _Search:
         recipe, spec = search.by_tensorflow(found, self._class.spec), self._class.spec
         if recipe is None:
             return found
-        return _sparing(
-            found, recipe, lambda: search.choose([*found.trials, *self._try([recipe])], spec, found.sensitivity)
-        )
+
+        def more() -> Choice:
+            chosen = search.choose([*found.trials, *self._try([recipe])], spec, found.sensitivity)
+            return msgspec.structs.replace(chosen, left_out=found.left_out)
+
+        return _sparing(found, recipe, more)
 
     def _with_tfmots(self, found: Choice) -> Choice:
         """The search over networks that tfmot pruned."""
@@ -293,11 +297,40 @@ class _Search:
         return _sparing(found, told, over)
 
     def _unpruned(self, plain: Recipe) -> Choice:
-        spec = self._class.spec
         # Candidates that can't be told apart here are not made: the board's acceptance judges the plain one.
-        effort = spec.search.effort if self._target.runs_here else "fixed"
-        trials = self._try(search.first(plain, self._target, effort))
-        if plain.precision != "int8" or effort == "fixed" or all(trial.died for trial in trials):
+        effort = self._class.spec.search.effort if self._target.runs_here else "fixed"
+        trials, left_out = self._first(plain, effort)
+        return msgspec.structs.replace(self._better_than(trials, plain, effort), left_out=left_out)
+
+    def _first(self, plain: Recipe, effort: str) -> tuple[list[Trial], tuple[LeftOut, ...]]:
+        """The first round, and what of it could not be made: another quantizer, or int8 at all, which leaves the float model."""
+        recipes = search.first(plain, self._target, effort)
+        left_out = []
+        try:
+            trials = self._try([recipe for recipe in recipes if recipe.quantizer == plain.quantizer])
+        except ModelError as exc:
+            if plain.precision != "int8" or effort == "fixed" or FLOAT.precision not in self._target.precisions:
+                raise
+            try:
+                return self._try([FLOAT]), (LeftOut(recipe=plain, reason=str(exc), lasting=True),)
+            except ModelError:
+                raise exc from None  # it is not int8 that the network is unfit for
+        for recipe in recipes:
+            if recipe.quantizer == plain.quantizer:
+                continue
+            try:
+                trials += self._try([recipe])
+            except Cancelled:
+                raise
+            except (ModelError, ToolchainError) as exc:
+                left_out.append(LeftOut(recipe=recipe, reason=str(exc), lasting=isinstance(exc, ModelError)))
+        return trials, tuple(left_out)
+
+    def _better_than(self, trials: list[Trial], plain: Recipe, effort: str) -> Choice:
+        """The choice after the first round and those that follow from it."""
+        spec = self._class.spec
+        made = trials[0].recipe.precision == plain.precision
+        if plain.precision != "int8" or effort == "fixed" or not made or all(trial.died for trial in trials):
             return search.choose(trials, spec)
         # Nothing else can be made of what came quantized; and what fits may still be no better than float, which was measured beside it.
         if plain.quantizer == AS_IS or (effort == "quick" and not trials[0].misses):

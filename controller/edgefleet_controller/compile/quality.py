@@ -163,7 +163,8 @@ def _within(outputs: dict[str, Array], references: dict[str, Array], version: Mo
 def _room(values: Array, output: str, version: ModelVersion) -> Array:
     """How far other values of an output may lie from these."""
     most, relative = version.acceptance.tolerance(output)
-    found: Array = most + relative * np.abs(values)
+    with np.errstate(invalid="ignore"):  # beside infinity there is no number, which nothing is within
+        found: Array = most + relative * np.abs(values)
     return found
 
 

@@ -279,5 +279,7 @@ def _why(chosen: Trial, trials: Sequence[Trial], spec: DeviceClassSpec) -> str:
     if chosen.recipe.precision == spec.precision:
         return f"{chosen.recipe.told()}: best of {len(trials)} tried for {spec.search.prefer}"
     lost = [t for t in trials if t.recipe.precision == spec.precision]
+    if not lost:
+        return f"{chosen.recipe.precision} is shipped, because {spec.precision} can't be made"
     reasons = "; ".join(f"{t.recipe.told()}: {', '.join(t.misses) or 'not faster'}" for t in lost[:4])
     return f"{chosen.recipe.precision} is shipped, because no {spec.precision} candidate is better here ({reasons})"

@@ -152,7 +152,9 @@ class Toolchains:
         child = Child(
             name=name,
             command=[toolchain.python, "-s", str(_START), module, str(request_file)],
-            environment={k: v for k, v in os.environ.items() if k in _KEPT} | _JOB_ENVIRONMENT,
+            environment={k: v for k, v in os.environ.items() if k in _KEPT}
+            | _JOB_ENVIRONMENT
+            | {"EDGEFLEET_STARTED_BY": str(os.getpid())},
             folder=work,
             log=log_file,
             limit_s=limit_s,

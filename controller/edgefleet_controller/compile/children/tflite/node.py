@@ -83,5 +83,7 @@ class Node:
     def refused(self, why: str = "") -> job.Refused:
         """This node can't be expressed: ``why`` continues "tflite has no operator Conv ..."."""
         return job.Refused(
-            "bad_model", f"tflite has no operator {self.op}{' ' + why if why else ''} (node {self.name!r})"
+            "bad_model",
+            f"tflite has no operator {self.op}{' ' + why if why else ''} (node {self.name!r})",
+            "what it has stands in docs/generated/tflite-operators.md: export the network without this one, or serve the class by onnxruntime",
         )

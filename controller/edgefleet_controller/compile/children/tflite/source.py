@@ -31,6 +31,7 @@ MAX_INFERENCE_ELEMENTS = 4096  # of a constant whose values a shape may depend o
 WIDE = {np.dtype(np.int64): np.dtype(np.int32)}  # TFLite computes whole numbers with 32 bits
 TYPES = frozenset(np.dtype(t) for t in (np.float32, np.int32, np.int64, np.bool_, np.uint8, np.int8))
 _KEEPS_SHAPE = frozenset({"GroupNormalization"})  # ONNX 1.23 infers nothing for it
+_CHECK = "check it with onnx.checker.check_model(model, full_check=True), and export it again; TFLite has float32 and whole numbers of 32 bits"
 
 
 class Source(NamedTuple):
@@ -278,4 +279,4 @@ def _name(node: onnx.NodeProto) -> str:
 
 def malformed(what: str) -> job.Refused:
     """A graph that is broken, or holds what no .tflite can: ``what`` says where."""
-    return job.Refused("bad_model", f"tflite can't read this network: {what}")
+    return job.Refused("bad_model", f"tflite can't read this network: {what}", _CHECK)

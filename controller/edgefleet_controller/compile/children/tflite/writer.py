@@ -96,7 +96,11 @@ class Writer:
             for n in {n for node in self._source.nodes for n in node.inputs} & set(self._source.constants)
         )
         if size > MAX_FILE_BYTES:
-            raise job.Refused("bad_model", f"tflite can't hold {size} bytes of constants in one file")
+            raise job.Refused(
+                "bad_model",
+                f"tflite can't hold {size} bytes of constants in one file",
+                "serve the class by onnxruntime, or train a smaller network",
+            )
         inputs = {name: self.graph.tensor(name, kind.shape, kind.dtype) for name, kind in self._source.inputs.items()}
         for name, (shape, dtype) in self._source.inputs.items():
             value = Value(inputs[name], shape, plain(len(shape)), dtype)
@@ -154,10 +158,18 @@ class Writer:
         if array.dtype == np.int64:
             limits = np.iinfo(np.int32)
             if array.size and (array.min() < limits.min or array.max() > limits.max):
-                raise job.Refused("bad_model", f"tflite computes with 32 bits: constant {name!r} does not fit")
+                raise job.Refused(
+                    "bad_model",
+                    f"tflite computes with 32 bits: constant {name!r} does not fit",
+                    "serve the class by onnxruntime",
+                )
             array = array.astype(np.int32)
         if array.dtype not in TENSOR_TYPES:
-            raise job.Refused("bad_model", f"tflite has no tensors of {array.dtype} here (constant {name!r})")
+            raise job.Refused(
+                "bad_model",
+                f"tflite has no tensors of {array.dtype} here (constant {name!r})",
+                "export the network in float32, or serve the class by onnxruntime",
+            )
         tensor = self.graph.constant(name, array)
         self._arrays[tensor] = array
         return Value(tensor, tuple(array.shape), plain(array.ndim), array.dtype)
