@@ -297,3 +297,29 @@ def test_a_client_finds_the_gateway_again_that_was_killed_and_started_again(runt
             until(lambda: found_again(client), what="the gateway being found again")
             assert answers(client)
             client.close()
+
+
+def test_many_large_messages_at_once_take_no_multiple_of_their_size(runtime: Runtime) -> None:
+    """They are taken apart one at a time, and what is refused is let go at once."""
+    clients = 12
+    made = service_pb2.ModelInferRequest(model_name="toy")
+    rows = MAX_BODY_BYTES // (192 * 4) - 100
+    made.inputs.add(name="x", datatype="FP32", shape=[rows, 8, 8, 3])
+    made.raw_input_contents.append(bytes(rows * 192 * 4))
+    refused: list[str] = []
+
+    def ask(found: str) -> None:
+        options = [("grpc.max_send_message_length", -1), ("grpc.use_local_subchannel_pool", 1)]
+        with grpc.insecure_channel(found, options) as channel, pytest.raises(grpc.RpcError) as caught:
+            infer_of(channel)(made, timeout=120)
+        refused.append(caught.value.code().name)
+
+    with gateway(runtime) as (found, process):
+        asking = [threading.Thread(target=ask, args=(found,)) for _ in range(clients)]
+        for thread in asking:
+            thread.start()
+        for thread in asking:
+            thread.join(150)
+        status = dict(line.split(":", 1) for line in Path(f"/proc/{process.pid}/status").read_text().splitlines())
+        assert refused == ["RESOURCE_EXHAUSTED"] * clients
+        assert int(status["VmHWM"].split()[0]) * 1024 < 2 * clients * MAX_BODY_BYTES

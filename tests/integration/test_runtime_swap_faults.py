@@ -85,6 +85,24 @@ def test_a_request_that_was_taken_is_answered_by_the_version_that_could_when_the
     assert (status, "toy 2 takes" in refused["error"]) == (400, True)
 
 
+def test_a_version_that_was_compiled_again_has_time_series_of_its_own(runtime: Runtime) -> None:
+    """Both artifacts bear one version; a series that is there twice costs a scrape its samples."""
+    again = runtime.add("1", seed=2)
+    runtime.client.load(again)
+    assert runtime.infer(X)[0] == 200
+    rows = [
+        row.rpartition(" ")[0] for row in runtime.get("/metrics")[1].decode().splitlines() if not row.startswith("#")
+    ]
+    assert len(rows) == len(set(rows))
+    counted = 'edgefleet_runtime_requests_total{model="toy",version="%s"}'
+    assert {counted % "1", counted % f"1@{again.removeprefix('sha256:')[:12]}"} <= set(rows)
+    assert runtime.get("/v2/models/toy")[1]["versions"] == ["1"]
+    runtime.client.switch(again)
+    np.testing.assert_allclose(
+        np.array(runtime.infer(X)[1]["outputs"][0]["data"]).reshape(len(X), -1), artifacts.truth(2, X), atol=1e-4
+    )
+
+
 ABUSE = {
     "nothing": b"\n",
     "no JSON": b"\xff\xfe\n",

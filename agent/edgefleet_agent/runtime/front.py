@@ -22,6 +22,7 @@ from edgefleet_agent.runtime import metrics, protocol
 from edgefleet_agent.runtime.head import Head
 from edgefleet_agent.runtime.http import BINARY, JSON, TEXT, Place, Reply, Request
 from edgefleet_agent.runtime.job import Job, Lease
+from edgefleet_agent.runtime.metrics import Figures
 from edgefleet_agent.runtime.peer import Peer
 from edgefleet_agent.runtime.protocol import Form, InferRequest, InputTensor, OutputTensor, RequestError
 from edgefleet_agent.runtime.regions import Regions
@@ -218,7 +219,7 @@ class Front:
         if what == "config":
             return 200, answers.model_configuration(found.config, found.max_rows), JSON
         versions = [v.config.version for v in self._switchboard.versions() if v.config.model == model]
-        return 200, answers.model_metadata(found.config, versions), JSON
+        return 200, answers.model_metadata(found.config, list(dict.fromkeys(versions))), JSON
 
     def _stats(self, model: str | None, version: str | None) -> tuple[int, bytes, bytes]:
         if model is not None:
@@ -245,8 +246,13 @@ class Front:
 
     def _metrics(self) -> tuple[int, bytes, bytes]:
         board = self._switchboard
-        rows = [(v.config.model, v.config.version, board.is_serving(v), v.figures) for v in board.versions()]
-        return 200, metrics.exposition(rows, self._gauges()), TEXT
+        rows: dict[tuple[str, str], tuple[bool, Figures]] = {}
+        for v in board.versions():
+            name, version = v.config.model, v.config.version
+            if (name, version) in rows:  # compiled again: two time series must not have one name
+                version += f"@{v.manifest.removeprefix('sha256:')[:12]}"
+            rows[name, version] = board.is_serving(v), v.figures
+        return 200, metrics.exposition([(*key, *row) for key, row in rows.items()], self._gauges()), TEXT
 
 
 class _Asked(Job):

@@ -3,6 +3,7 @@ process: both are called ``inference.*``. The size of a message is the HTTP face
 
 from __future__ import annotations
 
-CALLS_AT_ONCE = 8
+CALLS_AT_ONCE = 4  # one is computed, the others come meanwhile; each may hold a message twice while it comes
+LARGE_BYTES = 1 << 20  # messages above are taken apart and handed on one at a time: that takes four times their size
 MAX_CALLS = 1024  # of all clients, waiting ones too; as many as the runtime lets wait
 MESSAGE_LIMIT_S = 10.0  # from a call's beginning to its message's last byte: meanwhile it has one of the few threads

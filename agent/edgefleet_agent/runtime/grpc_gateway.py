@@ -27,12 +27,12 @@ import grpc
 import msgspec
 from edgefleet_shared import logs
 from edgefleet_shared.errors import EdgefleetError, EnvironmentProblem
-from google.protobuf.message import Message
+from google.protobuf.message import DecodeError, Message
 
 from edgefleet_agent import notify
 from edgefleet_agent.runtime import grpc_messages as messages
 from edgefleet_agent.runtime.control import short_path
-from edgefleet_agent.runtime.grpc_bounds import CALLS_AT_ONCE, MAX_CALLS, MESSAGE_LIMIT_S
+from edgefleet_agent.runtime.grpc_bounds import CALLS_AT_ONCE, LARGE_BYTES, MAX_CALLS, MESSAGE_LIMIT_S
 from edgefleet_agent.runtime.grpc_messages import Bytes, CallError, pb
 from edgefleet_agent.runtime.head import MAX_BODY_BYTES
 from edgefleet_agent.runtime.peer import uid_of_tcp
@@ -291,8 +291,8 @@ class Silence(threading.Thread):
         super().__init__(name="silence", daemon=True)
         self._memory, self._began = memory, dict[grpc.ServicerContext, float]()
 
-    def message(self, sent: Iterator[Any], context: grpc.ServicerContext) -> Any:
-        """The call's message.
+    def message(self, sent: Iterator[bytes], context: grpc.ServicerContext) -> bytes:
+        """The call's message, as it came.
 
         Raises:
             CallError: it ended without one. grpc.RpcError: the call was cancelled.
@@ -356,9 +356,11 @@ def serve(runtime: Runtime, address: str) -> tuple[grpc.Server, int]:
         raise EnvironmentProblem(f"can't listen at {address}", hint="choose another with --listen HOST:PORT") from exc
     ours = None if address.startswith("unix:") else (address.rpartition(":")[0].strip("[]"), port)
     # Taken as streams that are read once: a call that sends one message looks the same, and one that sends none can be ended.
+    large = threading.Lock()
     handlers = {
         name: grpc.stream_unary_rpc_method_handler(
-            _answering(call, silence, ours), getattr(pb, f"{name}Request").FromString, lambda m: m.SerializeToString()
+            _answering(call, getattr(pb, f"{name}Request").FromString, large, silence, ours),
+            response_serializer=lambda m: m.SerializeToString(),
         )
         for name, call in calls.items()
     }
@@ -370,17 +372,43 @@ def serve(runtime: Runtime, address: str) -> tuple[grpc.Server, int]:
 
 
 def _answering(
-    carry_out: Callable[[Any, Call], Message], silence: Silence, ours: tuple[str, int] | None
-) -> Callable[[Iterator[Any], grpc.ServicerContext], Message]:
-    def answer(sent: Iterator[Any], context: grpc.ServicerContext) -> Message:
+    carry_out: Callable[[Any, Call], Message],
+    parse: Callable[[bytes], Any],
+    large: threading.Lock,
+    silence: Silence,
+    ours: tuple[str, int] | None,
+) -> Callable[[Iterator[bytes], grpc.ServicerContext], Message]:
+    def answer(sent: Iterator[bytes], context: grpc.ServicerContext) -> Message:
         try:
-            return carry_out(silence.message(sent, context), Call(context, ours))
-        except (CallError, RequestError) as exc:
-            error = messages.refused(exc) if isinstance(exc, RequestError) else exc
-            context.abort(getattr(grpc.StatusCode, error.code), error.message)
-            raise AssertionError("abort raises") from exc
+            message = silence.message(sent, context)
+            call = Call(context, ours)
+            with _alone(large, call) if len(message) > LARGE_BYTES else contextlib.nullcontext():
+                request = parse(message)
+                del message  # as large as the request, which is large
+                return carry_out(request, call)
+        except DecodeError as exc:
+            code, why = "INTERNAL", f"not a message of this call: {exc}"
+        except RequestError as exc:
+            code, why = messages.CODES.get(exc.status, "INTERNAL"), exc.message
+        except CallError as exc:
+            code, why = exc.code, exc.message
+        # Out here, where no traceback keeps what the call held until the collector comes by.
+        context.abort(getattr(grpc.StatusCode, code), why)
+        raise AssertionError("abort raises")
 
     return answer
+
+
+@contextlib.contextmanager
+def _alone(large: threading.Lock, call: Call) -> Iterator[None]:
+    """Be the only one. Raises CallError when nobody waits for it any more."""
+    while not large.acquire(timeout=LOOK_S):
+        if call.is_over:
+            raise CallError("CANCELLED", "nobody waits for the answer any more")
+    try:
+        yield
+    finally:
+        large.release()
 
 
 def _refusing(why: str) -> Callable[[Iterator[bytes], grpc.ServicerContext], bytes]:

@@ -17,7 +17,7 @@ from google.protobuf.message import Message
 from edgefleet_agent.runtime import open_inference_pb2
 from edgefleet_agent.runtime.head import MAX_BODY_BYTES
 from edgefleet_agent.runtime.json_data import MAX_PIECES
-from edgefleet_agent.runtime.protocol import MAX_RANK, RegionUse, RequestError, region_use
+from edgefleet_agent.runtime.protocol import MAX_RANK, RegionUse, region_use
 from edgefleet_agent.runtime.tensors import NUMPY, element_count
 
 pb: Any = open_inference_pb2  # its messages are made from a descriptor when it is imported
@@ -55,11 +55,6 @@ def failed(status: int, body: bytes) -> CallError:
     except (msgspec.DecodeError, KeyError, TypeError):
         message = f"the runtime answered with status {status}"
     return CallError(CODES.get(status, "INTERNAL"), message)
-
-
-def refused(error: RequestError) -> CallError:
-    """What would be an HTTP status as the call's end."""
-    return CallError(CODES.get(error.status, "INTERNAL"), error.message)
 
 
 def to_http(request: Any, read: Read) -> tuple[bytes, list[Bytes]]:

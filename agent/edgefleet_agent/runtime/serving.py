@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import os
 import socket
 import time
 
@@ -30,20 +29,17 @@ class Serving:
 
     Args:
         link: the channel to the front.
-        arenas: descriptors of the inputs' and the answers' memory; closed here.
+        arenas: the inputs' and the answers' memory.
 
     Raises:
         EdgefleetError: the engine can't load or run it.
     """
 
     def __init__(
-        self, link: socket.socket, arenas: tuple[int, int], start: Start, config: ModelConfig, layout: Layout
+        self, link: socket.socket, arenas: tuple[Arena, Arena], start: Start, config: ModelConfig, layout: Layout
     ) -> None:
         self._link = link
-        inputs = Arena(arenas[0], start.slot_count, start.input_bytes, writable=False)
-        answers = Arena(arenas[1], start.slot_count, start.answer_bytes, writable=True)
-        for fd in arenas:
-            os.close(fd)
+        inputs, answers = arenas
         self._inputs, self._answers = inputs.slots, answers.slots
         self._takes = [(spec.name, NUMPY[spec.datatype]) for spec in config.inputs]
         self._gives = [(spec.name, NUMPY[spec.datatype]) for spec in config.outputs]

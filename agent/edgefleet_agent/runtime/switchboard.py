@@ -214,6 +214,7 @@ class Switchboard:
         for version in self._loaded.values():
             version.check_hang()
             version.check_memory()
+            version.give_memory_back(time.monotonic())
         if self._candidate is not None:
             self._candidate.check_memory()
 

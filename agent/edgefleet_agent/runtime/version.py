@@ -165,6 +165,11 @@ class Version:
         if self._worker is not None and self.pid and (problem := self._overgrown(self.pid)):
             self._worker.kill(problem)
 
+    def give_memory_back(self, now: float) -> None:
+        """See :meth:`.WorkerProcess.give_memory_back`."""
+        if self._worker is not None:
+            self._worker.give_memory_back(now)
+
     def _overgrown(self, pid: int) -> str:
         """How a process broke its memory limit; empty when it did not."""
         resident = resident_bytes(pid)

@@ -6,6 +6,7 @@ the front.
 
 from __future__ import annotations
 
+import os
 import socket
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from edgefleet_agent import confinement
 from edgefleet_agent.runtime import channel
 from edgefleet_agent.runtime.channel import Failed, Ready, Start
 from edgefleet_agent.runtime.engines import devices
+from edgefleet_agent.runtime.shm import Arena
 
 
 def main(link: socket.socket, arenas: tuple[int, int]) -> int:
@@ -24,7 +26,7 @@ def main(link: socket.socket, arenas: tuple[int, int]) -> int:
 
     Args:
         link: the channel to the front.
-        arenas: descriptors of the inputs' and the answers' memory, see :mod:`shm`.
+        arenas: descriptors of the inputs' and the answers' memory, see :mod:`shm`; closed here.
 
     Returns:
         the process's exit status.
@@ -32,6 +34,10 @@ def main(link: socket.socket, arenas: tuple[int, int]) -> int:
     confinement.die_with_parent()
     start = channel.decode_to_worker(link.recv(channel.MAX_MESSAGE_BYTES))
     assert isinstance(start, Start)
+    inputs = Arena(arenas[0], start.slot_count, start.input_bytes, writable=False)
+    answers = Arena(arenas[1], start.slot_count, start.answer_bytes, writable=True)
+    for fd in arenas:
+        os.close(fd)  # before anything runs that could open the inputs' file for writing by its descriptor
     try:
         config = msgspec.json.decode(start.config, type=ModelConfig)
         layout = Layout(Path(start.layout))
@@ -41,7 +47,7 @@ def main(link: socket.socket, arenas: tuple[int, int]) -> int:
         # numpy and the engine are imported behind the confinement: their code runs with no more rights than the model's.
         from edgefleet_agent.runtime.serving import Serving
 
-        serving = Serving(link, arenas, start, config, layout)
+        serving = Serving(link, (inputs, answers), start, config, layout)
     except EdgefleetError as exc:
         link.send(channel.encode(Failed(exc.as_dict())))
         return 1

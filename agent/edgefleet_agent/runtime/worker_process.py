@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import socket
 import time
@@ -21,9 +22,12 @@ from edgefleet_agent.runtime.shadow import Shadow
 from edgefleet_agent.runtime.tensors import NUMPY, element_count
 from edgefleet_agent.sandbox import describe_exit
 
+log = logging.getLogger("edgefleet.runtime")
+
 EXIT_GRACE_S = 0.5  # between the end of a worker's channel and the end of the worker
 PATIENCE_S = 10.0  # how long loading may stand aside: on a board that is always busy it would never end
 LEAVING_S = 0.3  # and how long ending may
+COMMON_SHARE = 16  # that part of a slot's answer memory is commonly needed: a slot is for as many pictures
 KEPT_SLOTS = 2  # never lent: clients that are slow to fill theirs must not keep whole requests out
 
 
@@ -66,6 +70,7 @@ class WorkerProcess:
         self._output_types = [NUMPY[spec.datatype] for spec in config.outputs]
         self._child: Child | None = None
         self._link: socket.socket | None = None
+        self._unused: shm.Unused | None = shm.Unused(start.slot_count, time.monotonic())
         self._inputs: shm.Arena | None = None
         self._answers: shm.Arena | None = None
         self._ready: asyncio.Future[Ready] = self._loop.create_future()
@@ -145,13 +150,43 @@ class WorkerProcess:
 
     def _share(self) -> list[int]:
         """Make the shared memory; returns the descriptors of inputs and answers, for the process."""
-        start = self._start
-        fds = [shm.create(start.slot_count, size) for size in (start.input_bytes, start.answer_bytes)]
-        self._inputs = shm.Arena(fds[0], start.slot_count, start.input_bytes, writable=True)
-        self._answers = shm.Arena(fds[1], start.slot_count, start.answer_bytes, writable=False)
-        for fd, against_writing in zip(fds, (True, False), strict=True):
-            shm.seal(fd, against_writing=against_writing)
-        return fds
+        start, fds, given = self._start, [], []
+        try:
+            fds += [shm.create(start.slot_count, start.input_bytes)]
+            given += [shm.reading(fds[0])]
+            fds += [shm.create(start.slot_count, start.answer_bytes)]
+            given += [os.dup(fds[1])]
+            self._inputs = shm.Arena(fds[0], start.slot_count, start.input_bytes, writable=True)
+            # Nothing here writes answers, but pages are given back through what could.
+            self._answers = shm.Arena(fds[1], start.slot_count, start.answer_bytes, writable=True, shown_writable=False)
+            for fd in fds:
+                shm.seal(fd)
+        except OSError:
+            for fd in given:
+                os.close(fd)
+            raise
+        finally:
+            for fd in fds:
+                os.close(fd)
+        return given
+
+    def give_memory_back(self, now: float) -> None:
+        """Let go of memory that only unusually large requests needed. Call a few times a second, with :func:`time.monotonic`."""
+        start, unused = self._start, self._unused
+        if unused is None or self._inputs is None or self._answers is None:
+            return
+        for job, slot in self._jobs.values():
+            if sum(tensor.size for tensor in job.request.form.inputs) > start.touch_bytes:
+                unused.saw_large(slot, now)
+        index = unused.due(now)
+        if index is None or index not in self._free:
+            return
+        try:
+            self._inputs.give_back(index, start.touch_bytes)
+            self._answers.give_back(index, start.answer_bytes // COMMON_SHARE)
+        except OSError as exc:
+            log.warning("memory_is_kept", extra={"problem": exc.strerror})
+            self._unused = None
 
     def lend(self, body_bytes: int, header_bytes: int) -> Lease | None:
         """A slot for a body that is coming, so placed that what is behind its header is aligned; None when there is none to spare."""
