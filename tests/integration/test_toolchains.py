@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
+from edgefleet_controller.cli import output
 from edgefleet_controller.cli.main import main
 from edgefleet_controller.compile import environments, inventory
 from edgefleet_controller.compile.environments import Lock, examine, folder_of
@@ -322,7 +323,8 @@ toolchains.run(
 
 
 def fleet(cache: Path, *arguments: str) -> Any:
-    environment = {"EDGEFLEET_CACHE": str(cache), "EDGEFLEET_HOME": str(cache / "home"), "COLUMNS": "250"}
+    environment = {"EDGEFLEET_CACHE": str(cache), "EDGEFLEET_HOME": str(cache / "home")}
+    output.console.width = 250  # it looked for COLUMNS when it was made; whoever runs the tests may have set that
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         return CliRunner().invoke(main, ["toolchain", *arguments], env=environment, catch_exceptions=False)
