@@ -151,16 +151,18 @@ def test_a_model_that_outgrows_its_memory_budget_is_killed_and_ships_only_by_for
     assert forced.figures.unmeasured == ("agreement", "latency", "memory")
 
 
-def children() -> list[int]:
-    return [int(pid) for pid in Path(f"/proc/self/task/{threading.get_native_id()}/children").read_text().split()]
+def children() -> set[int]:
+    """Pids, of the dead that nobody waited for too. Other tests' libraries may keep some, such as a resource tracker."""
+    return {int(pid) for pid in Path(f"/proc/self/task/{threading.get_native_id()}/children").read_text().split()}
 
 
 def test_an_engine_that_crashes_while_measuring_is_a_quality_miss_that_names_the_signal(bench: Bench) -> None:
+    others = children()
     version = bench.version(project(bench.folder, classifier()))
 
     def crash(what: str, _done: int, _total: int) -> None:
         if what == "running held-out pictures":
-            for pid in children():
+            for pid in children() - others:
                 os.kill(pid, signal.SIGSEGV)
 
     with pytest.raises(QualityError, match="engine died: SIGSEGV"):
@@ -168,6 +170,7 @@ def test_an_engine_that_crashes_while_measuring_is_a_quality_miss_that_names_the
 
 
 def test_a_compile_can_be_cancelled_and_leaves_no_process_and_no_half_result(bench: Bench) -> None:
+    others = children()
     version = bench.version(project(bench.folder, classifier()))
 
     def stop(what: str, _done: int, _total: int) -> None:
@@ -176,16 +179,17 @@ def test_a_compile_can_be_cancelled_and_leaves_no_process_and_no_half_result(ben
 
     with pytest.raises(Cancelled, match="onnxruntime quantize was cancelled"):
         bench.compile(version, class_here(), progress=stop)
-    assert children() == []
+    assert children() <= others
     for kind in ("quantized", "compiled"):
         assert list((bench.folder / "cache" / kind).iterdir()) == []
 
 
 def test_a_compile_that_takes_too_long_is_stopped(bench: Bench) -> None:
+    others = children()
     version = bench.version(project(bench.folder, classifier()))
     with pytest.raises(ToolchainError, match="ran past its limit"):
         bench.compile(version, class_here(), limits=Limits(prepare_s=0.05))
-    assert children() == []
+    assert children() <= others
 
 
 def test_an_operator_that_tflite_lacks_is_named_with_its_node(bench: Bench) -> None:
