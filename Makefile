@@ -11,9 +11,10 @@ KEY := $(shell { cat requirements/dev.txt */pyproject.toml; pwd; } | sha256sum |
 READY := .venv/.ready-$(KEY)
 BIN := .venv/bin
 PYTHON ?= $(shell scripts/find-python)
-# As many at once as there are processors; a file stays in one process, because its tests share what is costly to start.
+# As many at once as there are processors. A file stays in one process, because its tests share what is costly to start, and files keep
+# their order, so that none runs behind one that it does not run behind by itself.
 WORKERS ?= $(shell nproc)
-PARALLEL := -n $(WORKERS) --dist loadfile
+PARALLEL := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-zA-Z0-9%_-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
