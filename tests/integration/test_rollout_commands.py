@@ -13,7 +13,8 @@ import yaml
 from edgefleet_shared.artifact import digest_of
 from edgefleet_shared.outcomes import Outcome
 from support.broker import until
-from support.fleet import FakeBoard, Fleet, alive, broker_pid, device_class, workers_of, write
+from support.fleet import FakeBoard, Fleet, broker_pid, device_class, workers_of, write
+from support.processes import alive
 
 
 @pytest.fixture(scope="module")

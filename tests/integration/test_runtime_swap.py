@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from edgefleet_shared.errors import ArtifactError, ConflictError, EdgefleetError, EngineError, NotFoundError
 from support import artifacts
+from support.processes import assert_ends
 from support.runtimes import Load, Runtime, running, until
 
 
@@ -445,7 +446,7 @@ def test_a_worker_does_not_outlive_a_killed_runtime(runtime: Runtime) -> None:
     served(runtime)
     pid = runtime.version("1").pid
     runtime.stop(signal.SIGKILL)
-    until(lambda: not Path(f"/proc/{pid}").exists() or "Z" in Path(f"/proc/{pid}/stat").read_text().split(")")[1][:3])
+    assert_ends(pid, "the worker")
 
 
 def test_sigterm_answers_what_is_in_flight_and_ends_with_0(runtime: Runtime) -> None:

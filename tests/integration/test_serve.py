@@ -20,7 +20,8 @@ from edgefleet_controller.transport.broker import find_mosquitto
 from edgefleet_shared.artifact import digest_of
 from edgefleet_shared.clock import SystemClock
 from support.broker import free_port, until
-from support.fleet import FLEET, Fleet, alive, broker_pid, device_class
+from support.fleet import FLEET, Fleet, broker_pid, device_class
+from support.processes import alive
 
 # ---------------------------------------------------------------------------------------------------------- making a fleet
 

@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from edgefleet_controller.compile.environments import Lock, examine, folder_of
 from edgefleet_controller.compile.toolchains import Toolchain, Toolchains
 from edgefleet_controller.compile.watching import Cancelled, ChildDied
 from edgefleet_shared.errors import EnvironmentProblem, ModelError, ToolchainError
+from support.processes import assert_ends
 
 CACHE = Path(os.environ.get("EDGEFLEET_CACHE", Path.home() / ".cache" / "edgefleet"))
 PINNED = (
@@ -281,11 +281,7 @@ def test_what_a_crashed_child_had_started_ends_with_it(pristine: Path, tmp_path:
     body = "import subprocess\np = subprocess.Popen(['sleep', '600'])\nopen('pid', 'w').write(str(p.pid))\nraise ValueError('odd')"
     with pytest.raises(ToolchainError, match="odd"):
         child(pristine, tmp_path, body)
-    status = Path(f"/proc/{(tmp_path / 'work' / 'pid').read_text()}/stat")
-    deadline = time.monotonic() + 10
-    while status.exists() and status.read_text().rpartition(")")[2].split()[0] != "Z":
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    assert_ends(int((tmp_path / "work" / "pid").read_text()), "what it had started")
 
 
 def test_a_child_ends_with_the_worker_that_was_killed(pristine: Path, tmp_path: Path) -> None:
@@ -312,11 +308,7 @@ toolchains.run(
     finally:
         process.kill()
         process.communicate()
-    status = Path(f"/proc/{(tmp_path / 'work' / 'pid').read_text()}/stat")
-    deadline = time.monotonic() + 10
-    while status.exists() and status.read_text().rpartition(")")[2].split()[0] != "Z":
-        assert time.monotonic() < deadline, "it would work on for hours, for nobody"
-        time.sleep(0.02)
+    assert_ends(int((tmp_path / "work" / "pid").read_text()), "the child, for hours and for nobody,")
 
 
 # --- the command line ------------------------------------------------------------------------------------------------------

@@ -245,10 +245,3 @@ def workers_of(pid: int) -> list[int]:
     """The compile workers among a process' children."""
     children = [int(p) for task in Path(f"/proc/{pid}/task").iterdir() for p in (task / "children").read_text().split()]
     return [p for p in children if b"edgefleet_controller.compile.worker" in Path(f"/proc/{p}/cmdline").read_bytes()]
-
-
-def alive(pid: int) -> bool:
-    try:
-        return "Z" not in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except FileNotFoundError:
-        return False
