@@ -70,9 +70,9 @@ _AUDIT = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7, "armv7l": 0x40000028}
 _UNKNOWN = {"clone3": 435, "openat2": 437}
 _CLONE = {"x86_64": 56, "aarch64": 220, "armv7l": 120}
 _CLONE_THREAD = 0x10000
-# Calls that name a process first: this one only. abort() signals its own process. 0 means itself to prlimit, and a whole group to kill.
+# Calls that name a process first: this one only. abort() signals its own process. 0 means itself to prlimit and sched_setaffinity, and a whole group to kill.
 _KILLS = {"x86_64": (62, 234), "aarch64": (129, 131), "armv7l": (37, 268)}  # kill, tgkill
-_PRLIMIT = {"x86_64": 302, "aarch64": 261, "armv7l": 369}
+_ITSELF = {"x86_64": (302, 203), "aarch64": (261, 122), "armv7l": (369, 241)}  # prlimit64, sched_setaffinity
 # Calls of which only some are refused: number -> (which argument, its refused values).
 # To outlive the parent; to have the kernel signal another process when something comes; to type at the terminal that it was started from.
 _PRCTL, _FCNTL, _IOCTL = (0, (1,)), (1, (fcntl.F_SETOWN, fcntl.F_SETSIG, 15)), (1, (0x5412, 0x541C, 0x8901, 0x8902))
@@ -120,7 +120,8 @@ def program(machine: str, pid: int) -> bytes:
     for number in _KILLS[machine]:
         code += _for_call(number, [_argument(0), (_JUMP_EQUAL, 0, 1, pid), allow, refuse])
     itself = [_argument(0), (_JUMP_EQUAL, 1, 0, 0), (_JUMP_EQUAL, 0, 1, pid), allow, refuse]
-    code += _for_call(_PRLIMIT[machine], itself)
+    for number in _ITSELF[machine]:
+        code += _for_call(number, itself)
     for number, (which, values) in _IN_PART[machine].items():
         some: _Code = [_argument(which)]
         for value in values:

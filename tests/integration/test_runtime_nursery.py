@@ -15,7 +15,7 @@ from support.runtimes import until
 
 def test_a_worker_is_killed_when_what_started_it_has_died_and_nobody_has_heard_of_it_yet() -> None:
     async def story() -> int:
-        nursery = Nursery()
+        nursery = Nursery(1)
         nursery.open()
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         fds = [theirs.fileno(), shm.create(1, 4096), shm.create(1, 4096)]

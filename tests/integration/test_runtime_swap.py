@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -153,16 +154,48 @@ def test_a_worker_that_loads_stands_aside_for_what_serves_and_serves_in_the_firs
     served(runtime)
     serving = runtime.version("1").pid
     (spawner,) = children_of(runtime.client.ping().pid)
-    new, seen = runtime.add("2"), set()
+    everything = os.sched_getaffinity(0)
+    new, policies, overlaps = runtime.add("2"), set(), []
     with ThreadPoolExecutor(1) as pool:
         loading = pool.submit(runtime.client.load, new)
         while not loading.done():
-            seen |= {policy_of(pid) for pid in children_of(spawner) if pid != serving}
+            for pid in children_of(spawner):
+                if pid != serving:
+                    policies.add(policy_of(pid))
+                    with suppress(ProcessLookupError):
+                        overlaps.append(os.sched_getaffinity(pid) & os.sched_getaffinity(serving))
         loading.result()
-    assert 5 in seen
+    assert 5 in policies
+    assert set() in overlaps or len(everything) == 1
     pid = runtime.version("2").pid
-    assert {policy_of(int(thread.name)) for thread in Path(f"/proc/{pid}/task").iterdir()} == {0}
+    assert {policy_of(thread) for thread in threads_of(pid)} == {0}
     assert policy_of(serving) == policy_of(spawner) == 0
+    assert all(os.sched_getaffinity(thread) == everything for thread in threads_of(pid) + threads_of(serving))
+
+
+@pytest.mark.parametrize("engine", ["onnxruntime", "tflite", "openvino"])
+def test_an_engine_that_was_loaded_on_one_processor_is_not_tied_to_it(
+    runtime: Runtime, engine: artifacts.EngineName
+) -> None:
+    served(runtime)
+    new = runtime.add("2", engine=engine)
+    runtime.client.load(new)
+    runtime.client.switch(new)
+    with Load(runtime) as load:
+        load.seen("2", 20)
+        pid = runtime.version("2").pid
+        assert {frozenset(os.sched_getaffinity(thread)) for thread in threads_of(pid)} == {
+            frozenset(os.sched_getaffinity(0))
+        }
+    assert load.failed == []
+
+
+def test_a_candidate_that_dies_while_it_loads_leaves_its_processor_to_what_serves(runtime: Runtime) -> None:
+    served(runtime)
+    serving = runtime.version("1").pid
+    with pytest.raises(EdgefleetError):
+        runtime.client.load(runtime.add("2", behaviour="crash"))
+    assert all(os.sched_getaffinity(thread) == os.sched_getaffinity(0) for thread in threads_of(serving))
 
 
 def test_memory_does_not_grow_by_swaps(runtime: Runtime) -> None:
@@ -204,6 +237,10 @@ def test_without_the_right_to_come_back_a_worker_stands_aside_only_as_far_as_it_
 
 def children_of(pid: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def threads_of(pid: int) -> list[int]:
+    return [int(thread.name) for thread in Path(f"/proc/{pid}/task").iterdir()]
 
 
 def policy_of(pid: int) -> int | None:

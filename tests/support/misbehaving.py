@@ -123,6 +123,7 @@ def escape(report: Callable[[str], None], request: dict[str, object]) -> None:
     parent = os.getppid()
     attempt(report, "limit parent", lambda: resource.prlimit(parent, resource.RLIMIT_CORE, (0, 0)))
     attempt(report, "put parent behind", lambda: os.sched_setscheduler(parent, os.SCHED_OTHER, os.sched_param(0)))
+    attempt(report, "pin parent", lambda: os.sched_setaffinity(parent, os.sched_getaffinity(parent)))
     attempt(report, "renice parent", lambda: os.setpriority(os.PRIO_PROCESS, parent, 0))
     attempt(report, "have the kernel signal parent", lambda: fcntl.fcntl(1, fcntl.F_SETOWN, parent))
     attempt(report, "outlive parent", lambda: _prctl(_PR_SET_PDEATHSIG, 0))

@@ -93,7 +93,7 @@ async def serve(state: Path, address: tuple[str, int] | None, socket_path: Path,
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    nursery = Nursery()
+    nursery = Nursery(threads)
     nursery.open()  # while nobody waits for an answer
     switchboard = Switchboard(slots.artifacts(state), threads, nursery)
     server: Server

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from edgefleet_shared.errors import EngineError
 
 from edgefleet_agent.runtime import spawner
+from edgefleet_agent.runtime.priority import Precedence
 from edgefleet_agent.runtime.spawner import Ended, Kill, Spawn, Spawned
 from edgefleet_agent.sandbox import child_environment
 
@@ -23,20 +24,38 @@ log = logging.getLogger("edgefleet.runtime")
 class Child:
     """A worker process. ``ended`` is its exit status as :func:`subprocess.Popen.returncode` has it."""
 
-    def __init__(self, number: int, pid: int, ended: asyncio.Future[int], kill: Callable[[], None]) -> None:
+    def __init__(
+        self, number: int, pid: int, ended: asyncio.Future[int], kill: Callable[[], None], precedence: Precedence
+    ) -> None:
         self.number, self.pid, self.ended = number, pid, ended
-        self._kill = kill
+        self._kill, self._precedence = kill, precedence
+        ended.add_done_callback(lambda _: precedence.leave(pid))
 
     def kill(self) -> None:
         """Kill it, unless it has ended."""
         if not self.ended.done():
             self._kill()
 
+    def step_back(self) -> None:
+        """Nobody waits for its work any more: what serves must not feel it."""
+        if not self.ended.done():
+            self._precedence.step_back(self.pid)
+
+    def come_forward(self) -> None:
+        """It serves now, or has stood aside for too long."""
+        if not self.ended.done():
+            self._precedence.come_forward(self.pid)
+
 
 class Nursery:
-    """Starts the spawner when it is first needed, and again when it died."""
+    """Starts the spawner when it is first needed, and again when it died.
 
-    def __init__(self) -> None:
+    Args:
+        threads: of one inference.
+    """
+
+    def __init__(self, threads: int) -> None:
+        self._precedence = Precedence(apart=threads == 1)
         self._link: socket.socket | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._number = 0
@@ -91,7 +110,9 @@ class Nursery:
             self._awaited.pop(number)
             self._ended.pop(number)
             raise EngineError(f"the worker could not be started: {exc}") from exc
-        return Child(number, await pid, ended, lambda: self._order(Kill(number)))
+        child = Child(number, await pid, ended, lambda: self._order(Kill(number)), self._precedence)
+        self._precedence.join(child.pid, aside=aside)
+        return child
 
     def close(self) -> None:
         """End the spawner, and with it whatever it started."""

@@ -13,7 +13,7 @@ from edgefleet_shared.artifact import ModelConfig
 from edgefleet_shared.contract import TensorSpec
 from edgefleet_shared.errors import EngineError, from_dict
 
-from edgefleet_agent.runtime import channel, priority, protocol, shm
+from edgefleet_agent.runtime import channel, protocol, shm
 from edgefleet_agent.runtime.channel import Done, Failed, Observed, Ready, Refused, Run, Start
 from edgefleet_agent.runtime.job import Job, Lease
 from edgefleet_agent.runtime.nursery import Child, Nursery
@@ -133,10 +133,10 @@ class WorkerProcess:
             self.kill("could not be told what to load")
             await self._child.ended
             raise EngineError(f"the worker could not be told what to load: {exc.strerror}") from exc
-        hurry = self._loop.call_later(min(PATIENCE_S, limit_s / 4), priority.come_forward, self.pid)
+        hurry = self._loop.call_later(min(PATIENCE_S, limit_s / 4), self._child.come_forward)
         try:
             ready = await asyncio.wait_for(asyncio.shield(self._ready), limit_s)
-            priority.come_forward(self.pid)
+            self._child.come_forward()
             return ready
         except asyncio.TimeoutError:
             self.kill(f"did not finish loading within {limit_s:g} s")
@@ -278,8 +278,8 @@ class WorkerProcess:
         while self._jobs and self._loop.time() < deadline and not child.ended.done():
             await asyncio.sleep(0.005)
         # Its end takes a while too: all its memory is given back.
-        priority.step_back(self.pid)
-        hurry = self._loop.call_later(LEAVING_S, priority.come_forward, self.pid)
+        child.step_back()
+        hurry = self._loop.call_later(LEAVING_S, child.come_forward)
         self._close_link()
         try:
             await asyncio.wait_for(asyncio.shield(child.ended), max(0.5, deadline - self._loop.time()))

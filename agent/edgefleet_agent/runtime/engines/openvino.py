@@ -8,8 +8,11 @@ Source: OpenVINO's Python API, ``Core.read_model(model=, weights=)`` and ``Core.
 
 from __future__ import annotations
 
+import contextlib
+import os
 import sys
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,16 +44,36 @@ class OpenvinoEngine:
         return openvino
 
     def load(self, path: Path, config: ModelConfig, threads: int) -> OpenvinoSession:
-        openvino = self.load_library()
+        with _every_processor():
+            openvino = self.load_library()
+            core = openvino.Core()
+            core.get_versions("CPU")  # loads what computes
         xml, weights = _members(path)
-        core = openvino.Core()
-        options = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": 1}
+        options: dict[str, Any] = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": 1}
+        # Else it computes in bfloat16 where the processor can, with two or three digits, and the model is not the one that was looked at.
+        options["INFERENCE_PRECISION_HINT"] = "f32"
+        # Else its thread stays on one processor, whoever else wants that one and whichever is free.
+        options["ENABLE_CPU_PINNING"] = False
         try:
             model = core.read_model(model=xml, weights=openvino.Tensor(weights))
             compiled = core.compile_model(model, "CPU", options)
         except RuntimeError as exc:
             raise EngineError(f"openvino can't load the model: {_last_line(exc)}") from exc
         return OpenvinoSession(compiled, config)
+
+
+@contextlib.contextmanager
+def _every_processor() -> Iterator[None]:
+    """OpenVINO notes which processors it may use when it is loaded, and never looks again: a process that loads on one of them would
+    compute on that one for good."""
+    before = os.sched_getaffinity(0)
+    with contextlib.suppress(OSError):
+        os.sched_setaffinity(0, range(os.cpu_count() or 1))  # those that are not ours are left out by the kernel
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            os.sched_setaffinity(0, before)
 
 
 def _members(path: Path) -> tuple[bytes, Array]:
