@@ -8,6 +8,7 @@ no apt, its row says so.
 
 from __future__ import annotations
 
+import argparse
 import os
 import re
 import shutil
@@ -198,4 +199,5 @@ def exposure() -> list[Row]:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__).parse_args()
     main()
