@@ -15,7 +15,7 @@ import msgspec
 import onnx
 import pytest
 from edgefleet_controller.compile.environments import Lock, lock_named
-from edgefleet_controller.compile.port import all_targets
+from edgefleet_controller.compile.port import installed_targets
 from edgefleet_controller.compile.steps import Limits
 from edgefleet_controller.compile.toolchains import Toolchains
 from edgefleet_controller.compile.watching import Cancelled
@@ -239,7 +239,7 @@ def test_an_installation_that_fails_says_why_and_is_tried_again(bench: Bench) ->
 
 
 def test_locks_are_hashed_and_name_no_index() -> None:
-    for name in sorted({target.toolchain for target in all_targets().values()}):
+    for name in sorted({target.toolchain for target in installed_targets().targets.values()}):
         lock = lock_named(name).hashed
         assert "://" not in lock
         packages = re.findall(r"^\S+==\S+.*(?:\n {4}--hash=.*)+", lock, re.M)

@@ -12,6 +12,7 @@ import pytest
 from edgefleet_controller.manifests import Model
 from edgefleet_shared import artifact, golden
 from edgefleet_shared.errors import QualityError
+from onnx import helper
 from safetensors.numpy import save_file
 from support.compiling import ENGINES, Bench, class_here
 from support.networks import Net, classifier, project
@@ -75,6 +76,21 @@ def test_a_float_tflite_answers_as_onnxruntime_does(bench: Bench, build: Any) ->
     version = bench.version(project(bench.folder, net.model(shape, opset=14), **raw))
     target = class_here("tflite", precision="fp32", accuracy={"min_agreement": 1.0})
     assert bench.compile(version, target).figures.agreement == 1.0
+
+
+def test_an_output_that_the_network_itself_reads_on_in_float_is_served_by_tflite(bench: Bench) -> None:
+    net = Net()
+    net.conv(3, 6, stride=4)
+    net.add("Flatten")
+    net.add("Identity")
+    net.nodes[-1].output[:] = ["all"]
+    net.add("ReduceMax", first="all", axes=[1], keepdims=1)  # ai-edge-quantizer leaves it in float
+    model = net.model([1, 1])
+    model.graph.output.append(helper.make_tensor_value_info("all", onnx.TensorProto.FLOAT, [1, 384]))
+    manifest = project(bench.folder, model, output={"kind": "raw"}, acceptance={"tolerance_abs": 0.2})
+    result = bench.compile(bench.version(manifest), class_here("tflite", search={"effort": "fixed", "prefer": "size"}))
+    assert (result.precision, result.quality) == ("int8", "passed")
+    assert min(result.figures.sqnr_db_by_output.values()) > 20
 
 
 @pytest.mark.parametrize("opset", [7, 9])

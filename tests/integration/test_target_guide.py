@@ -11,15 +11,18 @@ from pathlib import Path
 import onnx
 import pytest
 import yaml
+from click.testing import CliRunner
+from edgefleet_controller.cli import output
+from edgefleet_controller.cli.main import main
 from edgefleet_controller.compile.inventory import targets_of, try_out
 from edgefleet_controller.compile.pipeline import compile_version
-from edgefleet_controller.compile.port import all_targets
+from edgefleet_controller.compile.port import installed_targets, target_named
 from edgefleet_controller.compile.toolchains import Toolchains
 from edgefleet_controller.manifests import DeviceClass
 from edgefleet_controller.source import import_model
 from edgefleet_shared import artifact
 from edgefleet_shared.artifact import Layout
-from edgefleet_shared.errors import ManifestError, ModelError
+from edgefleet_shared.errors import ManifestError, ModelError, ToolchainError
 from support.networks import Net, classifier, project
 
 GUIDE = Path(__file__).resolve().parents[2] / "docs" / "guides" / "writing-a-target.md"
@@ -94,8 +97,36 @@ def test_what_the_guides_target_refuses_is_told_in_its_words(installed: DeviceCl
 
 
 def test_the_inventory_knows_the_guides_target_and_tries_it_out(installed: DeviceClass) -> None:
-    assert "half-weights" in all_targets()
+    assert "half-weights" in installed_targets().targets
     (target,) = [one for one in targets_of("onnxruntime") if one.name == "half-weights"]
     trial = try_out(Toolchains(TOOLCHAINS), target, lambda *_: None)
     assert trial.problem == ""
     assert "fp16" in trial.told
+
+
+BROKEN = {
+    "does not import": ("raise ValueError('no licence')", "the target broken-one is installed but broken: ValueError: no licence"),
+    "was not finished": (f"{block('python')}\ndel HalfWeightsTarget.tools, HalfWeightsTarget.halves_weights", "it has no tools, halves_weights"),
+    "calls itself otherwise": (block("python"), "it calls itself 'half-weights', unlike its entry point"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("how", BROKEN)
+def test_a_target_that_is_broken_is_told_and_keeps_no_other_from_its_work(
+    how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text, told = BROKEN[how]
+    (tmp_path / "broken_one.py").write_text(text)
+    metadata = tmp_path / "broken_one-1.0.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: broken-one\nVersion: 1.0\n")
+    (metadata / "entry_points.txt").write_text("[edgefleet.targets]\nbroken-one = broken_one:HalfWeightsTarget\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "broken_one", raising=False)
+    with pytest.raises(ToolchainError, match=told):
+        target_named("broken-one")
+    assert {"onnxruntime", "tflite"} <= set(installed_targets().targets)
+    output.console.width = 250
+    listed = CliRunner().invoke(main, ["toolchain", "list"], env={"EDGEFLEET_CACHE": str(tmp_path / "cache"), "EDGEFLEET_HOME": str(tmp_path / "home")})  # fmt: skip
+    assert listed.exit_code == 0, listed.output
+    assert re.search(told, " ".join(listed.output.split()))

@@ -7,10 +7,13 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +21,12 @@ import pytest
 from click.testing import CliRunner
 from edgefleet_controller.cli import output
 from edgefleet_controller.cli.main import main
-from edgefleet_controller.compile import environments, inventory
+from edgefleet_controller.compile import environments, inventory, watching
 from edgefleet_controller.compile.environments import Lock, examine, folder_of
 from edgefleet_controller.compile.toolchains import Toolchain, Toolchains
 from edgefleet_controller.compile.watching import Cancelled, ChildDied
 from edgefleet_shared.errors import EnvironmentProblem, ModelError, ToolchainError
-from support.processes import assert_ends
+from support.processes import alive, assert_ends
 
 CACHE = Path(os.environ.get("EDGEFLEET_CACHE", Path.home() / ".cache" / "edgefleet"))
 PINNED = (
@@ -277,30 +280,101 @@ def test_a_child_that_runs_out_of_a_real_disk_says_so(pristine: Path, tmp_path: 
         child(pristine, tmp_path, body)
 
 
-def test_what_a_crashed_child_had_started_ends_with_it(pristine: Path, tmp_path: Path) -> None:
-    body = "import subprocess\np = subprocess.Popen(['sleep', '600'])\nopen('pid', 'w').write(str(p.pid))\nraise ValueError('odd')"
-    with pytest.raises(ToolchainError, match="odd"):
-        child(pristine, tmp_path, body)
-    assert_ends(int((tmp_path / "work" / "pid").read_text()), "what it had started")
+# What a vendor's compiler does: a shell script that starts others, and one that leaves the child's group and session behind it.
+STARTS = """
+import subprocess
+subprocess.Popen(["sh", "-c", "sh -c 'echo $$ > nested; sleep 600' & wait"])
+subprocess.Popen(["sh", "-c", "setsid sh -c 'echo $$ > daemon; sleep 600' &"]).wait()
+while not all(os.path.exists(name) and open(name).read() for name in ("nested", "daemon")):
+    time.sleep(0.02)
+"""
 
 
-def test_a_child_ends_with_the_worker_that_was_killed(pristine: Path, tmp_path: Path) -> None:
-    (tmp_path / "target.py").write_text(
-        CHILD.replace(
-            "BODY", "open('pid', 'w').write(str(os.getpid()))\n    progress('begun', 2, 2)\n    time.sleep(600)"
-        )
-    )
-    worker = f"""
+def assert_nothing_is_left(work: Path) -> None:
+    for name in ("nested", "daemon"):
+        assert_ends(int((work / name).read_text()), f"what the child had started ({name})")
+
+
+@pytest.mark.parametrize("last", ["raise ValueError('odd')", "os.kill(os.getpid(), 11)", "return {}"])
+def test_what_a_child_had_started_ends_with_it_however_it_ends(pristine: Path, tmp_path: Path, last: str) -> None:
+    with nullcontext() if "return" in last else pytest.raises(ToolchainError):
+        child(pristine, tmp_path, STARTS + last)
+    assert_nothing_is_left(tmp_path / "work")
+
+
+def test_a_cancelled_child_that_closed_its_output_ends_with_all_that_it_started(pristine: Path, tmp_path: Path) -> None:
+    cancel = threading.Event()
+    threading.Thread(target=lambda: _set_when(cancel, tmp_path / "work" / "closed"), daemon=True).start()
+    with pytest.raises(Cancelled):
+        child(
+            pristine, tmp_path, f"{STARTS}\nos.closerange(3, 20)\nopen('closed', 'w').close()\ntime.sleep(600)", cancel=cancel, limit_s=60
+        )  # fmt: skip
+    assert_nothing_is_left(tmp_path / "work")
+
+
+def _set_when(event: threading.Event, file: Path) -> None:
+    while not file.exists():
+        threading.Event().wait(0.02)
+    event.set()
+
+
+def test_memory_that_what_a_child_started_takes_counts(pristine: Path, tmp_path: Path) -> None:
+    held = "import sys, time; held = bytearray(400_000_000); held[::4096] = b'x' * len(held[::4096]); time.sleep(60)"
+    with pytest.raises(ChildDied, match="over its memory limit of 200000000 bytes"):
+        child(
+            pristine, tmp_path, f"import subprocess\nsubprocess.run([sys.executable, '-c', {held!r}])", memory_bytes=200_000_000
+        )  # fmt: skip
+
+
+def test_a_child_that_floods_its_log_is_stopped_before_the_disk_is_full(
+    pristine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(watching, "MAX_LOG_BYTES", 1_000_000)
+    with pytest.raises(ToolchainError, match="tiny try printed more than 1 MB and was stopped"):
+        child(pristine, tmp_path, "while True: sys.stderr.write('again and again\\n' * 1000)")
+
+
+def test_a_vendors_program_is_heard_while_it_runs_and_of_too_many_words_the_first_and_the_last_are_kept(
+    pristine: Path, tmp_path: Path
+) -> None:
+    script = "echo error: the reason; head -c 100000000 /dev/zero | tr '\\0' x; echo; echo the end"
+    body = f"from children import vendor\ncode, said = vendor.call(['sh', '-c', {script!r}], '.')\nimport resource\n"
+    body += "return {'code': code, 'said': len(said), 'first': said[:17], 'last': said[-8:], 'kb': resource.getrusage(0).ru_maxrss}"
+    found = child(pristine, tmp_path, body)
+    assert (found["code"], found["first"], found["last"]) == (0, "error: the reason", "the end\n")
+    assert found["said"] < 5_000_000
+    assert found["kb"] < 80_000
+    assert (tmp_path / "child.log").stat().st_size > 100_000_000
+    (tmp_path / "child.log").unlink()
+    hangs = "from children import vendor\nvendor.call(['sh', '-c', 'echo optimising layer 7; sleep 600'], '.')"
+    with pytest.raises(ToolchainError, match="ran past its limit of 2 s"):
+        child(pristine, tmp_path, hangs, limit_s=2)
+    assert "optimising layer 7" in (tmp_path / "child.log").read_text()
+
+
+KILLED_WORKER = """
 from pathlib import Path
 from edgefleet_controller.compile.environments import Lock
 from edgefleet_controller.compile.toolchains import Toolchains
-here, toolchains = Path({str(tmp_path)!r}), Toolchains(Path({str(pristine)!r}))
-toolchains.run(
-    toolchains.ensure(Lock({TINY.name!r}, {TINY.text!r})), str(here / "target.py"), {{"action": "try"}}, here / "work", here / "child.log",
-    limit_s=600, progress=lambda *step: print(*step, flush=True),
-)
+here, toolchains, tiny = Path(HERE), Toolchains(Path(CACHE)), Lock(NAME, TEXT)
+tell = lambda *step: print(*step, flush=True)
+toolchain = toolchains.ensure(tiny, tell)
+toolchains.run(toolchain, str(here / "target.py"), {"action": "try"}, here / "work", here / "child.log", limit_s=600, progress=tell)
 """
-    process = subprocess.Popen([sys.executable, "-c", worker], stdout=subprocess.PIPE, text=True)
+
+
+def worker(cache: Path, tmp_path: Path, body: str) -> subprocess.Popen[str]:
+    """Another process that does that job."""
+    (tmp_path / "target.py").write_text(CHILD.replace("BODY", body.replace("\n", "\n    ")))
+    text = KILLED_WORKER
+    for name, value in {"HERE": tmp_path, "CACHE": cache, "NAME": TINY.name, "TEXT": TINY.text}.items():
+        text = text.replace(name, repr(str(value)))
+    return subprocess.Popen([sys.executable, "-c", text], stdout=subprocess.PIPE, text=True)
+
+
+def test_a_child_and_what_it_started_end_with_the_worker_that_was_killed(pristine: Path, tmp_path: Path) -> None:
+    body = f"open('pid', 'w').write(str(os.getpid()))\n{STARTS}\nprogress('begun', 2, 2)\ntime.sleep(600)"
+    process = worker(pristine, tmp_path, body)
     try:
         assert process.stdout is not None
         while "begun" not in process.stdout.readline():
@@ -309,6 +383,38 @@ toolchains.run(
         process.kill()
         process.communicate()
     assert_ends(int((tmp_path / "work" / "pid").read_text()), "the child, for hours and for nobody,")
+    assert_nothing_is_left(tmp_path / "work")
+
+
+def test_an_installation_ends_with_the_worker_that_was_killed_and_the_next_one_is_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as index:  # takes pip's question, and never answers
+        with monkeypatch.context() as patch:
+            patch.setenv("PIP_INDEX_URL", f"http://127.0.0.1:{index.getsockname()[1]}/simple")
+            patch.setenv("PIP_TIMEOUT", "300")
+            process = worker(tmp_path, tmp_path, "return {}")
+        index.settimeout(120)
+        asked, _ = index.accept()
+        process.kill()
+        process.communicate()
+        deadline = time.monotonic() + 10
+        while running := [pid for pid in _pids() if str(tmp_path).encode() in _command(pid)]:
+            assert time.monotonic() < deadline, f"{running} install on, into a folder that is another's by now"
+            time.sleep(0.02)
+        asked.close()
+    assert Toolchains(tmp_path).ensure(TINY).packages["typing_extensions"] == "4.16.0"
+
+
+def _pids() -> list[int]:
+    return [int(folder.name) for folder in Path("/proc").iterdir() if folder.name.isdigit() and alive(int(folder.name))]
+
+
+def _command(pid: int) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b""
 
 
 # --- the command line ------------------------------------------------------------------------------------------------------

@@ -48,6 +48,8 @@ if set(given) != known or given["framework"] != "5" or given["input_format"] not
     stop(f"ATC start working now, please wait for a moment.\\nE10007: [PID: 12] options are {sorted(given)}")
 if not re.fullmatch(r"Ascend\\d+\\w*", given["soc_version"]):
     stop(f"E10001: Value [{given['soc_version']}] for parameter [--soc_version] is invalid.")
+if "ASCEND_OPP_PATH" not in os.environ or "tbe" not in os.environ.get("PYTHONPATH", ""):
+    stop("E10000: ASCEND_OPP_PATH and PYTHONPATH are not set: source set_env.sh")
 if not re.fullmatch(r"(\\w+:\\d+(,\\d+)*)(;\\w+:\\d+(,\\d+)*)*", given["input_shape"]) or not os.path.isfile(given["model"]):
     stop("E10002: shape or model")
 BEHAVIOUR
@@ -65,6 +67,8 @@ for folder, kind in zip(given["data_dir"].split(";"), given["data_types"].split(
     files = sorted(Path(folder).glob("*.bin"))
     if kind != "float32" or not files or any(f.stat().st_size % 4 for f in files):
         stop("error: calibration data")
+if "ASCEND_OPP_PATH" not in os.environ:
+    stop("error: source set_env.sh")
 BEHAVIOUR
 Path(given["save_path"] + "_deploy_model.onnx").write_bytes(Path(given["model"]).read_bytes())
 Path(given["save_path"] + "_fake_quant_model.onnx").write_bytes(Path(given["model"]).read_bytes())
@@ -136,6 +140,14 @@ def install(
         program.chmod(0o755)
     (folder / "compiler" / "version.info").write_text(f"Version={version or '7.0.0.5.242'}\nversion_dir=CANN-7.0.0\n")
     monkeypatch.setenv("PATH", f"{programs}:/usr/bin:/bin")
+    if {"atc", "amct_onnx"} & set(
+        names
+    ):  # as CANN's set_env.sh, whose Python packages a toolchain's own Python must not import
+        python = folder / "python" / "tbe"
+        python.mkdir(parents=True, exist_ok=True)
+        (python / "numpy.py").write_text("raise ImportError('this is CANN's, for another Python')")
+        monkeypatch.setenv("ASCEND_OPP_PATH", str(folder / "opp"))
+        monkeypatch.setenv("PYTHONPATH", str(python))
     return programs
 
 

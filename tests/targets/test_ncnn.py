@@ -7,12 +7,16 @@ import zipfile
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 from edgefleet_agent.runtime import engines
+from edgefleet_controller.compile.port import CompileResult
+from edgefleet_controller.manifests import Model
 from edgefleet_controller.source import ModelVersion, import_model
 from edgefleet_shared import golden
 from edgefleet_shared.artifact import GOLDEN_LAYER
 from edgefleet_shared.errors import ModelError
+from safetensors.numpy import save_file
 from support import trained
 from support.networks import Net, project
 
@@ -49,6 +53,10 @@ def test_an_operator_that_ncnn_lacks_is_named_with_its_node(workshop, tmp_path: 
 def test_the_boards_engine_gives_the_same_answers(workshop) -> None:
     version = workshop.version(trained.digits)
     result = workshop.compile(version, "ncnn", precision="fp32")
+    assert_the_board_answers_so(workshop, result)
+
+
+def assert_the_board_answers_so(workshop, result: CompileResult) -> None:
     manifest = workshop.layout.manifest(result.artifact.digest)
     config = workshop.layout.config(manifest)
     session = engines.find("ncnn").load(workshop.shipped(result), config, threads=1)
@@ -59,3 +67,60 @@ def test_the_boards_engine_gives_the_same_answers(workshop) -> None:
     assert session.providers == ("CPU",)
     for name, wanted in references.items():
         np.testing.assert_allclose(answers[name], wanted, rtol=1e-3, atol=1e-3 * np.abs(wanted).max())
+
+
+def attention(tmp_path: Path) -> Model:
+    """A network without a convolution, over words rather than pictures: 16 of 8 numbers, mixed, and one class out of 4."""
+    net = Net()
+    rows = {name: net.constant(net.rng.normal(size=(8, 8)).astype(np.float32)) for name in ("query", "key", "value")}
+    query, key, value = (net.add("MatMul", weight, first="image") for weight in rows.values())
+    turned = net.add("Transpose", first=key, perm=[0, 2, 1])
+    shares = net.add("Softmax", first=net.add("MatMul", turned, first=query), axis=-1)
+    net.add("ReduceMean", first=net.add("MatMul", value, first=shares), axes=[1], keepdims=0)
+    net.dense(8, 4)
+    model = net.model([1, 4])
+    del model.graph.input[0].type.tensor_type.shape.dim[:]
+    for size in (1, 16, 8):
+        model.graph.input[0].type.tensor_type.shape.dim.add().dim_value = size
+    return words(tmp_path, model)
+
+
+def words(folder: Path, model: onnx.ModelProto) -> Model:
+    """The manifest over a network of rows of numbers, with samples."""
+    (folder / "net.onnx").write_bytes(model.SerializeToString(deterministic=True))
+    shape = [d.dim_value for d in model.graph.input[0].type.tensor_type.shape.dim][1:]
+    counts = {"calibration": 8, "holdout": 32, "golden": 8}
+    for seed, (split, count) in enumerate(counts.items()):
+        samples = np.random.default_rng(seed).normal(size=(count, *shape)).astype(np.float32)
+        save_file({"image": samples}, folder / f"{split}.safetensors")
+    spec = {"version": "1", "source": {"path": "net.onnx"}} | {s: {"path": f"{s}.safetensors"} for s in counts}
+    return Model.model_validate({"kind": "Model", "metadata": {"name": "words"}, "spec": spec})
+
+
+def test_a_network_in_which_nothing_tells_the_batch_axis_answers_here_and_by_the_boards_engine(
+    workshop, tmp_path: Path
+) -> None:
+    version = import_model(attention(tmp_path), tmp_path, workshop.layout, cache=tmp_path)
+    result = workshop.compile(version, "ncnn", precision="fp32")
+    assert (result.quality, result.figures.agreement) == ("passed", 1.0)
+    assert result.figures.sqnr_db > 60
+    assert_the_board_answers_so(workshop, result)
+
+
+def test_an_operator_that_ncnn_has_under_that_name_with_other_parameters_is_named_with_its_node(
+    workshop, tmp_path: Path
+) -> None:
+    net = Net()
+    turned = net.add("Transpose", perm=[1, 0, 2])
+    weights = [net.constant(net.rng.normal(size=s).astype(np.float32)) for s in ((1, 64, 8), (1, 64, 16), (1, 128))]
+    lost = net.add("LSTM", *weights, first=turned, hidden_size=16)
+    net.nodes[-1].output[:] = ["", "last"]
+    net.add("Squeeze", net.constant(np.array([0], np.int64)), first="last")
+    net.dense(16, 4)
+    model = net.model([1, 4])
+    del model.graph.input[0].type.tensor_type.shape.dim[:]
+    for size in (1, 12, 8):
+        model.graph.input[0].type.tensor_type.shape.dim.add().dim_value = size
+    version = import_model(words(tmp_path, model), tmp_path, workshop.layout, cache=tmp_path)
+    with pytest.raises(ModelError, match=rf"ncnn has no operator LSTM \(node '{lost}'\)"):
+        workshop.compile(version, "ncnn", precision="fp32")

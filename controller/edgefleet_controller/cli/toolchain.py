@@ -65,7 +65,13 @@ def list_toolchains(home: Path, as_json: bool) -> None:
         shown = [
             msgspec.to_builtins(s) | {"targets": [t.name for t in known[s.name]], "use": _use(s.name)} for s in states
         ]
-        document({"toolchains": shown, "programs": [msgspec.to_builtins(p) for p in programs]})
+        document(
+            {
+                "toolchains": shown,
+                "programs": [msgspec.to_builtins(p) for p in programs],
+                "broken_targets": inventory.broken_targets(),
+            }
+        )
         return
     rows = []
     for state in states:
@@ -81,6 +87,8 @@ def list_toolchains(home: Path, as_json: bool) -> None:
         ("name", "targets", "version", "where, or what is missing"),
         [(p.name, ", ".join(p.targets), p.version, p.path or p.problem) for p in programs],
     )
+    for problem in inventory.broken_targets().values():
+        say(f"BAD {problem}")
 
 
 @toolchain.command()

@@ -26,7 +26,7 @@ import msgspec
 from edgefleet_shared import atomic
 from edgefleet_shared.errors import EnvironmentProblem, ToolchainError
 
-from edgefleet_controller.compile.watching import Child, last_line, watch
+from edgefleet_controller.compile.watching import Child, last_line, last_words, watch
 
 Progress = Callable[[str, int, int], None]
 
@@ -225,7 +225,7 @@ def _fill(folder: Path, lock: Lock, log: Path, cancel: threading.Event, progress
 
 
 def _failure(lock: Lock, log: Path) -> EnvironmentProblem | ToolchainError:
-    text = log.read_text(errors="replace")
+    text = last_words(log)
     # On a full disk the log may be empty too.
     if any(words in text for words in _FULL) or shutil.disk_usage(log.parent).free < SPARE_BYTES:
         return _disk_full(lock, log.parent)

@@ -24,7 +24,7 @@ from safetensors.numpy import save_file
 from edgefleet_controller.compile import environments, tools
 from edgefleet_controller.compile.environments import Lock, Progress, State
 from edgefleet_controller.compile.pipeline import compile_version
-from edgefleet_controller.compile.port import Target, all_targets, lock_of
+from edgefleet_controller.compile.port import Target, installed_targets, lock_of
 from edgefleet_controller.compile.toolchains import Toolchains
 from edgefleet_controller.compile.tools import MissingTool
 from edgefleet_controller.manifests import DeviceClass, Model
@@ -74,7 +74,7 @@ class Trial(msgspec.Struct, frozen=True, kw_only=True):
 def by_toolchain() -> dict[str, list[Target]]:
     """Every toolchain by name, with the installed targets that compile in it: none, for those :data:`BESIDE` targets."""
     found: dict[str, list[Target]] = {name: [] for name in BESIDE}
-    for target in all_targets().values():
+    for target in installed_targets().targets.values():
         found.setdefault(target.toolchain, []).append(target)
     return dict(sorted(found.items()))
 
@@ -105,7 +105,7 @@ def state(root: Path, name: str) -> State:
 def programs() -> list[Program]:
     """Every vendor's program that a target calls."""
     wanted: dict[str, tuple[tools.Tool, list[str]]] = {}
-    for target in all_targets().values():
+    for target in installed_targets().targets.values():
         for tool in target.tools:
             wanted.setdefault(tool.name, (tool, []))[1].append(target.name)
     found = []
@@ -117,6 +117,11 @@ def programs() -> list[Program]:
         else:
             found.append(Program(name=name, targets=tuple(users), version=here.version, path=here.path, problem=""))
     return found
+
+
+def broken_targets() -> dict[str, str]:
+    """Installed targets that can't be used, by name, and why."""
+    return installed_targets().broken
 
 
 def try_out(toolchains: Toolchains, target: Target, progress: Progress) -> Trial:

@@ -7,7 +7,7 @@ which toolchain's environment it needs, which module of :mod:`.children` works t
 from __future__ import annotations
 
 from importlib.metadata import entry_points
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import msgspec
 from edgefleet_shared.artifact import Descriptor
@@ -148,7 +148,7 @@ def target_named(name: str) -> Target:
     """The installed compile target of that name.
 
     Raises:
-        ToolchainError: there is none, or it can't be imported.
+        ToolchainError: there is none, or it can't be imported, or lacks something of :class:`Target`.
     """
     found = {entry.name: entry for entry in entry_points(group=ENTRY_POINTS)}
     if name not in found:
@@ -156,17 +156,42 @@ def target_named(name: str) -> Target:
             f"no target {name} installed; have: {', '.join(sorted(found)) or 'none'}",
             hint="install a package that offers it, or build this class elsewhere (spec.build)",
         )
+    hint = (
+        "install the version of its package that is for this edgefleet, or remove it; docs/guides/writing-a-target.md"
+    )
     try:
         made: Target = found[name].load()()
-    except (ImportError, AttributeError) as exc:
-        raise ToolchainError(f"the target {name} is installed but broken: {exc}") from exc
+    except Exception as exc:  # a stranger's code, which may raise anything
+        raise ToolchainError(
+            f"the target {name} is installed but broken: {type(exc).__name__}: {exc}", hint=hint
+        ) from exc
+    lacking = [part for part in (*Target.__annotations__, "options") if not hasattr(made, part)]
+    if lacking:
+        raise ToolchainError(f"the target {name} is installed but broken: it has no {', '.join(lacking)}", hint=hint)
+    if made.name != name:
+        raise ToolchainError(
+            f"the target {name} is installed but broken: it calls itself {made.name!r}, unlike its entry point",
+            hint=hint,
+        )
     return made
 
 
-def all_targets() -> dict[str, Target]:
-    """Every installed target by name. Raises as :func:`target_named`."""
-    names = sorted(entry.name for entry in entry_points(group=ENTRY_POINTS))
-    return {name: target_named(name) for name in names}
+class Installed(NamedTuple):
+    """Every installed target by name, and why each that is broken can't be used."""
+
+    targets: dict[str, Target]
+    broken: dict[str, str]
+
+
+def installed_targets() -> Installed:
+    """What there is: one that is broken keeps no other from being used."""
+    found = Installed({}, {})
+    for name in sorted({entry.name for entry in entry_points(group=ENTRY_POINTS)}):
+        try:
+            found.targets[name] = target_named(name)
+        except ToolchainError as exc:
+            found.broken[name] = str(exc)
+    return found
 
 
 def lock_of(target: Target) -> Lock:

@@ -275,11 +275,15 @@ def _best(fitting: Sequence[Trial], prefer: str) -> Trial:
             return min((t for t in fast if t.figures.compiled_bytes <= small * MOST_BYTES), key=quiet)
 
 
+# Why one that fits was not taken.
+_LOSES = {"latency": "not faster", "size": "not smaller", "transfer": "no fewer bytes sent", "accuracy": "not as exact"}
+
+
 def _why(chosen: Trial, trials: Sequence[Trial], spec: DeviceClassSpec) -> str:
     if chosen.recipe.precision == spec.precision:
         return f"{chosen.recipe.told()}: best of {len(trials)} tried for {spec.search.prefer}"
     lost = [t for t in trials if t.recipe.precision == spec.precision]
     if not lost:
         return f"{chosen.recipe.precision} is shipped, because {spec.precision} can't be made"
-    reasons = "; ".join(f"{t.recipe.told()}: {', '.join(t.misses) or 'not faster'}" for t in lost[:4])
+    reasons = "; ".join(f"{t.recipe.told()}: {', '.join(t.misses) or _LOSES[spec.search.prefer]}" for t in lost[:4])
     return f"{chosen.recipe.precision} is shipped, because no {spec.precision} candidate is better here ({reasons})"

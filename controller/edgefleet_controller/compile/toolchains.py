@@ -47,6 +47,7 @@ class Toolchain(msgspec.Struct, frozen=True):
     lock_hash: str
     packages: dict[str, str]
     tools: dict[str, str] = {}
+    variables: dict[str, str] = {}  # of the environment, that those programs want
 
 
 class _Line(msgspec.Struct):
@@ -76,7 +77,10 @@ class Toolchains:
             return toolchain
         told = hashlib.sha256(json.dumps([(f.name, f.version, f.content) for f in found]).encode()).hexdigest()[:12]
         return msgspec.structs.replace(
-            toolchain, lock_hash=f"{toolchain.lock_hash}-{told}", tools={f.name: f.version for f in found}
+            toolchain,
+            lock_hash=f"{toolchain.lock_hash}-{told}",
+            tools={f.name: f.version for f in found},
+            variables={name: value for f in found for name, value in f.variables.items()},
         )
 
     def ensure(self, wanted: str | Lock, progress: Progress = lambda *_: None, *, again: bool = False) -> Toolchain:
@@ -124,7 +128,7 @@ class Toolchains:
             work: folder for the request; the child's working folder.
             log_file: gets, at its end, what the child and its libraries print; outlives the job.
             limit_s: the child is killed after so many seconds.
-            memory_bytes: the child is killed when more than this is resident.
+            memory_bytes: the child is killed when more than this is resident, of it and what it started.
 
         Raises:
             EdgefleetError: what the child refused, as it said it.
@@ -154,7 +158,8 @@ class Toolchains:
             command=[toolchain.python, "-s", str(_START), module, str(request_file)],
             environment={k: v for k, v in os.environ.items() if k in _KEPT}
             | _JOB_ENVIRONMENT
-            | {"EDGEFLEET_STARTED_BY": str(os.getpid())},
+            # Not as they are: a vendor's PYTHONPATH would lead the toolchain's own Python astray.
+            | {"EDGEFLEET_VENDORS_VARIABLES": json.dumps(toolchain.variables)},
             folder=work,
             log=log_file,
             limit_s=limit_s,

@@ -7,10 +7,12 @@ model's key, by version and by the program's content.
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import shutil
 import subprocess
 from collections.abc import Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import msgspec
@@ -32,7 +34,8 @@ class Tool(msgspec.Struct, frozen=True, kw_only=True):
 
     ``ask``: arguments that make it tell its version, which ``version`` finds in what it prints (one group); both empty: a file
     ``version_file``, relative to the folder that the program really lies in, tells; all empty: it can't be asked. ``within``: the versions that
-    the adapter was written for. ``get``: where it comes from. ``only_for``: the precision that needs it; empty: any.
+    the adapter was written for. ``get``: where it comes from. ``only_for``: the precision that needs it; empty: any. ``variables``: of the
+    environment, as patterns such as ``ASCEND_*``: what its maker's set-up exports and it does not run without.
     """
 
     name: str
@@ -42,15 +45,18 @@ class Tool(msgspec.Struct, frozen=True, kw_only=True):
     version_file: str = ""
     within: str = ""
     only_for: str = ""
+    variables: tuple[str, ...] = ()
 
 
 class Found(msgspec.Struct, frozen=True, kw_only=True):
-    """A program on this machine. ``version`` may be :data:`UNKNOWN`; ``content`` is a hash of the program's file."""
+    """A program on this machine. ``version`` may be :data:`UNKNOWN`; ``content`` is a hash of the program's file; ``variables`` are those of this
+    process that the program wants, by name."""
 
     name: str
     path: str
     version: str
     content: str
+    variables: dict[str, str] = {}
 
 
 def find(tool: Tool) -> Found:
@@ -69,7 +75,8 @@ def find(tool: Tool) -> Found:
         )
     with open(path, "rb") as stream:
         content = hashlib.sha256(stream.read()).hexdigest()[:16]
-    return Found(name=tool.name, path=path, version=version, content=content)
+    variables = {k: v for k, v in os.environ.items() if any(fnmatchcase(k, pattern) for pattern in tool.variables)}
+    return Found(name=tool.name, path=path, version=version, content=content, variables=variables)
 
 
 def find_all(tools: Sequence[Tool], precision: str) -> tuple[Found, ...]:

@@ -1,7 +1,7 @@
 """Stage 2, compile: child processes. Receives a command, hands on its lines as they come and its exit status; ends it when told to.
 
-A child leads a session of its own: whatever ends it (cancel, time, memory) ends all that it started, vendors' compilers too. What
-it and its libraries print besides goes to a log that outlives it.
+Between this process and a child stands a guard (:mod:`.guard`): whatever ends the child (its own end, cancel, time, memory, the death of this
+process) ends all that it started, vendors' compilers too. What it and its libraries print besides goes to a log that outlives it.
 """
 
 from __future__ import annotations
@@ -9,8 +9,10 @@ from __future__ import annotations
 import contextlib
 import os
 import selectors
+import shutil
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -19,8 +21,12 @@ from pathlib import Path
 import msgspec
 from edgefleet_shared.errors import ToolchainError
 
+from edgefleet_controller.compile import guard
+
 POLL_S = 0.05  # how often cancel, time and memory are looked at
 MAX_LINE_BYTES = 16 * 1024 * 1024  # of an answer; what is longer is none
+MAX_LOG_BYTES = 256 * 1024 * 1024  # of one child: what prints more is in a loop, and would fill the disk
+LAST_WORDS_BYTES = 256 * 1024
 
 
 class Cancelled(ToolchainError):
@@ -42,7 +48,7 @@ class ChildDied(ToolchainError):
 class Child(msgspec.Struct, frozen=True, kw_only=True):
     """What to run and within which limits.
 
-    ``name`` is for messages. ``memory_bytes``: killed when more than this is resident (None: no limit).
+    ``name`` is for messages. ``memory_bytes``: killed when more than this is resident, of it and all that it started (None: no limit).
     """
 
     name: str
@@ -55,17 +61,18 @@ class Child(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def watch(child: Child, line: Callable[[bytes], None], cancel: threading.Event) -> int:
-    """Run a child to its end; returns its exit status, negative for a signal.
+    """Run a child to its end, and what it started with it; returns its exit status, negative for a signal.
 
     Args:
         line: gets each line of its standard output, without the newline. What it raises ends the child.
 
     Raises:
-        Cancelled: the event was set. ChildDied: over its memory. ToolchainError: can't be started, or ran past its limit.
+        Cancelled: the event was set. ChildDied: over its memory. ToolchainError: can't be started, ran past its limit, or floods its log.
     """
     deadline = time.monotonic() + child.limit_s
     child.log.parent.mkdir(parents=True, exist_ok=True)
     with child.log.open("ab") as log:
+        longest_log = os.fstat(log.fileno()).st_size + MAX_LOG_BYTES
         process = _start(child, log.fileno())
     assert process.stdout is not None
     pending = b""
@@ -73,8 +80,8 @@ def watch(child: Child, line: Callable[[bytes], None], cancel: threading.Event) 
         with selectors.DefaultSelector() as selector:
             os.set_blocking(process.stdout.fileno(), False)
             selector.register(process.stdout, selectors.EVENT_READ)
-            while True:
-                _check(child, process.pid, deadline, cancel)
+            while True:  # the guard holds the other end, too: it is open until all have ended
+                _check(child, process.pid, deadline, longest_log, cancel)
                 if not selector.select(timeout=POLL_S):
                     continue
                 piece = process.stdout.read(65536)
@@ -85,16 +92,10 @@ def watch(child: Child, line: Callable[[bytes], None], cancel: threading.Event) 
                     raise ToolchainError(f"{child.name} prints a line without an end", hint=f"see {child.log}")
                 for text in complete:
                     line(text)
-        code = process.wait(timeout=max(1.0, deadline - time.monotonic()))
-        if code != 0:  # what it had started may have outlived it
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-        return code
-    except subprocess.TimeoutExpired as exc:
-        raise ToolchainError(f"{child.name} closed its output but did not end", hint=f"see {child.log}") from exc
+        return process.wait()
     finally:
         if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
+            process.terminate()
             process.wait()
         process.stdout.close()
 
@@ -108,39 +109,57 @@ def signal_name(number: int) -> str:
     return f"{name}, as when this machine runs out of memory" if number == signal.SIGKILL else name
 
 
+def last_words(log: Path) -> str:
+    """A log's end."""
+    with log.open("rb") as stream:
+        stream.seek(max(0, os.fstat(stream.fileno()).st_size - LAST_WORDS_BYTES))
+        return stream.read(LAST_WORDS_BYTES).decode(errors="replace")
+
+
 def last_line(log: Path) -> str:
     """The last line of a log that says anything: where Python and most tools put the reason."""
-    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    lines = [line.strip() for line in last_words(log).splitlines() if line.strip()]
     return lines[-1][:400] if lines else "no output"
 
 
 def _start(child: Child, log: int) -> subprocess.Popen[bytes]:
+    """The guard of the child, which starts it."""
+    program = child.command[0]
+    if shutil.which(program) is None:
+        raise ToolchainError(
+            f"can't start {program}: it is no program here", hint="fleet toolchain check says what is missing"
+        )
     try:
         return subprocess.Popen(
-            list(child.command), cwd=child.folder, env=child.environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-            stderr=log, start_new_session=True,
+            [sys.executable, "-I", "-S", guard.__file__, str(os.getpid()), *child.command], cwd=child.folder, env=child.environment,
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log, start_new_session=True,
         )  # fmt: skip
     except OSError as exc:
-        raise ToolchainError(
-            f"can't start {child.command[0]}: {exc.strerror}", hint="fleet toolchain check says what is missing"
-        ) from exc
+        raise ToolchainError(f"can't start {program}: {exc.strerror}") from exc
 
 
-def _check(child: Child, pid: int, deadline: float, cancel: threading.Event) -> None:
+def _check(child: Child, pid: int, deadline: float, longest_log: int, cancel: threading.Event) -> None:
     if cancel.is_set():
         raise Cancelled(f"{child.name} was cancelled")
     if time.monotonic() > deadline:
         raise ToolchainError(
             f"{child.name} ran past its limit of {child.limit_s:.0f} s and was stopped", hint=f"see {child.log}"
         )
+    if child.log.stat().st_size > longest_log:
+        raise ToolchainError(
+            f"{child.name} printed more than {MAX_LOG_BYTES / 1e6:.0f} MB and was stopped", hint=f"see {child.log}"
+        )
     if child.memory_bytes is not None and _resident_bytes(pid) > child.memory_bytes:
         how = f"over its memory limit of {child.memory_bytes} bytes (SIGKILL)"
         raise ChildDied(child.name, how, f"see {child.log}")
 
 
-def _resident_bytes(pid: int) -> int:
-    try:
-        pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
-    except (OSError, IndexError):
-        return 0  # it has just ended
+def _resident_bytes(guarding: int) -> int:
+    """Of all that a guard started."""
+    pages, left = 0, guard.children(guarding)
+    while left:
+        pid = left.pop()
+        left += guard.children(pid)
+        with contextlib.suppress(OSError, IndexError):  # it has just ended
+            pages += int(Path(f"/proc/{pid}/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE")

@@ -27,7 +27,7 @@ from edgefleet_controller.compile.cache_limit import keep_within
 from edgefleet_controller.compile.pipeline import compile_version
 from edgefleet_controller.compile.port import CompileResult
 from edgefleet_controller.compile.toolchains import Toolchains
-from edgefleet_controller.compile.watching import Cancelled
+from edgefleet_controller.compile.watching import Cancelled, last_words
 from edgefleet_controller.manifest_files import parse_value
 from edgefleet_controller.manifests import DeviceClass
 
@@ -122,7 +122,7 @@ def _log(request: JobRequest, began: float) -> str:
     files = (Path(request.cache) / "logs").glob(f"{asked.model}-{asked.version}-{name}-*.log")
     written = sorted((file.stat().st_mtime, file) for file in files)
     return "".join(
-        f"== {file.stem.rpartition('-')[2]}\n{file.read_text(errors='replace')[-MAX_LOG_CHARACTERS:]}\n"
+        f"== {file.stem.rpartition('-')[2]}\n{last_words(file)[-MAX_LOG_CHARACTERS:]}\n"
         for at, file in written
         if at >= began
     )

@@ -3,11 +3,13 @@
 ncnn's network is two files. The blob begins with ``model.bin``, which ncnn reads from the blob's own path and only as far as it goes, and ends
 with a ZIP archive that stores ``model.param``: weights that are handed over in memory would have to stay there, and a confined process
 writes no file. ncnn's methods answer a status where others raise; here that becomes an error. It computes one picture at a time; its values
-are ``in0``, ``out0``, ... in the artifact's order, without the batch axis. Source: ncnn's Python binding (``Net``, ``Extractor``, ``Mat``).
+are ``in0``, ``out0``, ... in the artifact's order, without the batch axis, but where an input's line in ``model.param`` tells its sizes. Source:
+ncnn's Python binding (``Net``, ``Extractor``, ``Mat``).
 """
 
 from __future__ import annotations
 
+import re
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from edgefleet_agent.runtime.tensors import NUMPY, Array
 
 MEMBER = "model.param"
 _MAGIC = b"7767517"  # a .param's first line
+_WITH_SIZES = re.compile(r"^Input\s+in(\d+)\s.*\s0=", re.M)
 
 
 class NcnnEngine:
@@ -50,7 +53,7 @@ class NcnnEngine:
             setattr(network.opt, half, False)
         if network.load_param_mem(param) != 0 or network.load_model(str(path)) != 0:
             raise EngineError("ncnn can't load the model: a layer that this version lacks, or a torn file")
-        session = NcnnSession(ncnn, network, config)
+        session = NcnnSession(ncnn, network, config, {int(n) for n in _WITH_SIZES.findall(param)})
         # The files tell no shapes: one inference shows whether they are the promised ones.
         session.run(
             {s.name: np.zeros([1 if n == -1 else n for n in s.shape], NUMPY[s.datatype]) for s in config.inputs}
@@ -74,8 +77,8 @@ def _param(path: Path) -> str:
 
 
 class NcnnSession:
-    def __init__(self, ncnn: Any, network: Any, config: ModelConfig) -> None:
-        self._ncnn, self._network = ncnn, network
+    def __init__(self, ncnn: Any, network: Any, config: ModelConfig, with_batch_axis: set[int]) -> None:
+        self._ncnn, self._network, self._with_batch_axis = ncnn, network, with_batch_axis
         self._inputs, self._outputs = config.inputs, config.outputs
         for what, found, promised in (
             ("inputs", network.input_names(), [f"in{i}" for i in range(len(config.inputs))]),
@@ -93,9 +96,10 @@ class NcnnSession:
 
     def _run(self, inputs: dict[str, Array]) -> dict[str, Array]:
         extractor = self._network.create_extractor()
-        held = [
-            np.ascontiguousarray(inputs[spec.name][0], np.float32) for spec in self._inputs
-        ]  # a Mat borrows its memory
+        held = []  # a Mat borrows its memory
+        for place, spec in enumerate(self._inputs):
+            value = inputs[spec.name]
+            held.append(np.ascontiguousarray(value if place in self._with_batch_axis else value[0], np.float32))
         for place, value in enumerate(held):
             if extractor.input(f"in{place}", self._ncnn.Mat(value)) != 0:
                 raise EngineError(f"ncnn does not take the input {self._inputs[place].name}")

@@ -12,12 +12,14 @@ from typing import Any
 
 import numpy as np
 import onnx
+from ai_edge_litert import schema_py_generated as schema
 from ai_edge_litert.interpreter import Interpreter
 from onnx import numpy_helper
 
 from . import job
 from .in_float import outside, with_passages
 from .measure import Array, Run, SampleFile, measure
+from .tflite.file import with_served_outputs
 from .tflite.half import halved
 from .tflite.islands import joined
 from .tflite.onnx_to_tflite import Converted, convert
@@ -120,6 +122,7 @@ class _Quantizer:
         in_float |= {value.name for value in self._model.graph.input if any(value.name in n.input for n in nodes)}
         worker = quantizer_of(converted.content, [*sorted(in_float), *converted.whole])
         content = joined(bytes(worker.quantize(self._ranges(recipe["ranges"])).quantized_model))
+        content = with_served_outputs(schema, content, converted.content)
         return halved(content) if left else content
 
     def _calibrate(self, samples: SampleFile, count: int) -> dict[str, Any]:

@@ -8,9 +8,15 @@ from edgefleet_controller.manifests import DeviceClassSpec
 from edgefleet_controller.source import ModelVersion
 
 _CANN = "Huawei's CANN toolkit (hiascend.com); source its set_env.sh before this program starts"
+# What set_env.sh exports besides PATH and LD_LIBRARY_PATH: where operators and the compilers for them lie, in Python too.
+_VARIABLES = ("ASCEND_*", "TOOLCHAIN_HOME", "PYTHONPATH")
 # Neither program tells its version: the toolkit's version.info beside the compiler does.
-ATC = Tool(name="atc", version_file="../version.info", version=r"(?m)^Version=(\d[\w.]*)", within=">=5,<10", get=_CANN)
-AMCT = Tool(name="amct_onnx", only_for="int8", get=f"{_CANN}; AMCT for ONNX is its model compression tool")
+ATC = Tool(
+    name="atc", version_file="../version.info", version=r"(?m)^Version=(\d[\w.]*)", within=">=5,<10", get=_CANN, variables=_VARIABLES
+)  # fmt: skip
+AMCT = Tool(
+    name="amct_onnx", only_for="int8", get=f"{_CANN}; AMCT for ONNX is its model compression tool", variables=_VARIABLES
+)  # fmt: skip
 
 
 class AclTarget:

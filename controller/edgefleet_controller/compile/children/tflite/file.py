@@ -57,3 +57,20 @@ def packed(model: Any) -> bytes:
     builder = flatbuffers.Builder(size + _SPARE_BYTES)
     builder.Finish(model.Pack(builder), _IDENTIFIER)
     return bytes(builder.Output())
+
+
+def with_served_outputs(schema: Any, content: bytes, original: bytes) -> bytes:
+    """A quantized file whose signature names the tensors that the file gives out, in the order of the one that it was made from.
+
+    An output that an operator in float reads, too, has another tensor after quantizing; ai-edge-quantizer 0.10 leaves the signature at the former.
+    """
+    model, before = unpacked(schema, content), unpacked(schema, original)
+    outputs = [int(tensor) for tensor in model.subgraphs[0].outputs]
+    places = [int(tensor) for tensor in before.subgraphs[0].outputs]
+    wanted = {one.name: outputs[places.index(one.tensorIndex)] for one in before.signatureDefs[0].outputs}
+    served = model.signatureDefs[0].outputs
+    if all(one.tensorIndex == wanted[one.name] for one in served):
+        return content
+    for one in served:
+        one.tensorIndex = wanted[one.name]
+    return packed(model)
