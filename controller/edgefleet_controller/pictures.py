@@ -22,7 +22,9 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 Array = npt.NDArray[Any]
-SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff"}
+SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff"}
+# Pictures too, as cameras, telephones and programs write them, that nothing here reads: to pass them by would shift the labels of those behind.
+UNREAD = {".gif", ".heic", ".heif", ".avif", ".jp2", ".jxl", ".svg", ".psd", ".dng", ".cr2", ".cr3", ".nef", ".arw"}
 NEARLY_WHOLE = 0.02  # of a grey level: what rounding leaves of one that was encoded
 # numpy's names of what inputs are made of.
 TYPES = {
@@ -87,7 +89,14 @@ def read_folder(
     """
     if not folder.is_dir():
         raise DataError(f"{split}: no folder {folder}", hint="paths are relative to the manifest's file")
-    files = sorted(f for f in folder.iterdir() if f.suffix.lower() in SUFFIXES and not f.name.startswith("."))
+    shown = sorted(f for f in folder.iterdir() if not f.name.startswith("."))
+    unread = [f.name for f in shown if f.suffix.lower() in UNREAD]
+    if unread:
+        raise DataError(
+            f"{split}: {folder} has {len(unread)} pictures of a kind that is not read here, such as {unread[0]}",
+            hint=f"save them as one of {', '.join(sorted(SUFFIXES))}, or move them away",
+        )
+    files = [f for f in shown if f.suffix.lower() in SUFFIXES]
     wanted = len(files) if count is None else count
     if len(files) < max(wanted, MIN_COUNT):
         raise DataError(f"{split}: {folder} has {len(files)} pictures, {max(wanted, MIN_COUNT)} are needed")
@@ -106,37 +115,40 @@ def read_tensors(
     count: int | None,
     *,
     pictures: tuple[int, int, int] | None = None,
+    origin: str = "",
 ) -> Samples:
     """Read a safetensors file: one tensor per input, first axis the samples; as the network takes them, or uint8 pictures.
 
     Args:
         pictures: height, width and channels of a picture, where the network takes one.
+        origin: what to call the file in errors; default: its path.
 
     Raises:
         DataError: missing, not safetensors, other names, shapes or types than the network's, not finite, constant, too few.
     """
     if not file.is_file():
         raise DataError(f"{split}: no file {file}", hint="paths are relative to the manifest's file")
+    origin = origin or str(file)
     try:
         found = load_file(file)
     except (SafetensorError, ValueError, KeyError, OSError) as exc:
-        raise DataError(f"{split}: {file} is not a safetensors file: {exc}") from exc
+        raise DataError(f"{split}: {origin} is not a safetensors file: {exc}") from exc
     wanted_names = sorted(spec.name for spec in inputs)
     if sorted(found) != wanted_names:
         raise DataError(
-            f"{split}: {file} holds {', '.join(sorted(found)) or 'nothing'}; the network's inputs are {', '.join(wanted_names)}"
+            f"{split}: {origin} holds {', '.join(sorted(found)) or 'nothing'}; the network's inputs are {', '.join(wanted_names)}"
         )
     counts = {len(array) if array.ndim else 0 for array in found.values()}
     available = min(counts)
     wanted = available if count is None else count
     if len(counts) != 1 or available < max(wanted, MIN_COUNT):
-        raise DataError(f"{split}: {file} has {available} samples, {max(wanted, MIN_COUNT)} are needed")
+        raise DataError(f"{split}: {origin} has {available} samples, {max(wanted, MIN_COUNT)} are needed")
     for spec in inputs:
         beside = len(inputs) > 1 and spec.datatype not in ("FP32", "FP16", "FP64")
-        _check(f"{split}: {spec.name} in {file}", found[spec.name][:wanted], spec, pictures, beside=beside)
+        _check(f"{split}: {spec.name} in {origin}", found[spec.name][:wanted], spec, pictures, beside=beside)
     return Samples(
         split,
-        str(file),
+        origin,
         {k: np.ascontiguousarray(a[:wanted]) for k, a in found.items()},
         [f"sample {i}" for i in range(wanted)],
     )

@@ -16,6 +16,7 @@ from edgefleet_shared.errors import DataError
 from edgefleet_controller import pictures, samples_entry
 from edgefleet_controller.manifests import Holdout, PictureInput, Pictures, Pruning, Training
 
+TEXT = "utf-8-sig"  # of labels and characters: editors of Windows put a mark before the first one
 MIN_TRAINING = 64  # samples below which a pruned network is tuned to them and to nothing else
 
 Progress = Callable[[str, int, int], None]  # (what is being done, how many done, of how many)
@@ -47,7 +48,7 @@ def read(
         with tempfile.TemporaryDirectory(prefix="edgefleet-samples-") as temporary:
             written = Path(temporary) / "samples.safetensors"
             samples_entry.write(split, base, source.entry, source.count, written)
-            return pictures.read_tensors(split, written, inputs, source.count, pictures=size)
+            return pictures.read_tensors(split, written, inputs, source.count, pictures=size, origin=source.entry)
     path = base / (source.path or "")
     if path.suffix == ".safetensors":
         return pictures.read_tensors(split, path, inputs, source.count, pictures=size)
@@ -75,7 +76,7 @@ def truth(
         return ()
     path = base / samples.truth
     try:
-        lines = [line.rstrip("\r") for line in path.read_text(encoding="utf-8").rstrip("\n").split("\n")]
+        lines = [line.rstrip("\r") for line in path.read_text(encoding=TEXT).rstrip("\n").split("\n")]
     except (OSError, UnicodeDecodeError) as exc:
         raise DataError(f"can't read the truth {path}: {exc}") from exc
     if len(lines) < count or (samples.count is None and len(lines) != count):

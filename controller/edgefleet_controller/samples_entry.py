@@ -88,4 +88,5 @@ def write(split: str, base: Path, entry: str, count: int | None, target: Path, *
         if status != 0 or not target.is_file():
             said.seek(0)
             lines = said.read().decode(errors="replace").strip().splitlines()
-            raise DataError(f"{split}: {entry} failed: {lines[-1] if lines else f'status {status}'}")
+            ended = "it ended the process before it had given all samples" if status == 0 else f"status {status}"
+            raise DataError(f"{split}: {entry} failed: {lines[-1] if status and lines else ended}")

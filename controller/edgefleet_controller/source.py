@@ -298,7 +298,7 @@ def _labels(manifest: Model, base: Path, outputs: tuple[TensorSpec, ...], origin
         return ()
     path = base / output.labels
     try:
-        labels = tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
+        labels = tuple(line.strip() for line in path.read_text(encoding=sample_sets.TEXT).splitlines() if line.strip())
     except (OSError, UnicodeDecodeError) as exc:
         raise DataError(f"can't read the labels {path}: {exc}") from exc
     if output.kind == "classification" and len(labels) != outputs[0].shape[-1]:
@@ -355,7 +355,7 @@ def _characters(manifest: Model, base: Path, outputs: tuple[TensorSpec, ...], or
     path = base / text.characters
     try:
         # Not splitlines: it also splits at characters that an alphabet may hold.
-        found = [line.rstrip("\r") for line in path.read_text(encoding="utf-8").rstrip("\n").split("\n")]
+        found = [line.rstrip("\r") for line in path.read_text(encoding=sample_sets.TEXT).rstrip("\n").split("\n")]
     except (OSError, UnicodeDecodeError) as exc:
         raise DataError(f"can't read the characters {path}: {exc}") from exc
     found += [" "] if text.space else []

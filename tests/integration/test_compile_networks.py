@@ -403,3 +403,57 @@ def test_an_input_described_otherwise_than_the_network_takes_it_is_told_with_wha
 def test_an_input_described_rightly_is_not_suspected(bench: Bench) -> None:
     version = bench.version(by_colour(bench.folder, {"colour": "BGR"}, {"colour": "BGR", **SCALED}))
     assert bench.compile(version, class_here(precision="fp32")).quality == "passed"
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize(("added", "beta"), [((16, 10), 1.0), ((16, 1), 2.0)])
+def test_a_product_to_which_a_matrix_is_added_is_quantized(
+    bench: Bench, engine: str, added: tuple[int, int], beta: float
+) -> None:
+    """As onnxruntime puts together what places of a picture's parts are added to."""
+    net = Net(6)
+    net.conv(3, 16, stride=4)
+    net.add("Relu")
+    net.add("AveragePool", kernel_shape=[2, 2], strides=[2, 2])
+    net.add("Reshape", net.constant(np.array([16, 16], np.int64)))
+    weight = net.constant(net.rng.normal(size=(16, 10)).astype(np.float32))
+    net.add("Gemm", weight, net.constant(net.rng.normal(size=added).astype(np.float32)), beta=beta)
+    raw = {"output": {"kind": "raw"}, "acceptance": {"tolerance_abs": 1.0}}
+    version = bench.version(project(bench.folder, net.model([16, 10]), **raw))
+    result = bench.compile(version, class_here(engine, search={"effort": "fixed", "prefer": "size"}))
+    assert result.precision == "int8"
+    assert result.figures.sqnr_db > 25
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_an_output_that_is_computed_in_float_and_read_inside_is_served(bench: Bench, engine: str) -> None:
+    net = Net(7)
+    net.conv(3, 16, stride=4)
+    net.add("Relu")
+    net.add("AveragePool", kernel_shape=[4, 4], strides=[4, 4])
+    features = net.add("Flatten")
+    net.add("Abs")
+    net.add("ReduceMean", axes=[1], keepdims=1)
+    scaled = net.add("Div", net.last, first=features)
+    net.dense(64, 10)
+    model = net.model([1, 10])
+    model.graph.output.append(onnx.helper.make_tensor_value_info(scaled, onnx.TensorProto.FLOAT, [1, 64]))
+    raw = {"output": {"kind": "raw"}, "acceptance": {"tolerance_abs": 1.0}}
+    version = bench.version(project(bench.folder, model, **raw))
+    result = bench.compile(version, class_here(engine, search={"effort": "fixed", "prefer": "size"}))
+    assert result.precision == "int8"
+    assert result.figures.sqnr_db > 20
+
+
+def test_an_auto_encoder_whose_decoder_has_the_encoders_weights_is_quantized_for_tflite_too(bench: Bench) -> None:
+    net = Net(8)
+    weight = net.constant((net.rng.normal(size=(16, 3, 4, 4)) * 0.2).astype(np.float32))
+    net.add("Conv", weight, net.constant(net.rng.normal(size=16).astype(np.float32)), strides=[2, 2], pads=[1] * 4)
+    net.add("Relu")
+    bias = net.constant(net.rng.normal(size=3).astype(np.float32))
+    net.add("ConvTranspose", weight, bias, strides=[2, 2], pads=[1] * 4)
+    raw = {"output": {"kind": "raw"}, "acceptance": {"tolerance_abs": 1.0}}
+    version = bench.version(project(bench.folder, net.model([1, 3, 32, 32]), **raw))
+    result = bench.compile(version, class_here("tflite", search={"effort": "fixed", "prefer": "size"}))
+    assert result.precision == "int8"
+    assert result.figures.sqnr_db > 25

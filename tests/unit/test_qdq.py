@@ -163,3 +163,73 @@ def test_a_product_that_is_scaled_afterwards_keeps_its_mean(tmp_path: Path) -> N
     weight = net.constant(net.rng.normal(size=(8, 5)).astype(np.float32))
     net.add("Gemm", weight, net.constant(net.rng.normal(size=5).astype(np.float32)), alpha=0.01, beta=3.0)
     assert sqnr_db(net.model([1, 5]), tmp_path) > 25
+
+
+def decoder(net: Net, encoded: str, weight: str) -> str:
+    """A transposed convolution with a weight that a convolution reads too, as auto-encoders have it."""
+    bias = net.constant(net.rng.normal(size=8).astype(np.float32))
+    return net.add("ConvTranspose", weight, bias, first=encoded, pads=[1] * 4)
+
+
+@pytest.mark.parametrize("channels", [8, 16])
+def test_a_weight_whose_channels_two_operators_count_along_unlike_axes_has_scales_for_each(
+    tmp_path: Path, channels: int
+) -> None:
+    net = Net(9)
+    net.conv(3, 8, stride=2)
+    net.add("Relu")
+    # Of one operator's channels, so that scales of the other's ruin them.
+    spread = 10.0 ** net.rng.uniform(-1, 1, (channels, 1, 1, 1))
+    weight = net.constant((net.rng.normal(size=(channels, 8, 3, 3)) * 0.1 * spread).astype(np.float32))
+    net.add("Conv", weight, net.constant(net.rng.normal(size=channels).astype(np.float32)), pads=[1] * 4)
+    decoder(net, net.add("Relu"), weight)
+    assert sqnr_db(net.model([1, 8, 16, 16]), tmp_path) > 25
+
+
+def test_a_matrix_that_is_read_from_both_sides_has_scales_for_each(tmp_path: Path) -> None:
+    net = Net(10)
+    net.conv(3, 8, stride=2)
+    net.add("Relu")
+    net.add("AveragePool", kernel_shape=[4, 4], strides=[4, 4])
+    net.add("Flatten")
+    weight = net.constant((net.rng.normal(size=(48, 128)) * 0.1).astype(np.float32))
+    net.add("Gemm", weight, net.constant(net.rng.normal(size=48).astype(np.float32)), transB=1)
+    net.add("Relu")
+    net.add("MatMul", weight)
+    assert sqnr_db(net.model([1, 128]), tmp_path) > 25
+
+
+@pytest.mark.parametrize("correct_bias", [True, False])
+def test_a_layer_in_float_keeps_the_weight_that_it_shares_with_one_in_int8(tmp_path: Path, correct_bias: bool) -> None:
+    net = Net(11)
+    net.conv(3, 8, stride=2)
+    first = net.add("Relu")
+    weight = net.constant((net.rng.normal(size=(8, 8, 3, 3)) * 0.2).astype(np.float32))
+    bias = net.constant(net.rng.normal(size=8).astype(np.float32))
+    net.add("Conv", weight, bias, pads=[1] * 4)
+    net.add("Relu")
+    in_float = net.add("Conv", weight, bias, first=first, pads=[1] * 4)
+    model = onnx.shape_inference.infer_shapes(net.model([1, 8, 16, 16]))
+    save_file({"image": PICTURES}, tmp_path / "samples")
+    known = statistics.collect(model, SampleFile(str(tmp_path / "samples")), lambda *_: None, histograms=False)
+    recipe = PLAIN | {"in_float": [in_float], "correct_bias": correct_bias}
+    quantized = qdq.quantize(model, known, recipe)
+    (node,) = [node for node in quantized.graph.node if node.name == in_float]
+    constants = {i.name: numpy_helper.to_array(i) for i in quantized.graph.initializer}
+    given = {i.name: numpy_helper.to_array(i) for i in model.graph.initializer}
+    assert np.array_equal(constants[node.input[1]], given[weight])
+
+
+def test_rows_of_a_weight_may_be_looked_up_too(tmp_path: Path) -> None:
+    net = Net(12)
+    net.conv(3, 8, stride=2)
+    net.add("Relu")
+    net.add("AveragePool", kernel_shape=[4, 4], strides=[4, 4])
+    features = net.add("Flatten")
+    table = net.constant((net.rng.normal(size=(128, 20)) * 0.1).astype(np.float32))
+    net.add("MatMul", table)
+    chosen = net.add("ArgMax", axis=1, keepdims=0)
+    net.add("Gather", chosen, first=table, axis=1)
+    net.add("Transpose", perm=[1, 0])
+    net.add("Add", features)
+    assert sqnr_db(net.model([1, 128]), tmp_path) > 25

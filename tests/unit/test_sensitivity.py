@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 
 RNG = np.random.default_rng(5)
 PICTURES = RNG.normal(size=(4, 3, 16, 16)).astype(np.float32)
-RECIPE = {"ranges": "minmax", "weights": "full"}
+RECIPE = {"ranges": "minmax", "weights": "full", "granularity": "channel"}
 PARTS = [{"output": "y"}]
 
 
@@ -42,11 +42,11 @@ def network(activation: list[tuple[str, list[str]]]) -> onnx.ModelProto:
     return onnx.shape_inference.infer_shapes(model)
 
 
-def units(model: onnx.ModelProto, tmp_path: Path) -> dict[tuple[str, ...], float]:
+def units(model: onnx.ModelProto, tmp_path: Path, **recipe: str) -> dict[tuple[str, ...], float]:
     save_file({"x": PICTURES}, tmp_path / "samples.safetensors")
     samples = SampleFile(str(tmp_path / "samples.safetensors"))
     known = statistics.collect(model, samples, lambda *_: None, histograms=False)
-    found = sensitivity.measure(model, known, [samples[0]], RECIPE, PARTS, lambda *_: None)
+    found = sensitivity.measure(model, known, [samples[0]], RECIPE | recipe, PARTS, lambda *_: None)
     return {tuple(one["nodes"]): one["noise"] for one in found}
 
 
@@ -103,3 +103,13 @@ def test_where_int8_operators_write_int8_a_loud_reader_has_its_maker_with_it(tmp
         (reader,) = [one for one in found if "conv1" in one["nodes"]]
         assert set(reader["nodes"]) == ({"conv1", "conv0", "a0"} if with_makers else {"conv1"})
         assert reader["weight_bytes"] == 4 * (wide.size * with_makers + narrow.size)
+
+
+def test_a_layer_is_as_loud_as_the_recipes_scales_make_it(tmp_path: Path) -> None:
+    """One scale for all channels leaves nothing of the faint ones."""
+    model = network([])
+    (weight,) = [i for i in model.graph.initializer if i.name == "w0"]
+    spread = 10.0 ** -np.arange(8.0)[:, None, None, None] / 2
+    weight.CopyFrom(numpy_helper.from_array((numpy_helper.to_array(weight) * spread).astype(np.float32), "w0"))
+    by_channel, by_tensor = (units(model, tmp_path, granularity=told)["conv0",] for told in ("channel", "tensor"))
+    assert by_tensor > 1.2 * by_channel

@@ -238,6 +238,15 @@ def test_truth_names_classes_by_label_or_number_and_each_line_is_checked(tmp_pat
             imported(tmp_path, classifier(), **more)
 
 
+def test_a_byte_order_mark_is_no_part_of_the_first_label(tmp_path: Path) -> None:
+    """Editors of Windows write one."""
+    (tmp_path / "labels.txt").write_text("\n".join("abcdefghij"), encoding="utf-8-sig")
+    (tmp_path / "truth.txt").write_text("a\n" * 32, encoding="utf-8-sig")
+    output = {"kind": "classification", "labels": "labels.txt"}
+    version = imported(tmp_path, classifier(), output=output, holdout={"path": "holdout", "truth": "truth.txt"})
+    assert (version.labels[0], version.truth[0]) == ("a", "0")
+
+
 def test_a_label_of_two_classes_is_no_right_answer(tmp_path: Path) -> None:
     """ImageNet has two cranes."""
     manifest = project(
@@ -257,7 +266,7 @@ def test_characters_must_fit_the_outputs_classes(tmp_path: Path) -> None:
     net.add("Reshape", net.constant(np.array([1, 4, 16], np.int64)))
     net.add("Transpose", perm=[0, 2, 1])
     model = net.model([1, 16, 4])
-    (tmp_path / "characters.txt").write_text("a\nb\n")
+    (tmp_path / "characters.txt").write_text("a\nb\n", encoding="utf-8-sig")
     text = {"output": {"kind": "text", "text": {"characters": "characters.txt"}}, "acceptance": {"tolerance_abs": 0.1}}
     assert imported(tmp_path, model, **text).characters == ("a", "b", " ")
     (tmp_path / "characters.txt").write_text("a\n")

@@ -74,9 +74,14 @@ def spoil_deep(folder: Path) -> None:
     Image.fromarray(deep).save(folder / "p003.png")
 
 
+def spoil_unread(folder: Path) -> None:
+    (folder / "p003.png").rename(folder / "p003.HEIC")
+
+
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
+        (spoil_unread, r"has 1 pictures of a kind that is not read here, such as p003\.HEIC"),
         (spoil_nearly_alike, "16 samples in .*, of which 4 are different ones; 8 are needed"),
         (spoil_deep, r"p003\.png has 16 or more bits per value .*I;16"),
         (spoil_missing, "calibration: no folder"),
@@ -217,6 +222,11 @@ def doubles(): yield {"image": np.zeros((3, 32, 32))}
 def dies():
     import os
     os.abort()
+def leaves():
+    print("all is well")
+    raise SystemExit
+def narrow():
+    for number in range(16): yield {"image": np.full((3, 32, 32), number, np.uint8)}
 """
 
 
@@ -241,6 +251,8 @@ def test_a_python_function_gives_samples_from_a_process_of_its_own(tmp_path: Pat
         ("doubles", "sample 0: image is float64, expected uint8"),
         ("missing", "there is no function missing"),
         ("dies", "own.py:dies failed: status -6"),
+        ("leaves", "own.py:leaves failed: it ended the process before it had given all samples"),
+        ("narrow", r"image in own.py:narrow has shape \(16, 3, 32, 32\)"),
     ],
 )
 def test_a_function_that_gives_no_samples_is_told(tmp_path: Path, function: str, words: str) -> None:

@@ -23,7 +23,7 @@ from .tflite.file import with_served_outputs
 from .tflite.half import halved
 from .tflite.islands import joined
 from .tflite.onnx_to_tflite import Converted, convert
-from .weights import WEIGHTED, axis_of, channel_scales, correct_biases
+from .weights import WEIGHTED, axis_of, channel_scales, correct_biases, own_weights
 
 
 def load(path: str) -> Run:
@@ -114,6 +114,7 @@ class _Quantizer:
         if recipe["correct_bias"]:
             corrected = onnx.ModelProto()
             corrected.CopyFrom(self._model)
+            own_weights(corrected, left)
             correct_biases(corrected, self._statistics["means"], _scales(corrected, left))
             converted = convert(corrected)
         nodes = [node for node in self._model.graph.node if node.name in left]

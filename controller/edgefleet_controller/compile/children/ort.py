@@ -138,7 +138,35 @@ def _name_nodes(path: str) -> None:
             node.name = f"{node.op_type}/{node.output[0]}"
         seen.add(node.name)
     _stand_aside(model.graph)
+    _summands_apart(model.graph)
     onnx.save(model, path)
+
+
+def _summands_apart(graph: onnx.GraphProto) -> None:
+    """Make what a Gemm adds a node of its own, unless it is one number for each column: int8 has no other biases. onnxruntime puts them together where
+    a product of two matrices is followed by any sum, such as that with the places of a picture's parts."""
+    constants = {i.name: i for i in graph.initializer}
+    nodes = list(graph.node)
+    graph.ClearField("node")
+    for node in nodes:
+        graph.node.append(node)
+        product = graph.node[-1]
+        if node.op_type != "Gemm" or len(node.input) < 3 or not node.input[2]:
+            continue
+        summand = constants.get(node.input[2])
+        if summand is not None and int(np.prod(summand.dims[:-1])) == 1:
+            continue
+        output, name, added = node.output[0], node.name, node.input[2]
+        beta = next((a.f for a in node.attribute if a.name == "beta"), 1.0)
+        product.name, product.output[0] = f"{name}/product", f"{output}/product"
+        del product.input[2:]
+        if beta != 1.0:
+            graph.initializer.append(onnx.numpy_helper.from_array(np.float32(beta), f"{output}/beta"))
+            graph.node.append(
+                onnx.helper.make_node("Mul", [added, f"{output}/beta"], [f"{output}/summand"], name=f"{name}/summand")
+            )
+            added = f"{output}/summand"
+        graph.node.append(onnx.helper.make_node("Add", [product.output[0], added], [output], name=name))
 
 
 def _stand_aside(graph: onnx.GraphProto) -> None:

@@ -27,6 +27,7 @@ from .weights import (
     Array,
     axis_of,
     correct_biases,
+    own_weights,
     scales_of,
     wide_enough,
 )
@@ -40,6 +41,7 @@ def quantize(model: onnx.ModelProto, statistics: Statistics, recipe: Recipe) -> 
     ranges = {name: methods[recipe["ranges"]] for name, methods in statistics["ranges"].items()}
     own = onnx.ModelProto()
     own.CopyFrom(model)
+    own_weights(own, set(recipe["in_float"]))
     _flatten_biases(own)
     scales = _weight_scales(own, ranges, recipe)
     if recipe["correct_bias"]:

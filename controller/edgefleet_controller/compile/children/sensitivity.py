@@ -193,7 +193,8 @@ def _only(
                 and tensor.data_type == onnx.TensorProto.FLOAT
             ):
                 weight = numpy_helper.to_array(tensor)
-                values = rounded(weight, scales_of(node, weight, recipe["weights"]), axis_of(node))
+                scales = scales_of(node, weight, recipe["weights"], recipe["granularity"])
+                values = rounded(weight, scales, axis_of(node))
                 copy = numpy_helper.from_array(values.astype(np.float32), f"{name}/rounded")
                 own.graph.initializer.append(copy)
                 node.input[place] = copy.name

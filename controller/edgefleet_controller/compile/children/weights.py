@@ -8,6 +8,7 @@ Bias correction: Nagel et al. 2019 (Data-Free Quantization), with the input's me
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
@@ -36,6 +37,33 @@ def axis_of(node: onnx.NodeProto) -> int:
     if node.op_type == "ConvTranspose" and groups_of(node) > 1:
         return 0  # input channels: with one output channel for each, as upsampling has it, they count those too
     return AXIS.get(node.op_type, -1)
+
+
+def own_weights(model: onnx.ModelProto, in_float: Collection[str]) -> None:
+    """Give operators that read one weight in unlike ways a copy each, in place: in int8 it has scales along the axis on which an operator counts its
+    channels (a decoder's transposed convolution, on another one than the encoder's convolution), in float or where its rows are looked up it has none.
+
+    Args:
+        in_float: names of the nodes that stay in float.
+    """
+    constants = {i.name: i for i in model.graph.initializer}
+    copies: dict[str, dict[int | None, str]] = {}
+    read: list[tuple[onnx.NodeProto, int, int | None]] = []
+    for node in model.graph.node:
+        for place, name in enumerate(node.input):
+            if name in constants:
+                weight = node.op_type in WEIGHTED and place == 1 and node.name not in in_float
+                read.append((node, place, axis_of(node) % max(len(constants[name].dims), 1) if weight else None))
+    # Who needs no scales keeps what there was.
+    for node, place, axis in sorted(read, key=lambda one: one[2] is not None):
+        name = node.input[place]
+        known = copies.setdefault(name, {})
+        if axis not in known:
+            known[axis] = f"{name}/along{axis}" if known else name
+            if known[axis] != name:
+                values = numpy_helper.to_array(constants[name])
+                model.graph.initializer.append(numpy_helper.from_array(values, known[axis]))
+        node.input[place] = known[axis]
 
 
 def scales_of(node: onnx.NodeProto, weight: Array, bits: str, granularity: str = "channel") -> Array:

@@ -1,6 +1,6 @@
 """Stage 2, compile: float islands in an int8 .tflite. Receives a quantized file's bytes, hands on the same without needless islands.
 
-ai-edge-quantizer 0.10 leaves some operators in float between a DEQUANTIZE and a QUANTIZE although TFLite's kernels compute them
+Outputs that lie on the shore of one are put right too. ai-edge-quantizer 0.10 leaves some operators in float between a DEQUANTIZE and a QUANTIZE although TFLite's kernels compute them
 in int8 with any two scales. Those are joined: the operator takes what the one reads and makes what the other writes.
 """
 
@@ -21,9 +21,23 @@ def joined(content: bytes) -> bytes:
     """The file without the islands of :data:`JOINED` operators; its inputs, outputs and answers stay, but for a rounding less."""
     model = unpacked(schema, content)
     codes = [max(code.builtinCode, code.deprecatedBuiltinCode) for code in model.operatorCodes]
+    served = {int(output.tensorIndex) for signature in model.signatureDefs or [] for output in signature.outputs}
     for subgraph in model.subgraphs:
+        _serve(subgraph, codes, served)
         _join(subgraph, codes)
     return packed(model)
+
+
+def _serve(subgraph: Any, codes: list[int], served: set[int]) -> None:
+    """Make what the signature names the outputs again: of one that is computed in float and read in int8 inside, ai-edge-quantizer 0.10 puts the int8 form
+    in its place, and nobody can ask for it."""
+    makers = {int(tensor): operator for operator in subgraph.operators for tensor in operator.outputs}
+    outputs = [int(tensor) for tensor in subgraph.outputs]
+    for place, tensor in enumerate(outputs):
+        maker = makers.get(tensor)
+        if maker is not None and codes[maker.opcodeIndex] == _CODES.QUANTIZE and int(maker.inputs[0]) in served:
+            outputs[place] = int(maker.inputs[0])
+    subgraph.outputs = outputs
 
 
 def _join(subgraph: Any, codes: list[int]) -> None:
