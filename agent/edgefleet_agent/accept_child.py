@@ -22,7 +22,7 @@ from edgefleet_shared.errors import ArtifactError, EdgefleetError, EngineError, 
 
 from edgefleet_agent import confinement, run_queue, sensors
 from edgefleet_agent.accept import AcceptRequest, Broke, ChildReport, Confined, Measured, Stage
-from edgefleet_agent.power import PowerMeter, Scope, watts
+from edgefleet_agent.power import PowerMeter, Scope, used_joules, watts
 from edgefleet_agent.runtime.engines import devices
 from edgefleet_agent.sandbox import memory_of
 
@@ -257,8 +257,9 @@ def _time(session: Session, samples: list[dict[str, Array]], contract: Acceptanc
     wall = time.perf_counter() - began
     share = (time.process_time() - cpu_began) / wall if wall > 0 else 1.0
     waited = run_queue.longest_share(waits_before, run_queue.waits_s(), wall)
-    joules = (after.joules - before.joules) / contract.timed_runs if before and after else None
-    return _Timed(times_ms, min(1.0, share), waited, watts(before, after), joules, meter.scope)
+    joules = used_joules(before, after)
+    each = joules / contract.timed_runs if joules is not None else None
+    return _Timed(times_ms, min(1.0, share), waited, watts(before, after), each, meter.scope)
 
 
 if __name__ == "__main__":

@@ -68,10 +68,11 @@ class Agent:
             spawn=spawn_thread,
         )
         self._state, self._manifest, self._clock = state, manifest or "", ports.clock
-        deciding = threading.Lock()
+        deciding, kernel_boot = threading.Lock(), board.kernel_boot()
         self._models = Runner(
             state, settings, found, boot, inbox, ports,
             Line(may_begin=lambda: not self._own.changes, excused=lambda: self._own.is_changing, deciding=deciding),
+            kernel_boot,
         )  # fmt: skip
         myself = Myself(
             manifest=manifest or "",
@@ -93,6 +94,7 @@ class Agent:
                 uplink=AgentUplink(self._uplink, manifest or "", self._uplink.tell_agent), examiner=AgentExaminer(state)
             ),
             Line(subject=Subject.AGENT, home=state, effects=partial(AgentEffects, myself=myself), deciding=deciding),
+            kernel_boot,
         )
 
     def run(self) -> None:

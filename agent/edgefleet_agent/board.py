@@ -89,6 +89,14 @@ def memory_bytes(meminfo: Path = Path("/proc/meminfo")) -> int:
     return int(fields[0][1]) * 1024 if fields else 0
 
 
+def kernel_boot(source: Path = Path("/proc/sys/kernel/random/boot_id")) -> str:
+    """The kernel's name of this start of the board; empty when it gives none."""
+    try:
+        return source.read_text().strip()
+    except OSError:
+        return ""
+
+
 def probe_engines() -> tuple[EngineProbe, ...]:
     """Every engine that an adapter is installed for, each loaded once in a process of its own."""
     child = subprocess.run(

@@ -2,7 +2,8 @@
 
 Three rounds: the manifest (its size and digest are signed), the config (named by the manifest), the layers (whose every chunk's
 hash stands in the config). Each layer chunk is checked as it comes, so a flipped byte costs one chunk; a blob gets its name
-only when it is whole. What was fetched before a power cut, and blobs that another slot has, are found again by hashing them.
+only when it is whole. What was fetched before a power cut, and blobs that another slot has, are found again by hashing them; what came is made safe
+from a cut every few seconds, so that a board that is never on for long gets there too.
 
 Memory: one chunk. Owned by the runner's thread; not handled here: connections.
 """
@@ -32,6 +33,7 @@ from edgefleet_shared.messages import Want, ranges
 WANT_AGAIN_S = 2.0  # silence after which the missing chunks are asked for again
 WANT_AGAIN_LAST_S = 30.0
 FALLBACK_S = 8.0  # silence after which HTTP is tried
+SAFE_EVERY_S = 5.0  # by itself a kernel writes what it was given after half a minute
 ALIVE_EVERY_S = 1.0
 SPARE_BYTES = 16 * 1024 * 1024  # what must stay free beside the artifact
 
@@ -56,6 +58,7 @@ class _Blob:
         self.final = layout.path(blob.digest)
         self.part = self.final.with_name(f".part-{self.final.name}")
         self.missing = set(range(self.count))
+        self.unsafe_bytes = 0  # that came and may be lost with the power
         self._find_again()
 
     def length(self, number: int) -> int:
@@ -86,7 +89,20 @@ class _Blob:
             return False
         atomic.write_piece(self.part, piece, number * self.chunk_bytes, files=self.files)
         self.missing.discard(number)
+        self.unsafe_bytes += len(piece)
         return True
+
+    def make_safe(self) -> int:
+        """Have the next start find what came, whatever is cut; returns how many bytes of it are newly safe.
+
+        Raises:
+            EnvironmentProblem: the disk refused.
+        """
+        if not self.unsafe_bytes or self.hashes is None:  # without hashes nothing of it would be found again
+            return 0
+        atomic.sync(self.part, files=self.files)
+        made_safe, self.unsafe_bytes = self.unsafe_bytes, 0
+        return made_safe
 
     def finish(self, layout: Layout) -> bool:
         """All chunks are there: give the blob its name, if its bytes are what its digest says; else begin again."""
@@ -100,7 +116,7 @@ class _Blob:
             whole = False
         if not whole:
             atomic.remove(self.part, files=self.files)
-            self.missing = set(range(self.count))
+            self.missing, self.unsafe_bytes = set(range(self.count)), 0
             return False
         atomic.adopt(self.part, self.final, files=self.files)
         return True
@@ -135,10 +151,11 @@ class Fetcher:
         self._target: Descriptor | None = None
         self._blobs: dict[str, _Blob] = {}
         self._round = 0
-        self._heard_at = self._asked_at = self._fell_back_at = 0.0
+        self._heard_at = self._asked_at = self._fell_back_at = self._made_safe_at = 0.0
         self._pause_s = WANT_AGAIN_S
         self.finished = False
         self.done_bytes = self.total_bytes = 0
+        self.safe_bytes = 0  # that came since the beginning and that a next start will find, whatever is cut
         self.bad_chunks = 0
 
     @property
@@ -156,9 +173,9 @@ class Fetcher:
             raise ArtifactError(f"a manifest of {size} bytes is not accepted")
         self._target = Descriptor("", manifest, size)
         self.finished, self._round = False, 0
-        self._heard_at = self._fell_back_at = self._clock.monotonic()
+        self._heard_at = self._fell_back_at = self._made_safe_at = self._clock.monotonic()
         self._pause_s = WANT_AGAIN_S
-        self.done_bytes, self.total_bytes, self.bad_chunks = 0, size, 0
+        self.done_bytes, self.total_bytes, self.bad_chunks, self.safe_bytes = 0, size, 0, 0
         self._open([(self._target, None, CHUNK_BYTES)])
         self._go_on()
 
@@ -189,10 +206,18 @@ class Fetcher:
         return True
 
     def tick(self) -> None:
-        """Ask again after silence; fall back to HTTP after more of it. Neither puts the other off: each may be the one way there is."""
+        """Make safe what came. Ask again after silence; fall back to HTTP after more of it. Neither puts the other off: each may be the
+        one way there is.
+
+        Raises:
+            EnvironmentProblem: the disk refused.
+        """
         if not self.busy:
             return
         now = self._clock.monotonic()
+        if now - self._made_safe_at >= SAFE_EVERY_S:
+            self._made_safe_at = now
+            self.safe_bytes += sum(blob.make_safe() for blob in self._blobs.values())
         if now - max(self._heard_at, self._asked_at) >= self._pause_s:
             self._pause_s = min(self._pause_s * 1.5, WANT_AGAIN_LAST_S)
             self._ask()
@@ -250,6 +275,7 @@ class Fetcher:
             for digest, blob in list(self._blobs.items()):
                 if not blob.missing:
                     if blob.finish(self._layout):
+                        self.safe_bytes += blob.unsafe_bytes
                         self._unlisten(digest)
                         del self._blobs[digest]
                     else:

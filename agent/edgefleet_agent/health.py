@@ -12,7 +12,7 @@ from edgefleet_shared.messages import Health
 
 from edgefleet_agent import power_profile, sensors
 from edgefleet_agent.ports import ModelServer
-from edgefleet_agent.power import PowerMeter, Scope, watts
+from edgefleet_agent.power import PowerMeter, Scope, used_joules, watts
 from edgefleet_agent.runtime.control import StatusReport
 
 # After commit: this many crashes of the engine's process over this many looks at its health mean that it regressed. Over several looks,
@@ -98,9 +98,9 @@ class EnergyMeter:
         """
         before, self._before = self._before, self._meter.look()
         counted, self._requests = self._requests, requests
-        if before is None or self._before is None:
+        joules = used_joules(before, self._before)
+        if joules is None:
             return None
-        joules = self._before.joules - before.joules
         # A runtime that started again counts from 0.
         served = requests - counted if requests is not None and counted is not None else 0
         return Used(watts(before, self._before), joules / served if served > 0 else None)

@@ -32,6 +32,7 @@ class Journal(msgspec.Struct, frozen=True, kw_only=True):
         result: the same, signed, once it is.
         desired_seen: digest of the last ``desired`` message that was decided about.
         refusal: why that one was refused, if it was.
+        kernel_boot: the board's start (not the agent's) in which ``life`` was last changed; empty when the kernel does not name it.
     """
 
     life: Life = Life()
@@ -44,6 +45,7 @@ class Journal(msgspec.Struct, frozen=True, kw_only=True):
     result: SignedResult | None = None
     desired_seen: str = ""
     refusal: str = ""
+    kernel_boot: str = ""
 
 
 def read(state: Path, *, files: FileSystem = DISK) -> Journal:

@@ -1,6 +1,6 @@
 """Stage 9, health: power. Receives what Linux shows of this board's consumption, hands on joules, or None where it shows nothing.
 
-What is asked, and the first that answers is taken:
+What is asked, and the first that answers is taken; looked at again every minute, because drivers load late and cables are pulled out:
 
 1. a hardware monitor that measures the board's supply (INA226, INA3221 and the like, ``hwmon``): the channel labelled as the input where
    there is one (Jetson: ``VDD_IN``), else the sum of the channels. Scope *board*.
@@ -22,6 +22,7 @@ from typing import Literal, NamedTuple, Protocol
 
 Scope = Literal["board", "package"]
 
+FIND_AGAIN_S = 60.0
 MOST_WATTS = 2000.0  # no board draws as much; a counter that says so was reset
 # Labels of the channel through which everything on the board is fed; the other channels are parts of it.
 _INPUT = re.compile(r"^(vdd_in|pom_5v_in|vin_sys.*|.*_in|input|total|vin)$", re.IGNORECASE)
@@ -29,10 +30,11 @@ _MONITORS = re.compile(r"^(ina|ltc294|max3440|adm12|pac19|isl28022)", re.IGNOREC
 
 
 class Usage(NamedTuple):
-    """Energy since the meter was made, and when that was read (seconds of the meter's own clock)."""
+    """Energy since its source was chosen, when that was read (seconds of the meter's own clock), and which choice it was."""
 
     joules: float
     at_s: float
+    choice: int
 
 
 class Source(Protocol):
@@ -57,8 +59,9 @@ class PowerMeter:
     """
 
     def __init__(self, sys_root: Path = Path("/sys"), clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
-        self._source = _find(sys_root, clock())
+        self._sys_root, self._clock = sys_root, clock
+        self._chosen_at = clock()
+        self._source, self._choice = _find(sys_root, self._chosen_at), 0
 
     @property
     def source(self) -> str:
@@ -74,14 +77,33 @@ class PowerMeter:
         """Energy so far; None where nothing measures it."""
         now = self._clock()
         joules = self._source.read(now) if self._source else None
-        return None if joules is None else Usage(joules, now)
+        if now - self._chosen_at >= FIND_AGAIN_S and self._choose_again(now, answered=joules is not None):
+            return None
+        return None if joules is None else Usage(joules, now, self._choice)
+
+    def _choose_again(self, now: float, *, answered: bool) -> bool:
+        """Whether another source is taken from now on; the same one too when it stopped answering: its files may have other names now."""
+        self._chosen_at = now
+        found = _find(self._sys_root, now)
+        if found is None or (answered and self._source is not None and found.name == self._source.name):
+            return False
+        self._source, self._choice = found, self._choice + 1
+        return True
+
+
+def used_joules(before: Usage | None, after: Usage | None) -> float | None:
+    """Energy between two looks; None when either is missing or another source answers by now."""
+    if before is None or after is None or before.choice != after.choice:
+        return None
+    return after.joules - before.joules
 
 
 def watts(before: Usage | None, after: Usage | None) -> float | None:
-    """Mean power between two looks; None when either is missing or no time passed."""
-    if before is None or after is None or after.at_s <= before.at_s:
+    """Mean power between two looks; None where :func:`used_joules` is, or no time passed."""
+    joules = used_joules(before, after)
+    if joules is None or before is None or after is None or after.at_s <= before.at_s:
         return None
-    return (after.joules - before.joules) / (after.at_s - before.at_s)
+    return joules / (after.at_s - before.at_s)
 
 
 def _find(sys_root: Path, now_s: float) -> Source | None:

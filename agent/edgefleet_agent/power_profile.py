@@ -21,14 +21,15 @@ from edgefleet_agent import slots
 
 KEPT = Path("/run/fleet-power/before.json")
 _POLICIES = "devices/system/cpu/cpufreq"
-_GOVERNOR, _CLOCK = "scaling_governor", "scaling_max_freq"
+_GOVERNOR, _CLOCK, _LEAST = "scaling_governor", "scaling_max_freq", "scaling_min_freq"
 
 
 class Before(msgspec.Struct, frozen=True):
-    """What a cpufreq policy was set to before any profile: governor, highest clock in kHz."""
+    """What a cpufreq policy was set to before any profile: governor, highest and lowest clock in kHz, 0 where that is not known."""
 
     governor: str
     max_khz: int
+    min_khz: int = 0
 
 
 def wanted(state: Path) -> PowerProfile:
@@ -74,12 +75,20 @@ def apply(profile: PowerProfile, sys_root: Path = Path("/sys"), kept: Path = KEP
     plan = [(policy, _target(policy, profile, before[policy.name])) for policy in policies]
     changed = []
     for policy, target in plan:
-        # A lower clock first: a governor that wants more must not get it in between.
-        for name, value in ((_CLOCK, str(target.max_khz)), (_GOVERNOR, target.governor)):
+        for name, value in _writes(policy, target):
             if _text(policy / name) != value:
                 _set(policy / name, value)
                 changed.append(f"{policy.name}: {name} {value}")
     return changed
+
+
+def _writes(policy: Path, target: Before) -> list[tuple[str, str]]:
+    """Files and their values, in order: clocks before the governor, which must not get more in between than it is to have, and never the
+    lowest clock above the highest, which older kernels refuse."""
+    clocks = [(_CLOCK, str(target.max_khz))]
+    if target.min_khz:
+        clocks.insert(0 if target.min_khz <= _khz(policy / _CLOCK) else 1, (_LEAST, str(target.min_khz)))
+    return [*clocks, (_GOVERNOR, target.governor)]
 
 
 def _before(policies: list[Path], kept: Path) -> dict[str, Before]:
@@ -87,7 +96,11 @@ def _before(policies: list[Path], kept: Path) -> dict[str, Before]:
         known = msgspec.json.decode(kept.read_bytes(), type=dict[str, Before])
     except (OSError, msgspec.DecodeError):
         known = {}
-    fresh = {p.name: Before(_text(p / _GOVERNOR), _khz(p / _CLOCK)) for p in policies if p.name not in known}
+    fresh = {
+        p.name: Before(_text(p / _GOVERNOR), _khz(p / _CLOCK), _khz(p / _LEAST))
+        for p in policies
+        if p.name not in known
+    }
     if fresh:
         known = known | fresh
         atomic.make_folder(kept.parent)
@@ -106,19 +119,21 @@ def _target(policy: Path, profile: PowerProfile, before: Before) -> Before:
     if khz and khz < least:
         raise EnvironmentProblem(f"{policy.name} runs at {least // 1000} MHz or more, not at {profile.max_clock_mhz}")
     # A ceiling above what the processor can do is no ceiling.
-    return Before(profile.governor or before.governor, min(khz, most) if khz else before.max_khz)
+    ceiling = min(khz, most or khz) if khz else before.max_khz
+    return Before(profile.governor or before.governor, ceiling, min(before.min_khz, ceiling))
 
 
 def _set(path: Path, value: str) -> None:
     try:
         path.write_text(value)  # sysfs: neither renamed nor synced
     except OSError as exc:
-        raise EnvironmentProblem(f"can't set {path} to {value}: {exc.strerror}", hint="this needs root") from exc
+        hint = "this needs root" if isinstance(exc, PermissionError) else "the kernel refused it"
+        raise EnvironmentProblem(f"can't set {path} to {value}: {exc.strerror}", hint=hint) from exc
 
 
 def _text(path: Path) -> str:
     try:
-        return path.read_text().strip()
+        return path.read_text(errors="replace").strip()
     except OSError:
         return ""
 

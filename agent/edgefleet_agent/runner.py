@@ -28,7 +28,7 @@ from edgefleet_shared.assignment import Subject
 from edgefleet_shared.errors import ArtifactError, EdgefleetError, EnvironmentProblem
 from edgefleet_shared.exhaustive import assert_never
 from edgefleet_shared.fingerprint import Fingerprint
-from edgefleet_shared.lifecycle import TABLE, Effect, Event, State, step
+from edgefleet_shared.lifecycle import HARMLESS, TABLE, Effect, Event, State, got_on, step
 from edgefleet_shared.outcomes import Outcome
 
 from edgefleet_agent import health, notify, reporting, slots, swap
@@ -66,6 +66,7 @@ class Runner:
         boot: this start's name.
         inbox: shared with the uplink, which puts into it.
         line: which of the board's lines this is, and how it stands to the others.
+        kernel_boot: the board's start, see :class:`edgefleet_agent.journal.Journal`.
     """
 
     def __init__(
@@ -77,8 +78,10 @@ class Runner:
         inbox: queue.Queue[Item],
         ports: Ports,
         line: Line | None = None,
+        kernel_boot: str = "",
     ) -> None:
         line = line or Line()
+        self._kernel_boot = kernel_boot
         self._subject, self._may_begin, self._excused = line.subject, line.may_begin, line.excused
         self._state, self._settings = state, settings
         self._inbox, self._ports = inbox, ports
@@ -255,7 +258,14 @@ class Runner:
             return
         if state is not State.FETCHING:
             return
-        self._fetcher.tick()
+        try:
+            self._fetcher.tick()
+        except EdgefleetError as exc:
+            self._fetch_failed(exc)
+            return
+        if self._fetcher.safe_bytes and self._keeper.now.life.restarts:
+            with suppress(EdgefleetError):  # looked at again with the next turn
+                self._keeper.keep(life=got_on(self._keeper.now.life))
         if now - self._teller.progress_told_at >= PROGRESS_EVERY_S:
             self._teller.progress()
 
@@ -320,10 +330,11 @@ class Runner:
             EnvironmentProblem: it could not be persisted, and has not happened.
         """
         event, detail, before = happened.event, happened.detail, self._keeper.now
-        life, effects = step(before.life, event, counted=not self._excused())
+        switched_off = before.life.state in HARMLESS and before.kernel_boot != self._kernel_boot
+        life, effects = step(before.life, event, counted=not (switched_off or self._excused()))
         if not effects:
             return
-        planned = msgspec.structs.replace(before, **happened.changes, life=life)
+        planned = msgspec.structs.replace(before, **happened.changes, life=life, kernel_boot=self._kernel_boot)
         if life.outcome is not before.life.outcome and life.outcome is not None:
             planned = msgspec.structs.replace(planned, reason=detail)
         if event is Event.RETURN_FAILED and before.reason:

@@ -1,6 +1,6 @@
 """A one-shot child under watch: receives a module and its request, hands on what it reported and how it ended.
 
-The parent's half of the sandbox: own session, wall time, resident memory, the end of every descendant. The child confines
+The parent's half of the sandbox: own session, wall time, resident memory, the end of every descendant, the first to go when memory ends. The child confines
 itself (:mod:`edgefleet_agent.confinement`) before it touches anything untrusted. The parent stays lean: nothing but the
 standard library and msgspec.
 """
@@ -22,7 +22,7 @@ from pathlib import Path
 import msgspec
 from edgefleet_shared.errors import EnvironmentProblem
 
-from edgefleet_agent import run_queue
+from edgefleet_agent import out_of_memory, run_queue
 
 POLL_S = 0.02  # how often resident memory is looked at; a child can grow some 100 MB in that time, not a gigabyte
 MAX_REPORT_BYTES = 4 * 1024 * 1024
@@ -136,6 +136,7 @@ def run(
         child, pipes = _start(module, pieces=on_piece is not None)
     except OSError as exc:
         raise EnvironmentProblem(f"can't run {module} as a child: {exc.strerror or exc}") from exc
+    out_of_memory.end_first(child.pid)
     takers: list[Callable[[bytes], None]] = [] if on_piece is None else [on_piece]
     watch = _Watch(child, pipes, limits, on_report, takers, stop)
     try:

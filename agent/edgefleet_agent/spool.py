@@ -34,7 +34,8 @@ from edgefleet_agent.event_store import LANES, EventStore, Lane
 WINDOW = 64
 MEMORY_BYTES = 256 * 1024  # of events that are not on the disk
 FLUSH_BYTES = 32 * 1024  # of them that do not wait for flush_s
-RESEND_S = 30.0  # without a word from the controller, while the line is up
+RESEND_S = 30.0  # without a word from the controller, while the line is up; twice as long each time
+RESEND_LAST_S = 480.0  # each copy waits at the broker as well, of every board, when it is the controller that is away
 AGAIN_S = 5.0  # between two tries of what the disk refused
 
 
@@ -70,6 +71,7 @@ class Spool:
         self._in_flight: deque[tuple[str, int]] = deque()
         self._gaps: dict[str, tuple[int, bytes]] = {}  # by boot: up to where, and the event that says so
         self._heard_at = self._again_at = 0.0
+        self._patience_s = RESEND_S
         self._troubled = False
         self.up = False
 
@@ -96,7 +98,7 @@ class Spool:
 
     def came_up(self) -> None:
         """The line is there: everything that was not acknowledged goes out (again)."""
-        self.up = True
+        self.up, self._patience_s = True, RESEND_S
         self._rewind()
 
     def acknowledge(self, ack: Ack) -> None:
@@ -112,7 +114,7 @@ class Spool:
             for lane, events in self._fresh.items():
                 self._fresh[lane] = events[bisect_right(events, floor, key=lambda event: event.sequence) :]
         self._in_flight = deque(sent for sent in self._in_flight if sent[0] != ack.boot or sent[1] > floor)
-        self._heard_at = self._clock.monotonic()
+        self._heard_at, self._patience_s = self._clock.monotonic(), RESEND_S
         self._tell_gap(ack.boot, floor)
         self._send()
 
@@ -124,7 +126,8 @@ class Spool:
             self._send()
         elif any(events and now - events[0].since >= self._flush_s for events in self._fresh.values()):
             self._flush(*LANES)
-        if self.up and self._in_flight and now - self._heard_at >= RESEND_S:
+        if self.up and self._in_flight and now - self._heard_at >= self._patience_s:
+            self._patience_s = min(2 * self._patience_s, RESEND_LAST_S)
             self._rewind()
 
     def close(self) -> None:

@@ -19,6 +19,8 @@ log = logging.getLogger(__name__)
 
 # The inbox is bounded and putting blocks: a slow board slows the broker down instead of filling its memory with chunks.
 RECEIVE_MAXIMUM = 8
+# Messages that the broker has not taken, beyond which events are left to the spool, which sends them again: two of its windows, and then some.
+BACKLOG_LIMIT = 256
 
 
 class Desired(msgspec.Struct, frozen=True):
@@ -169,8 +171,9 @@ class MqttUplink:
 
     def report(self, reported: Reported) -> None:
         self._reported = reported
-        told = encode(msgspec.structs.replace(reported, agent=self._agent))
-        self._link.publish(topics.of_device(self._device, Kind.REPORTED), told, retain=True)
+        if self._link.connected.is_set():  # what is so then is told once the line is there
+            told = encode(msgspec.structs.replace(reported, agent=self._agent))
+            self._link.publish(topics.of_device(self._device, Kind.REPORTED), told, retain=True)
 
     def tell_agent(self, agent: AgentReport) -> None:
         """What ``reported`` says of the agent itself, now and from now on."""
@@ -179,7 +182,13 @@ class MqttUplink:
             self.report(self._reported)
 
     def event(self, content: bytes) -> None:
-        self._link.publish(topics.of_device(self._device, Kind.EVENTS), content)
+        if self.backlog < BACKLOG_LIMIT:
+            self._link.publish(topics.of_device(self._device, Kind.EVENTS), content)
+
+    @property
+    def backlog(self) -> int:
+        """Messages that the broker has not taken yet."""
+        return self._link.backlog
 
     def fetch(self, digest: str, size: int, chunk_bytes: int, numbers: list[int]) -> None:
         host, port = self._api

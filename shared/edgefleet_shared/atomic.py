@@ -162,6 +162,30 @@ def write_piece(path: Path, piece: bytes, offset: int, *, files: FileSystem = DI
             files.close(fd)
 
 
+def sync(path: Path, *, files: FileSystem = DISK) -> None:
+    """Make what was written of a file by :func:`write_piece` so far, and its name, survive a power cut.
+
+    Raises:
+        EnvironmentProblem: it can't; then the file is gone, see :func:`adopt`.
+    """
+    with disk_errors(path):
+        try:
+            _sync_file(path, files)
+        except BaseException:
+            with suppress(OSError):
+                files.unlink(path)
+            raise
+        sync_folder(path.parent, files=files)
+
+
+def _sync_file(path: Path, files: FileSystem) -> None:
+    fd = files.open(path, os.O_RDONLY)
+    try:
+        files.fsync(fd)
+    finally:
+        files.close(fd)
+
+
 def append(path: Path, piece: bytes, offset: int, *, files: FileSystem = DISK) -> None:
     """Put a piece at ``offset``, the end of what is safe of a file, durably; at 0 the file begins.
 
@@ -196,11 +220,7 @@ def adopt(temporary: Path, path: Path, *, files: FileSystem = DISK) -> None:
     """
     with disk_errors(path):
         try:
-            fd = files.open(temporary, os.O_RDONLY)
-            try:
-                files.fsync(fd)
-            finally:
-                files.close(fd)
+            _sync_file(temporary, files)
             files.replace(temporary, path)
         except BaseException:
             with suppress(OSError):

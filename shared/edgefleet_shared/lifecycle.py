@@ -181,8 +181,10 @@ TABLE: dict[tuple[State, Event], Row] = {
     for state in (S.VERIFYING, S.ACCEPTING, S.SWAPPING, S.COMMITTING, S.ROLLING_BACK, S.REBUILDING)
 }
 
-# A state that is entered by restart more often than this in a row is left by its LOOPING row.
+# A state that is entered by restart more often than this in a row, without having got on, is left by its LOOPING row.
 MAX_RESTARTS = 3
+# They read, write and hash: it is not them that took the whole board down, however often it was switched off meanwhile.
+HARMLESS = frozenset({S.FETCHING, S.VERIFYING})
 
 
 class Life(msgspec.Struct, frozen=True):
@@ -197,11 +199,17 @@ class IllegalTransition(Exception):
     """An event that its state has no row for: our own bug, not a user's."""
 
 
+def got_on(life: Life) -> Life:
+    """What the state does has got on, and stays so whatever is cut: restarts so far are no sign that it never ends."""
+    return msgspec.structs.replace(life, restarts=0)
+
+
 def step(life: Life, event: Event, *, counted: bool = True) -> tuple[Life, tuple[Effect, ...]]:
     """One transition.
 
     Args:
-        counted: False for a restart that is known to be another's doing: it is no sign that what this state does ends the agent.
+        counted: False for a restart that is known to be another's doing: it is no sign that what this state does ends the agent. So is
+            one of the whole board, in the states that are :data:`HARMLESS`.
 
     Returns:
         the new life and the effects to carry out in order.

@@ -291,7 +291,10 @@ def _admit(
 
 @dataclass
 class Wire:
-    """The controller's end: everything retained arrives at once, whatever is wanted too."""
+    """The controller's end: everything retained arrives at once, whatever is wanted too.
+
+    ``carries`` says of how many chunks more of a blob it does so; of one that is not in there, of all.
+    """
 
     depot: Depot
     metadata: dict[str, bytes]
@@ -300,6 +303,7 @@ class Wire:
     refused: list[Refused] = field(default_factory=list)
     stored: dict[tuple[str, int], bytes] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
+    carries: dict[str, int] = field(default_factory=dict)
 
     def start(self) -> None: ...
 
@@ -319,6 +323,10 @@ class Wire:
     def want(self, want: Want) -> None:
         for first, last in want.missing:
             for number in range(first, last + 1):
+                if want.digest in self.carries:
+                    if not self.carries[want.digest]:
+                        return
+                    self.carries[want.digest] -= 1
                 self.put(Chunk(want.digest, number, self.depot.chunk(want.digest, number, want.chunk_bytes)))
 
     def report(self, reported: Reported) -> None:
@@ -356,11 +364,12 @@ class Agent:
         posted: how many of the story's assignments the controller has given so far.
         promised: the floors that the board has acted on before.
         start: which start of the agent it is, from where the power was cut first.
+        kernel_boot: which start of the board.
     """
 
     def __init__(
         self, depot: Depot, story: Story, disk: MemoryDisk, runtime: SimulatedRuntime, posted: int = 1,
-        promised: Floors | None = None, start: int = 0,
+        promised: Floors | None = None, start: int = 0, kernel_boot: str = "",
     ) -> None:  # fmt: skip
         self.depot, self.story, self.disk, self.runtime = depot, story, disk, runtime
         self.posted, self.promised, self.start = posted, promised or Floors(), start
@@ -375,6 +384,7 @@ class Agent:
                 uplink=self.wire, runtime=runtime, examiner=Examiner(depot, disk, story), signer=NotedSigner(),
                 clock=self.clock, files=disk, spawn=lambda name, work: work(),
             ),
+            kernel_boot=kernel_boot,
         )  # fmt: skip
         self._inbox.put(Up())
         self._inbox.put(Desired(story.desired[posted - 1]))

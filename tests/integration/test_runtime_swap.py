@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from edgefleet_agent.runtime import priority
 from edgefleet_shared.errors import ArtifactError, ConflictError, EdgefleetError, EngineError, NotFoundError
 from support import artifacts
 from support.processes import assert_ends
@@ -233,6 +234,19 @@ def test_without_the_right_to_come_back_a_worker_stands_aside_only_as_far_as_it_
     early = "import contextlib, pathlib, resource, edgefleet_agent.runtime.priority\n" + WITHOUT_RIGHTS
     told = subprocess.run([sys.executable, "-c", early], capture_output=True, text=True, check=True, cwd=tmp_path.root)
     assert told.stdout.split() == ["True", "True"]
+
+
+def test_a_worker_that_stands_aside_is_ended_first_when_the_board_is_out_of_memory() -> None:
+    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    try:
+        place = Path(f"/proc/{child.pid}/oom_score_adj")
+        before = int(place.read_text())
+        priority.step_back(child.pid)
+        assert int(place.read_text()) == 1000
+        priority.come_forward(child.pid)
+        assert int(place.read_text()) == before
+    finally:
+        child.communicate(b"\n")
 
 
 def children_of(pid: int) -> list[int]:

@@ -69,6 +69,12 @@ def test_a_child_that_eats_memory_is_ended_at_its_memory_limit(misbehave) -> Non
     assert 128 * MB <= ended.peak_memory_bytes < 1024 * MB
 
 
+def test_a_child_is_what_the_kernel_ends_first_when_the_board_is_out_of_memory(misbehave) -> None:
+    place, left, _ = reports(misbehave("tell_place"))[1:]
+    assert place == "1000"
+    assert left == "leave it: PermissionError"
+
+
 def test_a_single_huge_allocation_is_refused_before_any_page_is_touched(misbehave) -> None:
     said = reports(misbehave("reserve_memory"))
     assert "small: done" in said

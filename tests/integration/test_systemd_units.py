@@ -75,6 +75,14 @@ def test_a_board_service_notifies_is_watched_and_comes_back(name):
     assert re.search(r"^WatchdogSec=\d+$", text, flags=re.M)
 
 
+def test_what_serves_is_not_the_first_to_be_ended_when_memory_ends():
+    score = {unit.name: re.search(r"^OOMScoreAdjust=(-?\d+)$", unit.read_text(), flags=re.M) for unit in UNITS}
+    runtime, agent = score["fleet-runtime.service"], score["fleet-agent.service"]
+    assert runtime is not None
+    assert agent is not None
+    assert int(runtime.group(1)) < int(agent.group(1)) < 0
+
+
 @pytest.mark.parametrize("name", ["fleet-power.service", "fleet-runtime-grpc.service"])
 def test_what_is_started_by_something_else_is_never_started_too_often(name):
     """A start limit that is hit fails the path, or the socket, as well: nothing would start it again."""

@@ -18,6 +18,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 from edgefleet_agent import confinement
 from edgefleet_agent.confinement import Policy
@@ -52,6 +53,12 @@ def attempt(report: Callable[[str], None], name: str, deed: Callable[[], object]
         report(f"{name}: done")
     except (OSError, MemoryError) as exc:
         report(f"{name}: {type(exc).__name__}")
+
+
+def tell_place(report: Callable[[str], None], request: dict[str, object]) -> None:
+    """Where the kernel's out-of-memory killer has it, and whether it can change that."""
+    report(Path("/proc/self/oom_score_adj").read_text().strip())
+    attempt(report, "leave it", lambda: Path("/proc/self/oom_score_adj").write_text("0"))
 
 
 def segfault(report: Callable[[str], None], request: dict[str, object]) -> None:
@@ -173,7 +180,18 @@ def _syscall(number: int, *arguments: int) -> None:
 
 DEEDS: dict[str, Callable[[Callable[[str], None], dict[str, object]], None]] = {
     deed.__name__: deed
-    for deed in (segfault, illegal_instruction, abort, hang, eat_memory, reserve_memory, flood, many_threads, escape)
+    for deed in (
+        tell_place,
+        segfault,
+        illegal_instruction,
+        abort,
+        hang,
+        eat_memory,
+        reserve_memory,
+        flood,
+        many_threads,
+        escape,
+    )
 }
 
 if __name__ == "__main__":

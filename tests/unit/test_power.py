@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 from edgefleet_agent.health import EnergyMeter
-from edgefleet_agent.power import PowerMeter, watts
+from edgefleet_agent.power import FIND_AGAIN_S, PowerMeter, watts
 
 
 class Board:
@@ -127,7 +128,9 @@ def test_a_counter_that_was_reset_is_no_burst_of_energy(board: Board, limit: obj
     assert meter.look() is None, "how much it was is not known"
     board.put(rapl, energy_uj=120_000_000)
     board.now = 120.0
-    assert meter.look() == (120.0, 120.0)
+    after = meter.look()
+    assert after is not None
+    assert (after.joules, after.at_s) == (120.0, 120.0)
 
 
 @pytest.mark.parametrize("content", ["", "rubbish", "\x00"])
@@ -143,6 +146,45 @@ def test_a_sensor_that_goes_away_is_no_zero(board: Board) -> None:
     (board.root / "class/hwmon/hwmon0/power1_input").unlink()
     board.now = 1.0
     assert watts(before, meter.look()) is None
+
+
+def test_a_sensor_whose_driver_loads_after_the_meter_was_made_is_found(board: Board) -> None:
+    meter = board.meter()
+    assert meter.look() is None
+    board.put("hwmon/hwmon0", name="ina226", power1_input=3_000_000)
+    board.now += FIND_AGAIN_S
+    meter.look()
+    assert mean(board, meter, 1.0) == pytest.approx(3.0)
+    assert meter.scope == "board"
+
+
+def test_a_sensor_that_came_back_under_another_number_is_found(board: Board) -> None:
+    board.put("hwmon/hwmon0", name="ina226", power1_input=3_000_000)
+    meter = board.meter()
+    shutil.rmtree(board.root / "class/hwmon/hwmon0")
+    board.put("hwmon/hwmon1", name="ina226", power1_input=2_000_000)
+    assert meter.look() is None
+    board.now += FIND_AGAIN_S
+    meter.look()
+    assert mean(board, meter, 1.0) == pytest.approx(2.0)
+
+
+def test_a_cable_that_is_pulled_out_makes_the_battery_tell_for_the_board_and_what_each_told_is_not_mixed(
+    board: Board,
+) -> None:
+    board.put("power_supply/BAT0", type="Battery", status="Charging", power_now=9_000_000)
+    zone = "powercap/intel-rapl:0"
+    board.put(zone, name="package-0", energy_uj=5_000_000, max_energy_range_uj=10_000_000)
+    meter = board.meter()
+    assert meter.scope == "package"
+    before = meter.look()
+    board.put("power_supply/BAT0", status="Discharging")
+    board.put(zone, energy_uj=6_000_000)
+    board.now += FIND_AGAIN_S
+    assert watts(before, meter.look()) is None
+    assert meter.scope == "board"
+    assert watts(before, meter.look()) is None
+    assert mean(board, meter, 1.0) == pytest.approx(9.0)
 
 
 def test_no_time_no_power(board: Board) -> None:

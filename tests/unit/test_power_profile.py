@@ -50,6 +50,18 @@ def test_a_profile_is_applied_to_every_cluster_and_undone(cpus: Cpus) -> None:
     assert cpus.now() == AS_IT_WAS
 
 
+def test_a_floor_above_the_ceiling_comes_down_first_and_goes_up_last(cpus: Cpus) -> None:
+    """As jetson_clocks leaves a board. Kernels before 5.3 refuse a highest clock below the lowest one."""
+    floor = cpus.root / "devices/system/cpu/cpufreq/policy0/scaling_min_freq"
+    floor.write_text("1800000\n")
+    ceiling_and_floor = ["policy0: scaling_min_freq 1200000", "policy0: scaling_max_freq 1200000"]
+    assert [line for line in cpus.apply(max_clock_mhz=1200) if "policy0" in line] == ceiling_and_floor
+    cpus.apply(max_clock_mhz=1500)
+    assert floor.read_text().strip() == "1500000"
+    undone = [line for line in cpus.apply() if "policy0" in line]
+    assert undone == ["policy0: scaling_max_freq 1800000", "policy0: scaling_min_freq 1800000"]
+
+
 def test_one_profile_after_another_goes_back_to_what_was_before_the_first(cpus: Cpus) -> None:
     cpus.apply(governor="powersave", max_clock_mhz=1200)
     cpus.apply(max_clock_mhz=1500)

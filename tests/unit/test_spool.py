@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from chaos.spooling import FOLDER, LIMIT_BYTES, Board, Receiver, given_up_on_disk, kinds
-from edgefleet_agent.spool import MEMORY_BYTES, WINDOW, Spool
+from edgefleet_agent.spool import MEMORY_BYTES, RESEND_LAST_S, RESEND_S, WINDOW, Spool
 from edgefleet_controller.store import events
 from edgefleet_controller.store.database import Database
 from edgefleet_shared.clock import ManualClock
@@ -157,6 +157,22 @@ def test_a_window_that_nobody_answers_is_sent_again() -> None:
     clock.advance(31)
     spool.tick()
     assert numbers(sent) == [("boot-1", 1), ("boot-1", 1)]
+
+
+def test_a_controller_that_is_away_for_a_day_finds_few_copies_and_is_asked_soon_once_it_is_back() -> None:
+    clock, sent = ManualClock(), list[bytes]()
+    spool = spool_on(disk(), sent, clock)
+    spool.came_up()
+    spool.add(Health())
+    for _ in range(DAY_S // PERIOD_S):
+        clock.advance(PERIOD_S)
+        spool.tick()
+    assert len(sent) <= DAY_S / RESEND_LAST_S + 10
+    spool.acknowledge(Ack("boot-1", 1))
+    spool.add(Health())
+    clock.advance(RESEND_S + 1)
+    spool.tick()
+    assert numbers(sent)[-2:] == [("boot-1", 2), ("boot-1", 2)]
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EIO])

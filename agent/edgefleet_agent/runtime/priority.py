@@ -1,4 +1,4 @@
-"""Who computes first: receives which processes serve and which start, load or end beside them, places these behind everything else.
+"""Who computes first, and who lives on: receives which processes serve and which start, load or end beside them, places these behind everything else.
 
 A model that loads or is let go on the same few cores must not be felt by requests. Two things are done about it:
 
@@ -7,6 +7,8 @@ A model that loads or is let go on the same few cores must not be felt by reques
 - That is not enough where an inference takes longer than the scheduler's slice (some 3 ms): a process that has just woken up to answer a request
   has by then had no less than its share against one that slept as long as it, so the other gets the processor for a tick (4 ms), even if one
   beside it is idle. So what loads has a processor that those which serve stay away from meanwhile.
+
+When memory ends meanwhile, what stands aside goes first (:mod:`edgefleet_agent.out_of_memory`).
 
 Source: sched(7), "SCHED_IDLE" and "Nice value"; sched_setaffinity(2); the kernel's documentation of EEVDF and of cpu_capacity.
 """
@@ -19,6 +21,8 @@ import resource
 from functools import cache
 from pathlib import Path
 
+from edgefleet_agent import out_of_memory
+
 _CAP_SYS_NICE = 23
 _NICE_0 = 20  # RLIMIT_NICE counts down from 20
 
@@ -26,11 +30,13 @@ _NICE_0 = 20  # RLIMIT_NICE counts down from 20
 def step_back(pid: int) -> None:
     """Put a process behind all that serves; threads and processes that it will start come along."""
     _schedule(pid, os.SCHED_IDLE if _may_return() else os.SCHED_BATCH)
+    out_of_memory.end_first(pid)
 
 
 def come_forward(pid: int) -> None:
     """Give a process and every thread that it started meanwhile a normal place again."""
     _schedule(pid, os.SCHED_OTHER)
+    out_of_memory.end_as_us(pid)
 
 
 class Precedence:

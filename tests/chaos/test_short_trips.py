@@ -1,0 +1,95 @@
+"""A board that is switched off long before a fetch is through, again and again: a vehicle on short trips, with or without a line."""
+
+from __future__ import annotations
+
+from chaos.board import STATE, Agent, SimulatedRuntime, Story, check_end
+from chaos.depot import Depot
+from chaos.stories import enrolment
+from edgefleet_agent import journal
+from edgefleet_agent.journal import Journal
+from edgefleet_shared.lifecycle import MAX_RESTARTS, State
+from edgefleet_shared.outcomes import Outcome
+from support.disk import MemoryDisk, Tree, remains
+
+TRIP_S = 10.0
+TRIPS = 3 * MAX_RESTARTS
+CHUNKS = 4 * MAX_RESTARTS  # of the model that is fetched
+
+
+class Vehicle:
+    """A board that serves version 1 and is to fetch version 2, over its starts."""
+
+    def __init__(self) -> None:
+        self.depot = Depot(model_bytes=4096 * CHUNKS)
+        disk = MemoryDisk()
+        enrolment(self.depot, disk)
+        first = self._agent(Story("before", disk.tree(), (self.depot.assign("1"),), {"1": (Outcome.SUCCEEDED,)}))
+        first.run()
+        self.tree: Tree = first.disk.tree()
+        self._desired, self._starts = self.depot.assign("2"), 0
+        self._model = self.depot.layout.manifest(self.depot.manifest("2")).layers[0].digest
+
+    def _agent(self, story: Story, start: int = 0, kernel_boot: str = "") -> Agent:
+        disk = MemoryDisk(story.tree)
+        runtime = SimulatedRuntime(self.depot, disk, frozenset())
+        return Agent(self.depot, story, disk, runtime, start=start, kernel_boot=kernel_boot)
+
+    def start(self, kernel_boot: str, chunks: int) -> Agent:
+        """The agent starts; the line brings so many chunks of the model, and whatever else is wanted."""
+        self._starts += 1
+        story = Story("trip", self.tree, (self._desired,), {"2": (Outcome.SUCCEEDED,)})
+        agent = self._agent(story, self._starts, kernel_boot)
+        agent.wire.carries[self._model] = chunks
+        return agent
+
+    def trip(self, chunks: int) -> None:
+        """The power is cut after :data:`TRIP_S`: what was not safe is lost."""
+        agent = _turned(self.start(f"kernel boot {self._starts}", chunks))
+        self.tree = min(remains(agent.disk), key=lambda tree: sum(len(content or b"") for content in tree.values()))
+
+    def crash(self, chunks: int) -> None:
+        """The agent alone ends after as long, on a board that stays on."""
+        self.tree = _turned(self.start("one kernel boot", chunks)).disk.tree()
+
+    @property
+    def journal(self) -> Journal:
+        return journal.read(STATE, files=MemoryDisk(self.tree))
+
+
+def _turned(agent: Agent) -> Agent:
+    while agent.clock.monotonic() < TRIP_S:
+        agent.turn()
+    return agent
+
+
+def test_a_fetch_that_each_trip_brings_further_comes_through() -> None:
+    vehicle = Vehicle()
+    for _ in range(CHUNKS - 1):
+        vehicle.trip(chunks=1)
+        assert vehicle.journal.life.state is State.FETCHING
+    agent = vehicle.start("the last kernel boot", chunks=1)
+    agent.run()
+    check_end(agent)
+
+
+def test_trips_without_a_line_are_no_sign_against_what_is_to_be_fetched() -> None:
+    vehicle = Vehicle()
+    for _ in range(TRIPS):
+        vehicle.trip(chunks=0)
+        assert vehicle.journal.life.state is State.FETCHING
+    agent = vehicle.start("at home", chunks=CHUNKS)
+    agent.run()
+    check_end(agent)
+
+
+def test_an_agent_that_keeps_ending_over_a_fetch_goes_on_as_long_as_that_gets_further() -> None:
+    vehicle = Vehicle()
+    for _ in range(TRIPS):
+        vehicle.crash(chunks=1)
+        assert vehicle.journal.life.state is State.FETCHING
+    for _ in range(MAX_RESTARTS + 1):
+        vehicle.crash(chunks=0)
+    assert vehicle.journal.life.state is State.IDLE
+    ended = vehicle.journal.ended
+    assert ended is not None
+    assert ended.outcome is Outcome.FAILED_NO_CHANGE
