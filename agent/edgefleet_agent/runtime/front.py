@@ -281,7 +281,8 @@ class _Asked(Job):
                 self.failure(exc)
                 return
         body, length = answers.encode_answer(self.request, model, version, outputs)
-        self._reply(200, body, JSON if length is None else BINARY, length)
+        if not self._reply(200, body, JSON if length is None else BINARY, length):
+            self._front.failed()
 
     def failure(self, error: RequestError) -> None:
         assert self._reply is not None
