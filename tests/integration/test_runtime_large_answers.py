@@ -1,10 +1,13 @@
-"""Answers of megabytes: clients that don't read theirs, or read slowly, cost nobody else an answer and the board no memory."""
+"""Requests and answers of megabytes: clients that don't read theirs, or read slowly, cost nobody else an answer and the board no memory; and
+where there is none, they are told."""
 
 from __future__ import annotations
 
 import http.client
 import json
+import resource
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -55,6 +58,11 @@ def resident_bytes(runtime: Runtime) -> int:
     return runtime.status().memory_bytes
 
 
+def address_space_bytes(pid: int) -> int:
+    status = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+    return int(status["VmSize"].split()[0]) * 1024
+
+
 def test_clients_that_never_read_their_answers_do_not_fill_the_memory_nor_keep_others_out(runtime: Runtime) -> None:
     before = resident_bytes(runtime)
     deaf = [narrow(runtime) for _ in range(2 * MAX_UNTAKEN_BYTES // ANSWER_BYTES)]
@@ -91,6 +99,59 @@ def test_others_have_their_turn_between_large_answers_that_come_faster_than_they
         for link in deaf:
             link.close()
     assert served > 15
+
+
+def test_others_are_answered_while_millions_of_numbers_are_written_as_json(runtime: Runtime) -> None:
+    ended = threading.Event()
+    answers: list[tuple[int, Any]] = []
+
+    def ask() -> None:
+        answers.append(runtime.ask("POST", PATH, body(2, binary=False)))
+        ended.set()
+
+    asking = UnixConnection(runtime.state / "run" / "infer.sock")
+    thread = threading.Thread(target=ask)
+    thread.start()
+    until(lambda: runtime.version("1").requests, what="it being computed")
+    served = 0
+    while not ended.is_set() and runtime.gauge("held_answer_bytes") == 0:
+        asking.request("GET", "/v2/health/live")
+        asking.getresponse().read()
+        served += 1
+    asking.close()
+    thread.join()
+    ((status, answer),) = answers
+    (output,) = answer["outputs"]
+    assert (status, output["shape"]) == (200, [2, WIDTH])
+    assert output["data"] == [6.0] * WIDTH + [22.0] * WIDTH
+    assert served > 20
+
+
+def test_an_answer_that_would_be_too_large_as_json_is_refused_with_what_to_do(runtime: Runtime) -> None:
+    status, answer = runtime.ask("POST", PATH, body(5, binary=False))
+    assert (status, "ask for it in binary" in answer["error"]) == (400, True)
+    assert runtime.ask("POST", PATH, body(5))[0] == 200
+
+
+def test_a_client_whose_request_there_is_no_memory_for_is_told_so(runtime: Runtime) -> None:
+    """It came, and then there was no memory left to understand it."""
+    pid = runtime.status().pid
+    long = json.dumps(
+        {"inputs": [{"name": "x", "datatype": "FP32", "shape": [5_000_000, 4], "data": [0] * 20_000_000}]}
+    ).encode()
+    _, most = resource.prlimit(pid, resource.RLIMIT_AS)
+    with runtime.connect() as link:
+        link.sendall(request(long)[:-1])
+        until(lambda: runtime.gauge("held_body_bytes") == len(long) - 1, what="all but its end being there")
+        resource.prlimit(pid, resource.RLIMIT_AS, (address_space_bytes(pid) + len(long) // 2, most))
+        try:
+            link.sendall(long[-1:])
+            assert link.recv(4096).startswith(b"HTTP/1.1 503")
+            assert runtime.ask("POST", PATH, body(0))[0] == 400
+        finally:
+            resource.prlimit(pid, resource.RLIMIT_AS, (most, most))
+        link.sendall(request(body()))
+        assert link.recv(4096).startswith(b"HTTP/1.1 200")
 
 
 def test_a_client_that_reads_slowly_gets_its_last_answer_to_the_last_byte(runtime: Runtime) -> None:

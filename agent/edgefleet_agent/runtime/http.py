@@ -31,6 +31,7 @@ REQUEST_LIMIT_S = 30.0  # from a request's first byte to its last
 LINGER_S = 2.0  # how long a client that was hung up on may go on sending: a reset would take its last answer away
 LAST_CALL_S = 0.3  # how long a client that was let in may stay silent when the server ends
 LOOK_S = 0.01  # how often a server that ends looks whether its clients are gone
+JOINED_BYTES = 64 * 1024  # an answer up to this is written in one piece; a larger one is not copied for it
 FIRST_READ_BYTES = 2 * 1024  # enough for a head and a small body; what is beyond goes where the body belongs
 
 JSON = b"application/json"
@@ -430,11 +431,15 @@ class Connection(asyncio.BufferedProtocol):
         # A client of HTTP/1.0 takes the connection for closed unless it is told (RFC 9112, 9.3); one of HTTP/1.1 the other way round.
         connection = (b"keep-alive" if asked is not None and asked.is_old else b"") if keep_alive else b"close"
         head = _answer_head(status, content_type, header_length, connection, len(body), allow)
-        content = head if asked is not None and asked.method == "HEAD" else head + body
-        self._transport.write(content)
+        if asked is not None and asked.method == "HEAD":
+            body = b""
+        if len(body) > JOINED_BYTES:
+            self._transport.writelines((head, body))
+        else:
+            self._transport.write(head + body)
         if self._paused_writing:
             left = self._transport.get_write_buffer_size()
-            self._server.untaken.add(self, len(content), left, time.monotonic())
+            self._server.untaken.add(self, len(head) + len(body), left, time.monotonic())
 
     def _refuse(self, status: int, message: str) -> None:
         """Answer that this connection can't go on, after what it asked before has been answered."""
