@@ -177,6 +177,7 @@ def _gauges(switchboard: Switchboard, server: Server, regions: Regions) -> dict[
         "free_slots": sum(version.free_slots for version in switchboard.versions()),
         "connections": len(server.connections),
         "held_body_bytes": server.held_bytes,
+        "held_answer_bytes": server.untaken.held_bytes,
         "refused_connections": server.refused,
         "swaps": switchboard.swaps,
         "shared_memory_regions": len(regions),

@@ -10,8 +10,9 @@ from __future__ import annotations
 import asyncio
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine, Generator
 from functools import lru_cache, partial
+from typing import Any, TypeVar
 from urllib.parse import unquote
 
 import msgspec
@@ -32,6 +33,9 @@ from edgefleet_agent.runtime.version import Version, VersionState
 SERVER_NAME = "edgefleet-runtime"
 EXTENSIONS = ("binary_tensor_data", "statistics", "system_shared_memory", "model_configuration")
 
+NO_MEMORY = "the runtime has no memory for this just now"
+
+_MadeT = TypeVar("_MadeT")
 _MODEL = re.compile(
     r"/v2/models/(?P<model>[^/]+)(?:/versions/(?P<version>[^/]+))?(?:/(?P<what>infer|ready|stats|config))?"
 )
@@ -58,7 +62,7 @@ class Front:
 
     def __init__(self, switchboard: Switchboard, regions: Regions, gauges: Callable[[], dict[str, float]]) -> None:
         self._switchboard, self._regions, self._gauges = switchboard, regions, gauges
-        self._one_long, self._parsing = asyncio.Lock(), set[asyncio.Task[None]]()
+        self._one_long, self._working = asyncio.Lock(), set[asyncio.Task[None]]()
         self._fixed: dict[str, tuple[str, Callable[[], tuple[int, bytes, bytes]]]] = {
             "/v2": ("GET", self._server),
             "/v2/": ("GET", self._server),
@@ -148,28 +152,35 @@ class Front:
 
     def _infer(self, request: Request, model: str, version: str | None, reply: Reply) -> None:
         if protocol.is_long(request.body, request.head.inference_length):
-            task = asyncio.get_running_loop().create_task(self._infer_in_pieces(request, model, version, reply))
-            self._parsing.add(task)
-            task.add_done_callback(self._parsing.discard)
+            self.work(self._infer_in_pieces(request, model, version, reply), partial(_refuse, reply))
             return
-        parsed = protocol.parse_infer(request.body, request.head.inference_length)
+        try:
+            parsed = protocol.parse_infer(request.body, request.head.inference_length)
+        except MemoryError:
+            raise RequestError(503, NO_MEMORY) from None
         self._ask(request, parsed, model, version, reply)
 
     async def _infer_in_pieces(self, request: Request, model: str, version: str | None, reply: Reply) -> None:
-        """A request with so much JSON that parsing it at once would keep all others waiting. One at a time: each takes memory."""
-        try:
-            async with self._one_long:
-                steps = protocol.parse_long_infer(request.body, request.head.inference_length)
-                while True:
-                    try:
-                        next(steps)
-                    except StopIteration as end:
-                        parsed: InferRequest = end.value
-                        break
-                    await asyncio.sleep(0)
-            self._ask(request, parsed, model, version, reply)
-        except RequestError as exc:
-            reply(exc.status, answers.error_body(exc.message), JSON)
+        """A request with so much JSON that parsing it at once would keep all others waiting."""
+        parsed = await self.in_pieces(protocol.parse_long_infer(request.body, request.head.inference_length))
+        self._ask(request, parsed, model, version, reply)
+
+    async def in_pieces(self, steps: Generator[None, None, _MadeT]) -> _MadeT:
+        """What comes of work that others have their turn between. One at a time: each takes memory."""
+        async with self._one_long:
+            while True:
+                try:
+                    next(steps)
+                except StopIteration as end:
+                    made: _MadeT = end.value
+                    return made
+                await asyncio.sleep(0)
+
+    def work(self, work: Coroutine[Any, Any, None], refuse: Callable[[RequestError], None]) -> None:
+        """Do what answers a request in its own time; ``refuse`` tells its client when that comes to nothing, whatever the reason is."""
+        task = asyncio.get_running_loop().create_task(_told(work, refuse))
+        self._working.add(task)
+        task.add_done_callback(self._working.discard)
 
     def _ask(self, request: Request, parsed: InferRequest, model: str, version: str | None, reply: Reply) -> None:
         form, peer = parsed.form, request.peer
@@ -280,14 +291,46 @@ class _Asked(Job):
             except RequestError as exc:
                 self.failure(exc)
                 return
-        body, length = answers.encode_answer(self.request, model, version, outputs)
-        self._reply(200, body, JSON if length is None else BINARY, length)
+        if answers.is_long(self.request.form, outputs):
+            self._front.work(self._answer_in_pieces(model, version, outputs), self.failure)
+            return
+        try:
+            body, length = answers.encode_answer(self.request, model, version, outputs)
+        except MemoryError:
+            self.failure(RequestError(503, NO_MEMORY))
+            return
+        self._give(body, length)
+
+    async def _answer_in_pieces(self, model: str, version: str, outputs: list[OutputTensor]) -> None:
+        steps = answers.encode_long_answer(self.request, model, version, outputs)
+        self._give(*await self._front.in_pieces(steps))
+
+    def _give(self, body: bytes, header_length: int | None) -> None:
+        assert self._reply is not None
+        if not self._reply(200, body, JSON if header_length is None else BINARY, header_length):
+            self._front.failed()
 
     def failure(self, error: RequestError) -> None:
         assert self._reply is not None
         if error.status >= 500:
             self._front.failed()
-        self._reply(error.status, answers.error_body(error.message), JSON)
+        _refuse(self._reply, error)
+
+
+def _refuse(reply: Reply, error: RequestError) -> None:
+    reply(error.status, answers.error_body(error.message), JSON)
+
+
+async def _told(work: Coroutine[Any, Any, None], refuse: Callable[[RequestError], None]) -> None:
+    try:
+        await work
+    except RequestError as exc:
+        refuse(exc)
+    except MemoryError:
+        refuse(RequestError(503, NO_MEMORY))
+    except BaseException:
+        refuse(RequestError(500, "the runtime failed over this request"))
+        raise
 
 
 def _statistics(version: Version) -> dict[str, object]:

@@ -3,7 +3,7 @@
 A body goes from the socket straight to where the handler wants it, so that a picture is in shared memory when its last byte came;
 and a head that equals the one before it on the connection is not parsed again.
 Every resource that a client can take is bounded here: header and body sizes, time to send them, pipelined requests,
-connections, body bytes held at once. Whatever is wrong with a request costs that request or its connection, nothing else.
+connections, body bytes held at once, answers that nobody reads. Whatever is wrong with a request costs that request or its connection, nothing else.
 Not handled here: what a head means (:mod:`head`). Source: RFC 9112.
 """
 
@@ -21,6 +21,7 @@ from edgefleet_agent.runtime.answer import error_body
 from edgefleet_agent.runtime.content_encoding import decompress
 from edgefleet_agent.runtime.head import MAX_HEADER_BYTES, MAX_URL_BYTES, Head, Refused
 from edgefleet_agent.runtime.peer import Peer
+from edgefleet_agent.runtime.untaken import Untaken
 
 MAX_HELD_BYTES = 256 * 1024 * 1024  # all bodies of all connections
 MAX_PIPELINED = 16
@@ -30,11 +31,13 @@ REQUEST_LIMIT_S = 30.0  # from a request's first byte to its last
 LINGER_S = 2.0  # how long a client that was hung up on may go on sending: a reset would take its last answer away
 LAST_CALL_S = 0.3  # how long a client that was let in may stay silent when the server ends
 LOOK_S = 0.01  # how often a server that ends looks whether its clients are gone
+JOINED_BYTES = 64 * 1024  # an answer up to this is written in one piece; a larger one is not copied for it
 FIRST_READ_BYTES = 2 * 1024  # enough for a head and a small body; what is beyond goes where the body belongs
 
 JSON = b"application/json"
 BINARY = b"application/octet-stream"
 TEXT = b"text/plain; version=0.0.4; charset=utf-8"
+UNREAD = "too many large answers wait for clients that do not read them"
 
 
 class Place(Protocol):
@@ -60,13 +63,17 @@ class Request:
 class Reply(Protocol):
     def __call__(
         self, status: int, body: bytes, content_type: bytes, header_length: int | None = None, allow: bytes = b""
-    ) -> None:
+    ) -> bool:
         """Answer.
 
         Args:
             header_length: of the inference header in ``body``, None when there is none.
             allow: the methods that the resource takes, told with status 405.
+
+        Returns:
+            False when there is no room for that answer, and the client was told so instead.
         """
+        ...
 
 
 class Handler(Protocol):
@@ -88,6 +95,7 @@ class Server:
         self.handler = handler
         self.connections: set[Connection] = set()
         self.held_bytes = 0
+        self.untaken = Untaken[Connection]()
         self.refused = 0
         self.ending = False  # every answer is its connection's last
         # The loop asks for a buffer and says how much it put there without anything in between, so one serves them all.
@@ -103,9 +111,17 @@ class Server:
         found = min(silent, key=lambda c: c.silent_since or 0.0, default=None)
         if found is None or time.monotonic() - (found.silent_since or 0.0) < SILENT_S:
             return False
-        self.connections.discard(found)
         found.abandon()
         return True
+
+    def has_room(self, answer_bytes: int) -> bool:
+        """Whether an answer can be held until its client reads it; clients that don't read theirs make room."""
+        if not self.untaken.fits(answer_bytes):
+            for connection in self.untaken.stalled(time.monotonic()):
+                connection.abandon()
+                if self.untaken.fits(answer_bytes):
+                    break
+        return self.untaken.fits(answer_bytes)
 
     def tick(self) -> None:
         """End requests that take too long to arrive. Call about once a second."""
@@ -171,10 +187,14 @@ class Connection(asyncio.BufferedProtocol):
             self.last_call(time.monotonic())
 
     def connection_lost(self, exc: Exception | None) -> None:
+        self._forget()
+        self._transport = None
+
+    def _forget(self) -> None:
         self._server.connections.discard(self)
+        self._server.untaken.remove(self)
         self._forget_body()
         self._forget_waiting()
-        self._transport = None
 
     @property
     def silent_since(self) -> float | None:
@@ -215,6 +235,10 @@ class Connection(asyncio.BufferedProtocol):
 
     def resume_writing(self) -> None:
         self._paused_writing = False
+        self._server.untaken.remove(self)
+        self._asked_last = time.monotonic()
+        if self._hung_up:
+            self._hung_up = self._asked_last  # it could not hear it before
         self._next()
 
     # --- requests in
@@ -352,7 +376,7 @@ class Connection(asyncio.BufferedProtocol):
 
     def _reply(
         self, status: int, body: bytes, content_type: bytes, header_length: int | None = None, allow: bytes = b""
-    ) -> None:
+    ) -> bool:
         request = self._answered
         assert request is not None
         self._answered = None
@@ -361,17 +385,21 @@ class Connection(asyncio.BufferedProtocol):
         if request.place is not None:
             request.place.release()
         if self._transport is None or self._transport.is_closing():
-            return
+            return True
         head = request.head
         if self._server.ending and not self._waiting and not self._request_began:
             self._closing = True
         keep_alive = head.keep_alive and not (self._closing and not self._waiting)
+        fits = self._server.has_room(len(body))
+        if not fits:
+            status, body, content_type, header_length = 503, error_body(UNREAD), JSON, None
         self._write(status, body, content_type, header_length, keep_alive, head, allow)
         if not head.keep_alive:
             self._closing = True
             self._forget_waiting()
         if self._waiting or self._closing:
             self._next()
+        return fits
 
     def _forget_waiting(self) -> None:
         for request in self._waiting:
@@ -403,7 +431,15 @@ class Connection(asyncio.BufferedProtocol):
         # A client of HTTP/1.0 takes the connection for closed unless it is told (RFC 9112, 9.3); one of HTTP/1.1 the other way round.
         connection = (b"keep-alive" if asked is not None and asked.is_old else b"") if keep_alive else b"close"
         head = _answer_head(status, content_type, header_length, connection, len(body), allow)
-        self._transport.write(head if asked is not None and asked.method == "HEAD" else head + body)
+        if asked is not None and asked.method == "HEAD":
+            body = b""
+        if len(body) > JOINED_BYTES:
+            self._transport.writelines((head, body))
+        else:
+            self._transport.write(head + body)
+        if self._paused_writing:
+            left = self._transport.get_write_buffer_size()
+            self._server.untaken.add(self, len(head) + len(body), left, time.monotonic())
 
     def _refuse(self, status: int, message: str) -> None:
         """Answer that this connection can't go on, after what it asked before has been answered."""
@@ -430,7 +466,12 @@ class Connection(asyncio.BufferedProtocol):
             self._transport.resume_reading()
 
     def check_time(self, now: float) -> None:
-        if self._hung_up and now - self._hung_up > (LAST_CALL_S if self._called else LINGER_S):
+        if self in self._server.untaken:
+            if self._transport is not None and self._server.untaken.is_overdue(
+                self, self._transport.get_write_buffer_size(), now
+            ):
+                self.abandon()
+        elif self._hung_up and now - self._hung_up > (LAST_CALL_S if self._called else LINGER_S):
             self.abandon()
         if self._request_began and now - self._request_began > REQUEST_LIMIT_S and not self._paused_reading:
             self._refuse(408, f"the request did not arrive within {REQUEST_LIMIT_S:g} s")
@@ -444,9 +485,10 @@ class Connection(asyncio.BufferedProtocol):
         self._called = now
 
     def abandon(self) -> None:
-        """Close, whatever the client may still want."""
+        """Close, whatever the client may still want; also what it has not read of an answer is let go."""
+        self._forget()
         if self._transport is not None:
-            self._transport.close()
+            self._transport.abort()
 
 
 @lru_cache(64)

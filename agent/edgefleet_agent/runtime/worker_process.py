@@ -28,6 +28,7 @@ EXIT_GRACE_S = 0.5  # between the end of a worker's channel and the end of the w
 PATIENCE_S = 10.0  # how long loading may stand aside: on a board that is always busy it would never end
 LEAVING_S = 0.3  # and how long ending may
 COMMON_SHARE = 16  # that part of a slot's answer memory is commonly needed: a slot is for as many pictures
+TURN_ANSWERS, TURN_BYTES = 16, 1 << 20  # handed on before all else has its turn: a worker may be faster than this loop
 KEPT_SLOTS = 2  # never lent: clients that are slow to fill theirs must not keep whole requests out
 
 
@@ -289,8 +290,9 @@ class WorkerProcess:
         finally:
             hurry.cancel()
 
-    def _readable(self) -> None:
-        link = self._link
+    def _readable(self, *, ended: bool = False) -> None:
+        """Take what the process says; all of it only once it has ``ended``."""
+        link, answers, answer_bytes = self._link, 0, 0
         while link is not None:
             try:
                 length = link.recv_into(self._buffer)
@@ -306,7 +308,7 @@ class WorkerProcess:
             try:
                 message = channel.decode_from_worker(self._buffer[:length])
                 if type(message) is Done:
-                    self._done(message)
+                    answers, answer_bytes = answers + 1, answer_bytes + self._done(message)
                 else:
                     self._take(message)
             except (ValueError, KeyError, IndexError) as exc:  # msgspec's errors are ValueErrors
@@ -314,6 +316,8 @@ class WorkerProcess:
                 return
             if not self._jobs:
                 return  # it has nothing more to say now; whatever it says later wakes the loop
+            if not ended and (answers >= TURN_ANSWERS or answer_bytes >= TURN_BYTES):
+                return  # and what it has said already does so too
             link = self._link
 
     def _answered(self, number: int, slot: int) -> Job:
@@ -330,12 +334,14 @@ class WorkerProcess:
         self._may_observe = True
         return job
 
-    def _done(self, message: Done) -> None:
+    def _done(self, message: Done) -> int:
+        """Hand an answer on; returns its size."""
         outputs = self._outputs(message.slot, message.shapes)
         job = self._answered(message.number, message.slot)
         self._free.append(message.slot)
         self._on_done(job, outputs, message.compute_ns)
         self._on_free()
+        return sum(len(tensor.data) for tensor in outputs)
 
     def _take(self, message: channel.FromWorker) -> None:
         """What is said seldom. Whatever it is may be said once: one that never stops talking would keep this loop from all others.
@@ -388,7 +394,7 @@ class WorkerProcess:
 
     def _exited(self, code: int) -> None:
         if self._link is not None:
-            self._readable()  # answers that it gave before it died
+            self._readable(ended=True)  # answers that it gave before it died
         self._close_link()
         problem = self._verdict or describe_exit(code)
         if not self._ready.done():
