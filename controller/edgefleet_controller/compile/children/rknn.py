@@ -154,8 +154,8 @@ def _refusal(text: str) -> job.Refused:
 
 def _pack(path: str, network: str, settings: dict[str, Any], samples: SampleFile | None, inputs: list[str]) -> None:
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
-        with open(network, "rb") as stream:
-            archive.writestr(zipfile.ZipInfo("network.onnx", _EPOCH), stream.read())
+        content = _with_short_edges(onnx.load(network)).SerializeToString(deterministic=True)
+        archive.writestr(zipfile.ZipInfo("network.onnx", _EPOCH), content)
         archive.writestr(zipfile.ZipInfo("settings.json", _EPOCH), json.dumps(settings, sort_keys=True))
         names = []
         for index in range(len(samples) if samples else 0):
@@ -168,6 +168,26 @@ def _pack(path: str, network: str, settings: dict[str, Any], samples: SampleFile
                     np.lib.format.write_array(stream, value, allow_pickle=False)
             names.append(" ".join(row))
         archive.writestr(zipfile.ZipInfo("dataset.txt", _EPOCH), "\n".join(names) + "\n")
+
+
+def _with_short_edges(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The network with inputs and outputs called ``in0``, ``out0``, ...: the toolkit cuts names off at 127 characters and then misses them. Whoever
+    runs the file goes by their order."""
+    graph = model.graph
+    taken = {name for node in graph.node for name in (*node.input, *node.output)}
+    renamed: dict[str, str] = {}
+    for kind, values in (("in", graph.input), ("out", graph.output)):
+        for place, value in enumerate(values):
+            short = f"{kind}{place}"
+            while short in taken:
+                short += "_"
+            value.name = renamed.setdefault(value.name, short)
+    for node in graph.node:
+        for names in (node.input, node.output):
+            names[:] = [renamed.get(name, name) for name in names]
+    for known in graph.value_info:
+        known.name = renamed.get(known.name, known.name)
+    return model
 
 
 @contextlib.contextmanager
