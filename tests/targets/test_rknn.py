@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 from edgefleet_controller.source import ModelVersion, import_model
 from edgefleet_shared.errors import ManifestError, ModelError
 from support import trained
-from support.networks import Net, project
+from support.networks import Net, project, project_of_numbers, resize_input
 
 
 @pytest.mark.parametrize("precision", ["int8", "fp16"])
@@ -71,5 +72,21 @@ def test_names_that_are_longer_than_the_toolkit_keeps_and_names_like_its_own_are
     result = workshop.compile(
         version, "rknn", arch="aarch64", precision="fp16", options={"chip": "rk3588"}, accuracy={"min_agreement": 0.9}
     )
+    assert result.quality == "passed"
+    assert result.figures.sqnr_db > 40
+
+
+@pytest.mark.parametrize("axes", [1, 3])
+def test_what_is_no_picture_is_answered_too(workshop, tmp_path: Path, axes: int) -> None:
+    net = Net()
+    weight = net.rng.normal(size=(8, 3, *[3] * axes)).astype(np.float32) / 5
+    net.add("Conv", net.constant(weight), strides=[2] * axes, pads=[1] * 2 * axes)
+    net.add("Relu")
+    net.add("Flatten")
+    net.dense(8 * 4**axes, 6)
+    model = net.model([1, 6])
+    resize_input(model, 1, 3, *[8] * axes)
+    version = import_model(project_of_numbers(tmp_path, model), tmp_path, workshop.layout, cache=tmp_path)
+    result = workshop.compile(version, "rknn", arch="aarch64", precision="fp16", options={"chip": "rk3588"})
     assert result.quality == "passed"
     assert result.figures.sqnr_db > 40

@@ -43,7 +43,8 @@ def load(request: job.Request, path: str) -> Run:
 
     def run(feeds: dict[str, Array]) -> dict[str, Array]:
         values = [feeds[name] for name in request["inputs"]]
-        found = toolkit.inference(inputs=values, data_format=["nchw" if v.ndim == 4 else None for v in values])
+        # Each as the network has it, whatever its axes are; "nhwc" would be turned, and what has other than four axes wants a word, too.
+        found = toolkit.inference(inputs=values, data_format=["nchw" for _ in values])
         if found is None:
             raise job.Refused("toolchain_failed", "rknn's simulator answered nothing; its log says why")
         return {name: np.array(value) for name, value in zip(request["outputs"], found, strict=True)}
@@ -147,7 +148,7 @@ def _done(status: int | None, what: str) -> None:
 
 def _refusal(text: str) -> job.Refused:
     """The toolkit's exception, whose text is a traceback of its own."""
-    told = re.findall(r"^\w*(?:Error|Exception): (.+)", text, re.M)
+    told = re.findall(r"^\w*(?:Error|Exception): .+", text, re.M)
     last = next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "it does not say why")
     return job.Refused("bad_model", f"rknn can't compile this network: {(told[-1] if told else last)[:400]}")
 
