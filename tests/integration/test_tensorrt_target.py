@@ -48,6 +48,7 @@ def test_int8_is_qdq_without_zero_points_and_with_biases_in_float(tmp_path: Path
             assert not np.any(constants[node.input[2]]), f"{node.name} has a zero point"
     assert result.figures.agreement >= 0.7
     assert result.figures.stand_in.startswith("onnxruntime")
+    assert (result.figures.engine, result.figures.engine_version) == ("tensorrt", ""), "the board's, not onnxruntime's"
     assert result.figures.unmeasured == ("latency", "memory")
 
 

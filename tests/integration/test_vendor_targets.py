@@ -71,6 +71,7 @@ def test_ascend_calibrates_compiles_and_leaves_the_judging_to_the_board(
     result = bench.compile("acl", precision=precision, options={"soc": "Ascend310P3"})
     assert bench.shipped(result) == b"IMODallow_fp32_to_fp16"
     figures = result.figures
+    assert (figures.engine, figures.engine_version) == ("acl", "7.0.0.5.242")
     assert (figures.agreement, figures.p50_ms) == (None, None)
     assert figures.unmeasured == ("agreement", "latency", "memory")
     assert (result.quality, result.misses) == ("passed", ())
@@ -94,6 +95,7 @@ def test_rk1808s_older_toolkit_runs_in_its_own_python(bench: Bench, monkeypatch,
     vendor_tools.install(monkeypatch, bench.folder / "vendor", *RK1808)
     result = bench.compile("rknn", target="rk1808", precision=precision)
     assert bench.shipped(result) == b"RKNN1rk1808"
+    assert (result.figures.engine, result.figures.engine_version) == ("rknn", "1.7.5")
     assert result.figures.unmeasured == ("agreement", "latency", "memory")
 
 

@@ -135,6 +135,26 @@ def project(folder: Path, model: onnx.ModelProto, *, counts: tuple[int, int, int
     return Model.model_validate({"kind": "Model", "metadata": {"name": "net"}, "spec": fields | spec})
 
 
+def resize_input(model: onnx.ModelProto, *shape: int) -> None:
+    """Declare another shape of the one input."""
+    dimensions = model.graph.input[0].type.tensor_type.shape.dim
+    del dimensions[:]
+    for size in shape:
+        dimensions.add().dim_value = size
+
+
+def project_of_numbers(folder: Path, model: onnx.ModelProto) -> Model:
+    """The manifest over a network whose input is no picture, with samples."""
+    (folder / "net.onnx").write_bytes(model.SerializeToString(deterministic=True))
+    shape = [d.dim_value for d in model.graph.input[0].type.tensor_type.shape.dim][1:]
+    counts = {"calibration": 8, "holdout": 32, "golden": 8}
+    for seed, (split, count) in enumerate(counts.items()):
+        samples = np.random.default_rng(seed).normal(size=(count, *shape)).astype(np.float32)
+        save_file({"image": samples}, folder / f"{split}.safetensors")
+    spec = {"version": "1", "source": {"path": "net.onnx"}} | {s: {"path": f"{s}.safetensors"} for s in counts}
+    return Model.model_validate({"kind": "Model", "metadata": {"name": "numbers"}, "spec": spec})
+
+
 def device_class(engine: str = "onnxruntime", **spec: Any) -> DeviceClass:
     fields: dict[str, Any] = {
         "arch": "x86_64",

@@ -7,7 +7,6 @@ import zipfile
 from pathlib import Path
 
 import numpy as np
-import onnx
 import pytest
 from edgefleet_agent.runtime import engines
 from edgefleet_controller.compile.port import CompileResult
@@ -16,9 +15,8 @@ from edgefleet_controller.source import ModelVersion, import_model
 from edgefleet_shared import golden
 from edgefleet_shared.artifact import GOLDEN_LAYER
 from edgefleet_shared.errors import ModelError
-from safetensors.numpy import save_file
 from support import trained
-from support.networks import Net, project
+from support.networks import Net, project, project_of_numbers, resize_input
 
 
 def test_a_trained_network_answers_and_is_timed_as_float_does(workshop, version: ModelVersion) -> None:
@@ -79,22 +77,8 @@ def attention(tmp_path: Path) -> Model:
     net.add("ReduceMean", first=net.add("MatMul", value, first=shares), axes=[1], keepdims=0)
     net.dense(8, 4)
     model = net.model([1, 4])
-    del model.graph.input[0].type.tensor_type.shape.dim[:]
-    for size in (1, 16, 8):
-        model.graph.input[0].type.tensor_type.shape.dim.add().dim_value = size
-    return words(tmp_path, model)
-
-
-def words(folder: Path, model: onnx.ModelProto) -> Model:
-    """The manifest over a network of rows of numbers, with samples."""
-    (folder / "net.onnx").write_bytes(model.SerializeToString(deterministic=True))
-    shape = [d.dim_value for d in model.graph.input[0].type.tensor_type.shape.dim][1:]
-    counts = {"calibration": 8, "holdout": 32, "golden": 8}
-    for seed, (split, count) in enumerate(counts.items()):
-        samples = np.random.default_rng(seed).normal(size=(count, *shape)).astype(np.float32)
-        save_file({"image": samples}, folder / f"{split}.safetensors")
-    spec = {"version": "1", "source": {"path": "net.onnx"}} | {s: {"path": f"{s}.safetensors"} for s in counts}
-    return Model.model_validate({"kind": "Model", "metadata": {"name": "words"}, "spec": spec})
+    resize_input(model, 1, 16, 8)
+    return project_of_numbers(tmp_path, model)
 
 
 def test_a_network_in_which_nothing_tells_the_batch_axis_answers_here_and_by_the_boards_engine(
@@ -118,9 +102,7 @@ def test_an_operator_that_ncnn_has_under_that_name_with_other_parameters_is_name
     net.add("Squeeze", net.constant(np.array([0], np.int64)), first="last")
     net.dense(16, 4)
     model = net.model([1, 4])
-    del model.graph.input[0].type.tensor_type.shape.dim[:]
-    for size in (1, 12, 8):
-        model.graph.input[0].type.tensor_type.shape.dim.add().dim_value = size
-    version = import_model(words(tmp_path, model), tmp_path, workshop.layout, cache=tmp_path)
+    resize_input(model, 1, 12, 8)
+    version = import_model(project_of_numbers(tmp_path, model), tmp_path, workshop.layout, cache=tmp_path)
     with pytest.raises(ModelError, match=rf"ncnn has no operator LSTM \(node '{lost}'\)"):
         workshop.compile(version, "ncnn", precision="fp32")

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 from edgefleet_controller.source import ModelVersion, import_model
 from edgefleet_shared.errors import ManifestError, ModelError
 from support import trained
-from support.networks import Net, project
+from support.networks import Net, project, project_of_numbers, resize_input
 
 
 @pytest.mark.parametrize("precision", ["int8", "fp16"])
@@ -49,3 +50,43 @@ def test_an_operator_that_the_toolkit_lacks_is_named_with_its_node(workshop, tmp
     version = import_model(project(tmp_path, net.model([1, 8])), tmp_path, workshop.layout, cache=tmp_path)
     with pytest.raises(ModelError, match=rf"rknn has no operator Det \(node '{lost}'\)"):
         workshop.compile(version, "rknn", arch="aarch64")
+
+
+def test_names_that_are_longer_than_the_toolkit_keeps_and_names_like_its_own_are_no_obstacle(
+    workshop, tmp_path: Path
+) -> None:
+    net = Net()
+    net.conv(3, 8, stride=4)
+    net.nodes[-1].output[:] = ["StatefulPartitionedCall/" * 20]
+    net.add("Relu", first="StatefulPartitionedCall/" * 20)
+    net.nodes[-1].output[:] = ["in0"]
+    net.add("Flatten", first="in0")
+    net.dense(512, 6)
+    model = net.model([1, 6])
+    for node in model.graph.node:
+        for names in (node.input, node.output):
+            names[:] = [{"image": "i" * 300, "scores": "o" * 300}.get(name, name) for name in names]
+    model.graph.input[0].name, model.graph.output[0].name = "i" * 300, "o" * 300
+    manifest = project(tmp_path, model, inputs=[{"name": "i" * 300, "mean": [127.5], "std": [64.0]}])
+    version = import_model(manifest, tmp_path, workshop.layout, cache=tmp_path)
+    result = workshop.compile(
+        version, "rknn", arch="aarch64", precision="fp16", options={"chip": "rk3588"}, accuracy={"min_agreement": 0.9}
+    )
+    assert result.quality == "passed"
+    assert result.figures.sqnr_db > 40
+
+
+@pytest.mark.parametrize("axes", [1, 3])
+def test_what_is_no_picture_is_answered_too(workshop, tmp_path: Path, axes: int) -> None:
+    net = Net()
+    weight = net.rng.normal(size=(8, 3, *[3] * axes)).astype(np.float32) / 5
+    net.add("Conv", net.constant(weight), strides=[2] * axes, pads=[1] * 2 * axes)
+    net.add("Relu")
+    net.add("Flatten")
+    net.dense(8 * 4**axes, 6)
+    model = net.model([1, 6])
+    resize_input(model, 1, 3, *[8] * axes)
+    version = import_model(project_of_numbers(tmp_path, model), tmp_path, workshop.layout, cache=tmp_path)
+    result = workshop.compile(version, "rknn", arch="aarch64", precision="fp16", options={"chip": "rk3588"})
+    assert result.quality == "passed"
+    assert result.figures.sqnr_db > 40

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 from edgefleet_controller.compile.packing import contract
-from edgefleet_controller.compile.port import Figures, chosen_options, target_named
+from edgefleet_controller.compile.port import Figures, chosen_options, engine_version, target_named
 from edgefleet_controller.compile.quality import EXACT_DB, compare, misses, vacuous, wilson
 from edgefleet_controller.compile.recipe import Recipe
 from edgefleet_controller.detection import BoxDecoding
@@ -114,6 +114,16 @@ def test_the_contract_comes_from_the_manifests_and_the_class_overrides() -> None
 def test_a_target_that_this_build_lacks_is_named_beside_those_it_has() -> None:
     with pytest.raises(ToolchainError, match=r"no target abacus installed; have: .*onnxruntime, openvino, .*tflite"):
         target_named("abacus")
+
+
+def test_an_engines_version_is_that_of_what_compiles_for_it_and_of_nothing_else() -> None:
+    packages, tools = {"onnxruntime": "1.32.0", "rknn_toolkit2": "2.5.0"}, {"atc": "7.0.0"}
+    wanted = {"onnxruntime": "1.32.0", "rknn": "2.5.0", "acl": "7.0.0", "tensorrt": ""}
+    assert {name: engine_version(target_named(name), packages, tools) for name in wanted} == wanted
+    with pytest.raises(
+        ToolchainError, match=r"its engine_package 'rknn_toolkit2' is no package of the toolchain rknn .*onnxruntime"
+    ):
+        engine_version(target_named("rknn"), {"onnxruntime": "1.32.0"}, {})
 
 
 def test_neighbouring_weights_keep_from_overflow_on_x86_unless_the_class_promises_vnni() -> None:

@@ -6,6 +6,7 @@ which toolchain's environment it needs, which module of :mod:`.children` works t
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from importlib.metadata import entry_points
 from typing import NamedTuple, Protocol
 
@@ -40,7 +41,7 @@ class Target(Protocol):
     lock: str  # what is in it: requirements with hashes; empty: this build has a lock of that name
     module: str  # of edgefleet_controller.compile.children, or a file's path; run in that toolchain; has the actions compile and measure
     tools: tuple[Tool, ...]  # vendor's programs that the compile step calls
-    engine_package: str  # the package whose version is the engine's, as installed in the toolchain
+    engine_package: str  # of the toolchain's packages or the vendor's programs the one whose version is the engine's; empty: none here is
     precisions: frozenset[str]
     methods: frozenset[str]  # calibration methods
     quantizers: tuple[str, ...]  # ours, and a toolchain's own; the first is tried first
@@ -192,6 +193,22 @@ def installed_targets() -> Installed:
         except ToolchainError as exc:
             found.broken[name] = str(exc)
     return found
+
+
+def engine_version(target: Target, packages: Mapping[str, str], tools: Mapping[str, str]) -> str:
+    """The version of what compiles for the target's engine, as it is installed; nothing where no such thing is here.
+
+    Raises:
+        ToolchainError: there is neither a package nor a program of the name that the target gives.
+    """
+    known = {**packages, **tools}
+    if target.engine_package and target.engine_package not in known:
+        raise ToolchainError(
+            f"the target {target.name} is broken: its engine_package {target.engine_package!r} is no package of the toolchain "
+            f"{target.toolchain} and none of its programs",
+            hint=f"it has: {', '.join(sorted(known))}",
+        )
+    return known.get(target.engine_package, "")
 
 
 def lock_of(target: Target) -> Lock:

@@ -32,7 +32,7 @@ from edgefleet_controller.compile import originals, quality, writing
 from edgefleet_controller.compile.boards import BuilderBoard, Measure
 from edgefleet_controller.compile.cache import Cache, content_key
 from edgefleet_controller.compile.host import cpu_features
-from edgefleet_controller.compile.port import MAX_BLOB_BYTES, RECIPE_OPTIONS, Figures, Options, Target
+from edgefleet_controller.compile.port import MAX_BLOB_BYTES, RECIPE_OPTIONS, Figures, Options, Target, engine_version
 from edgefleet_controller.compile.recipe import AS_IS, FLOAT, HALF, OWN, TENSORFLOW, Recipe
 from edgefleet_controller.compile.search import Trial, Unit
 from edgefleet_controller.compile.toolchains import Toolchain, Toolchains
@@ -409,7 +409,7 @@ class Steps:
     def _figures(self, path: Path, float_model: Path) -> Figures:
         return Figures(
             engine=self._target.engine,
-            engine_version=self._toolchain.packages[self._target.engine_package],
+            engine_version=engine_version(self._target, self._toolchain.packages, self._toolchain.tools),
             float_bytes=float_model.stat().st_size,
             compiled_bytes=path.stat().st_size,
             wire_bytes=chunks.sent_bytes(path),

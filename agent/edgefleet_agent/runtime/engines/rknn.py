@@ -1,7 +1,8 @@
 """Engine adapter: receives an .rknn file, hands on a session on a Rockchip NPU, by Rockchip's own ``rknn-toolkit-lite2``.
 
 Its methods answer -1 or None and write to a log of their own where others raise; here that becomes an error. An .rknn file is for one
-chip: the library refuses one of another. It takes pictures as N x H x W x C unless it is told otherwise, and computes one at a time.
+chip: the library refuses one of another. Whatever has four axes is N x C x H x W to it; given as "nhwc" it would be turned to that, given as
+"nchw" it is left as the network has it, pictures of N x H x W x C too (by RKNN-Toolkit2's simulator). It computes one picture at a time.
 Proven against the recorded interface of rknn-toolkit-lite2 2.5.0, not on a board.
 Source: ``rknnlite/api/rknn_lite.py`` of that package; Rockchip's RKNPU user guide.
 """
@@ -63,9 +64,6 @@ class RknnSession:
     def __init__(self, lite: Any, config: ModelConfig) -> None:
         self._lite = lite
         self._inputs, self._outputs = config.inputs, config.outputs
-        layout = config.encoding.layout.lower() if config.encoding else "nhwc"
-        # For each input: only a picture has an order of axes to speak of.
-        self._formats = [layout if len(spec.shape) == 4 else None for spec in config.inputs]
 
     @property
     def providers(self) -> tuple[str, ...]:
@@ -78,7 +76,7 @@ class RknnSession:
     def _run(self, inputs: dict[str, Array]) -> dict[str, Array]:
         values = [inputs[spec.name] for spec in self._inputs]
         try:
-            outputs = self._lite.inference(inputs=values, data_format=self._formats)
+            outputs = self._lite.inference(inputs=values, data_format=["nchw" for _ in values])
         except Exception as exc:  # the toolkit raises bare Exception
             raise EngineError(f"rknn failed: {exc}") from exc
         if outputs is None or len(outputs) != len(self._outputs):

@@ -43,7 +43,8 @@ def load(request: job.Request, path: str) -> Run:
 
     def run(feeds: dict[str, Array]) -> dict[str, Array]:
         values = [feeds[name] for name in request["inputs"]]
-        found = toolkit.inference(inputs=values, data_format=["nchw" if v.ndim == 4 else None for v in values])
+        # Each as the network has it, whatever its axes are; "nhwc" would be turned, and what has other than four axes wants a word, too.
+        found = toolkit.inference(inputs=values, data_format=["nchw" for _ in values])
         if found is None:
             raise job.Refused("toolchain_failed", "rknn's simulator answered nothing; its log says why")
         return {name: np.array(value) for name, value in zip(request["outputs"], found, strict=True)}
@@ -147,15 +148,15 @@ def _done(status: int | None, what: str) -> None:
 
 def _refusal(text: str) -> job.Refused:
     """The toolkit's exception, whose text is a traceback of its own."""
-    told = re.findall(r"^\w*(?:Error|Exception): (.+)", text, re.M)
+    told = re.findall(r"^\w*(?:Error|Exception): .+", text, re.M)
     last = next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "it does not say why")
     return job.Refused("bad_model", f"rknn can't compile this network: {(told[-1] if told else last)[:400]}")
 
 
 def _pack(path: str, network: str, settings: dict[str, Any], samples: SampleFile | None, inputs: list[str]) -> None:
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
-        with open(network, "rb") as stream:
-            archive.writestr(zipfile.ZipInfo("network.onnx", _EPOCH), stream.read())
+        content = _with_short_edges(onnx.load(network)).SerializeToString(deterministic=True)
+        archive.writestr(zipfile.ZipInfo("network.onnx", _EPOCH), content)
         archive.writestr(zipfile.ZipInfo("settings.json", _EPOCH), json.dumps(settings, sort_keys=True))
         names = []
         for index in range(len(samples) if samples else 0):
@@ -168,6 +169,26 @@ def _pack(path: str, network: str, settings: dict[str, Any], samples: SampleFile
                     np.lib.format.write_array(stream, value, allow_pickle=False)
             names.append(" ".join(row))
         archive.writestr(zipfile.ZipInfo("dataset.txt", _EPOCH), "\n".join(names) + "\n")
+
+
+def _with_short_edges(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The network with inputs and outputs called ``in0``, ``out0``, ...: the toolkit cuts names off at 127 characters and then misses them. Whoever
+    runs the file goes by their order."""
+    graph = model.graph
+    taken = {name for node in graph.node for name in (*node.input, *node.output)}
+    renamed: dict[str, str] = {}
+    for kind, values in (("in", graph.input), ("out", graph.output)):
+        for place, value in enumerate(values):
+            short = f"{kind}{place}"
+            while short in taken:
+                short += "_"
+            value.name = renamed.setdefault(value.name, short)
+    for node in graph.node:
+        for names in (node.input, node.output):
+            names[:] = [renamed.get(name, name) for name in names]
+    for known in graph.value_info:
+        known.name = renamed.get(known.name, known.name)
+    return model
 
 
 @contextlib.contextmanager

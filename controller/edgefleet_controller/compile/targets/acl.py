@@ -26,7 +26,7 @@ class AclTarget:
     lock = ""
     module = "acl"
     tools = (ATC, AMCT)
-    engine_package = "onnxruntime"
+    engine_package = ATC.name
     precisions = frozenset({"int8", "fp16", "fp32"})
     methods = frozenset({"minmax"})
     quantizers = ("amct",)

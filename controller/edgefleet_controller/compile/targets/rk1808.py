@@ -27,7 +27,7 @@ class Rk1808Target:
     lock = ""
     module = "rk1808"
     tools = (TOOLKIT,)
-    engine_package = "onnxruntime"
+    engine_package = TOOLKIT.name
     precisions = frozenset({"int8", "fp16"})
     methods = frozenset({"minmax"})
     quantizers = ("rknn",)

@@ -14,7 +14,7 @@ class TensorrtTarget:
     lock = ""
     module = "tensorrt"
     tools = ()
-    engine_package = "onnxruntime"
+    engine_package = ""  # the board builds by its own
     precisions = frozenset({"int8", "fp16", "fp32"})
     methods = frozenset({"minmax", "percentile", "entropy", "mse"})
     quantizers = ("edgefleet",)
