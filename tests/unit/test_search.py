@@ -82,6 +82,14 @@ def test_nothing_is_chosen_when_nothing_fits_and_the_nearest_is_named() -> None:
     assert nearer.misses == ("size 1000000 bytes, budget 900000",)
 
 
+def test_of_accurate_candidates_that_are_all_too_large_the_smallest_comes_closest() -> None:
+    spec = device_class(budgets={"latency_p95_ms": 100.0, "memory_bytes": 1 << 30, "size_bytes": 500_000}).spec
+    large = trial(mixed("a"), spec=spec, compiled_bytes=900_000, agreement=0.99)
+    small = trial(spec=spec, compiled_bytes=600_000)
+    wrong = trial(mixed("b"), spec=spec, compiled_bytes=550_000, agreement=0.3)
+    assert search.choose([large, wrong, small], spec).nearest == small
+
+
 def test_rounds_timed_in_busy_and_quiet_moments_compare_by_their_share_of_float() -> None:
     busy = trial(p50_ms=10.0, float_p50_ms=30.0, sqnr_db=10.0)
     quiet = trial(mixed("a"), p50_ms=8.0, float_p50_ms=10.0, sqnr_db=30.0)

@@ -238,8 +238,7 @@ def choose(trials: Sequence[Trial], spec: DeviceClassSpec, units: Sequence[Unit]
     """The best trial that misses no budget, by what the class prefers."""
     fitting = [trial for trial in trials if not trial.misses]
     nearest = max(
-        [t for t in trials if t.recipe.precision == spec.precision] or trials,
-        key=lambda t: (not t.died, t.figures.agreement or 0.0, t.figures.sqnr_db or 0.0),
+        [t for t in trials if t.recipe.precision == spec.precision] or trials, key=lambda t: _nearness(t, spec)
     )
     if not fitting:
         return Choice(trials=tuple(trials), chosen=None, nearest=nearest, why=NOTHING, sensitivity=tuple(units))
@@ -247,6 +246,15 @@ def choose(trials: Sequence[Trial], spec: DeviceClassSpec, units: Sequence[Unit]
     return Choice(
         trials=tuple(trials), chosen=chosen, nearest=nearest, why=_why(chosen, trials, spec), sensitivity=tuple(units)
     )
+
+
+def _nearness(trial: Trial, spec: DeviceClassSpec) -> tuple[bool, bool, float, float, float]:
+    """How close a trial comes to the budgets: of those accurate enough the one that is least too large, else the most accurate one. Times, which differ from
+    run to run, don't count."""
+    figures, most = trial.figures, spec.budgets.size_bytes
+    good = accurate(trial, spec)
+    too_large = max(1.0, figures.compiled_bytes / most) if good and most is not None else 1.0
+    return not trial.died, good, -too_large, figures.agreement or 0.0, figures.sqnr_db or 0.0
 
 
 def without(choice: Choice, fallen: Sequence[Recipe], spec: DeviceClassSpec) -> Choice:
