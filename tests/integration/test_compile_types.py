@@ -140,3 +140,33 @@ def test_samples_that_a_network_can_not_answer_are_told_with_the_node(bench: Ben
         ModelError, match=r"onnxruntime can't run this network: .*'table'.*indices element out of data bounds"
     ):
         bench.compile(version, class_here())
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_weights_that_came_in_half_precision_are_quantized(bench: Bench, engine: str) -> None:
+    net = Net(5)
+    net.conv(3, 64, stride=4)
+    net.add("Relu")
+    net.conv(64, 128)
+    net.add("Relu")
+    net.conv(128, 128)
+    net.add("AveragePool", kernel_shape=[4, 4], strides=[4, 4])
+    net.add("Flatten")
+    net.dense(512, 10)
+    model = net.model([1, 10])
+    for tensor in model.graph.initializer:
+        values = onnx.numpy_helper.to_array(tensor).astype(np.float16)
+        tensor.CopyFrom(onnx.numpy_helper.from_array(values, tensor.name))
+    first, last = model.graph.node[0], model.graph.node[-1]
+    into = onnx.helper.make_node("Cast", ["image"], ["half"], name="into", to=HALF)
+    out = onnx.helper.make_node("Cast", [last.input[0]], last.output, name="out", to=FLOAT)
+    first.input[0] = "half"
+    model.graph.node.remove(last)
+    model.graph.node.insert(0, into)
+    model.graph.node.append(out)
+    target = class_here(engine, search={"effort": "fixed", "prefer": "size"})
+    result = bench.compile(bench.version(project(bench.folder, model)), target)
+    assert result.precision == "int8"
+    weights = sum(int(np.prod(tensor.dims)) for tensor in model.graph.initializer)
+    assert result.figures.compiled_bytes < 0.75 * 2 * weights
+    assert result.figures.sqnr_db > 20

@@ -76,6 +76,15 @@ def test_the_report_holds_the_front_the_layers_and_what_changed_into_what(tmp_pa
     assert told["budgets"]["min_agreement"] == 0.7
 
 
+def test_the_right_answer_stands_beside_a_changed_one_in_the_same_words(tmp_path: Path) -> None:
+    version, choice, final, references, layout = made(tmp_path)
+    version = msgspec.structs.replace(version, truth=("0", "1", "1"))
+    written = report.write(version, device_class(), choice, final, references, layout)
+    (changed,) = msgspec.json.decode(layout.read(written.report, 10**7))["changed"]["samples"]
+    assert (changed["compiled"], changed["truth"]) == ("<script>alert(1)</script>",) * 2
+    assert "right: &lt;script&gt;alert(1)&lt;/script&gt;" in layout.read(written.page, 10**7).decode()
+
+
 def test_the_page_is_one_file_with_its_plots_and_pictures_and_runs_nothing(tmp_path: Path) -> None:
     version, choice, final, references, layout = made(tmp_path)
     page = layout.read(report.write(version, device_class(), choice, final, references, layout).page, 10**7).decode()

@@ -8,7 +8,7 @@ from edgefleet_controller.compile import search
 from edgefleet_controller.compile.port import Figures, target_named
 from edgefleet_controller.compile.pruning import Step, Tried
 from edgefleet_controller.compile.quality import misses
-from edgefleet_controller.compile.recipe import FLOAT, PLAIN_TENSORFLOW, TENSORFLOW, Recipe
+from edgefleet_controller.compile.recipe import FLOAT, HALF, PLAIN_TENSORFLOW, TENSORFLOW, Recipe
 from edgefleet_controller.compile.search import LeftOut, Trial, Unit
 from support.networks import device_class
 
@@ -65,12 +65,29 @@ def test_int8_that_gains_no_time_gives_way_to_float_unless_the_class_asks_for_si
         assert chosen.recipe.precision == precision
 
 
+def test_of_candidates_that_answer_exactly_as_float_does_the_smaller_is_chosen() -> None:
+    """Weights that came in half precision lose nothing in it."""
+    alike = {"p50_ms": 10.0, "sqnr_db": 200.0}
+    whole = trial(FLOAT, compiled_bytes=4_000_000, **alike)
+    half = trial(HALF, compiled_bytes=2_000_000, **alike)
+    assert search.choose([whole, half], device_class().spec).chosen == half
+    assert search.choose([whole, trial(HALF, p50_ms=10.0, sqnr_db=70.0)], device_class().spec).chosen == whole
+
+
 def test_nothing_is_chosen_when_nothing_fits_and_the_nearest_is_named() -> None:
     spec = device_class(budgets={"latency_p95_ms": 1.0, "memory_bytes": 1 << 30, "size_bytes": 900_000}).spec
     bad, nearer = trial(spec=spec, agreement=0.3), trial(mixed("a"), spec=spec, agreement=0.96)
     choice = search.choose([bad, nearer, search.float_trial(bad, spec)], spec)
     assert (choice.chosen, choice.nearest) == (None, nearer)
     assert nearer.misses == ("size 1000000 bytes, budget 900000",)
+
+
+def test_of_accurate_candidates_that_are_all_too_large_the_smallest_comes_closest() -> None:
+    spec = device_class(budgets={"latency_p95_ms": 100.0, "memory_bytes": 1 << 30, "size_bytes": 500_000}).spec
+    large = trial(mixed("a"), spec=spec, compiled_bytes=900_000, agreement=0.99)
+    small = trial(spec=spec, compiled_bytes=600_000)
+    wrong = trial(mixed("b"), spec=spec, compiled_bytes=550_000, agreement=0.3)
+    assert search.choose([large, wrong, small], spec).nearest == small
 
 
 def test_rounds_timed_in_busy_and_quiet_moments_compare_by_their_share_of_float() -> None:
@@ -96,9 +113,10 @@ def test_the_ladder_leaves_the_noisiest_in_float_and_kinds_together_within_the_b
 
 
 def test_weights_that_stay_in_half_precision_cost_a_third_of_the_room() -> None:
-    unit = [Unit(nodes=("wide",), kind="Conv", noise=1.0, weight_bytes=1_000_000)]
-    assert search.by_layers(trial(), unit, search.MOST_BYTES) == []
-    (rung,) = search.by_layers(trial(), unit, search.MOST_BYTES, search.HALF_WEIGHT_COST)
+    wide = Unit(nodes=("wide",), kind="Conv", noise=1.0, weight_bytes=1_000_000)
+    units = [wide, Unit(nodes=("wider",), kind="Conv", noise=0.0, weight_bytes=9_000_000)]
+    assert search.by_layers(trial(), units, search.MOST_BYTES) == []
+    (rung,) = search.by_layers(trial(), units, search.MOST_BYTES, search.HALF_WEIGHT_COST)
     assert rung.in_float == ("wide",)
 
 
@@ -118,6 +136,16 @@ def test_the_last_rungs_leave_less_noise_than_any_before() -> None:
     at_last = search.by_layers(trial(), units, search.MOST_BYTES_AT_LAST, shares=search.RUNGS_AT_LAST)
     assert at_last[: len(ladder)] == ladder
     assert len(at_last) > len(ladder)
+
+
+@pytest.mark.parametrize("scope", ["all", "weighted"])
+def test_the_ladder_ends_before_nothing_is_left_in_int8(scope: Any) -> None:
+    """It would be the float model, called int8."""
+    units = [Unit(nodes=(f"conv{i}",), kind="Conv", noise=2.0**-i, weight_bytes=1000) for i in range(4)]
+    units += [Unit(nodes=("sum",), kind="Add", noise=0.0, weight_bytes=0)] if scope == "weighted" else []
+    rungs = search.by_layers(trial(msgspec.structs.replace(PLAIN, scope=scope)), units, 10.0)
+    assert rungs
+    assert all(len([node for node in rung.in_float if node != "sum"]) < 4 for rung in rungs)
 
 
 def test_a_ladder_with_nothing_to_leave_in_float_has_no_rungs() -> None:

@@ -124,28 +124,35 @@ def _changed(version: ModelVersion, final: Measured, references: dict[str, Any])
     pairs = list(zip(_said(have, version), _said(want, version), strict=True)) if rows else []
     counts = Counter((was, now) for now, was in pairs)
     samples = [
-        {"sample": row, "float": was, "compiled": now} | ({"truth": version.truth[row]} if version.truth else {})
+        {"sample": row, "float": was, "compiled": now} | ({"truth": _right(version, row)} if version.truth else {})
         for row, (now, was) in zip(rows[:MOST_CHANGED], pairs[:MOST_CHANGED], strict=True)
     ]
     confusion = [{"float": was, "compiled": now, "count": n} for (was, now), n in counts.most_common(50)]
     return {"count": len(rows), "samples": samples, "confusion": confusion}
 
 
+def _right(version: ModelVersion, row: int) -> str:
+    """The right answer to a sample, in the words of :func:`_said`."""
+    truth = version.truth[row]
+    return _label(version, int(truth)) if version.output_kind == "classification" else truth
+
+
+def _label(version: ModelVersion, number: int) -> str:
+    return version.labels[number] if 0 <= number < len(version.labels) else str(number)
+
+
 def _said(outputs: dict[str, Any], version: ModelVersion) -> list[str]:
     """Each sample's answer in words."""
-
-    def label(number: int) -> str:
-        return version.labels[number] if 0 <= number < len(version.labels) else str(number)
 
     name = version.outputs[0].name
     match version.output_kind:
         case "classification":
-            return [" ".join(label(int(c)) for c in row[:16]) for row in answers.classes(outputs[name])]
+            return [" ".join(_label(version, int(c)) for c in row[:16]) for row in answers.classes(outputs[name])]
         case "text":
             return answers.lines(outputs[name], version.characters)
         case "detection":
             found = answers.boxes(outputs, version)
-            return [", ".join(f"{label(b.kind)} {b.score:.2f}" for b in one) or "nothing" for one in found]
+            return [", ".join(f"{_label(version, b.kind)} {b.score:.2f}" for b in one) or "nothing" for one in found]
         case _:
             return ["another" for _ in range(len(outputs[name]))]
 

@@ -206,6 +206,11 @@ def _layers(report: dict[str, Any]) -> str:
     )
 
 
+def _right(sample: dict[str, Any]) -> str:
+    """The right answer, where the sample is labelled."""
+    return f"; right: {escape(sample['truth'])}" if "truth" in sample else ""
+
+
 def _changed(report: dict[str, Any], pictures: dict[int, Any]) -> str:
     changed = report["changed"]
     if changed["count"] is None:
@@ -217,7 +222,7 @@ def _changed(report: dict[str, Any], pictures: dict[int, Any]) -> str:
     )
     figures = "".join(
         f"<figure><img alt='' width={THUMBNAIL} src='{_png(pictures[s['sample']])}'><figcaption>no. {s['sample']}: "
-        f"{escape(s['float'])} → {escape(s['compiled'])}</figcaption></figure>"
+        f"{escape(s['float'])} → {escape(s['compiled'])}{_right(s)}</figcaption></figure>"
         for s in changed["samples"]
         if s["sample"] in pictures
     )

@@ -123,7 +123,7 @@ def by_layers(
     """The ladder: the recipe of ``best`` with ever more of the noisiest units in float, within the bytes.
 
     A unit that alone makes most of the noise is a rung by itself, and the shares of the others count without it: else the ladder would end
-    where that one is gone.
+    where that one is gone. A rung that leaves nothing in int8 is none: it would be the float model under another name.
 
     Args:
         most_bytes: how many times the bytes of ``best`` a rung may have.
@@ -157,7 +157,13 @@ def by_layers(
         if goals and len(taken) > len(best.recipe.in_float):
             last = msgspec.structs.replace(best.recipe, in_float=tuple(sorted(taken)))
             rungs += [last] if last not in rungs else []
-    return rungs
+    return [rung for rung in rungs if _rounds(rung, units)]
+
+
+def _rounds(recipe: Recipe, units: Sequence[Unit]) -> bool:
+    """Whether any unit is in int8 by a recipe."""
+    in_scope = [unit for unit in units if unit.weight_bytes or recipe.scope == "all"]
+    return any(not set(unit.nodes) <= set(recipe.in_float) for unit in in_scope)
 
 
 def leading(best: Trial, units: Sequence[Unit]) -> list[Recipe]:
@@ -232,8 +238,7 @@ def choose(trials: Sequence[Trial], spec: DeviceClassSpec, units: Sequence[Unit]
     """The best trial that misses no budget, by what the class prefers."""
     fitting = [trial for trial in trials if not trial.misses]
     nearest = max(
-        [t for t in trials if t.recipe.precision == spec.precision] or trials,
-        key=lambda t: (not t.died, t.figures.agreement or 0.0, t.figures.sqnr_db or 0.0),
+        [t for t in trials if t.recipe.precision == spec.precision] or trials, key=lambda t: _nearness(t, spec)
     )
     if not fitting:
         return Choice(trials=tuple(trials), chosen=None, nearest=nearest, why=NOTHING, sensitivity=tuple(units))
@@ -241,6 +246,15 @@ def choose(trials: Sequence[Trial], spec: DeviceClassSpec, units: Sequence[Unit]
     return Choice(
         trials=tuple(trials), chosen=chosen, nearest=nearest, why=_why(chosen, trials, spec), sensitivity=tuple(units)
     )
+
+
+def _nearness(trial: Trial, spec: DeviceClassSpec) -> tuple[bool, bool, float, float, float]:
+    """How close a trial comes to the budgets: of those accurate enough the one that is least too large, else the most accurate one. Times, which differ from
+    run to run, don't count."""
+    figures, most = trial.figures, spec.budgets.size_bytes
+    good = accurate(trial, spec)
+    too_large = max(1.0, figures.compiled_bytes / most) if good and most is not None else 1.0
+    return not trial.died, good, -too_large, figures.agreement or 0.0, figures.sqnr_db or 0.0
 
 
 def without(choice: Choice, fallen: Sequence[Recipe], spec: DeviceClassSpec) -> Choice:
@@ -268,9 +282,9 @@ def _best(fitting: Sequence[Trial], prefer: str) -> Trial:
             if not known:  # a class that can't run here: fewest bytes stand for speed, and the board decides
                 return _best(fitting, "size")
             fast = [t for t in fitting if (timed[t.recipe] or math.inf) <= min(known) * ALIKE]
-            exact = [t for t in fast if t.recipe.exact]
+            exact = [t for t in fast if t.recipe.exact or t.figures.sqnr_db == quality.EXACT_DB]
             if exact:  # nothing gained in time is worth no other answer
-                return exact[0]
+                return min(exact, key=lambda t: t.figures.compiled_bytes)
             small = min(t.figures.compiled_bytes for t in fast)
             return min((t for t in fast if t.figures.compiled_bytes <= small * MOST_BYTES), key=quiet)
 

@@ -16,11 +16,10 @@ from safetensors.numpy import save_file
 
 from . import half, job, opset, qdq, sensitivity, statistics
 from .measure import Array, Run, SampleFile, measure, run_all
+from .tidy import tidy
 
 onnxruntime.disable_telemetry_events()
 
-MIN_IR_VERSION = 4  # of ONNX, from which constants need not be inputs too
-ROUNDINGS = ("QuantizeLinear", "DequantizeLinear")
 LOOKED_AT = 4  # samples that tell a network from one that computes something else
 SAME_DB = 40.0  # signal to noise, from which two ways of computing one network are one; float32's own rounding leaves 80 and more
 
@@ -54,7 +53,7 @@ def prepare(request: job.Request, progress: job.Progress) -> dict[str, Any]:
         raise _refusal(exc, request["network"]) from exc
     source = opset.at_least_per_channel(request["network"], request["simplified"])
     quant_pre_process(source, request["simplified"], skip_symbolic_shape=True)
-    _name_nodes(request["simplified"])
+    tidy(request["simplified"])
     progress("simplifying", 1, 1)
     for samples, references in zip(request["samples"], request["references"], strict=True):
         save_file(_answers(run, request["network"], SampleFile(samples), progress), references)
@@ -122,74 +121,6 @@ def quantize(request: job.Request, progress: job.Progress) -> dict[str, Any]:
 
 def _inferred(path: str) -> onnx.ModelProto:
     return onnx.shape_inference.infer_shapes(onnx.load(path))
-
-
-def _name_nodes(path: str) -> None:
-    """Give every node a name, by what it makes: recipes speak of nodes by name. And no constant is an input, as it was in ONNX's early days."""
-    model = onnx.load(path)
-    model.ir_version = max(model.ir_version, MIN_IR_VERSION)
-    constants = {i.name for i in model.graph.initializer}
-    given = [value for value in model.graph.input if value.name not in constants]
-    del model.graph.input[:]
-    model.graph.input.extend(given)
-    seen: set[str] = set()
-    for node in model.graph.node:
-        if not node.name or node.name in seen:
-            node.name = f"{node.op_type}/{node.output[0]}"
-        seen.add(node.name)
-    _stand_aside(model.graph)
-    _summands_apart(model.graph)
-    onnx.save(model, path)
-
-
-def _summands_apart(graph: onnx.GraphProto) -> None:
-    """Make what a Gemm adds a node of its own, unless it is one number for each column: int8 has no other biases. onnxruntime puts them together where
-    a product of two matrices is followed by any sum, such as that with the places of a picture's parts."""
-    constants = {i.name: i for i in graph.initializer}
-    nodes = list(graph.node)
-    graph.ClearField("node")
-    for node in nodes:
-        graph.node.append(node)
-        product = graph.node[-1]
-        if node.op_type != "Gemm" or len(node.input) < 3 or not node.input[2]:
-            continue
-        summand = constants.get(node.input[2])
-        if summand is not None and int(np.prod(summand.dims[:-1])) == 1:
-            continue
-        output, name, added = node.output[0], node.name, node.input[2]
-        beta = next((a.f for a in node.attribute if a.name == "beta"), 1.0)
-        product.name, product.output[0] = f"{name}/product", f"{output}/product"
-        del product.input[2:]
-        if beta != 1.0:
-            graph.initializer.append(onnx.numpy_helper.from_array(np.float32(beta), f"{output}/beta"))
-            graph.node.append(
-                onnx.helper.make_node("Mul", [added, f"{output}/beta"], [f"{output}/summand"], name=f"{name}/summand")
-            )
-            added = f"{output}/summand"
-        graph.node.append(onnx.helper.make_node("Add", [product.output[0], added], [output], name=name))
-
-
-def _stand_aside(graph: onnx.GraphProto) -> None:
-    """Give roundings that a network came with names of their own: the QDQ writer's are made from tensors' names, as those were by its like."""
-    outputs = {output.name for output in graph.output}
-    renamed: dict[str, str] = {}
-    for node in graph.node:
-        if node.op_type in ROUNDINGS:
-            node.name = f"given/{node.name}"
-            renamed |= {name: f"given/{name}" for name in node.output if name not in outputs}
-    _rename(graph, renamed)
-
-
-def _rename(graph: onnx.GraphProto, renamed: dict[str, str]) -> None:
-    """Values by other names, here and in the graphs inside, which may read them."""
-    for node in graph.node:
-        node.input[:] = [renamed.get(name, name) for name in node.input]
-        node.output[:] = [renamed.get(name, name) for name in node.output]
-        for attribute in node.attribute:
-            for inside in (*attribute.graphs, *([attribute.g] if attribute.HasField("g") else [])):
-                _rename(inside, renamed)
-    for value in graph.value_info:
-        value.name = renamed.get(value.name, value.name)
 
 
 def _refusal(exc: Exception, path: str, what: str = "load") -> job.Refused:

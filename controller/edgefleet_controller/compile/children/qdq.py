@@ -20,6 +20,7 @@ from onnxruntime.quantization.registry import QDQRegistry
 
 from .in_float import ACTIVATIONS, outside, with_passages
 from .statistics import Statistics
+from .tidy import read_by
 from .weights import (
     LEVELS,
     PASSIVE,
@@ -216,19 +217,13 @@ def _sorted(graph: onnx.GraphProto) -> None:
     """Every node behind those that make what it reads, as ONNX wants it; the writer and :func:`_keep_float` put theirs at the end."""
     makers = {name: number for number, node in enumerate(graph.node) for name in node.output}
     before = {
-        number: {makers[name] for name in _read(node) if name in makers} for number, node in enumerate(graph.node)
+        number: {makers[name] for name in read_by(node) if name in makers} for number, node in enumerate(graph.node)
     }
     nodes = [
         onnx.NodeProto.FromString(graph.node[n].SerializeToString()) for n in TopologicalSorter(before).static_order()
     ]
     graph.ClearField("node")
     graph.node.extend(nodes)
-
-
-def _read(node: onnx.NodeProto) -> set[str]:
-    """What a node and the graphs inside it read."""
-    inside = [attribute.g for attribute in node.attribute if attribute.HasField("g")]
-    return {*node.input, *(name for graph in inside for one in graph.node for name in _read(one))}
 
 
 def _weight_scales(model: onnx.ModelProto, ranges: dict[str, list[float]], recipe: Recipe) -> dict[str, Array]:

@@ -1,0 +1,105 @@
+"""Stage 2, compile: the form that everything behind the simplifier expects. Receives a network that onnxruntime simplified, hands on the same in that form."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+from onnx import numpy_helper
+
+MIN_IR_VERSION = 4  # of ONNX, from which constants need not be inputs too
+ROUNDINGS = ("QuantizeLinear", "DequantizeLinear")
+
+
+def tidy(path: str) -> None:
+    """Change a simplified network's file, in place: every node has a name, by what it makes (recipes speak of nodes by name), no constant is an input, as
+    it was in ONNX's early days, weights are float32, and no product adds a matrix."""
+    model = onnx.load(path)
+    model.ir_version = max(model.ir_version, MIN_IR_VERSION)
+    constants = {i.name for i in model.graph.initializer}
+    given = [value for value in model.graph.input if value.name not in constants]
+    del model.graph.input[:]
+    model.graph.input.extend(given)
+    seen: set[str] = set()
+    for node in model.graph.node:
+        if not node.name or node.name in seen:
+            node.name = f"{node.op_type}/{node.output[0]}"
+        seen.add(node.name)
+    _stand_aside(model.graph)
+    _weights_in_float(model.graph)
+    _summands_apart(model.graph)
+    onnx.save(model, path)
+
+
+def read_by(node: onnx.NodeProto) -> set[str]:
+    """What a node and the graphs inside it read."""
+    inside = [attribute.g for attribute in node.attribute if attribute.HasField("g")]
+    return {*node.input, *(name for graph in inside for one in graph.node for name in read_by(one))}
+
+
+def _weights_in_float(graph: onnx.GraphProto) -> None:
+    """Constants that a Cast makes float32 become what it makes. So weights lie that came in half precision, which this host's processor computes nothing
+    in: onnxruntime puts the Casts there, and nothing behind it would know the weights for constants."""
+    constants = {i.name: i for i in graph.initializer}
+    served = {output.name for output in graph.output}
+    for node in list(graph.node):
+        to_float = node.op_type == "Cast" and any(
+            a.name == "to" and a.i == onnx.TensorProto.FLOAT for a in node.attribute
+        )
+        if to_float and node.input[0] in constants and node.output[0] not in served:
+            values = numpy_helper.to_array(constants[node.input[0]]).astype(np.float32)
+            graph.initializer.append(numpy_helper.from_array(values, node.output[0]))
+            graph.node.remove(node)
+    read = {name for node in graph.node for name in read_by(node)} | served
+    kept = [i for i in graph.initializer if i.name in read]
+    del graph.initializer[:]
+    graph.initializer.extend(kept)
+
+
+def _summands_apart(graph: onnx.GraphProto) -> None:
+    """Make what a Gemm adds a node of its own, unless it is one number for each column: int8 has no other biases. onnxruntime puts them together where
+    a product of two matrices is followed by any sum, such as that with the places of a picture's parts."""
+    constants = {i.name: i for i in graph.initializer}
+    nodes = list(graph.node)
+    graph.ClearField("node")
+    for node in nodes:
+        graph.node.append(node)
+        product = graph.node[-1]
+        if node.op_type != "Gemm" or len(node.input) < 3 or not node.input[2]:
+            continue
+        summand = constants.get(node.input[2])
+        if summand is not None and int(np.prod(summand.dims[:-1])) == 1:
+            continue
+        output, name, added = node.output[0], node.name, node.input[2]
+        beta = next((a.f for a in node.attribute if a.name == "beta"), 1.0)
+        product.name, product.output[0] = f"{name}/product", f"{output}/product"
+        del product.input[2:]
+        if beta != 1.0:
+            graph.initializer.append(numpy_helper.from_array(np.float32(beta), f"{output}/beta"))
+            graph.node.append(
+                onnx.helper.make_node("Mul", [added, f"{output}/beta"], [f"{output}/summand"], name=f"{name}/summand")
+            )
+            added = f"{output}/summand"
+        graph.node.append(onnx.helper.make_node("Add", [product.output[0], added], [output], name=name))
+
+
+def _stand_aside(graph: onnx.GraphProto) -> None:
+    """Give roundings that a network came with names of their own: the QDQ writer's are made from tensors' names, as those were by its like."""
+    outputs = {output.name for output in graph.output}
+    renamed: dict[str, str] = {}
+    for node in graph.node:
+        if node.op_type in ROUNDINGS:
+            node.name = f"given/{node.name}"
+            renamed |= {name: f"given/{name}" for name in node.output if name not in outputs}
+    _rename(graph, renamed)
+
+
+def _rename(graph: onnx.GraphProto, renamed: dict[str, str]) -> None:
+    """Values by other names, here and in the graphs inside, which may read them."""
+    for node in graph.node:
+        node.input[:] = [renamed.get(name, name) for name in node.input]
+        node.output[:] = [renamed.get(name, name) for name in node.output]
+        for attribute in node.attribute:
+            for inside in (*attribute.graphs, *([attribute.g] if attribute.HasField("g") else [])):
+                _rename(inside, renamed)
+    for value in graph.value_info:
+        value.name = renamed.get(value.name, value.name)
