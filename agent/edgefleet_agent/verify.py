@@ -12,8 +12,7 @@ done for an assignment. A board that lost one copy to a power cut does not forge
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
@@ -197,18 +196,26 @@ def read_root(state: Path, *, files: FileSystem = DISK) -> bytes:
 
 
 def read_floors(state: Path, *, files: FileSystem = DISK) -> Floors:
-    """The floors, the higher of both copies; no copy is a board that has not accepted anything yet.
+    """The floors, the higher of both copies; no copy is a board that has not accepted anything yet. Nothing was done before both copies were
+    there, so that each alone says enough.
 
     Raises:
-        EnvironmentProblem: a copy can't be read, or every copy that is there is damaged: to go on would forget the floors.
+        EnvironmentProblem: every copy that is there is damaged or can't be read: to go on would forget the floors.
     """
     found, damaged = [], False
-    for content in _floor_copies(state, files):
+    unreadable: EnvironmentProblem | None = None
+    for name in FLOOR_FILES:
         try:
-            found.append(msgspec.json.decode(content, type=Floors))
+            found.append(msgspec.json.decode(atomic.read(state / "trust" / name, files=files), type=Floors))
+        except FileNotFoundError:
+            pass
         except msgspec.DecodeError:
             damaged = True
+        except EnvironmentProblem as exc:
+            unreadable = exc
     if not found:
+        if unreadable is not None:
+            raise unreadable
         if damaged:
             raise EnvironmentProblem(
                 f"the version floors in {state / 'trust'} are damaged", hint="enrol the board again, in a new folder"
@@ -231,15 +238,17 @@ def write_floors(state: Path, floors: Floors, *, files: FileSystem = DISK) -> No
     the first was safe from a power cut: then both are written.
     """
     content = msgspec.json.encode(floors)
-    if list(_floor_copies(state, files)) != [content, content]:
+    if not all(_holds(state / "trust" / name, content, files) for name in FLOOR_FILES):
         for name in FLOOR_FILES:
             atomic.write(state / "trust" / name, content, files=files)
 
 
-def _floor_copies(state: Path, files: FileSystem) -> Iterator[bytes]:
-    for name in FLOOR_FILES:
-        with suppress(FileNotFoundError):
-            yield atomic.read(state / "trust" / name, files=files)
+def _holds(path: Path, content: bytes, files: FileSystem) -> bool:
+    """Whether a file is there, can be read, and has these bytes: else it is to be written."""
+    try:
+        return atomic.read(path, files=files) == content
+    except (FileNotFoundError, EnvironmentProblem):
+        return False
 
 
 def take_metadata(state: Path, name: str, content: bytes, *, files: FileSystem = DISK) -> bool:
@@ -251,8 +260,7 @@ def take_metadata(state: Path, name: str, content: bytes, *, files: FileSystem =
     if len(content) > MAX_METADATA_BYTES:
         return False
     path = state / "metadata" / name
-    with suppress(FileNotFoundError):
-        if atomic.read(path, files=files) == content:
-            return False
+    if _holds(path, content, files):
+        return False
     atomic.write(path, content, files=files)
     return True
