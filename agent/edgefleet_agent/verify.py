@@ -84,6 +84,16 @@ Answer = Admitted | Checked | NotVerified
 _AnswerT = TypeVar("_AnswerT", Admitted, Checked)
 
 
+class _Versioned(msgspec.Struct):
+    version: int
+
+
+class _RootFile(msgspec.Struct):
+    """As much of root metadata as says its version."""
+
+    signed: _Versioned
+
+
 class Refusal(Exception):
     """An assignment that was decided against. ``assignment`` is empty when not even its signature was good."""
 
@@ -193,6 +203,18 @@ def read_root(state: Path, *, files: FileSystem = DISK) -> bytes:
         return atomic.read(state / "trust" / "root.json", files=files)
     except FileNotFoundError as exc:
         raise TrustError("root_chain", "this board trusts no root", hint="enrol it again") from exc
+
+
+def root_version(state: Path, *, files: FileSystem = DISK) -> int:
+    """The version of the newest root that this board trusts, which says what metadata files are needed. It was verified when it was kept.
+
+    Raises:
+        TrustError: there is no root, or a damaged one. EnvironmentProblem: it can't be read.
+    """
+    try:
+        return msgspec.json.decode(read_root(state, files=files), type=_RootFile).signed.version
+    except msgspec.DecodeError as exc:
+        raise TrustError("root_chain", f"the trusted root is damaged: {exc}", hint="enrol the board again") from exc
 
 
 def read_floors(state: Path, *, files: FileSystem = DISK) -> Floors:
