@@ -196,7 +196,9 @@ class Runner:
         self._wake_at = None
         self._teller.note("start")
         self._results.begin()
-        self._happen(Event.RESTARTED, "the agent started")
+        life = self._keeper.now.life
+        again = f", {life.restarts + 1} times in a row while {life.state.value}" if life.state is not State.IDLE else ""
+        self._happen(Event.RESTARTED, f"the agent started{again}")
 
     def _take(self, item: Item) -> None:
         match item:
