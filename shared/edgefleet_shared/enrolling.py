@@ -32,6 +32,15 @@ def new_key() -> tuple[ec.EllipticCurvePrivateKey, bytes]:
     return key, pem
 
 
+def read_key(pem: bytes) -> ec.EllipticCurvePrivateKey | None:
+    """The key in a PEM that :func:`new_key` made; None when it was damaged."""
+    try:
+        key = serialization.load_pem_private_key(pem, password=None)
+    except ValueError:
+        return None
+    return key if isinstance(key, ec.EllipticCurvePrivateKey) and isinstance(key.curve, ec.SECP256R1) else None
+
+
 def ask(url: str, token: str, name: str, make_key: Callable[[], ec.EllipticCurvePrivateKey]) -> tuple[Enrolled, str]:
     """(what the controller gives, the CA certificate that the token named, as PEM).
 
