@@ -43,18 +43,14 @@ def enroll(
 
 def prepare(state: Path, *, files: FileSystem = DISK) -> ec.EllipticCurvePrivateKey:
     """Make the folders and the key, durably, before the token is used up: a disk that is full, or can't hold what the controller will give,
-    fails here, where nothing is lost. A key that an earlier try left is taken again: perhaps the controller knows it by now, and only its
-    answer was cut off.
+    fails here, where nothing is lost.
 
     Raises:
         EnvironmentProblem: the disk refused.
     """
     for folder in ("identity", "trust", "metadata", "run"):
         atomic.make_folder(state / folder, 0o700, files=files)
-    key = _left_key(state, files)
-    if key is None:
-        key, pem = enrolling.new_key()
-        atomic.write(state / "identity" / "agent.key", pem, 0o600, files=files)
+    key = enrolling.kept_key(state / "identity" / "agent.key", files=files)
     with atomic.disk_errors(state, "measure"):
         free = files.free_bytes(state)
     if free < ROOM_BYTES:
@@ -63,14 +59,6 @@ def prepare(state: Path, *, files: FileSystem = DISK) -> ec.EllipticCurvePrivate
             hint="free some space, then try again; the token was not used",
         )
     return key
-
-
-def _left_key(state: Path, files: FileSystem) -> ec.EllipticCurvePrivateKey | None:
-    """The key that an earlier try made; None when there is none that can be used."""
-    try:
-        return enrolling.read_key(atomic.read(state / "identity" / "agent.key", files=files))
-    except (FileNotFoundError, EnvironmentProblem):
-        return None
 
 
 def keep(

@@ -11,6 +11,7 @@ import hashlib
 import http.client
 import ssl
 from collections.abc import Callable
+from pathlib import Path
 from urllib.parse import urlsplit
 
 import msgspec
@@ -18,7 +19,9 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from edgefleet_shared.errors import InputError, TransportError, TrustError, from_dict
+from edgefleet_shared import atomic
+from edgefleet_shared.errors import EnvironmentProblem, InputError, TransportError, TrustError, from_dict
+from edgefleet_shared.files import DISK, FileSystem
 from edgefleet_shared.messages import Enrolled, EnrolRequest
 
 TIMEOUT_S = 30.0
@@ -32,13 +35,22 @@ def new_key() -> tuple[ec.EllipticCurvePrivateKey, bytes]:
     return key, pem
 
 
-def read_key(pem: bytes) -> ec.EllipticCurvePrivateKey | None:
-    """The key in a PEM that :func:`new_key` made; None when it was damaged."""
+def kept_key(path: Path, *, files: FileSystem = DISK) -> ec.EllipticCurvePrivateKey:
+    """The key that lies at ``path``, or one that is made and kept there, durably. One that an earlier try left is taken again: perhaps the
+    controller knows it by now, and only its answer was cut off.
+
+    Raises:
+        EnvironmentProblem: the disk refused.
+    """
     try:
-        key = serialization.load_pem_private_key(pem, password=None)
-    except ValueError:
-        return None
-    return key if isinstance(key, ec.EllipticCurvePrivateKey) and isinstance(key.curve, ec.SECP256R1) else None
+        found = serialization.load_pem_private_key(atomic.read(path, files=files), password=None)
+        if isinstance(found, ec.EllipticCurvePrivateKey) and isinstance(found.curve, ec.SECP256R1):
+            return found
+    except (FileNotFoundError, EnvironmentProblem, ValueError):
+        pass  # none, or none that can be used
+    key, pem = new_key()
+    atomic.write(path, pem, 0o600, files=files)
+    return key
 
 
 def ask(url: str, token: str, name: str, make_key: Callable[[], ec.EllipticCurvePrivateKey]) -> tuple[Enrolled, str]:
