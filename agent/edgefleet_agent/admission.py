@@ -14,10 +14,9 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
-import msgspec
 from edgefleet_shared.artifact import digest_of
 from edgefleet_shared.assignment import MAX_ASSIGNMENT_BYTES, Admission, Incomplete, Subject, metadata_files
-from edgefleet_shared.errors import EdgefleetError, EnvironmentProblem, TrustError
+from edgefleet_shared.errors import EdgefleetError, EnvironmentProblem
 from edgefleet_shared.exhaustive import assert_never
 from edgefleet_shared.fingerprint import Fingerprint
 from edgefleet_shared.lifecycle import State
@@ -36,16 +35,6 @@ log = logging.getLogger(__name__)
 
 ASK_AGAIN_S = 5.0  # an admission that could not be decided
 LAST_FILE = "timestamp.json"  # of a publication, and so of what arrives after each connect
-
-
-class _Versioned(msgspec.Struct):
-    version: int
-
-
-class _RootFile(msgspec.Struct):
-    """As much of root metadata as says which metadata files are needed; it was verified when it was kept."""
-
-    signed: _Versioned
 
 
 class Admissions:
@@ -99,11 +88,7 @@ class Admissions:
 
     def _follow_metadata(self) -> None:
         """Subscribe to the metadata that the trusted root makes needed."""
-        try:
-            root = msgspec.json.decode(verify.read_root(self._state, files=self._ports.files), type=_RootFile)
-        except msgspec.DecodeError as exc:
-            raise TrustError("root_chain", f"the trusted root is damaged: {exc}", hint="enrol the board again") from exc
-        version = root.signed.version
+        version = verify.root_version(self._state, files=self._ports.files)
         if version != self._root_version:
             self._root_version = version
             self._followed = metadata_files(self._settings.device_class, version)

@@ -135,9 +135,11 @@ def run(state: Path) -> None:
     """Run the agent of a board until SIGTERM, or until the launcher is to start another version.
 
     Raises:
-        EnvironmentProblem: not enrolled. ConflictError: another agent owns the state folder.
+        EnvironmentProblem: not enrolled. TransportError: its certificate can't be used. ConflictError: another agent owns the state folder.
     """
     settings = board_settings.read(state)
+    # First: loading every engine, to see what the board has, is not for an agent that is started in vain every few seconds.
+    board_settings.endpoint(state, settings).tls()
     with atomic.lock(state, "fleet-agent"):
         logs.configure(device=settings.device)
         agent = Agent(

@@ -13,7 +13,7 @@ from edgefleet_shared.clock import SystemClock, iso
 from edgefleet_shared.errors import EdgefleetError
 from edgefleet_shared.files import DISK
 
-from edgefleet_agent import __version__, board, journal, launcher, slots
+from edgefleet_agent import __version__, board, journal, launcher, slots, verify
 from edgefleet_agent import settings as board_settings
 from edgefleet_agent.fetch import SPARE_BYTES
 from edgefleet_agent.runtime.control import RuntimeClient, socket_path
@@ -74,8 +74,10 @@ def examine(state: Path) -> list[Finding]:
     """Every check, in the order in which a broken board is best looked at."""
     checks: list[tuple[str, Callable[[Path], str]]] = [
         ("enrolment", lambda s: f"{board_settings.read(s).device}, class {board_settings.read(s).device_class}"),
+        ("trust", _trust),
         ("journal", lambda s: journal.read(s).life.state.value),
         ("active artifact", _active),
+        ("agent's versions", _versions),
         ("certificate", _certificate),
         ("disk", _disk),
         ("engines", _engines),
@@ -91,6 +93,11 @@ def examine(state: Path) -> list[Finding]:
     return findings
 
 
+def _trust(state: Path) -> str:
+    root, floors = verify.root_version(state), verify.read_floors(state)
+    return f"root {root}, assignments from {floors.assignment_version} on"
+
+
 def _active(state: Path) -> str:
     slot = slots.read(state).serving
     if slot is None:
@@ -99,6 +106,12 @@ def _active(state: Path) -> str:
     for blob in layout.manifest(slot.manifest).blobs():
         layout.check(blob)
     return f"{slot.model} {slot.version}, every byte as signed"
+
+
+def _versions(state: Path) -> str:
+    own = launcher.folder(state)
+    life, active = journal.read(own).life, slots.read(own).active
+    return f"{life.state.value}, {_words(active) or 'the package runs'}"
 
 
 def _certificate(state: Path) -> str:

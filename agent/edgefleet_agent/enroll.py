@@ -10,12 +10,14 @@ from pathlib import Path
 
 from cryptography.hazmat.primitives.asymmetric import ec
 from edgefleet_shared import atomic, enrolling
-from edgefleet_shared.errors import ConflictError
+from edgefleet_shared.errors import ConflictError, EnvironmentProblem
 from edgefleet_shared.files import DISK, FileSystem
 from edgefleet_shared.messages import Enrolled
 
 from edgefleet_agent import settings as board_settings
 from edgefleet_agent.settings import Settings
+
+ROOM_BYTES = 256 * 1024  # for all that the controller gives, however large the fleet's root is
 
 
 def enroll(
@@ -40,15 +42,22 @@ def enroll(
 
 
 def prepare(state: Path, *, files: FileSystem = DISK) -> ec.EllipticCurvePrivateKey:
-    """Make the folders and the key, durably, before the token is used up: a disk that is full fails here, where nothing is lost.
+    """Make the folders and the key, durably, before the token is used up: a disk that is full, or can't hold what the controller will give,
+    fails here, where nothing is lost.
 
     Raises:
         EnvironmentProblem: the disk refused.
     """
     for folder in ("identity", "trust", "metadata", "run"):
         atomic.make_folder(state / folder, 0o700, files=files)
-    key, pem = enrolling.new_key()
-    atomic.write(state / "identity" / "agent.key", pem, 0o600, files=files)
+    key = enrolling.kept_key(state / "identity" / "agent.key", files=files)
+    with atomic.disk_errors(state, "measure"):
+        free = files.free_bytes(state)
+    if free < ROOM_BYTES:
+        raise EnvironmentProblem(
+            f"an enrolment needs {ROOM_BYTES} bytes, {free} are free on the disk",
+            hint="free some space, then try again; the token was not used",
+        )
     return key
 
 

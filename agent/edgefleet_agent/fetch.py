@@ -11,6 +11,7 @@ Memory: one chunk. Owned by the runner's thread; not handled here: connections.
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Callable
 from contextlib import suppress
 
@@ -29,6 +30,8 @@ from edgefleet_shared.artifact import (
 from edgefleet_shared.clock import Clock
 from edgefleet_shared.errors import ArtifactError, EnvironmentProblem
 from edgefleet_shared.messages import Want, ranges
+
+log = logging.getLogger(__name__)
 
 WANT_AGAIN_S = 2.0  # silence after which the missing chunks are asked for again
 WANT_AGAIN_LAST_S = 30.0
@@ -246,13 +249,19 @@ class Fetcher:
         self._ask()
 
     def _lies_whole(self, descriptor: Descriptor) -> bool:
-        """Whether another slot, or an earlier try, has the blob already. One that rotted is removed, to be fetched again."""
+        """Whether another slot, or an earlier try, has the blob already. One that rotted is removed, to be fetched again; one that can't be
+        read is fetched over it: perhaps it can be read tomorrow, by the slot that has it."""
         if not self._layout.has(descriptor.digest):
             return False
         try:
             self._layout.check(descriptor, alive=self._alive)
         except ArtifactError:
             atomic.remove(self._layout.path(descriptor.digest), files=self._layout.files)
+            return False
+        except EnvironmentProblem as exc:
+            if not atomic.is_broken(exc):
+                raise
+            log.warning("blob unreadable", extra={"digest": descriptor.digest, "reason": str(exc)})
             return False
         return True
 

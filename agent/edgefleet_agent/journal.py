@@ -48,15 +48,18 @@ class Journal(msgspec.Struct, frozen=True, kw_only=True):
     kernel_boot: str = ""
 
 
-def read(state: Path, *, files: FileSystem = DISK) -> Journal:
+def read(state: Path, *, files: FileSystem = DISK, given_up: bool = False) -> Journal:
     """The journal on disk; an absent one is a board that never did anything.
+
+    Args:
+        given_up: what can't be read is as good as damaged by now.
 
     Raises:
         ArtifactError: it is damaged, which our own writing can't cause. EnvironmentProblem: it can't be read.
     """
     path = state / "journal.json"
     try:
-        found = msgspec.json.decode(atomic.read(path, files=files), type=Journal)
+        found = msgspec.json.decode(atomic.read_or_damaged(path, given_up, files=files), type=Journal)
     except FileNotFoundError:
         return Journal()
     except msgspec.DecodeError as exc:
@@ -84,8 +87,8 @@ class Keeper:
         self._state, self._files = state, files
         self.now, self.loaded = Journal(), False
 
-    def load(self) -> None:
-        """Read the journal; set a damaged one aside and begin anew.
+    def load(self, *, given_up: bool = False) -> None:
+        """Read the journal; set a damaged one, or one that is ``given_up``, aside and begin anew.
 
         What the board should run is level-triggered, so nothing is lost but the memory of how the last assignment ended.
 
@@ -93,7 +96,7 @@ class Keeper:
             EnvironmentProblem: it can't be read, or a damaged one can't be set aside.
         """
         try:
-            self.now = read(self._state, files=self._files)
+            self.now = read(self._state, files=self._files, given_up=given_up)
         except ArtifactError as exc:
             aside = atomic.set_aside(self._state / "journal.json", files=self._files)
             log.error("journal damaged", extra={"reason": str(exc), "kept_as": str(aside)})

@@ -40,14 +40,15 @@ class Plan(msgspec.Struct, frozen=True):
 
 
 def read(layout: Layout) -> dict[str, Plan]:
-    """The records by artifact. A damaged file, or record, is as good as none: what it named is made again.
+    """The records by artifact. A damaged file, or record, or one that is lost, is as good as none: what it named is made again.
 
     Raises:
         EnvironmentProblem: it can't be read.
     """
     path = _path(layout)
     try:
-        records = msgspec.json.decode(atomic.read(path, files=layout.files), type=tuple[Plan, ...])
+        content = atomic.unless_lost(lambda: atomic.read(path, files=layout.files))
+        records = msgspec.json.decode(content, type=tuple[Plan, ...]) if content is not None else ()
         for record in records:
             hex_of(record.digest)  # becomes a file's name
     except FileNotFoundError:
@@ -64,11 +65,15 @@ def is_whole(layout: Layout, plan: Plan) -> bool:
     Raises:
         EnvironmentProblem: the disk can't be read.
     """
-    try:
+
+    def check() -> bool:
         layout.check(Descriptor("", plan.digest, plan.size))
+        return True
+
+    try:
+        return bool(atomic.unless_lost(check))
     except (NotFoundError, ArtifactError):
         return False
-    return True
 
 
 def find(layout: Layout, artifact: str, key: str) -> Path:

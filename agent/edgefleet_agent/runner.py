@@ -25,7 +25,7 @@ import msgspec
 from edgefleet_shared import results
 from edgefleet_shared.artifact import Layout
 from edgefleet_shared.assignment import Subject
-from edgefleet_shared.errors import ArtifactError, EdgefleetError, EnvironmentProblem
+from edgefleet_shared.errors import EdgefleetError, EnvironmentProblem
 from edgefleet_shared.exhaustive import assert_never
 from edgefleet_shared.fingerprint import Fingerprint
 from edgefleet_shared.lifecycle import HARMLESS, TABLE, Effect, Event, State, got_on, step
@@ -39,10 +39,11 @@ from edgefleet_agent.inbox import AdmissionDone, Item, JobBroke, JobDone, JobFai
 from edgefleet_agent.journal import Journal, Keeper
 from edgefleet_agent.line import Happened, Line
 from edgefleet_agent.ports import Ports
+from edgefleet_agent.recall import Recall
 from edgefleet_agent.results import Results
 from edgefleet_agent.runtime.control import StatusReport
 from edgefleet_agent.settings import Settings
-from edgefleet_agent.slots import Slot, SlotStatus
+from edgefleet_agent.slots import SlotStatus
 from edgefleet_agent.spool import Spool
 from edgefleet_agent.transport import Acked, Chunk, Desired, Down, MetadataFile, Up
 from edgefleet_agent.upkeep import Upkeep
@@ -87,12 +88,13 @@ class Runner:
         self._inbox, self._ports = inbox, ports
         uplink, clock = ports.uplink, ports.clock
         self._keeper = Keeper(state, ports.files)
+        self._recall = Recall(state, self._keeper, ports.files)
         self._spool = Spool(
             state / "spool", settings.device, boot, uplink.event, clock, limit_bytes=settings.spool_bytes,
             flush_s=settings.spool_flush_s, files=ports.files, problem=lambda why: self._teller.note("spool", why),
         )  # fmt: skip
         self._fetcher = Fetcher(
-            # Its folder is made when the disk lets it, see _wake.
+            # Its folder is made when the disk lets it, see recall.py.
             Layout(state / "artifacts", read_only=True, files=ports.files),
             want=uplink.want,
             listen=uplink.listen,
@@ -183,19 +185,9 @@ class Runner:
             self._work_off(now)
 
     def _wake(self, now: float) -> None:
-        """Read what the disk remembers, mend what is damaged. A disk that can't be read is asked again."""
-        files = self._ports.files
+        """Read what the disk remembers. A disk that can't be read is asked again."""
         try:
-            self._keeper.load()
-            try:
-                slots.read(self._state, files=files)
-            except ArtifactError:
-                # Admitted again, the same assignment finds its blobs on the disk.
-                self._keeper.keep(desired_seen="", ended=None, result=None)
-                done = self._keeper.now.committed
-                slot = Slot(done.manifest, done.model, done.version, SlotStatus.GOOD) if done else None
-                slots.mend(self._state, slot, files=files)
-            slots.artifacts(self._state, files=files)
+            self._recall.read()
             self._admissions.begin()
         except EdgefleetError as exc:
             self._wake_at = now + AGAIN_S
@@ -204,7 +196,9 @@ class Runner:
         self._wake_at = None
         self._teller.note("start")
         self._results.begin()
-        self._happen(Event.RESTARTED, "the agent started")
+        life = self._keeper.now.life
+        again = f", {life.restarts + 1} times in a row while {life.state.value}" if life.state is not State.IDLE else ""
+        self._happen(Event.RESTARTED, f"the agent started{again}")
 
     def _take(self, item: Item) -> None:
         match item:

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import msgspec
 from edgefleet_shared import atomic
-from edgefleet_shared.artifact import Layout
+from edgefleet_shared.artifact import Layout, Manifest
 from edgefleet_shared.errors import ArtifactError, NotFoundError
 from edgefleet_shared.files import DISK, FileSystem
 
@@ -75,15 +75,18 @@ def artifacts(state: Path, *, files: FileSystem = DISK) -> Layout:
     return Layout(state / "artifacts", files=files)
 
 
-def read(state: Path, *, files: FileSystem = DISK) -> Slots:
+def read(state: Path, *, files: FileSystem = DISK, given_up: bool = False) -> Slots:
     """The slots as they are on disk; an absent file is a board that never had an artifact.
+
+    Args:
+        given_up: what can't be read is as good as damaged by now.
 
     Raises:
         ArtifactError: the file is damaged. EnvironmentProblem: it can't be read.
     """
     path = state / "slots.json"
     try:
-        return msgspec.json.decode(atomic.read(path, files=files), type=Slots)
+        return msgspec.json.decode(atomic.read_or_damaged(path, given_up, files=files), type=Slots)
     except FileNotFoundError:
         return Slots()
     except msgspec.DecodeError as exc:
@@ -95,14 +98,17 @@ def write(state: Path, slots: Slots, *, files: FileSystem = DISK) -> None:
     atomic.write(state / "slots.json", msgspec.json.encode(slots), files=files)
 
 
-def mend(state: Path, committed: Slot | None, *, files: FileSystem = DISK) -> None:
+def mend(state: Path, committed: Slot | None, *, files: FileSystem = DISK, given_up: bool = False) -> None:
     """Set a damaged ``slots.json`` aside and name what the journal remembers as committed, if every byte of it is there.
+
+    Args:
+        given_up: see :func:`read`.
 
     Raises:
         EnvironmentProblem: the disk can't be read or written.
     """
     try:
-        read(state, files=files)
+        read(state, files=files, given_up=given_up)
     except ArtifactError as exc:
         aside = atomic.set_aside(state / "slots.json", files=files)
         whole = committed is not None and _is_whole(artifacts(state, files=files), committed.manifest)
@@ -118,17 +124,20 @@ def mend(state: Path, committed: Slot | None, *, files: FileSystem = DISK) -> No
 
 
 def _is_whole(layout: Layout, manifest: str) -> bool:
-    try:
+    def check() -> bool:
         for blob in layout.manifest(manifest).blobs():
             layout.check(blob)
+        return True
+
+    try:
+        return bool(atomic.unless_lost(check))
     except (NotFoundError, ArtifactError):
         return False
-    return True
 
 
 def commit(state: Path, slots: Slots, *, files: FileSystem = DISK) -> Slots:
-    """Mark the active artifact good, durably, and forget the candidate; the previous one too when its manifest is damaged or gone: nobody
-    can return to it, and as long as a slot names it no blob can be told from garbage.
+    """Mark the active artifact good, durably, and forget the candidate; the previous one too when its manifest is damaged, gone or can't be
+    read any more: nobody can return to it, and as long as a slot names it no blob can be told from garbage.
 
     Raises:
         EnvironmentProblem: the disk can't be read or written.
@@ -136,19 +145,25 @@ def commit(state: Path, slots: Slots, *, files: FileSystem = DISK) -> Slots:
     active, previous = slots.active, slots.previous
     if active is not None:
         active = msgspec.structs.replace(active, status=SlotStatus.GOOD)
-    if previous is not None:
-        try:
-            artifacts(state, files=files).manifest(previous.manifest)
-        except (NotFoundError, ArtifactError) as exc:
-            log.error("previous artifact forgotten", extra={"digest": previous.manifest, "reason": str(exc)})
-            previous = None
+    if previous is not None and _manifest(artifacts(state, files=files), previous) is None:
+        log.error("previous artifact forgotten", extra={"digest": previous.manifest})
+        previous = None
     good = Slots(active=active, previous=previous)
     write(state, good, files=files)
     return good
 
 
+def _manifest(layout: Layout, slot: Slot) -> Manifest | None:
+    """The manifest of a slot's artifact; None when it is damaged, gone or lost."""
+    try:
+        return atomic.unless_lost(lambda: layout.manifest(slot.manifest))
+    except (NotFoundError, ArtifactError):
+        return None
+
+
 def collect_garbage(state: Path, slots: Slots, *, files: FileSystem = DISK) -> list[str]:
-    """Remove every blob that no slot names, the plans of such artifacts, and what never became a blob. Returns the digests that went.
+    """Remove every blob that no slot names, the plans of such artifacts, and what never became a blob. Returns the digests that went: none
+    where the active or the previous artifact's manifest can't be read, which may name any.
 
     Call only while nothing is being fetched or built, with slots that are on the disk already, or with those without the candidate.
 
@@ -161,11 +176,11 @@ def collect_garbage(state: Path, slots: Slots, *, files: FileSystem = DISK) -> l
         if slot is None:
             continue
         keep.add(slot.manifest)
-        try:
-            keep.update(blob.digest for blob in layout.manifest(slot.manifest).blobs())
-        except (NotFoundError, ArtifactError):
-            if slot is not slots.candidate:
-                return []  # a slot that can't be read may name any blob: keep everything
+        manifest = _manifest(layout, slot)
+        if manifest is not None:
+            keep.update(blob.digest for blob in manifest.blobs())
+        elif slot is not slots.candidate:
+            return []
     keep |= plans.forget_others(layout, keep)
     gone = [digest for digest in layout.digests() if digest not in keep]
     for digest in gone:

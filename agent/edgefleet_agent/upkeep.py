@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
+from edgefleet_shared import atomic
 from edgefleet_shared.errors import ArtifactError, NotFoundError
 from edgefleet_shared.lifecycle import Event, State
 
@@ -103,9 +104,9 @@ class Upkeep:
         return list(dict.fromkeys(kept))
 
     def _engine(self, manifest: str) -> str:
-        """The engine of an artifact; empty when it is not whole, which others find out and tell."""
+        """The engine of an artifact; empty when it is not whole, or can't be read any more, which others find out and tell."""
         layout = slots.artifacts(self._state, files=self._ports.files)
         try:
-            return layout.config(layout.manifest(manifest)).engine
+            return atomic.unless_lost(lambda: layout.config(layout.manifest(manifest)).engine) or ""
         except (NotFoundError, ArtifactError):
             return ""

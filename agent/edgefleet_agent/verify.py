@@ -12,8 +12,7 @@ done for an assignment. A board that lost one copy to a power cut does not forge
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
@@ -83,6 +82,16 @@ class NotVerified(msgspec.Struct, frozen=True, tag="not_verified"):
 
 Answer = Admitted | Checked | NotVerified
 _AnswerT = TypeVar("_AnswerT", Admitted, Checked)
+
+
+class _Versioned(msgspec.Struct):
+    version: int
+
+
+class _RootFile(msgspec.Struct):
+    """As much of root metadata as says its version."""
+
+    signed: _Versioned
 
 
 class Refusal(Exception):
@@ -196,19 +205,39 @@ def read_root(state: Path, *, files: FileSystem = DISK) -> bytes:
         raise TrustError("root_chain", "this board trusts no root", hint="enrol it again") from exc
 
 
-def read_floors(state: Path, *, files: FileSystem = DISK) -> Floors:
-    """The floors, the higher of both copies; no copy is a board that has not accepted anything yet.
+def root_version(state: Path, *, files: FileSystem = DISK) -> int:
+    """The version of the newest root that this board trusts, which says what metadata files are needed. It was verified when it was kept.
 
     Raises:
-        EnvironmentProblem: a copy can't be read, or every copy that is there is damaged: to go on would forget the floors.
+        TrustError: there is no root, or a damaged one. EnvironmentProblem: it can't be read.
+    """
+    try:
+        return msgspec.json.decode(read_root(state, files=files), type=_RootFile).signed.version
+    except msgspec.DecodeError as exc:
+        raise TrustError("root_chain", f"the trusted root is damaged: {exc}", hint="enrol the board again") from exc
+
+
+def read_floors(state: Path, *, files: FileSystem = DISK) -> Floors:
+    """The floors, the higher of both copies; no copy is a board that has not accepted anything yet. Nothing was done before both copies were
+    there, so that each alone says enough.
+
+    Raises:
+        EnvironmentProblem: every copy that is there is damaged or can't be read: to go on would forget the floors.
     """
     found, damaged = [], False
-    for content in _floor_copies(state, files):
+    unreadable: EnvironmentProblem | None = None
+    for name in FLOOR_FILES:
         try:
-            found.append(msgspec.json.decode(content, type=Floors))
+            found.append(msgspec.json.decode(atomic.read(state / "trust" / name, files=files), type=Floors))
+        except FileNotFoundError:
+            pass
         except msgspec.DecodeError:
             damaged = True
+        except EnvironmentProblem as exc:
+            unreadable = exc
     if not found:
+        if unreadable is not None:
+            raise unreadable
         if damaged:
             raise EnvironmentProblem(
                 f"the version floors in {state / 'trust'} are damaged", hint="enrol the board again, in a new folder"
@@ -231,15 +260,17 @@ def write_floors(state: Path, floors: Floors, *, files: FileSystem = DISK) -> No
     the first was safe from a power cut: then both are written.
     """
     content = msgspec.json.encode(floors)
-    if list(_floor_copies(state, files)) != [content, content]:
+    if not all(_holds(state / "trust" / name, content, files) for name in FLOOR_FILES):
         for name in FLOOR_FILES:
             atomic.write(state / "trust" / name, content, files=files)
 
 
-def _floor_copies(state: Path, files: FileSystem) -> Iterator[bytes]:
-    for name in FLOOR_FILES:
-        with suppress(FileNotFoundError):
-            yield atomic.read(state / "trust" / name, files=files)
+def _holds(path: Path, content: bytes, files: FileSystem) -> bool:
+    """Whether a file is there, can be read, and has these bytes: else it is to be written."""
+    try:
+        return atomic.read(path, files=files) == content
+    except (FileNotFoundError, EnvironmentProblem):
+        return False
 
 
 def take_metadata(state: Path, name: str, content: bytes, *, files: FileSystem = DISK) -> bool:
@@ -251,8 +282,7 @@ def take_metadata(state: Path, name: str, content: bytes, *, files: FileSystem =
     if len(content) > MAX_METADATA_BYTES:
         return False
     path = state / "metadata" / name
-    with suppress(FileNotFoundError):
-        if atomic.read(path, files=files) == content:
-            return False
+    if _holds(path, content, files):
+        return False
     atomic.write(path, content, files=files)
     return True

@@ -7,18 +7,22 @@ from __future__ import annotations
 
 from urllib.parse import urlsplit
 
+from cryptography import x509
 from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec
 from edgefleet_shared.clock import Clock
 from edgefleet_shared.errors import InputError
 from edgefleet_shared.messages import Enrolled
 from edgefleet_shared.topics import check_name
 from edgefleet_shared.work import IDENTITY_PREFIX
+from sqlmodel import Session
 
-from edgefleet_controller.pki import CertificateAuthority
+from edgefleet_controller.pki import CertificateAuthority, requested_key
 from edgefleet_controller.settings import Settings
 from edgefleet_controller.sign import Repository
 from edgefleet_controller.store import devices, workers
 from edgefleet_controller.store.database import Database
+from edgefleet_controller.store.tables import Device, EnrolmentToken, Worker
 
 
 class Enrolment:
@@ -51,15 +55,18 @@ class Enrolment:
         return f"efe.{self._ca.fingerprint}.{secret}"
 
     def enroll(self, token: str, device: str, request: str) -> Enrolled:
-        """Take a board in. Token and name are spent only when all of it succeeds.
+        """Take a board in. Token and name are spent only when all of it succeeds. Who shows a spent token once more, and the same key, gets
+        the same answer: the power may have been cut before the first one was kept.
 
         Raises:
             TrustError: the token is not valid. ConflictError: the name is taken. InputError: a bad request.
         """
         secret = token.rpartition(".")[2]
-        host, port = self._settings.broker_address
-        api = urlsplit(self._settings.public_url)
+        key = requested_key(request.encode())
         with self._database.write() as session:
+            spent = devices.spent_token(session, secret, self._clock.now())
+            if spent is not None and self._is_in_force(session, spent, key):
+                return self._answer(spent)
             row = devices.use_token(session, secret, device, self._clock.now())
             name = row.label or device
             if not name:
@@ -83,15 +90,34 @@ class Enrolment:
                     must_sign=not self._settings.trust_unsigned_results,
                     now=self._clock.now(),
                 )
-            return Enrolled(
-                device=name,
-                device_class=row.device_class or "",
-                site=row.site,
-                certificate=certificate.public_bytes(serialization.Encoding.PEM).decode(),
-                ca=self._ca.pem.decode(),
-                root=self._repository.root.decode(),
-                broker_host=host,
-                broker_port=port,
-                api_host=api.hostname or "",
-                api_port=api.port or 443,
-            )
+            row.certificate = certificate.public_bytes(serialization.Encoding.PEM).decode()
+            session.add(row)
+            return self._answer(row)
+
+    def _is_in_force(self, session: Session, spent: EnrolmentToken, key: ec.EllipticCurvePublicKey) -> bool:
+        """Whether what was given for a token is this key's, and still the one certificate of its holder."""
+        certificate = x509.load_pem_x509_certificate(spent.certificate.encode())
+        name = spent.label or spent.used_by
+        holder = session.get(Worker, name) if spent.role == "worker" else session.get(Device, name)
+        return (
+            certificate.public_key() == key
+            and holder is not None
+            and not holder.revoked
+            and holder.certificate_serial == f"{certificate.serial_number:x}"
+        )
+
+    def _answer(self, spent: EnrolmentToken) -> Enrolled:
+        host, port = self._settings.broker_address
+        api = urlsplit(self._settings.public_url)
+        return Enrolled(
+            device=spent.label or spent.used_by,
+            device_class=spent.device_class or "",
+            site=spent.site,
+            certificate=spent.certificate,
+            ca=self._ca.pem.decode(),
+            root=self._repository.root.decode(),
+            broker_host=host,
+            broker_port=port,
+            api_host=api.hostname or "",
+            api_port=api.port or 443,
+        )

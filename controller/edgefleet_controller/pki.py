@@ -36,6 +36,25 @@ def _pem(key: ec.EllipticCurvePrivateKey) -> bytes:
     )
 
 
+def requested_key(request_pem: bytes) -> ec.EllipticCurvePublicKey:
+    """The key of a certificate request, whose holder signed it.
+
+    Raises:
+        InputError: not a request, badly signed, or not a P-256 key.
+    """
+    try:
+        request = x509.load_pem_x509_csr(request_pem)
+        key = request.public_key()
+        valid = request.is_signature_valid
+    except (ValueError, InvalidSignature) as exc:
+        raise InputError(f"not a certificate request: {exc}") from exc
+    if not valid:
+        raise InputError("the certificate request is not signed by its own key")
+    if not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, ec.SECP256R1):
+        raise InputError("the certificate request must carry a P-256 key")
+    return key
+
+
 class CertificateAuthority:
     """The fleet's own CA.
 
@@ -115,17 +134,7 @@ class CertificateAuthority:
         Raises:
             InputError: not a request, badly signed, or not a P-256 key.
         """
-        try:
-            request = x509.load_pem_x509_csr(request_pem)
-            key = request.public_key()
-            valid = request.is_signature_valid
-        except (ValueError, InvalidSignature) as exc:
-            raise InputError(f"not a certificate request: {exc}") from exc
-        if not valid:
-            raise InputError("the certificate request is not signed by its own key")
-        if not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, ec.SECP256R1):
-            raise InputError("the certificate request must carry a P-256 key")
-        return self._certify(device, key, None, ExtendedKeyUsageOID.CLIENT_AUTH, DEVICE_LIFE)
+        return self._certify(device, requested_key(request_pem), None, ExtendedKeyUsageOID.CLIENT_AUTH, DEVICE_LIFE)
 
     def _certify(
         self,

@@ -12,12 +12,15 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TypeVar
 
-from edgefleet_shared.errors import ConflictError, EnvironmentProblem
+from edgefleet_shared.errors import ArtifactError, ConflictError, EnvironmentProblem
 from edgefleet_shared.files import DISK, FileSystem
+
+T = TypeVar("T")
 
 PIECE_BYTES = 256 * 1024  # what is held in memory of a file that is read piece by piece
 
@@ -42,6 +45,30 @@ def disk_errors(path: Path, deed: str = "write") -> Iterator[None]:
         raise EnvironmentProblem(f"can't {deed} {path}: {exc.strerror or exc}", hint=hint) from exc
 
 
+# What a disk answers about blocks that it can't give back any more: the device, and file systems that find their own records damaged.
+_BROKEN = frozenset({errno.EIO, errno.EUCLEAN, errno.EBADMSG})
+
+
+def is_broken(error: EnvironmentProblem) -> bool:
+    """Whether the disk itself failed, rather than being full, read-only or closed to us: another try helps only if it was a moment's doing."""
+    return isinstance(error.__cause__, OSError) and error.__cause__.errno in _BROKEN
+
+
+def unless_lost(read: Callable[[], T]) -> T | None:
+    """What ``read`` returns; None when the disk broke over it, and over it again: for what can be done without, or made anew.
+
+    Raises:
+        whatever else ``read`` does.
+    """
+    for _ in range(2):
+        try:
+            return read()
+        except EnvironmentProblem as exc:
+            if not is_broken(exc):
+                raise
+    return None
+
+
 def read(path: Path, *, files: FileSystem = DISK) -> bytes:
     """A file's bytes.
 
@@ -49,6 +76,16 @@ def read(path: Path, *, files: FileSystem = DISK) -> bytes:
         FileNotFoundError: there is none. EnvironmentProblem: it can't be read.
     """
     return b"".join(pieces(path, files=files))
+
+
+def read_or_damaged(path: Path, given_up: bool, *, files: FileSystem = DISK) -> bytes:
+    """A file's bytes. Raises like :func:`read`, but ArtifactError where the disk broke over it and was ``given_up``."""
+    try:
+        return read(path, files=files)
+    except EnvironmentProblem as exc:
+        if not given_up or not is_broken(exc):
+            raise
+        raise ArtifactError(f"{exc.message}, however often", hint="the agent begins a new one") from exc
 
 
 def pieces(path: Path, *, files: FileSystem = DISK, size_bytes: int = PIECE_BYTES) -> Iterator[bytes]:

@@ -11,6 +11,7 @@ import hashlib
 import http.client
 import ssl
 from collections.abc import Callable
+from pathlib import Path
 from urllib.parse import urlsplit
 
 import msgspec
@@ -18,7 +19,9 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from edgefleet_shared.errors import InputError, TransportError, TrustError, from_dict
+from edgefleet_shared import atomic
+from edgefleet_shared.errors import EnvironmentProblem, InputError, TransportError, TrustError, from_dict
+from edgefleet_shared.files import DISK, FileSystem
 from edgefleet_shared.messages import Enrolled, EnrolRequest
 
 TIMEOUT_S = 30.0
@@ -30,6 +33,24 @@ def new_key() -> tuple[ec.EllipticCurvePrivateKey, bytes]:
     key = ec.generate_private_key(ec.SECP256R1())
     pem = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
     return key, pem
+
+
+def kept_key(path: Path, *, files: FileSystem = DISK) -> ec.EllipticCurvePrivateKey:
+    """The key that lies at ``path``, or one that is made and kept there, durably. One that an earlier try left is taken again: perhaps the
+    controller knows it by now, and only its answer was cut off.
+
+    Raises:
+        EnvironmentProblem: the disk refused.
+    """
+    try:
+        found = serialization.load_pem_private_key(atomic.read(path, files=files), password=None)
+        if isinstance(found, ec.EllipticCurvePrivateKey) and isinstance(found.curve, ec.SECP256R1):
+            return found
+    except (FileNotFoundError, EnvironmentProblem, ValueError):
+        pass  # none, or none that can be used
+    key, pem = new_key()
+    atomic.write(path, pem, 0o600, files=files)
+    return key
 
 
 def ask(url: str, token: str, name: str, make_key: Callable[[], ec.EllipticCurvePrivateKey]) -> tuple[Enrolled, str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from chaos.board import OTHER_KEY, STATE, Agent, SimulatedRuntime, Story, check_end
 from chaos.depot import CLASS, DEVICE, Depot
@@ -23,9 +23,10 @@ def depot() -> Depot:
     return Depot()
 
 
-def enrolment(office: Depot, disk: MemoryDisk) -> None:
-    """What ``fleet-agent enroll`` does on the disk."""
+def enrolment(office: Depot, disk: MemoryDisk, spend_token: Callable[[], None] = lambda: None) -> None:
+    """What ``fleet-agent enroll`` does on the disk, and when it spends the token."""
     enroll.prepare(STATE, files=disk)
+    spend_token()
     answer = Enrolled(
         device=DEVICE,
         device_class=CLASS,

@@ -10,6 +10,7 @@ import pytest
 from chaos.board import Agent, Examiner, SimulatedRuntime, Story, check_end
 from chaos.faults import FaultRunner
 from chaos.stories import came_to, depot, enrolment, play, stories
+from edgefleet_agent.enroll import ROOM_BYTES
 from edgefleet_shared import atomic
 from edgefleet_shared.errors import ConflictError, EnvironmentProblem
 from edgefleet_shared.outcomes import Outcome
@@ -56,6 +57,26 @@ def test_a_fetch_that_fills_the_disk_gives_it_back_so_that_its_end_can_be_told(m
         assert told is not None
         assert told.ended is not None
         assert told.ended.outcome is Outcome.FAILED_NO_CHANGE, f"{room} bytes free: {told.state}, {told.problem}"
+
+
+def test_a_disk_that_can_not_hold_an_enrolment_says_so_before_the_token_is_spent() -> None:
+    enrolled = 0
+    for room in (*range(0, 8192, NAME_BYTES), ROOM_BYTES, 2 * ROOM_BYTES):
+        disk = MemoryDisk()
+        disk.capacity_bytes = room
+        spent = False
+
+        def spend() -> None:
+            nonlocal spent
+            spent = True
+
+        try:
+            enrolment(depot(), disk, spend)
+        except EnvironmentProblem:
+            assert not spent, f"{room} bytes free"
+        else:
+            enrolled += 1
+    assert enrolled > 0
 
 
 @pytest.mark.parametrize("was_there", [True, False])

@@ -93,3 +93,4 @@ def test_an_agent_that_keeps_ending_over_a_fetch_goes_on_as_long_as_that_gets_fu
     ended = vehicle.journal.ended
     assert ended is not None
     assert ended.outcome is Outcome.FAILED_NO_CHANGE
+    assert ended.reason == f"the agent started, {MAX_RESTARTS + 1} times in a row while fetching"

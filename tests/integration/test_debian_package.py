@@ -373,6 +373,17 @@ def test_a_state_folder_that_is_a_disk_of_its_own_is_purged_and_left_empty(machi
         machine.run("umount", state)
 
 
+def test_what_is_mounted_below_the_state_folder_is_not_purged_with_it(machine, installed_again):
+    stick = "/var/lib/edgefleet/stick"
+    machine.run("sh", "-ec", f"mkdir {stick}; mount -t tmpfs tmpfs {stick}; echo bundle > {stick}/bundle.tar")
+    try:
+        machine.run("dpkg", "--purge", "edgefleet-agent")
+        assert machine.run("find", "/var/lib/edgefleet", "!", "-type", "d").stdout.split() == [f"{stick}/bundle.tar"]
+    finally:
+        machine.run("umount", stick)
+        machine.run("rmdir", stick, "/var/lib/edgefleet")
+
+
 def test_removed_it_gives_the_processor_back_what_a_power_profile_took(machine, installed_again, scaling):
     machine.run("sh", "-ec", "echo {} > /var/lib/edgefleet/slots.json; systemctl start fleet-power")
     machine.run("sh", "-ec", f"echo powersave > {POLICY}/scaling_governor; echo 600000 > {POLICY}/scaling_max_freq")

@@ -49,8 +49,7 @@ def enrol(folder: Path, url: str, token: str, name: str) -> Identity:
         raise ConflictError(f"{folder} has a worker already", hint="choose another --folder, or leave the token away")
     identity = folder / "identity"
     atomic.make_folder(identity, 0o700)
-    key, pem = enrolling.new_key()
-    atomic.write(identity / "worker.key", pem, 0o600)
+    key = enrolling.kept_key(identity / "worker.key")
     enrolled, ca = enrolling.ask(url, token, name, lambda: key)
     if enrolled.device_class:
         raise InputError(

@@ -59,6 +59,7 @@ MIGRATIONS: dict[int, tuple[str, ...]] = {
         "ALTER TABLE device ADD COLUMN agent_must_sign BOOLEAN NOT NULL DEFAULT false",
         "ALTER TABLE device ADD COLUMN agent_proof TEXT NOT NULL DEFAULT ''",
     ),
+    4: ("ALTER TABLE enrolment_token ADD COLUMN certificate TEXT NOT NULL DEFAULT ''",),
 }  # fmt: skip
 
 

@@ -275,6 +275,12 @@ def use_token(session: Session, token: str, device: str, now: float) -> Enrolmen
     return row
 
 
+def spent_token(session: Session, token: str, now: float) -> EnrolmentToken | None:
+    """A token that was spent and has not expired; None when there is no such."""
+    row = session.get(EnrolmentToken, _hash(token))
+    return row if row is not None and row.certificate and row.expires_at > now else None
+
+
 def list_tokens(session: Session) -> list[EnrolmentToken]:
     return list(session.exec(select(EnrolmentToken).order_by(col(EnrolmentToken.created_at))))
 

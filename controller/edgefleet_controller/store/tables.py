@@ -9,7 +9,7 @@ from __future__ import annotations
 from sqlalchemy import BigInteger, LargeBinary, Text
 from sqlmodel import Field, SQLModel, UniqueConstraint
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 
 
 class SchemaVersion(SQLModel, table=True):
@@ -61,7 +61,7 @@ class Device(SQLModel, table=True):
 
 class EnrolmentToken(SQLModel, table=True):
     """A one-time token, known by its sha256 only. ``label`` tells the operator which one it is. ``role`` is device or worker; a worker
-    without a class compiles, one with a class is a builder board of it."""
+    without a class compiles, one with a class is a builder board of it. ``certificate`` is what was given for it, as PEM, once it is spent."""
 
     __tablename__ = "enrolment_token"
     sha256: str = Field(primary_key=True)
@@ -73,6 +73,7 @@ class EnrolmentToken(SQLModel, table=True):
     expires_at: float
     used_at: float | None = None
     used_by: str = ""
+    certificate: str = ""
 
 
 class ModelVersion(SQLModel, table=True):

@@ -1,0 +1,52 @@
+"""``fleet-agent doctor``: whatever of a board's memory is damaged, the check that is about it says so."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from chaos.board import STATE
+from chaos.stories import came_to
+from edgefleet_agent import board, doctor, journal, launcher
+from edgefleet_agent.journal import Journal
+
+REMEMBERED = {"enrolment", "trust", "journal", "active artifact", "agent's versions"}
+
+
+@pytest.fixture
+def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of a board that took a version; its engines are another check's matter."""
+    for path, content in came_to("1").items():
+        if content is not None and path.startswith(f"{STATE}/"):
+            target = tmp_path / path.removeprefix(f"{STATE}/")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(content)
+    launcher.folder(tmp_path).mkdir()
+    journal.write(launcher.folder(tmp_path), Journal())
+    monkeypatch.setattr(board, "probe_engines", tuple)
+    return tmp_path
+
+
+def wrong(state: Path) -> set[str]:
+    return {finding.what for finding in doctor.examine(state) if not finding.ok} & REMEMBERED
+
+
+def test_a_whole_board_is_whole(state: Path) -> None:
+    assert wrong(state) == set()
+
+
+@pytest.mark.parametrize(
+    ("names", "what"),
+    [
+        (("agent.json",), "enrolment"),
+        (("trust/root.json",), "trust"),
+        (("trust/floors-a.json", "trust/floors-b.json"), "trust"),
+        (("journal.json",), "journal"),
+        (("slots.json",), "active artifact"),
+        (("agent/journal.json",), "agent's versions"),
+    ],
+)
+def test_what_is_damaged_is_found(state: Path, names: tuple[str, ...], what: str) -> None:
+    for name in names:
+        (state / name).write_bytes(b"{")
+    assert wrong(state) == {what}
