@@ -9,7 +9,9 @@ import signal
 import socket
 import struct
 import threading
+import zlib
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -290,6 +292,33 @@ def test_others_are_answered_while_a_request_of_millions_of_numbers_is_understoo
         asking.join()
     assert answers[0][0] == 413  # too large for the toy's slots, which is found last
     assert served > 50
+
+
+@pytest.mark.parametrize("encoding", ["gzip", "deflate"])
+def test_others_are_answered_while_a_small_body_is_unpacked_that_is_a_large_one(
+    runtime: Runtime, encoding: str
+) -> None:
+    rows = 80_000
+    tensor = {"name": "x", "datatype": "FP32", "shape": [rows, 8, 8, 3], "parameters": {"binary_data_size": rows * 768}}
+    header = json.dumps({"inputs": [tensor]}).encode()
+    packed = (gzip.compress if encoding == "gzip" else zlib.compress)(header + bytes(rows * 768))
+    fields = {"Content-Encoding": encoding, "Inference-Header-Content-Length": str(len(header))}
+    served = 0
+    with runtime.connect() as link, ThreadPoolExecutor(1) as pool:
+        ask = b"GET /v2/health/live HTTP/1.1\r\nHost: b\r\n\r\n"
+        link.sendall(ask)
+        assert link.recv(4096).startswith(b"HTTP/1.1 200")
+        asked = pool.submit(runtime.ask, "POST", "/v2/models/toy/infer", packed, fields)
+        while not asked.done():
+            link.sendall(ask)
+            assert link.recv(4096).startswith(b"HTTP/1.1 200")
+            served += 1
+        status, answer = asked.result()
+    assert (status, "one request may have" in answer["error"]) == (
+        413,
+        True,
+    )  # too large for the toy's slots, which is found last
+    assert served > 40
 
 
 @pytest.mark.parametrize("more", [b"garbage", gzip.compress(b"}")], ids=["garbage", "another member"])

@@ -82,3 +82,21 @@ def test_requests_that_stand_behind_slow_ones_do_not_count_as_hanging(
         answers = list(pool.map(lambda _: runtime.infer(TRIGGER, path), range(4)))
     assert [status for status, _ in answers] == [200] * 4
     assert runtime.version("2").crashes == 0
+
+
+def test_a_worker_that_hangs_up_and_stays_costs_nobody_an_answer(
+    runtime: Runtime, served: Callable[[hostile.Deed], str]
+) -> None:
+    """Until it is killed it still looks as if it had room; whoever waits then is not given to it."""
+    runtime.client.switch(served("hang up"))
+    picture = np.full((1, 8, 8, 3), 0.5, np.float32)
+    with ThreadPoolExecutor(16) as pool:
+        asked = pool.submit(runtime.infer, TRIGGER)
+        answers = []
+        while not runtime.version("2").crashes:
+            waiting = [pool.submit(runtime.infer, picture) for _ in range(8)]
+            # Whenever another version is done with one, those that wait are looked after.
+            assert runtime.infer(picture, "/v2/models/toy/versions/1/infer")[0] == 200
+            answers += waiting
+        assert {answer.result(20)[0] for answer in answers} == {200}
+        assert asked.result(20)[0] == 200

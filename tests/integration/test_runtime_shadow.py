@@ -7,7 +7,9 @@ import signal
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
+from edgefleet_agent.runtime.control import VersionStatus
 from edgefleet_shared.contract import ShadowFigures
 from edgefleet_shared.errors import ConflictError, NotFoundError
 from support.runtimes import Load, Runtime, running, until
@@ -69,6 +71,26 @@ def test_a_candidate_whose_process_dies_costs_no_live_request(runtime: Runtime) 
         compared(runtime, before + 5)
     assert load.failed == []
     assert set(load.answers) == {"1"}
+
+
+@pytest.mark.parametrize("name", ["1", "2"], ids=["of the same version", "of another version"])
+def test_what_a_candidate_died_of_is_not_compared_with_anybody_elses_answer(runtime: Runtime, name: str) -> None:
+    """Compiled again, a version has its name twice: then what serves would be compared with itself."""
+    other = runtime.add(name, seed=77)
+    runtime.client.load(other)
+    runtime.client.shadow(other)
+
+    def candidate() -> VersionStatus:
+        return next(v for v in runtime.status().versions if v.manifest == other)
+
+    worker = candidate().pid
+    os.kill(worker, signal.SIGSTOP)
+    assert runtime.infer(np.full((1, 8, 8, 3), 0.5, np.float32))[0] == 200
+    until(lambda: candidate().in_flight, what="the candidate being asked")
+    os.kill(worker, signal.SIGKILL)
+    until(lambda: candidate().crashes and candidate().state == "ready", what="its return")
+    until(lambda: figures(runtime).compared + figures(runtime).failed, what="the request being counted")
+    assert (figures(runtime).compared, figures(runtime).failed) == (0, 1)
 
 
 def test_switching_to_it_or_retiring_it_ends_the_shadow(runtime: Runtime) -> None:

@@ -124,6 +124,23 @@ def test_an_in_place_swap_that_fails_tells_whoever_waits_for_the_version_that_di
     assert "not loaded any more" in told["error"]
 
 
+@pytest.mark.parametrize("mode", ["in-place", "blue-green"])
+def test_whoever_waits_for_a_version_is_answered_though_it_is_loaded_once_more(
+    runtime: Runtime, pool: ThreadPoolExecutor, mode: Any
+) -> None:
+    """As by an agent that was started again between loading and switching."""
+    runtime.install(runtime.add("1"))
+    runtime.start()
+    new = runtime.add("2")
+    runtime.client.load(new, "in-place")
+    (answer,) = asked(pool, runtime, PINNED.format(2))
+    waiting(runtime, 1)
+    assert runtime.client.load(new, mode).mode == mode
+    runtime.client.switch(new)
+    status, told = answer.result(20)
+    assert (status, told.get("model_version")) == (200, "2")
+
+
 def test_whoever_waits_at_the_start_for_a_version_that_does_not_load_is_told(
     runtime: Runtime, pool: ThreadPoolExecutor
 ) -> None:

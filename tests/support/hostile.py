@@ -31,7 +31,8 @@ TESTS = Path(__file__).resolve().parents[1]
 # start     says for ever that it is loaded
 # misplace  says that its answer is in another request's slot
 # linger    takes three seconds
-Deed = Literal["observe", "start", "misplace", "linger"]
+# hang up   closes its channel, and stays
+Deed = Literal["observe", "start", "misplace", "linger", "hang up"]
 
 
 class Does(msgspec.Struct, frozen=True):
@@ -103,10 +104,16 @@ def _misplace(_config: ModelConfig, caller: dict[str, Any]) -> None:
     time.sleep(60)
 
 
+def _hang_up(_config: ModelConfig, _caller: dict[str, Any]) -> None:
+    _link().shutdown(socket.SHUT_RDWR)
+    time.sleep(60)
+
+
 _DEEDS: dict[str, Callable[[ModelConfig, dict[str, Any]], None]] = {
     "observe": _observe,
     "start": _start,
     "misplace": _misplace,
+    "hang up": _hang_up,
     "linger": lambda _config, _caller: time.sleep(3.2),
 }
 

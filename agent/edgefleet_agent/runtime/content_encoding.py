@@ -1,14 +1,19 @@
-"""Bodies that clients pack: receives a body and the name of its coding, hands on the plain body, bounded in size."""
+"""Bodies that clients pack: receives a body and the name of its coding, hands on the plain body, bounded in size, piece by piece."""
 
 from __future__ import annotations
 
 import zlib
+from collections.abc import Generator
 
 from edgefleet_agent.runtime.head import MAX_BODY_BYTES, Refused
 
+PIECE_BYTES = 1 << 20  # of the plain body: a millisecond's work
 
-def decompress(body: bytes | bytearray | memoryview, encoding: str) -> bytes | bytearray | memoryview:
-    """gzip or deflate (RFC 9110, 8.4.1), bounded: a small body may claim to be a large one.
+
+def decompress(
+    body: bytes | bytearray | memoryview, encoding: str
+) -> Generator[None, None, bytes | bytearray | memoryview]:
+    """gzip or deflate (RFC 9110, 8.4.1), bounded: a small body may claim to be a large one. Lets others have their turn at each ``yield``.
 
     Raises:
         Refused: another coding, not of this coding, cut off, followed by something, or more than :data:`MAX_BODY_BYTES`.
@@ -18,12 +23,20 @@ def decompress(body: bytes | bytearray | memoryview, encoding: str) -> bytes | b
     if encoding not in ("gzip", "deflate"):
         raise Refused(415, "Content-Encoding must be gzip or deflate")
     machine = zlib.decompressobj(wbits=31 if encoding == "gzip" else 15)
-    try:
-        plain = machine.decompress(body, MAX_BODY_BYTES)
-    except zlib.error as exc:
-        raise Refused(400, f"the body is not {encoding}: {exc}") from exc
-    if machine.unconsumed_tail:
-        raise Refused(413, f"the body unpacks to more than {MAX_BODY_BYTES} bytes")
+    plain = bytearray()
+    rest = body
+    while True:
+        try:
+            piece = machine.decompress(rest, PIECE_BYTES)
+        except zlib.error as exc:
+            raise Refused(400, f"the body is not {encoding}: {exc}") from exc
+        plain += piece
+        rest = machine.unconsumed_tail
+        if len(plain) > MAX_BODY_BYTES:
+            raise Refused(413, f"the body unpacks to more than {MAX_BODY_BYTES} bytes")
+        if machine.eof or (not rest and len(piece) < PIECE_BYTES):
+            break
+        yield
     if not machine.eof:
         raise Refused(400, f"the {encoding} body is cut off")
     if machine.unused_data:  # dropped, it would be another request than its sender meant

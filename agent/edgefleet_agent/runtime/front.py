@@ -19,8 +19,8 @@ import msgspec
 from edgefleet_shared import __version__
 
 from edgefleet_agent.runtime import answer as answers
-from edgefleet_agent.runtime import metrics, protocol
-from edgefleet_agent.runtime.head import Head
+from edgefleet_agent.runtime import content_encoding, metrics, protocol
+from edgefleet_agent.runtime.head import Head, Refused
 from edgefleet_agent.runtime.http import BINARY, JSON, TEXT, Place, Reply, Request
 from edgefleet_agent.runtime.job import Job, Lease
 from edgefleet_agent.runtime.metrics import Figures
@@ -105,6 +105,16 @@ class Front:
                 asked.begin(reply)
                 self._switchboard.submit(asked)
                 return
+            if request.head.encoding is not None and not self._unpack(request, request.head.encoding, reply):
+                return
+        except (RequestError, Refused) as exc:
+            _refuse(reply, exc)
+            return
+        self._answer(request, reply)
+
+    def _answer(self, request: Request, reply: Reply) -> None:
+        """Answer a request whose body is plain."""
+        try:
             wanted = _model_path(request.head.path)
             if wanted is not None and wanted[2] == "infer":
                 _only(request, "POST")
@@ -117,6 +127,29 @@ class Front:
         except RequestError as exc:
             status, body, content_type = exc.status, answers.error_body(exc.message), JSON
         reply(status, body, content_type)
+
+    def _unpack(self, request: Request, encoding: str, reply: Reply) -> bool:
+        """Unpack a request's body; False where that is a long work, and it is answered later.
+
+        Raises:
+            Refused, RequestError: it is not what it says, or there is no room for what it is.
+        """
+        steps = content_encoding.decompress(request.body, encoding)
+        try:
+            next(steps)
+        except StopIteration as end:
+            request.unpack(end.value)
+            return True
+        except MemoryError:
+            raise RequestError(503, NO_MEMORY) from None
+        self.work(self._unpack_in_pieces(request, steps, reply), partial(_refuse, reply))
+        return False
+
+    async def _unpack_in_pieces(
+        self, request: Request, steps: Generator[None, None, bytes | bytearray | memoryview], reply: Reply
+    ) -> None:
+        request.unpack(await self.in_pieces(steps))
+        self._answer(request, reply)
 
     def _resource(
         self, request: Request, wanted: tuple[str, str | None, str | None] | None
@@ -317,8 +350,8 @@ class _Asked(Job):
         _refuse(self._reply, error)
 
 
-def _refuse(reply: Reply, error: RequestError) -> None:
-    reply(error.status, answers.error_body(error.message), JSON)
+def _refuse(reply: Reply, error: RequestError | Refused) -> None:
+    reply(error.status, answers.error_body(str(error)), JSON)
 
 
 async def _told(work: Coroutine[Any, Any, None], refuse: Callable[[RequestError], None]) -> None:
@@ -326,6 +359,8 @@ async def _told(work: Coroutine[Any, Any, None], refuse: Callable[[RequestError]
         await work
     except RequestError as exc:
         refuse(exc)
+    except Refused as exc:
+        refuse(RequestError(exc.status, str(exc)))
     except MemoryError:
         refuse(RequestError(503, NO_MEMORY))
     except BaseException:

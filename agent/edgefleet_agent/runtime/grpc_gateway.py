@@ -35,6 +35,7 @@ from edgefleet_agent.runtime.control import short_path
 from edgefleet_agent.runtime.grpc_bounds import CALLS_AT_ONCE, LARGE_BYTES, MAX_CALLS, MESSAGE_LIMIT_S
 from edgefleet_agent.runtime.grpc_messages import Bytes, CallError, pb
 from edgefleet_agent.runtime.head import MAX_BODY_BYTES
+from edgefleet_agent.runtime.heap import Heap
 from edgefleet_agent.runtime.peer import uid_of_tcp
 from edgefleet_agent.runtime.protocol import RegionUse, RequestError
 from edgefleet_agent.runtime.regions import Regions
@@ -125,6 +126,7 @@ class Runtime:
 
     def __init__(self, path: Path) -> None:
         self._path, self._local = path, threading.local()
+        self.heap = Heap()
 
     def ask(
         self, call: Call, method: str, path: str, body: tuple[Bytes, ...] = (), header_length: int | None = None
@@ -157,6 +159,7 @@ class Runtime:
                     raise CallError("UNAVAILABLE", f"the runtime does not answer: {exc}") from exc
                 continue
             break
+        self.heap.held(len(content))
         return response.status, content, int(response.getheader("Inference-Header-Content-Length", len(content)))
 
     def _connection(self) -> _Connection:
@@ -287,9 +290,9 @@ class Gateway:
 class Silence(threading.Thread):
     """Ends calls whose message does not come: each has a thread, and a few of them would have them all."""
 
-    def __init__(self, memory: SharedMemory) -> None:
+    def __init__(self, memory: SharedMemory, heap: Heap) -> None:
         super().__init__(name="silence", daemon=True)
-        self._memory, self._began = memory, dict[grpc.ServicerContext, float]()
+        self._memory, self._heap, self._began = memory, heap, dict[grpc.ServicerContext, float]()
 
     def message(self, sent: Iterator[bytes], context: grpc.ServicerContext) -> bytes:
         """The call's message, as it came.
@@ -313,6 +316,7 @@ class Silence(threading.Thread):
                 if began < horizon:
                     context.cancel()
             self._memory.tick()
+            self._heap.tick()
 
 
 def _path(model: str, version: str) -> str:
@@ -326,8 +330,8 @@ def serve(runtime: Runtime, address: str) -> tuple[grpc.Server, int]:
     Raises:
         EnvironmentProblem: the address can't be taken.
     """
-    memory = SharedMemory()
-    gateway, silence = Gateway(runtime, memory), Silence(memory)
+    memory, heap = SharedMemory(), runtime.heap
+    gateway, silence = Gateway(runtime, memory), Silence(memory, heap)
     calls: dict[str, Callable[[Any, Call], Message]] = {
         "ServerLive": gateway.server_live,
         "ServerReady": gateway.server_ready,
@@ -359,7 +363,7 @@ def serve(runtime: Runtime, address: str) -> tuple[grpc.Server, int]:
     large = threading.Lock()
     handlers = {
         name: grpc.stream_unary_rpc_method_handler(
-            _answering(call, getattr(pb, f"{name}Request").FromString, large, silence, ours),
+            _answering(call, getattr(pb, f"{name}Request").FromString, large, silence, heap, ours),
             response_serializer=lambda m: m.SerializeToString(),
         )
         for name, call in calls.items()
@@ -376,13 +380,15 @@ def _answering(
     parse: Callable[[bytes], Any],
     large: threading.Lock,
     silence: Silence,
+    heap: Heap,
     ours: tuple[str, int] | None,
 ) -> Callable[[Iterator[bytes], grpc.ServicerContext], Message]:
     def answer(sent: Iterator[bytes], context: grpc.ServicerContext) -> Message:
+        size = 0
         try:
             message = silence.message(sent, context)
-            call = Call(context, ours)
-            with _alone(large, call) if len(message) > LARGE_BYTES else contextlib.nullcontext():
+            size, call = len(message), Call(context, ours)
+            with _alone(large, call) if size > LARGE_BYTES else contextlib.nullcontext():
                 request = parse(message)
                 del message  # as large as the request, which is large
                 return carry_out(request, call)
@@ -392,6 +398,8 @@ def _answering(
             code, why = messages.CODES.get(exc.status, "INTERNAL"), exc.message
         except CallError as exc:
             code, why = exc.code, exc.message
+        finally:
+            heap.held(size)
         # Out here, where no traceback keeps what the call held until the collector comes by.
         context.abort(getattr(grpc.StatusCode, code), why)
         raise AssertionError("abort raises")

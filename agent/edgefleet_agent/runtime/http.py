@@ -18,7 +18,6 @@ from typing import Any, Protocol, cast
 
 from edgefleet_agent.runtime import head as heads
 from edgefleet_agent.runtime.answer import error_body
-from edgefleet_agent.runtime.content_encoding import decompress
 from edgefleet_agent.runtime.head import MAX_HEADER_BYTES, MAX_URL_BYTES, Head, Refused
 from edgefleet_agent.runtime.peer import Peer
 from edgefleet_agent.runtime.untaken import Untaken
@@ -53,11 +52,26 @@ class Place(Protocol):
 class Request:
     """A whole request. ``body`` is what came; it lies in ``place``, the handler's own :class:`Place`, when one was lent."""
 
-    __slots__ = ("body", "head", "held_bytes", "peer", "place")
+    __slots__ = ("_server", "body", "head", "held_bytes", "peer", "place")
 
-    def __init__(self, head: Head, body: bytes | bytearray | memoryview, place: Any, peer: Peer) -> None:
-        self.head, self.body, self.place, self.peer = head, body, place, peer
+    def __init__(
+        self, head: Head, body: bytes | bytearray | memoryview, place: Any, peer: Peer, server: Server | None = None
+    ) -> None:
+        self.head, self.body, self.place, self.peer, self._server = head, body, place, peer, server
         self.held_bytes = len(body) if place is None else 0  # of this server's memory
+
+    def unpack(self, body: bytes | bytearray | memoryview) -> None:
+        """Put the plain body in place of what came. It counts as what it is: it may have to wait for its worker too.
+
+        Raises:
+            Refused: all bodies together would be too large.
+        """
+        more = len(body) - self.held_bytes
+        if self._server is not None:
+            if self._server.held_bytes + more > MAX_HELD_BYTES:
+                raise Refused(503, "too many large requests at once")
+            self._server.held_bytes += more
+        self.body, self.held_bytes = body, len(body)
 
 
 class Reply(Protocol):
@@ -334,7 +348,7 @@ class Connection(asyncio.BufferedProtocol):
 
     def _complete(self, head: Head, body: bytes | bytearray | memoryview, place: Place | None) -> None:
         self._coming_bytes = 0  # counted with its request from here on
-        request = Request(head, body, place, self._peer)
+        request = Request(head, body, place, self._peer, self._server)
         if self._answered is None and not self._waiting and not self._paused_writing:
             self._handle(request)
             return
@@ -357,22 +371,7 @@ class Connection(asyncio.BufferedProtocol):
 
     def _handle(self, request: Request) -> None:
         self._answered = request
-        if request.head.encoding is not None:
-            try:
-                self._unpack(request, request.head.encoding)
-            except Refused as exc:
-                self._reply(exc.status, error_body(str(exc)), JSON)
-                return
         self._server.handler.handle(request, self._reply)
-
-    def _unpack(self, request: Request, encoding: str) -> None:
-        """Put the plain body in place of what came. It counts as what it is: it may have to wait for its worker too."""
-        body = decompress(request.body, encoding)
-        more = len(body) - request.held_bytes
-        if self._server.held_bytes + more > MAX_HELD_BYTES:
-            raise Refused(503, "too many large requests at once")
-        self._server.held_bytes += more
-        request.body, request.held_bytes = body, len(body)
 
     def _reply(
         self, status: int, body: bytes, content_type: bytes, header_length: int | None = None, allow: bytes = b""

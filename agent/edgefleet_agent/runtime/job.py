@@ -57,6 +57,8 @@ class Job(ABC):
         lease: where the request's body lies, if a worker lent a slot for it.
     """
 
+    is_live = True  # a client waits for it; what none waits for is given up with its worker
+
     __slots__ = ("arrived_ns", "attempts", "fell_back", "lease", "model", "request", "sent_ns", "version")
 
     def __init__(self, model: str, version: str | None, request: InferRequest, lease: Lease | None) -> None:

@@ -241,15 +241,22 @@ class Switchboard:
             if chosen == "in-place":
                 await asyncio.to_thread(self._layout.check, self._layout.manifest(manifest).layer(MODEL_LAYER))
                 version.state = VersionState.PREPARED
-                self._loaded[manifest] = version
+                self._put(version)
                 return Loaded(manifest=manifest, mode="in-place", why=why)
             self._candidate = version
             try:
                 await version.start(aside=self.ready)
             finally:
                 self._candidate = None
-            self._loaded[manifest] = version
+            self._put(version)
             return _loaded(version, "blue-green", why)
+
+    def _put(self, version: Version) -> None:
+        """Keep what was loaded; whoever waits for it since it was loaded before, and never switched to, goes on waiting."""
+        before, self._loaded[version.manifest] = self._loaded.get(version.manifest), version
+        if before is not None:
+            version.waiting.extend(before.waiting)
+            self._pump()
 
     async def switch(self, manifest: str) -> Switched:
         """Let a loaded artifact serve.

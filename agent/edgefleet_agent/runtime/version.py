@@ -259,6 +259,7 @@ class Version:
         if self._shadow is not None:
             for job in unanswered:
                 self._shadow.lost(job)
+        unanswered = [job for job in unanswered if not _given_up(job, problem)]
         if unanswered:
             # Only the oldest was being computed; the others merely stood behind it.
             unanswered[0].attempts += 1
@@ -294,6 +295,13 @@ class Version:
                 continue
             self._up()
             return
+
+
+def _given_up(job: Job, problem: str) -> bool:
+    """Whether a job whose worker died is over with it."""
+    if not job.is_live:
+        job.failure(RequestError(500, f"the model's process died ({problem})"))
+    return not job.is_live
 
 
 def _picture_bytes(tensors: tuple[TensorSpec, ...]) -> int | None:

@@ -94,7 +94,8 @@ class WorkerProcess:
 
     @property
     def has_room(self) -> bool:
-        return bool(self._free)
+        # Between the end of its channel and its own end nothing can be said to it any more.
+        return bool(self._free) and self._link is not None
 
     async def start(self, limit_s: float, *, aside: bool) -> Ready:
         """Start the process and wait until its model is loaded and warm.
@@ -305,15 +306,25 @@ class WorkerProcess:
                 self._close_link()
                 self._loop.call_later(EXIT_GRACE_S, self.kill, "closed its channel")
                 return
+            job, outputs = None, list[OutputTensor]()
             try:
                 message = channel.decode_from_worker(self._buffer[:length])
                 if type(message) is Done:
-                    answers, answer_bytes = answers + 1, answer_bytes + self._done(message)
+                    outputs = self._outputs(message.slot, message.shapes)
+                    job = self._answered(message.number, message.slot)
                 else:
-                    self._take(message)
+                    job = self._take(message)
             except (ValueError, KeyError, IndexError) as exc:  # msgspec's errors are ValueErrors
                 self.kill(f"sent a message that makes no sense ({exc})")
                 return
+            # What comes of it is not the worker's doing.
+            if type(message) is Done and job is not None:
+                answers, answer_bytes = answers + 1, answer_bytes + sum(len(tensor.data) for tensor in outputs)
+                self._free.append(message.slot)
+                self._on_done(job, outputs, message.compute_ns)
+                self._on_free()
+            elif type(message) is Refused and job is not None:
+                self._refuse(job, message)
             if not self._jobs:
                 return  # it has nothing more to say now; whatever it says later wakes the loop
             if not ended and (answers >= TURN_ANSWERS or answer_bytes >= TURN_BYTES):
@@ -334,29 +345,23 @@ class WorkerProcess:
         self._may_observe = True
         return job
 
-    def _done(self, message: Done) -> int:
-        """Hand an answer on; returns its size."""
-        outputs = self._outputs(message.slot, message.shapes)
-        job = self._answered(message.number, message.slot)
-        self._free.append(message.slot)
-        self._on_done(job, outputs, message.compute_ns)
+    def _refuse(self, job: Job, message: Refused) -> None:
+        # A body that was read into the slot stays there: another version may be asked with it.
+        if job.lease is None or not job.lease.take_back(self, message.slot):
+            self._free.append(message.slot)
+        self._on_refused(job, message.message)
         self._on_free()
-        return sum(len(tensor.data) for tensor in outputs)
 
-    def _take(self, message: channel.FromWorker) -> None:
-        """What is said seldom. Whatever it is may be said once: one that never stops talking would keep this loop from all others.
+    def _take(self, message: channel.FromWorker) -> Job | None:
+        """What is said seldom; the job that it refuses, if that is what it says. Whatever it is may be said once: one that never stops talking
+        would keep this loop from all others.
 
         Raises:
             ValueError, KeyError, IndexError: it makes no sense.
         """
         match message:
-            case Refused(number, slot, text):
-                job = self._answered(number, slot)
-                # A body that was read into the slot stays there: another version may be asked with it.
-                if job.lease is None or not job.lease.take_back(self, slot):
-                    self._free.append(slot)
-                self._on_refused(job, text)
-                self._on_free()
+            case Refused(number, slot, _):
+                return self._answered(number, slot)
             case Observed():
                 if not self._may_observe:
                     raise ValueError("an observation of no request")
@@ -369,6 +374,7 @@ class WorkerProcess:
                     self._ready.set_result(message)
                 else:
                     self._ready.set_exception(from_dict(message.error))
+        return None
 
     def _outputs(self, index: int, shapes: list[tuple[int, ...]]) -> list[OutputTensor]:
         """Copy the outputs out of a slot, so that it is free at once; a worker's numbers are not trusted."""
