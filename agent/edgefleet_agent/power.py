@@ -20,6 +20,8 @@ from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple, Protocol
 
+from edgefleet_agent import sysfs
+
 Scope = Literal["board", "package"]
 
 FIND_AGAIN_S = 60.0
@@ -140,14 +142,14 @@ class _Counters:
     def __init__(self, name: str, scope: Scope, counters: list[tuple[Path, int]], now_s: float) -> None:
         self.name, self.scope = name, scope
         self._counters, self._then = counters, now_s
-        self._last = [_number(path) for path, _ in counters]
+        self._last = [sysfs.number(path) for path, _ in counters]
         self._joules = 0.0
 
     def read(self, now_s: float) -> float | None:
         passed_s, self._then = now_s - self._then, now_s
         used, known = 0.0, True
         for index, (path, limit) in enumerate(self._counters):
-            value, before = _number(path), self._last[index]
+            value, before = sysfs.number(path), self._last[index]
             self._last[index] = value
             joules = None if value is None or before is None else _counted(before, value, limit, passed_s)
             used, known = used + (joules or 0.0), known and joules is not None
@@ -171,8 +173,8 @@ class _Channel(NamedTuple):
 
 
 def _supply_monitor(sys_root: Path, now_s: float) -> Source | None:
-    for chip in _found(sys_root, "class/hwmon/hwmon*"):
-        name = _text(chip / "name")
+    for chip in sysfs.found(sys_root, "class/hwmon/hwmon*"):
+        name = sysfs.text(chip / "name")
         if not _MONITORS.match(name):
             continue
         channels = _channels(chip)
@@ -197,25 +199,25 @@ def _together(channels: list[_Channel]) -> float | None:
 def _channels(chip: Path) -> list[_Channel]:
     """A monitor's channels: those that give power, else those that give voltage and current."""
     found = [
-        _Channel(_text(path.with_name(path.name.replace("input", "label"))), partial(_scaled, path, 1e-6))
-        for path in _found(chip, "power*_input")
+        _Channel(sysfs.text(path.with_name(path.name.replace("input", "label"))), partial(_scaled, path, 1e-6))
+        for path in sysfs.found(chip, "power*_input")
     ]
     if found:
         return found
-    for amperes in _found(chip, "curr*_input"):
+    for amperes in sysfs.found(chip, "curr*_input"):
         number = amperes.name.removeprefix("curr").removesuffix("_input")
-        label = _text(chip / f"in{number}_label") or _text(chip / f"curr{number}_label")
+        label = sysfs.text(chip / f"in{number}_label") or sysfs.text(chip / f"curr{number}_label")
         found.append(_Channel(label, partial(_product, chip / f"in{number}_input", amperes, 1e-3)))
     return found
 
 
 def _battery(sys_root: Path, now_s: float) -> Source | None:
-    for supply in _found(sys_root, "class/power_supply/*"):
-        if _text(supply / "type") != "Battery" or _text(supply / "status") != "Discharging":
+    for supply in sysfs.found(sys_root, "class/power_supply/*"):
+        if sysfs.text(supply / "type") != "Battery" or sysfs.text(supply / "status") != "Discharging":
             continue
 
         def gauge(supply: Path = supply) -> float | None:
-            if _text(supply / "status") != "Discharging":
+            if sysfs.text(supply / "status") != "Discharging":
                 return None  # what flows now charges the battery
             direct = _scaled(supply / "power_now", 1e-6)
             if direct is not None:
@@ -229,12 +231,12 @@ def _battery(sys_root: Path, now_s: float) -> Source | None:
 
 
 def _rapl(sys_root: Path, now_s: float) -> Source | None:
-    zones = {zone: _text(zone / "name") for zone in _found(sys_root, "class/powercap/intel-rapl:*")}
+    zones = {zone: sysfs.text(zone / "name") for zone in sysfs.found(sys_root, "class/powercap/intel-rapl:*")}
     platform = [zone for zone, name in zones.items() if name == "psys"]
     packages = [zone for zone, name in zones.items() if name.startswith("package")]
     scope: Scope = "board" if platform else "package"
-    counters = [(z / "energy_uj", int(_number(z / "max_energy_range_uj") or 0)) for z in platform[:1] or packages]
-    if not counters or any(_number(path) is None for path, _ in counters):
+    counters = [(z / "energy_uj", int(sysfs.number(z / "max_energy_range_uj") or 0)) for z in platform[:1] or packages]
+    if not counters or any(sysfs.number(path) is None for path, _ in counters):
         return None
     return _Counters("RAPL psys" if platform else "RAPL package", scope, counters, now_s)
 
@@ -246,26 +248,5 @@ def _product(volts: Path, amperes: Path, unit: float) -> float | None:
 
 
 def _scaled(path: Path, unit: float) -> float | None:
-    value = _number(path)
+    value = sysfs.number(path)
     return None if value is None else value * unit
-
-
-def _found(folder: Path, pattern: str) -> list[Path]:
-    try:
-        return sorted(folder.glob(pattern))
-    except OSError:
-        return []  # a kernel, or a process, that can open no folder now
-
-
-def _number(path: Path) -> float | None:
-    try:
-        return float(path.read_text())
-    except (OSError, ValueError):
-        return None
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text().strip()
-    except (OSError, UnicodeDecodeError):
-        return ""

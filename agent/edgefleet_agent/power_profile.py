@@ -17,7 +17,7 @@ from edgefleet_shared import atomic
 from edgefleet_shared.artifact import PowerProfile
 from edgefleet_shared.errors import EdgefleetError, EnvironmentProblem
 
-from edgefleet_agent import slots
+from edgefleet_agent import slots, sysfs
 
 KEPT = Path("/run/fleet-power/before.json")
 _POLICIES = "devices/system/cpu/cpufreq"
@@ -63,7 +63,9 @@ def apply(profile: PowerProfile, sys_root: Path = Path("/sys"), kept: Path = KEP
         EnvironmentProblem: the kernel offers no such governor or clock (then nothing was changed), or refuses to be written.
     """
     # A cluster whose cores are switched off answers nothing (EBUSY), and has no clock to be set.
-    policies = [p for p in sorted((sys_root / _POLICIES).glob("policy*")) if _text(p / _GOVERNOR) and _khz(p / _CLOCK)]
+    policies = [
+        p for p in sorted((sys_root / _POLICIES).glob("policy*")) if sysfs.text(p / _GOVERNOR) and _khz(p / _CLOCK)
+    ]
     if not policies:
         if profile != PowerProfile():
             raise EnvironmentProblem(
@@ -76,7 +78,7 @@ def apply(profile: PowerProfile, sys_root: Path = Path("/sys"), kept: Path = KEP
     changed = []
     for policy, target in plan:
         for name, value in _writes(policy, target):
-            if _text(policy / name) != value:
+            if sysfs.text(policy / name) != value:
                 _set(policy / name, value)
                 changed.append(f"{policy.name}: {name} {value}")
     return changed
@@ -97,7 +99,7 @@ def _before(policies: list[Path], kept: Path) -> dict[str, Before]:
     except (OSError, msgspec.DecodeError):
         known = {}
     fresh = {
-        p.name: Before(_text(p / _GOVERNOR), _khz(p / _CLOCK), _khz(p / _LEAST))
+        p.name: Before(sysfs.text(p / _GOVERNOR), _khz(p / _CLOCK), _khz(p / _LEAST))
         for p in policies
         if p.name not in known
     }
@@ -109,7 +111,7 @@ def _before(policies: list[Path], kept: Path) -> dict[str, Before]:
 
 
 def _target(policy: Path, profile: PowerProfile, before: Before) -> Before:
-    offered = _text(policy / "scaling_available_governors").split()
+    offered = sysfs.text(policy / "scaling_available_governors").split()
     if profile.governor and profile.governor not in offered:
         raise EnvironmentProblem(
             f"{policy.name} has no governor {profile.governor!r}", hint=f"it has {', '.join(offered) or 'none'}"
@@ -131,13 +133,6 @@ def _set(path: Path, value: str) -> None:
         raise EnvironmentProblem(f"can't set {path} to {value}: {exc.strerror}", hint=hint) from exc
 
 
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(errors="replace").strip()
-    except OSError:
-        return ""
-
-
 def _khz(path: Path) -> int:
-    text = _text(path)
+    text = sysfs.text(path)
     return int(text) if text.isdecimal() else 0

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from edgefleet_agent import sysfs
+
 MOST_CELSIUS = 200.0  # no processor lives there: what reads more is a sensor that is broken, or not there
 THROTTLED_BELOW = 0.8  # of the maximum clock, right after a load that wants all of it
 
@@ -14,8 +16,8 @@ THROTTLED_BELOW = 0.8  # of the maximum clock, right after a load that wants all
 def hottest_celsius(sys_root: Path = Path("/sys")) -> float | None:
     """The highest reading of all thermal zones in degrees Celsius; None when the board has no readable zone."""
     readings = []
-    for zone in _found(sys_root, "class/thermal/thermal_zone*/temp"):
-        value = _number(zone)
+    for zone in sysfs.found(sys_root, "class/thermal/thermal_zone*/temp"):
+        value = sysfs.number(zone)
         # Sensors that are switched off read 0 or far below zero, or all ones.
         if value is not None and 0 < value <= MOST_CELSIUS * 1000:
             readings.append(value / 1000.0)
@@ -30,8 +32,8 @@ def throttled(sys_root: Path = Path("/sys"), most_mhz: int = 0) -> bool | None:
             ``scaling_max_freq`` is no measure: what cools the board lowers it too.
     """
     shares = []
-    for policy in _found(sys_root, "devices/system/cpu/cpufreq/policy*"):
-        current, most = _number(policy / "scaling_cur_freq"), _number(policy / "cpuinfo_max_freq")
+    for policy in sysfs.found(sys_root, "devices/system/cpu/cpufreq/policy*"):
+        current, most = sysfs.number(policy / "scaling_cur_freq"), sysfs.number(policy / "cpuinfo_max_freq")
         if current and most and not _holds_low(policy):
             most = min(most, most_mhz * 1000) if most_mhz > 0 else most
             shares.append(current / most)
@@ -40,25 +42,6 @@ def throttled(sys_root: Path = Path("/sys"), most_mhz: int = 0) -> bool | None:
 
 def _holds_low(policy: Path) -> bool:
     """Whether the governor keeps the lowest clock whatever is asked of the core. The P-state drivers use the same word for another one."""
-    return _text(policy / "scaling_governor") == "powersave" and "pstate" not in _text(policy / "scaling_driver")
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text().strip()
-    except (OSError, UnicodeDecodeError):
-        return ""
-
-
-def _found(folder: Path, pattern: str) -> list[Path]:
-    try:
-        return sorted(folder.glob(pattern))
-    except OSError:
-        return []  # a kernel, or a process, that can open no folder now
-
-
-def _number(path: Path) -> float | None:
-    try:
-        return float(path.read_text())
-    except (OSError, ValueError):
-        return None
+    return sysfs.text(policy / "scaling_governor") == "powersave" and "pstate" not in sysfs.text(
+        policy / "scaling_driver"
+    )
