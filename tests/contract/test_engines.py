@@ -171,6 +171,8 @@ def test_an_unknown_engine_is_refused_with_the_known_names() -> None:
     ("operators", "providers"),
     [
         (("edgetpu-custom-op",), ("EdgeTPU",)),
+        (("QUANTIZE", "edgetpu-custom-op", "DEQUANTIZE"), ("EdgeTPU",)),
+        (("QUANTIZE", "DEQUANTIZE"), ("CPU",)),
         (("QUANTIZE", "edgetpu-custom-op", "SOFTMAX"), ("EdgeTPU", "CPU")),
         (("CONV_2D", "FULLY_CONNECTED"), ("CPU",)),
     ],

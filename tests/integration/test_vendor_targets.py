@@ -5,19 +5,23 @@ from __future__ import annotations
 import json
 import os
 import threading
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
+from edgefleet_controller.compile import checking
 from edgefleet_controller.compile.pipeline import compile_version
 from edgefleet_controller.compile.port import CompileResult
 from edgefleet_controller.compile.toolchains import Toolchains
 from edgefleet_controller.compile.tools import MissingTool
 from edgefleet_controller.compile.watching import Cancelled
+from edgefleet_controller.manifests import DeviceClass
 from edgefleet_controller.source import import_model
 from edgefleet_shared import artifact
 from edgefleet_shared.artifact import Layout
-from edgefleet_shared.errors import ManifestError, ModelError, ToolchainError
+from edgefleet_shared.errors import ManifestError, ModelError, ToolchainError, TrustError
 from support import vendor_tools
 from support.networks import classifier, device_class, project
 from support.processes import assert_ends
@@ -33,11 +37,13 @@ class Bench:
         self.version = import_model(project(folder, classifier(), counts=(8, 24, 8)), folder, self.layout, cache=folder)
 
     def compile(self, engine: str, *, progress: Any = lambda *_: None, **spec: Any) -> CompileResult:
-        made = device_class(engine, arch="aarch64", **{"search": {"effort": "fixed", "prefer": "size"}, **spec})
-        toolchains = Toolchains(TOOLCHAINS, cancel=self.cancel)
+        made, toolchains = self.asked(engine, **spec), Toolchains(TOOLCHAINS, cancel=self.cancel)
         return compile_version(
             self.version, made, self.layout, toolchains, cache=self.folder / "cache", progress=progress
         )
+
+    def asked(self, engine: str, **spec: Any) -> DeviceClass:
+        return device_class(engine, arch="aarch64", **{"search": {"effort": "fixed", "prefer": "size"}, **spec})
 
     def shipped(self, result: CompileResult) -> bytes:
         layer = self.layout.manifest(result.artifact.digest).layer(artifact.MODEL_LAYER)
@@ -88,6 +94,21 @@ def test_ascend_calibrates_compiles_and_leaves_the_judging_to_the_board(
     )
     told = statement["predicate"]["buildDefinition"]["resolvedDependencies"]
     assert {"name": "program atc", "annotations": {"version": "7.0.0.5.242"}} in told
+
+
+def test_what_a_board_alone_can_judge_is_taken_by_the_controller_and_what_this_host_can_judge_is_not_so(
+    bench: Bench, monkeypatch
+) -> None:
+    vendor_tools.install(monkeypatch, bench.folder / "vendor", *ACL, *CORAL)
+    for engine, taken in (("acl", True), ("coral", False)):
+        result = bench.compile(engine)
+        unjudged = msgspec.structs.replace(result.figures, agreement=None)
+        asked = bench.asked(engine).model_dump_json()
+        with nullcontext() if taken else pytest.raises(TrustError, match="agreement None, budget"):
+            row = checking.checked(
+                msgspec.structs.replace(result, figures=unjudged), bench.version, asked, bench.layout, 0.0, despite_quality=False, by="far"
+            )  # fmt: skip
+            assert row.state == "compiled"
 
 
 @pytest.mark.parametrize("precision", ["int8", "fp16"])

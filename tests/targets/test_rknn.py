@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 from edgefleet_controller.source import ModelVersion, import_model
 from edgefleet_shared.errors import ManifestError, ModelError
@@ -74,6 +75,26 @@ def test_names_that_are_longer_than_the_toolkit_keeps_and_names_like_its_own_are
     )
     assert result.quality == "passed"
     assert result.figures.sqnr_db > 40
+
+
+def test_an_output_that_the_toolkit_drops_is_told(workshop, tmp_path: Path) -> None:
+    net = Net()
+    net.conv(3, 8, stride=4)
+    picture = net.last
+    net.add("Shape")
+    net.add("Cast", to=onnx.TensorProto.FLOAT)
+    net.nodes[-1].output[:] = ["sizes"]
+    net.last = picture
+    net.add("Flatten")
+    net.dense(512, 6)
+    model = net.model([1, 6])
+    model.graph.output.append(onnx.helper.make_tensor_value_info("sizes", onnx.TensorProto.FLOAT, [4]))
+    manifest = project(tmp_path, model, output={"kind": "raw"}, acceptance={"tolerance_abs": 0.1})
+    version = import_model(manifest, tmp_path, workshop.layout, cache=tmp_path)
+    with pytest.raises(
+        ModelError, match="rknn gives 1 of the network's 2 outputs: it drops what is the same for every"
+    ):
+        workshop.compile(version, "rknn", arch="aarch64", precision="fp16", options={"chip": "rk3588"})
 
 
 @pytest.mark.parametrize("axes", [1, 3])

@@ -166,6 +166,8 @@ def test_full_effort_tries_methods_scope_and_the_toolchains_own_quantizer_and_qu
     assert {r.quantizer for r in full} == {"edgefleet", "nncf"}
     assert search.first(PLAIN, openvino, "quick") == search.first(PLAIN, openvino, "fixed") == [PLAIN]
     assert search.first(FLOAT, openvino, "full") == [FLOAT]
+    # An Edge TPU has no float: operators without weights stay in int8, too.
+    assert {r.scope for r in search.first(PLAIN, target_named("coral"), "full")} == {"all"}
 
 
 def test_a_candidate_that_fell_when_measured_alone_gives_way_to_the_next() -> None:

@@ -16,6 +16,7 @@ from typing import Any
 import msgspec
 import numpy as np
 import onnx
+from edgefleet_shared import atomic
 from edgefleet_shared.artifact import Layout
 from edgefleet_shared.errors import EdgefleetError, ToolchainError
 from onnx import TensorProto, helper, numpy_helper
@@ -129,8 +130,9 @@ def try_out(toolchains: Toolchains, target: Target, progress: Progress) -> Trial
     began = time.monotonic()
     precision = next(p for p in LOWEST_FIRST if p in target.precisions)
     place = toolchains.root.parent / "tried"
-    place.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(dir=place, prefix=f"{target.name}-"))
+    with atomic.disk_errors(place):
+        place.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(dir=place, prefix=f"{target.name}-"))
     try:
         layout = Layout(folder / "layout")
         version = import_model(_tiny(folder), folder, layout, cache=folder)

@@ -96,7 +96,7 @@ def first(plain: Recipe, target: Target, effort: str) -> list[Recipe]:
         return [plain]
     change = msgspec.structs.replace
     others = [change(plain, ranges=m) for m in METHODS if m in target.methods and m != plain.ranges]
-    if plain.quantizer == OWN:
+    if plain.quantizer == OWN and target.leaves_in_float:
         others.append(change(plain, scope="all" if plain.scope == "weighted" else "weighted"))
     others += [change(plain, quantizer=q) for q in target.quantizers if q not in (plain.quantizer, OWN, TENSORFLOW)]
     return [plain, *others]

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-from edgefleet_shared import errors
+from edgefleet_shared import atomic, errors
 from edgefleet_shared.errors import ToolchainError
 
 from edgefleet_controller.compile import environments, tools
@@ -91,14 +91,15 @@ class Toolchains:
 
         Raises:
             ToolchainError: no such lock, a broken environment, or the installation failed; the message has pip's reason.
-            EnvironmentProblem: the disk is full.
+            EnvironmentProblem: the disk is full, or the cache can't be written.
             Cancelled: while installing, or while waiting for another program that does.
         """
         lock = environments.lock_named(wanted) if isinstance(wanted, str) else wanted
         folder = environments.folder_of(self.root, lock)
         marker = folder / environments.MARKER
         if again or not marker.exists():
-            self.root.mkdir(parents=True, exist_ok=True)
+            with atomic.disk_errors(self.root):
+                self.root.mkdir(parents=True, exist_ok=True)
             with self._waiting_lock(self.root / f".{folder.name}.lock", lock, progress):
                 if again or not marker.exists():
                     environments.install(self.root, lock, self._cancel, progress)
@@ -188,7 +189,8 @@ class Toolchains:
     @contextmanager
     def _waiting_lock(self, path: Path, lock: Lock, progress: Progress) -> Iterator[None]:
         """Hold a file lock, waiting for whoever has it: two programs may want one toolchain at one time."""
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        with atomic.disk_errors(path):
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
             while True:
                 try:

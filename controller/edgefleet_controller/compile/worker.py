@@ -33,6 +33,8 @@ from edgefleet_controller.manifests import DeviceClass
 
 MAX_VERSION_BYTES = 16 * 1024 * 1024
 CANCEL_POLL_S = 0.2
+_FULL = {errno.ENOSPC, errno.EDQUOT}
+_REFUSED = {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EIO}
 MAX_LOG_CHARACTERS = 32 * 1024  # of each child: its last words
 
 
@@ -101,11 +103,15 @@ def main() -> int:
     except MemoryError:
         last = Failed(EnvironmentProblem("the compile worker ran out of memory").as_dict())
     except OSError as exc:
-        if exc.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if exc.errno not in _FULL | _REFUSED:
             raise
-        problem = EnvironmentProblem(
-            f"the disk is full: {exc.filename or request.cache} can't be written", hint="make room"
-        )
+        where = exc.filename or request.cache
+        if exc.errno in _FULL:
+            problem = EnvironmentProblem(f"the disk is full: {where} can't be written", hint="make room")
+        else:
+            problem = EnvironmentProblem(
+                f"{where} can't be written: {exc.strerror}", hint="check owner, mode and mount"
+            )
         last = Failed(problem.as_dict())
     with contextlib.suppress(EdgefleetError):  # where the version itself can't be read nothing ran
         say(Said(_log(request, began)))

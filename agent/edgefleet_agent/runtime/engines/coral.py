@@ -1,7 +1,7 @@
 """Engine adapter: receives a .tflite file that edgetpu_compiler made, hands on a TFLite session with Google's Edge TPU delegate.
 
 The compiler leaves what the Edge TPU lacks, and a file that it never saw altogether, to the CPU, and the interpreter runs that
-without a word; so :attr:`TfliteSession.providers` names the CPU whenever an operator is left to it.
+without a word; so :attr:`TfliteSession.providers` names the CPU whenever an operator is left to it, other than the conversions at the edges.
 Proven against the recorded interface of ``load_delegate`` and of the interpreter's operator list, not on a board.
 Source: coral.ai, "Run inference on the Edge TPU with Python"; LiteRT's ``Interpreter``.
 """
@@ -18,6 +18,8 @@ from edgefleet_agent.runtime.engines.tflite import TfliteEngine, TfliteSession, 
 
 DELEGATE = "libedgetpu.so.1"
 _ON_TPU = ("edgetpu-custom-op", "EdgeTpuDelegateForCustomOp")
+# What turns float into int8 and back at a file's edges is the CPU's in every file. Inside it would have an operator in float between, which counts.
+_CONVERSIONS = ("QUANTIZE", "DEQUANTIZE")
 
 
 class CoralEngine:
@@ -53,5 +55,6 @@ class CoralEngine:
 def _providers(interpreter: Any) -> tuple[str, ...]:
     operators = [str(operator["op_name"]) for operator in interpreter._get_ops_details()]
     on_tpu = [name for name in operators if name in _ON_TPU]
-    found = (("EdgeTPU", bool(on_tpu)), ("CPU", len(on_tpu) < len(operators)))
+    elsewhere = [name for name in operators if name not in (*_ON_TPU, *_CONVERSIONS)]
+    found = (("EdgeTPU", bool(on_tpu)), ("CPU", bool(elsewhere) or not on_tpu))
     return tuple(name for name, used in found if used)

@@ -47,6 +47,12 @@ def load(request: job.Request, path: str) -> Run:
         found = toolkit.inference(inputs=values, data_format=["nchw" for _ in values])
         if found is None:
             raise job.Refused("toolchain_failed", "rknn's simulator answered nothing; its log says why")
+        if len(found) != len(request["outputs"]):
+            raise job.Refused(
+                "bad_model",
+                f"rknn gives {len(found)} of the network's {len(request['outputs'])} outputs: it drops what is the same for every input",
+                "leave constant outputs out of the network",
+            )
         return {name: np.array(value) for name, value in zip(request["outputs"], found, strict=True)}
 
     return run

@@ -31,7 +31,7 @@ class CoralTarget:
     reads_qdq = False
     ships_onnx = False
     measures_onnx = False
-    leaves_in_float = True
+    leaves_in_float = False  # the chip has no float, and from the first such layer on all would be the CPU's
     halves_weights = False
     runs_here = True
     stand_in = "LiteRT on the CPU, on the .tflite before it was mapped onto the Edge TPU"
