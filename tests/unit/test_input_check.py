@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from edgefleet_controller.compile.input_check import alternatives
+from edgefleet_controller.compile.input_check import alternatives, clearly_better
 from edgefleet_shared.contract import PictureEncoding
 
 DECLARED = PictureEncoding(mean=(0.0,), std=(255.0,), layout="NCHW", colour="RGB")
@@ -26,3 +26,12 @@ def test_means_of_channels_follow_the_order_of_the_colours() -> None:
 def test_grey_pictures_have_no_colour_order() -> None:
     ways = alternatives(PictureEncoding(mean=(0.0,), std=(1.0,), layout="NCHW", colour="GREY"))
     assert set(ways) == {"x / 255", "(x - 127.5) / 127.5"}
+
+
+def test_of_descriptions_that_can_not_be_told_apart_the_one_that_changes_least_is_named() -> None:
+    """Where colours say nothing, neither order is better."""
+    ways = list(alternatives(DECLARED))
+    assert all(" and " in way for way in ways[ways.index("colour BGR and grey levels as they are") :])
+    assert clearly_better([10, 11, 56, 57], 64) == 2
+    assert clearly_better([10, 11, 40, 63], 64) == 3
+    assert clearly_better([56, 50, 57, 20], 64) is None

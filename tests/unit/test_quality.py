@@ -205,3 +205,36 @@ def test_a_tolerance_that_any_answer_is_within_tells_nothing() -> None:
     assert "output 'score'" in vacuous(wanted, relative)
     never_changes = {"place": PLACES, "score": np.ones((4, 1), np.float32)}
     assert vacuous(never_changes, two_scales()) == "", "a grid may be held against its tolerance"
+
+
+def detector(**told: Any) -> ModelVersion:
+    decoding = BoxDecoding(**({"decoder": "yolov8", "threshold": 0.5, "nms_iou": 0.45, "match_iou": 0.5} | told))
+    return version(
+        "detection", detection=decoding, inputs=(TensorSpec("x", "FP32", (1, 3, 64, 64)),), outputs=(TensorSpec("y", "FP32", (1, 5, 8)),)
+    )  # fmt: skip
+
+
+def found_at(places: Any, score: float) -> dict[str, Any]:
+    """Eight boxes, a quarter of the way apart."""
+    centres = np.linspace(0.1, 0.9, 8) * places
+    sides = np.full(8, 0.1 * places)
+    return {
+        "y": np.stack([centres, centres, sides, sides, np.full(8, score)])[None].repeat(4, axis=0).astype(np.float32)
+    }
+
+
+@pytest.mark.parametrize(
+    ("told", "places", "score", "words"),
+    [
+        ({}, 64.0, 0.9, ""),
+        ({"relative": True}, 1.0, 0.9, ""),
+        ({"relative": True}, 64.0, 0.9, "lie outside the picture"),
+        ({}, 1.0, 0.9, "in shares of the picture"),
+        ({}, 64.0, 40.0, "scores up to 40, which are shares"),
+        ({}, 64.0, 0.1, "finds no box"),
+    ],
+)
+def test_boxes_that_can_not_be_meant_so_are_told(told: dict[str, Any], places: float, score: float, words: str) -> None:
+    """Overlaps are the same in any unit: agreement would be high whatever came out."""
+    said = vacuous(found_at(places, score), detector(**told))
+    assert words in said if words else said == ""

@@ -7,6 +7,7 @@ often, the manifest is wrong, and everything judged by it would be.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
@@ -34,8 +35,9 @@ SCALES: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
 
 
 def alternatives(declared: PictureEncoding) -> dict[str, PictureEncoding]:
-    """Other descriptions of the same input, by how they are told."""
-    change, found = msgspec.structs.replace, {}
+    """Other descriptions of the same input, by how they are told; those that change two things come last."""
+    change = msgspec.structs.replace
+    found, both = dict[str, PictureEncoding](), dict[str, PictureEncoding]()
     other = {"RGB": "BGR", "BGR": "RGB"}.get(declared.colour)
     if other is not None:
         found[f"colour {other}"] = change(declared, colour=other)
@@ -47,10 +49,10 @@ def alternatives(declared: PictureEncoding) -> dict[str, PictureEncoding]:
         scaled = change(declared, mean=mean[turned], std=std[turned])
         found[told] = scaled
         if other is not None:
-            found[f"colour {other} and {told}"] = change(
+            both[f"colour {other} and {told}"] = change(
                 scaled, colour=other, mean=mean[turned][::-1], std=std[turned][::-1]
             )
-    return found
+    return found | both
 
 
 def better_description(steps: Steps, version: ModelVersion) -> str:
@@ -75,13 +77,27 @@ def better_description(steps: Steps, version: ModelVersion) -> str:
     )
     outputs = load_file(steps.once("described", key, fill) / "answers.safetensors")[version.outputs[0].name]
     right = [_right(part, version.truth[:count]) for part in np.split(outputs, len(ways))]
-    best = max(range(len(ways)), key=lambda number: right[number])
-    if quality.wilson(right[best], count)[0] <= quality.wilson(right[0], count)[1]:
+    better = clearly_better(right, count)
+    if better is None:
         return ""
     return (
-        f"the float model answers {right[0]} of {count} labelled held-out pictures right as the manifest describes its input, and {right[best]} "
-        f"with {list(ways)[best]}"
+        f"the float model answers {right[0]} of {count} labelled held-out pictures right as the manifest describes its input, and {right[better]} "
+        f"with {list(ways)[better]}"
     )
+
+
+def clearly_better(right: Sequence[int], count: int) -> int | None:
+    """Which way is clearly more often right than the first, the declared one; None where none is. Where several can't be told apart, the one that changes
+    least, which comes first.
+
+    Args:
+        right: of ``count`` samples, by way; ways that change more come later.
+    """
+    low, high = zip(*(quality.wilson(one, count) for one in right), strict=True)
+    best = max(range(len(right)), key=lambda way: right[way])
+    if low[best] <= high[0]:
+        return None
+    return next(way for way in range(len(right)) if low[way] > high[0] and high[way] >= low[best])
 
 
 def _right(outputs: npt.NDArray[np.float32], truth: tuple[str, ...]) -> int:

@@ -24,6 +24,8 @@ EXACT_DB = 200.0  # stands for no noise at all; float32 itself holds about 150 d
 ENOUGH = 32  # labelled samples that tell chance from skill
 NEAR_CHANCE = 1.5  # times what guessing gets
 SMALL_FIRST = ("size", "transfer")  # what a class may prefer over speed
+MOST_SCORE = 1.01  # of a box; a sigmoid's rounding apart, no share is more than the whole
+IN_A_CORNER = 2.0  # pixels, which coordinates that are shares of a picture reach at most
 UNLIKE = 3.0  # times: spreads of calibration and held-out inputs that differ by more are not of one kind
 
 
@@ -95,10 +97,7 @@ def vacuous(references: dict[str, Array], version: ModelVersion) -> str:
             if 2 * broken > n:
                 return f"the float model's own output {spec.name!r} holds NaN or infinity for {broken} of {n} held-out samples, which nothing agrees with"
     if version.output_kind == "detection":
-        if not any(answers.boxes(references, version)):
-            assert version.detection is not None
-            return f"the float model finds no box in any of {n} held-out pictures at the threshold {version.detection.threshold}"
-        return ""
+        return _misread([box for found in answers.boxes(references, version) for box in found], n, version)
     if version.output_kind == "classification":
         said = {row.tobytes() for row in answers.classes(references[name])}
     elif version.output_kind == "text":
@@ -120,6 +119,30 @@ def vacuous(references: dict[str, Array], version: ModelVersion) -> str:
                 f"the float model itself answers {right.count} of {right.of} labelled samples right, which is chance: is the colour "
                 "order, the layout, the normalisation or the order of the labels another one?"
             )
+    return ""
+
+
+def _misread(boxes: list[answers.Box], n: int, version: ModelVersion) -> str:
+    """Why a detector's boxes can't be what it means, or nothing: overlaps are the same in any unit, so that agreement would not tell."""
+    assert version.detection is not None
+    told, (height, width) = version.detection, version.input_size
+    if not boxes:
+        return f"the float model finds no box in any of {n} held-out pictures at the threshold {told.threshold}"
+    best = max(box.score for box in boxes)
+    if best > MOST_SCORE and told.decoder != "boxes":  # whose scores are the network's own, in whatever unit
+        return f"the float model's boxes have scores up to {best:.4g}, which are shares: is the decoder, or the order of the output's axes, another one?"
+    if not told.relative and max(max(box.right, box.bottom) for box in boxes) <= IN_A_CORNER:
+        return (
+            f"all {len(boxes)} boxes of the float model lie within {IN_A_CORNER:.0f} pixels of the upper left corner: are they in shares of the "
+            "picture (output.detection.relative)?"
+        )
+    centres = [((box.left + box.right) / 2, (box.top + box.bottom) / 2) for box in boxes]
+    outside = sum(not (0 <= x <= width and 0 <= y <= height) for x, y in centres)
+    if told.relative and 2 * outside > len(boxes):
+        return (
+            f"{outside} of {len(boxes)} boxes of the float model lie outside the picture: are they in pixels, not in shares of it "
+            "(output.detection.relative)?"
+        )
     return ""
 
 

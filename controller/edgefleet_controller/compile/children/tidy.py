@@ -24,6 +24,10 @@ def tidy(path: str) -> None:
         if not node.name or node.name in seen:
             node.name = f"{node.op_type}/{node.output[0]}"
         seen.add(node.name)
+        while (
+            node.input and not node.input[-1]
+        ):  # a limit that is left away: torch writes its name as none, onnx2torch looks for it
+            del node.input[-1]
     _stand_aside(model.graph)
     _weights_in_float(model.graph)
     _summands_apart(model.graph)

@@ -1,0 +1,54 @@
+"""The form that everything behind the simplifier expects."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+from edgefleet_controller.compile.children.tidy import tidy
+from support.networks import Net
+
+
+def tidied(model: onnx.ModelProto, folder: Path) -> onnx.ModelProto:
+    onnx.save(model, folder / "net.onnx")
+    tidy(str(folder / "net.onnx"))
+    found = onnx.load(folder / "net.onnx")
+    onnx.checker.check_model(found, full_check=True)
+    return found
+
+
+def test_a_limit_that_is_left_away_at_the_end_has_no_name(tmp_path: Path) -> None:
+    """Torch writes one for each normalised vector; who looks an empty name up finds nothing."""
+    net = Net()
+    net.add("Clip", net.constant(np.float32(1e-12)), "")
+    (clip, _) = tidied(net.model([1, 3, 32, 32]), tmp_path).graph.node
+    assert len(clip.input) == 2
+
+
+def test_a_limit_that_is_left_away_before_another_stays_so(tmp_path: Path) -> None:
+    net = Net()
+    net.add("Clip", "", net.constant(np.float32(1.0)))
+    (clip, _) = tidied(net.model([1, 3, 32, 32]), tmp_path).graph.node
+    assert list(clip.input)[:2] == ["image", ""]
+
+
+def test_a_product_with_a_row_stays_one_node_and_one_with_a_matrix_becomes_two(tmp_path: Path) -> None:
+    for added, expected in (((1, 5), ["Gemm"]), ((5,), ["Gemm"]), ((96, 5), ["Gemm", "Add"])):
+        net = Net()
+        net.add("Reshape", net.constant(np.array([96, 32])))
+        weight = net.constant(np.ones((32, 5), np.float32))
+        net.add("Gemm", weight, net.constant(np.ones(added, np.float32)))
+        nodes = tidied(net.model([96, 5]), tmp_path).graph.node
+        assert [node.op_type for node in nodes][1:-1] == expected
+
+
+def test_a_constant_behind_a_cast_to_float_is_a_float_constant(tmp_path: Path) -> None:
+    net = Net()
+    half = net.constant(np.full((1, 3, 1, 1), 0.5, np.float16))
+    net.add("Cast", first=half, to=onnx.TensorProto.FLOAT)
+    net.add("Mul", net.last, first="image")
+    graph = tidied(net.model([1, 3, 32, 32]), tmp_path).graph
+    assert [node.op_type for node in graph.node] == ["Mul", "Identity"]
+    (constant,) = graph.initializer
+    assert constant.data_type == onnx.TensorProto.FLOAT
