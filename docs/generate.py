@@ -58,7 +58,7 @@ def states() -> dict[str, str]:
             state.value,
             event.value,
             row.to.value,
-            ", ".join(effect.value for effect in row.effects) or "nothing: looked at again when idle",
+            ", ".join(effect.value for effect in row.effects) or "nothing: looked at again in the next state",
             row.outcome.value if row.outcome else "",
         )
         for (state, event), row in TABLE.items()

@@ -16,7 +16,7 @@ from pathlib import Path
 import msgspec
 from edgefleet_shared.fingerprint import Fingerprint, architecture
 
-from edgefleet_agent import __version__
+from edgefleet_agent import __version__, sysfs
 from edgefleet_agent.sandbox import child_environment, describe_exit
 
 log = logging.getLogger(__name__)
@@ -91,10 +91,7 @@ def memory_bytes(meminfo: Path = Path("/proc/meminfo")) -> int:
 
 def kernel_boot(source: Path = Path("/proc/sys/kernel/random/boot_id")) -> str:
     """The kernel's name of this start of the board; empty when it gives none."""
-    try:
-        return source.read_text().strip()
-    except OSError:
-        return ""
+    return sysfs.text(source)
 
 
 def probe_engines() -> tuple[EngineProbe, ...]:

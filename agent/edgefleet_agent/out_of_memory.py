@@ -12,6 +12,8 @@ import contextlib
 from functools import cache
 from pathlib import Path
 
+from edgefleet_agent import sysfs
+
 _BEFORE_ALL_OTHERS = 1000
 
 
@@ -28,10 +30,7 @@ def end_as_us(pid: int) -> None:
 
 @cache
 def _own() -> int:
-    try:
-        return int(_file("self").read_text())
-    except (OSError, ValueError):
-        return 0
+    return int(sysfs.number(_file("self")) or 0)
 
 
 def _adjust(pid: int, value: int) -> None:

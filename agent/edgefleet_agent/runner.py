@@ -352,8 +352,8 @@ class Runner:
         self._stop_job = threading.Event()
         self._tries, self._again = 0, ()
         self._look_at_plans = True
-        if life.state is State.BUILDING:
-            self._look_at_pending = True  # what came while it could not be heeded need not wait for a build
+        # What came while it could not be heeded need not wait longer: who takes a version back does not want it to serve first.
+        self._look_at_pending = self._look_at_pending or bool(TABLE[life.state, Event.ASSIGNED].effects)
         self._teller.note("work")
         log.info(
             "transition",

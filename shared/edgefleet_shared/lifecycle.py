@@ -176,7 +176,7 @@ TABLE: dict[tuple[State, Event], Row] = {
     (S.REBUILDING, E.RESTARTED): Row(S.REBUILDING, (P, F.REBUILD)),
     (S.REBUILDING, E.LOOPING): Row(S.IDLE, (P, F.DISCARD, F.SERVE)),
 } | {
-    # Not interrupted: what is wanted is looked at again when the board is idle (level-triggered).
+    # Not interrupted: what is wanted is looked at again in the next state (level-triggered).
     (state, E.ASSIGNED): Row(state, ())
     for state in (S.VERIFYING, S.ACCEPTING, S.SWAPPING, S.COMMITTING, S.ROLLING_BACK, S.REBUILDING)
 }

@@ -217,7 +217,7 @@ def test_a_newer_assignment_supersedes_a_soak_and_the_board_ends_at_the_newer_on
     version, made = workshop.release()
     told = len(controller.outcomes_told(board.name))
     controller.assign(board.name, made, version, soak_s=600)
-    until(lambda: controller.reports[board.name].state is State.SOAKING, "the new version soaks")
+    until(lambda: controller.reports[board.name].state is State.SOAKING, "the new version soaks", 90)
     size = board.runtime.layout.path(before.manifest).stat().st_size
     back = controller.assign(board.name, Descriptor("", before.manifest, size), serving)
     assert controller.outcome(board.name, back) is Outcome.SUCCEEDED
@@ -232,7 +232,7 @@ def test_an_engine_that_is_killed_while_soaking_brings_the_old_version_back(
     with Load(board.runtime) as load:
         load.seen(serving)
         assignment = controller.assign(board.name, made, version, soak_s=600)
-        until(lambda: controller.reports[board.name].state is State.SOAKING, "the new version soaks")
+        until(lambda: controller.reports[board.name].state is State.SOAKING, "the new version soaks", 90)
         load.seen(version)
         victim = next(v for v in board.runtime.client.status().versions if v.version == version)
         os.kill(victim.pid, signal.SIGKILL)
