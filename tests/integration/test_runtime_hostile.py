@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -100,3 +102,23 @@ def test_a_worker_that_hangs_up_and_stays_costs_nobody_an_answer(
             answers += waiting
         assert {answer.result(20)[0] for answer in answers} == {200}
         assert asked.result(20)[0] == 200
+
+
+def test_a_board_that_was_paused_takes_no_worker_for_a_hanging_one(runtime: Runtime) -> None:
+    """As a paused container, or a machine that swaps: it would count as a crash, which a model is rolled back for."""
+    runtime.install(runtime.add("1"))
+    runtime.start()
+    status = runtime.status()
+    processes = [status.pid, status.versions[0].pid]
+    with ThreadPoolExecutor(1) as pool:
+        os.kill(processes[1], signal.SIGSTOP)
+        asked = pool.submit(runtime.infer, TRIGGER)
+        until(lambda: runtime.version("1").in_flight, what="it being computed")
+        os.kill(processes[0], signal.SIGSTOP)
+        time.sleep(10.5)  # longer than a worker may take
+        os.kill(processes[0], signal.SIGCONT)
+        woke_s = runtime.status().uptime_s
+        until(lambda: runtime.status().uptime_s > woke_s + 0.6, what="a look at all workers")
+        os.kill(processes[1], signal.SIGCONT)
+        assert asked.result(20)[0] == 200
+    assert runtime.version("1").crashes == 0

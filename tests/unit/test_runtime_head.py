@@ -36,6 +36,11 @@ def test_whether_the_connection_stays_is_read_with_and_without_a_body(
 
 REFUSED = {
     "two lengths": (["POST / HTTP/1.1", "Content-Length: 1", "Content-Length: 2"], 400),
+    "two lengths of the JSON": (
+        ["POST / HTTP/1.1", "Inference-Header-Content-Length: 1", "Inference-Header-Content-Length: 2"],
+        400,
+    ),
+    "packed twice": (["POST / HTTP/1.1", "Content-Encoding: gzip", "Content-Encoding: gzip"], 415),
     "length and chunks": (["POST / HTTP/1.1", "Content-Length: 1", "Transfer-Encoding: chunked"], 400),
     "a signed length": (["POST / HTTP/1.1", "Content-Length: +1"], 400),
     "a length in hex": (["POST / HTTP/1.1", "Content-Length: 0x10"], 400),

@@ -145,8 +145,12 @@ class Parser:
                     raise Refused(501, "the only Transfer-Encoding known here is chunked")
                 head.chunked = True
             case b"inference-header-content-length":
+                if head.inference_length is not None:
+                    raise Refused(400, "Inference-Header-Content-Length is given twice")
                 head.inference_length = value.strip().decode("latin-1")
             case b"content-encoding":
+                if head.encoding is not None:  # packed twice (RFC 9110, 5.3)
+                    raise Refused(415, "Content-Encoding must be one of gzip and deflate")
                 head.encoding = value.strip().lower().decode("latin-1")
             case b"expect":
                 if value.strip().lower() != b"100-continue":

@@ -34,6 +34,7 @@ log = logging.getLogger("edgefleet.runtime")
 MAX_WAITING = 1024  # requests without a worker; their bodies are bounded by the front
 STOPPING = "the runtime is stopping"
 WAIT_LIMIT_S = 60.0  # how long a request may wait for one
+LATE_S = 1.0  # between two looks: this process itself did not run, nor maybe its workers
 
 
 class Switchboard:
@@ -56,7 +57,7 @@ class Switchboard:
         self._waiting: deque[Job] = deque()
         self._parked = self._closed = False
         self._order = asyncio.Lock()  # one load, switch or retire at a time
-        self._began = time.monotonic()
+        self._began = self._looked_at = time.monotonic()
         self.requests = 0
         self.failed = 0
         self.swaps = 0
@@ -211,10 +212,12 @@ class Switchboard:
                 queue.popleft().failure(
                     RequestError(503, f"no worker was there for this request within {WAIT_LIMIT_S:g} s")
                 )
+        now = time.monotonic()
+        missed_s, self._looked_at = now - self._looked_at, now
         for version in self._loaded.values():
-            version.check_hang()
+            version.check_hang(missed_s if missed_s > LATE_S else 0.0)
             version.check_memory()
-            version.give_memory_back(time.monotonic())
+            version.give_memory_back(now)
         if self._candidate is not None:
             self._candidate.check_memory()
 

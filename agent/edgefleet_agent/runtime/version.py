@@ -155,9 +155,13 @@ class Version:
             self._on_refused(self, job, exc)
             return True
 
-    def check_hang(self) -> None:
-        """Kill the worker when a job has been computed for too long; the job is placed again like after any crash."""
-        if self._worker is not None and self._worker.oldest_age_s() > self.hang_limit_s:
+    def check_hang(self, missed_s: float) -> None:
+        """Kill the worker when a job has been computed for too long; the job is placed again like after any crash.
+
+        Args:
+            missed_s: for how long this process has just stood still: a paused container's worker is not a hanging one.
+        """
+        if self._worker is not None and self._worker.oldest_age_s(missed_s) > self.hang_limit_s:
             self._worker.kill(f"did not answer within {self.hang_limit_s:g} s")
 
     def check_memory(self) -> None:

@@ -260,8 +260,9 @@ class WorkerProcess:
                 target[:] = tensor.data
         return placed
 
-    def oldest_age_s(self) -> float:
-        """How long the oldest job has been computed, its turn behind others not counted; 0 when there is none."""
+    def oldest_age_s(self, missed_s: float = 0.0) -> float:
+        """How long the oldest job has been computed, its turn behind others not counted, nor, from now on, ``missed_s``; 0 when there is none."""
+        self._busy_since_ns += int(missed_s * 1e9)
         return (time.perf_counter_ns() - self._busy_since_ns) / 1e9 if self._jobs else 0.0
 
     def kill(self, why: str) -> None:
