@@ -162,6 +162,20 @@ def test_a_file_whose_tensors_differ_from_the_promise_is_refused(case: Case, mod
         case.engine.load(model_path, promised, threads=1)
 
 
+def test_an_answer_of_another_type_than_promised_is_refused_at_loading_or_made_one_of_it(
+    case: Case, model_path: Path
+) -> None:
+    promised = msgspec.structs.replace(case.config, outputs=(TensorSpec("y", "INT64", (-1, artifacts.CLASSES)),))
+    found, told = "", ""
+    try:
+        session = case.engine.load(model_path, promised, threads=1)
+    except EngineError as exc:
+        told = exc.message
+    else:
+        found = session.run({"x": encoded(1)})["y"].dtype.name
+    assert found == "int64" or "promises" in told or "in the artifact" in told
+
+
 def test_an_unknown_engine_is_refused_with_the_known_names() -> None:
     with pytest.raises(EngineError, match="onnxruntime"):
         engines.find("abacus")

@@ -14,12 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from edgefleet_shared.artifact import ModelConfig
+from edgefleet_shared.contract import TensorSpec
 from edgefleet_shared.errors import EngineError
 
 from edgefleet_agent.runtime.engines.port import installed_version, row_by_row
 from edgefleet_agent.runtime.tensors import Array
 
 _PACKAGES = ("onnxruntime", "onnxruntime-gpu", "onnxruntime-openvino", "onnxruntime-directml")
+_TYPES = {"FP16": "float16", "FP32": "float", "FP64": "double"}  # what is called otherwise than in the protocol
 
 
 class OnnxruntimeEngine:
@@ -62,9 +64,10 @@ class OnnxruntimeSession:
         self._session = session
         self._outputs = [spec.name for spec in config.outputs]
         file_inputs = {i.name: i.shape for i in session.get_inputs()}
-        file_outputs = {o.name for o in session.get_outputs()}
         _require("inputs", {spec.name for spec in config.inputs}, set(file_inputs))
-        _require("outputs", set(self._outputs), file_outputs, subset=True)
+        _require("outputs", set(self._outputs), {o.name for o in session.get_outputs()}, subset=True)
+        _require_types(config.inputs, {i.name: i.type for i in session.get_inputs()})
+        _require_types(config.outputs, {o.name: o.type for o in session.get_outputs()})
         self._fixed_one = any(
             spec.shape and spec.shape[0] == -1 and file_inputs[spec.name][:1] == [1] for spec in config.inputs
         )
@@ -107,6 +110,15 @@ class OnnxruntimeSession:
 def _require(what: str, promised: set[str], found: set[str], *, subset: bool = False) -> None:
     if promised - found or (not subset and found - promised):
         raise EngineError(f"the model file's {what} are {sorted(found)}, the artifact promises {sorted(promised)}")
+
+
+def _require_types(promised: tuple[TensorSpec, ...], found: dict[str, str]) -> None:
+    """Texts, sequences and maps are types here too, which nothing that asks could take."""
+    for spec in promised:
+        if found[spec.name] != f"tensor({_TYPES.get(spec.datatype, spec.datatype.lower())})":
+            raise EngineError(
+                f"tensor {spec.name} is {found[spec.name]} in the file and {spec.datatype} in the artifact"
+            )
 
 
 def _first_line(exc: Exception) -> str:

@@ -21,7 +21,7 @@ from edgefleet_shared.artifact import ModelConfig
 from edgefleet_shared.errors import EngineError
 
 from edgefleet_agent.runtime.engines.port import installed_version, row_by_row
-from edgefleet_agent.runtime.tensors import Array
+from edgefleet_agent.runtime.tensors import NUMPY, Array
 
 MEMBERS = ("model.xml", "model.bin")
 
@@ -103,6 +103,12 @@ class OpenvinoSession:
                 f"the OpenVINO model has {sorted(inputs)} -> {sorted(outputs)}; the artifact promises"
                 f" {[s.name for s in config.inputs]} -> {[s.name for s in config.outputs]}"
             )
+        for spec in config.outputs:
+            found = outputs[spec.name].get_element_type()
+            if np.dtype(found.to_dtype()) != NUMPY[spec.datatype]:
+                raise EngineError(
+                    f"tensor {spec.name} is {found.get_type_name()} in the file and {spec.datatype} in the artifact"
+                )
         self._outputs = [(spec.name, outputs[spec.name]) for spec in config.outputs]
         self._fixed_one = any(
             spec.shape and spec.shape[0] == -1 and _first_axis(inputs[spec.name]) == 1 for spec in config.inputs
