@@ -216,7 +216,10 @@ def test_quick_effort_asks_it_only_where_the_plain_recipe_misses(
 ) -> None:
     quick = {"search": {"effort": "quick", "prefer": "size"}}
     _, good = compiled(*shelf, cache, **quick)
-    assert [c["recipe"]["quantizer"] for c in good["candidates"]] == ["edgefleet"]
+    tried = [(c["recipe"]["precision"], c["recipe"]["quantizer"]) for c in good["candidates"]]
+    assert tried == [("int8", "edgefleet"), ("fp32", "edgefleet")], (
+        "the plain recipe, and the float model that it is held against"
+    )
     layout, version = shelf
     plain = good["candidates"][0]["figures"]["compiled_bytes"]
     budgets = {"latency_p95_ms": 1000.0, "memory_bytes": 1 << 30, "size_bytes": plain - 1}

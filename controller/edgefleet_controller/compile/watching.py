@@ -97,6 +97,9 @@ def watch(child: Child, line: Callable[[bytes], None], cancel: threading.Event) 
         if process.poll() is None:
             process.terminate()
             process.wait()
+        # A kernel that tells nobody's children (no CONFIG_PROC_CHILDREN, not Linux): at least whoever stayed in the guard's group.
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, signal.SIGKILL)
         process.stdout.close()
 
 
