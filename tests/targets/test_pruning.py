@@ -251,3 +251,16 @@ def test_a_network_that_can_not_be_pruned_is_told(bench: Bench) -> None:
     model.graph.node.append(onnx.helper.make_node("Hardmax", ["linear"], [scores.name], name="one-hot", axis=-1))
     with pytest.raises(ModelError, match=r"this network can't be trained, so not pruned.*Hardmax"):
         bench.compile(bench.version(model, {"structured": 0.5}), accuracy={"min_agreement": 0.01})
+
+
+def test_a_network_that_takes_one_sample_only_is_told_what_can_be_taken(bench: Bench) -> None:
+    net = Net(1)
+    net.conv(3, 16, stride=4)
+    net.add("Relu")
+    net.add("Concat", net.constant(net.rng.normal(size=(1, 4, 8, 8)).astype(np.float32)), axis=1)
+    net.conv(20, 16)
+    net.add("Flatten")
+    net.dense(1024, CLASSES)
+    version = bench.version(net.model([1, CLASSES]), {"structured": 0.5}, holdout={"path": "holdout.safetensors"})
+    with pytest.raises(ModelError, match=r"channels of this network can't be taken.*prune.unstructured"):
+        bench.compile(version, accuracy={"min_agreement": 0.01}, precision="fp32")
