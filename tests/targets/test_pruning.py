@@ -167,6 +167,23 @@ def test_convolutions_with_uneven_pads_as_keras_has_them_lose_channels_too(bench
     assert weights(bench.network(result)) <= 0.5 * weights(bench.network(whole))
 
 
+def test_a_network_of_todays_operator_set_loses_channels_too(bench: Bench) -> None:
+    """As torch exports: operators that newer sets have again, and axes of a mean that are an input."""
+    model = seer()
+    model.opset_import[0].version, model.ir_version = 22, 10
+    (last,) = [node for node in model.graph.node if node.output[0] == "scores"]
+    last.output[0] = "linear"
+    for name, axes in (("two", [2]), ("mean", [2])):
+        model.graph.initializer.append(onnx.numpy_helper.from_array(np.array(axes, np.int64), f"{name}/axes"))
+    model.graph.node.extend([
+        onnx.helper.make_node("Unsqueeze", ["linear", "two/axes"], ["two"], name="two"),
+        onnx.helper.make_node("ReduceMean", ["two", "mean/axes"], ["scores"], name="mean", keepdims=0),
+    ])  # fmt: skip
+    result = bench.compile(bench.version(model, {"structured": 0.5}), precision="fp32")
+    assert result.recipe.startswith("fp32, 5")
+    assert weights(bench.network(result)) < 0.55 * weights(model)
+
+
 def test_the_same_inputs_give_the_same_digest_when_everything_is_made_again(bench: Bench) -> None:
     version = bench.version(seer(), {"structured": 0.4, "unstructured": 0.3}, labelled=True)
     first = bench.compile(version)
@@ -234,3 +251,16 @@ def test_a_network_that_can_not_be_pruned_is_told(bench: Bench) -> None:
     model.graph.node.append(onnx.helper.make_node("Hardmax", ["linear"], [scores.name], name="one-hot", axis=-1))
     with pytest.raises(ModelError, match=r"this network can't be trained, so not pruned.*Hardmax"):
         bench.compile(bench.version(model, {"structured": 0.5}), accuracy={"min_agreement": 0.01})
+
+
+def test_a_network_that_takes_one_sample_only_is_told_what_can_be_taken(bench: Bench) -> None:
+    net = Net(1)
+    net.conv(3, 16, stride=4)
+    net.add("Relu")
+    net.add("Concat", net.constant(net.rng.normal(size=(1, 4, 8, 8)).astype(np.float32)), axis=1)
+    net.conv(20, 16)
+    net.add("Flatten")
+    net.dense(1024, CLASSES)
+    version = bench.version(net.model([1, CLASSES]), {"structured": 0.5}, holdout={"path": "holdout.safetensors"})
+    with pytest.raises(ModelError, match=r"channels of this network can't be taken.*prune.unstructured"):
+        bench.compile(version, accuracy={"min_agreement": 0.01}, precision="fp32")

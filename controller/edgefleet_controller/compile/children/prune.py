@@ -54,6 +54,20 @@ def prune(request: job.Request, progress: job.Progress) -> dict[str, Any]:
 
 def _take_channels(network: Network, keep: int, example: list[Any]) -> None:
     """Take channels until at most ``keep`` weights are left."""
+    try:
+        fits = _without_channels(network, keep, example)
+    except (RuntimeError, ValueError, IndexError) as exc:  # torch's and torch-pruning's own, of shapes that don't meet
+        raise job.Refused(
+            "bad_model",
+            f"channels of this network can't be taken: {str(exc).splitlines()[0]}",
+            "prune.unstructured takes single weights",
+        ) from exc
+    if not fits:
+        raise job.Refused("bad_model", "channels of this network can't be taken: its outputs would change their shapes")
+
+
+def _without_channels(network: Network, keep: int, example: list[Any]) -> bool:
+    """Take them; whether the outputs keep their shapes."""
     layers, module = network.pruned_layers(), network.module
     widest = max(layer.weight.shape[0] for layer in layers)
     module.eval()
@@ -67,16 +81,7 @@ def _take_channels(network: Network, keep: int, example: list[Any]) -> None:
         if sum(layer.weight.numel() for layer in layers) <= keep:
             break
         pruner.step()
-    try:
-        fits = [tuple(output.shape) for output in _called(network, example)] == shapes
-    except (RuntimeError, ValueError) as exc:
-        raise job.Refused(
-            "bad_model",
-            f"channels of this network can't be taken: {str(exc).splitlines()[0]}",
-            "prune.unstructured takes single weights",
-        ) from exc
-    if not fits:
-        raise job.Refused("bad_model", "channels of this network can't be taken: its outputs would change their shapes")
+    return [tuple(output.shape) for output in _called(network, example)] == shapes
 
 
 def _take_weights(network: Network, share: float) -> list[tuple[Any, Any]]:

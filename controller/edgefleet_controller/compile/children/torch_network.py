@@ -6,6 +6,7 @@ read, so that nodes keep their names, operators and order, and whatever was said
 
 from __future__ import annotations
 
+import functools
 import sys
 import types
 from collections.abc import Iterator
@@ -26,6 +27,18 @@ _PLACES = {
     "BatchNormalization": {1: "weight", 2: "bias", 3: "running_mean", 4: "running_var"},
     "PRelu": {1: "weight"},
 }
+_REDUCTIONS = (
+    "ReduceL1",
+    "ReduceL2",
+    "ReduceLogSum",
+    "ReduceLogSumExp",
+    "ReduceMax",
+    "ReduceMean",
+    "ReduceMin",
+    "ReduceProd",
+    "ReduceSumSquare",
+)
+_OF_FEW_BITS = {"saturate", "round_mode"}  # attributes that concern numbers of 8 bits and less alone
 PRUNED = ("Conv", "ConvTranspose", "Gemm")  # whose weights are counted, and go
 
 
@@ -35,6 +48,51 @@ def _torchvision_stubs() -> dict[str, types.ModuleType]:
     ops.roi_align = None  # type: ignore[attr-defined]
     package.ops = ops  # type: ignore[attr-defined]
     return {"torchvision": package, "torchvision.ops": ops}
+
+
+@functools.cache
+def _teach_newer_operators() -> None:
+    """onnx2torch 1.5 ends at operator set 17. Later versions of an operator that take what the last one it knows takes are converted like that one (most only
+    compute in more types), and reductions, whose axes have become an input, by their axes there."""
+    from onnx2torch.node_converters import reduce, registry
+    from onnx2torch.utils.common import OnnxMapping, OperationConverterResult, get_const_value
+
+    known = dict(registry._CONVERTER_REGISTRY)
+    newest: dict[str, int] = {}
+    for told in known:
+        if told.domain == "":
+            newest[told.operation_type] = max(told.version, newest.get(told.operation_type, 0))
+
+    def reduced(node: Any, graph: Any) -> Any:
+        given = node.input_values[1] if len(node.input_values) > 1 else None
+        axes = None if given is None else get_const_value(given, graph).tolist()
+        if not axes and node.attributes.get("noop_with_empty_axes"):
+            raise NotImplementedError(f"{node.operation_type} without axes")
+        module = reduce.OnnxReduceStaticAxes(node.operation_type, axes, node.attributes.get("keepdims", 1))
+        return OperationConverterResult(module, OnnxMapping((node.input_values[0],), node.output_values))
+
+    for schema in onnx.defs.get_all_schemas_with_history():
+        last = newest.get(schema.name, 0)
+        if schema.domain != "" or not last or schema.since_version <= last:
+            continue
+        before = onnx.defs.get_schema(schema.name, max_inclusive_version=last)
+        if [one.name for one in schema.inputs] == [one.name for one in before.inputs]:
+            of_old = known[registry.OperationDescription("", schema.name, last)]
+            registry.add_converter(schema.name, schema.since_version)(_as_before(of_old, schema, before))
+        elif schema.name in _REDUCTIONS:
+            registry.add_converter(schema.name, schema.since_version)(reduced)
+
+
+def _as_before(converter: Any, schema: Any, before: Any) -> Any:
+    """A converter for a later version of an operator: that of an earlier one, for nodes that say nothing which the earlier one had no word for."""
+    new = set(schema.attributes) - set(before.attributes) - _OF_FEW_BITS
+
+    def convert(node: Any, graph: Any) -> Any:
+        if said := sorted(new & set(node.attributes)):
+            raise NotImplementedError(f"{schema.name} with {', '.join(said)}")
+        return converter(node, graph)
+
+    return convert
 
 
 class Network:
@@ -52,6 +110,7 @@ class Network:
         sys.modules |= _torchvision_stubs()
         import onnx2torch
 
+        _teach_newer_operators()
         copy = onnx.ModelProto()
         copy.CopyFrom(self._model)
         for number, node in enumerate(copy.graph.node):
