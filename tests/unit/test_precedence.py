@@ -85,6 +85,33 @@ def test_of_slow_and_fast_processors_a_slow_one_is_kept(pids: list[int], monkeyp
     assert os.sched_getaffinity(pids[0]) == {slow}
 
 
+@several
+def test_who_starts_another_stands_aside_with_it_and_is_back_at_once(pids: list[int]) -> None:
+    serving, starts, started = pids
+    precedence = Precedence(apart=True)
+    precedence.join(serving, aside=False)
+    precedence.join(starts, aside=False)
+    with precedence.standing_aside(starts):
+        assert len(os.sched_getaffinity(starts)) == 1
+        assert os.sched_getaffinity(serving) == ALL - os.sched_getaffinity(starts)
+        assert os.sched_getscheduler(starts) != os.SCHED_OTHER
+        precedence.join(started, aside=True)
+    assert os.sched_getscheduler(starts) == os.SCHED_OTHER
+    assert os.sched_getaffinity(starts) == os.sched_getaffinity(serving) == ALL - os.sched_getaffinity(started)
+    precedence.leave(started)
+    assert os.sched_getaffinity(starts) == ALL
+
+
+@several
+def test_who_died_while_it_stood_aside_keeps_no_processor(pids: list[int]) -> None:
+    serving, starts, _ = pids
+    precedence = Precedence(apart=True)
+    precedence.join(serving, aside=False)
+    with precedence.standing_aside(starts):
+        precedence.leave(starts)
+    assert os.sched_getaffinity(serving) == ALL
+
+
 def test_a_process_that_has_ended_is_nothing_to_place() -> None:
     ended = subprocess.Popen(["true"])
     ended.wait()

@@ -82,6 +82,7 @@ class Nursery:
             raise EngineError(f"no worker can be started: {exc}") from exc
         finally:
             theirs.close()
+        self._precedence.join(self._process.pid, aside=False)
         ours.setblocking(False)
         self._link = ours
         asyncio.get_running_loop().add_reader(ours.fileno(), self._readable)
@@ -99,19 +100,22 @@ class Nursery:
         if self._link is None:
             self.open()
         assert self._link is not None
+        assert self._process is not None
         loop = asyncio.get_running_loop()
         self._number += 1
         number = self._number
         pid, ended = loop.create_future(), loop.create_future()
         self._awaited[number], self._ended[number] = pid, ended
-        try:
-            socket.send_fds(self._link, [spawner.encode(Spawn(number, aside))], fds)
-        except OSError as exc:
-            self._awaited.pop(number)
-            self._ended.pop(number)
-            raise EngineError(f"the worker could not be started: {exc}") from exc
-        child = Child(number, await pid, ended, lambda: self._order(Kill(number)), self._precedence)
-        self._precedence.join(child.pid, aside=aside)
+        # Forking takes milliseconds, in which the kernel lets nobody else onto that processor.
+        with self._precedence.standing_aside(self._process.pid) if aside else contextlib.nullcontext():
+            try:
+                socket.send_fds(self._link, [spawner.encode(Spawn(number))], fds)
+            except OSError as exc:
+                self._awaited.pop(number)
+                self._ended.pop(number)
+                raise EngineError(f"the worker could not be started: {exc}") from exc
+            child = Child(number, await pid, ended, lambda: self._order(Kill(number)), self._precedence)
+            self._precedence.join(child.pid, aside=aside)
         return child
 
     def close(self) -> None:
@@ -154,6 +158,7 @@ class Nursery:
         log.error("spawner_ended")
         self._close_link()
         if self._process is not None:
+            self._precedence.leave(self._process.pid)
             self._process.wait()
             self._process = None
         for pid in self._awaited.values():

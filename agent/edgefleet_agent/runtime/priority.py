@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import os
 import resource
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
@@ -29,7 +30,7 @@ _NICE_0 = 20  # RLIMIT_NICE counts down from 20
 
 def step_back(pid: int) -> None:
     """Put a process behind all that serves; threads and processes that it will start come along."""
-    _schedule(pid, os.SCHED_IDLE if _may_return() else os.SCHED_BATCH)
+    _schedule(pid, _behind())
     out_of_memory.end_first(pid)
 
 
@@ -57,8 +58,7 @@ class Precedence:
         if aside:
             self.step_back(pid)
         else:
-            self._in_front.add(pid)
-            self._settle(pid)
+            self.come_forward(pid)
 
     def step_back(self, pid: int) -> None:
         """A process' work is waited for by nobody."""
@@ -73,6 +73,22 @@ class Precedence:
         self._in_front.add(pid)
         come_forward(pid)
         self._settle(pid, *self._in_front)
+
+    @contextlib.contextmanager
+    def standing_aside(self, pid: int) -> Iterator[None]:
+        """A process does something that nobody waits for, and what it starts comes along; its life is worth as much as ever."""
+        self._in_front.discard(pid)
+        self._aside.add(pid)
+        _schedule(pid, _behind())
+        self._settle(pid, *self._in_front)
+        try:
+            yield
+        finally:
+            if pid in self._aside:
+                self._aside.discard(pid)
+                self._in_front.add(pid)
+                _schedule(pid, os.SCHED_OTHER)
+                self._settle(pid, *self._in_front)
 
     def leave(self, pid: int) -> None:
         """A process has ended."""
@@ -116,6 +132,10 @@ def _schedule(pid: int, policy: int) -> None:
         for thread in _threads(pid):
             with contextlib.suppress(OSError):
                 os.sched_setscheduler(thread, policy, os.sched_param(0))
+
+
+def _behind() -> int:
+    return os.SCHED_IDLE if _may_return() else os.SCHED_BATCH
 
 
 @cache

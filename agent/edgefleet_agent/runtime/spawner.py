@@ -18,17 +18,16 @@ import sys
 import msgspec
 
 from edgefleet_agent import confinement
-from edgefleet_agent.runtime import priority, worker
+from edgefleet_agent.runtime import worker
 
 MAX_ORDER_BYTES = 4096
 WORKER_FDS = 3  # channel, inputs, answers
 
 
 class Spawn(msgspec.Struct, tag=1, array_like=True):
-    """front -> spawner, with a worker's descriptors: start one. ``aside`` while others serve and must not feel it."""
+    """front -> spawner, with a worker's descriptors: start one."""
 
     number: int
-    aside: bool
 
 
 class Kill(msgspec.Struct, tag=2, array_like=True):
@@ -83,10 +82,7 @@ def _obey(link: socket.socket, children: dict[int, int], own: tuple[int, ...]) -
     if not message:
         return False
     match decode_order(message):
-        case Spawn(number, aside):
-            # Forking takes milliseconds, and the worker comes along.
-            if aside:
-                priority.step_back(os.getpid())
+        case Spawn(number):
             try:
                 pid = os.fork()
                 if pid == 0:
@@ -96,8 +92,6 @@ def _obey(link: socket.socket, children: dict[int, int], own: tuple[int, ...]) -
             else:
                 children[pid] = number
                 report = Spawned(number, pid)
-            if aside:
-                priority.come_forward(os.getpid())
             link.send(encode(report))
             for fd in fds:
                 os.close(fd)
