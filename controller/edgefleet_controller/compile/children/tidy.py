@@ -24,9 +24,8 @@ def tidy(path: str) -> None:
         if not node.name or node.name in seen:
             node.name = f"{node.op_type}/{node.output[0]}"
         seen.add(node.name)
-        while (
-            node.input and not node.input[-1]
-        ):  # a limit that is left away: torch writes its name as none, onnx2torch looks for it
+        # A limit that is left away: torch writes an empty name for it, and onnx2torch looks for that one.
+        while node.input and not node.input[-1]:
             del node.input[-1]
     _stand_aside(model.graph)
     _weights_in_float(model.graph)
