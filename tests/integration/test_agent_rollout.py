@@ -103,7 +103,7 @@ def test_it_is_rolled_out_in_waves_and_every_board_runs_it(fleet, boards) -> Non
 
 
 def test_one_that_does_not_come_up_stops_at_the_canary_which_returns_by_itself(fleet, boards, wheels, tmp_path) -> None:
-    anchor = "    settings = board_settings.read(state)\n    with atomic.lock"
+    anchor = "    settings = board_settings.read(state)\n"
     bad = agents.changed(wheels, tmp_path / "v", "0.3.0", "edgefleet_agent/app.py", anchor, f"    return\n{anchor}")
     fleet.json("agent", "add", *map(str, bad))
     state = roll_out(fleet, "agents-0.3.0", "0.3.0")

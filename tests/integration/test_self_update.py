@@ -181,7 +181,7 @@ def test_a_version_that_does_not_come_up_is_left_for_the_one_before(
     controller, board, make, new, timeout_s, why
 ) -> None:
     before = board.version()
-    anchor = "    settings = board_settings.read(state)\n    with atomic.lock"
+    anchor = "    settings = board_settings.read(state)\n"
     made = make("edgefleet_agent/app.py", anchor, new + anchor)
     assert board.outcome(assign(controller, made, timeout_s), 180) is Outcome.FAILED_ROLLED_BACK
     assert board.told.ended is not None
