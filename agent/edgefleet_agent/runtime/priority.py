@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
-from edgefleet_agent import out_of_memory
+from edgefleet_agent import out_of_memory, sysfs
 
 _CAP_SYS_NICE = 23
 _NICE_0 = 20  # RLIMIT_NICE counts down from 20
@@ -115,11 +115,9 @@ def _spare(processors: set[int]) -> int:
 
 
 @cache
-def _capacity(processor: int) -> int:
-    try:
-        return int(Path(f"/sys/devices/system/cpu/cpu{processor}/cpu_capacity").read_text())
-    except (OSError, ValueError):
-        return 0  # the kernel tells it where they differ
+def _capacity(processor: int) -> float:
+    """0 where the kernel tells none: they are alike."""
+    return sysfs.number(Path(f"/sys/devices/system/cpu/cpu{processor}/cpu_capacity")) or 0.0
 
 
 def _threads(pid: int) -> list[int]:
