@@ -16,7 +16,7 @@ from safetensors.numpy import save_file
 from support.networks import Net
 
 PLAIN = {
-    "ranges": "minmax", "weights": "full", "granularity": "channel", "activations": "uint8", "scope": "all", "correct_bias": True,
+    "ranges": "minmax", "weights": "full", "granularity": "channel", "activations": "uint8", "scope": "all", "correct_bias": True, "fit_weights": True,
 }  # fmt: skip
 PICTURES = np.random.default_rng(1).normal(size=(8, 3, 32, 32)).astype(np.float32)
 
@@ -120,7 +120,7 @@ def test_means_of_what_a_convolution_over_a_line_reads_are_by_channel(tmp_path: 
     lines = np.tile(np.arange(6, dtype=np.float32)[:, None], (8, 1, 6))
     save_file({"x": lines}, tmp_path / "samples")
     known = statistics.collect(model, SampleFile(str(tmp_path / "samples")), lambda *_: None, histograms=False)
-    assert known["means"]["x"] == [0, 1, 2, 3, 4, 5]
+    assert known.means["x"] == [0, 1, 2, 3, 4, 5]
 
 
 def sqnr_db(model: onnx.ModelProto, folder: Path) -> float:

@@ -76,7 +76,7 @@ def test_a_corrected_bias_gives_back_the_mean_that_rounding_took(group: int) -> 
     )  # fmt: skip
     model = helper.make_model(graph)
     scales = np.abs(weight).reshape(8, -1).max(axis=1) / 3  # coarse, so that much is lost
-    correct_biases(model, {"x": x.mean(axis=(0, 2, 3)).tolist()}, {"w": scales.astype(np.float32)})
+    correct_biases(model, {"x": x.mean(axis=(0, 2, 3)).tolist()}, {"w": weight - rounded(weight, scales, 0)})
     corrected = numpy_helper.to_array(
         next(i for i in model.graph.initializer if i.name == model.graph.node[0].input[2])
     )

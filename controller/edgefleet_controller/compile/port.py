@@ -24,7 +24,7 @@ MAX_BLOB_BYTES = 4 * 1024**3
 
 Options = dict[str, str | int | float | bool]
 RECIPE_OPTIONS = frozenset(
-    {"weights", "granularity", "scope", "correct_bias", "quantizer", "float_first", "activations"}
+    {"weights", "granularity", "scope", "correct_bias", "fit_weights", "quantizer", "float_first", "activations"}
 )
 
 
@@ -245,10 +245,12 @@ def chosen_options(target: str, device_class: DeviceClassSpec, version: ModelVer
 def quantizing_options(device_class: DeviceClassSpec) -> Options:
     """The options, with their defaults, of every target that quantizes by :class:`~.recipe.Recipe`.
 
-    ``weights``, ``granularity``, ``scope`` and ``correct_bias`` are the recipe's; ``float_first``: so many leading convolutions stay in float.
+    ``weights``, ``granularity``, ``scope``, ``correct_bias`` and ``fit_weights`` are the recipe's; ``float_first``: so many leading convolutions stay in float.
     """
     weights = "pairs" if overflows(device_class) else "full"
-    return {"weights": weights, "granularity": "channel", "scope": "all", "correct_bias": True, "float_first": 0}
+    return {
+        "weights": weights, "granularity": "channel", "scope": "all", "correct_bias": True, "fit_weights": True, "float_first": 0,
+    }  # fmt: skip
 
 
 def overflows(device_class: DeviceClassSpec) -> bool:

@@ -17,7 +17,8 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True):
     ``quantizer``: ours, a toolchain's own by its name, or :data:`TENSORFLOW`, whose converter is asked in float too. ``ranges``: how activation ranges come from calibration (minmax, percentile, mse, entropy). ``weights``: ``full`` 8 bits,
     ``pairs`` 8 bits without neighbours that overflow on x86 before VNNI, ``reduced`` 7 bits. ``granularity``: weight scales per
     ``channel`` or per ``tensor``. ``activations``: ``uint8``, or ``symmetric`` (int8 without a zero point, biases in float). ``scope``: ``all`` operators that the engine has in int8, or ``weighted`` ones only (convolutions
-    and matrix products). ``in_float``: nodes that stay in float, by name. ``pruned``: the pruned network that it starts from, by its key
+    and matrix products). ``correct_bias``: biases take up what rounding takes from the mean; ``fit_weights``: weights are rounded so that their errors make up for
+    each other, not each to the nearest. ``in_float``: nodes that stay in float, by name. ``pruned``: the pruned network that it starts from, by its key
     (empty: the network as it came), of whose weights the share ``sparsity`` is gone.
     """
 
@@ -29,6 +30,7 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True):
     activations: str = "uint8"
     scope: str = "all"
     correct_bias: bool = True
+    fit_weights: bool = True
     in_float: tuple[str, ...] = ()
     pruned: str = ""
     sparsity: float = 0.0
@@ -67,6 +69,8 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True):
             parts.append("weighted operators only")
         if not self.correct_bias:
             parts.append("biases as they were")
+        if self.quantizer == OWN and not self.fit_weights:
+            parts.append("weights to the nearest")
         if self.in_float:
             parts.append(f"{len(self.in_float)} nodes in float")
         return ", ".join(parts)

@@ -31,7 +31,8 @@ FLOAT_WEIGHT_COST, HALF_WEIGHT_COST = (
     0.75,
     0.25,
 )  # of a float weight's bytes is what keeping it costs, in full or in half precision: int8 keeps a quarter
-LEADING = (0.01, 0.05)  # shares of the weights' bytes that leading layers in float may have
+LEADING = (0.001, 0.01, 0.05)  # shares of the weights' bytes that leading layers in float may have
+AS_QUIET_DB = 1.0  # trials whose noise differs by less are told apart by how many answers they change
 MOST_BYTES = 1.3  # a rung may grow to so many times the plain candidate
 ALIKE = 1.05  # times in time or bytes: candidates that differ by less are told apart by accuracy
 MOST_BYTES_AT_LAST = 2.0  # where nothing smaller is accurate enough
@@ -84,7 +85,7 @@ def plain(target: Target, spec: DeviceClassSpec, method: str, options: Options, 
         return msgspec.structs.replace(FLOAT, precision=spec.precision)
     told: dict[str, Any] = {
         name: options[name]
-        for name in ("weights", "granularity", "scope", "correct_bias", "quantizer", "activations")
+        for name in ("weights", "granularity", "scope", "correct_bias", "fit_weights", "quantizer", "activations")
         if name in options
     }
     return Recipe(ranges=method, in_float=tuple(in_float), **told)
@@ -212,15 +213,15 @@ def accurate(trial: Trial, spec: DeviceClassSpec) -> bool:
 
 
 def base_of_ladder(trials: Sequence[Trial]) -> Trial:
-    """The int8 trial with the least noise on the outputs, among those whose layers can be left in float."""
-    return max(
-        (
-            t
-            for t in trials
-            if t.recipe.precision == "int8" and not t.recipe.pruned and t.recipe.quantizer != TENSORFLOW and not t.died
-        ),
-        key=lambda t: t.figures.sqnr_db or 0.0,
-    )
+    """The int8 trial with the least noise on the outputs, among those whose layers can be left in float; of several with about as little, the one that
+    changes fewest answers."""
+    possible = [
+        t for t in trials
+        if t.recipe.precision == "int8" and not t.recipe.pruned and t.recipe.quantizer != TENSORFLOW and not t.died
+    ]  # fmt: skip
+    quietest = max(t.figures.sqnr_db or 0.0 for t in possible)
+    quiet = [t for t in possible if (t.figures.sqnr_db or 0.0) >= quietest - AS_QUIET_DB]
+    return max(quiet, key=lambda t: (t.figures.agreement or 0.0, t.figures.sqnr_db or 0.0))
 
 
 def float_trial(measured: Trial, spec: DeviceClassSpec) -> Trial:

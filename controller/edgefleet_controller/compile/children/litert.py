@@ -6,7 +6,6 @@ and bias corrections are those of :mod:`.statistics` and :mod:`.weights`, as for
 
 from __future__ import annotations
 
-import json
 import re
 from typing import Any
 
@@ -16,14 +15,16 @@ from ai_edge_litert import schema_py_generated as schema
 from ai_edge_litert.interpreter import Interpreter
 from onnx import numpy_helper
 
-from . import job
+from . import gathered, job
 from .in_float import outside, with_passages
+from .int8_weights import Settling
 from .measure import Array, Run, SampleFile, measure
+from .readings import pools_first
 from .tflite.file import with_served_outputs
 from .tflite.half import halved
 from .tflite.islands import joined
 from .tflite.onnx_to_tflite import Converted, convert
-from .weights import WEIGHTED, axis_of, channel_scales, correct_biases, own_weights
+from .weights import WEIGHTED, axis_of, channel_scales, own_weights
 
 
 def load(path: str) -> Run:
@@ -75,6 +76,7 @@ def compile_model(request: job.Request, progress: job.Progress) -> dict[str, Any
     """Request: ``simplified``, ``calibration``, ``statistics`` (or null), ``jobs`` (each ``recipe`` and ``compiled``, the file to write)."""
     progress("converting", 0, 1)
     model = onnx.load(request["simplified"], load_external_data=False)
+    pools_first(model)
     plain = convert(model)
     progress("converting", 1, 1)
     quantizer: _Quantizer | None = None
@@ -94,10 +96,10 @@ class _Quantizer:
     """Quantizes one network by several recipes; it is calibrated once."""
 
     def __init__(self, model: onnx.ModelProto, plain: Converted, statistics: str, samples: SampleFile) -> None:
-        with open(statistics, encoding="utf-8") as stream:
-            self._statistics = json.load(stream)
+        self._statistics = gathered.load(statistics)
+        self._settling = Settling(self._statistics)
         self._model, self._plain = model, plain
-        known = self._statistics["ranges"]
+        known = self._statistics.ranges
         known |= {name: known[source] for name, source in plain.same_as.items() if source in known}
         # One sample tells which tensors want a range.
         self._found = self._calibrate(samples, 1)
@@ -111,12 +113,12 @@ class _Quantizer:
     def quantize(self, recipe: dict[str, Any]) -> bytes:
         left = with_passages(self._model, {*recipe["in_float"], *outside(self._model, recipe["scope"])})
         converted = self._plain
-        if recipe["correct_bias"]:
-            corrected = onnx.ModelProto()
-            corrected.CopyFrom(self._model)
-            own_weights(corrected, left)
-            correct_biases(corrected, self._statistics["means"], _scales(corrected, left))
-            converted = convert(corrected)
+        if recipe["correct_bias"] or recipe["fit_weights"]:
+            settled = onnx.ModelProto()
+            settled.CopyFrom(self._model)
+            own_weights(settled, left)
+            self._settling.settle(settled, _scales(settled, left), recipe)
+            converted = convert(settled)
         nodes = [node for node in self._model.graph.node if node.name in left]
         # What the writer put before an operator is named after its own output, the operator perhaps after that of its activation.
         in_float = {node.output[0] for node in nodes} | {converted.made.get(node.name, "") for node in nodes} - {""}
@@ -136,7 +138,7 @@ class _Quantizer:
         """ai-edge-quantizer's own ranges, replaced where the statistics know the tensor."""
         out = {}
         for name, own in self._found.items():
-            methods = self._statistics["ranges"].get(name)
+            methods = self._statistics.ranges.get(name)
             if methods is None or not {"min", "max"} <= own.keys():
                 out[name] = own
                 continue

@@ -14,8 +14,10 @@ import onnxruntime
 from onnxruntime.quantization.shape_inference import quant_pre_process
 from safetensors.numpy import save_file
 
-from . import half, job, opset, qdq, sensitivity, statistics
+from . import gathered, half, job, opset, qdq, sensitivity, statistics
+from .int8_weights import Settling
 from .measure import Array, Run, SampleFile, measure, run_all
+from .readings import pools_first
 from .tidy import tidy
 
 onnxruntime.disable_telemetry_events()
@@ -93,7 +95,7 @@ def gather(request: job.Request, progress: job.Progress) -> dict[str, Any]:
         progress,
         histograms=request["histograms"],
     )
-    statistics.save(found, request["statistics"])
+    gathered.save(found, request["statistics"])
     return {}
 
 
@@ -101,7 +103,7 @@ def rank(request: job.Request, progress: job.Progress) -> dict[str, Any]:
     """Noise of every layer. Request: ``simplified``, ``statistics``, ``samples``, ``count`` (how many of them), ``recipe``, ``parts`` (of the
     outputs), ``with_makers``."""
     model = _inferred(request["simplified"])
-    known = statistics.load(request["statistics"])
+    known = gathered.load(request["statistics"])
     samples = SampleFile(request["samples"])
     feeds = [samples[i] for i in range(min(request["count"], len(samples)))]
     parts, with_makers = request["parts"], request["with_makers"]
@@ -111,16 +113,20 @@ def rank(request: job.Request, progress: job.Progress) -> dict[str, Any]:
 
 def quantize(request: job.Request, progress: job.Progress) -> dict[str, Any]:
     """Request: ``simplified``, ``statistics``, ``jobs`` (each ``recipe`` and ``quantized``, the file to write)."""
-    model, known = _inferred(request["simplified"]), statistics.load(request["statistics"])
+    model, known = _inferred(request["simplified"]), gathered.load(request["statistics"])
+    settling = Settling(known)
     for number, one in enumerate(request["jobs"]):
         progress("quantizing", number, len(request["jobs"]))
-        onnx.save(qdq.quantize(model, known, one["recipe"]), one["quantized"])
+        onnx.save(qdq.quantize(model, known, one["recipe"], settling), one["quantized"])
     progress("quantizing", len(request["jobs"]), len(request["jobs"]))
     return {}
 
 
 def _inferred(path: str) -> onnx.ModelProto:
-    return onnx.shape_inference.infer_shapes(onnx.load(path))
+    """A simplified network in the order in which int8 loses least."""
+    model = onnx.load(path)
+    pools_first(model)
+    return onnx.shape_inference.infer_shapes(model)
 
 
 def _refusal(exc: Exception, path: str, what: str = "load") -> job.Refused:

@@ -18,8 +18,9 @@ from onnxruntime.quantization.calibrate import CalibrationMethod, TensorData, Te
 from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
 from onnxruntime.quantization.registry import QDQRegistry
 
+from .gathered import Statistics
 from .in_float import ACTIVATIONS, outside, with_passages
-from .statistics import Statistics
+from .int8_weights import Settling
 from .tidy import read_by
 from .weights import (
     LEVELS,
@@ -27,7 +28,6 @@ from .weights import (
     WEIGHTED,
     Array,
     axis_of,
-    correct_biases,
     own_weights,
     scales_of,
     wide_enough,
@@ -37,16 +37,21 @@ Recipe = dict[str, Any]
 FAR = 1e30  # a limit that no activation reaches
 
 
-def quantize(model: onnx.ModelProto, statistics: Statistics, recipe: Recipe) -> onnx.ModelProto:
-    """The network in int8, as the recipe says (:class:`edgefleet_controller.compile.recipe.Recipe` as a dict)."""
-    ranges = {name: methods[recipe["ranges"]] for name, methods in statistics["ranges"].items()}
+def quantize(
+    model: onnx.ModelProto, statistics: Statistics, recipe: Recipe, settling: Settling | None = None
+) -> onnx.ModelProto:
+    """The network in int8, as the recipe says (:class:`edgefleet_controller.compile.recipe.Recipe` as a dict).
+
+    Args:
+        settling: of this network and its statistics, where several recipes follow each other.
+    """
+    ranges = {name: methods[recipe["ranges"]] for name, methods in statistics.ranges.items()}
     own = onnx.ModelProto()
     own.CopyFrom(model)
     own_weights(own, set(recipe["in_float"]))
     _flatten_biases(own)
     scales = _weight_scales(own, ranges, recipe)
-    if recipe["correct_bias"]:
-        correct_biases(own, statistics["means"], scales)
+    (settling or Settling(statistics)).settle(own, scales, recipe)
     overrides = {
         name: [
             {

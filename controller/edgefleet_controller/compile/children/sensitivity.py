@@ -21,9 +21,10 @@ import onnxruntime
 from onnx import helper, numpy_helper
 
 from . import job
+from .gathered import Statistics
+from .int8_weights import Settling
 from .measure import Array
-from .statistics import Statistics
-from .weights import LEVELS, PASSIVE, WEIGHTED, axis_of, rounded, scales_of
+from .weights import LEVELS, PASSIVE, WEIGHTED, scales_of
 
 SPLIT_SHARE = 0.02  # of all noise, from which a kind is split into its operators
 ELEMENTWISE = {
@@ -68,10 +69,10 @@ def measure(
     def unit(kind: str, nodes: Sequence[onnx.NodeProto]) -> dict[str, Any]:
         return {
             "nodes": [node.name for node in nodes], "kind": kind, "weight_bytes": size(nodes),
-            "noise": noise(_only(model, nodes, statistics, recipe)),
+            "noise": noise(_only(model, nodes, statistics, recipe, settling)),
         }  # fmt: skip
 
-    units = _units(model)
+    units, settling = _units(model), Settling(statistics)
     found = []
     for number, (kind, nodes) in enumerate(units):
         progress("sensitivity of layers", number, len(units))
@@ -88,7 +89,7 @@ def measure(
         for one in found:
             if one["noise"] >= loud and len(one["nodes"]) < len(model.graph.node):
                 nodes = makers.named(one["nodes"])
-                read = noise(_only(model, nodes, statistics, recipe, reads_alone=True))
+                read = noise(_only(model, nodes, statistics, recipe))
                 if read > MOSTLY * one["noise"]:
                     nodes = makers.with_makers(nodes)
                     one |= {"nodes": [node.name for node in nodes], "weight_bytes": size(nodes)}
@@ -123,7 +124,10 @@ def _activation(
     open_values = list(node.output)
     while open_values:
         for reader in readers.get(open_values.pop(), []):
-            if reader.op_type in ELEMENTWISE and known.issuperset(reader.input) and reader not in found:
+            if reader.op_type == "MaxPool" and len(reader.output) == 1:  # which activations may have let pass
+                known.update(reader.output)
+                open_values += reader.output
+            elif reader.op_type in ELEMENTWISE and known.issuperset(reader.input) and reader not in found:
                 found.append(reader)
                 known.update(reader.output)
                 open_values += reader.output
@@ -161,21 +165,22 @@ def _only(
     nodes: Sequence[onnx.NodeProto],
     statistics: Statistics,
     recipe: dict[str, Any],
-    *,
-    reads_alone: bool = False,
+    settling: Settling | None = None,
 ) -> onnx.ModelProto:
     """The network with these nodes' weights and inputs, and what no other node rounds of their outputs, rounded to 8 bits.
 
     Args:
-        reads_alone: only what they read, and no weights.
+        settling: of the weights; None: only what they read is rounded.
     """
     own = onnx.ModelProto()
     own.CopyFrom(model)
     wanted = {node.name for node in nodes if node.op_type not in PASSIVE}
     constants = {i.name: i for i in own.graph.initializer}
-    ranges = statistics["ranges"]
+    ranges = statistics.ranges
     rounder = _Rounder(own, {name: methods[recipe["ranges"]] for name, methods in ranges.items()})
     outputs = {output.name for output in own.graph.output}
+    if settling is not None:
+        _settle(own, wanted, constants, recipe, settling)
     kept = list(own.graph.node)
     del own.graph.node[:]
     for node in kept:
@@ -186,26 +191,35 @@ def _only(
             tensor = constants.get(name)
             if tensor is None:
                 node.input[place] = rounder.before(name)
-            elif (
-                not reads_alone
-                and place == 1
-                and node.op_type in WEIGHTED
-                and tensor.data_type == onnx.TensorProto.FLOAT
-            ):
-                weight = numpy_helper.to_array(tensor)
-                scales = scales_of(node, weight, recipe["weights"], recipe["granularity"])
-                values = rounded(weight, scales, axis_of(node))
-                copy = numpy_helper.from_array(values.astype(np.float32), f"{name}/rounded")
-                own.graph.initializer.append(copy)
-                node.input[place] = copy.name
         # A weighted operator's output is rounded where it is read, after the activation that is fused into it.
-        rounds_its_own = not reads_alone and node.op_type not in WEIGHTED
-        made = [n for n in node.output if n in ranges and (rounds_its_own or (n in outputs and not reads_alone))]
+        rounds_its_own = settling is not None and node.op_type not in WEIGHTED
+        made = [n for n in node.output if n in ranges and (rounds_its_own or (n in outputs and settling is not None))]
         node.output[:] = [f"{name}/exact" if name in made else name for name in node.output]
         own.graph.node.append(node)
         for name in made:
             rounder.pair(f"{name}/exact", name, of=name)
     return own
+
+
+def _settle(
+    own: onnx.ModelProto,
+    wanted: set[str],
+    constants: dict[str, onnx.TensorProto],
+    recipe: dict[str, Any],
+    settling: Settling,
+) -> None:
+    """Give these nodes weights of their own as int8 holds them."""
+    scales: dict[str, Array] = {}
+    for node in own.graph.node:
+        tensor = constants.get(node.input[1]) if node.op_type in WEIGHTED and len(node.input) > 1 else None
+        if node.name not in wanted or tensor is None or tensor.data_type != onnx.TensorProto.FLOAT:
+            continue
+        copy = onnx.TensorProto()
+        copy.CopyFrom(tensor)
+        copy.name = node.input[1] = f"{tensor.name}/rounded/{node.name}"
+        own.graph.initializer.append(copy)
+        scales[copy.name] = scales_of(node, numpy_helper.to_array(copy), recipe["weights"], recipe["granularity"])
+    settling.settle(own, scales, recipe)
 
 
 class _Rounder:

@@ -1,22 +1,24 @@
 """Stage 2, compile: what activations look like. Receives a float network and calibration samples, hands on ranges and means.
 
-One pass finds the extremes of every float tensor and the means of what weighted operators read, a second the histograms, from which
+One pass finds the extremes of every float tensor, and means and second moments of what weighted operators read, a second the histograms, from which
 every calibration method takes its range: no method needs a pass of its own. Sources: minimum mean squared error as in Banner
-et al. 2019 (ACIQ), entropy as in TensorRT's calibration (Migacz 2017), over ranges that may be asymmetric.
+et al. 2019 (ACIQ), entropy as in TensorRT's calibration (Migacz 2017), over ranges that may be asymmetric. Where an activation reads a value alone, the error is that of
+what it makes (:mod:`.readings`), whatever the method, but for the extremes.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import numpy as np
 import onnx
 import onnxruntime
 
 from . import job
+from .gathered import Statistics
 from .measure import Array, SampleFile
+from .moments import Gathering
+from .readings import Function, readings
 from .weights import AXIS, LEVELS, WEIGHTED
 
 BINS = 2048
@@ -25,11 +27,10 @@ OUTSIDE = 1e-4  # share of values that the percentile method leaves outside, at 
 SHRINK = np.linspace(0.25, 1.0, 31)  # shares of the extremes that are tried as a range
 
 Range = tuple[float, float]
-Statistics = dict[str, dict[str, Any]]
 
 
 def collect(model: onnx.ModelProto, samples: SampleFile, progress: job.Progress, *, histograms: bool) -> Statistics:
-    """``ranges``: tensor -> method -> [low, high]; ``means``: tensor -> mean per channel, for what weighted operators read.
+    """What int8 needs to know of a network's activations.
 
     Args:
         model: float, shapes fixed and inferred.
@@ -38,9 +39,11 @@ def collect(model: onnx.ModelProto, samples: SampleFile, progress: job.Progress,
     names, watch = _watched(model)
     extremes: dict[str, list[float]] = {}
     means: dict[str, Array] = {}
+    gathering = Gathering(model)
     # Channels are axis 1 of what a convolution reads, over lines and volumes too; the last of what a matrix product does.
     read = {n.input[0]: 1 if n.op_type in AXIS else -1 for n in model.graph.node if n.op_type in WEIGHTED}
     for tensors in _runs(watch, names, samples, progress, "ranges of activations"):
+        gathering.add(tensors)
         for name, value in tensors.items():
             if not value.size:
                 continue
@@ -50,27 +53,34 @@ def collect(model: onnx.ModelProto, samples: SampleFile, progress: job.Progress,
             extremes[name] = [min(known[0], low), max(known[1], high)]
             if name in read and value.ndim >= 2:
                 means[name] = means.get(name, 0.0) + _channel_means(value, read[name]) / len(samples)
+    ranges = {name: {"minmax": (min(low, 0.0), max(high, 0.0))} for name, (low, high) in extremes.items()}
+    if histograms:
+        ranges = _by_histograms(model, watch, names, samples, progress, extremes)
     told = {name: value.tolist() for name, value in means.items()}
-    if not histograms:
-        return {"ranges": {n: {"minmax": (min(a, 0.0), max(b, 0.0))} for n, (a, b) in extremes.items()}, "means": told}
+    return Statistics(ranges=ranges, means=told, reads=gathering.of, moments=gathering.moments())
+
+
+def _by_histograms(
+    model: onnx.ModelProto,
+    watch: bytes,
+    names: list[str],
+    samples: SampleFile,
+    progress: job.Progress,
+    extremes: dict[str, list[float]],
+) -> dict[str, dict[str, Range]]:
+    """Ranges by all methods, in a pass of its own."""
     counts = {name: np.zeros(BINS) for name in extremes}
     for tensors in _runs(watch, names, samples, progress, "histograms of activations"):
         for name, value in tensors.items():
             if name in counts and value.size:
                 counts[name] += _histogram(_finite(value), extremes[name])
     ranges = {name: _ranges((low, high), counts[name]) for name, (low, high) in extremes.items()}
-    return {"ranges": ranges, "means": told}
-
-
-def save(statistics: Statistics, path: str) -> None:
-    with open(path, "w", encoding="utf-8") as stream:
-        json.dump(statistics, stream)
-
-
-def load(path: str) -> Statistics:
-    with open(path, encoding="utf-8") as stream:
-        found: Statistics = json.load(stream)
-    return found
+    for name, reading in readings(model).items():
+        if name in ranges and reading.tensor in counts and counts[reading.tensor].any():
+            low, high = extremes[reading.tensor]
+            judged = _least_behind((low, high), counts[reading.tensor], reading.function)
+            ranges[name] |= dict.fromkeys(("percentile", "mse", "entropy"), judged)
+    return ranges
 
 
 def _watched(model: onnx.ModelProto) -> tuple[list[str], bytes]:
@@ -122,6 +132,15 @@ def _histogram(value: Array, extremes: list[float]) -> Array:
     places = np.minimum(((flat - low) * (BINS / (high - low))).astype(np.int64), BINS - 1)
     found: Array = np.bincount(places, minlength=BINS).astype(np.float64)
     return found
+
+
+def _least_behind(extremes: Range, histogram: Array, function: Function) -> Range:
+    """The range of least squared error in what ``function`` makes of the values."""
+    edges = np.linspace(*extremes, BINS + 1)
+    centres = (edges[1:] + edges[:-1]) / 2
+    exact = function(centres)
+    low, high = min(extremes[0], 0.0), max(extremes[1], 0.0)
+    return _least((low, high), lambda r: float(histogram @ (function(_rounded(centres, r)) - exact) ** 2))
 
 
 def _ranges(extremes: Range, histogram: Array) -> dict[str, Range]:

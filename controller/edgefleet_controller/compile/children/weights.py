@@ -160,37 +160,46 @@ def bias_shift(node: onnx.NodeProto, lost: Array, means: Array) -> Array | None:
     return shift
 
 
-def correct_biases(model: onnx.ModelProto, means: dict[str, list[float]], scales: dict[str, Array]) -> None:
+def correct_biases(model: onnx.ModelProto, means: dict[str, list[float]], lost: dict[str, Array]) -> None:
     """Add to each bias, in place, what rounding the weights takes from the mean output.
 
     Args:
-        scales: per weight, one per output channel.
+        means: of tensors, per channel.
+        lost: per weight, what rounding takes from it.
     """
     constants = {i.name: i for i in model.graph.initializer}
     for node in model.graph.node:
-        if len(node.input) < 2 or node.input[1] not in scales or node.input[0] not in means:
+        if len(node.input) < 2 or node.input[1] not in lost:
             continue
-        weight = numpy_helper.to_array(constants[node.input[1]])
-        lost = weight - rounded(weight, scales[node.input[1]], axis_of(node))
-        shift = bias_shift(node, lost, np.asarray(means[node.input[0]]))
-        scaled = any(a.name in ("alpha", "beta") and a.f != 1.0 for a in node.attribute if node.op_type == "Gemm")
-        if shift is None or node.op_type == "MatMul" or scaled:
-            continue
-        name = node.input[2] if len(node.input) > 2 else ""
-        if name in constants:
-            bias = numpy_helper.to_array(constants[name])
-            if bias.size != shift.size:
-                continue
-            shift = bias.reshape(-1) + shift
-            shape: tuple[int, ...] = bias.shape
-        elif not name:
-            shape = shift.shape
-        else:
+        shift = correction(node, lost[node.input[1]], means, constants)
+        if shift is None:
             continue
         own = f"{node.output[0]}/corrected_bias"  # its own: two nodes may share one bias
-        model.graph.initializer.append(numpy_helper.from_array(shift.astype(np.float32).reshape(shape), own))
+        model.graph.initializer.append(numpy_helper.from_array(shift, own))
         del node.input[2:]
         node.input.append(own)
+
+
+def correction(
+    node: onnx.NodeProto, lost: Array, means: dict[str, list[float]], constants: dict[str, onnx.TensorProto]
+) -> Array | None:
+    """The bias that makes up for what rounding takes; None where there is no place for one, or the mean of what is read is not known.
+
+    Returns:
+        float32, in the shape that the bias has, or else [channels].
+    """
+    scaled = any(a.name in ("alpha", "beta") and a.f != 1.0 for a in node.attribute if node.op_type == "Gemm")
+    if node.op_type == "MatMul" or scaled or node.input[0] not in means:
+        return None
+    shift = bias_shift(node, lost, np.asarray(means[node.input[0]]))
+    name = node.input[2] if len(node.input) > 2 else ""
+    if shift is None or not name:
+        return None if shift is None else shift.astype(np.float32)
+    bias = numpy_helper.to_array(constants[name]) if name in constants else np.empty(0)
+    if bias.size != shift.size:
+        return None
+    found: Array = (bias.reshape(-1) + shift).astype(np.float32).reshape(bias.shape)
+    return found
 
 
 def _rows(weight: Array, axis: int) -> Array:

@@ -34,4 +34,6 @@ class TensorrtTarget:
 def symmetric_options(device_class: DeviceClassSpec) -> Options:
     """Every quantizing target's options; TensorRT knows no zero points and wants biases in float."""
     known = quantizing_options(device_class)
-    return {name: known[name] for name in ("scope", "correct_bias", "float_first")} | {"activations": "symmetric"}
+    return {name: known[name] for name in ("scope", "correct_bias", "fit_weights", "float_first")} | {
+        "activations": "symmetric"
+    }

@@ -35,5 +35,8 @@ class TfliteTarget:
         """Weights have 8 bits always, one scale per channel: XNNPACK widens products, so nothing overflows."""
         known = quantizing_options(device_class)
         return chosen_options(
-            self.name, device_class, version, {name: known[name] for name in ("float_first", "scope", "correct_bias")}
+            self.name,
+            device_class,
+            version,
+            {name: known[name] for name in ("float_first", "scope", "correct_bias", "fit_weights")},
         )
