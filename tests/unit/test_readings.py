@@ -114,12 +114,12 @@ def test_readings_follow_what_reads_a_value_alone() -> None:
 
 
 def test_a_range_gives_little_to_what_hardly_counts(tmp_path: Path) -> None:
-    """A convolution's output far below zero, a tenth of which is left: its range must not hold all of it, and int8 gets better by that."""
+    """A convolution's output far below zero, a hundredth of which is left: its range must not hold all of it, and int8 gets better by that."""
     net = Net(1)
     convolved = net.conv(3, 8)
     bias = next(c for c in net.constants if list(c.dims) == [8])
-    bias.CopyFrom(onnx.numpy_helper.from_array(np.full(8, -4.0, np.float32), bias.name))
-    net.add("LeakyRelu", alpha=0.1)
+    bias.CopyFrom(onnx.numpy_helper.from_array(np.full(8, -2.0, np.float32), bias.name))
+    net.add("LeakyRelu", alpha=0.01)
     net.conv(8, 8)
     model = onnx.shape_inference.infer_shapes(net.model([1, 8, 32, 32]))
     save_file({"image": PICTURES}, tmp_path / "samples")
