@@ -23,6 +23,18 @@ from edgefleet_controller.sign import Repository
 from edgefleet_controller.store import devices, workers
 from edgefleet_controller.store.database import Database
 from edgefleet_controller.store.tables import Device, EnrolmentToken, Worker
+from edgefleet_controller.transport.broker import CONTROLLER
+
+
+def _check_device_name(name: str) -> str:
+    """``name``, if a board may have it.
+
+    Raises:
+        InputError: it can't be one, or the broker would take the board for the controller, which may write everything.
+    """
+    if name == CONTROLLER:
+        raise InputError(f"{name} is the controller's own name", hint="choose another one for the board")
+    return check_name(name, "device")
 
 
 class Enrolment:
@@ -45,7 +57,7 @@ class Enrolment:
             NotFoundError: no such class. InputError: a name that can't be one.
         """
         if device:
-            check_name(device, "device")
+            _check_device_name(device)
         if site:
             check_name(site, "site")
         with self._database.write() as session:
@@ -79,7 +91,7 @@ class Enrolment:
                 serial = f"{certificate.serial_number:x}"
                 workers.enrol(session, name, row.device_class or "", certificate_serial=serial, now=self._clock.now())
             else:
-                certificate = self._ca.enroll(request.encode(), check_name(name, "device"))
+                certificate = self._ca.enroll(request.encode(), _check_device_name(name))
                 serial = f"{certificate.serial_number:x}"
                 devices.enrol(
                     session,
