@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import socket
-import ssl
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from edgefleet_shared.clock import SystemClock, iso
 from edgefleet_shared.errors import EdgefleetError
 from edgefleet_shared.files import DISK
 
-from edgefleet_agent import __version__, board, journal, launcher, slots, verify
+from edgefleet_agent import __version__, board, journal, launcher, renewal, slots, verify
 from edgefleet_agent import settings as board_settings
 from edgefleet_agent.fetch import SPARE_BYTES
 from edgefleet_agent.runtime.control import RuntimeClient, socket_path
@@ -117,11 +116,14 @@ def _versions(state: Path) -> str:
 def _certificate(state: Path) -> str:
     endpoint = board_settings.endpoint(state, board_settings.read(state))
     endpoint.tls()
-    # A private decoder, but the standard library has no other and cryptography is too heavy for a status line.
-    fields = ssl._ssl._test_decode_cert(str(endpoint.certificate))  # type: ignore[attr-defined]
-    ends = ssl.cert_time_to_seconds(fields["notAfter"])
-    if ends - SystemClock().now() < CERTIFICATE_SPARE_S:
-        raise OSError(f"it ends at {iso(ends)}: enrol again soon")
+    _, ends = renewal.validity(endpoint.certificate)
+    left_s = ends - SystemClock().now()
+    if left_s < 0:
+        raise OSError(f"it ended at {iso(ends)}: enrol the board again")
+    if left_s < CERTIFICATE_SPARE_S:
+        raise OSError(
+            f"it ends at {iso(ends)} and was not renewed: the agent must reach the controller before, see its log"
+        )
     return f"valid until {iso(ends)}"
 
 

@@ -168,6 +168,10 @@ class Runner:
         """The same as far as the disk has said: what is not read yet changes nothing."""
         return self._keeper.now.life.state in CHANGING
 
+    def note(self, what: str, problem: str) -> None:
+        """Something beside the line stands in the board's way or, without ``problem``, does not any more. For the loop's thread."""
+        self._teller.note(what, problem)
+
     def unverified(self) -> str:
         """See :meth:`edgefleet_agent.admission.Admissions.unverified`."""
         return self._admissions.unverified()

@@ -1,6 +1,7 @@
 """Identity: enrolment. Receives a one-time token and a certificate request, hands on a certificate and where to find the fleet.
 
 Boards and workers alike. The class and site of a board come from its token, its name from the token or its wish; of its request only the key is used.
+A board's certificate is renewed for whoever shows it over TLS, and so has its key: the same name, the same key, a whole life again.
 """
 
 from __future__ import annotations
@@ -11,13 +12,13 @@ from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from edgefleet_shared.clock import Clock
-from edgefleet_shared.errors import InputError
-from edgefleet_shared.messages import Enrolled
+from edgefleet_shared.errors import InputError, TrustError
+from edgefleet_shared.messages import Enrolled, Renewed
 from edgefleet_shared.topics import check_name
 from edgefleet_shared.work import IDENTITY_PREFIX
 from sqlmodel import Session
 
-from edgefleet_controller.pki import CertificateAuthority, requested_key
+from edgefleet_controller.pki import CertificateAuthority, common_name, is_of_enrolment, requested_key
 from edgefleet_controller.settings import Settings
 from edgefleet_controller.sign import Repository
 from edgefleet_controller.store import devices, workers
@@ -105,6 +106,23 @@ class Enrolment:
             row.certificate = certificate.public_bytes(serialization.Encoding.PEM).decode()
             session.add(row)
             return self._answer(row)
+
+    def renew(self, shown: bytes) -> Renewed:
+        """Another certificate for a board that shows one of ours (DER) which has not ended. It may show the old one again: the new one was
+        perhaps cut off on its way.
+
+        Raises:
+            TrustError: it is no board's, the board was revoked, or it was given to the board before it was enrolled anew. NotFoundError: no
+                such board.
+        """
+        certificate = x509.load_der_x509_certificate(shown)
+        with self._database.write() as session:
+            row = devices.get_device(session, common_name(certificate))
+            if not is_of_enrolment(certificate, row.enrolled_at):
+                raise TrustError("certificate", f"device {row.name} was enrolled anew since it got this certificate")
+            renewed = self._ca.renew(certificate)
+            devices.renew(session, row.name, f"{renewed.serial_number:x}")
+        return Renewed(renewed.public_bytes(serialization.Encoding.PEM).decode())
 
     def _is_in_force(self, session: Session, spent: EnrolmentToken, key: ec.EllipticCurvePublicKey) -> bool:
         """Whether what was given for a token is this key's, and still the one certificate of its holder."""

@@ -17,17 +17,25 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from edgefleet_shared import atomic
 from edgefleet_shared.clock import Clock, utc
-from edgefleet_shared.errors import InputError, NotFoundError
+from edgefleet_shared.errors import InputError, NotFoundError, TrustError
 
 CA_LIFE = timedelta(days=3650)
 SERVER_LIFE = timedelta(days=825)
 DEVICE_LIFE = timedelta(days=365)
 # A board without a clock must be able to use its certificate at once, so validity begins a day early.
 BACKDATED = timedelta(days=1)
+# A certificate tells whole seconds, and is made a moment before its board is entered.
+ENROLLED_SLACK_S = 5.0
 
 
 def _name(common_name: str) -> x509.Name:
     return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, common_name)])
+
+
+def common_name(certificate: x509.Certificate) -> str:
+    """Whom a certificate is about."""
+    (name,) = certificate.subject.get_attributes_for_oid(NameOID.COMMON_NAME)
+    return str(name.value)
 
 
 def _pem(key: ec.EllipticCurvePrivateKey) -> bytes:
@@ -53,6 +61,12 @@ def requested_key(request_pem: bytes) -> ec.EllipticCurvePublicKey:
     if not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, ec.SECP256R1):
         raise InputError("the certificate request must carry a P-256 key")
     return key
+
+
+def is_of_enrolment(certificate: x509.Certificate, enrolled_at: float) -> bool:
+    """Whether a board's certificate was given to it since it was enrolled last: what an earlier enrolment gave counts for nothing."""
+    given_at = (certificate.not_valid_before_utc + BACKDATED).timestamp()
+    return given_at >= enrolled_at - ENROLLED_SLACK_S
 
 
 class CertificateAuthority:
@@ -135,6 +149,17 @@ class CertificateAuthority:
             InputError: not a request, badly signed, or not a P-256 key.
         """
         return self._certify(device, requested_key(request_pem), None, ExtendedKeyUsageOID.CLIENT_AUTH, DEVICE_LIFE)
+
+    def renew(self, certificate: x509.Certificate) -> x509.Certificate:
+        """The same for a whole life again: one of our boards' certificates, whose holder has just shown that it has the key.
+
+        Raises:
+            TrustError: it is none of our boards'.
+        """
+        key, usage = certificate.public_key(), certificate.extensions.get_extension_for_class(x509.ExtendedKeyUsage)
+        if ExtendedKeyUsageOID.CLIENT_AUTH not in usage.value or not isinstance(key, ec.EllipticCurvePublicKey):
+            raise TrustError("certificate", "this is no board's certificate")
+        return self._certify(common_name(certificate), key, None, ExtendedKeyUsageOID.CLIENT_AUTH, DEVICE_LIFE)
 
     def _certify(
         self,

@@ -62,11 +62,22 @@ class Endpoint(msgspec.Struct, frozen=True, kw_only=True):
         """
         try:
             context = ssl.create_default_context(ssl.Purpose.SERVER_AUTH, cafile=str(self.ca))
+        except (OSError, ssl.SSLError) as exc:
+            raise TransportError(f"the certificates for {self.host} can't be used: {exc}") from exc
+        self.load_certificate(context)
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+        return context
+
+    def load_certificate(self, context: ssl.SSLContext) -> None:
+        """Show our certificate as the disk has it now in connections that are made from here on: it may have been renewed.
+
+        Raises:
+            TransportError: a file is missing or no PEM.
+        """
+        try:
             context.load_cert_chain(str(self.certificate), str(self.key))
         except (OSError, ssl.SSLError) as exc:
             raise TransportError(f"the certificates for {self.host} can't be used: {exc}") from exc
-        context.minimum_version = ssl.TLSVersion.TLSv1_2
-        return context
 
 
 class Will(msgspec.Struct, frozen=True):
@@ -132,7 +143,8 @@ class Link:
         self._connect_properties.MaximumPacketSize = max_packet_bytes
         client = _Client(CallbackAPIVersion.VERSION2, client_id=name, protocol=paho.MQTTv5)
         client.largest_bytes = max_packet_bytes
-        client.tls_set_context(endpoint.tls())
+        self._tls = endpoint.tls()
+        client.tls_set_context(self._tls)
         client.max_inflight_messages_set(IN_FLIGHT)
         client.connect_timeout = CONNECT_TIMEOUT_S
         if will is not None:
@@ -243,6 +255,7 @@ class Link:
         backoff = BACKOFF_FIRST_S
         while not self._stopping.is_set():
             try:
+                self._endpoint.load_certificate(self._tls)
                 self._client.connect(
                     _address(self._endpoint.host),
                     self._endpoint.port,
@@ -252,6 +265,8 @@ class Link:
                 )
                 self._reason = "the broker closed the connection without an answer; is our certificate valid there?"
                 self._serve()
+            except TransportError as exc:
+                self._reason = str(exc)
             except (OSError, ssl.SSLError, ValueError) as exc:
                 self._reason = f"can't reach the broker at {self._endpoint.host}:{self._endpoint.port}: {exc}"
             if self.connected.is_set():

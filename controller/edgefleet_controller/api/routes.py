@@ -1,7 +1,7 @@
 """The HTTP API: a face, no logic. Receives requests, hands them to the parts of the controller, turns errors into statuses.
 
 Who may what: operators (``Authorization: Bearer``) everything; boards, by the certificate of their enrolment, the blobs of what
-they are assigned and the metadata; workers, by theirs, what is below ``/v1/work`` (:mod:`.work`); strangers the CA certificate and, with a one-time token, an enrolment.
+they are assigned, the metadata, and that certificate anew; workers, by theirs, what is below ``/v1/work`` (:mod:`.work`); strangers the CA certificate and, with a one-time token, an enrolment.
 """
 
 from __future__ import annotations
@@ -129,6 +129,13 @@ def build_api(controller: Controller) -> FastAPI:
     @api.post("/v1/enroll")
     def enroll(wish: EnrolWish) -> Any:
         return msgspec.to_builtins(controller.enrolment.enroll(wish.token, wish.device, wish.request))
+
+    @api.post("/v1/renew")
+    def renew(request: Request) -> Any:
+        shown = request.scope.get("extensions", {}).get("edgefleet.client", {}).get("certificate", b"")
+        if not shown:
+            raise TrustError("certificate", "show the certificate that is to be renewed")
+        return msgspec.to_builtins(controller.enrolment.renew(shown))
 
     @api.post("/v1/tokens", dependencies=by_operator)
     def token(wish: TokenWish) -> dict[str, str]:
