@@ -24,6 +24,7 @@ SERVER_LIFE = timedelta(days=825)
 DEVICE_LIFE = timedelta(days=365)
 # A board without a clock must be able to use its certificate at once, so validity begins a day early.
 BACKDATED = timedelta(days=1)
+RENEWED_AFTER = 2 / 3  # of the life of the controller's own; boards have the same rule for theirs
 # A certificate tells whole seconds, and is made a moment before its board is entered.
 ENROLLED_SLACK_S = 5.0
 
@@ -149,6 +150,35 @@ class CertificateAuthority:
             InputError: not a request, badly signed, or not a P-256 key.
         """
         return self._certify(device, requested_key(request_pem), None, ExtendedKeyUsageOID.CLIENT_AUTH, DEVICE_LIFE)
+
+    def renew_own(self, name: str) -> bool:
+        """Replace ``<name>.pem``, one of the controller's own that :meth:`issue_server` or :meth:`issue_client` wrote, by one for a whole life
+        again when two thirds of its life are over. Addresses and key stay, so that one file changes. Returns whether it did.
+
+        Raises:
+            EnvironmentProblem: it can't be read or written.
+        """
+        path = self.folder / f"{name}.pem"
+        try:
+            shown = x509.load_pem_x509_certificate(atomic.read(path))
+            shown.verify_directly_issued_by(self.certificate)
+            usage = shown.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value
+        except FileNotFoundError:
+            return False
+        except (ValueError, TypeError, InvalidSignature, x509.ExtensionNotFound):
+            return False  # an operator's own, from another authority
+        begins, ends = shown.not_valid_before_utc, shown.not_valid_after_utc
+        key = shown.public_key()
+        if utc(self._clock.now()) < begins + RENEWED_AFTER * (ends - begins) or not isinstance(
+            key, ec.EllipticCurvePublicKey
+        ):
+            return False
+        alternatives = [e.value for e in shown.extensions if isinstance(e.value, x509.SubjectAlternativeName)]
+        renewed = self._certify(
+            common_name(shown), key, alternatives[0] if alternatives else None, next(iter(usage)), SERVER_LIFE
+        )
+        atomic.write(path, renewed.public_bytes(serialization.Encoding.PEM))
+        return True
 
     def renew(self, certificate: x509.Certificate) -> x509.Certificate:
         """The same for a whole life again: one of our boards' certificates, whose holder has just shown that it has the key.
