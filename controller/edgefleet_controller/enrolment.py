@@ -38,6 +38,15 @@ def _check_device_name(name: str) -> str:
     return check_name(name, "device")
 
 
+def _holder(session: Session, certificate: x509.Certificate) -> str:
+    row = devices.get_device(session, common_name(certificate))
+    if row.revoked:
+        raise TrustError("certificate", f"device {row.name} was revoked")
+    if not is_of_enrolment(certificate, row.enrolled_at):
+        raise TrustError("certificate", f"device {row.name} was enrolled anew since it got this certificate")
+    return row.name
+
+
 class Enrolment:
     """Makes tokens and spends them."""
 
@@ -112,17 +121,23 @@ class Enrolment:
         perhaps cut off on its way.
 
         Raises:
-            TrustError: it is no board's, the board was revoked, or it was given to the board before it was enrolled anew. NotFoundError: no
-                such board.
+            TrustError, NotFoundError: as :meth:`holder`, or it is no board's.
         """
         certificate = x509.load_der_x509_certificate(shown)
         with self._database.write() as session:
-            row = devices.get_device(session, common_name(certificate))
-            if not is_of_enrolment(certificate, row.enrolled_at):
-                raise TrustError("certificate", f"device {row.name} was enrolled anew since it got this certificate")
+            name = _holder(session, certificate)
             renewed = self._ca.renew(certificate)
-            devices.renew(session, row.name, f"{renewed.serial_number:x}")
+            devices.renew(session, name, f"{renewed.serial_number:x}")
         return Renewed(renewed.public_bytes(serialization.Encoding.PEM).decode())
+
+    def holder(self, shown: bytes) -> str:
+        """The board that a certificate of ours (DER), shown over TLS, makes its holder.
+
+        Raises:
+            TrustError: the board was revoked, or it got the certificate before it was enrolled anew. NotFoundError: no such board.
+        """
+        with self._database.read() as session:
+            return _holder(session, x509.load_der_x509_certificate(shown))
 
     def _is_in_force(self, session: Session, spent: EnrolmentToken, key: ec.EllipticCurvePublicKey) -> bool:
         """Whether what was given for a token is this key's, and still the one certificate of its holder."""

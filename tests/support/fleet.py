@@ -122,11 +122,11 @@ class Fleet:
             serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
         )
 
-    def board(self, name: str, device_class: str = "pc") -> FakeBoard:
+    def board(self, name: str, device_class: str = "pc", folder: str = "") -> FakeBoard:
         token = self.client().token(device_class, site="lab", device=name)
         answer, key = self.enroll(token)
         assert answer.status_code == 200, answer.text
-        return FakeBoard(self.folder / name, answer.json(), key)
+        return FakeBoard(self.folder / (folder or name), answer.json(), key)
 
 
 class FakeBoard:
