@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+from edgefleet_shared.certificates import validity
 from edgefleet_shared.clock import SystemClock, iso
 from edgefleet_shared.errors import EdgefleetError
 from edgefleet_shared.files import DISK
 
-from edgefleet_agent import __version__, board, journal, launcher, renewal, slots, verify
+from edgefleet_agent import __version__, board, journal, launcher, slots, verify
 from edgefleet_agent import settings as board_settings
 from edgefleet_agent.fetch import SPARE_BYTES
 from edgefleet_agent.runtime.control import RuntimeClient, socket_path
@@ -116,7 +117,7 @@ def _versions(state: Path) -> str:
 def _certificate(state: Path) -> str:
     endpoint = board_settings.endpoint(state, board_settings.read(state))
     endpoint.tls()
-    _, ends = renewal.validity(endpoint.certificate)
+    _, ends = validity(endpoint.certificate)
     left_s = ends - SystemClock().now()
     if left_s < 0:
         raise OSError(f"it ended at {iso(ends)}: enrol the board again")

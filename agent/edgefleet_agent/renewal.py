@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import logging
 import queue
-import ssl
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Protocol
 
 import msgspec
 from edgefleet_shared import atomic
+from edgefleet_shared.certificates import validity
 from edgefleet_shared.clock import iso
 from edgefleet_shared.errors import EdgefleetError, EnvironmentProblem, from_dict
 from edgefleet_shared.messages import Renewed
@@ -79,20 +79,6 @@ class ChildRenewer:
         )
 
 
-def validity(certificate: Path) -> tuple[float, float]:
-    """When a certificate begins and ends, in seconds since 1970.
-
-    Raises:
-        EnvironmentProblem: it can't be read.
-    """
-    try:
-        # A private decoder, but the standard library has no other, and cryptography is too heavy to stay resident.
-        fields = ssl._ssl._test_decode_cert(str(certificate))  # type: ignore[attr-defined]
-    except OSError as exc:  # ssl's own errors are of that kind
-        raise EnvironmentProblem(f"{certificate} can't be read: {exc}", hint="enrol the board again") from exc
-    return ssl.cert_time_to_seconds(fields["notBefore"]), ssl.cert_time_to_seconds(fields["notAfter"])
-
-
 class Renewal:
     """Looks after the certificate of one board.
 
@@ -148,7 +134,8 @@ class Renewal:
     def _done(self, error: Exception | None) -> None:
         self._asking = False
         if error is None:
-            self._pause_s = LOOK_S
+            # If it is due at once again, it is the clock that is wrong.
+            self._look_at, self._pause_s = self._clock.monotonic() + AGAIN_LAST_S, LOOK_S
             log.info("certificate renewed", extra={"reason": f"the new one ends at {self._ends()}"})
             self._problem("")
         elif isinstance(error, EdgefleetError):

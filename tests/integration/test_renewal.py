@@ -20,6 +20,7 @@ from edgefleet_agent.ports import Ports
 from edgefleet_agent.renewal import ChildRenewer, Renewal
 from edgefleet_controller.pki import DEVICE_LIFE, CertificateAuthority
 from edgefleet_controller.transport.broker import CONTROLLER
+from edgefleet_shared.certificates import validity
 from edgefleet_shared.clock import ManualClock, SystemClock
 from edgefleet_shared.errors import TransportError
 from edgefleet_shared.files import DISK
@@ -65,7 +66,7 @@ class Board:
         database.close()
 
     def ends(self) -> float:
-        return renewal.validity(self.certificate)[1]
+        return validity(self.certificate)[1]
 
 
 def request(key: ec.EllipticCurvePrivateKey) -> bytes:
@@ -170,6 +171,18 @@ def test_a_board_that_can_not_renew_says_why_asks_ever_more_seldom_and_gets_ther
     again.renewal.turn()
     assert again.problems == [""]
     assert board.ends() > NOW + 360 * DAY_S
+
+
+def test_a_board_whose_clock_runs_ahead_does_not_renew_all_the_time(fleet: Fleet, tmp_path: Path) -> None:
+    board = Board(fleet, tmp_path, "ahead-1")
+    looked = Looked(board)
+    looked.clock.advance(0.9 * DEVICE_LIFE.total_seconds())
+    looked.renewal.turn()
+    renewed = board.certificate.read_bytes()
+    for _ in range(5):
+        looked.renewal.turn()
+        looked.clock.advance(renewal.LOOK_S)
+    assert board.certificate.read_bytes() == renewed
 
 
 def test_the_next_connection_shows_the_certificate_that_is_there_then(tmp_path: Path) -> None:
