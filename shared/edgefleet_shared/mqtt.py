@@ -23,8 +23,9 @@ from typing import Any
 
 import msgspec
 
+from edgefleet_shared.certificates import validity
 from edgefleet_shared.deferred import defer
-from edgefleet_shared.errors import TransportError
+from edgefleet_shared.errors import EnvironmentProblem, TransportError
 
 defer(
     "urllib.request"
@@ -43,6 +44,7 @@ BACKOFF_FIRST_S = 0.5
 BACKOFF_LAST_S = 60.0
 OUTBOX_LIMIT = 20_000
 IN_FLIGHT = 64
+_NO_CHECK_TIME = ssl.VerifyFlags(0x200000)  # X509_V_FLAG_NO_CHECK_TIME of x509_vfy.h, for which Python has no name
 
 
 class Endpoint(msgspec.Struct, frozen=True, kw_only=True):
@@ -71,13 +73,23 @@ class Endpoint(msgspec.Struct, frozen=True, kw_only=True):
     def load_certificate(self, context: ssl.SSLContext) -> None:
         """Show our certificate as the disk has it now in connections that are made from here on: it may have been renewed.
 
+        A clock that stands before its beginning is known to be wrong, as of a board without one where nobody tells the time, and judges no
+        certificate's times. It would let an ended one pass anyhow, and refuse all that are good.
+
         Raises:
             TransportError: a file is missing or no PEM.
         """
         try:
             context.load_cert_chain(str(self.certificate), str(self.key))
+            begins, _ = validity(self.certificate)
         except (OSError, ssl.SSLError) as exc:
             raise TransportError(f"the certificates for {self.host} can't be used: {exc}") from exc
+        except EnvironmentProblem as exc:
+            raise TransportError(f"the certificates for {self.host} can't be used: {exc.message}") from exc
+        if time.time() < begins:
+            context.verify_flags |= _NO_CHECK_TIME
+        else:
+            context.verify_flags &= ~_NO_CHECK_TIME
 
 
 class Will(msgspec.Struct, frozen=True):
