@@ -42,6 +42,7 @@ KEEPALIVE_S = 20
 CONNECT_TIMEOUT_S = 10.0
 BACKOFF_FIRST_S = 0.5
 BACKOFF_LAST_S = 60.0
+STEADY_S = 10.0  # a connection that ends sooner is as one that never was: two boards with one identity end each other's
 OUTBOX_LIMIT = 20_000
 IN_FLIGHT = 64
 _NO_CHECK_TIME = ssl.VerifyFlags(0x200000)  # X509_V_FLAG_NO_CHECK_TIME of x509_vfy.h, for which Python has no name
@@ -146,6 +147,7 @@ class Link:
         self._stopping = threading.Event()
         self._idle = threading.Event()
         self.connected = threading.Event()
+        self._up_at = 0.0
         self._reason = "never connected"
         self.sent_bytes = 0  # payload bytes handed to the broker since the start
         self._thread = threading.Thread(target=self._run, name=f"mqtt-{name}", daemon=True)
@@ -252,6 +254,7 @@ class Link:
         if code.is_failure:
             self._reason = f"the broker refused the connection: {code}"
             return
+        self._up_at = time.monotonic()
         self.connected.set()
         for qos in sorted(set(self._filters.values())):
             self._send_subscribe([one for one, level in self._filters.items() if level == qos], qos)
@@ -281,7 +284,7 @@ class Link:
                 self._reason = str(exc)
             except (OSError, ssl.SSLError, ValueError) as exc:
                 self._reason = f"can't reach the broker at {self._endpoint.host}:{self._endpoint.port}: {exc}"
-            if self.connected.is_set():
+            if self.connected.is_set() and time.monotonic() - self._up_at >= STEADY_S:
                 backoff = BACKOFF_FIRST_S
             self.connected.clear()
             if not self._stopping.is_set():
