@@ -323,6 +323,17 @@ def refused_to_the_lost_one(fleet, lost):
         assert http.get("/v1/repo/timestamp.json").status_code == 403
 
 
+def test_a_card_that_was_copied_after_its_enrolment_is_told(fleet):
+    board = fleet.board("copied-1").start()
+    try:
+        for turn in range(8):
+            board.present(f"start-of-machine-{turn % 2}")
+        until(lambda: "two machines" in fleet.client().device("copied-1")["problem"], "it is told")
+        assert "two machines" in fleet.run("device", "list").stdout
+    finally:
+        board.stop()
+
+
 def test_a_board_reads_metadata_but_neither_blobs_it_was_not_assigned_nor_the_operators_pages(fleet):
     board = fleet.board("reader-1")
     content = b"not for everybody"

@@ -165,8 +165,12 @@ class FakeBoard:
     def stop(self) -> None:
         self._link.stop([(self._presence, encode(Presence(False, "boot-1")), True)])
 
+    def present(self, boot: str) -> None:
+        """Come online as that start of the agent."""
+        self._link.publish(self._presence, encode(Presence(True, boot)), retain=True)
+
     def _up(self) -> None:
-        self._link.publish(self._presence, encode(Presence(True, "boot-1")), retain=True)
+        self.present("boot-1")
         self._report()
 
     def _take(self, topic: str, payload: bytes) -> None:
