@@ -49,6 +49,7 @@ def main() -> None:
 @click.option("--name", default="", help="The board's name; not needed when the token fixes it.")
 @click.option("--threads", default=1, show_default=True, help="CPU threads that one inference may use.")
 @click.option("--health-period", default=10.0, show_default=True, help="Seconds between two health reports.")
+@click.option("--again", is_flag=True, help="A board that is enrolled, as the one that it is; its models stay.")
 @state_option
 @json_option
 @told
@@ -59,6 +60,7 @@ def enroll(
     name: str,
     threads: int,
     health_period: float,
+    again: bool,
     state: Path,
     as_json: bool,
 ) -> None:
@@ -70,7 +72,7 @@ def enroll(
     if not token:
         raise click.UsageError("give the enrolment token by --token, --token-file or EDGEFLEET_TOKEN")
     _become_owner(state)
-    settings = enrol_board(state, url, token, name, threads=threads, health_period_s=health_period)
+    settings = enrol_board(state, url, token, name, threads=threads, health_period_s=health_period, again=again)
     if as_json:
         click.echo(msgspec.json.encode(settings).decode())
     else:

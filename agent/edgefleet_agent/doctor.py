@@ -120,7 +120,7 @@ def _certificate(state: Path) -> str:
     _, ends = validity(endpoint.certificate)
     left_s = ends - SystemClock().now()
     if left_s < 0:
-        raise OSError(f"it ended at {iso(ends)}: enrol the board again")
+        raise OSError(f"it ended at {iso(ends)}: revoke the board at the controller, then enrol it by --again")
     if left_s < CERTIFICATE_SPARE_S:
         raise OSError(
             f"it ends at {iso(ends)} and was not renewed: the agent must reach the controller before, see its log"

@@ -20,9 +20,10 @@ from edgefleet_agent.ports import Ports
 from edgefleet_agent.renewal import ChildRenewer, Renewal
 from edgefleet_controller.pki import DEVICE_LIFE, CertificateAuthority
 from edgefleet_controller.transport.broker import CONTROLLER
+from edgefleet_shared import atomic
 from edgefleet_shared.certificates import validity
 from edgefleet_shared.clock import ManualClock, SystemClock
-from edgefleet_shared.errors import TransportError
+from edgefleet_shared.errors import ConflictError, TransportError
 from edgefleet_shared.files import DISK
 from edgefleet_shared.mqtt import Endpoint, Link
 from support.broker import TestBroker, until
@@ -183,6 +184,40 @@ def test_a_board_whose_clock_runs_ahead_does_not_renew_all_the_time(fleet: Fleet
         looked.renewal.turn()
         looked.clock.advance(renewal.LOOK_S)
     assert board.certificate.read_bytes() == renewed
+
+
+def test_a_board_whose_certificate_has_ended_is_enrolled_again_and_keeps_what_it_has(
+    fleet: Fleet, tmp_path: Path
+) -> None:
+    board = Board(fleet, tmp_path, "ended-1", age_s=1.1 * DEVICE_LIFE.total_seconds())
+    (tmp_path / "slots.json").write_bytes(b"what serves")
+    board_settings.write(tmp_path, msgspec.structs.replace(board.settings, threads=3))
+    url = f"https://127.0.0.1:{fleet.api_port}"
+    fleet.client().revoke_device("ended-1")
+    token = fleet.client().token("pc")
+    with pytest.raises(ConflictError, match="enrolled already") as refused:
+        enroll.enroll(tmp_path, url, token)
+    assert "--again" in refused.value.hint
+    with pytest.raises(ConflictError, match="is ended-1"):  # floors and slots are that board's
+        enroll.enroll(tmp_path, url, token, "another-1", again=True)
+    with atomic.lock(tmp_path, "fleet-agent"), pytest.raises(ConflictError, match="in use by fleet-agent"):
+        enroll.enroll(tmp_path, url, token, again=True)
+    key = (tmp_path / "identity" / "agent.key").read_bytes()
+    enroll.enroll(tmp_path, url, token, again=True)
+    assert board_settings.read(tmp_path) == msgspec.structs.replace(board.settings, threads=3)
+    assert (tmp_path / "identity" / "agent.key").read_bytes() == key
+    assert (tmp_path / "slots.json").read_bytes() == b"what serves"
+    assert board.ends() > NOW + 360 * DAY_S
+    with fleet.http(certificate=(str(board.certificate), str(tmp_path / "identity" / "agent.key"))) as http:
+        assert http.get("/v1/repo/timestamp.json").status_code == 200
+
+
+def test_a_board_whose_enrolment_is_damaged_is_enrolled_over_it(fleet: Fleet, tmp_path: Path) -> None:
+    Board(fleet, tmp_path, "damaged-1")
+    (tmp_path / "agent.json").write_bytes(b'{"device": "dam')
+    fleet.client().revoke_device("damaged-1")
+    enroll.enroll(tmp_path, f"https://127.0.0.1:{fleet.api_port}", fleet.client().token("pc", device="damaged-1"))
+    assert board_settings.read(tmp_path).device == "damaged-1"
 
 
 def test_the_next_connection_shows_the_certificate_that_is_there_then(tmp_path: Path) -> None:
