@@ -26,6 +26,7 @@ from edgefleet_agent.inbox import Item
 from edgefleet_agent.line import Line
 from edgefleet_agent.ports import Ports, spawn_thread
 from edgefleet_agent.rehearse import AgentExaminer
+from edgefleet_agent.renewal import ChildRenewer, Renewal
 from edgefleet_agent.results import ChildSigner
 from edgefleet_agent.runner import Runner
 from edgefleet_agent.runtime.control import RuntimeClient, socket_path
@@ -69,6 +70,9 @@ class Agent:
         )
         self._state, self._manifest, self._clock = state, manifest or "", ports.clock
         deciding, kernel_boot = threading.Lock(), board.kernel_boot()
+        self._renewal = Renewal(
+            state, ChildRenewer(state, settings), ports, lambda problem: self._models.note("certificate", problem)
+        )
         self._models = Runner(
             state, settings, found, boot, inbox, ports,
             Line(may_begin=lambda: not self._own.changes, excused=lambda: self._own.is_changing, deciding=deciding),
@@ -113,6 +117,7 @@ class Agent:
         self._models.stop()
 
     def _turn_own(self) -> None:
+        self._renewal.turn()
         while True:
             try:
                 item = self._own_inbox.get_nowait()

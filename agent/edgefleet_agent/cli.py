@@ -47,8 +47,21 @@ def main() -> None:
 @click.option("--token", envvar="EDGEFLEET_TOKEN", help="The one-time enrolment token.")
 @click.option("--token-file", type=click.Path(path_type=Path, dir_okay=False), help="A file that holds the token.")
 @click.option("--name", default="", help="The board's name; not needed when the token fixes it.")
-@click.option("--threads", default=1, show_default=True, help="CPU threads that one inference may use.")
-@click.option("--health-period", default=10.0, show_default=True, help="Seconds between two health reports.")
+@click.option(
+    "--threads",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="CPU threads that one inference may use.",
+)
+@click.option(
+    "--health-period",
+    type=click.FloatRange(min=0.5),
+    default=10.0,
+    show_default=True,
+    help="Seconds between two health reports.",
+)
+@click.option("--again", is_flag=True, help="A board that is enrolled, as the one that it is; its models stay.")
 @state_option
 @json_option
 @told
@@ -59,6 +72,7 @@ def enroll(
     name: str,
     threads: int,
     health_period: float,
+    again: bool,
     state: Path,
     as_json: bool,
 ) -> None:
@@ -70,7 +84,7 @@ def enroll(
     if not token:
         raise click.UsageError("give the enrolment token by --token, --token-file or EDGEFLEET_TOKEN")
     _become_owner(state)
-    settings = enrol_board(state, url, token, name, threads=threads, health_period_s=health_period)
+    settings = enrol_board(state, url, token, name, threads=threads, health_period_s=health_period, again=again)
     if as_json:
         click.echo(msgspec.json.encode(settings).decode())
     else:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import socket
-import ssl
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import msgspec
+from edgefleet_shared.certificates import validity
 from edgefleet_shared.clock import SystemClock, iso
 from edgefleet_shared.errors import EdgefleetError
 from edgefleet_shared.files import DISK
@@ -117,11 +117,14 @@ def _versions(state: Path) -> str:
 def _certificate(state: Path) -> str:
     endpoint = board_settings.endpoint(state, board_settings.read(state))
     endpoint.tls()
-    # A private decoder, but the standard library has no other and cryptography is too heavy for a status line.
-    fields = ssl._ssl._test_decode_cert(str(endpoint.certificate))  # type: ignore[attr-defined]
-    ends = ssl.cert_time_to_seconds(fields["notAfter"])
-    if ends - SystemClock().now() < CERTIFICATE_SPARE_S:
-        raise OSError(f"it ends at {iso(ends)}: enrol again soon")
+    _, ends = validity(endpoint.certificate)
+    left_s = ends - SystemClock().now()
+    if left_s < 0:
+        raise OSError(f"it ended at {iso(ends)}: revoke the board at the controller, then enrol it by --again")
+    if left_s < CERTIFICATE_SPARE_S:
+        raise OSError(
+            f"it ends at {iso(ends)} and was not renewed: the agent must reach the controller before, see its log"
+        )
     return f"valid until {iso(ends)}"
 
 

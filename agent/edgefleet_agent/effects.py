@@ -93,7 +93,7 @@ class Effects:
             case Effect.SWAP:
                 return lambda stop: Result(*swap.swap(state, ports, at_work(journal), stop))
             case Effect.SOAK:
-                return lambda stop: Result(*swap.soak(ports, at_work(journal), stop))
+                return lambda stop: Result(*swap.soak(ports, at_work(journal), stop, journal.soaked_s))
             case Effect.COMMIT:
                 return lambda stop: Result(*swap.commit(state, ports))
             case Effect.RETURN:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import msgspec
 from cryptography.hazmat.primitives.asymmetric import ec
 from edgefleet_shared import atomic, enrolling
 from edgefleet_shared.errors import ConflictError, EnvironmentProblem
@@ -21,24 +22,51 @@ ROOM_BYTES = 256 * 1024  # for all that the controller gives, however large the 
 
 
 def enroll(
-    state: Path, url: str, token: str, device: str = "", *, threads: int = 1, health_period_s: float = 10.0
-) -> Settings:
+    state: Path, url: str, token: str, device: str = "", *, threads: int = 1, health_period_s: float = 10.0,
+    again: bool = False,
+) -> Settings:  # fmt: skip
     """Enrol this board and keep what it was given.
 
     Args:
+        again: a board that is enrolled, as the one that it is: models, floors and limits stay.
         url: the controller, ``https://host:port``.
         token: ``efe.<sha256 of the CA>.<secret>``, from ``fleet device token``.
         device: the wished name; empty when the token fixes it.
 
     Raises:
-        InputError: the token or the URL can't be one. ConflictError: already enrolled.
+        InputError: the token or the URL can't be one. ConflictError: already enrolled, or as another board; the agent runs.
         TrustError: the controller is not the one that the token names. TransportError: not reachable.
         EdgefleetError: the controller refuses, in its own words.
     """
-    if (state / "agent.json").exists():
-        raise ConflictError(f"{state} is enrolled already", hint="choose another --state, or remove that folder first")
-    enrolled, ca = enrolling.ask(url, token, device, lambda: prepare(state))
-    return keep(state, enrolled, ca, threads=threads, health_period_s=health_period_s)
+    atomic.make_folder(state, 0o700)
+    with atomic.lock(state, "fleet-agent enroll"):
+        before = _enrolled(state)
+        if before is not None and not again:
+            raise ConflictError(
+                f"{state} is enrolled already, as {before.device}",
+                hint="to enrol that board again, with what it serves: --again; for another one choose another --state",
+            )
+        if before is not None and device not in ("", before.device):
+            raise ConflictError(
+                f"the board in {state} is {before.device}, not {device}",
+                hint="choose another --state for another board",
+            )
+        enrolled, ca = enrolling.ask(url, token, before.device if before else device, lambda: prepare(state))
+        return keep(state, enrolled, ca, threads=threads, health_period_s=health_period_s, before=before)
+
+
+def _enrolled(state: Path) -> Settings | None:
+    """What an enrolment left here; None when there is none, or a damaged one, whose place another may take.
+
+    Raises:
+        EnvironmentProblem: it can't be read.
+    """
+    try:
+        return board_settings.read(state)
+    except EnvironmentProblem as exc:
+        if isinstance(exc.__cause__, FileNotFoundError | msgspec.DecodeError):
+            return None
+        raise
 
 
 def prepare(state: Path, *, files: FileSystem = DISK) -> ec.EllipticCurvePrivateKey:
@@ -62,24 +90,23 @@ def prepare(state: Path, *, files: FileSystem = DISK) -> ec.EllipticCurvePrivate
 
 
 def keep(
-    state: Path, enrolled: Enrolled, ca: str, *, threads: int, health_period_s: float, files: FileSystem = DISK
-) -> Settings:
-    """Keep what the controller gave: a board that is cut off on the way is not enrolled yet, one that returns is.
+    state: Path, enrolled: Enrolled, ca: str, *, threads: int, health_period_s: float, before: Settings | None = None,
+    files: FileSystem = DISK,
+) -> Settings:  # fmt: skip
+    """Keep what the controller gave: a board that is cut off on the way is not enrolled yet, one that returns is. The limits are those of
+    ``before`` where there was an enrolment.
 
     Raises:
         EnvironmentProblem: the disk refused.
     """
-    settings = Settings(
-        device=enrolled.device,
-        device_class=enrolled.device_class,
-        site=enrolled.site,
-        broker_host=enrolled.broker_host,
-        broker_port=enrolled.broker_port,
-        api_host=enrolled.api_host,
-        api_port=enrolled.api_port,
-        threads=threads,
-        health_period_s=health_period_s,
-    )
+    given = {
+        name: getattr(enrolled, name)
+        for name in ("device", "device_class", "site", "broker_host", "broker_port", "api_host", "api_port")
+    }
+    if before is None:
+        settings = Settings(**given, threads=threads, health_period_s=health_period_s)
+    else:
+        settings = msgspec.structs.replace(before, **given)
     atomic.write(state / "identity" / "agent.pem", enrolled.certificate.encode(), files=files)
     atomic.write(state / "identity" / "ca.pem", ca.encode(), files=files)
     atomic.write(state / "trust" / "root.json", enrolled.root.encode(), files=files)

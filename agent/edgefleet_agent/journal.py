@@ -33,6 +33,8 @@ class Journal(msgspec.Struct, frozen=True, kw_only=True):
         desired_seen: digest of the last ``desired`` message that was decided about.
         refusal: why that one was refused, if it was.
         kernel_boot: the board's start (not the agent's) in which ``life`` was last changed; empty when the kernel does not name it.
+        stopped: the agent was stopped in order since then.
+        soaked_s: for how long what soaks had served well when it was.
     """
 
     life: Life = Life()
@@ -46,6 +48,8 @@ class Journal(msgspec.Struct, frozen=True, kw_only=True):
     desired_seen: str = ""
     refusal: str = ""
     kernel_boot: str = ""
+    stopped: bool = False
+    soaked_s: float = 0.0
 
 
 def read(state: Path, *, files: FileSystem = DISK, given_up: bool = False) -> Journal:

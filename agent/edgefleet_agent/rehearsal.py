@@ -23,6 +23,7 @@ PROGRAMS = (
     "edgefleet_agent.build_child",
     "edgefleet_agent.accept_child",
     "edgefleet_agent.sign_child",
+    "edgefleet_agent.renew_child",
     # Without these it would run, and no later version could take its place.
     "edgefleet_agent.rehearse_child",
     "edgefleet_agent.provided",

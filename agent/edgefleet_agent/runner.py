@@ -131,6 +131,7 @@ class Runner:
         self._again_at = 0.0
         self._tries = 0
         self._deadline: float | None = None  # of the assignment, while it is fetched and built
+        self._soaking_since: float | None = None
         self._stopping = False
 
     # -- the loop ------------------------------------------------------------------------------------------------------
@@ -151,7 +152,18 @@ class Runner:
             beside()
             notify.alive()
         self._ending.set()
+        self.close()
+
+    def close(self) -> None:
+        """The agent ends in order, and its next start is to know that: who stops it says nothing against what it was at."""
         self._stop_job.set()
+        current = self._keeper.now
+        if self._wake_at is None and current.life.state is not State.IDLE:
+            soaked_s = current.soaked_s
+            if self._soaking_since is not None:
+                soaked_s += self._ports.clock.monotonic() - self._soaking_since
+            with suppress(EdgefleetError):  # then it counts, as when the power is cut
+                self._keeper.keep(stopped=True, soaked_s=soaked_s)
         self._spool.close()
 
     def stop(self) -> None:
@@ -167,6 +179,10 @@ class Runner:
     def is_changing(self) -> bool:
         """The same as far as the disk has said: what is not read yet changes nothing."""
         return self._keeper.now.life.state in CHANGING
+
+    def note(self, what: str, problem: str) -> None:
+        """Something beside the line stands in the board's way or, without ``problem``, does not any more. For the loop's thread."""
+        self._teller.note(what, problem)
 
     def unverified(self) -> str:
         """See :meth:`edgefleet_agent.admission.Admissions.unverified`."""
@@ -325,10 +341,13 @@ class Runner:
         """
         event, detail, before = happened.event, happened.detail, self._keeper.now
         switched_off = before.life.state in HARMLESS and before.kernel_boot != self._kernel_boot
-        life, effects = step(before.life, event, counted=not (switched_off or self._excused()))
+        life, effects = step(before.life, event, counted=not (switched_off or before.stopped or self._excused()))
         if not effects:
             return
-        planned = msgspec.structs.replace(before, **happened.changes, life=life, kernel_boot=self._kernel_boot)
+        planned = msgspec.structs.replace(
+            before, **happened.changes, life=life, kernel_boot=self._kernel_boot, stopped=False,
+            soaked_s=before.soaked_s if before.stopped and event is Event.RESTARTED else 0.0,
+        )  # fmt: skip
         if life.outcome is not before.life.outcome and life.outcome is not None:
             planned = msgspec.structs.replace(planned, reason=detail)
         if event is Event.RETURN_FAILED and before.reason:
@@ -351,6 +370,7 @@ class Runner:
         self._stop_job.set()
         self._stop_job = threading.Event()
         self._tries, self._again = 0, ()
+        self._soaking_since = None
         self._look_at_plans = True
         # What came while it could not be heeded need not wait longer: who takes a version back does not want it to serve first.
         self._look_at_pending = self._look_at_pending or bool(TABLE[life.state, Event.ASSIGNED].effects)
@@ -408,7 +428,9 @@ class Runner:
         transition, stop = self._transition, self._stop_job
 
         def run() -> None:
-            for number, (_, job) in enumerate(jobs):
+            for number, (effect, job) in enumerate(jobs):
+                if effect is Effect.SOAK:
+                    self._soaking_since = self._ports.clock.monotonic()
                 try:
                     result = job(stop)
                 except EdgefleetError as exc:

@@ -58,7 +58,9 @@ def read(state: Path, *, files: FileSystem = DISK) -> Settings:
             f"{state} is not enrolled", hint="run fleet-agent enroll with a token from the controller"
         ) from exc
     except msgspec.DecodeError as exc:
-        raise EnvironmentProblem(f"{path} is damaged: {exc}", hint="enrol again with a new token") from exc
+        raise EnvironmentProblem(
+            f"{path} is damaged: {exc}", hint="fleet device revoke, then fleet-agent enroll with a new token"
+        ) from exc
 
 
 def write(state: Path, settings: Settings, *, files: FileSystem = DISK) -> None:

@@ -67,13 +67,13 @@ def swap(state: Path, ports: Ports, assignment: Assignment, stop: threading.Even
     return Event.SWAPPED, f"{loaded.mode}: {loaded.why}; requests waited {switched.parked_ms:.0f} ms"
 
 
-def soak(ports: Ports, assignment: Assignment, stop: threading.Event) -> tuple[Event, str]:
-    """Watch the new model serve for ``soak_s``.
+def soak(ports: Ports, assignment: Assignment, stop: threading.Event, soaked_s: float = 0.0) -> tuple[Event, str]:
+    """Watch the new model serve for what is left of ``soak_s`` when it has soaked for ``soaked_s``.
 
     Unhealthy: its worker crashed, it does not serve any more, the runtime is gone, or more than a hundredth of the
     requests failed.
     """
-    end = ports.clock.monotonic() + assignment.soak_s
+    end = ports.clock.monotonic() + assignment.soak_s - soaked_s
     at_start: VersionStatus | None = None
     while True:
         try:

@@ -13,6 +13,7 @@ done for an assignment. A board that lost one copy to a power cut does not forge
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -156,11 +157,24 @@ def admit(
         now=now,
         subject=subject,
     )
-    admission = ask(request)
+    try:
+        admission = ask(request)
+    except Refusal as exc:
+        if isinstance(exc.error, TrustError) and exc.error.check == "root_chain":
+            _discard_next_root(state, files)
+        raise
     if admission.root != request.root:
         atomic.write(state / "trust" / "root.json", admission.root, files=files)
     write_floors(state, admission.floors, files=files)
     return admission
+
+
+def _discard_next_root(state: Path, files: FileSystem) -> None:
+    """As the TUF specification has it (5.3.4). Every other file that is not what it should be is written over by the right one, but of a next
+    root there is none as a rule: what a broker in the wrong hands once said would be refused for ever. A disk that keeps it is asked again when that
+    is refused the next time."""
+    with suppress(EdgefleetError):
+        atomic.remove(state / "metadata" / f"{root_version(state, files=files) + 1}.root.json", files=files)
 
 
 def _blobs(layout: Layout, assignment: Assignment) -> tuple[Descriptor, ...]:
@@ -274,12 +288,12 @@ def _holds(path: Path, content: bytes, files: FileSystem) -> bool:
 
 
 def take_metadata(state: Path, name: str, content: bytes, *, files: FileSystem = DISK) -> bool:
-    """Keep a metadata file as it arrived, unverified; returns whether it is new.
+    """Keep a metadata file as it arrived, unverified; returns whether it is new. An empty one says that the broker has none.
 
     Raises:
         EnvironmentProblem: it can't be kept.
     """
-    if len(content) > MAX_METADATA_BYTES:
+    if not 0 < len(content) <= MAX_METADATA_BYTES:
         return False
     path = state / "metadata" / name
     if _holds(path, content, files):

@@ -50,6 +50,10 @@ class Controller:
         self.clock = SystemClock()
         home = settings.home
         self.ca = CertificateAuthority(home / "ca", self.clock)
+        for name in ("server", CONTROLLER):
+            # Now, because broker and API read them once, when they start.
+            if self.ca.renew_own(name):
+                log.info("certificate renewed", extra={"reason": f"two thirds of the life of {name}.pem are over"})
         online = home / "keys" / "online"
         self.repository = Repository(
             home / "repository", read_key(online / "snapshot.pem"), read_key(online / "timestamp.pem"), self.clock

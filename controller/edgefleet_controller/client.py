@@ -130,6 +130,9 @@ class FleetClient:
     def device(self, name: str) -> Json:
         return self._call("GET", f"/v1/devices/{name}")
 
+    def revoke_device(self, name: str) -> Json:
+        return self._call("DELETE", f"/v1/devices/{name}")
+
     def workers(self) -> Json:
         return self._call("GET", "/v1/workers")
 

@@ -75,7 +75,8 @@ def _certificates(home: Path) -> str:
         (x509.load_pem_x509_certificate(p.read_bytes()).not_valid_after_utc, p.name) for p in home.glob("ca/*.pem")
     )
     if soonest[0].timestamp() - SystemClock().now() < WARN_BEFORE_S:
-        raise EnvironmentProblem(f"{soonest[1]} ends at {soonest[0]:%Y-%m-%d}")
+        hint = "" if soonest[1] == "ca.pem" else "start the controller anew: it renews its own"
+        raise EnvironmentProblem(f"{soonest[1]} ends at {soonest[0]:%Y-%m-%d}", hint=hint)
     return f"the first to end is {soonest[1]}, {soonest[0]:%Y-%m-%d}"
 
 

@@ -1,6 +1,7 @@
 """Identity: enrolment. Receives a one-time token and a certificate request, hands on a certificate and where to find the fleet.
 
 Boards and workers alike. The class and site of a board come from its token, its name from the token or its wish; of its request only the key is used.
+A board's certificate is renewed for whoever shows it over TLS, and so has its key: the same name, the same key, a whole life again.
 """
 
 from __future__ import annotations
@@ -11,18 +12,39 @@ from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from edgefleet_shared.clock import Clock
-from edgefleet_shared.errors import InputError
-from edgefleet_shared.messages import Enrolled
+from edgefleet_shared.errors import InputError, TrustError
+from edgefleet_shared.messages import Enrolled, Renewed
 from edgefleet_shared.topics import check_name
 from edgefleet_shared.work import IDENTITY_PREFIX
 from sqlmodel import Session
 
-from edgefleet_controller.pki import CertificateAuthority, requested_key
+from edgefleet_controller.pki import CertificateAuthority, common_name, is_of_enrolment, requested_key
 from edgefleet_controller.settings import Settings
 from edgefleet_controller.sign import Repository
 from edgefleet_controller.store import devices, workers
 from edgefleet_controller.store.database import Database
 from edgefleet_controller.store.tables import Device, EnrolmentToken, Worker
+from edgefleet_controller.transport.broker import CONTROLLER
+
+
+def _check_device_name(name: str) -> str:
+    """``name``, if a board may have it.
+
+    Raises:
+        InputError: it can't be one, or the broker would take the board for the controller, which may write everything.
+    """
+    if name == CONTROLLER:
+        raise InputError(f"{name} is the controller's own name", hint="choose another one for the board")
+    return check_name(name, "device")
+
+
+def _holder(session: Session, certificate: x509.Certificate) -> str:
+    row = devices.get_device(session, common_name(certificate))
+    if row.revoked:
+        raise TrustError("certificate", f"device {row.name} was revoked")
+    if not is_of_enrolment(certificate, row.enrolled_at):
+        raise TrustError("certificate", f"device {row.name} was enrolled anew since it got this certificate")
+    return row.name
 
 
 class Enrolment:
@@ -45,7 +67,7 @@ class Enrolment:
             NotFoundError: no such class. InputError: a name that can't be one.
         """
         if device:
-            check_name(device, "device")
+            _check_device_name(device)
         if site:
             check_name(site, "site")
         with self._database.write() as session:
@@ -79,7 +101,7 @@ class Enrolment:
                 serial = f"{certificate.serial_number:x}"
                 workers.enrol(session, name, row.device_class or "", certificate_serial=serial, now=self._clock.now())
             else:
-                certificate = self._ca.enroll(request.encode(), check_name(name, "device"))
+                certificate = self._ca.enroll(request.encode(), _check_device_name(name))
                 serial = f"{certificate.serial_number:x}"
                 devices.enrol(
                     session,
@@ -93,6 +115,29 @@ class Enrolment:
             row.certificate = certificate.public_bytes(serialization.Encoding.PEM).decode()
             session.add(row)
             return self._answer(row)
+
+    def renew(self, shown: bytes) -> Renewed:
+        """Another certificate for a board that shows one of ours (DER) which has not ended. It may show the old one again: the new one was
+        perhaps cut off on its way.
+
+        Raises:
+            TrustError, NotFoundError: as :meth:`holder`, or it is no board's.
+        """
+        certificate = x509.load_der_x509_certificate(shown)
+        with self._database.write() as session:
+            name = _holder(session, certificate)
+            renewed = self._ca.renew(certificate)
+            devices.renew(session, name, f"{renewed.serial_number:x}")
+        return Renewed(renewed.public_bytes(serialization.Encoding.PEM).decode())
+
+    def holder(self, shown: bytes) -> str:
+        """The board that a certificate of ours (DER), shown over TLS, makes its holder.
+
+        Raises:
+            TrustError: the board was revoked, or it got the certificate before it was enrolled anew. NotFoundError: no such board.
+        """
+        with self._database.read() as session:
+            return _holder(session, x509.load_der_x509_certificate(shown))
 
     def _is_in_force(self, session: Session, spent: EnrolmentToken, key: ec.EllipticCurvePublicKey) -> bool:
         """Whether what was given for a token is this key's, and still the one certificate of its holder."""

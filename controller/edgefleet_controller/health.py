@@ -23,6 +23,7 @@ from edgefleet_controller.rollout.views import Figures
 from edgefleet_controller.store import devices, events
 from edgefleet_controller.store.database import Database
 from edgefleet_controller.store.devices import PresenceRow, ReportedRow
+from edgefleet_controller.twins import Twins
 
 log = logging.getLogger(__name__)
 
@@ -104,6 +105,7 @@ class Intake:
         self._reported: dict[str, tuple[Reported, float]] = {}
         self._presence: dict[str, PresenceRow] = {}
         self._seen: dict[str, float] = {}
+        self._twins = Twins()
         with database.read() as session:
             stored = devices.all_figures(session)
             known = devices.list_devices(session)
@@ -133,6 +135,7 @@ class Intake:
             if not message.online and known and message.boot and message.boot != known:
                 return
             if message.online:
+                self._twins.online(device, message.boot, now)
                 self._online.add(device)
                 self._seen[device] = now
                 self._boot[device] = message.boot
@@ -172,6 +175,11 @@ class Intake:
         """The board's figures since it began to serve what it serves; None before its first health event."""
         kept = self._kept.get(device)
         return kept.figures() if kept is not None else None
+
+    def is_double(self, device: str) -> bool:
+        """Whether two machines show the board's identity, as far as this controller has heard since it started."""
+        with self._lock:
+            return self._twins.are_there(device, self._clock.now())
 
     def last(self, device: str) -> Health | None:
         """The board's last health event."""

@@ -17,17 +17,26 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from edgefleet_shared import atomic
 from edgefleet_shared.clock import Clock, utc
-from edgefleet_shared.errors import InputError, NotFoundError
+from edgefleet_shared.errors import InputError, NotFoundError, TrustError
 
 CA_LIFE = timedelta(days=3650)
 SERVER_LIFE = timedelta(days=825)
 DEVICE_LIFE = timedelta(days=365)
 # A board without a clock must be able to use its certificate at once, so validity begins a day early.
 BACKDATED = timedelta(days=1)
+RENEWED_AFTER = 2 / 3  # of the life of the controller's own; boards have the same rule for theirs
+# A certificate tells whole seconds, and is made a moment before its board is entered.
+ENROLLED_SLACK_S = 5.0
 
 
 def _name(common_name: str) -> x509.Name:
     return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, common_name)])
+
+
+def common_name(certificate: x509.Certificate) -> str:
+    """Whom a certificate is about."""
+    (name,) = certificate.subject.get_attributes_for_oid(NameOID.COMMON_NAME)
+    return str(name.value)
 
 
 def _pem(key: ec.EllipticCurvePrivateKey) -> bytes:
@@ -53,6 +62,12 @@ def requested_key(request_pem: bytes) -> ec.EllipticCurvePublicKey:
     if not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, ec.SECP256R1):
         raise InputError("the certificate request must carry a P-256 key")
     return key
+
+
+def is_of_enrolment(certificate: x509.Certificate, enrolled_at: float) -> bool:
+    """Whether a board's certificate was given to it since it was enrolled last: what an earlier enrolment gave counts for nothing."""
+    given_at = (certificate.not_valid_before_utc + BACKDATED).timestamp()
+    return given_at >= enrolled_at - ENROLLED_SLACK_S
 
 
 class CertificateAuthority:
@@ -135,6 +150,46 @@ class CertificateAuthority:
             InputError: not a request, badly signed, or not a P-256 key.
         """
         return self._certify(device, requested_key(request_pem), None, ExtendedKeyUsageOID.CLIENT_AUTH, DEVICE_LIFE)
+
+    def renew_own(self, name: str) -> bool:
+        """Replace ``<name>.pem``, one of the controller's own that :meth:`issue_server` or :meth:`issue_client` wrote, by one for a whole life
+        again when two thirds of its life are over. Addresses and key stay, so that one file changes. Returns whether it did.
+
+        Raises:
+            EnvironmentProblem: it can't be read or written.
+        """
+        path = self.folder / f"{name}.pem"
+        try:
+            shown = x509.load_pem_x509_certificate(atomic.read(path))
+            shown.verify_directly_issued_by(self.certificate)
+            usage = shown.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value
+        except FileNotFoundError:
+            return False
+        except (ValueError, TypeError, InvalidSignature, x509.ExtensionNotFound):
+            return False  # an operator's own, from another authority
+        begins, ends = shown.not_valid_before_utc, shown.not_valid_after_utc
+        key = shown.public_key()
+        if utc(self._clock.now()) < begins + RENEWED_AFTER * (ends - begins) or not isinstance(
+            key, ec.EllipticCurvePublicKey
+        ):
+            return False
+        alternatives = [e.value for e in shown.extensions if isinstance(e.value, x509.SubjectAlternativeName)]
+        renewed = self._certify(
+            common_name(shown), key, alternatives[0] if alternatives else None, next(iter(usage)), SERVER_LIFE
+        )
+        atomic.write(path, renewed.public_bytes(serialization.Encoding.PEM))
+        return True
+
+    def renew(self, certificate: x509.Certificate) -> x509.Certificate:
+        """The same for a whole life again: one of our boards' certificates, whose holder has just shown that it has the key.
+
+        Raises:
+            TrustError: it is none of our boards'.
+        """
+        key, usage = certificate.public_key(), certificate.extensions.get_extension_for_class(x509.ExtendedKeyUsage)
+        if ExtendedKeyUsageOID.CLIENT_AUTH not in usage.value or not isinstance(key, ec.EllipticCurvePublicKey):
+            raise TrustError("certificate", "this is no board's certificate")
+        return self._certify(common_name(certificate), key, None, ExtendedKeyUsageOID.CLIENT_AUTH, DEVICE_LIFE)
 
     def _certify(
         self,

@@ -29,10 +29,7 @@ from edgefleet_shared.messages import AgentReport, Ended, Reported, SignedResult
 from securesystemslib import dsse, exceptions
 from securesystemslib.signer import SSlibKey
 
-from edgefleet_controller.pki import BACKDATED
-
-# A certificate tells whole seconds, and is made a moment before its board is entered.
-ENROLLED_SLACK_S = 5.0
+from edgefleet_controller.pki import is_of_enrolment
 
 
 class Standing(str, Enum):
@@ -140,8 +137,7 @@ class ResultVerifier:
             raise TrustError("result", f"its certificate is none of this fleet's: {exc}") from exc
         if [name.value for name in names] != [holder.device] or ExtendedKeyUsageOID.CLIENT_AUTH not in usage:
             raise TrustError("result", "its certificate is another's")
-        given_at = (certificate.not_valid_before_utc + BACKDATED).timestamp()
-        if given_at < holder.enrolled_at - ENROLLED_SLACK_S:
+        if not is_of_enrolment(certificate, holder.enrolled_at):
             raise TrustError("result", "its certificate is of an earlier enrolment")
         return certificate
 

@@ -1,4 +1,4 @@
-"""Identity: asking for a certificate. Receives a one-time token and a key, hands on what the controller gives a board or a worker.
+"""Identity: asking for a certificate. Receives a one-time token and a key, or the certificate that nears its end, hands on what the controller gives.
 
 The token names the fleet's CA by fingerprint, so the very first connection already knows whom it must meet: the CA certificate is
 fetched unverified, held against the fingerprint, and only then is anything secret sent, over a connection that trusts that
@@ -16,13 +16,14 @@ from urllib.parse import urlsplit
 
 import msgspec
 from cryptography import x509
+from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from edgefleet_shared import atomic
 from edgefleet_shared.errors import EnvironmentProblem, InputError, TransportError, TrustError, from_dict
 from edgefleet_shared.files import DISK, FileSystem
-from edgefleet_shared.messages import Enrolled, EnrolRequest
+from edgefleet_shared.messages import Enrolled, EnrolRequest, Renewed
 
 TIMEOUT_S = 30.0
 MAX_ANSWER_BYTES = 4 * 1024 * 1024
@@ -77,6 +78,30 @@ def ask(url: str, token: str, name: str, make_key: Callable[[], ec.EllipticCurve
         return msgspec.json.decode(answer, type=Enrolled), ca
     except msgspec.DecodeError as exc:
         raise TransportError(f"the controller's answer can't be read: {exc}") from exc
+
+
+def renew(host: str, port: int, context: ssl.SSLContext, certificate: bytes, ca: bytes) -> str:
+    """A certificate (PEM) like ``certificate``, which the controller gives to whoever shows that one: name and key are the same, its end is later.
+
+    Args:
+        context: shows ``certificate`` and trusts ``ca`` (PEM) alone.
+
+    Raises:
+        TransportError: the controller can't be reached, or its answer can't be read. TrustError: what it gave is not that.
+        EdgefleetError: it refuses, in its own words.
+    """
+    answer = _call(host, port, context, "POST", "/v1/renew", None)
+    try:
+        given = x509.load_pem_x509_certificate(msgspec.json.decode(answer, type=Renewed).certificate.encode())
+        shown = x509.load_pem_x509_certificate(certificate)
+        given.verify_directly_issued_by(x509.load_pem_x509_certificate(ca))
+    except (msgspec.DecodeError, ValueError, TypeError, InvalidSignature) as exc:
+        raise TransportError(f"the controller's answer is no certificate of this fleet: {exc}") from exc
+    if (given.subject, given.public_key()) != (shown.subject, shown.public_key()):
+        raise TrustError("certificate", "the controller gave another's certificate")
+    if given.not_valid_after_utc <= shown.not_valid_after_utc:
+        raise TrustError("certificate", "the controller gave a certificate that ends no later")
+    return given.public_bytes(serialization.Encoding.PEM).decode()
 
 
 def address(url: str) -> tuple[str, int]:

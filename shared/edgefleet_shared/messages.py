@@ -229,6 +229,12 @@ class Enrolled(msgspec.Struct, frozen=True, kw_only=True):
     api_port: int
 
 
+class Renewed(msgspec.Struct, frozen=True):
+    """controller -> board, by HTTPS: a certificate in PEM for the name and the key of the one that the board showed."""
+
+    certificate: str
+
+
 def encode(message: msgspec.Struct) -> bytes:
     """A message's bytes."""
     return msgspec.json.encode(message)

@@ -23,8 +23,9 @@ from typing import Any
 
 import msgspec
 
+from edgefleet_shared.certificates import validity
 from edgefleet_shared.deferred import defer
-from edgefleet_shared.errors import TransportError
+from edgefleet_shared.errors import EnvironmentProblem, TransportError
 
 defer(
     "urllib.request"
@@ -41,8 +42,10 @@ KEEPALIVE_S = 20
 CONNECT_TIMEOUT_S = 10.0
 BACKOFF_FIRST_S = 0.5
 BACKOFF_LAST_S = 60.0
+STEADY_S = 10.0  # a connection that ends sooner is as one that never was: two boards with one identity end each other's
 OUTBOX_LIMIT = 20_000
 IN_FLIGHT = 64
+_NO_CHECK_TIME = ssl.VerifyFlags(0x200000)  # X509_V_FLAG_NO_CHECK_TIME of x509_vfy.h, for which Python has no name
 
 
 class Endpoint(msgspec.Struct, frozen=True, kw_only=True):
@@ -62,11 +65,32 @@ class Endpoint(msgspec.Struct, frozen=True, kw_only=True):
         """
         try:
             context = ssl.create_default_context(ssl.Purpose.SERVER_AUTH, cafile=str(self.ca))
-            context.load_cert_chain(str(self.certificate), str(self.key))
         except (OSError, ssl.SSLError) as exc:
             raise TransportError(f"the certificates for {self.host} can't be used: {exc}") from exc
+        self.load_certificate(context)
         context.minimum_version = ssl.TLSVersion.TLSv1_2
         return context
+
+    def load_certificate(self, context: ssl.SSLContext) -> None:
+        """Show our certificate as the disk has it now in connections that are made from here on: it may have been renewed.
+
+        A clock that stands before its beginning is known to be wrong, as of a board without one where nobody tells the time, and judges no
+        certificate's times. It would let an ended one pass anyhow, and refuse all that are good.
+
+        Raises:
+            TransportError: a file is missing or no PEM.
+        """
+        try:
+            context.load_cert_chain(str(self.certificate), str(self.key))
+            begins, _ = validity(self.certificate)
+        except (OSError, ssl.SSLError) as exc:
+            raise TransportError(f"the certificates for {self.host} can't be used: {exc}") from exc
+        except EnvironmentProblem as exc:
+            raise TransportError(f"the certificates for {self.host} can't be used: {exc.message}") from exc
+        if time.time() < begins:
+            context.verify_flags |= _NO_CHECK_TIME
+        else:
+            context.verify_flags &= ~_NO_CHECK_TIME
 
 
 class Will(msgspec.Struct, frozen=True):
@@ -123,6 +147,7 @@ class Link:
         self._stopping = threading.Event()
         self._idle = threading.Event()
         self.connected = threading.Event()
+        self._up_at = 0.0
         self._reason = "never connected"
         self.sent_bytes = 0  # payload bytes handed to the broker since the start
         self._thread = threading.Thread(target=self._run, name=f"mqtt-{name}", daemon=True)
@@ -132,7 +157,8 @@ class Link:
         self._connect_properties.MaximumPacketSize = max_packet_bytes
         client = _Client(CallbackAPIVersion.VERSION2, client_id=name, protocol=paho.MQTTv5)
         client.largest_bytes = max_packet_bytes
-        client.tls_set_context(endpoint.tls())
+        self._tls = endpoint.tls()
+        client.tls_set_context(self._tls)
         client.max_inflight_messages_set(IN_FLIGHT)
         client.connect_timeout = CONNECT_TIMEOUT_S
         if will is not None:
@@ -228,6 +254,7 @@ class Link:
         if code.is_failure:
             self._reason = f"the broker refused the connection: {code}"
             return
+        self._up_at = time.monotonic()
         self.connected.set()
         for qos in sorted(set(self._filters.values())):
             self._send_subscribe([one for one, level in self._filters.items() if level == qos], qos)
@@ -243,6 +270,7 @@ class Link:
         backoff = BACKOFF_FIRST_S
         while not self._stopping.is_set():
             try:
+                self._endpoint.load_certificate(self._tls)
                 self._client.connect(
                     _address(self._endpoint.host),
                     self._endpoint.port,
@@ -252,9 +280,11 @@ class Link:
                 )
                 self._reason = "the broker closed the connection without an answer; is our certificate valid there?"
                 self._serve()
+            except TransportError as exc:
+                self._reason = str(exc)
             except (OSError, ssl.SSLError, ValueError) as exc:
                 self._reason = f"can't reach the broker at {self._endpoint.host}:{self._endpoint.port}: {exc}"
-            if self.connected.is_set():
+            if self.connected.is_set() and time.monotonic() - self._up_at >= STEADY_S:
                 backoff = BACKOFF_FIRST_S
             self.connected.clear()
             if not self._stopping.is_set():

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import suppress
+
 from chaos.board import STATE, Agent, SimulatedRuntime, Story, check_end
 from chaos.depot import Depot
-from chaos.stories import enrolment
+from chaos.stories import came_to, depot, enrolment
 from edgefleet_agent import journal
 from edgefleet_agent.journal import Journal
+from edgefleet_agent.runtime.control import StatusReport
 from edgefleet_shared.lifecycle import MAX_RESTARTS, State
 from edgefleet_shared.outcomes import Outcome
 from support.disk import MemoryDisk, Tree, remains
 
 TRIP_S = 10.0
+LOOK_S = 5.0  # that pass with each look at what serves
+DEPOT = depot()
 TRIPS = 3 * MAX_RESTARTS
 CHUNKS = 4 * MAX_RESTARTS  # of the model that is fetched
 
@@ -54,6 +60,71 @@ class Vehicle:
     @property
     def journal(self) -> Journal:
         return journal.read(STATE, files=MemoryDisk(self.tree))
+
+
+class Soaking(SimulatedRuntime):
+    """Time passes with each look at what it serves; after a while somebody switches the board off."""
+
+    def until(self, agent: Agent, seconds: float, how: Callable[[Agent], None]) -> None:
+        self._agent, self._ends, self._how = agent, agent.clock.elapsed + seconds, how
+
+    def status(self, crashes: int = 0) -> StatusReport:
+        told = super().status(crashes)
+        self._agent.clock.elapsed += LOOK_S
+        if self._agent.clock.elapsed >= self._ends:
+            self._how(self._agent)
+        return told
+
+
+class SwitchedOff(Exception):
+    """The power is gone."""
+
+
+def cut(agent: Agent) -> None:
+    raise SwitchedOff
+
+
+def in_order(agent: Agent) -> None:
+    agent.runner.close()
+    raise SwitchedOff
+
+
+def soaked(tree: Tree, desired: bytes, start: int, how: Callable[[Agent], None], seconds: float) -> Agent:
+    """A start of a board that is on for so long, or until version 2 has come to its end; the disk has all that was written."""
+    disk = MemoryDisk(tree)
+    runtime = Soaking(DEPOT, disk, frozenset())
+    story = Story("soak", tree, (desired,), {"2": (Outcome.SUCCEEDED,)})
+    agent = Agent(DEPOT, story, disk, runtime, start=start, kernel_boot=f"kernel boot {start}")
+    runtime.until(agent, seconds, how)
+    with suppress(SwitchedOff):
+        agent.run()
+    return agent
+
+
+def test_a_board_that_is_switched_off_in_order_each_day_soaks_on_the_next_and_commits() -> None:
+    tree, desired = came_to("1"), DEPOT.assign("2", soak_s=int(30 * LOOK_S))
+    for start in range(2 * MAX_RESTARTS):
+        tree = soaked(tree, desired, start, in_order, 4 * LOOK_S).disk.tree()
+        assert journal.read(STATE, files=MemoryDisk(tree)).life.state is State.SOAKING
+    last = soaked(tree, desired, 99, in_order, 25 * LOOK_S)  # less than the whole soak
+    check_end(last)
+
+
+def test_a_board_that_loses_its_power_over_each_soak_returns_to_what_it_had() -> None:
+    tree, desired = came_to("1"), DEPOT.assign("2", soak_s=int(12 * LOOK_S))
+    for start in range(MAX_RESTARTS + 1):
+        tree = soaked(tree, desired, start, cut, 8 * LOOK_S).disk.tree()
+        assert journal.read(STATE, files=MemoryDisk(tree)).life.state is State.SOAKING
+    last = soaked(tree, desired, 99, cut, 100 * LOOK_S)
+    check_end(last, {"1": (Outcome.FAILED_ROLLED_BACK,)})
+
+
+def test_only_the_stop_right_before_a_start_excuses_it() -> None:
+    tree, desired = came_to("1"), DEPOT.assign("2", soak_s=int(12 * LOOK_S))
+    tree = soaked(tree, desired, 0, in_order, 8 * LOOK_S).disk.tree()
+    for start in range(1, MAX_RESTARTS + 2):
+        tree = soaked(tree, desired, start, cut, 3 * LOOK_S).disk.tree()
+    check_end(soaked(tree, desired, 99, cut, 100 * LOOK_S), {"1": (Outcome.FAILED_ROLLED_BACK,)})
 
 
 def _turned(agent: Agent) -> Agent:

@@ -17,8 +17,9 @@ from edgefleet_controller.settings import Settings
 from edgefleet_controller.sign import Repository, make_key
 from edgefleet_controller.store import devices
 from edgefleet_controller.store.database import Database
+from edgefleet_controller.transport.broker import CONTROLLER
 from edgefleet_shared.clock import ManualClock
-from edgefleet_shared.errors import TrustError
+from edgefleet_shared.errors import InputError, TrustError
 from sqlmodel import Session
 
 TOKEN_LIFE_S = 3600.0
@@ -76,6 +77,16 @@ def test_attack_a_spent_token_in_other_hands_is_refused(office: Office, tmp_path
     office.enrolment.enroll(token, "b1", request(enroll.prepare(tmp_path / "board")))
     with pytest.raises(TrustError, match="not valid"):
         office.enrolment.enroll(token, "b1", request(enroll.prepare(tmp_path / "thief")))
+
+
+def test_attack_a_board_that_calls_itself_the_controller_gets_no_certificate_of_that_name(
+    office: Office, tmp_path: Path
+) -> None:
+    token = office.enrolment.token("pc", site="", device="", ttl_s=TOKEN_LIFE_S)
+    with pytest.raises(InputError, match="the controller's own name"):
+        office.enrolment.enroll(token, CONTROLLER, request(enroll.prepare(tmp_path)))
+    with pytest.raises(InputError, match="the controller's own name"):
+        office.enrolment.token("pc", site="", device=CONTROLLER, ttl_s=TOKEN_LIFE_S)
 
 
 def revoke_device(session: Session) -> None:

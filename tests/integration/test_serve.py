@@ -9,12 +9,14 @@ import os
 import signal
 import socket
 import subprocess
+import time
 
 import pytest
 import yaml
 from cryptography import x509
 from cryptography.x509.oid import NameOID
 from edgefleet_controller.demo.boards import program
+from edgefleet_controller.pki import ENROLLED_SLACK_S
 from edgefleet_controller.sign import ReleaseSigner
 from edgefleet_controller.transport.broker import find_mosquitto
 from edgefleet_shared.artifact import digest_of
@@ -295,6 +297,41 @@ def test_a_token_is_kept_when_the_request_was_bad_and_a_taken_name_is_refused(fl
     assert (bad.status_code, bad.json()["code"]) == (422, "bad_input")
     assert fleet.enroll(first)[0].status_code == 200
     assert fleet.enroll(second)[0].status_code == 409
+
+
+def test_a_board_whose_card_died_is_revoked_and_enrolled_again_under_its_name(fleet):
+    lost, begun = fleet.board("replaced-1"), time.time()
+    refused, _ = fleet.enroll(fleet.client().token("pc", device="replaced-1"))
+    assert "fleet device revoke replaced-1" in refused.json()["hint"]
+    done = fleet.run("device", "revoke", "replaced-1")
+    assert done.returncode == 0, done.stderr
+    assert {b["name"]: b["revoked"] for b in fleet.json("device", "list")}["replaced-1"]
+    refused_to_the_lost_one(fleet, lost)
+    # A certificate tells whole seconds.
+    until(lambda: time.time() > begun + ENROLLED_SLACK_S + 1, "the next enrolment is another one")
+    successor = fleet.board("replaced-1", folder="its successor")
+    assert not fleet.client().device("replaced-1")["revoked"]
+    refused_to_the_lost_one(fleet, lost)
+    with fleet.http(certificate=successor.certificate) as http:
+        assert http.get("/v1/repo/timestamp.json").status_code == 200
+    assert fleet.run("device", "revoke", "nobody").returncode == 2
+
+
+def refused_to_the_lost_one(fleet, lost):
+    with fleet.http(certificate=lost.certificate) as http:
+        assert http.post("/v1/renew").status_code == 403
+        assert http.get("/v1/repo/timestamp.json").status_code == 403
+
+
+def test_a_card_that_was_copied_after_its_enrolment_is_told(fleet):
+    board = fleet.board("copied-1").start()
+    try:
+        for turn in range(8):
+            board.present(f"start-of-machine-{turn % 2}")
+        until(lambda: "two machines" in fleet.client().device("copied-1")["problem"], "it is told")
+        assert "two machines" in fleet.run("device", "list").stdout
+    finally:
+        board.stop()
 
 
 def test_a_board_reads_metadata_but_neither_blobs_it_was_not_assigned_nor_the_operators_pages(fleet):

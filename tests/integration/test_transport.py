@@ -6,6 +6,7 @@ import os
 import random
 import signal
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -105,6 +106,24 @@ def test_a_stranger_without_a_certificate_of_the_fleet_gets_no_connection(broker
     until(lambda: len(downs) >= 2, "two refused attempts")
     assert not link.connected.is_set()
     link.stop()
+
+
+def test_two_boards_with_one_identity_do_not_wear_the_broker_out(broker: TestBroker, tmp_path: Path) -> None:
+    """A card that was copied after its enrolment: each connection ends the other one's."""
+    connects: list[str] = []
+    twins = [
+        Link(broker.endpoint("copied"), "copied", on_message=Received(), on_up=lambda: connects.append("up"))
+        for _ in range(2)
+    ]
+    for twin in twins:
+        twin.start()
+    until(lambda: len(connects) >= 6, "they push each other off", 60)
+    seen, watched_s = len(connects), 20.0
+    began = time.monotonic()
+    until(lambda: time.monotonic() - began > watched_s, "a while", watched_s + 5)
+    for twin in twins:
+        twin.stop()
+    assert len(connects) - seen <= watched_s / 2  # it was three in a second, for ever
 
 
 def test_the_last_will_tells_that_a_board_was_cut_off(broker: TestBroker) -> None:

@@ -122,11 +122,11 @@ class Fleet:
             serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
         )
 
-    def board(self, name: str, device_class: str = "pc") -> FakeBoard:
+    def board(self, name: str, device_class: str = "pc", folder: str = "") -> FakeBoard:
         token = self.client().token(device_class, site="lab", device=name)
         answer, key = self.enroll(token)
         assert answer.status_code == 200, answer.text
-        return FakeBoard(self.folder / name, answer.json(), key)
+        return FakeBoard(self.folder / (folder or name), answer.json(), key)
 
 
 class FakeBoard:
@@ -165,8 +165,12 @@ class FakeBoard:
     def stop(self) -> None:
         self._link.stop([(self._presence, encode(Presence(False, "boot-1")), True)])
 
+    def present(self, boot: str) -> None:
+        """Come online as that start of the agent."""
+        self._link.publish(self._presence, encode(Presence(True, boot)), retain=True)
+
     def _up(self) -> None:
-        self._link.publish(self._presence, encode(Presence(True, "boot-1")), retain=True)
+        self.present("boot-1")
         self._report()
 
     def _take(self, topic: str, payload: bytes) -> None:

@@ -151,6 +151,22 @@ def test_attack_a_broker_can_not_fill_the_disk_with_metadata_that_nobody_asked_f
     assert sorted(path.name for path in (board.state / "metadata").iterdir()) == ["2.root.json", "timestamp.json"]
 
 
+def test_attack_a_next_root_that_nobody_signed_is_gone_once_it_was_refused(board: Board) -> None:
+    board.admissions.take_metadata("2.root.json", b"junk")
+    board.says = TrustError("root_chain", "Failed to deserialize JSON")
+    board.desire()
+    assert [path.name for path in (board.state / "metadata").iterdir()] == ["timestamp.json"]
+    # The broker is in good hands again. There is no such file in the repository that could come in its place.
+    board.says = None
+    board.metadata(b"timestamp 2")
+    assert board.keeper.now.pending == ASSIGNMENT
+
+
+def test_what_the_broker_forgot_is_no_file(board: Board) -> None:
+    board.admissions.take_metadata("2.root.json", b"")
+    assert [path.name for path in (board.state / "metadata").iterdir()] == ["timestamp.json"]
+
+
 def test_what_was_admitted_is_not_looked_at_again(board: Board) -> None:
     board.says = None
     board.desire()

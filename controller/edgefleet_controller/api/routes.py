@@ -1,7 +1,7 @@
 """The HTTP API: a face, no logic. Receives requests, hands them to the parts of the controller, turns errors into statuses.
 
 Who may what: operators (``Authorization: Bearer``) everything; boards, by the certificate of their enrolment, the blobs of what
-they are assigned and the metadata; workers, by theirs, what is below ``/v1/work`` (:mod:`.work`); strangers the CA certificate and, with a one-time token, an enrolment.
+they are assigned, the metadata, and that certificate anew; workers, by theirs, what is below ``/v1/work`` (:mod:`.work`); strangers the CA certificate and, with a one-time token, an enrolment.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import base64
 import binascii
 import hashlib
 import hmac
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
@@ -79,6 +80,11 @@ class RolloutWish(BaseModel):
     manifest: dict[str, Any]
 
 
+def _shown(request: Request) -> bytes:
+    """The certificate (DER) that a client showed over TLS; empty when it showed none."""
+    return bytes(request.scope.get("extensions", {}).get("edgefleet.client", {}).get("certificate", b""))
+
+
 def build_api(controller: Controller) -> FastAPI:
     """The application."""
     api = FastAPI(title="edgefleet", version=__version__, docs_url=None, redoc_url=None)
@@ -115,9 +121,11 @@ def build_api(controller: Controller) -> FastAPI:
 
     def reader(request: Request, digest: str = "") -> str:
         """An operator, or a board that may have what it asks for."""
-        device = request.scope.get("extensions", {}).get("edgefleet.client", {}).get("name", "")
-        if device and (not digest or controller.may_have(device, digest)):
-            return str(device)
+        if shown := _shown(request):
+            with suppress(TrustError, NotFoundError):
+                device = controller.enrolment.holder(shown)
+                if not digest or controller.may_have(device, digest):
+                    return device
         return operator(request)
 
     by_operator, by_reader = [Depends(operator)], [Depends(reader)]
@@ -129,6 +137,13 @@ def build_api(controller: Controller) -> FastAPI:
     @api.post("/v1/enroll")
     def enroll(wish: EnrolWish) -> Any:
         return msgspec.to_builtins(controller.enrolment.enroll(wish.token, wish.device, wish.request))
+
+    @api.post("/v1/renew")
+    def renew(request: Request) -> Any:
+        shown = _shown(request)
+        if not shown:
+            raise TrustError("certificate", "show the certificate that is to be renewed")
+        return msgspec.to_builtins(controller.enrolment.renew(shown))
 
     @api.post("/v1/tokens", dependencies=by_operator)
     def token(wish: TokenWish) -> dict[str, str]:
@@ -265,6 +280,12 @@ def build_api(controller: Controller) -> FastAPI:
     @api.get("/v1/devices/{name}", dependencies=by_operator)
     def get_device(name: str) -> dict[str, Any]:
         return views.board(controller, name)
+
+    @api.delete("/v1/devices/{name}", dependencies=by_operator)
+    def revoke_device(name: str) -> dict[str, str]:
+        with controller.database.write() as session:
+            devices.revoke(session, name)
+        return {"name": name, "state": "revoked"}
 
     # -- rollouts
 

@@ -23,14 +23,20 @@ if TYPE_CHECKING:
 
 
 class _CertificateProtocol(HttpToolsProtocol):
-    """Adds ``extensions["edgefleet.client"]``: the verified certificate's common name and serial number (lower hex), or empty ones."""
+    """Adds ``extensions["edgefleet.client"]``: the verified certificate (DER), its common name and serial number (lower hex), or empty ones."""
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
         certificate = self.transport.get_extra_info("peercert") or {}
         names = [v for part in certificate.get("subject", ()) for k, v in part if k == "commonName"]
         serial = str(certificate.get("serialNumber", "")).lower().lstrip("0")
-        self.scope["extensions"] = {"edgefleet.client": {"name": names[0] if names else "", "serial": serial}}
+        tls = self.transport.get_extra_info("ssl_object")
+        shown: dict[object, object] = {
+            "name": names[0] if names else "",
+            "serial": serial,
+            "certificate": (tls.getpeercert(binary_form=True) if tls else None) or b"",
+        }
+        self.scope["extensions"] = {"edgefleet.client": shown}
 
 
 class _Server(uvicorn.Server):

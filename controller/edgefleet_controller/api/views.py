@@ -20,6 +20,8 @@ from edgefleet_controller.store.tables import Artifact, CompileJob, Device, Roll
 if TYPE_CHECKING:
     from edgefleet_controller.app import Controller
 
+DOUBLE = "two machines show this board's identity: was its card copied? Enrol one of them under a name of its own"
+
 
 def status(controller: Controller) -> dict[str, Any]:
     """The controller's own state."""
@@ -185,7 +187,7 @@ def workers(controller: Controller) -> list[dict[str, Any]]:
 def boards(controller: Controller) -> list[dict[str, Any]]:
     controller.intake.flush()
     with controller.database.read() as session:
-        return [_board(row) for row in devices.list_devices(session)]
+        return [_board(row, controller.intake.is_double(row.name)) for row in devices.list_devices(session)]
 
 
 def board(controller: Controller, name: str) -> dict[str, Any]:
@@ -194,7 +196,7 @@ def board(controller: Controller, name: str) -> dict[str, Any]:
     with controller.database.read() as session:
         row = devices.get_device(session, name)
         held = rollouts.holders(session).get(name, "")
-        shown = _board(row)
+        shown = _board(row, controller.intake.is_double(name))
         last = controller.intake.last(name)
         return shown | {
             "labels": msgspec.json.decode(row.labels),
@@ -206,7 +208,7 @@ def board(controller: Controller, name: str) -> dict[str, Any]:
         }
 
 
-def _board(row: Device) -> dict[str, Any]:
+def _board(row: Device, double: bool) -> dict[str, Any]:
     reported = msgspec.json.decode(row.reported, type=Reported) if row.reported else None
     active = reported.active if reported else None
     ended = reported.ended if reported else None
@@ -223,7 +225,7 @@ def _board(row: Device) -> dict[str, Any]:
         "outcome": ended.outcome.value if ended else "",
         "reason": ended.reason if ended else "",
         "refusal": reported.refusal if reported else "",
-        "problem": reported.problem if reported else "",
+        "problem": DOUBLE if double else reported.problem if reported else "",
         "agent": reported.agent_version if reported else "",
         **_word("", row.proof, row.must_sign),
         **_word("agent_", row.agent_proof, row.agent_must_sign),

@@ -1,4 +1,4 @@
-"""``fleet device token | list | show``. A face, no logic."""
+"""``fleet device token | list | show | revoke``. A face, no logic."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import click
 from edgefleet_shared.clock import iso
 from edgefleet_shared.faces import told
 
-from edgefleet_controller.cli.output import document, home_option, json_option, megabytes, table
+from edgefleet_controller.cli.output import document, home_option, json_option, megabytes, say, table
 from edgefleet_controller.client import FleetClient
 
 
@@ -48,10 +48,25 @@ def list_devices(home: Path, as_json: bool) -> None:
         return
     rows = [
         (b["name"], b["class"], b["site"], "online" if b["online"] else f"offline {_ago(b['last_seen'])}",
-         f"{b['model']} {b['version']}".strip(), b["state"], b["outcome"], b["problem"] or b["result_refused"] or b["refusal"] or b["reason"])
+         f"{b['model']} {b['version']}".strip(), "revoked" if b["revoked"] else b["state"], b["outcome"], b["problem"] or b["result_refused"] or b["refusal"] or b["reason"])
         for b in boards
     ]  # fmt: skip
     table("devices", ("device", "class", "site", "line", "serves", "state", "outcome", "why"), rows)
+
+
+@device.command()
+@home_option
+@click.argument("name")
+@told
+def revoke(home: Path, name: str) -> None:
+    """Take a board out of the fleet: one that is lost, or whose card died.
+
+    It gets no assignment and no blob any more, its results count for nothing, its certificate is not renewed, and its name is free
+    for a board that is enrolled anew. The broker goes on letting the old certificate in until that ends: it can read what every
+    board may read, and what is said to its name. A board that may be in wrong hands should be replaced under another name.
+    """
+    FleetClient(home).revoke_device(name)
+    say(f"device {name} is revoked")
 
 
 @device.command()

@@ -94,7 +94,8 @@ def enrol(
     row = session.get(Device, name)
     if row is not None and not row.revoked:
         raise ConflictError(
-            f"device {name} is enrolled already", hint=f"revoke it first, or choose another name than {name}"
+            f"device {name} is enrolled already",
+            hint=f"revoke it first: fleet device revoke {name}; or choose another name",
         )
     if row is None:
         row = Device(name=name, device_class=device_class, enrolled_at=now)
@@ -151,6 +152,11 @@ def renew(session: Session, name: str, certificate_serial: str) -> Device:
 
 
 def revoke(session: Session, name: str) -> Device:
+    """Take a board out of the fleet; its name is free for another enrolment.
+
+    Raises:
+        NotFoundError: no such board.
+    """
     row = get_device(session, name)
     row.revoked, row.online = True, False
     session.add(row)
