@@ -176,7 +176,10 @@ class Version:
 
     def _overgrown(self, pid: int) -> str:
         """How a process broke its memory limit; empty when it did not."""
-        resident = resident_bytes(pid)
+        try:
+            resident = resident_bytes(pid)
+        except OSError:  # no descriptor is left to look with; the next look comes soon
+            return ""
         if resident <= self.memory_limit_bytes:
             return ""
         return f"outgrew its {self.memory_limit_bytes >> 20} MiB of memory: it held {resident >> 20} MiB"
