@@ -114,6 +114,8 @@ BAD = {
     "value outside the type": (*message(tensor(datatype="UINT8", data=[1, 256])), "does not fit"),
     "negative for unsigned": (*message(tensor(datatype="UINT8", data=[1, -1])), "does not fit"),
     "fraction for integer": (*message(tensor(datatype="INT32", data=[1, 1.5])), "not INT32"),
+    "truth among fractions": (*message(tensor(data=[True, 0.5])), "are no numbers"),
+    "truth among whole numbers": (*message(tensor(datatype="INT64", shape=[2, 1], data=[[1], [False]])), "are no numbers"),
     "number for bool": (*message(tensor(datatype="BOOL", data=[1, 0])), "not BOOL"),
     "integer beyond 64 bits": (*message(tensor(datatype="INT64", data=[1, 1 << 80])), "INT64"),
     "binary size is wrong": (*message(without_data(parameters={"binary_data_size": 7}), binary=bytes(7)), "has 8 bytes"),
