@@ -112,6 +112,8 @@ BAD = {
     "other nested shape": (*message(tensor(shape=[2, 3], data=[[1, 2], [3, 4], [5, 6]])), "nested data has shape"),
     "no data": (*message(without_data()), "no data"),
     "value outside the type": (*message(tensor(datatype="UINT8", data=[1, 256])), "does not fit"),
+    "value beyond single precision": (*message(tensor(data=[1, 1e39])), "does not fit"),
+    "value beyond half precision": (*message(tensor(datatype="FP16", data=[1, -65520])), "does not fit"),
     "negative for unsigned": (*message(tensor(datatype="UINT8", data=[1, -1])), "does not fit"),
     "fraction for integer": (*message(tensor(datatype="INT32", data=[1, 1.5])), "not INT32"),
     "truth among fractions": (*message(tensor(data=[True, 0.5])), "are no numbers"),

@@ -95,7 +95,10 @@ def _as(values: Array, datatype: str, dtype: np.dtype[Any]) -> Array:
         if int(values.min()) < limits.min or int(values.max()) > limits.max:
             raise ValueError(f"a value does not fit {datatype}")
     with np.errstate(over="ignore"):
-        return values.astype(dtype)
+        made = values.astype(dtype)
+    if dtype.kind == "f" and not np.isfinite(made).all():  # JSON has no infinity, so it was a number
+        raise ValueError(f"a value does not fit {datatype}")
+    return made
 
 
 def _bounded(pieces: list[memoryview], shape: list[int]) -> Generator[None, None, None]:
