@@ -164,6 +164,17 @@ def wide_model(width: int) -> bytes:
     return bytes(h.make_model(graph, opset_imports=[h.make_opsetid("", 17)], ir_version=9).SerializeToString())
 
 
+def echo_model(elem_type: int, width: int) -> bytes:
+    """Another network as ONNX: ``y`` is ``x``, [-1, width] of the ONNX type ``elem_type``."""
+    from onnx import helper as h
+
+    graph = h.make_graph(
+        [h.make_node("Identity", ["x"], ["y"])], "echo",
+        [h.make_tensor_value_info("x", elem_type, ["n", width])], [h.make_tensor_value_info("y", elem_type, ["n", width])],
+    )  # fmt: skip
+    return bytes(h.make_model(graph, opset_imports=[h.make_opsetid("", 17)], ir_version=9).SerializeToString())
+
+
 def tflite_model(seed: int, behaviour: Behaviour = "good", quantized: bool = False) -> bytes:
     """The classifier as a .tflite file of batch 1: one FULLY_CONNECTED, float or int8 inside and outside."""
     import flatbuffers
