@@ -219,6 +219,20 @@ def test_a_hostile_request_gets_a_clear_refusal_and_the_next_client_its_answer(r
     still_serves(runtime)
 
 
+@pytest.mark.parametrize(
+    "sent",
+    [
+        b"GET /v2/health/ready HTTP/1.0\n\n",
+        b"GET /v2/health/ready HTTP/1.1\r\nHost: board\n\r\n",
+        b"GET /v2/health/ready HTTP/1.1\r\nHost: board\r\n\n",
+    ],
+)
+def test_a_client_whose_lines_do_not_end_as_lines_do_is_told_so_at_once(runtime: Runtime, sent: bytes) -> None:
+    with runtime.connect() as link:  # whose limit is less than the time that a request may take to arrive
+        link.sendall(sent)
+        assert link.recv(4096).startswith(b"HTTP/1.1 400")
+
+
 def test_an_offer_to_upgrade_is_ignored_and_the_connection_goes_on(runtime: Runtime) -> None:
     offer = b"GET /v2 HTTP/1.1\r\nHost: b\r\nConnection: Upgrade\r\nUpgrade: h2c\r\n\r\n"
     assert talk(runtime, offer + post(infer_body(X)) + offer).count(b"HTTP/1.1 200") == 3
