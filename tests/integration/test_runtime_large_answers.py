@@ -154,6 +154,19 @@ def test_a_client_whose_request_there_is_no_memory_for_is_told_so(runtime: Runti
         assert link.recv(4096).startswith(b"HTTP/1.1 200")
 
 
+def test_a_client_whose_answer_there_is_no_memory_for_is_told_so_and_its_worker_lives(runtime: Runtime) -> None:
+    pid = runtime.status().pid
+    _, most = resource.prlimit(pid, resource.RLIMIT_AS)
+    resource.prlimit(pid, resource.RLIMIT_AS, (address_space_bytes(pid) + ANSWER_BYTES, most))
+    try:
+        status, answer = runtime.ask("POST", PATH, body(8))
+    finally:
+        resource.prlimit(pid, resource.RLIMIT_AS, (most, most))
+    assert (status, "no memory" in answer["error"]) == (503, True)
+    assert runtime.ask("POST", PATH, body(8))[0] == 200
+    assert (runtime.version("1").crashes, runtime.version("1").retried) == (0, 0)
+
+
 def test_a_client_that_reads_slowly_gets_its_last_answer_to_the_last_byte(runtime: Runtime) -> None:
     with narrow(runtime) as link:
         link.sendall(request(body(4), "Connection: close"))

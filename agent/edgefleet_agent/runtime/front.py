@@ -22,7 +22,7 @@ from edgefleet_agent.runtime import answer as answers
 from edgefleet_agent.runtime import content_encoding, metrics, protocol
 from edgefleet_agent.runtime.head import Head, Refused
 from edgefleet_agent.runtime.http import BINARY, JSON, TEXT, Place, Reply, Request
-from edgefleet_agent.runtime.job import Job, Lease
+from edgefleet_agent.runtime.job import NO_MEMORY, Job, Lease
 from edgefleet_agent.runtime.metrics import Figures
 from edgefleet_agent.runtime.peer import Peer
 from edgefleet_agent.runtime.protocol import Form, InferRequest, InputTensor, OutputTensor, RequestError
@@ -32,8 +32,6 @@ from edgefleet_agent.runtime.version import Version, VersionState
 
 SERVER_NAME = "edgefleet-runtime"
 EXTENSIONS = ("binary_tensor_data", "statistics", "system_shared_memory", "model_configuration")
-
-NO_MEMORY = "the runtime has no memory for this just now"
 
 _MadeT = TypeVar("_MadeT")
 _MODEL = re.compile(

@@ -252,11 +252,11 @@ class Version:
         if self._shadow is not None:
             self._shadow.answered(job, outputs, compute_ns)
 
-    def _refused(self, job: Job, message: str) -> None:
+    def _refused(self, job: Job, error: RequestError) -> None:
         if self._shadow is not None:
             self._shadow.lost(job)
         self.figures.refused(time.perf_counter_ns() - job.arrived_ns)
-        self._on_refused(self, job, RequestError(500, message))
+        self._on_refused(self, job, error)
 
     def _ended(self, worker: WorkerProcess, problem: str, unanswered: list[Job]) -> None:
         if problem:
