@@ -19,7 +19,7 @@ import msgspec
 from edgefleet_shared import __version__
 
 from edgefleet_agent.runtime import answer as answers
-from edgefleet_agent.runtime import content_encoding, metrics, protocol
+from edgefleet_agent.runtime import content_encoding, metrics, protocol, turns
 from edgefleet_agent.runtime.head import Head, Refused
 from edgefleet_agent.runtime.http import BINARY, JSON, TEXT, Place, Reply, Request
 from edgefleet_agent.runtime.job import NO_MEMORY, Job, Lease
@@ -199,13 +199,7 @@ class Front:
     async def in_pieces(self, steps: Generator[None, None, _MadeT]) -> _MadeT:
         """What comes of work that others have their turn between. One at a time: each takes memory."""
         async with self._one_long:
-            while True:
-                try:
-                    next(steps)
-                except StopIteration as end:
-                    made: _MadeT = end.value
-                    return made
-                await asyncio.sleep(0)
+            return await turns.through(steps)
 
     def work(self, work: Coroutine[Any, Any, None], refuse: Callable[[RequestError], None]) -> None:
         """Do what answers a request in its own time; ``refuse`` tells its client when that comes to nothing, whatever the reason is."""
