@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -161,3 +162,19 @@ def test_others_have_their_turn_while_answers_of_millions_of_numbers_are_compare
     asking.close()
     assert figures(runtime).agreed == 1
     assert served > 20
+
+
+def test_a_request_that_there_is_no_memory_to_follow_is_answered_all_the_same(runtime: Runtime) -> None:
+    followed(runtime, of_width(2_000_000, 4))
+    pid = runtime.status().pid
+    _, most = resource.prlimit(pid, resource.RLIMIT_AS)
+    status = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+    resource.prlimit(pid, resource.RLIMIT_AS, ((int(status["VmSize"].split()[0]) + 8192) * 1024, most))
+    try:
+        answer, _ = runtime.ask("POST", "/v2/models/wide/infer", *binary(4, 2_000_000))
+    finally:
+        resource.prlimit(pid, resource.RLIMIT_AS, (most, most))
+    assert answer == 200
+    assert figures(runtime).compared == 0
+    assert runtime.ask("POST", "/v2/models/wide/infer", *binary(4, 2_000_000))[0] == 200
+    assert compared(runtime, 1).agreed == 1
