@@ -98,7 +98,7 @@ class Parser:
         """Take the next bytes and return by how many the body grew.
 
         Raises:
-            Refused: not HTTP, or too large.
+            Refused: not HTTP, or too large. MemoryError: there is none for the body.
         """
         before = len(self.body)
         try:
@@ -106,10 +106,10 @@ class Parser:
         except httptools.HttpParserUpgrade:
             pass  # RFC 9110, 7.8: an offer to upgrade may be ignored
         except httptools.HttpParserCallbackError as exc:
-            # httptools wraps what a callback raised; ours raise Refused, anything else is our own bug and must be heard.
+            # httptools wraps what a callback raised; ours raise Refused, or find no memory; anything else is our own bug and must be heard.
             if isinstance(exc.__context__, _Followed):
                 self.followed = True
-            elif isinstance(exc.__context__, Refused):
+            elif isinstance(exc.__context__, Refused | MemoryError):
                 raise exc.__context__ from None
             else:
                 raise

@@ -19,6 +19,7 @@ from typing import Any, Protocol, cast
 from edgefleet_agent.runtime import head as heads
 from edgefleet_agent.runtime.answer import error_body
 from edgefleet_agent.runtime.head import Head, Refused
+from edgefleet_agent.runtime.job import NO_MEMORY
 from edgefleet_agent.runtime.peer import Peer
 from edgefleet_agent.runtime.untaken import Untaken
 
@@ -307,7 +308,10 @@ class Connection(asyncio.BufferedProtocol):
         self._head = head
         # A place is for one body at a time, and the one that is being answered has it.
         self._place = None if self._answered is not None else self._server.handler.place(head, data, self._peer)
-        self._target = memoryview(bytearray(length)) if self._place is None else self._place.view
+        try:
+            self._target = memoryview(bytearray(length)) if self._place is None else self._place.view
+        except MemoryError:
+            raise Refused(503, NO_MEMORY) from None
         self._target[: len(data)] = data
         if self._place is None:
             self._hold(len(data))
@@ -323,7 +327,10 @@ class Connection(asyncio.BufferedProtocol):
 
     def _chunk(self, head: Head, data: bytes) -> None:
         assert head.parser is not None
-        self._hold(head.parser.feed(data))
+        try:
+            self._hold(head.parser.feed(data))
+        except MemoryError:
+            raise Refused(503, NO_MEMORY) from None
         if not head.parser.done:
             return
         self._head = None
