@@ -164,6 +164,20 @@ def wide_model(width: int, inputs: int = 4) -> bytes:
     return bytes(h.make_model(graph, opset_imports=[h.make_opsetid("", 17)], ir_version=9).SerializeToString())
 
 
+def table_model(values: list[float]) -> bytes:
+    """Another network as ONNX: ``y`` FP32 [-1] are the ``values`` at the places ``x`` INT64 [-1]; it fails where there is none."""
+    from onnx import TensorProto as T
+    from onnx import helper as h
+    from onnx import numpy_helper as nh
+
+    graph = h.make_graph(
+        [h.make_node("Gather", ["values", "x"], ["y"])], "table",
+        [h.make_tensor_value_info("x", T.INT64, ["n"])], [h.make_tensor_value_info("y", T.FLOAT, ["n"])],
+        [nh.from_array(np.array(values, np.float32), "values")],
+    )  # fmt: skip
+    return bytes(h.make_model(graph, opset_imports=[h.make_opsetid("", 17)], ir_version=9).SerializeToString())
+
+
 def echo_model(elem_type: int, width: int) -> bytes:
     """Another network as ONNX: ``y`` is ``x``, [-1, width] of the ONNX type ``elem_type``."""
     from onnx import helper as h
