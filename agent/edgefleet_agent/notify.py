@@ -16,13 +16,13 @@ def send(state: str) -> bool:
         return False
     if address.startswith("@"):
         address = "\0" + address[1:]
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as client:
-        try:
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as client:
             client.connect(address)
             client.sendall(state.encode())
-        except OSError:
-            # A manager that is away must not stop a board; systemd itself notices the missing notice.
-            return False
+    except OSError:
+        # A manager that is away, or no descriptor to reach it by, must not stop a board; systemd itself notices the missing notice.
+        return False
     return True
 
 

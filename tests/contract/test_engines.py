@@ -143,6 +143,21 @@ def test_a_session_that_was_told_where_tensors_lie_answers_there_as_it_does_othe
         np.testing.assert_array_equal(y, session.run({"x": pictures[i : i + 1]})["y"])
 
 
+def test_what_onnxruntime_can_not_compute_is_in_its_error_and_not_in_the_log(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A client that sends such a request again and again would fill the board's journal."""
+    path = tmp_path / "model"
+    path.write_bytes(artifacts.table_model([1.0, 2.0, 4.0]))
+    config = artifacts.make_config(inputs=(TensorSpec("x", "INT64", (-1,)),), outputs=(TensorSpec("y", "FP32", (-1,)),))
+    session = engines.find("onnxruntime").load(path, config, 1)
+    assert session.run({"x": np.array([2, 0])})["y"].tolist() == [4.0, 1.0]
+    with pytest.raises(EngineError, match="idx=9"):
+        session.run({"x": np.array([9])})
+    captured = capfd.readouterr()
+    assert captured.out + captured.err == ""
+
+
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 torn", b"\x08\x09" + bytes(400)])
 def test_bytes_that_are_no_model_are_refused(case: Case, tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "broken"

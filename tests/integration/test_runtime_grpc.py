@@ -14,6 +14,8 @@ import grpc
 import numpy as np
 import pytest
 import tritonclient.grpc as triton
+from edgefleet_shared.contract import TensorSpec
+from onnx import TensorProto
 from support import artifacts
 from support.runtimes import Runtime, running, until
 from tritonclient.grpc import service_pb2
@@ -139,6 +141,18 @@ def test_typed_contents_are_the_same_tensor_as_raw_ones(address: str) -> None:
         answer = call(address, made)
         values = np.frombuffer(answer.raw_output_contents[0], np.float32).reshape(len(X), -1)
         np.testing.assert_allclose(values, artifacts.truth(1, X), atol=1e-4)
+
+
+def test_typed_whole_numbers_of_both_halves_of_their_range_come_through(address: str, runtime: Runtime) -> None:
+    values = [0, (1 << 63) + 1, (1 << 64) - 1]
+    echo: dict[str, Any] = {
+        "model": "counts", "content": artifacts.echo_model(TensorProto.UINT64, 3), "statistics": None,
+        "inputs": (TensorSpec("x", "UINT64", (-1, 3)),), "outputs": (TensorSpec("y", "UINT64", (-1, 3)),),
+    }  # fmt: skip
+    runtime.client.load(runtime.add("2", **echo))
+    made = service_pb2.ModelInferRequest(model_name="counts")
+    made.inputs.add(name="x", datatype="UINT64", shape=[1, 3]).contents.uint64_contents.extend(values)
+    assert np.frombuffer(call(address, made).raw_output_contents[0], np.uint64).tolist() == values
 
 
 def unknown_datatype() -> Any:

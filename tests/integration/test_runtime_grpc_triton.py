@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -18,7 +20,7 @@ import numpy as np
 import pytest
 import tritonclient.grpc as triton
 import tritonclient.utils.shared_memory as triton_memory
-from edgefleet_agent.runtime.grpc_bounds import CALLS_AT_ONCE, MAX_CALLS
+from edgefleet_agent.runtime.grpc_bounds import CALLS_AT_ONCE, MAX_CALLS, MESSAGE_LIMIT_S
 from edgefleet_agent.runtime.head import MAX_BODY_BYTES
 from support import artifacts
 from support.runtimes import Runtime, running, until
@@ -244,6 +246,28 @@ def test_calls_that_nobody_waits_for_any_more_give_their_threads_back(tmp_path_f
             finally:
                 go_on(worker)
             assert len(infer(request(), timeout=30).outputs) == 1
+
+
+@pytest.mark.parametrize(
+    "greeting", [b"", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0"], ids=["silent", "idle"]
+)
+def test_programs_that_forget_their_connections_do_not_keep_others_out(runtime: Runtime, greeting: bytes) -> None:
+    own = [("grpc.use_local_subchannel_pool", 1)]  # else the library shares connections within this process
+    with gateway(runtime) as (address, process):
+        resource.prlimit(process.pid, resource.RLIMIT_NOFILE, (150, 150))
+        host, _, port = address.rpartition(":")
+        forgotten = [socket.create_connection((host, int(port))) for _ in range(200)]
+        for link in forgotten:
+            link.sendall(greeting)
+        until(lambda: len(os.listdir(f"/proc/{process.pid}/fd")) > 148, what="no descriptor being left")
+        with grpc.insecure_channel(address, options=own) as channel:
+            live = channel.unary_unary(
+                "/inference.GRPCInferenceService/ServerLive", service_pb2.ServerLiveRequest.SerializeToString,
+                service_pb2.ServerLiveResponse.FromString,
+            )  # fmt: skip
+            assert live(service_pb2.ServerLiveRequest(), timeout=3 * MESSAGE_LIMIT_S, wait_for_ready=True).live
+        for link in forgotten:
+            link.close()
 
 
 def test_more_calls_than_anybody_needs_are_refused_at_once(tmp_path_factory: pytest.TempPathFactory) -> None:

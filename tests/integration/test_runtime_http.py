@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tritonclient.http as triton
+from edgefleet_agent.runtime.control import short_path
 from edgefleet_agent.runtime.http import MAX_CONNECTIONS
 from support import artifacts
 from support.runtimes import Runtime, UnixConnection, infer_body, running, until
@@ -219,6 +220,20 @@ def test_a_hostile_request_gets_a_clear_refusal_and_the_next_client_its_answer(r
     still_serves(runtime)
 
 
+@pytest.mark.parametrize(
+    "sent",
+    [
+        b"GET /v2/health/ready HTTP/1.0\n\n",
+        b"GET /v2/health/ready HTTP/1.1\r\nHost: board\n\r\n",
+        b"GET /v2/health/ready HTTP/1.1\r\nHost: board\r\n\n",
+    ],
+)
+def test_a_client_whose_lines_do_not_end_as_lines_do_is_told_so_at_once(runtime: Runtime, sent: bytes) -> None:
+    with runtime.connect() as link:  # whose limit is less than the time that a request may take to arrive
+        link.sendall(sent)
+        assert link.recv(4096).startswith(b"HTTP/1.1 400")
+
+
 def test_an_offer_to_upgrade_is_ignored_and_the_connection_goes_on(runtime: Runtime) -> None:
     offer = b"GET /v2 HTTP/1.1\r\nHost: b\r\nConnection: Upgrade\r\nUpgrade: h2c\r\n\r\n"
     assert talk(runtime, offer + post(infer_body(X)) + offer).count(b"HTTP/1.1 200") == 3
@@ -340,6 +355,36 @@ def test_idle_connections_do_not_keep_others_out(runtime: Runtime) -> None:
     still_serves(runtime)
     for link in idle:
         link.close()
+
+
+@pytest.mark.parametrize("family", [socket.AF_UNIX, socket.AF_INET])
+def test_a_crowd_that_comes_at_once_while_the_board_is_busy_is_let_in(
+    tmp_path: Path, family: socket.AddressFamily
+) -> None:
+    """A Unix socket whose queue is full refuses whoever does not want to wait, and TCP lets them try again after a second."""
+    with running(tmp_path) as runtime:
+        runtime.install(runtime.add("1"))
+        runtime.start()
+        assert runtime.process is not None
+        runtime.process.send_signal(signal.SIGSTOP)
+        crowd = [socket.socket(family, socket.SOCK_STREAM) for _ in range(400)]
+        try:
+            for link in crowd:
+                link.settimeout(0.5)
+                if family == socket.AF_UNIX:
+                    with short_path(tmp_path / "run" / "infer.sock") as address:
+                        link.setblocking(False)
+                        link.connect(address)
+                else:
+                    link.connect(runtime.address)
+        finally:
+            runtime.process.send_signal(signal.SIGCONT)
+        for link in crowd:
+            link.settimeout(20)
+            link.sendall(b"GET /v2/health/live HTTP/1.1\r\nHost: board\r\n\r\n")
+        assert all(link.recv(4096).startswith(b"HTTP/1.1 200") for link in crowd)
+        for link in crowd:
+            link.close()
 
 
 def test_programs_that_forget_their_connections_do_not_keep_others_out(runtime: Runtime) -> None:

@@ -10,6 +10,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -152,6 +153,38 @@ def test_a_client_whose_request_there_is_no_memory_for_is_told_so(runtime: Runti
             resource.prlimit(pid, resource.RLIMIT_AS, (most, most))
         link.sendall(request(body()))
         assert link.recv(4096).startswith(b"HTTP/1.1 200")
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+def test_a_client_whose_body_there_is_no_memory_for_is_told_so_while_it_comes(runtime: Runtime, chunked: bool) -> None:
+    pid, size = runtime.status().pid, 48 << 20
+    head = f"POST {PATH} HTTP/1.1\r\nHost: board\r\n"
+    head += "Transfer-Encoding: chunked\r\n\r\n" if chunked else f"Content-Length: {size}\r\n\r\n"
+    _, most = resource.prlimit(pid, resource.RLIMIT_AS)
+    resource.prlimit(pid, resource.RLIMIT_AS, (address_space_bytes(pid) + size // 4, most))
+    try:
+        with runtime.connect() as link:
+            link.sendall(head.encode())
+            with suppress(ConnectionError):  # it need not listen to the end
+                link.sendall((b"%x\r\n" % size if chunked else b"") + bytes(size))
+            assert link.recv(4096).startswith(b"HTTP/1.1 503")
+        assert runtime.gauge("held_body_bytes") == 0
+    finally:
+        resource.prlimit(pid, resource.RLIMIT_AS, (most, most))
+    assert runtime.ask("POST", PATH, body())[0] == 200
+
+
+def test_a_client_whose_answer_there_is_no_memory_for_is_told_so_and_its_worker_lives(runtime: Runtime) -> None:
+    pid = runtime.status().pid
+    _, most = resource.prlimit(pid, resource.RLIMIT_AS)
+    resource.prlimit(pid, resource.RLIMIT_AS, (address_space_bytes(pid) + ANSWER_BYTES, most))
+    try:
+        status, answer = runtime.ask("POST", PATH, body(8))
+    finally:
+        resource.prlimit(pid, resource.RLIMIT_AS, (most, most))
+    assert (status, "no memory" in answer["error"]) == (503, True)
+    assert runtime.ask("POST", PATH, body(8))[0] == 200
+    assert (runtime.version("1").crashes, runtime.version("1").retried) == (0, 0)
 
 
 def test_a_client_that_reads_slowly_gets_its_last_answer_to_the_last_byte(runtime: Runtime) -> None:

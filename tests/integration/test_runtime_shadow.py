@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import os
+import resource
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from edgefleet_agent.runtime.control import VersionStatus
-from edgefleet_shared.contract import ShadowFigures
+from edgefleet_shared.contract import ShadowFigures, TensorSpec
 from edgefleet_shared.errors import ConflictError, NotFoundError
-from support.runtimes import Load, Runtime, running, until
+from support import artifacts
+from support.runtimes import Load, Runtime, UnixConnection, running, until
 
 
 @pytest.fixture
@@ -118,3 +122,59 @@ def test_what_can_not_follow_is_refused(runtime: Runtime) -> None:
     runtime.client.load(other)
     with pytest.raises(ConflictError, match="other tensors"):
         runtime.client.shadow(other)
+
+
+def of_width(inputs: int, outputs: int) -> dict[str, Any]:
+    """A network that takes and gives so many numbers."""
+    return {
+        "content": artifacts.wide_model(outputs, inputs), "statistics": None, "model": "wide",
+        "contract": artifacts.make_contract(kind="raw", tolerance_abs=0.5),
+        "inputs": (TensorSpec("x", "FP32", (-1, inputs)),), "outputs": (TensorSpec("y", "FP32", (-1, outputs)),),
+    }  # fmt: skip
+
+
+def followed(runtime: Runtime, network: dict[str, Any]) -> None:
+    """Let one build of a network serve, and another follow it."""
+    serving, candidate = runtime.add("3", **network), runtime.add("4", **network)
+    for digest in (serving, candidate):
+        runtime.client.load(digest)
+    runtime.client.switch(serving)
+    runtime.client.shadow(candidate)
+
+
+def binary(rows: int, columns: int) -> tuple[bytes, dict[str, str]]:
+    """An infer request's body and fields."""
+    size = rows * columns * 4
+    tensor = {"name": "x", "datatype": "FP32", "shape": [rows, columns], "parameters": {"binary_data_size": size}}
+    head = json.dumps({"inputs": [tensor], "parameters": {"binary_data_output": True}}).encode()
+    return head + bytes(size), {"Inference-Header-Content-Length": str(len(head))}
+
+
+def test_others_have_their_turn_while_answers_of_millions_of_numbers_are_compared(runtime: Runtime) -> None:
+    followed(runtime, of_width(4, 5_000_000))
+    asking = UnixConnection(runtime.state / "run" / "infer.sock")
+    assert runtime.ask("POST", "/v2/models/wide/infer", *binary(1, 4))[0] == 200
+    served = 0
+    while not figures(runtime).compared:
+        asking.request("GET", "/v2/health/live")
+        asking.getresponse().read()
+        served += 1
+    asking.close()
+    assert figures(runtime).agreed == 1
+    assert served > 20
+
+
+def test_a_request_that_there_is_no_memory_to_follow_is_answered_all_the_same(runtime: Runtime) -> None:
+    followed(runtime, of_width(2_000_000, 4))
+    pid = runtime.status().pid
+    _, most = resource.prlimit(pid, resource.RLIMIT_AS)
+    status = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+    resource.prlimit(pid, resource.RLIMIT_AS, ((int(status["VmSize"].split()[0]) + 8192) * 1024, most))
+    try:
+        answer, _ = runtime.ask("POST", "/v2/models/wide/infer", *binary(4, 2_000_000))
+    finally:
+        resource.prlimit(pid, resource.RLIMIT_AS, (most, most))
+    assert answer == 200
+    assert figures(runtime).compared == 0
+    assert runtime.ask("POST", "/v2/models/wide/infer", *binary(4, 2_000_000))[0] == 200
+    assert compared(runtime, 1).agreed == 1

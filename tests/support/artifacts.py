@@ -150,16 +150,41 @@ def onnx_model(seed: int, behaviour: Behaviour = "good", batch: int | str = "n",
     return bytes(h.make_model(graph, opset_imports=[h.make_opsetid("", 17)], ir_version=9).SerializeToString())
 
 
-def wide_model(width: int) -> bytes:
-    """Another network as ONNX: ``width`` times the sum over each row of ``x`` FP32 [-1, 4], as ``y`` FP32 [-1, width]."""
+def wide_model(width: int, inputs: int = 4) -> bytes:
+    """Another network as ONNX: ``width`` times the sum over each row of ``x`` FP32 [-1, inputs], as ``y`` FP32 [-1, width]."""
     from onnx import TensorProto as T
     from onnx import helper as h
     from onnx import numpy_helper as nh
 
     graph = h.make_graph(
         [h.make_node("MatMul", ["x", "ones"], ["y"])], "wide",
-        [h.make_tensor_value_info("x", T.FLOAT, ["n", 4])], [h.make_tensor_value_info("y", T.FLOAT, ["n", width])],
-        [nh.from_array(np.ones((4, width), np.float32), "ones")],
+        [h.make_tensor_value_info("x", T.FLOAT, ["n", inputs])], [h.make_tensor_value_info("y", T.FLOAT, ["n", width])],
+        [nh.from_array(np.ones((inputs, width), np.float32), "ones")],
+    )  # fmt: skip
+    return bytes(h.make_model(graph, opset_imports=[h.make_opsetid("", 17)], ir_version=9).SerializeToString())
+
+
+def table_model(values: list[float]) -> bytes:
+    """Another network as ONNX: ``y`` FP32 [-1] are the ``values`` at the places ``x`` INT64 [-1]; it fails where there is none."""
+    from onnx import TensorProto as T
+    from onnx import helper as h
+    from onnx import numpy_helper as nh
+
+    graph = h.make_graph(
+        [h.make_node("Gather", ["values", "x"], ["y"])], "table",
+        [h.make_tensor_value_info("x", T.INT64, ["n"])], [h.make_tensor_value_info("y", T.FLOAT, ["n"])],
+        [nh.from_array(np.array(values, np.float32), "values")],
+    )  # fmt: skip
+    return bytes(h.make_model(graph, opset_imports=[h.make_opsetid("", 17)], ir_version=9).SerializeToString())
+
+
+def echo_model(elem_type: int, width: int) -> bytes:
+    """Another network as ONNX: ``y`` is ``x``, [-1, width] of the ONNX type ``elem_type``."""
+    from onnx import helper as h
+
+    graph = h.make_graph(
+        [h.make_node("Identity", ["x"], ["y"])], "echo",
+        [h.make_tensor_value_info("x", elem_type, ["n", width])], [h.make_tensor_value_info("y", elem_type, ["n", width])],
     )  # fmt: skip
     return bytes(h.make_model(graph, opset_imports=[h.make_opsetid("", 17)], ir_version=9).SerializeToString())
 

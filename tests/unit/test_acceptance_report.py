@@ -215,15 +215,45 @@ def test_each_output_is_held_against_its_own_tolerance() -> None:
     assert compare(own, near, wanted)[0] == 1.0
 
 
+def agreed(contract: AcceptanceContract, given: list[OutputTensor], wanted: list[OutputTensor]) -> bool:
+    steps = agree(contract, given, wanted)
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            return bool(end.value)
+
+
 def test_live_answers_are_held_against_the_tolerance_of_their_output() -> None:
     def tensor(name: str, value: float) -> OutputTensor:
         return OutputTensor(name, "FP32", (1,), np.array([value], np.float32).tobytes())
 
     own = msgspec.structs.replace(RAW, tolerances=(OutputTolerance("score", 0.05, 0.0),))
     serving = [tensor("pixels", 100.0), tensor("score", 0.9)]
-    assert agree(own, [tensor("pixels", 104.0), tensor("score", 0.87)], serving)
-    assert not agree(own, [tensor("pixels", 104.0), tensor("score", 0.1)], serving)
-    assert agree(RAW, [tensor("pixels", 104.0), tensor("score", 0.1)], serving)
+    assert agreed(own, [tensor("pixels", 104.0), tensor("score", 0.87)], serving)
+    assert not agreed(own, [tensor("pixels", 104.0), tensor("score", 0.1)], serving)
+    assert agreed(RAW, [tensor("pixels", 104.0), tensor("score", 0.1)], serving)
+
+
+def output(values: np.ndarray) -> list[OutputTensor]:
+    return [OutputTensor("y", "FP32", values.shape, values.astype(np.float32).tobytes())]
+
+
+@pytest.mark.parametrize("place", [0, 54_321, 99_999])
+def test_long_live_answers_are_compared_to_the_last_value(place: int) -> None:
+    want = np.tile(np.eye(5)[[2]], (20_000, 1))
+    have = want.copy()
+    assert agreed(CONTRACT, output(have), output(want))
+    assert agreed(RAW, output(have), output(want))
+    have.flat[place] = 7.0
+    assert not agreed(RAW, output(have), output(want))
+    # The place of the class that was right anyway is no other class.
+    assert agreed(CONTRACT, output(have), output(want)) is (place % 5 == 2)
+    have.flat[place] = np.nan
+    assert not agreed(CONTRACT, output(have), output(want))
+    for nothing in (np.zeros((0, 5)), np.zeros((3, 0))):
+        assert agreed(CONTRACT, output(nothing), output(nothing))
+    assert agreed(CONTRACT, output(np.array(1.0)), output(np.array(2.0)))  # one value is the largest of its kind
 
 
 @pytest.mark.parametrize("limits", [(0.0, 0.0), (-1.0, 2.0)])

@@ -61,6 +61,7 @@ NO_TENSOR: dict[str, tuple[bytes, str, list[int], str]] = {
     "another shape of as many lists": (json.dumps(np.zeros((30, 40, 25)).tolist()).encode(), "FP32", SHAPE, "neither flat nor nested|not nested"),
     "nothing among numbers": (b"[" + b"1," * 50_000 + b"null]", "FP32", [50_001], "are not FP32"),
     "a fraction among whole numbers": (b"[" + b"1," * 50_000 + b"1.5]", "INT32", [50_001], "are not INT32"),
+    "truth among numbers": (b"[" + b"1.5," * 50_000 + b"true,1.5]", "FP32", [50_002], "are no numbers"),
     "a number too large at the end": (b"[" + b"1," * 50_000 + b"256]", "UINT8", [50_001], "does not fit"),
     "a number that never ends": (b"[" + b"1" * 5_000_000 + b",1]", "FP32", [2], "characters|no rectangular"),
     "a number alone": (b"1" * 70_000, "FP32", [], "neither flat nor nested"),

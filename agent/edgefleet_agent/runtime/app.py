@@ -21,7 +21,7 @@ from edgefleet_agent import notify, slots
 from edgefleet_agent.runtime import activation, control
 from edgefleet_agent.runtime.control_server import bind_unix, serve_control
 from edgefleet_agent.runtime.front import Front
-from edgefleet_agent.runtime.http import Server
+from edgefleet_agent.runtime.http import MAX_CONNECTIONS, Server
 from edgefleet_agent.runtime.nursery import Nursery
 from edgefleet_agent.runtime.regions import Regions
 from edgefleet_agent.runtime.switchboard import Switchboard
@@ -107,11 +107,11 @@ async def serve(state: Path, address: tuple[str, int] | None, socket_path: Path,
     for listener in _listeners(address, socket_path):
         listener.setblocking(False)
         if listener.family == socket.AF_UNIX:
-            servers.append(await loop.create_unix_server(server.connection, sock=listener))
+            servers.append(await loop.create_unix_server(server.connection, sock=listener, backlog=MAX_CONNECTIONS))
             bound = str(listener.getsockname())
             where.append(str(socket_path) if bound.startswith("/proc/self/") else bound)  # see control.short_path
             continue
-        servers.append(await loop.create_server(server.connection, sock=listener))
+        servers.append(await loop.create_server(server.connection, sock=listener, backlog=MAX_CONNECTIONS))
         host, port = listener.getsockname()[:2]
         atomic.write(state / "run" / "http.addr", f"{host}:{port}\n".encode())
         where.append(f"http://{host}:{port}")

@@ -19,10 +19,10 @@ import msgspec
 from edgefleet_shared import __version__
 
 from edgefleet_agent.runtime import answer as answers
-from edgefleet_agent.runtime import content_encoding, metrics, protocol
+from edgefleet_agent.runtime import content_encoding, metrics, protocol, turns
 from edgefleet_agent.runtime.head import Head, Refused
 from edgefleet_agent.runtime.http import BINARY, JSON, TEXT, Place, Reply, Request
-from edgefleet_agent.runtime.job import Job, Lease
+from edgefleet_agent.runtime.job import NO_MEMORY, Job, Lease
 from edgefleet_agent.runtime.metrics import Figures
 from edgefleet_agent.runtime.peer import Peer
 from edgefleet_agent.runtime.protocol import Form, InferRequest, InputTensor, OutputTensor, RequestError
@@ -32,8 +32,6 @@ from edgefleet_agent.runtime.version import Version, VersionState
 
 SERVER_NAME = "edgefleet-runtime"
 EXTENSIONS = ("binary_tensor_data", "statistics", "system_shared_memory", "model_configuration")
-
-NO_MEMORY = "the runtime has no memory for this just now"
 
 _MadeT = TypeVar("_MadeT")
 _MODEL = re.compile(
@@ -201,13 +199,7 @@ class Front:
     async def in_pieces(self, steps: Generator[None, None, _MadeT]) -> _MadeT:
         """What comes of work that others have their turn between. One at a time: each takes memory."""
         async with self._one_long:
-            while True:
-                try:
-                    next(steps)
-                except StopIteration as end:
-                    made: _MadeT = end.value
-                    return made
-                await asyncio.sleep(0)
+            return await turns.through(steps)
 
     def work(self, work: Coroutine[Any, Any, None], refuse: Callable[[RequestError], None]) -> None:
         """Do what answers a request in its own time; ``refuse`` tells its client when that comes to nothing, whatever the reason is."""

@@ -7,3 +7,4 @@ CALLS_AT_ONCE = 4  # one is computed, the others come meanwhile; each may hold a
 LARGE_BYTES = 1 << 20  # messages above are taken apart and handed on one at a time: that takes four times their size
 MAX_CALLS = 1024  # of all clients, waiting ones too; as many as the runtime lets wait
 MESSAGE_LIMIT_S = 10.0  # from a call's beginning to its message's last byte: meanwhile it has one of the few threads
+IDLE_LIMIT_S = 15.0  # without a call, then a connection is taken leave of: programs forget theirs, and gRPC makes a new one for the next call

@@ -32,7 +32,7 @@ from google.protobuf.message import DecodeError, Message
 from edgefleet_agent import notify
 from edgefleet_agent.runtime import grpc_messages as messages
 from edgefleet_agent.runtime.control import short_path
-from edgefleet_agent.runtime.grpc_bounds import CALLS_AT_ONCE, LARGE_BYTES, MAX_CALLS, MESSAGE_LIMIT_S
+from edgefleet_agent.runtime.grpc_bounds import CALLS_AT_ONCE, IDLE_LIMIT_S, LARGE_BYTES, MAX_CALLS, MESSAGE_LIMIT_S
 from edgefleet_agent.runtime.grpc_messages import Bytes, CallError, pb
 from edgefleet_agent.runtime.head import MAX_BODY_BYTES
 from edgefleet_agent.runtime.heap import Heap
@@ -352,6 +352,8 @@ def serve(runtime: Runtime, address: str) -> tuple[grpc.Server, int]:
         ("grpc.max_receive_message_length", MAX_BODY_BYTES),
         ("grpc.max_send_message_length", -1),
         ("grpc.so_reuseport", 0),
+        ("grpc.server_handshake_timeout_ms", int(MESSAGE_LIMIT_S * 1000)),
+        ("grpc.max_connection_idle_ms", int(IDLE_LIMIT_S * 1000)),
     ]
     server = grpc.server(ThreadPoolExecutor(CALLS_AT_ONCE), options=limits, maximum_concurrent_rpcs=MAX_CALLS)
     try:

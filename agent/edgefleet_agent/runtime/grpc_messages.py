@@ -146,7 +146,9 @@ def _typed(tensor: Any) -> bytes:
         raise CallError(
             "INVALID_ARGUMENT", f"input {tensor.name!r}: more than {MAX_PIECES} typed values; send raw contents"
         )
-    values, dtype = np.array(given), NUMPY[tensor.datatype]
+    dtype = NUMPY[tensor.datatype]
+    # Left to itself, numpy takes small numbers beside ones above half of 64 bits' range for fractions.
+    values = np.array(given, {"i": np.int64, "u": np.uint64}.get(dtype.kind))
     if dtype.kind in "iu" and values.size:
         limits = np.iinfo(dtype)
         if int(values.min()) < limits.min or int(values.max()) > limits.max:

@@ -5,9 +5,12 @@ Parsing is llhttp's, by httptools; what it would take leniently and what is larg
 
 from __future__ import annotations
 
+import re
+
 import httptools
 
 END = b"\r\n\r\n"
+_HALF_AN_END = re.compile(rb"(?<!\r)\n")
 MAX_URL_BYTES = 8 * 1024
 MAX_HEADER_BYTES = 32 * 1024
 MAX_BODY_BYTES = 64 * 1024 * 1024
@@ -95,7 +98,7 @@ class Parser:
         """Take the next bytes and return by how many the body grew.
 
         Raises:
-            Refused: not HTTP, or too large.
+            Refused: not HTTP, or too large. MemoryError: there is none for the body.
         """
         before = len(self.body)
         try:
@@ -103,10 +106,10 @@ class Parser:
         except httptools.HttpParserUpgrade:
             pass  # RFC 9110, 7.8: an offer to upgrade may be ignored
         except httptools.HttpParserCallbackError as exc:
-            # httptools wraps what a callback raised; ours raise Refused, anything else is our own bug and must be heard.
+            # httptools wraps what a callback raised; ours raise Refused, or find no memory; anything else is our own bug and must be heard.
             if isinstance(exc.__context__, _Followed):
                 self.followed = True
-            elif isinstance(exc.__context__, Refused):
+            elif isinstance(exc.__context__, Refused | MemoryError):
                 raise exc.__context__ from None
             else:
                 raise
@@ -172,6 +175,22 @@ class Parser:
 
 class _Followed(Exception):
     """Bytes of another request came behind this one."""
+
+
+def check_begun(raw: bytes) -> None:
+    """Look at what came of a head whose empty line is not there yet.
+
+    Raises:
+        Refused: whatever comes behind, it will be none.
+    """
+    if not raw[0:1].isalpha() or not raw[0:1].isascii():
+        raise Refused(400, "not HTTP: it does not begin with a method")
+    if _HALF_AN_END.search(raw):  # RFC 9112, 2.2: one may be lenient; whoever is reads requests that others do not see
+        raise Refused(400, "not HTTP: a line ends in LF without CR")
+    if len(raw) > MAX_URL_BYTES and b"\r\n" not in raw[:MAX_URL_BYTES]:
+        raise Refused(414, f"the URL is longer than {MAX_URL_BYTES} bytes")
+    if len(raw) > MAX_URL_BYTES + MAX_HEADER_BYTES:
+        raise Refused(431, f"the headers are longer than {MAX_HEADER_BYTES} bytes")
 
 
 def parse(raw: bytes) -> Head:

@@ -18,7 +18,8 @@ from typing import Any, Protocol, cast
 
 from edgefleet_agent.runtime import head as heads
 from edgefleet_agent.runtime.answer import error_body
-from edgefleet_agent.runtime.head import MAX_HEADER_BYTES, MAX_URL_BYTES, Head, Refused
+from edgefleet_agent.runtime.head import Head, Refused
+from edgefleet_agent.runtime.job import NO_MEMORY
 from edgefleet_agent.runtime.peer import Peer
 from edgefleet_agent.runtime.untaken import Untaken
 
@@ -275,7 +276,8 @@ class Connection(asyncio.BufferedProtocol):
                 continue
             end = data.find(heads.END) + len(heads.END)
             if end < len(heads.END):
-                self._keep_pending(data)
+                heads.check_begun(data)
+                self._pending = data
                 return
             raw, data = data[:end], data[end:]
             head = heads.parse(raw)
@@ -283,15 +285,6 @@ class Connection(asyncio.BufferedProtocol):
             data = self._begin_body(head, data)
         if not data and self._head is None and not self._pending:
             self._request_began = 0.0
-
-    def _keep_pending(self, data: bytes) -> None:
-        if not data[0:1].isalpha() or not data[0:1].isascii():
-            raise Refused(400, "not HTTP: it does not begin with a method")
-        if len(data) > MAX_URL_BYTES and b"\r\n" not in data[:MAX_URL_BYTES]:
-            raise Refused(414, f"the URL is longer than {MAX_URL_BYTES} bytes")
-        if len(data) > MAX_URL_BYTES + MAX_HEADER_BYTES:
-            raise Refused(431, f"the headers are longer than {MAX_HEADER_BYTES} bytes")
-        self._pending = data
 
     def _begin_body(self, head: Head, data: bytes) -> bytes:
         """A head is there, and ``data`` behind it; returns what of that belongs to the next request."""
@@ -315,7 +308,10 @@ class Connection(asyncio.BufferedProtocol):
         self._head = head
         # A place is for one body at a time, and the one that is being answered has it.
         self._place = None if self._answered is not None else self._server.handler.place(head, data, self._peer)
-        self._target = memoryview(bytearray(length)) if self._place is None else self._place.view
+        try:
+            self._target = memoryview(bytearray(length)) if self._place is None else self._place.view
+        except MemoryError:
+            raise Refused(503, NO_MEMORY) from None
         self._target[: len(data)] = data
         if self._place is None:
             self._hold(len(data))
@@ -331,7 +327,10 @@ class Connection(asyncio.BufferedProtocol):
 
     def _chunk(self, head: Head, data: bytes) -> None:
         assert head.parser is not None
-        self._hold(head.parser.feed(data))
+        try:
+            self._hold(head.parser.feed(data))
+        except MemoryError:
+            raise Refused(503, NO_MEMORY) from None
         if not head.parser.done:
             return
         self._head = None

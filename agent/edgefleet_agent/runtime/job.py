@@ -9,6 +9,8 @@ from typing import Protocol
 
 from edgefleet_agent.runtime.protocol import InferRequest, OutputTensor, RequestError
 
+NO_MEMORY = "the runtime has no memory for this just now"  # why there is no answer, with status 503
+
 
 class Lender(Protocol):
     """Whose slots are lent."""

@@ -19,6 +19,7 @@ SMALL_BYTES = 64 * 1024  # of text that is parsed whatever it is, in one piece
 MAX_PIECES = 4 << 20  # values and lists of a larger one: some third of a second of work
 PIECE_BYTES = 32 * 1024  # a millisecond's work
 _NOT_STRUCTURE = b"0123456789+-.eE \t\r\ntrufalsn"  # numbers, spaces, and the letters of true, false and null
+_TRUTHS = (b"true", b"false")  # among numbers numpy takes them for 1 and 0
 
 _decode = msgspec.json.Decoder().decode
 _decode_whole = msgspec.json.Decoder(list[int]).decode
@@ -70,6 +71,9 @@ def long_tensor_bytes(
 
 
 def _values(text: bytes, dtype: np.dtype[Any]) -> Array:
+    """What a text holds, in whatever type numpy has for it. Raises ValueError."""
+    if dtype.kind != "b" and any(word in text for word in _TRUTHS):
+        raise ValueError("true and false are no numbers")
     try:
         values = np.asarray(_decode(text))
         if dtype == np.uint64 and values.dtype.kind == "f":
@@ -91,7 +95,10 @@ def _as(values: Array, datatype: str, dtype: np.dtype[Any]) -> Array:
         if int(values.min()) < limits.min or int(values.max()) > limits.max:
             raise ValueError(f"a value does not fit {datatype}")
     with np.errstate(over="ignore"):
-        return values.astype(dtype)
+        made = values.astype(dtype)
+    if dtype.kind == "f" and not np.isfinite(made).all():  # JSON has no infinity, so it was a number
+        raise ValueError(f"a value does not fit {datatype}")
+    return made
 
 
 def _bounded(pieces: list[memoryview], shape: list[int]) -> Generator[None, None, None]:

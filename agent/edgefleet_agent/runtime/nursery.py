@@ -20,6 +20,9 @@ from edgefleet_agent.sandbox import child_environment
 
 log = logging.getLogger("edgefleet.runtime")
 
+# How often, and for how long each time, a fork is waited for: it takes milliseconds. A board that stood still meanwhile has used up one look.
+FORK_LOOKS, FORK_LOOK_S = 15, 1.0
+
 
 class Child:
     """A worker process. ``ended`` is its exit status as :func:`subprocess.Popen.returncode` has it."""
@@ -114,9 +117,27 @@ class Nursery:
                 self._awaited.pop(number)
                 self._ended.pop(number)
                 raise EngineError(f"the worker could not be started: {exc}") from exc
-            child = Child(number, await pid, ended, lambda: self._order(Kill(number)), self._precedence)
+            child = Child(number, await self._forked(pid), ended, lambda: self._order(Kill(number)), self._precedence)
             self._precedence.join(child.pid, aside=aside)
         return child
+
+    async def _forked(self, pid: asyncio.Future[int]) -> int:
+        """The worker's pid. A spawner that does not tell it is killed, its workers with it: it would start none any more.
+
+        Raises:
+            EngineError: there is no worker.
+        """
+        for _ in range(FORK_LOOKS):
+            done, _ = await asyncio.wait({pid}, timeout=FORK_LOOK_S)
+            if done:
+                return pid.result()
+        pid.cancel()
+        log.error("spawner_hangs")
+        if self._process is not None:
+            self._process.kill()
+        raise EngineError(
+            f"the worker could not be started: the spawner did not fork within {FORK_LOOKS * FORK_LOOK_S:g} s"
+        )
 
     def close(self) -> None:
         """End the spawner, and with it whatever it started."""
@@ -145,7 +166,8 @@ class Nursery:
                     awaited = self._awaited.pop(number)
                     if not pid:
                         self._ended.pop(number)
-                        awaited.set_exception(EngineError(f"the worker could not be started: {problem}"))
+                        if not awaited.cancelled():
+                            awaited.set_exception(EngineError(f"the worker could not be started: {problem}"))
                     elif not awaited.cancelled():
                         awaited.set_result(pid)
                 case Ended(number, code):

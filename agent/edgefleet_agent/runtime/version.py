@@ -176,7 +176,10 @@ class Version:
 
     def _overgrown(self, pid: int) -> str:
         """How a process broke its memory limit; empty when it did not."""
-        resident = resident_bytes(pid)
+        try:
+            resident = resident_bytes(pid)
+        except OSError:  # no descriptor is left to look with; the next look comes soon
+            return ""
         if resident <= self.memory_limit_bytes:
             return ""
         return f"outgrew its {self.memory_limit_bytes >> 20} MiB of memory: it held {resident >> 20} MiB"
@@ -249,11 +252,11 @@ class Version:
         if self._shadow is not None:
             self._shadow.answered(job, outputs, compute_ns)
 
-    def _refused(self, job: Job, message: str) -> None:
+    def _refused(self, job: Job, error: RequestError) -> None:
         if self._shadow is not None:
             self._shadow.lost(job)
         self.figures.refused(time.perf_counter_ns() - job.arrived_ns)
-        self._on_refused(self, job, RequestError(500, message))
+        self._on_refused(self, job, error)
 
     def _ended(self, worker: WorkerProcess, problem: str, unanswered: list[Job]) -> None:
         if problem:

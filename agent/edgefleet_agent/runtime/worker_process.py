@@ -15,7 +15,7 @@ from edgefleet_shared.errors import EngineError, from_dict
 
 from edgefleet_agent.runtime import channel, protocol, shm
 from edgefleet_agent.runtime.channel import Done, Failed, Observed, Ready, Refused, Run, Start
-from edgefleet_agent.runtime.job import Job, Lease
+from edgefleet_agent.runtime.job import NO_MEMORY, Job, Lease
 from edgefleet_agent.runtime.nursery import Child, Nursery
 from edgefleet_agent.runtime.protocol import InputTensor, OutputTensor, RequestError
 from edgefleet_agent.runtime.shadow import Shadow
@@ -39,7 +39,7 @@ class WorkerProcess:
         start: what it loads.
         nursery: what starts processes.
         on_done: a job's outputs and the engine's time in ns.
-        on_refused: the engine refused a job; the process goes on.
+        on_refused: the engine refused a job, or there is no memory for its answer; the process goes on.
         on_free: a slot became free.
         on_observed: what a request was like. Raises ValueError when that makes no sense.
         on_end: the process ended: how, and the jobs that it did not answer, oldest first.
@@ -52,7 +52,7 @@ class WorkerProcess:
         nursery: Nursery,
         *,
         on_done: Callable[[Job, list[OutputTensor], int], None],
-        on_refused: Callable[[Job, str], None],
+        on_refused: Callable[[Job, RequestError], None],
         on_free: Callable[[], None],
         on_observed: Callable[[Observed], None],
         on_end: Callable[[str, list[Job]], None],
@@ -307,25 +307,27 @@ class WorkerProcess:
                 self._close_link()
                 self._loop.call_later(EXIT_GRACE_S, self.kill, "closed its channel")
                 return
-            job, outputs = None, list[OutputTensor]()
+            job = None
             try:
                 message = channel.decode_from_worker(self._buffer[:length])
-                if type(message) is Done:
-                    outputs = self._outputs(message.slot, message.shapes)
+                if isinstance(message, Done | Refused):
+                    came = self._came_of(message)
                     job = self._answered(message.number, message.slot)
                 else:
-                    job = self._take(message)
+                    self._take(message)
             except (ValueError, KeyError, IndexError) as exc:  # msgspec's errors are ValueErrors
                 self.kill(f"sent a message that makes no sense ({exc})")
                 return
             # What comes of it is not the worker's doing.
-            if type(message) is Done and job is not None:
-                answers, answer_bytes = answers + 1, answer_bytes + sum(len(tensor.data) for tensor in outputs)
-                self._free.append(message.slot)
-                self._on_done(job, outputs, message.compute_ns)
-                self._on_free()
-            elif type(message) is Refused and job is not None:
-                self._refuse(job, message)
+            if isinstance(message, Done | Refused) and job is not None:
+                answers += 1
+                if isinstance(came, RequestError):
+                    self._refuse(job, message.slot, came)
+                elif isinstance(message, Done):
+                    answer_bytes += sum(len(tensor.data) for tensor in came)
+                    self._free.append(message.slot)
+                    self._on_done(job, came, message.compute_ns)
+                    self._on_free()
             if not self._jobs:
                 return  # it has nothing more to say now; whatever it says later wakes the loop
             if not ended and (answers >= TURN_ANSWERS or answer_bytes >= TURN_BYTES):
@@ -346,23 +348,33 @@ class WorkerProcess:
         self._may_observe = True
         return job
 
-    def _refuse(self, job: Job, message: Refused) -> None:
-        # A body that was read into the slot stays there: another version may be asked with it.
-        if job.lease is None or not job.lease.take_back(self, message.slot):
-            self._free.append(message.slot)
-        self._on_refused(job, message.message)
-        self._on_free()
-
-    def _take(self, message: channel.FromWorker) -> Job | None:
-        """What is said seldom; the job that it refuses, if that is what it says. Whatever it is may be said once: one that never stops talking
-        would keep this loop from all others.
+    def _came_of(self, message: Done | Refused) -> list[OutputTensor] | RequestError:
+        """The outputs of a job, or why there are none.
 
         Raises:
-            ValueError, KeyError, IndexError: it makes no sense.
+            ValueError, IndexError: what it says makes no sense.
+        """
+        if isinstance(message, Refused):
+            return RequestError(500, message.message)
+        try:
+            return self._outputs(message.slot, message.shapes)
+        except MemoryError:  # of this process's; the worker has done its part
+            return RequestError(503, NO_MEMORY)
+
+    def _refuse(self, job: Job, slot: int, error: RequestError) -> None:
+        # A body that was read into the slot stays there: another version may be asked with it.
+        if job.lease is None or not job.lease.take_back(self, slot):
+            self._free.append(slot)
+        self._on_refused(job, error)
+        self._on_free()
+
+    def _take(self, message: Observed | Ready | Failed) -> None:
+        """What is said seldom. Whatever it is may be said once: one that never stops talking would keep this loop from all others.
+
+        Raises:
+            ValueError: it makes no sense.
         """
         match message:
-            case Refused(number, slot, _):
-                return self._answered(number, slot)
             case Observed():
                 if not self._may_observe:
                     raise ValueError("an observation of no request")
@@ -375,7 +387,6 @@ class WorkerProcess:
                     self._ready.set_result(message)
                 else:
                     self._ready.set_exception(from_dict(message.error))
-        return None
 
     def _outputs(self, index: int, shapes: list[tuple[int, ...]]) -> list[OutputTensor]:
         """Copy the outputs out of a slot, so that it is free at once; a worker's numbers are not trusted."""
