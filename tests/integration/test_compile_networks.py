@@ -445,6 +445,34 @@ def test_an_output_that_is_computed_in_float_and_read_inside_is_served(bench: Be
     assert result.figures.sqnr_db > 20
 
 
+def test_a_weight_that_only_the_body_of_a_loop_reads_is_there_in_int8_too(bench: Bench) -> None:
+    net = Net(9)
+    picture = net.conv(3, 8, stride=2)
+    weight = net.constant((net.rng.normal(size=(8, 8, 3, 3)) * 0.1).astype(np.float32))
+    count, go_on = net.constant(np.int64(3)), net.constant(np.bool_(True))
+    value = onnx.helper.make_tensor_value_info
+    body = helper.make_graph(
+        [
+            helper.make_node("Conv", ["before", weight], ["after"], kernel_shape=[3, 3], pads=[1] * 4),
+            helper.make_node("Identity", ["go_on"], ["again"]),
+        ],
+        "body",
+        [
+            value("round", onnx.TensorProto.INT64, []),
+            value("go_on", onnx.TensorProto.BOOL, []),
+            value("before", onnx.TensorProto.FLOAT, [1, 8, 16, 16]),
+        ],
+        [value("again", onnx.TensorProto.BOOL, []), value("after", onnx.TensorProto.FLOAT, [1, 8, 16, 16])],
+    )
+    net.add("Loop", go_on, picture, first=count, body=body)
+    net.conv(8, 64, stride=2)
+    raw = {"output": {"kind": "raw"}, "acceptance": {"tolerance_abs": 1.0}}
+    version = bench.version(project(bench.folder, net.model([1, 64, 8, 8]), **raw))
+    result = bench.compile(version, class_here(search={"effort": "fixed", "prefer": "size"}))
+    assert result.precision == "int8"
+    assert result.figures.sqnr_db > 25
+
+
 def test_an_auto_encoder_whose_decoder_has_the_encoders_weights_is_quantized_for_tflite_too(bench: Bench) -> None:
     net = Net(8)
     weight = net.constant((net.rng.normal(size=(16, 3, 4, 4)) * 0.2).astype(np.float32))
