@@ -253,8 +253,19 @@ class _Search:
         return self._with_tfmots(found) if True in accurate else found
 
     def _with_pruned(self, found: Choice) -> Choice:
-        """The search over pruned networks too: from the sparsest that was good back to one that holds in the class's precision."""
-        pruned = Pruner(self._steps, self._version, self._class).run()
+        """The search over pruned networks too: from the sparsest that was good back to one that holds in the class's precision. One that is unfit for
+        pruning is told as that, and judged whole."""
+        try:
+            pruned = Pruner(self._steps, self._version, self._class).run()
+        except ModelError as exc:
+            plan = self._version.pruning
+            assert plan is not None
+            gone = 1 - (1 - plan.structured) * (1 - plan.unstructured)
+            asked = msgspec.structs.replace(found.trials[0].recipe, pruned="asked for", sparsity=gone)
+            left = LeftOut(recipe=asked, reason=str(exc), lasting=True)
+            return msgspec.structs.replace(
+                found, left_out=(*found.left_out, left), why=f"{found.why}; nothing is pruned: {exc.message}"
+            )
         return msgspec.structs.replace(self._over(found, pruned, OWN), pruning=pruned)
 
     def _over(self, found: Choice, pruned: Pruned, by: str) -> Choice:
