@@ -445,6 +445,28 @@ def test_an_output_that_is_computed_in_float_and_read_inside_is_served(bench: Be
     assert result.figures.sqnr_db > 20
 
 
+def test_what_boards_would_refuse_over_the_golden_samples_is_not_shipped(bench: Bench) -> None:
+    """Classes of pixels are what an application sees; a board compares values, here within less than int8 can hold."""
+    net = Net(10)
+    net.conv(3, 32, stride=2)
+    net.add("Relu")
+    net.conv(32, 4)
+    tight = {"output": {"kind": "segmentation"}, "acceptance": {"tolerance_abs": 1e-4}}
+    model = net.model([1, 4, 16, 16])
+    version = bench.version(project(bench.folder, model, **tight))
+    fixed = class_here(search={"effort": "fixed", "prefer": "size"})
+    with pytest.raises(QualityError, match=r"boards would refuse it: 0\.\d+ of 8 golden samples' values"):
+        bench.compile(version, fixed)
+    forced = bench.compile(version, fixed, ship_despite_quality=True)
+    assert forced.quality == "forced"
+    assert "boards would refuse it" in forced.misses[0]
+    more = bench.compile(version, class_here(search={"effort": "quick", "prefer": "size"}))
+    assert (more.quality, more.precision) == ("passed", "fp32")
+    roomy = {"output": {"kind": "segmentation"}, "acceptance": {"tolerance_abs": 0.5}}
+    shipped = bench.compile(bench.version(project(bench.folder, model, **roomy)), fixed)
+    assert (shipped.quality, shipped.precision) == ("passed", "int8")
+
+
 def test_a_weight_that_only_the_body_of_a_loop_reads_is_there_in_int8_too(bench: Bench) -> None:
     net = Net(9)
     picture = net.conv(3, 8, stride=2)
