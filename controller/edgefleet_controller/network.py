@@ -53,6 +53,13 @@ def load(content: bytes, origin: str) -> onnx.ModelProto:
         onnx.checker.check_model(content)
     except (onnx.checker.ValidationError, ValueError, RuntimeError) as exc:
         raise ModelError(f"{origin} is not valid ONNX: {str(exc).strip().splitlines()[0]}") from exc
+    fed = {value.name for value in model.graph.input}
+    passed_on = [value.name for value in model.graph.output if value.name in fed]
+    if passed_on:
+        raise ModelError(
+            f"{origin}: the output {passed_on[0]!r} is an input, passed on as it came",
+            hint="leave it away: who asked has it",
+        )
     opset = max((entry.version for entry in model.opset_import if entry.domain in {"", "ai.onnx"}), default=0)
     if 0 < opset < MIN_OPSET:
         raise ModelError(f"{origin} has operator set {opset}; at least {MIN_OPSET} is needed")

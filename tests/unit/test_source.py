@@ -119,6 +119,14 @@ def test_external_data_is_refused_wherever_it_hides(tmp_path: Path, hide: Any) -
         imported(tmp_path, model)
 
 
+def test_an_output_that_is_an_input_is_refused(tmp_path: Path) -> None:
+    model = classifier()
+    model.graph.output.append(model.graph.input[0])
+    raw = {"output": {"kind": "raw"}, "acceptance": {"tolerance_abs": 0.1}}
+    with pytest.raises(ModelError, match="the output 'image' is an input"):
+        imported(tmp_path, model, **raw)
+
+
 def test_an_open_dimension_without_a_size_is_named(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"dimension 'frames' \(axis 0 of input 'image'\) has no fixed size"):
         imported(tmp_path, classifier(batch="frames"))
