@@ -11,7 +11,7 @@ import onnx
 import pytest
 from edgefleet_controller.manifests import Model
 from edgefleet_shared import artifact, golden
-from edgefleet_shared.errors import QualityError
+from edgefleet_shared.errors import ModelError, QualityError
 from onnx import helper
 from safetensors.numpy import save_file
 from support.compiling import ENGINES, Bench, class_here
@@ -443,6 +443,21 @@ def test_an_output_that_is_computed_in_float_and_read_inside_is_served(bench: Be
     result = bench.compile(version, class_here(engine, search={"effort": "fixed", "prefer": "size"}))
     assert result.precision == "int8"
     assert result.figures.sqnr_db > 20
+
+
+def test_a_network_that_answers_at_random_is_told_as_that(bench: Bench) -> None:
+    net = Net(11)
+    exact = net.conv(3, 8, stride=4)
+    net.add("RandomNormalLike", scale=0.01)
+    net.add("Add", exact)
+    net.add("AveragePool", kernel_shape=[8, 8])
+    net.add("Flatten")
+    net.dense(8, 10)
+    version = bench.version(project(bench.folder, net.model([1, 10])))
+    with pytest.raises(
+        ModelError, match=r"in two ways: it draws random numbers \(operator RandomNormalLike, node 'n1'\)"
+    ):
+        bench.compile(version, class_here(precision="fp32"))
 
 
 def test_what_boards_would_refuse_over_the_golden_samples_is_not_shipped(bench: Bench) -> None:
