@@ -329,11 +329,12 @@ def test_a_mask_of_one_channel_wants_the_applications_threshold(tmp_path: Path) 
     assert imported(tmp_path, masked(1), output=told, **SEGMENTS).masks.threshold == 0.3
 
 
-def test_masks_that_lie_otherwise_than_described_are_told(tmp_path: Path) -> None:
+@pytest.mark.parametrize("stride", [1, 4])
+def test_masks_that_lie_otherwise_than_described_are_told(tmp_path: Path, stride: int) -> None:
     net = Net()
-    net.conv(3, 5)
+    net.conv(3, 5, stride=stride)
     net.add("Transpose", perm=[0, 2, 3, 1])
-    model = net.model([1, SIDE, SIDE, 5])
+    model = net.model([1, SIDE // stride, SIDE // stride, 5])
     with pytest.raises(ModelError, match="where layout NHWC has them"):
         imported(tmp_path, model, output={"kind": "segmentation"}, **SEGMENTS)
     told = {"kind": "segmentation", "segmentation": {"layout": "NHWC"}}
