@@ -20,6 +20,7 @@ from edgefleet_controller.compile import search
 from edgefleet_controller.compile.pipeline import compile_version
 from edgefleet_controller.compile.port import CompileResult
 from edgefleet_controller.compile.toolchains import Toolchains
+from edgefleet_controller.converters import to_onnx
 from edgefleet_controller.manifests import Model
 from edgefleet_controller.source import ModelVersion, import_model
 from edgefleet_shared.artifact import MODEL_LAYER, Layout, digest_file
@@ -95,6 +96,13 @@ for name, built in {
 }.items():
     built.save(f"{folder}/{name}.keras")
     np.save(f"{folder}/{name}.npy", built(shown, training=False).numpy())
+left, right = keras.Input((32, 32, 3), name="b"), keras.Input((32, 32, 3), name="a")
+seen = L.GlobalAveragePooling2D()(L.Concatenate()([L.Conv2D(8, 3)(left), L.Conv2D(8, 5, padding="valid")(L.ZeroPadding2D(1)(right))]))
+named = keras.Model({"one": left, "other": right}, {"zz": L.Dense(6, name="first")(seen), "aa": L.Dense(6, name="second")(seen)})
+named.save(f"{folder}/named.keras")
+said = named({"one": shown, "other": -shown}, training=False)
+np.save(f"{folder}/first.npy", said["zz"].numpy())
+np.save(f"{folder}/second.npy", said["aa"].numpy())
 taken = keras.Input((32, 32, 3), name="image", dtype="uint8")
 x = L.AveragePooling2D(8)(L.Conv2D(16, 3, activation="relu", padding="same")(L.Rescaling(1 / 255.0)(taken)))
 bytes_in = keras.Model(taken, L.Dense(6, name="scores")(L.Flatten()(x)))
@@ -202,6 +210,18 @@ def test_a_network_answers_in_float_what_its_weights_say(made: Path, tmp_path: P
     report = json.loads(layout.read(result.report, 10**7))
     assert report["left_out"] == []
     assert any(one["recipe"]["quantizer"] == "tensorflow" for one in report["candidates"])
+
+
+def test_a_keras_network_whose_inputs_and_outputs_have_names_keeps_them_apart(made: Path, tmp_path: Path) -> None:
+    import onnx.reference
+
+    converted = to_onnx(made / "named.keras", "keras", TOOLCHAINS, lambda *_: None)
+    run = onnx.reference.ReferenceEvaluator(onnx.load_model_from_string(converted.onnx))
+    shown = np.load(made / "shown.npy")
+    said = dict(zip(run.output_names, run.run(None, {"b": shown, "a": -shown}), strict=True))
+    assert sorted(said) == ["first", "second"]
+    for name, values in said.items():
+        assert np.allclose(values, np.load(made / f"{name}.npy"), atol=1e-4)
 
 
 def test_a_keras_network_that_takes_bytes_is_given_bytes(made: Path, tmp_path: Path) -> None:

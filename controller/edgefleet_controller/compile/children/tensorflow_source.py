@@ -111,8 +111,11 @@ def _keras(path: str, kind: str) -> tuple[Any, list[Any], list[str]]:
             )  # fmt: skip
         specs.append(tf.TensorSpec(shape, tensor.dtype, name=_plain(tensor.name) or f"input_{number}"))
 
+    # A network may be fed by names, and answer by them: TensorFlow counts both in the order of those, and so do model.inputs and output_names.
+    form = getattr(model, "_inputs_struct", model.inputs if len(model.inputs) > 1 else model.inputs[0])
+
     def call(*given: Any) -> Any:
-        return model(list(given) if len(given) > 1 else given[0], training=False)
+        return tf.nest.flatten(model(tf.nest.pack_sequence_as(form, list(given)), training=False))
 
     names = [
         _plain(name) for name in getattr(model, "output_names", None) or [layer.name for layer in model.layers[-1:]]
