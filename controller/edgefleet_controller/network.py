@@ -47,7 +47,8 @@ def load(content: bytes, origin: str) -> onnx.ModelProto:
         if tensor.data_location == onnx.TensorProto.EXTERNAL or tensor.external_data:
             raise ModelError(
                 f"{origin} keeps tensor {tensor.name or '(unnamed)'!r} in another file",
-                hint="save the network as one file: onnx.save(model, path, save_as_external_data=False)",
+                hint="save the network as one file: torch.onnx.export(..., external_data=False) where it is made, or beside its other file "
+                "onnx.save(onnx.load(path), new_path)",
             )
     try:
         onnx.checker.check_model(content)

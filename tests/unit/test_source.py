@@ -115,8 +115,9 @@ def hide_in_function(model: onnx.ModelProto) -> None:
 def test_external_data_is_refused_wherever_it_hides(tmp_path: Path, hide: Any) -> None:
     model = classifier()
     hide(model)
-    with pytest.raises(ModelError, match="in another file"):
+    with pytest.raises(ModelError, match="in another file") as caught:
         imported(tmp_path, model)
+    assert "torch.onnx.export(..., external_data=False)" in caught.value.hint  # torch's default is True
 
 
 def test_an_output_that_is_an_input_is_refused(tmp_path: Path) -> None:
