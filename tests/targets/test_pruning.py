@@ -242,6 +242,26 @@ def test_pruning_that_takes_too_long_is_stopped(bench: Bench) -> None:
         bench.compile(version, limits=Limits(prune_s=0.5))
 
 
+def test_a_normalisation_of_each_picture_loses_the_channels_that_it_scales(bench: Bench) -> None:
+    net = Net(1)
+    net.conv(3, 32, stride=2)
+    ones, zeros = (net.constant(np.full(32, value, np.float32)) for value in (1.0, 0.0))
+    net.add("InstanceNormalization", ones, zeros)
+    net.add("Relu")
+    net.conv(32, 64, stride=2)
+    net.add("Relu")
+    net.add("AveragePool", kernel_shape=[4, 4], strides=[4, 4])
+    net.add("Reshape", net.constant(np.array([1, 256], np.int64)))
+    features = net.last
+    net.dense(256, CLASSES)
+    model = net.model([1, CLASSES])
+    fitted(model, features)
+    result = bench.compile(bench.version(model, {"structured": 0.4}))
+    report = bench.report(result)
+    assert report["recipe"]["pruned"]
+    assert report["left_out"] == []
+
+
 def test_a_network_that_can_not_be_pruned_is_compiled_whole_and_the_report_says_why(bench: Bench) -> None:
     model = seer()
     (scores,) = model.graph.output
