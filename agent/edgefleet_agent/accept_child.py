@@ -109,7 +109,7 @@ def measure(
     for number, sample in enumerate(samples):
         stage(f"running golden picture {number}")
         answers.append(session.run(sample))
-    agreement, cosine = compare(config.contract, answers, references)
+    agreement, cosine = golden.compare(config.contract, answers, references)
 
     stage("timing inferences")
     timed = _time(session, samples, config.contract)
@@ -183,50 +183,6 @@ def _samples(config: ModelConfig, inputs: dict[str, Array], references: dict[str
         }
         for i in range(count)
     ]
-
-
-def compare(
-    contract: AcceptanceContract, answers: list[dict[str, Array]], references: dict[str, Array]
-) -> tuple[float, float]:
-    """(agreement, mean cosine) of answers with the float model's references.
-
-    Args:
-        answers: one per golden picture; each output has first axis 1.
-        references: float32, first axis the golden pictures.
-
-    Raises:
-        ArtifactError: an output is missing, is empty, or differs in size from its reference.
-    """
-    import numpy as np
-
-    same, cosines = [], []
-    within: dict[str, list[float]] = {name: [] for name in references}
-    for number, answer in enumerate(answers):
-        top = True
-        for name, reference in references.items():
-            if name not in answer:
-                raise ArtifactError(f"the model gave no output {name}")
-            wanted = reference[number].astype(np.float64).ravel()
-            got = answer[name].astype(np.float64).ravel()
-            if got.size != wanted.size:
-                raise ArtifactError(f"output {name} has {got.size} values, its reference has {wanted.size}")
-            if not wanted.size:
-                raise ArtifactError(f"output {name} has no values: nothing could be compared")
-            # NaN and infinity agree with nothing.
-            finite = bool(np.isfinite(got).all())
-            places = (-1, reference.shape[-1] if reference.ndim > 1 else 1)  # each with one answer among so many
-            top = top and finite and np.array_equal(got.reshape(places).argmax(-1), wanted.reshape(places).argmax(-1))
-            most, relative = contract.tolerance(name)
-            within[name].append(float((np.abs(got - wanted) <= most + relative * np.abs(wanted)).mean()))
-            length = float(np.linalg.norm(got) * np.linalg.norm(wanted))
-            alike = float(np.array_equal(got, wanted)) if length == 0.0 else float(got @ wanted / length)
-            cosines.append(alike if finite else float("nan"))
-        same.append(float(top))
-    # Each output counts by itself: a score is one value beside thousands of a map.
-    agreement = (
-        np.mean(same) if contract.kind == "classification" else min(np.mean(shares) for shares in within.values())
-    )
-    return float(agreement), float(np.mean(cosines))
 
 
 class _Timed(NamedTuple):

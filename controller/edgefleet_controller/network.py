@@ -47,12 +47,20 @@ def load(content: bytes, origin: str) -> onnx.ModelProto:
         if tensor.data_location == onnx.TensorProto.EXTERNAL or tensor.external_data:
             raise ModelError(
                 f"{origin} keeps tensor {tensor.name or '(unnamed)'!r} in another file",
-                hint="save the network as one file: onnx.save(model, path, save_as_external_data=False)",
+                hint="save the network as one file: torch.onnx.export(..., external_data=False) where it is made, or beside its other file "
+                "onnx.save(onnx.load(path), new_path)",
             )
     try:
         onnx.checker.check_model(content)
     except (onnx.checker.ValidationError, ValueError, RuntimeError) as exc:
         raise ModelError(f"{origin} is not valid ONNX: {str(exc).strip().splitlines()[0]}") from exc
+    fed = {value.name for value in model.graph.input}
+    passed_on = [value.name for value in model.graph.output if value.name in fed]
+    if passed_on:
+        raise ModelError(
+            f"{origin}: the output {passed_on[0]!r} is an input, passed on as it came",
+            hint="leave it away: who asked has it",
+        )
     opset = max((entry.version for entry in model.opset_import if entry.domain in {"", "ai.onnx"}), default=0)
     if 0 < opset < MIN_OPSET:
         raise ModelError(f"{origin} has operator set {opset}; at least {MIN_OPSET} is needed")

@@ -25,6 +25,9 @@ Array = npt.NDArray[Any]
 SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff"}
 # Pictures too, as cameras, telephones and programs write them, that nothing here reads: to pass them by would shift the labels of those behind.
 UNREAD = {".gif", ".heic", ".heif", ".avif", ".jp2", ".jxl", ".svg", ".psd", ".dng", ".cr2", ".cr3", ".nef", ".arw"}
+# What a file with one of these suffixes may hold. Nothing else is tried: Pillow hands PostScript on to a program, and knows dozens of kinds that no
+# camera writes, each a parser that a hostile file could break.
+FORMATS = ("JPEG", "PNG", "BMP", "DIB", "WEBP", "PPM", "TIFF", "GIF")
 NEARLY_WHOLE = 0.02  # of a grey level: what rounding leaves of one that was encoded
 # numpy's names of what inputs are made of.
 TYPES = {
@@ -218,10 +221,12 @@ def _hashes_as_pictures(samples: Samples, encoding: PictureEncoding) -> list[byt
 
 
 def _read(split: str, file: Path, height: int, width: int, grey: bool, fit: Fit) -> Array:
+    if not file.is_file():
+        raise DataError(f"{split}: can't read the picture {file}: {file.name} is no file, nor a link to one")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(file) as opened:
+            with Image.open(file, formats=FORMATS) as opened:
                 if opened.mode.startswith(("I", "F")):
                     raise DataError(
                         f"{split}: {file} has 16 or more bits per value ({opened.mode}), which would all become white",

@@ -46,7 +46,7 @@ def misfit(outputs: Sequence[TensorSpec], reading: MaskReading, size: tuple[int,
         if len(output.shape) == 4:
             other = "NHWC" if reading.layout == "NCHW" else "NCHW"
             places = {"NCHW": output.shape[2:], "NHWC": output.shape[1:3]}
-            if places[other] == size != places[reading.layout]:
+            if _pictures(places[other], size) and not _pictures(places[reading.layout], size):
                 return f"{told} has its rows and columns where layout {other} has them: give output.segmentation.layout"
         one = output.datatype not in WHOLE and class_axis(output, reading) is None
         if one and reading.threshold is None:
@@ -54,6 +54,11 @@ def misfit(outputs: Sequence[TensorSpec], reading: MaskReading, size: tuple[int,
     if reading.threshold is not None and all(class_axis(output, reading) is not None for output in outputs):
         return "every output has scores of several classes, the largest of which is the answer: leave output.segmentation.threshold away"
     return ""
+
+
+def _pictures(place: tuple[int, ...], size: tuple[int, int]) -> bool:
+    """Whether rows and columns are those of a picture of that size, whole or in its proportions: many networks answer at a quarter of it."""
+    return min(size) > 0 and min(place) > 1 and place[0] * size[1] == place[1] * size[0]
 
 
 def pixels(values: Array, output: TensorSpec, reading: MaskReading) -> Array:

@@ -1,4 +1,5 @@
-"""Golden pictures and their float reference, as one safetensors blob. Read by the accepting child, written by the compiler.
+"""Golden pictures and their float reference, as one safetensors blob, and how answers compare with it. Read by the accepting child, written by the
+compiler, which asks beforehand what boards would say.
 
 Tensors: ``input.<name>`` (uint8 N x H x W x C pictures when the model has a :class:`PictureEncoding`, else the input tensor
 itself, first axis N) and ``reference.<name>`` (the float model's output, float32, first axis N). numpy is imported here,
@@ -14,7 +15,7 @@ import numpy.typing as npt
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from edgefleet_shared.contract import PictureEncoding
+from edgefleet_shared.contract import AcceptanceContract, PictureEncoding
 from edgefleet_shared.drift import MIN_GOLDEN_PER_CLASS, Statistics, TensorStatistics
 from edgefleet_shared.errors import ArtifactError
 
@@ -64,6 +65,48 @@ def unpack(content: bytes, encoding: PictureEncoding | None) -> tuple[dict[str, 
             k: encode_pictures(v, encoding) if v.dtype == np.uint8 and v.ndim == 4 else v for k, v in inputs.items()
         }
     return inputs, references
+
+
+def compare(
+    contract: AcceptanceContract, answers: list[dict[str, Array]], references: dict[str, Array]
+) -> tuple[float, float]:
+    """(agreement, mean cosine) of answers with the float model's references, as the contract counts them.
+
+    Args:
+        answers: one per golden picture; each output has first axis 1.
+        references: float32, first axis the golden pictures.
+
+    Raises:
+        ArtifactError: an output is missing, is empty, or differs in size from its reference.
+    """
+    same, cosines = [], []
+    within: dict[str, list[float]] = {name: [] for name in references}
+    for number, answer in enumerate(answers):
+        top = True
+        for name, reference in references.items():
+            if name not in answer:
+                raise ArtifactError(f"the model gave no output {name}")
+            wanted = reference[number].astype(np.float64).ravel()
+            got = answer[name].astype(np.float64).ravel()
+            if got.size != wanted.size:
+                raise ArtifactError(f"output {name} has {got.size} values, its reference has {wanted.size}")
+            if not wanted.size:
+                raise ArtifactError(f"output {name} has no values: nothing could be compared")
+            # NaN and infinity agree with nothing.
+            finite = bool(np.isfinite(got).all())
+            places = (-1, reference.shape[-1] if reference.ndim > 1 else 1)  # each with one answer among so many
+            top = top and finite and np.array_equal(got.reshape(places).argmax(-1), wanted.reshape(places).argmax(-1))
+            most, relative = contract.tolerance(name)
+            within[name].append(float((np.abs(got - wanted) <= most + relative * np.abs(wanted)).mean()))
+            length = float(np.linalg.norm(got) * np.linalg.norm(wanted))
+            alike = float(np.array_equal(got, wanted)) if length == 0.0 else float(got @ wanted / length)
+            cosines.append(alike if finite else float("nan"))
+        same.append(float(top))
+    # Each output counts by itself: a score is one value beside thousands of a map.
+    agreement = (
+        np.mean(same) if contract.kind == "classification" else min(np.mean(shares) for shares in within.values())
+    )
+    return float(agreement), float(np.mean(cosines))
 
 
 def statistics(inputs: dict[str, Array], references: dict[str, Array], *, classification: bool) -> Statistics:

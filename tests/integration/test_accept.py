@@ -168,7 +168,7 @@ def test_golden_pictures_of_another_size_fail(tmp_path: Path) -> None:
 
 
 def test_answers_that_are_not_numbers_agree_with_nothing() -> None:
-    from edgefleet_agent.accept_child import compare
+    from edgefleet_shared.golden import compare
 
     reference = {"y": np.array([[1.0, 2.0]], np.float32)}
     agreement, cosine = compare(artifacts.make_contract(), [{"y": np.array([[np.nan, np.inf]], np.float32)}], reference)

@@ -11,7 +11,7 @@ import onnx
 import pytest
 from edgefleet_controller.manifests import Model
 from edgefleet_shared import artifact, golden
-from edgefleet_shared.errors import QualityError
+from edgefleet_shared.errors import ModelError, QualityError
 from onnx import helper
 from safetensors.numpy import save_file
 from support.compiling import ENGINES, Bench, class_here
@@ -443,6 +443,71 @@ def test_an_output_that_is_computed_in_float_and_read_inside_is_served(bench: Be
     result = bench.compile(version, class_here(engine, search={"effort": "fixed", "prefer": "size"}))
     assert result.precision == "int8"
     assert result.figures.sqnr_db > 20
+
+
+def test_a_network_that_answers_at_random_is_told_as_that(bench: Bench) -> None:
+    net = Net(11)
+    exact = net.conv(3, 8, stride=4)
+    net.add("RandomNormalLike", scale=0.01)
+    net.add("Add", exact)
+    net.add("AveragePool", kernel_shape=[8, 8])
+    net.add("Flatten")
+    net.dense(8, 10)
+    version = bench.version(project(bench.folder, net.model([1, 10])))
+    with pytest.raises(
+        ModelError, match=r"in two ways: it draws random numbers \(operator RandomNormalLike, node 'n1'\)"
+    ):
+        bench.compile(version, class_here(precision="fp32"))
+
+
+def test_what_boards_would_refuse_over_the_golden_samples_is_not_shipped(bench: Bench) -> None:
+    """Classes of pixels are what an application sees; a board compares values, here within less than int8 can hold."""
+    net = Net(10)
+    net.conv(3, 32, stride=2)
+    net.add("Relu")
+    net.conv(32, 4)
+    tight = {"output": {"kind": "segmentation"}, "acceptance": {"tolerance_abs": 1e-4}}
+    model = net.model([1, 4, 16, 16])
+    version = bench.version(project(bench.folder, model, **tight))
+    fixed = class_here(search={"effort": "fixed", "prefer": "size"})
+    with pytest.raises(QualityError, match=r"boards would refuse it: 0\.\d+ of 8 golden samples' values"):
+        bench.compile(version, fixed)
+    forced = bench.compile(version, fixed, ship_despite_quality=True)
+    assert forced.quality == "forced"
+    assert "boards would refuse it" in forced.misses[0]
+    more = bench.compile(version, class_here(search={"effort": "quick", "prefer": "size"}))
+    assert (more.quality, more.precision) == ("passed", "fp32")
+    roomy = {"output": {"kind": "segmentation"}, "acceptance": {"tolerance_abs": 0.5}}
+    shipped = bench.compile(bench.version(project(bench.folder, model, **roomy)), fixed)
+    assert (shipped.quality, shipped.precision) == ("passed", "int8")
+
+
+def test_a_weight_that_only_the_body_of_a_loop_reads_is_there_in_int8_too(bench: Bench) -> None:
+    net = Net(9)
+    picture = net.conv(3, 8, stride=2)
+    weight = net.constant((net.rng.normal(size=(8, 8, 3, 3)) * 0.1).astype(np.float32))
+    count, go_on = net.constant(np.int64(3)), net.constant(np.bool_(True))
+    value = onnx.helper.make_tensor_value_info
+    body = helper.make_graph(
+        [
+            helper.make_node("Conv", ["before", weight], ["after"], kernel_shape=[3, 3], pads=[1] * 4),
+            helper.make_node("Identity", ["go_on"], ["again"]),
+        ],
+        "body",
+        [
+            value("round", onnx.TensorProto.INT64, []),
+            value("go_on", onnx.TensorProto.BOOL, []),
+            value("before", onnx.TensorProto.FLOAT, [1, 8, 16, 16]),
+        ],
+        [value("again", onnx.TensorProto.BOOL, []), value("after", onnx.TensorProto.FLOAT, [1, 8, 16, 16])],
+    )
+    net.add("Loop", go_on, picture, first=count, body=body)
+    net.conv(8, 64, stride=2)
+    raw = {"output": {"kind": "raw"}, "acceptance": {"tolerance_abs": 1.0}}
+    version = bench.version(project(bench.folder, net.model([1, 64, 8, 8]), **raw))
+    result = bench.compile(version, class_here(search={"effort": "fixed", "prefer": "size"}))
+    assert result.precision == "int8"
+    assert result.figures.sqnr_db > 25
 
 
 def test_an_auto_encoder_whose_decoder_has_the_encoders_weights_is_quantized_for_tflite_too(bench: Bench) -> None:

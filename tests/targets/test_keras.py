@@ -20,11 +20,13 @@ from edgefleet_controller.compile import search
 from edgefleet_controller.compile.pipeline import compile_version
 from edgefleet_controller.compile.port import CompileResult
 from edgefleet_controller.compile.toolchains import Toolchains
+from edgefleet_controller.converters import to_onnx
 from edgefleet_controller.manifests import Model
 from edgefleet_controller.source import ModelVersion, import_model
 from edgefleet_shared.artifact import MODEL_LAYER, Layout, digest_file
 from edgefleet_shared.errors import ModelError
 from onnx import numpy_helper
+from safetensors.numpy import save_file
 from support.networks import device_class, write_pictures
 
 TOOLCHAINS = Path(os.environ.get("EDGEFLEET_CACHE", Path.home() / ".cache" / "edgefleet"))
@@ -82,6 +84,38 @@ whole.save(f"{folder}/inside.keras")
 lambdas = keras.Sequential([keras.Input((32, 32, 3), name="image"), L.Lambda(lambda x: x * 2), L.Flatten(), L.Dense(6)])
 lambdas.save(f"{folder}/lambda.keras")
 lambdas.save(f"{folder}/lambda.h5")
+def small(first, **more):
+    inputs = keras.Input((32, 32, 3), name="image")
+    x = L.Conv2D(16, 3, strides=2, padding="same", **more)(first(inputs) if first else inputs)
+    x = L.AveragePooling2D(4)(L.Conv2D(32, 3, strides=2, padding="same", **more)(x))
+    return keras.Model(inputs, L.Dense(6, name="scores")(L.Flatten()(x)))
+adapted = L.Normalization()
+adapted.adapt(chance.normal(1, 2, (64, 32, 32, 3)).astype(np.float32))
+for name, built in {
+    "gelu": small(None, activation="gelu"), "adapted": small(adapted), "told": small(L.Normalization(mean=[0.1, 0.2, 0.3], variance=[1.0, 2.0, 0.5])),
+}.items():
+    built.save(f"{folder}/{name}.keras")
+    np.save(f"{folder}/{name}.npy", built(shown, training=False).numpy())
+left, right = keras.Input((32, 32, 3), name="b"), keras.Input((32, 32, 3), name="a")
+seen = L.GlobalAveragePooling2D()(L.Concatenate()([L.Conv2D(8, 3)(left), L.Conv2D(8, 5, padding="valid")(L.ZeroPadding2D(1)(right))]))
+named = keras.Model({"one": left, "other": right}, {"zz": L.Dense(6, name="first")(seen), "aa": L.Dense(6, name="second")(seen)})
+named.save(f"{folder}/named.keras")
+said = named({"one": shown, "other": -shown}, training=False)
+np.save(f"{folder}/first.npy", said["zz"].numpy())
+np.save(f"{folder}/second.npy", said["aa"].numpy())
+taken = keras.Input((32, 32, 3), name="image", dtype="uint8")
+x = L.AveragePooling2D(8)(L.Conv2D(16, 3, activation="relu", padding="same")(L.Rescaling(1 / 255.0)(taken)))
+bytes_in = keras.Model(taken, L.Dense(6, name="scores")(L.Flatten()(x)))
+bytes_in.save(f"{folder}/bytes.keras")
+np.save(f"{folder}/bytes.npy", bytes_in(np.arange(3072).astype(np.uint8).reshape(1, 32, 32, 3), training=False).numpy())
+for policy in ("mixed_float16", "mixed_bfloat16"):
+    exact = small(None, activation="relu")
+    keras.mixed_precision.set_global_policy(policy)
+    mixed = small(None, activation="relu")
+    keras.mixed_precision.set_global_policy("float32")
+    mixed.set_weights(exact.get_weights())
+    mixed.save(f"{folder}/{policy}.keras")
+    np.save(f"{folder}/{policy}.npy", exact(shown, training=False).numpy())
 class Counting(tf.Module):
     def __init__(self):
         self.seen = tf.Variable(tf.zeros([1, 4]))
@@ -158,6 +192,54 @@ def test_a_network_is_taken_with_the_optimizer_that_it_was_trained_by(made: Path
     layout = Layout(tmp_path / "layout")
     version = imported(made, layout, name)
     assert np.allclose(answers(layout, version, np.load(made / "shown.npy")), np.load(made / "fitted.npy"), atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["gelu", "adapted", "told", "mixed_float16", "mixed_bfloat16"])
+def test_a_network_answers_in_float_what_its_weights_say(made: Path, tmp_path: Path, name: str) -> None:
+    """Keras' own gelu, normalisation by what it was adapted to or told, and mixed precision, in which a GPU trained it."""
+    layout = Layout(tmp_path / "layout")
+    version = imported(made, layout, f"{name}.keras")
+    assert [(t.name, t.datatype) for t in (*version.inputs, *version.outputs)] == [
+        ("image", "FP32"),
+        ("scores", "FP32"),
+    ]
+    assert np.allclose(answers(layout, version, np.load(made / "shown.npy")), np.load(made / f"{name}.npy"), atol=1e-4)
+    wanted = {"effort": "full", "prefer": "size"}
+    result = compiled(version, layout, tmp_path / "cache", "tflite", search=wanted)
+    assert (result.precision, result.quality) == ("int8", "passed")
+    report = json.loads(layout.read(result.report, 10**7))
+    assert report["left_out"] == []
+    assert any(one["recipe"]["quantizer"] == "tensorflow" for one in report["candidates"])
+
+
+def test_a_keras_network_whose_inputs_and_outputs_have_names_keeps_them_apart(made: Path, tmp_path: Path) -> None:
+    import onnx.reference
+
+    converted = to_onnx(made / "named.keras", "keras", TOOLCHAINS, lambda *_: None)
+    run = onnx.reference.ReferenceEvaluator(onnx.load_model_from_string(converted.onnx))
+    shown = np.load(made / "shown.npy")
+    said = dict(zip(run.output_names, run.run(None, {"b": shown, "a": -shown}), strict=True))
+    assert sorted(said) == ["first", "second"]
+    for name, values in said.items():
+        assert np.allclose(values, np.load(made / f"{name}.npy"), atol=1e-4)
+
+
+def test_a_keras_network_that_takes_bytes_is_given_bytes(made: Path, tmp_path: Path) -> None:
+    layout = Layout(tmp_path / "layout")
+    chance = np.random.default_rng(5)
+    for split, count in {"calibration": 16, "holdout": 32, "golden": 8}.items():
+        pictures = np.repeat(chance.integers(0, 256, (count, 4, 4, 3)), 8, axis=1).repeat(8, axis=2).astype(np.uint8)
+        save_file({"image": np.ascontiguousarray(pictures)}, made / f"{split}.safetensors")
+    sets: dict[str, Any] = {split: {"path": f"{split}.safetensors"} for split in ("calibration", "holdout", "golden")}
+    raw = {"output": {"kind": "raw"}, "acceptance": {"tolerance_abs": 1e-3}}
+    version = imported(made, layout, "bytes.keras", inputs=[], **sets, **raw)
+    assert version.inputs[0].datatype == "UINT8"
+    shown = np.arange(3072).astype(np.uint8).reshape(1, 32, 32, 3)
+    assert np.allclose(answers(layout, version, shown), np.load(made / "bytes.npy"), atol=1e-4)
+    full = {"effort": "full", "prefer": "size"}
+    result = compiled(version, layout, tmp_path / "cache", "tflite", search=full, precision="fp32")
+    assert result.quality == "passed"
+    assert json.loads(layout.read(result.report, 10**7))["left_out"] == []
 
 
 @pytest.mark.parametrize("engine", ["onnxruntime", "tflite"])

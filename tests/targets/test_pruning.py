@@ -20,7 +20,7 @@ from edgefleet_controller.compile.toolchains import Cancelled, Toolchains
 from edgefleet_controller.manifests import Model
 from edgefleet_controller.source import ModelVersion, import_model
 from edgefleet_shared.artifact import MODEL_LAYER, Layout
-from edgefleet_shared.errors import ModelError, ToolchainError
+from edgefleet_shared.errors import QualityError, ToolchainError
 from safetensors.numpy import save_file
 from support.networks import Net, blobs_of_light, device_class
 
@@ -59,9 +59,8 @@ class Bench:
     ) -> CompileResult:
         accuracy = more.pop("accuracy", {"min_agreement": 0.8})
         search = {"effort": "quick", "prefer": prefer, "pruned": more.pop("pruned", True)}
-        wanted = device_class(
-            engine, arch=platform.machine(), accuracy=accuracy, search=search, precision=more.pop("precision", "int8")
-        )
+        own = {name: more.pop(name) for name in ("precision", "budgets") if name in more}
+        wanted = device_class(engine, arch=platform.machine(), accuracy=accuracy, search=search, **own)
         toolchains = Toolchains(TOOLCHAINS, cancel=self.cancel)
         return compile_version(version, wanted, self.layout, toolchains, cache=self.cache, **more)
 
@@ -243,17 +242,52 @@ def test_pruning_that_takes_too_long_is_stopped(bench: Bench) -> None:
         bench.compile(version, limits=Limits(prune_s=0.5))
 
 
-def test_a_network_that_can_not_be_pruned_is_told(bench: Bench) -> None:
+def test_a_normalisation_of_each_picture_loses_the_channels_that_it_scales(bench: Bench) -> None:
+    net = Net(1)
+    net.conv(3, 32, stride=2)
+    ones, zeros = (net.constant(np.full(32, value, np.float32)) for value in (1.0, 0.0))
+    net.add("InstanceNormalization", ones, zeros)
+    net.add("Relu")
+    net.conv(32, 64, stride=2)
+    net.add("Relu")
+    net.add("AveragePool", kernel_shape=[4, 4], strides=[4, 4])
+    net.add("Reshape", net.constant(np.array([1, 256], np.int64)))
+    features = net.last
+    net.dense(256, CLASSES)
+    model = net.model([1, CLASSES])
+    fitted(model, features)
+    result = bench.compile(bench.version(model, {"structured": 0.4}))
+    report = bench.report(result)
+    assert report["recipe"]["pruned"]
+    assert report["left_out"] == []
+
+
+def test_a_network_that_can_not_be_pruned_is_compiled_whole_and_the_report_says_why(bench: Bench) -> None:
     model = seer()
     (scores,) = model.graph.output
     for node in model.graph.node:
         node.output[:] = ["linear" if name == scores.name else name for name in node.output]
     model.graph.node.append(onnx.helper.make_node("Hardmax", ["linear"], [scores.name], name="one-hot", axis=-1))
-    with pytest.raises(ModelError, match=r"this network can't be trained, so not pruned.*Hardmax"):
-        bench.compile(bench.version(model, {"structured": 0.5}), accuracy={"min_agreement": 0.01})
+    result = bench.compile(bench.version(model, {"structured": 0.5}))
+    assert result.quality == "passed"
+    assert "this network can't be trained, so not pruned" in result.why
+    (left,) = bench.report(result)["left_out"]
+    assert "50% pruned" in left["told"]
+    assert "Hardmax" in left["reason"]
 
 
-def test_a_network_that_takes_one_sample_only_is_told_what_can_be_taken(bench: Bench) -> None:
+def test_budgets_that_only_a_pruned_network_could_meet_are_missed_with_why_it_is_not_pruned(bench: Bench) -> None:
+    model = seer()
+    (scores,) = model.graph.output
+    for node in model.graph.node:
+        node.output[:] = ["linear" if name == scores.name else name for name in node.output]
+    model.graph.node.append(onnx.helper.make_node("Hardmax", ["linear"], [scores.name], name="one-hot", axis=-1))
+    small = {"latency_p95_ms": 100.0, "memory_bytes": 1024**3, "size_bytes": 20_000}
+    with pytest.raises(QualityError, match=r"budget 20000.*this network can't be trained, so not pruned.*Hardmax"):
+        bench.compile(bench.version(model, {"structured": 0.5}), budgets=small)
+
+
+def test_of_a_network_that_takes_one_sample_only_is_told_what_can_be_taken(bench: Bench) -> None:
     net = Net(1)
     net.conv(3, 16, stride=4)
     net.add("Relu")
@@ -262,5 +296,7 @@ def test_a_network_that_takes_one_sample_only_is_told_what_can_be_taken(bench: B
     net.add("Flatten")
     net.dense(1024, CLASSES)
     version = bench.version(net.model([1, CLASSES]), {"structured": 0.5}, holdout={"path": "holdout.safetensors"})
-    with pytest.raises(ModelError, match=r"channels of this network can't be taken.*prune.unstructured"):
-        bench.compile(version, accuracy={"min_agreement": 0.01}, precision="fp32")
+    result = bench.compile(version, accuracy={"min_agreement": 0.01}, precision="fp32")
+    (left,) = bench.report(result)["left_out"]
+    assert "channels of this network can't be taken" in left["reason"]
+    assert "prune.unstructured" in left["reason"]

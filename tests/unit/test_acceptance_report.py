@@ -8,7 +8,6 @@ import msgspec
 import numpy as np
 import pytest
 from edgefleet_agent.accept import Stage, report_on
-from edgefleet_agent.accept_child import compare
 from edgefleet_agent.runtime.protocol import OutputTensor
 from edgefleet_agent.runtime.shadow import agree
 from edgefleet_agent.sandbox import Ended
@@ -25,6 +24,7 @@ from edgefleet_shared.contract import (
     judge_shadow,
 )
 from edgefleet_shared.errors import ArtifactError
+from edgefleet_shared.golden import compare
 
 
 @pytest.mark.parametrize("cosine", [math.nan, None, 0.1])

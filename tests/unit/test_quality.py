@@ -1,12 +1,13 @@
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import numpy as np
 import pytest
 from edgefleet_controller.compile.packing import contract
 from edgefleet_controller.compile.port import Figures, chosen_options, engine_version, target_named
-from edgefleet_controller.compile.quality import EXACT_DB, compare, misses, vacuous, wilson
+from edgefleet_controller.compile.quality import EXACT_DB, compare, misses, refusals, vacuous, wilson
 from edgefleet_controller.compile.recipe import Recipe
 from edgefleet_controller.detection import BoxDecoding
 from edgefleet_controller.source import AcceptanceLimits, ModelVersion, Split
@@ -65,6 +66,24 @@ def test_raw_outputs_agree_within_their_tolerance() -> None:
     far[2, 2] += 0.2
     assert compare({"y": near}, {"y": ROWS}, version("raw")).figures["agreement"] == 1.0
     assert compare({"y": far}, {"y": ROWS}, version("raw")).figures["agreement"] == 0.75
+
+
+@pytest.mark.parametrize(
+    ("kind", "answers", "words"),
+    [
+        ("classification", ROWS, []),
+        ("classification", np.vstack([ROWS[:3], [[5, 0, 5.1]]]), [r"0\.750 of 4 golden samples' answers"]),
+        ("raw", ROWS + 0.05, []),
+        ("raw", ROWS + np.float32([0, 0, 0.2]), [r"0\.667 of 4 golden samples' values"]),
+        ("raw", ROWS * np.float32("nan"), ["0.000 of 4", "a cosine of nan"]),
+    ],
+)
+def test_what_boards_would_refuse_is_told_by_their_own_rule(kind: str, answers: Any, words: list[str]) -> None:
+    asked = contract(version(kind), device_class(), target_named("onnxruntime"))
+    found = refusals({"y": np.asarray(answers, np.float32)}, {"y": ROWS}, asked)
+    assert len(found) == len(words)
+    for told, wanted in zip(found, words, strict=True):
+        assert re.search(wanted, told), told
 
 
 def test_outputs_of_another_name_or_shape_are_an_error() -> None:

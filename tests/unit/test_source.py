@@ -115,8 +115,17 @@ def hide_in_function(model: onnx.ModelProto) -> None:
 def test_external_data_is_refused_wherever_it_hides(tmp_path: Path, hide: Any) -> None:
     model = classifier()
     hide(model)
-    with pytest.raises(ModelError, match="in another file"):
+    with pytest.raises(ModelError, match="in another file") as caught:
         imported(tmp_path, model)
+    assert "torch.onnx.export(..., external_data=False)" in caught.value.hint  # torch's default is True
+
+
+def test_an_output_that_is_an_input_is_refused(tmp_path: Path) -> None:
+    model = classifier()
+    model.graph.output.append(model.graph.input[0])
+    raw = {"output": {"kind": "raw"}, "acceptance": {"tolerance_abs": 0.1}}
+    with pytest.raises(ModelError, match="the output 'image' is an input"):
+        imported(tmp_path, model, **raw)
 
 
 def test_an_open_dimension_without_a_size_is_named(tmp_path: Path) -> None:
@@ -321,11 +330,12 @@ def test_a_mask_of_one_channel_wants_the_applications_threshold(tmp_path: Path) 
     assert imported(tmp_path, masked(1), output=told, **SEGMENTS).masks.threshold == 0.3
 
 
-def test_masks_that_lie_otherwise_than_described_are_told(tmp_path: Path) -> None:
+@pytest.mark.parametrize("stride", [1, 4])
+def test_masks_that_lie_otherwise_than_described_are_told(tmp_path: Path, stride: int) -> None:
     net = Net()
-    net.conv(3, 5)
+    net.conv(3, 5, stride=stride)
     net.add("Transpose", perm=[0, 2, 3, 1])
-    model = net.model([1, SIDE, SIDE, 5])
+    model = net.model([1, SIDE // stride, SIDE // stride, 5])
     with pytest.raises(ModelError, match="where layout NHWC has them"):
         imported(tmp_path, model, output={"kind": "segmentation"}, **SEGMENTS)
     told = {"kind": "segmentation", "segmentation": {"layout": "NHWC"}}

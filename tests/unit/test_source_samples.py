@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,18 @@ def run(folder: Path, manifest: Model) -> ModelVersion:
 
 def imported(folder: Path, model: onnx.ModelProto, **spec: Any) -> ModelVersion:
     return run(folder, project(folder, model, **spec))
+
+
+def samples_in_a_process(manifest: Model, folder: Path) -> str:
+    """How reading a manifest's samples ends, in a process of its own that has a minute."""
+    source = (
+        "import sys; from pathlib import Path; from edgefleet_controller.manifests import Model\n"
+        "from edgefleet_controller.source import import_model; from edgefleet_shared.artifact import Layout\n"
+        "folder = Path(sys.argv[1]); manifest = Model.model_validate_json(sys.argv[2])\n"
+        "import_model(manifest, folder, Layout(folder / 'layout'), cache=folder / 'cache')\n"
+    )
+    command = [sys.executable, "-c", source, str(folder), manifest.model_dump_json(by_alias=True)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False).stderr
 
 
 def spoil_missing(folder: Path) -> None:
@@ -310,6 +324,28 @@ def test_a_file_that_is_no_safetensors_is_refused(tmp_path: Path) -> None:
 def test_a_folder_of_pictures_needs_a_picture_input(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="describes no picture input"):
         imported(tmp_path, classifier(), inputs=[])
+
+
+def test_a_drawing_under_a_pictures_name_starts_no_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PostScript is a program; what draws it is another one, which a picture from anywhere must not reach."""
+    manifest = project(tmp_path, classifier())
+    Image.new("RGB", (48, 40), (1, 2, 3)).save(tmp_path / "drawing.eps")
+    (tmp_path / "drawing.eps").rename(tmp_path / "calibration" / "p000.png")
+    programs, started = tmp_path / "programs", tmp_path / "started"
+    programs.mkdir()
+    (programs / "gs").write_text(f"#!/bin/sh\ntouch {started}\nexit 1\n")
+    (programs / "gs").chmod(0o755)
+    monkeypatch.setenv("PATH", str(programs), prepend=os.pathsep)
+    with pytest.raises(DataError, match=r"can't read the picture .*p000\.png"):
+        run(tmp_path, manifest)
+    assert not started.exists()
+
+
+def test_a_pipe_under_a_pictures_name_is_not_waited_for(tmp_path: Path) -> None:
+    manifest = project(tmp_path, classifier())
+    os.mkfifo(tmp_path / "calibration" / "p100.png")
+    asked = samples_in_a_process(manifest, tmp_path)
+    assert "p100.png is no file" in asked
 
 
 def test_a_decompression_bomb_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

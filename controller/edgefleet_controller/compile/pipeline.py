@@ -33,7 +33,7 @@ from edgefleet_controller.compile.environments import lock_named
 from edgefleet_controller.compile.host import host
 from edgefleet_controller.compile.input_check import better_description
 from edgefleet_controller.compile.keras_pruner import KerasPruner
-from edgefleet_controller.compile.packing import pack
+from edgefleet_controller.compile.packing import contract, pack
 from edgefleet_controller.compile.port import CompileResult, Options, Target, target_named
 from edgefleet_controller.compile.pruner import TOOLCHAIN as PRUNING_TOOLCHAIN
 from edgefleet_controller.compile.pruner import Pruner
@@ -42,7 +42,7 @@ from edgefleet_controller.compile.recipe import AS_IS, FLOAT, HALF, OWN, PLAIN_T
 from edgefleet_controller.compile.search import Choice, LeftOut, Trial, Unit
 from edgefleet_controller.compile.steps import Limits, Measured, Progress, Steps
 from edgefleet_controller.compile.toolchains import Toolchains
-from edgefleet_controller.compile.watching import Cancelled
+from edgefleet_controller.compile.watching import Cancelled, ChildDied
 from edgefleet_controller.compile.workplace import work_folder
 from edgefleet_controller.manifests import DeviceClass
 from edgefleet_controller.source import ModelVersion
@@ -211,20 +211,33 @@ class _Search:
     def final(self, choice: Choice) -> tuple[Choice, Measured, bool]:
         """(the choice, what was chosen or came closest measured alone, whether it was compiled before).
 
-        Measured alone, on all samples, a candidate at the edge may miss a budget after all: then the next best is taken.
+        Measured alone, on all samples, a candidate at the edge may miss a budget after all, or be one that boards would refuse: then the next best is taken.
         """
         left, fallen = choice, list[Recipe]()
         while left.chosen is not None:
-            measured, cached = self._alone(left.chosen.recipe)
+            measured, cached = self._at_last(left.chosen.recipe)
             if not measured.trial.misses:
                 return msgspec.structs.replace(left, trials=choice.trials), measured, cached
             fallen.append(left.chosen.recipe)
             if len(fallen) == len(choice.trials):
                 break
             left = search.without(choice, fallen, self._class.spec)
-        measured, cached = self._alone(choice.nearest.recipe)
+        measured, cached = self._at_last(choice.nearest.recipe)
         why = search.NOTHING if fallen else choice.why
         return msgspec.structs.replace(choice, chosen=None, why=why), measured, cached
+
+    def _at_last(self, recipe: Recipe) -> tuple[Measured, bool]:
+        """Measured alone, and what boards would refuse it for added to what it misses. A builder board has said so itself."""
+        measured, cached = self._alone(recipe)
+        if not measured.outputs or measured.trial.figures.timed_on not in ("", "host"):
+            return measured, cached
+        ((path, _),) = self._steps.compile([recipe])
+        try:
+            refusals = quality.refusals(*self._steps.golden(path), contract(self._version, self._class, self._target))
+        except ChildDied as exc:
+            refusals = [f"engine died over the golden samples: {exc.how}"]
+        misses = (*measured.trial.misses, *refusals)
+        return measured._replace(trial=msgspec.structs.replace(measured.trial, misses=misses)), cached
 
     def _alone(self, recipe: Recipe) -> tuple[Measured, bool]:
         ((path, cached),) = self._steps.compile([recipe])
@@ -253,8 +266,19 @@ class _Search:
         return self._with_tfmots(found) if True in accurate else found
 
     def _with_pruned(self, found: Choice) -> Choice:
-        """The search over pruned networks too: from the sparsest that was good back to one that holds in the class's precision."""
-        pruned = Pruner(self._steps, self._version, self._class).run()
+        """The search over pruned networks too: from the sparsest that was good back to one that holds in the class's precision. One that is unfit for
+        pruning is told as that, and judged whole."""
+        try:
+            pruned = Pruner(self._steps, self._version, self._class).run()
+        except ModelError as exc:
+            plan = self._version.pruning
+            assert plan is not None
+            gone = 1 - (1 - plan.structured) * (1 - plan.unstructured)
+            asked = msgspec.structs.replace(found.trials[0].recipe, pruned="asked for", sparsity=gone)
+            left = LeftOut(recipe=asked, reason=str(exc), lasting=True)
+            return msgspec.structs.replace(
+                found, left_out=(*found.left_out, left), why=f"{found.why}; nothing is pruned: {exc.message}"
+            )
         return msgspec.structs.replace(self._over(found, pruned, OWN), pruning=pruned)
 
     def _over(self, found: Choice, pruned: Pruned, by: str) -> Choice:

@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+from edgefleet_shared import golden
+from edgefleet_shared.contract import AcceptanceContract
 from edgefleet_shared.errors import ToolchainError
 
 from edgefleet_controller.compile import answers
@@ -325,6 +327,31 @@ def misses(figures: Figures, device_class: DeviceClassSpec, recipe: Recipe) -> l
     if slower and not recipe.exact and device_class.search.prefer not in SMALL_FIRST:
         found.append(
             f"slower than float on {figures.engine}: p50 {figures.p50_ms:.2f} ms, float {figures.float_p50_ms:.2f}"
+        )
+    return found
+
+
+def refusals(outputs: dict[str, Array], references: dict[str, Array], contract: AcceptanceContract) -> list[str]:
+    """What boards would refuse a model for, whatever it has shown otherwise; empty where they would not.
+
+    Args:
+        outputs, references: the compiled and the float model's answers to the golden samples, by output name, first axis N.
+    """
+    count = len(next(iter(references.values())))
+    each = [{name: values[row : row + 1] for name, values in outputs.items()} for row in range(count)]
+    agreement, cosine = golden.compare(contract, each, references)
+    found = []
+    if not agreement >= contract.min_agreement:
+        what = (
+            "answers are the float model's" if contract.kind == "classification" else "values are within the tolerance"
+        )
+        found.append(
+            f"boards would refuse it: {agreement:.3f} of {count} golden samples' {what}, acceptance.min_agreement {contract.min_agreement:.3f}"
+        )
+    if not cosine >= contract.min_cosine:
+        found.append(
+            f"boards would refuse it: its answers to {count} golden samples have a cosine of {cosine:.3f} with the float model's, acceptance.min_cosine "
+            f"{contract.min_cosine:.3f}"
         )
     return found
 

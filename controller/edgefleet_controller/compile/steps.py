@@ -235,17 +235,10 @@ class Steps:
         budget = self._class.spec.budgets.memory_bytes + HOST_OVERHEAD_BYTES
         budget += 4 * sum(path.stat().st_size for _, path in tried[1:])
         try:
-            found = self._child(self._toolchain, self._target.module, self._limits.measure_s, {
-                "action": "measure",
-                "models": [
-                    {"model": str(_runnable(path)), "outputs": str(file)}
-                    for (_, path), file in zip(tried, outputs, strict=True)
-                ],
-                "float_model": str(_runnable(float_model)) if timed_here else None,
-                "samples": self.samples(self._version.holdout),
-                "count": count,
-                **self._told,
-            }, None if stood_in else budget)  # fmt: skip
+            found = self._run(
+                {path: file for (_, path), file in zip(tried, outputs, strict=True)}, self._version.holdout, count,
+                float_model=float_model if timed_here else None, memory_bytes=None if stood_in else budget,
+            )  # fmt: skip
         except ChildDied as exc:
             if len(tried) > 1:
                 return [self.measure([one])[0] for one in tried]
@@ -272,6 +265,29 @@ class Steps:
                 )
             measured.append(Measured(trial, answered, compared.changed))
         return measured
+
+    def golden(self, path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+        """(a compiled model's answers to the golden samples, the float model's), by output name.
+
+        Raises:
+            ChildDied: the engine did, over them.
+        """
+        file = self._work / f"golden-{next(self._numbers)}.safetensors"
+        self._run({path: file}, self._version.golden, self._version.golden.count)
+        return load_file(file), load_file(self.prepare() / "golden.safetensors")
+
+    def _run(
+        self, models: dict[Path, Path], split: Split, count: int, *, float_model: Path | None = None, memory_bytes: int | None = None
+    ) -> dict[str, Any]:  # fmt: skip
+        """Have compiled models, or what stands in for them, answer the first ``count`` samples of a split, each into a file; with a float model, time them."""
+        return self._child(self._toolchain, self._target.module, self._limits.measure_s, {
+            "action": "measure",
+            "models": [{"model": str(_runnable(path)), "outputs": str(file)} for path, file in models.items()],
+            "float_model": None if float_model is None else str(_runnable(float_model)),
+            "samples": self.samples(split),
+            "count": count,
+            **self._told,
+        }, memory_bytes)  # fmt: skip
 
     def _builder(self, measure: Measure) -> BuilderBoard:
         if self._board is None:

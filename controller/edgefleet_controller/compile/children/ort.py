@@ -23,6 +23,7 @@ from .tidy import tidy
 onnxruntime.disable_telemetry_events()
 
 LOOKED_AT = 4  # samples that tell a network from one that computes something else
+DRAWING = ("Dropout", "Bernoulli", "Multinomial")  # beside those whose names say so
 SAME_DB = 40.0  # signal to noise, from which two ways of computing one network are one; float32's own rounding leaves 80 and more
 
 
@@ -57,6 +58,7 @@ def prepare(request: job.Request, progress: job.Progress) -> dict[str, Any]:
     quant_pre_process(source, request["simplified"], skip_symbolic_shape=True)
     tidy(request["simplified"])
     progress("simplifying", 1, 1)
+    _repeats(run, request["network"], SampleFile(request["samples"][0], LOOKED_AT), progress)
     for samples, references in zip(request["samples"], request["references"], strict=True):
         save_file(_answers(run, request["network"], SampleFile(samples), progress), references)
     _same(run, load(request["simplified"]), SampleFile(request["samples"][0], LOOKED_AT), progress)
@@ -71,6 +73,20 @@ def _answers(run: Run, network: str, samples: SampleFile, progress: job.Progress
         raise
     except Exception as exc:  # onnxruntime's own classes share no base but this
         raise _refusal(exc, network, "run") from exc
+
+
+def _repeats(run: Run, network: str, samples: SampleFile, progress: job.Progress) -> None:
+    """Refuse a network that answers one sample in two ways: nothing could be held against such answers, on no board."""
+    once, again = (_answers(run, network, samples, progress) for _ in range(2))
+    if all(np.array_equal(once[name], again[name], equal_nan=True) for name in once):
+        return
+    drawing = [n for n in onnx.load(network).graph.node if n.op_type.startswith("Random") or n.op_type in DRAWING]
+    where = f" (operator {drawing[0].op_type}, node {drawing[0].name!r})" if drawing else ""
+    raise job.Refused(
+        "bad_model",
+        f"the network answers one sample in two ways: it draws random numbers{where}",
+        "export it in its evaluation mode, without noise and dropout",
+    )
 
 
 def _same(source: Run, simplified: Run, samples: SampleFile, progress: job.Progress) -> None:

@@ -206,7 +206,7 @@ def _swept(model: onnx.ModelProto) -> None:
                 del node.input[2]
     outputs = {o.name for o in graph.output}
     while True:
-        read = {name for node in graph.node for name in node.input} | outputs
+        read = {name for node in graph.node for name in read_by(node)} | outputs
         kept = [node for node in graph.node if any(name in read for name in node.output)]
         if len(kept) == len(graph.node):
             break

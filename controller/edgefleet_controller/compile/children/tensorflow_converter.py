@@ -143,7 +143,7 @@ def _check(content: bytes, function: Any, specs: list[Any]) -> None:
         raise job.Refused(
             "bad_model", "TensorFlow's converter leaves out an input that nothing reads, or orders them otherwise"
         )
-    fed = [np.random.default_rng(0).random(spec.shape.as_list()).astype(spec.dtype.as_numpy_dtype) for spec in specs]
+    fed = tensorflow_source.drawn(specs)
     for detail, value in zip(details, fed, strict=True):
         interpreter.set_tensor(detail["index"], value)
     interpreter.invoke()

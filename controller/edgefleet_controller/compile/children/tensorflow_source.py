@@ -17,7 +17,7 @@ import numpy as np
 import onnx
 import onnx.reference
 
-from . import hostile_keras, job
+from . import hostile_keras, job, tensorflow_operators
 
 # KERAS_HOME: what somebody set up in their own ~/.keras decides nothing here.
 os.environ |= {
@@ -42,14 +42,28 @@ def convert(request: job.Request, progress: job.Progress) -> dict[str, Any]:
     function, specs, outputs = load(request["path"], request["format"])
     import tf2onnx
 
+    tensorflow_operators.teach()
     progress("converting to ONNX", 1, 2)
-    model = _told(lambda: tf2onnx.convert.from_function(function, input_signature=specs, opset=OPSET)[0])
+    model = _told(
+        lambda: _kept(tf2onnx.convert.from_function(function, input_signature=specs, opset=OPSET)[0], function, specs)
+    )
     _canonical(model, [spec.name for spec in specs], outputs)
-    fed = [np.random.default_rng(0).random(spec.shape.as_list(), np.float32) for spec in specs]
+    fed = drawn(specs)
     answered = function(*fed)
     _check(model, dict(zip([spec.name for spec in specs], fed, strict=True)), [a.numpy() for a in listed(answered)])
     onnx.save(model, request["onnx"])
     return {"quantized": False}
+
+
+def drawn(specs: list[Any]) -> list[Any]:
+    """One random input: grey levels where bytes are asked for, 0 or 1 where other whole numbers are, which may be places in a table of two."""
+    chance = np.random.default_rng(0)
+    found = []
+    for spec in specs:
+        shape, kind = spec.shape.as_list(), np.dtype(spec.dtype.as_numpy_dtype)
+        most = 256 if kind == np.uint8 else 2
+        found.append((chance.random(shape) if kind.kind == "f" else chance.integers(0, most, shape)).astype(kind))
+    return found
 
 
 def load(path: str, kind: str) -> tuple[Any, list[Any], list[str]]:
@@ -67,11 +81,20 @@ def load_keras(path: str, kind: str) -> Any:
     import keras
 
     try:
-        return keras.models.load_model(path, compile=False, safe_mode=True)
+        return _in_float(keras.models.load_model(path, compile=False, safe_mode=True))
     except Exception as exc:  # whatever Keras raises about a file
         raise job.Refused(
             "bad_model", f"Keras {keras.__version__} can't load this model: {str(exc).splitlines()[0]}"
         ) from exc
+
+
+def _in_float(model: Any) -> Any:
+    """A network that was trained in mixed precision, computing in float32, in which it keeps its weights: half precision was for the machine that trained it, and
+    what it is to be computed in elsewhere is the device class's to say."""
+    for layer in model._flatten_layers():
+        if layer.compute_dtype in ("float16", "bfloat16") and layer.variable_dtype == "float32":
+            layer.dtype_policy = "float32"
+    return model
 
 
 def _keras(path: str, kind: str) -> tuple[Any, list[Any], list[str]]:
@@ -88,8 +111,11 @@ def _keras(path: str, kind: str) -> tuple[Any, list[Any], list[str]]:
             )  # fmt: skip
         specs.append(tf.TensorSpec(shape, tensor.dtype, name=_plain(tensor.name) or f"input_{number}"))
 
+    # A network may be fed by names, and answer by them: TensorFlow counts both in the order of those, and so do model.inputs and output_names.
+    form = getattr(model, "_inputs_struct", model.inputs if len(model.inputs) > 1 else model.inputs[0])
+
     def call(*given: Any) -> Any:
-        return model(list(given) if len(given) > 1 else given[0], training=False)
+        return tf.nest.flatten(model(tf.nest.pack_sequence_as(form, list(given)), training=False))
 
     names = [
         _plain(name) for name in getattr(model, "output_names", None) or [layer.name for layer in model.layers[-1:]]
@@ -280,6 +306,18 @@ def _told(made: Any) -> onnx.ModelProto:
         onnx.checker.check_model(model)
     except Exception as exc:  # tf2onnx raises whatever comes
         raise job.Refused("bad_model", f"this network can't be written as ONNX: {str(exc).splitlines()[0]}") from exc
+    if not model.graph.node:  # it leaves away what it lacks, and all that hangs on that
+        raise job.Refused("bad_model", "this network can't be written as ONNX: tf2onnx lacks an operator of it")
+    return model
+
+
+def _kept(model: onnx.ModelProto, function: Any, specs: list[Any]) -> onnx.ModelProto:
+    """Tensors that the network keeps without their being variables (what a normalisation was adapted to) become constants: tf2onnx takes them for inputs."""
+    graph = model.graph
+    captured = {own.name: tensor for tensor, own in function.get_concrete_function(*specs).graph.captures}
+    for value in [value for value in graph.input if value.name in captured]:
+        graph.initializer.append(onnx.numpy_helper.from_array(captured[value.name].numpy(), value.name))
+        graph.input.remove(value)
     return model
 
 

@@ -25,6 +25,7 @@ _PLACES = {
     "ConvTranspose": {1: "weight", 2: "bias"},
     "Gemm": {1: "weight", 2: "bias"},
     "BatchNormalization": {1: "weight", 2: "bias", 3: "running_mean", 4: "running_var"},
+    "InstanceNormalization": {1: "weight", 2: "bias"},
     "PRelu": {1: "weight"},
 }
 _REDUCTIONS = (
