@@ -24,7 +24,17 @@ MAX_BLOB_BYTES = 4 * 1024**3
 
 Options = dict[str, str | int | float | bool]
 RECIPE_OPTIONS = frozenset(
-    {"weights", "granularity", "scope", "correct_bias", "fit_weights", "quantizer", "float_first", "activations"}
+    {
+        "weights",
+        "granularity",
+        "scope",
+        "correct_bias",
+        "fit_weights",
+        "gates_in_int8",
+        "quantizer",
+        "float_first",
+        "activations",
+    }
 )
 
 

@@ -85,7 +85,16 @@ def plain(target: Target, spec: DeviceClassSpec, method: str, options: Options, 
         return msgspec.structs.replace(FLOAT, precision=spec.precision)
     told: dict[str, Any] = {
         name: options[name]
-        for name in ("weights", "granularity", "scope", "correct_bias", "fit_weights", "quantizer", "activations")
+        for name in (
+            "weights",
+            "granularity",
+            "scope",
+            "correct_bias",
+            "fit_weights",
+            "gates_in_int8",
+            "quantizer",
+            "activations",
+        )
         if name in options
     }
     return Recipe(ranges=method, in_float=tuple(in_float), **told)

@@ -18,6 +18,7 @@ from onnxruntime.quantization.calibrate import CalibrationMethod, TensorData, Te
 from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
 from onnxruntime.quantization.registry import QDQRegistry
 
+from .gates import PIECES, Pieces, in_pieces, read_by_factor
 from .gathered import Statistics
 from .in_float import ACTIVATIONS, outside, with_passages
 from .int8_weights import Settling
@@ -66,6 +67,8 @@ def quantize(
     }
     out_of_scope = outside(own, recipe["scope"])
     in_float = with_passages(own, {*recipe["in_float"], *out_of_scope}) | _unlike_a_range(own)
+    pieces = in_pieces(own, in_float, ranges) if recipe["gates_in_int8"] else Pieces({}, set())
+    operators = {op for op in QDQRegistry if recipe["scope"] == "all" or op in WEIGHTED or op in PASSIVE}
     # Its warnings are about biases that _weight_scales has made room for.
     logging.getLogger().setLevel(logging.ERROR)
     symmetric = recipe["activations"] == "symmetric"
@@ -77,8 +80,8 @@ def quantize(
         QuantType.QInt8 if symmetric else QuantType.QUInt8,
         _tensors(ranges),
         [],
-        sorted(in_float),
-        [op for op in sorted(QDQRegistry) if recipe["scope"] == "all" or op in WEIGHTED or op in PASSIVE],
+        sorted(in_float | pieces.others),
+        sorted(operators.union(PIECES) if pieces.factors else operators),
         {
             "QDQDisableWeightAdjustForInt32Bias": True,
             "TensorQuantOverrides": overrides,
@@ -89,6 +92,7 @@ def quantize(
     )
     writer.quantize_model()
     quantized: onnx.ModelProto = writer.model.model
+    read_by_factor(quantized, pieces.factors)
     _keep_float(quantized, in_float - out_of_scope | set(recipe["in_float"]), model)
     _swept(quantized)
     _sorted(quantized.graph)

@@ -28,4 +28,7 @@ class OnnxruntimeTarget:
     providers = ("CPUExecutionProvider",)
 
     def options(self, device_class: DeviceClassSpec, version: ModelVersion) -> Options:
-        return chosen_options(self.name, device_class, version, quantizing_options(device_class))
+        """``gates_in_int8``: other engines that read QDQ have such operators, or fuse them."""
+        return chosen_options(
+            self.name, device_class, version, quantizing_options(device_class) | {"gates_in_int8": True}
+        )

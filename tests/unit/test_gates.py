@@ -1,0 +1,120 @@
+"""Gates that int8 has no operator for: in pieces they answer as before, and onnxruntime computes all of them in int8."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from edgefleet_controller.compile.children import qdq, statistics
+from edgefleet_controller.compile.children.gates import in_pieces
+from edgefleet_controller.compile.children.measure import SampleFile
+from safetensors.numpy import save_file
+from support.networks import Net
+
+RECIPE = {
+    "ranges": "minmax", "weights": "full", "granularity": "channel", "activations": "uint8", "scope": "all", "correct_bias": True, "in_float": [],
+    "fit_weights": True, "gates_in_int8": True,
+}  # fmt: skip
+PICTURES = np.random.default_rng(1).normal(size=(8, 3, 32, 32)).astype(np.float32)
+
+
+def hard_swish(net: Net, *, pieces: bool) -> None:
+    before = net.last
+    if pieces:
+        net.add("HardSigmoid", alpha=1 / 6, beta=0.5)
+        net.add("Mul", net.last, first=before)
+    else:
+        net.add("HardSwish")
+
+
+def mobile(*, pieces: bool, alpha: float = 0.2, beta: float = 0.5) -> onnx.ModelProto:
+    """Convolutions with HardSwish, and channels weighed by what they are on average, as MobileNetV3 has it; sums that have nothing to do with gates."""
+    net = Net(3)
+    net.conv(3, 16)
+    hard_swish(net, pieces=pieces)
+    features = net.conv(16, 16)
+    net.add("GlobalAveragePool")
+    net.conv(16, 16, 1, pads=[0, 0, 0, 0])
+    gate = net.add("HardSigmoid", alpha=alpha, beta=beta)
+    weighed = net.add("Mul", gate, first=features)
+    net.conv(16, 16)
+    net.add("Add", weighed)
+    net.conv(16, 8)
+    return onnx.shape_inference.infer_shapes(net.model([1, 8, 32, 32], opset=14))
+
+
+def session(model: onnx.ModelProto, folder: Path | None = None) -> onnxruntime.InferenceSession:
+    options = onnxruntime.SessionOptions()
+    if folder is not None:
+        options.enable_profiling = True
+        options.profile_file_prefix = str(folder / "profile")
+    return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+
+def answers(model: onnx.ModelProto) -> Any:
+    running = session(model)
+    return np.concatenate([running.run(None, {"image": one[None]})[0] for one in PICTURES])
+
+
+def known_of(model: onnx.ModelProto, folder: Path) -> Any:
+    save_file({"image": PICTURES}, folder / "samples")
+    return statistics.collect(model, SampleFile(str(folder / "samples")), lambda *_: None, histograms=False)
+
+
+def db(have: Any, want: Any) -> float:
+    return float(10 * np.log10(np.sum(want**2) / np.sum((have - want) ** 2)))
+
+
+@pytest.mark.parametrize("pieces", [True, False])
+@pytest.mark.parametrize(("alpha", "beta"), [(0.2, 0.5), (1 / 6, 0.5), (0.5, 0.1), (0.3, -0.2)])
+def test_gates_in_pieces_answer_as_gates_in_float_do(tmp_path: Path, alpha: float, beta: float, pieces: bool) -> None:
+    model = mobile(pieces=pieces, alpha=alpha, beta=beta)
+    known, wanted = known_of(model, tmp_path), answers(model)
+    quantized = qdq.quantize(model, known, RECIPE)
+    onnx.checker.check_model(quantized)
+    in_float = db(answers(qdq.quantize(model, known, RECIPE | {"gates_in_int8": False})), wanted)
+    assert in_float > 20
+    assert db(answers(quantized), wanted) > in_float - 2
+
+
+@pytest.mark.parametrize("pieces", [True, False])
+def test_the_engine_computes_all_of_them_in_int8(tmp_path: Path, pieces: bool) -> None:
+    model = mobile(pieces=pieces)
+    running = session(qdq.quantize(model, known_of(model, tmp_path), RECIPE), tmp_path)
+    running.run(None, {"image": PICTURES[:1]})
+    events = json.loads(Path(running.end_profiling()).read_text())
+    ran = [event["args"]["op_name"] for event in events if event.get("name", "").endswith("_kernel_time")]
+    assert ran.count("QLinearMul") == 2
+    assert not {"Mul", "Add", "HardSigmoid", "HardSwish"} & {*ran}
+
+
+@pytest.mark.parametrize("why", ["in float", "read in float", "served", "falls", "no range"])
+def test_a_gate_stays_whole_where_it_must(why: str) -> None:
+    net = Net(3)
+    before = net.conv(3, 4)
+    gate = net.add("HardSigmoid", alpha=-0.2 if why == "falls" else 0.2)
+    product = net.add("Mul", gate, first=before)
+    net.conv(4, 4)
+    model = net.model([1, 4, 32, 32])
+    if why == "served":
+        model.graph.output[0].name = gate
+        del model.graph.node[-1]
+    ranges = {} if why == "no range" else {before: [-1.0, 1.0]}
+    found = in_pieces(model, {"in float": {gate}, "read in float": {product}}.get(why, set()), ranges)
+    assert found.factors == {}
+    assert [node.op_type for node in model.graph.node][:3] == ["Conv", "HardSigmoid", "Mul"]
+
+
+def test_a_layer_in_float_beside_gates_reads_what_was_meant(tmp_path: Path) -> None:
+    model = mobile(pieces=True)
+    known, wanted = known_of(model, tmp_path), answers(model)
+    plain = db(answers(qdq.quantize(model, known, RECIPE)), wanted)
+    for node in model.graph.node:
+        if node.op_type in ("Conv", "HardSigmoid", "Mul"):
+            found = answers(qdq.quantize(model, known, RECIPE | {"in_float": [node.name]}))
+            assert db(found, wanted) > plain - 2, node.name
