@@ -157,6 +157,25 @@ def test_leading_layers_are_taken_in_order_while_their_weights_are_few() -> None
     assert [rung.in_float for rung in search.leading(trial(), UNITS)] == [("stem",)]
 
 
+def test_the_first_layer_is_left_in_float_alone_too() -> None:
+    """Where engines are slowest in int8: a first layer reads three channels."""
+    units = [
+        Unit(nodes=(f"conv{i}",), kind="Conv", noise=0.1, weight_bytes=size)
+        for i, size in enumerate((30, 40, 70, 5_000))
+    ]
+    rungs = [rung.in_float for rung in search.leading(trial(), units)]
+    assert rungs == [("conv0",), ("conv0", "conv1", "conv2")]
+    heavy = [Unit(nodes=(f"dense{i}",), kind="Gemm", noise=0.1, weight_bytes=1000) for i in range(2)]
+    assert search.leading(trial(), heavy) == []
+
+
+def test_the_ladder_starts_where_fewest_answers_change_among_the_quietest() -> None:
+    quietest = trial(msgspec.structs.replace(PLAIN, ranges="percentile"), sqnr_db=27.5, agreement=0.91)
+    steadier = trial(msgspec.structs.replace(PLAIN, ranges="mse"), sqnr_db=27.3, agreement=0.94)
+    louder = trial(msgspec.structs.replace(PLAIN, ranges="entropy"), sqnr_db=24.0, agreement=0.96)
+    assert search.base_of_ladder([quietest, steadier, louder]) == steadier
+
+
 def test_full_effort_tries_methods_scope_and_the_toolchains_own_quantizer_and_quick_the_plain_one() -> None:
     openvino = target_named("openvino")
     full = search.first(PLAIN, openvino, "full")

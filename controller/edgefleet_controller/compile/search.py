@@ -177,13 +177,15 @@ def _rounds(recipe: Recipe, units: Sequence[Unit]) -> bool:
 
 
 def leading(best: Trial, units: Sequence[Unit]) -> list[Recipe]:
-    """The recipe of ``best`` with the leading layers in float: there pictures are large and weights few, so that they cost few bytes, and
-    engines are often no faster in int8."""
+    """The recipe of ``best`` with the leading layers in float, the first alone and then ever more: there pictures are large and weights few, so that they cost
+    few bytes, and engines are often slower in int8 (a first layer reads three channels, where their int8 kernels want sixteen)."""
     weighted = [unit for unit in units if unit.weight_bytes]
     total = sum(unit.weight_bytes for unit in weighted)
     rungs, taken, size = [], set(best.recipe.in_float), 0
     goals = list(LEADING)
-    for unit in weighted:
+    for number, unit in enumerate(weighted):
+        if number == 1 and size <= LEADING[-1] * total:
+            rungs.append(msgspec.structs.replace(best.recipe, in_float=tuple(sorted(taken))))
         while goals and size + unit.weight_bytes > goals[0] * total:
             goals.pop(0)
             if taken - set(best.recipe.in_float):
