@@ -1,4 +1,4 @@
-"""Certificates as a lean process reads them: receives a PEM file, hands on when it begins and ends. The standard library alone."""
+"""Certificates as a lean process reads them: receives a PEM file, hands on when it begins, ends and is to be renewed. The standard library alone."""
 
 from __future__ import annotations
 
@@ -6,6 +6,10 @@ import ssl
 from pathlib import Path
 
 from edgefleet_shared.errors import EnvironmentProblem
+
+SHARE_OF_LIFE = 2 / 3  # after which a board's or a worker's is renewed
+LOOK_S = 60.0  # between two looks: a machine that is never on for long must get to it, too
+AGAIN_LAST_S = 6 * 3600.0  # the longest pause between two tries of what failed
 
 
 def validity(certificate: Path) -> tuple[float, float]:
@@ -20,3 +24,16 @@ def validity(certificate: Path) -> tuple[float, float]:
     except OSError as exc:  # ssl's own errors are of that kind
         raise EnvironmentProblem(f"{certificate} can't be read: {exc}", hint="enrol the board again") from exc
     return ssl.cert_time_to_seconds(fields["notBefore"]), ssl.cert_time_to_seconds(fields["notAfter"])
+
+
+def is_due(certificate: Path, now: float) -> bool:
+    """Whether a certificate should be renewed.
+
+    Args:
+        now: seconds since 1970.
+
+    Raises:
+        EnvironmentProblem: it can't be read.
+    """
+    begins, ends = validity(certificate)
+    return now >= begins + SHARE_OF_LIFE * (ends - begins)

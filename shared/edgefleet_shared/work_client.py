@@ -18,6 +18,7 @@ import msgspec
 
 from edgefleet_shared import atomic, work
 from edgefleet_shared.artifact import CHUNK_BYTES, Layout
+from edgefleet_shared.certificates import is_due
 from edgefleet_shared.errors import (
     ArtifactError,
     TransportError,
@@ -43,11 +44,33 @@ class WorkClient:
 
     def __init__(self, host: str, port: int, *, ca: Path, certificate: Path, key: Path) -> None:
         self._host, self._port = host, port
+        self._ca, self._certificate, self._key = ca, certificate, key
+        self.tls = self._loaded()
+
+    def _loaded(self) -> ssl.SSLContext:
         try:
-            self._tls = ssl.create_default_context(cafile=str(ca))
-            self._tls.load_cert_chain(str(certificate), str(key))
+            tls = ssl.create_default_context(cafile=str(self._ca))
+            tls.load_cert_chain(str(self._certificate), str(self._key))
         except OSError as exc:  # ssl.SSLError is one
             raise TrustError("identity", f"this worker's certificate can't be used: {exc}") from exc
+        return tls
+
+    def renewal_is_due(self, now: float) -> bool:
+        """Whether the certificate should be renewed (``now``: seconds since 1970).
+
+        Raises:
+            EnvironmentProblem: it can't be read.
+        """
+        return is_due(self._certificate, now)
+
+    def adopt(self, certificate: str) -> None:
+        """Keep another certificate (PEM) for the same key; calls that begin from now on show it.
+
+        Raises:
+            EnvironmentProblem: the disk refused. TrustError: it can't be used.
+        """
+        atomic.write(self._certificate, certificate.encode())
+        self.tls = self._loaded()
 
     def claim(self) -> work.Task | None:
         """The next task, leased; None where there is nothing to do."""
@@ -138,7 +161,7 @@ class WorkClient:
             link.close()
 
     def _open(self, method: str, path: str, body: Any = b"", size: int | None = None) -> http.client.HTTPSConnection:
-        link = http.client.HTTPSConnection(self._host, self._port, timeout=TIMEOUT_S, context=self._tls)
+        link = http.client.HTTPSConnection(self._host, self._port, timeout=TIMEOUT_S, context=self.tls)
         headers = {"Content-Type": "application/json", "Content-Length": str(len(body) if size is None else size)}
         try:
             link.request(method, path, body=body or None, headers=headers)

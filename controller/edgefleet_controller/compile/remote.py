@@ -74,13 +74,15 @@ def run(folder: Path, cache: Path, cache_limit_bytes: int, *, workers: int) -> N
     if not (folder / "worker.json").exists():
         raise NotFoundError(f"no worker is enrolled in {folder}", hint="give a token from: fleet worker token")
     who, identity = msgspec.json.decode((folder / "worker.json").read_bytes(), type=Identity), folder / "identity"
-    client = WorkClient(
-        who.host, who.port, ca=identity / "ca.pem", certificate=identity / "worker.pem", key=identity / "worker.key"
-    )
+    ca, certificate = identity / "ca.pem", identity / "worker.pem"
+    client = WorkClient(who.host, who.port, ca=ca, certificate=certificate, key=identity / "worker.key")
     worker = RemoteWorker(client, Layout(folder / "blobs"), cache, cache_limit_bytes)
     log.info("worker enrolled", extra={"worker": who.name, "controller": f"{who.host}:{who.port}"})
     with atomic.lock(folder, "fleet worker run"):
-        run_until_signalled(client, worker.carry_out, at_once=workers, end=worker.cancel)
+        run_until_signalled(
+            client, worker.carry_out, at_once=workers, end=worker.cancel,
+            renew=lambda: enrolling.renew(who.host, who.port, client.tls, atomic.read(certificate), atomic.read(ca)),
+        )  # fmt: skip
 
 
 class Made(NamedTuple):
