@@ -346,6 +346,22 @@ def test_a_revoked_board_does_not_hold_up_the_end() -> None:
     assert world.standing("x86-0") is Standing.EXCLUDED
 
 
+@pytest.mark.parametrize("boards", [1, 4])
+def test_a_canary_that_is_revoked_while_it_is_in_flight_gives_its_place_to_another(boards: int) -> None:
+    world = World(fleet_of({"x86": boards, "arm": 2}))
+    world.tick()
+    (canary,) = (d for d in assigned(world) if d.startswith("x86"))
+    world.fleet[canary] = msgspec.structs.replace(world.fleet[canary], revoked=True, online=False)
+    world.agenda = [entry for entry in world.agenda if entry[2] != canary]
+    assert world.run().phase is Phase.SUCCEEDED
+    assert world.standing(canary) is Standing.EXCLUDED
+    assert world.reference() == set(world.fleet) - {canary}
+    canaries = [
+        p for p in world.rollout.boards.values() if (p.device_class, p.wave) == ("x86", 0) and p.device != canary
+    ]
+    assert len(canaries) == min(1, boards - 1), "as many as the wave wants, one after the other"
+
+
 # --------------------------------------------------------------------------------------------------- the operator's words
 
 

@@ -82,11 +82,24 @@ def run(rollout: Rollout, fleet: Fleet, now: float) -> list[Decision]:
         main = any(gate.wave < rollout.catch_up for gate in failed)
         return [Enter(phase=Phase.STOPPING, reason=gates_reason(rollout, failed),
                       undo_wave=-1 if main else rollout.catch_up)]  # fmt: skip
-    for find in (_refill, judge, _advance, _open, _assign, _pause, _rest):
+    for find in (_begin_anew, _refill, judge, _advance, _open, _assign, _pause, _rest):
         found = find(ground)
         if found:
             return found
     return []
+
+
+def _begin_anew(ground: Ground) -> list[Decision]:
+    """A wave whose boards all left the fleet before it was judged has not begun: others are chosen for it."""
+    return [
+        Move(device_class=name, track=msgspec.structs.replace(track, size=0))
+        for name, track in ground.rollout.tracks.items()
+        if track.size
+        and track.wave < ground.rollout.catch_up
+        and not ground.members.get((track.wave, name))
+        and not ground.silent.get((track.wave, name))
+        and (track.wave, name) not in ground.gates
+    ]
 
 
 def _refill(ground: Ground) -> list[Decision]:
