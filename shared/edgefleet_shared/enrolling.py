@@ -21,6 +21,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from edgefleet_shared import atomic
+from edgefleet_shared.certificates import mind_clock
 from edgefleet_shared.errors import EnvironmentProblem, InputError, TransportError, TrustError, from_dict
 from edgefleet_shared.files import DISK, FileSystem
 from edgefleet_shared.messages import Enrolled, EnrolRequest, Renewed
@@ -73,6 +74,7 @@ def ask(url: str, token: str, name: str, make_key: Callable[[], ec.EllipticCurve
     request = x509.CertificateSigningRequestBuilder().subject_name(x509.Name([])).sign(make_key(), hashes.SHA256())
     question = EnrolRequest(token, name, request.public_bytes(serialization.Encoding.PEM).decode())
     context = ssl.create_default_context(cadata=ca)
+    mind_clock(context, x509.load_pem_x509_certificate(ca.encode()).not_valid_before_utc.timestamp())
     answer = _call(host, port, context, "POST", "/v1/enroll", msgspec.json.encode(question))
     try:
         return msgspec.json.decode(answer, type=Enrolled), ca
