@@ -47,7 +47,7 @@ class Aged:
         if device_class:
             enroll.enroll(folder, url, token)
         else:
-            remote.enrol(folder, url, token, "")
+            remote.enrol(folder, url, token)
         self.certificate, self.key = folder / "identity" / f"{kind}.pem", folder / "identity" / f"{kind}.key"
         key = serialization.load_pem_private_key(self.key.read_bytes(), None)
         assert isinstance(key, ec.EllipticCurvePrivateKey)
@@ -168,3 +168,32 @@ def test_a_worker_that_can_not_renew_goes_on_and_gets_there_when_it_can(fleet: F
     keeping.join(20)
     assert not keeping.is_alive()
     assert len(asked) == 3
+
+
+def test_a_worker_that_was_revoked_or_came_too_late_is_enrolled_again_by_another_token(
+    fleet: Fleet, tmp_path: Path
+) -> None:
+    folder, url = tmp_path / "w", f"https://127.0.0.1:{fleet.api_port}"
+    first = fleet.client().token("", device="again", role="worker")
+
+    def start(token: str) -> workers.Process:
+        command = [*FLEET, "worker", "run", "--controller", url, "--token", token, "--folder", str(folder)]
+        log = tmp_path / "log"
+        log.write_text("")
+        return workers.Process(command, log, EDGEFLEET_CACHE=str(tmp_path / "cache"))
+
+    assert start(first).until_ready().end() == 0
+    assert start(first).until_ready().end() == 0, "the service gives it at each start"
+    fleet.client().revoke_worker("again")
+    refused = start(first)
+    assert refused.process.wait(60) == 1
+    assert "another token" in refused.log()
+    stranger = fleet.client().token("", device="another", role="worker")
+    taken = start(stranger)
+    assert taken.process.wait(60) != 0
+    assert "the token is for another, not for again" in taken.log()
+    anew = start(fleet.client().token("", device="again", role="worker"))
+    anew.until_ready()
+    until(lambda: not {w["name"]: w["revoked"] for w in fleet.client().workers()}["again"], "it is one again", 30)
+    assert anew.process.poll() is None
+    assert anew.end() == 0

@@ -56,7 +56,11 @@ def check(session: Session, name: str, certificate_serial: str) -> Worker:
         or not certificate_serial
         or certificate_serial not in (row.certificate_serial, row.renewed_serial)
     ):
-        raise TrustError("worker", f"{name or 'this caller'} is no worker of this fleet", hint="see fleet worker list")
+        raise TrustError(
+            "worker",
+            f"{name or 'this caller'} is no worker of this fleet",
+            hint="fleet worker list shows them; one that was revoked comes back by another token",
+        )
     return row
 
 
