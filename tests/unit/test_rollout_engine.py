@@ -362,6 +362,17 @@ def test_a_canary_that_is_revoked_while_it_is_in_flight_gives_its_place_to_anoth
     assert len(canaries) == min(1, boards - 1), "as many as the wave wants, one after the other"
 
 
+def test_a_board_that_is_revoked_in_its_wave_is_replaced_where_the_sample_would_be_too_small() -> None:
+    waves = (Wave(name="canary", per_class=2), Wave(name="all", percent=100))
+    world = World(fleet_of({"x86": 8}), spec(*waves, gate=GateSpec(min_sample=2)))
+    world.tick()
+    canary, _ = assigned(world)
+    world.fleet[canary] = msgspec.structs.replace(world.fleet[canary], revoked=True, online=False)
+    world.agenda = [entry for entry in world.agenda if entry[2] != canary]
+    assert world.run().phase is Phase.SUCCEEDED
+    assert sum(p.wave == 0 and p.standing is Standing.TOOK for p in world.rollout.boards.values()) == 2
+
+
 def replaced_by_another_class(world: World, device: str) -> None:
     """What ``fleet device revoke`` and a token of another class for the same name come to, between two looks at the fleet."""
     world.fleet[device] = msgspec.structs.replace(
