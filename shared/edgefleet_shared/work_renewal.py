@@ -39,7 +39,7 @@ def keep_renewed(
                 log.info("certificate renewed")
                 # If it is due at once again, it is the clock that is wrong.
                 pause_s, again_s = AGAIN_LAST_S, look_s
-        except EdgefleetError as exc:
-            log.warning("certificate not renewed", extra={"code": exc.code, "reason": str(exc)})
+        except (EdgefleetError, OSError) as exc:  # OSError: a file of the identity is not there
+            log.warning("certificate not renewed", extra={"reason": str(exc)})
             pause_s, again_s = again_s, min(2 * again_s, AGAIN_LAST_S)
         stopping.wait(pause_s)
