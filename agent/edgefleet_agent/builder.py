@@ -25,6 +25,7 @@ from edgefleet_agent import board, build, slots
 from edgefleet_agent import settings as board_settings
 from edgefleet_agent.accept import accept
 from edgefleet_agent.examiner import SandboxedExaminer
+from edgefleet_agent.renewal import ChildRenewer
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +45,8 @@ def run(state: Path) -> None:
     log.info("builder board", extra={"device": settings.device, "class": settings.device_class})
     with atomic.lock(state, "fleet-agent"):
         builder = Builder(client, state, settings.threads, board.read_fingerprint().build_keys)
-        run_until_signalled(client, builder.carry_out, at_once=1, end=lambda: None)
+        renewer = ChildRenewer(state, settings)
+        run_until_signalled(client, builder.carry_out, at_once=1, end=lambda: None, renew=renewer.renew)
 
 
 class Builder:

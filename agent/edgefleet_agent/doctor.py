@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +21,7 @@ from edgefleet_agent.runtime.control import RuntimeClient, socket_path
 from edgefleet_agent.slots import Slot
 
 CONNECT_TIMEOUT_S = 5.0
+SPARE_FILES = 256  # an update makes some dozens: blobs, metadata, the spool
 CERTIFICATE_SPARE_S = 14 * 24 * 3600.0
 
 
@@ -132,6 +134,9 @@ def _disk(state: Path) -> str:
     free = DISK.free_bytes(state)
     if free < SPARE_BYTES:
         raise OSError(f"{free} bytes are free, less than the {SPARE_BYTES} that an update leaves untouched")
+    found = os.statvfs(state)
+    if found.f_files and found.f_favail < SPARE_FILES:  # some file systems have no such limit, and say 0
+        raise OSError(f"{found.f_favail} more files can be made, however many bytes are free: see df -i")
     return f"{free // 10**6} MB free"
 
 

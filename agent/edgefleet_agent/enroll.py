@@ -6,6 +6,8 @@ cryptography is imported here.
 
 from __future__ import annotations
 
+import hashlib
+import ssl
 from pathlib import Path
 
 import msgspec
@@ -34,7 +36,7 @@ def enroll(
         device: the wished name; empty when the token fixes it.
 
     Raises:
-        InputError: the token or the URL can't be one. ConflictError: already enrolled, or as another board; the agent runs.
+        InputError: the token or the URL can't be one. ConflictError: already enrolled, as another board, or in another fleet; the agent runs.
         TrustError: the controller is not the one that the token names. TransportError: not reachable.
         EdgefleetError: the controller refuses, in its own words.
     """
@@ -50,6 +52,11 @@ def enroll(
             raise ConflictError(
                 f"the board in {state} is {before.device}, not {device}",
                 hint="choose another --state for another board",
+            )
+        if before is not None and not _may_be_of(state, enrolling.named_ca(token)):
+            raise ConflictError(
+                f"{before.device} is of another fleet than the token; what it trusts and may not fall behind is that one's",
+                hint="to take it into this fleet choose another --state",
             )
         enrolled, ca = enrolling.ask(url, token, before.device if before else device, lambda: prepare(state))
         return keep(state, enrolled, ca, threads=threads, health_period_s=health_period_s, before=before)
@@ -67,6 +74,15 @@ def _enrolled(state: Path) -> Settings | None:
         if isinstance(exc.__cause__, FileNotFoundError | msgspec.DecodeError):
             return None
         raise
+
+
+def _may_be_of(state: Path, fingerprint: str) -> bool:
+    """Whether the board's fleet has the CA of this sha256 (hex); so it may be where what the board kept of it is lost or damaged."""
+    try:
+        der = ssl.PEM_cert_to_DER_cert(atomic.read(state / "identity" / "ca.pem").decode())
+    except (FileNotFoundError, EnvironmentProblem, ValueError):
+        return True
+    return hashlib.sha256(der).hexdigest() == fingerprint
 
 
 def prepare(state: Path, *, files: FileSystem = DISK) -> ec.EllipticCurvePrivateKey:

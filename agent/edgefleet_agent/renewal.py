@@ -18,7 +18,7 @@ from typing import Protocol
 
 import msgspec
 from edgefleet_shared import atomic
-from edgefleet_shared.certificates import validity
+from edgefleet_shared.certificates import AGAIN_LAST_S, LOOK_S, is_due, validity
 from edgefleet_shared.clock import iso
 from edgefleet_shared.errors import EdgefleetError, EnvironmentProblem, from_dict
 from edgefleet_shared.messages import Renewed
@@ -30,9 +30,6 @@ from edgefleet_agent.settings import Settings
 
 log = logging.getLogger(__name__)
 
-SHARE_OF_LIFE = 2 / 3
-LOOK_S = 60.0  # a board that is never on for long must get to it, too
-AGAIN_LAST_S = 6 * 3600.0  # between two tries of what failed; each costs the start of a child
 LIMITS = Limits(memory_bytes=192 * 1024 * 1024, time_s=90.0)
 
 
@@ -116,11 +113,10 @@ class Renewal:
             self._spawn("renew", self._ask)
 
     def _is_due(self) -> bool:
-        begins, ends = validity(self._certificate)
         now = self._clock.now()
         with suppress(EnvironmentProblem):  # told by the admission, which can't do without
             now = max(now, verify.read_floors(self._state, files=self._files).clock)  # a board may have no clock
-        return now >= begins + SHARE_OF_LIFE * (ends - begins)
+        return is_due(self._certificate, now)
 
     def _ask(self) -> None:
         try:

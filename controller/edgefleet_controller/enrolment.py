@@ -1,7 +1,7 @@
 """Identity: enrolment. Receives a one-time token and a certificate request, hands on a certificate and where to find the fleet.
 
 Boards and workers alike. The class and site of a board come from its token, its name from the token or its wish; of its request only the key is used.
-A board's certificate is renewed for whoever shows it over TLS, and so has its key: the same name, the same key, a whole life again.
+A certificate is renewed for whoever shows it over TLS, and so has its key: the same name, the same key, a whole life again.
 """
 
 from __future__ import annotations
@@ -117,17 +117,21 @@ class Enrolment:
             return self._answer(row)
 
     def renew(self, shown: bytes) -> Renewed:
-        """Another certificate for a board that shows one of ours (DER) which has not ended. It may show the old one again: the new one was
-        perhaps cut off on its way.
+        """Another certificate for a board or a worker that shows one of ours (DER) which has not ended. It may show the old one again: the
+        new one was perhaps cut off on its way.
 
         Raises:
-            TrustError, NotFoundError: as :meth:`holder`, or it is no board's.
+            TrustError, NotFoundError: a board, as :meth:`holder`; a worker that is none any more; it is neither's.
         """
         certificate = x509.load_der_x509_certificate(shown)
         with self._database.write() as session:
-            name = _holder(session, certificate)
             renewed = self._ca.renew(certificate)
-            devices.renew(session, name, f"{renewed.serial_number:x}")
+            serial, name = f"{renewed.serial_number:x}", common_name(certificate)
+            if name.startswith(IDENTITY_PREFIX):
+                shown_serial = f"{certificate.serial_number:x}"
+                workers.renew(session, name.removeprefix(IDENTITY_PREFIX), shown_serial, serial)
+            else:
+                devices.renew(session, _holder(session, certificate), serial)
         return Renewed(renewed.public_bytes(serialization.Encoding.PEM).decode())
 
     def holder(self, shown: bytes) -> str:

@@ -34,7 +34,7 @@ def disk_errors(path: Path, deed: str = "write") -> Iterator[None]:
         if deed == "read" and isinstance(exc, FileNotFoundError):
             raise
         hints = {
-            errno.ENOSPC: "free some space, then try again; nothing was lost",
+            errno.ENOSPC: "free some space, or files where df -i shows none, then try again; nothing was lost",
             errno.EDQUOT: "the quota is used up",
             errno.EROFS: "the file system is read-only",
             errno.EACCES: "check the owner and the mode of the folder",

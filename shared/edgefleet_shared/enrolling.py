@@ -21,6 +21,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from edgefleet_shared import atomic
+from edgefleet_shared.certificates import mind_clock
 from edgefleet_shared.errors import EnvironmentProblem, InputError, TransportError, TrustError, from_dict
 from edgefleet_shared.files import DISK, FileSystem
 from edgefleet_shared.messages import Enrolled, EnrolRequest, Renewed
@@ -69,10 +70,11 @@ def ask(url: str, token: str, name: str, make_key: Callable[[], ec.EllipticCurve
     """
     host, port = address(url)
     token = token.strip()  # a file ends with a newline
-    ca = _fetch_ca(host, port, _fingerprint(token))
+    ca = _fetch_ca(host, port, named_ca(token))
     request = x509.CertificateSigningRequestBuilder().subject_name(x509.Name([])).sign(make_key(), hashes.SHA256())
     question = EnrolRequest(token, name, request.public_bytes(serialization.Encoding.PEM).decode())
     context = ssl.create_default_context(cadata=ca)
+    mind_clock(context, x509.load_pem_x509_certificate(ca.encode()).not_valid_before_utc.timestamp())
     answer = _call(host, port, context, "POST", "/v1/enroll", msgspec.json.encode(question))
     try:
         return msgspec.json.decode(answer, type=Enrolled), ca
@@ -120,8 +122,13 @@ def address(url: str) -> tuple[str, int]:
     return host, port or 443
 
 
-def _fingerprint(token: str) -> str:
-    kind, _, rest = token.partition(".")
+def named_ca(token: str) -> str:
+    """The sha256 (hex) of the CA certificate that a token names.
+
+    Raises:
+        InputError: the token can't be one.
+    """
+    kind, _, rest = token.strip().partition(".")
     fingerprint, _, secret = rest.partition(".")
     if kind != "efe" or len(fingerprint) != 64 or not secret:
         raise InputError("this is no enrolment token", hint="make one with: fleet device token --class CLASS")

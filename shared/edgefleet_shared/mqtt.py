@@ -23,7 +23,7 @@ from typing import Any
 
 import msgspec
 
-from edgefleet_shared.certificates import validity
+from edgefleet_shared.certificates import mind_clock, validity
 from edgefleet_shared.deferred import defer
 from edgefleet_shared.errors import EnvironmentProblem, TransportError
 
@@ -45,7 +45,6 @@ BACKOFF_LAST_S = 60.0
 STEADY_S = 10.0  # a connection that ends sooner is as one that never was: two boards with one identity end each other's
 OUTBOX_LIMIT = 20_000
 IN_FLIGHT = 64
-_NO_CHECK_TIME = ssl.VerifyFlags(0x200000)  # X509_V_FLAG_NO_CHECK_TIME of x509_vfy.h, for which Python has no name
 
 
 class Endpoint(msgspec.Struct, frozen=True, kw_only=True):
@@ -72,10 +71,8 @@ class Endpoint(msgspec.Struct, frozen=True, kw_only=True):
         return context
 
     def load_certificate(self, context: ssl.SSLContext) -> None:
-        """Show our certificate as the disk has it now in connections that are made from here on: it may have been renewed.
-
-        A clock that stands before its beginning is known to be wrong, as of a board without one where nobody tells the time, and judges no
-        certificate's times. It would let an ended one pass anyhow, and refuse all that are good.
+        """Show our certificate as the disk has it now in connections that are made from here on: it may have been renewed. A clock that stands
+        before its beginning judges no certificate's times.
 
         Raises:
             TransportError: a file is missing or no PEM.
@@ -87,10 +84,7 @@ class Endpoint(msgspec.Struct, frozen=True, kw_only=True):
             raise TransportError(f"the certificates for {self.host} can't be used: {exc}") from exc
         except EnvironmentProblem as exc:
             raise TransportError(f"the certificates for {self.host} can't be used: {exc.message}") from exc
-        if time.time() < begins:
-            context.verify_flags |= _NO_CHECK_TIME
-        else:
-            context.verify_flags &= ~_NO_CHECK_TIME
+        mind_clock(context, begins)
 
 
 class Will(msgspec.Struct, frozen=True):

@@ -18,8 +18,10 @@ import msgspec
 
 from edgefleet_shared import atomic, work
 from edgefleet_shared.artifact import CHUNK_BYTES, Layout
+from edgefleet_shared.certificates import is_due, mind_clock, validity
 from edgefleet_shared.errors import (
     ArtifactError,
+    EnvironmentProblem,
     TransportError,
     TrustError,
     from_dict,
@@ -43,11 +45,35 @@ class WorkClient:
 
     def __init__(self, host: str, port: int, *, ca: Path, certificate: Path, key: Path) -> None:
         self._host, self._port = host, port
+        self._ca, self._certificate, self._key = ca, certificate, key
+        self._load()
+
+    def _load(self) -> None:
         try:
-            self._tls = ssl.create_default_context(cafile=str(ca))
-            self._tls.load_cert_chain(str(certificate), str(key))
-        except OSError as exc:  # ssl.SSLError is one
+            tls = ssl.create_default_context(cafile=str(self._ca))
+            tls.load_cert_chain(str(self._certificate), str(self._key))
+            self._begins, _ = validity(self._certificate)
+        except (OSError, EnvironmentProblem) as exc:  # ssl.SSLError is an OSError
             raise TrustError("identity", f"this worker's certificate can't be used: {exc}") from exc
+        mind_clock(tls, self._begins)
+        self.tls = tls
+
+    def renewal_is_due(self, now: float) -> bool:
+        """Whether the certificate should be renewed (``now``: seconds since 1970).
+
+        Raises:
+            EnvironmentProblem: it can't be read.
+        """
+        return is_due(self._certificate, now)
+
+    def adopt(self, certificate: str) -> None:
+        """Keep another certificate (PEM) for the same key; calls that begin from now on show it.
+
+        Raises:
+            EnvironmentProblem: the disk refused. TrustError: it can't be used.
+        """
+        atomic.write(self._certificate, certificate.encode())
+        self._load()
 
     def claim(self) -> work.Task | None:
         """The next task, leased; None where there is nothing to do."""
@@ -138,7 +164,8 @@ class WorkClient:
             link.close()
 
     def _open(self, method: str, path: str, body: Any = b"", size: int | None = None) -> http.client.HTTPSConnection:
-        link = http.client.HTTPSConnection(self._host, self._port, timeout=TIMEOUT_S, context=self._tls)
+        mind_clock(self.tls, self._begins)  # somebody may have told the time meanwhile
+        link = http.client.HTTPSConnection(self._host, self._port, timeout=TIMEOUT_S, context=self.tls)
         headers = {"Content-Type": "application/json", "Content-Length": str(len(body) if size is None else size)}
         try:
             link.request(method, path, body=body or None, headers=headers)

@@ -18,6 +18,7 @@ from typing import TypeVar
 from edgefleet_shared import work
 from edgefleet_shared.errors import ConflictError, EdgefleetError, EnvironmentProblem, TransportError, TrustError
 from edgefleet_shared.work_client import WorkClient
+from edgefleet_shared.work_renewal import keep_renewed
 
 log = logging.getLogger(__name__)
 
@@ -121,13 +122,19 @@ def work_until(
 
 
 def run_until_signalled(
-    client: WorkClient, carry_out: Callable[[work.Task, Held], None], *, at_once: int, end: Callable[[], None]
+    client: WorkClient,
+    carry_out: Callable[[work.Task, Held], None],
+    *,
+    at_once: int,
+    end: Callable[[], None],
+    renew: Callable[[], str],
 ) -> None:
     """Work until SIGTERM or SIGINT, on the main thread.
 
     Args:
         at_once: how many tasks.
         end: called after the signal: ends what is under way.
+        renew: asks for another certificate (PEM); called beside the work when it is due.
 
     Raises:
         TrustError: the controller knows this worker no more.
@@ -135,6 +142,9 @@ def run_until_signalled(
     stopping = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stopping.set())
+    # Nothing waits for it at the end: to ask takes long where the line is bad, and what is cut off is asked for again.
+    renewing = threading.Thread(target=keep_renewed, args=(stopping, client, renew), name="renew", daemon=True)
+    renewing.start()
     with ThreadPoolExecutor(at_once, thread_name_prefix="work") as pool:
         # The signals' handler runs in this thread, which therefore only waits.
         working = [pool.submit(work_until, stopping, client, carry_out) for _ in range(at_once)]

@@ -223,6 +223,21 @@ def test_a_board_is_enrolled_once_and_again_only_after_it_was_revoked(database: 
         assert rollouts.next_version(session, "b1") == 2, "signed versions only rise"
 
 
+@pytest.mark.parametrize(("anew", "kept"), [("x86", True), ("arm", False)])
+def test_what_a_name_was_assigned_is_its_successors_if_that_is_of_the_same_class(
+    database: Database, anew: str, kept: bool
+) -> None:
+    enrol(database, "b1")
+    with database.write() as session:
+        devices.put_class(session, "arm", "{}", 1.0)
+        rollouts.put_assignments(session, [assignment("r1.b1.1", "b1", 1)])
+        devices.revoke(session, "b1")
+        devices.enrol(session, "b1", anew, now=2.0)
+    with database.read() as session:
+        assert devices.get_device(session, "b1").assignment == ("r1.b1.1" if kept else "")
+        assert [row.id for row in rollouts.signed_before(session, 1e12)] == (["r1.b1.1"] if kept else [])
+
+
 def test_an_unknown_class_is_told_with_the_known_ones(database: Database) -> None:
     enrol(database, "b1")
     with pytest.raises(NotFoundError, match="known: x86"), database.write() as session:

@@ -18,6 +18,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from edgefleet_controller.pki import SERVER_LIFE, CertificateAuthority
 from edgefleet_shared.clock import ManualClock, SystemClock
 from edgefleet_shared.mqtt import Endpoint
+from edgefleet_shared.work_client import WorkClient
 
 DAY_S = 86_400.0
 NOW = SystemClock().now()
@@ -88,6 +89,14 @@ def test_a_board_whose_clock_stands_before_its_own_certificate_reaches_its_fleet
 ) -> None:
     begun.append(Fleet(tmp_path, ca_s=BEHIND_S, board_s=BEHIND_S + DAY_S, server_s=BEHIND_S))
     begun[0].greet()
+
+
+def test_a_builder_board_whose_clock_stands_before_its_own_certificate_reaches_its_fleet(
+    tmp_path: Path, begun: list[Fleet]
+) -> None:
+    begun.append(Fleet(tmp_path, ca_s=BEHIND_S, board_s=BEHIND_S + DAY_S, server_s=BEHIND_S))
+    known = begun[0].endpoint
+    begun[0].greet(WorkClient(known.host, known.port, ca=known.ca, certificate=known.certificate, key=known.key).tls)
 
 
 def test_attack_a_server_of_another_fleet_or_name_is_met_by_no_board_that_is_behind(

@@ -30,7 +30,8 @@ NOW = datetime.now(timezone.utc)
 class Authority:
     """A certificate authority."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, begins: datetime = NOW - timedelta(hours=1)) -> None:
+        self.begins = begins
         self.key = ec.generate_private_key(ec.SECP256R1())
         self.name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
         self.certificate = self._sign(self.name, self.key, x509.BasicConstraints(ca=True, path_length=None))
@@ -38,8 +39,8 @@ class Authority:
     def _sign(self, name: x509.Name, key: ec.EllipticCurvePrivateKey, what: x509.ExtensionType) -> x509.Certificate:
         return (
             x509.CertificateBuilder().subject_name(name).issuer_name(self.name).public_key(key.public_key())
-            .serial_number(x509.random_serial_number()).not_valid_before(NOW - timedelta(hours=1))
-            .not_valid_after(NOW + timedelta(days=1)).add_extension(what, critical=isinstance(what, x509.BasicConstraints))
+            .serial_number(x509.random_serial_number()).not_valid_before(self.begins)
+            .not_valid_after(self.begins + timedelta(days=1)).add_extension(what, critical=isinstance(what, x509.BasicConstraints))
             .sign(self.key, hashes.SHA256())
         )  # fmt: skip
 
@@ -136,3 +137,32 @@ def test_the_ca_that_is_kept_is_the_one_that_the_token_names_and_nothing_beside_
     enrolled, ca = enrolling.ask(url, fleet.token, "b1", lambda: enrolling.new_key()[0])
     assert enrolled == ENROLLED
     assert ca == fleet.pem
+
+
+def test_a_board_whose_clock_stands_before_the_fleet_began_is_enrolled(tmp_path: Path, begun: list[Middle]) -> None:
+    fleet = Authority("fleet", begins=NOW + timedelta(days=3 * 365))  # which is what a board in the past sees
+    begun.append(Middle(fleet.server(tmp_path), fleet.pem))
+    url = f"https://127.0.0.1:{begun[0].server.server_port}"
+    assert enrolling.ask(url, fleet.token, "b1", lambda: enrolling.new_key()[0]) == (ENROLLED, fleet.pem)
+
+
+def test_attack_a_server_of_another_authority_is_told_no_secret_by_a_board_that_is_behind(
+    tmp_path: Path, begun: list[Middle]
+) -> None:
+    fleet, stranger = (Authority(name, begins=NOW + timedelta(days=3 * 365)) for name in ("fleet", "stranger"))
+    begun.append(Middle(stranger.server(tmp_path), fleet.pem))
+    url = f"https://127.0.0.1:{begun[0].server.server_port}"
+    with pytest.raises(EdgefleetError):
+        enrolling.ask(url, fleet.token, "b1", lambda: enrolling.new_key()[0])
+    assert begun[0].heard == []
+
+
+def test_attack_an_old_server_certificate_is_told_no_secret_by_a_board_that_has_the_time(
+    tmp_path: Path, begun: list[Middle]
+) -> None:
+    fleet = Authority("fleet", begins=NOW - timedelta(days=3))
+    begun.append(Middle(fleet.server(tmp_path), fleet.pem))
+    url = f"https://127.0.0.1:{begun[0].server.server_port}"
+    with pytest.raises(EdgefleetError, match="expired"):
+        enrolling.ask(url, fleet.token, "b1", lambda: enrolling.new_key()[0])
+    assert begun[0].heard == []

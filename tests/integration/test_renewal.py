@@ -212,6 +212,22 @@ def test_a_board_whose_certificate_has_ended_is_enrolled_again_and_keeps_what_it
         assert http.get("/v1/repo/timestamp.json").status_code == 200
 
 
+def test_a_board_of_another_fleet_is_not_enrolled_again_over_what_that_one_signed(fleet: Fleet, tmp_path: Path) -> None:
+    board = Board(fleet, tmp_path / "board", "moved-1")
+    kept = {p: p.read_bytes() for p in board.state.rglob("*") if p.is_file() and p.name != ".lock"}
+    (tmp_path / "other").mkdir()
+    other = Fleet(tmp_path / "other").start()
+    try:
+        other.client().put_class(device_class("pc"))
+        token, url = other.client().token("pc", device="moved-1"), f"https://127.0.0.1:{other.api_port}"
+        with pytest.raises(ConflictError, match="another fleet"):
+            enroll.enroll(board.state, url, token, again=True)
+        assert {p: p.read_bytes() for p in kept} == kept
+        enroll.enroll(tmp_path / "anew", url, token)  # it was not used up
+    finally:
+        other.close()
+
+
 def test_a_board_whose_enrolment_is_damaged_is_enrolled_over_it(fleet: Fleet, tmp_path: Path) -> None:
     Board(fleet, tmp_path, "damaged-1")
     (tmp_path / "agent.json").write_bytes(b'{"device": "dam')

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -50,3 +53,21 @@ def test_what_is_damaged_is_found(state: Path, names: tuple[str, ...], what: str
     for name in names:
         (state / name).write_bytes(b"{")
     assert wrong(state) == {what}
+
+
+@pytest.fixture
+def disk_of_few_files(tmp_path: Path) -> Iterator[Path]:
+    """A file system of its own with room for bytes, and none for names."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    if os.geteuid() != 0:
+        pytest.skip("only root can mount a file system of the test's own")
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m,nr_inodes=12", "tmpfs", place], check=True)
+    yield place
+    subprocess.run(["umount", place], check=True)
+
+
+def test_a_disk_that_has_room_but_takes_no_more_files_is_found(disk_of_few_files: Path) -> None:
+    (found,) = (finding for finding in doctor.examine(disk_of_few_files) if finding.what == "disk")
+    assert not found.ok
+    assert "df -i" in found.detail

@@ -346,6 +346,67 @@ def test_a_revoked_board_does_not_hold_up_the_end() -> None:
     assert world.standing("x86-0") is Standing.EXCLUDED
 
 
+@pytest.mark.parametrize("boards", [1, 4])
+def test_a_canary_that_is_revoked_while_it_is_in_flight_gives_its_place_to_another(boards: int) -> None:
+    world = World(fleet_of({"x86": boards, "arm": 2}))
+    world.tick()
+    (canary,) = (d for d in assigned(world) if d.startswith("x86"))
+    world.fleet[canary] = msgspec.structs.replace(world.fleet[canary], revoked=True, online=False)
+    world.agenda = [entry for entry in world.agenda if entry[2] != canary]
+    assert world.run().phase is Phase.SUCCEEDED
+    assert world.standing(canary) is Standing.EXCLUDED
+    assert world.reference() == set(world.fleet) - {canary}
+    canaries = [
+        p for p in world.rollout.boards.values() if (p.device_class, p.wave) == ("x86", 0) and p.device != canary
+    ]
+    assert len(canaries) == min(1, boards - 1), "as many as the wave wants, one after the other"
+
+
+def test_a_board_that_is_revoked_in_its_wave_is_replaced_where_the_sample_would_be_too_small() -> None:
+    waves = (Wave(name="canary", per_class=2), Wave(name="all", percent=100))
+    world = World(fleet_of({"x86": 8}), spec(*waves, gate=GateSpec(min_sample=2)))
+    world.tick()
+    canary, _ = assigned(world)
+    world.fleet[canary] = msgspec.structs.replace(world.fleet[canary], revoked=True, online=False)
+    world.agenda = [entry for entry in world.agenda if entry[2] != canary]
+    assert world.run().phase is Phase.SUCCEEDED
+    assert sum(p.wave == 0 and p.standing is Standing.TOOK for p in world.rollout.boards.values()) == 2
+
+
+def replaced_by_another_class(world: World, device: str) -> None:
+    """What ``fleet device revoke`` and a token of another class for the same name come to, between two looks at the fleet."""
+    world.fleet[device] = msgspec.structs.replace(
+        board(device, "arm", version=None), online=world.fleet[device].online, last_seen=world.now
+    )
+
+
+@pytest.mark.parametrize("does", [Does.HANGS, Does.SUCCEEDS], ids=["in flight", "not yet begun"])
+def test_a_board_that_is_enrolled_anew_as_of_another_class_gets_no_artifact_of_its_old_one(does: Does) -> None:
+    world = World(fleet_of({"x86": 4, "arm": 2}), does=dict.fromkeys(("x86-0", "x86-1", "x86-2", "x86-3"), does))
+    world.tick()
+    (canary,) = (d for d in assigned(world) if d.startswith("x86"))
+    changes = canary if does is Does.HANGS else next(d for d in world.fleet if d.startswith("x86") and d != canary)
+    replaced_by_another_class(world, changes)
+    world.does = {}
+    world.agenda = [entry for entry in world.agenda if entry[2] != changes]
+    assert world.run().phase is Phase.SUCCEEDED
+    assert world.standing(changes) is Standing.EXCLUDED
+    assert world.rollout.boards[changes].reason == "enrolled anew, as of class arm"
+    assert assigned(world).count(changes) == (does is Does.HANGS)
+
+
+def test_a_board_that_was_enrolled_anew_as_of_another_class_is_not_returned_to_what_the_old_one_had() -> None:
+    world = World(fleet_of({"x86": 4}), does={"x86-3": Does.FALLS_BACK})
+    while not (found := [d for d in world.fleet if world.standing(d) is Standing.TOOK]):
+        world.run(seconds=5)
+    (took,) = found
+    replaced_by_another_class(world, took)
+    world.intend(IntentKind.ROLLBACK)
+    assert world.run().phase is Phase.ROLLED_BACK
+    assert world.standing(took) is Standing.EXCLUDED
+    assert not [d for _, d in world.log if isinstance(d, Assign) and d.back and d.progress.device == took]
+
+
 # --------------------------------------------------------------------------------------------------- the operator's words
 
 

@@ -181,7 +181,7 @@ def job(row: CompileJob) -> dict[str, Any]:
 def workers(controller: Controller) -> list[dict[str, Any]]:
     """Machines that compile, and builder boards."""
     with controller.database.read() as session:
-        return [row.model_dump(exclude={"certificate_serial"}) for row in work.list_workers(session)]
+        return [row.model_dump(exclude={"certificate_serial", "renewed_serial"}) for row in work.list_workers(session)]
 
 
 def boards(controller: Controller) -> list[dict[str, Any]]:

@@ -48,7 +48,12 @@ def token(home: Path, name: str, device_class: str, ttl: float, as_json: bool) -
     default="",
     help="The controller, https://host:port; with the token, the first time.",
 )
-@click.option("--token", envvar="EDGEFLEET_TOKEN", default="", help="From fleet worker token; the first time.")
+@click.option(
+    "--token",
+    envvar="EDGEFLEET_TOKEN",
+    default="",
+    help="From fleet worker token; the first time, and another one after it was revoked.",
+)
 @click.option(
     "--folder", type=click.Path(path_type=Path, file_okay=False), default=Path("worker"), show_default=True,
     help="The worker's identity and blobs.",
@@ -64,10 +69,10 @@ def run(url: str, token: str, folder: Path, jobs: int, cache_limit_bytes: int) -
     from edgefleet_controller.compile import remote
 
     logs.configure()
-    if token and not (folder / "worker.json").exists():
+    if token and not remote.is_of(folder, token):
         if not url:
             raise click.UsageError("--token goes with --controller")
-        remote.enrol(folder, url, token, "")
+        remote.enrol(folder, url, token)
     remote.run(folder, default_cache(), cache_limit_bytes, workers=jobs)
 
 

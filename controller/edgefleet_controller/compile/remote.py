@@ -6,6 +6,7 @@ and toolchains give the same digest. ``fleet worker run`` runs it; a controller 
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import threading
 from functools import partial
@@ -15,7 +16,7 @@ from typing import NamedTuple
 import msgspec
 from edgefleet_shared import atomic, enrolling
 from edgefleet_shared.artifact import Layout
-from edgefleet_shared.errors import ConflictError, InputError, NotFoundError
+from edgefleet_shared.errors import InputError, NotFoundError
 from edgefleet_shared.work import POLL_S, Answer, CompileTask, Progress, Task
 from edgefleet_shared.work_client import WorkClient
 from edgefleet_shared.work_loop import Held, run_until_signalled
@@ -27,26 +28,48 @@ from edgefleet_controller.compile.worker import JobRequest
 
 log = logging.getLogger(__name__)
 
+_OWNER = "fleet worker run"
+
 
 class Identity(msgspec.Struct, frozen=True, kw_only=True):
-    """Who this worker is, and where its controller is."""
+    """Who this worker is, where its controller is, and by which token it was enrolled; "" when that was not noted yet."""
 
     name: str
     host: str
     port: int
+    token_sha256: str = ""
 
 
-def enrol(folder: Path, url: str, token: str, name: str) -> Identity:
-    """Ask for a certificate and keep it.
+def is_of(folder: Path, token: str) -> bool:
+    """Whether the worker in ``folder`` was enrolled by this token, which a service gives at each start. Another one enrols it anew."""
+    if not (folder / "worker.json").exists():
+        return False
+    return _enrolled(folder).token_sha256 in ("", _sha256(token))
+
+
+def _enrolled(folder: Path) -> Identity:
+    return msgspec.json.decode((folder / "worker.json").read_bytes(), type=Identity)
+
+
+def _sha256(token: str) -> str:
+    return hashlib.sha256(token.strip().encode()).hexdigest()
+
+
+def enrol(folder: Path, url: str, token: str) -> Identity:
+    """Ask for a certificate and keep it. A worker that is there already, but was revoked, is enrolled again under its name.
 
     Args:
         folder: the worker's own; ``identity/`` in it is made.
 
     Raises:
-        ConflictError: enrolled already. EdgefleetError: as :func:`edgefleet_shared.enrolling.ask`.
+        ConflictError: it runs. EdgefleetError: as :func:`edgefleet_shared.enrolling.ask`.
     """
-    if (folder / "worker.json").exists():
-        raise ConflictError(f"{folder} has a worker already", hint="choose another --folder, or leave the token away")
+    with atomic.lock(folder, _OWNER):
+        name = _enrolled(folder).name if (folder / "worker.json").exists() else ""
+        return _enrol(folder, url, token, name)
+
+
+def _enrol(folder: Path, url: str, token: str, name: str) -> Identity:
     identity = folder / "identity"
     atomic.make_folder(identity, 0o700)
     key = enrolling.kept_key(identity / "worker.key")
@@ -59,7 +82,7 @@ def enrol(folder: Path, url: str, token: str, name: str) -> Identity:
     host, port = enrolling.address(url)
     atomic.write(identity / "worker.pem", enrolled.certificate.encode())
     atomic.write(identity / "ca.pem", ca.encode())
-    made = Identity(name=enrolled.device, host=host, port=port)
+    made = Identity(name=enrolled.device, host=host, port=port, token_sha256=_sha256(token))
     # Last: this file says that the rest is there.
     atomic.write(folder / "worker.json", msgspec.json.encode(made))
     return made
@@ -73,14 +96,16 @@ def run(folder: Path, cache: Path, cache_limit_bytes: int, *, workers: int) -> N
     """
     if not (folder / "worker.json").exists():
         raise NotFoundError(f"no worker is enrolled in {folder}", hint="give a token from: fleet worker token")
-    who, identity = msgspec.json.decode((folder / "worker.json").read_bytes(), type=Identity), folder / "identity"
-    client = WorkClient(
-        who.host, who.port, ca=identity / "ca.pem", certificate=identity / "worker.pem", key=identity / "worker.key"
-    )
+    who, identity = _enrolled(folder), folder / "identity"
+    ca, certificate = identity / "ca.pem", identity / "worker.pem"
+    client = WorkClient(who.host, who.port, ca=ca, certificate=certificate, key=identity / "worker.key")
     worker = RemoteWorker(client, Layout(folder / "blobs"), cache, cache_limit_bytes)
     log.info("worker enrolled", extra={"worker": who.name, "controller": f"{who.host}:{who.port}"})
-    with atomic.lock(folder, "fleet worker run"):
-        run_until_signalled(client, worker.carry_out, at_once=workers, end=worker.cancel)
+    with atomic.lock(folder, _OWNER):
+        run_until_signalled(
+            client, worker.carry_out, at_once=workers, end=worker.cancel,
+            renew=lambda: enrolling.renew(who.host, who.port, client.tls, atomic.read(certificate), atomic.read(ca)),
+        )  # fmt: skip
 
 
 class Made(NamedTuple):

@@ -100,10 +100,10 @@ def observe(rollout: Rollout, fleet: Fleet, now: float) -> list[Settle | Reopen]
         standing = progress.standing
         if standing not in _NEEDED and standing not in _HEARD:
             continue
-        board = fleet.get(progress.device)
-        if board is None or board.revoked:
+        board = _member(fleet, progress)
+        if board is None:
             if standing in _NEEDED:
-                found.append(Settle(progress=_gone(progress)))
+                found.append(Settle(progress=_gone(fleet, progress)))
             continue
         if standing in (S.WAITING, S.CHOSEN):
             continue
@@ -121,8 +121,22 @@ def observe(rollout: Rollout, fleet: Fleet, now: float) -> list[Settle | Reopen]
     return found
 
 
-def _gone(progress: Progress) -> Progress:
-    return msgspec.structs.replace(progress, standing=S.EXCLUDED, reason="no longer in the fleet, or revoked")
+def _member(fleet: Fleet, progress: Progress) -> BoardView | None:
+    """The board that the rollout selected; None when it left the fleet, or its name is by now that of a board of another class, for which
+    nothing was chosen here."""
+    board = fleet.get(progress.device)
+    if board is None or board.revoked or board.device_class != progress.device_class:
+        return None
+    return board
+
+
+def _gone(fleet: Fleet, progress: Progress) -> Progress:
+    board = fleet.get(progress.device)
+    if board is None or board.revoked:
+        reason = "no longer in the fleet, or revoked"
+    else:
+        reason = f"enrolled anew, as of class {board.device_class}"
+    return msgspec.structs.replace(progress, standing=S.EXCLUDED, reason=reason)
 
 
 def _word(rollout: Rollout, progress: Progress, board: BoardView, now: float) -> Progress | None:
@@ -339,9 +353,9 @@ def go_back(rollout: Rollout, fleet: Fleet, todo: Sequence[Progress], now: float
     settled: list[Settle] = []
     back: list[Assign] = []
     for progress in sorted(todo, key=lambda p: (p.rank, p.device)):
-        board = fleet.get(progress.device)
-        if board is None or board.revoked:
-            settled.append(Settle(progress=_gone(progress)))
+        board = _member(fleet, progress)
+        if board is None:
+            settled.append(Settle(progress=_gone(fleet, progress)))
         elif board.holder or board.assignment != progress.assignment:
             settled.append(Settle(progress=_moved_on(progress, board, now)))
         elif progress.previous is None:

@@ -41,6 +41,7 @@ class Ground:
         self.gates = {(gate.wave, gate.device_class): gate for gate in rollout.gates}
         self.members: dict[tuple[int, str], list[Progress]] = {}
         self.silent: dict[tuple[int, str], int] = {}
+        self.left: dict[tuple[int, str], int] = {}
         self.waiting: dict[str, list[Progress]] = {}
         self.begun: dict[str, int] = {}
         for p in rollout.boards.values():
@@ -54,6 +55,9 @@ class Ground:
             elif p.standing is S.AWAY:
                 key = (p.left_wave, p.device_class)
                 self.silent[key] = self.silent.get(key, 0) + 1
+            elif p.standing is S.EXCLUDED:
+                key = (p.wave, p.device_class)
+                self.left[key] = self.left.get(key, 0) + 1
 
     def pending(self, members: Iterable[Progress]) -> bool:
         """Whether some of them will still give a word, or be asked again."""
@@ -82,15 +86,28 @@ def run(rollout: Rollout, fleet: Fleet, now: float) -> list[Decision]:
         main = any(gate.wave < rollout.catch_up for gate in failed)
         return [Enter(phase=Phase.STOPPING, reason=gates_reason(rollout, failed),
                       undo_wave=-1 if main else rollout.catch_up)]  # fmt: skip
-    for find in (_refill, judge, _advance, _open, _assign, _pause, _rest):
+    for find in (_begin_anew, _refill, judge, _advance, _open, _assign, _pause, _rest):
         found = find(ground)
         if found:
             return found
     return []
 
 
+def _begin_anew(ground: Ground) -> list[Decision]:
+    """A wave whose boards all left the fleet before it was judged has not begun: others are chosen for it."""
+    return [
+        Move(device_class=name, track=msgspec.structs.replace(track, size=0))
+        for name, track in ground.rollout.tracks.items()
+        if track.size
+        and track.wave < ground.rollout.catch_up
+        and not ground.members.get((track.wave, name))
+        and not ground.silent.get((track.wave, name))
+        and (track.wave, name) not in ground.gates
+    ]
+
+
 def _refill(ground: Ground) -> list[Decision]:
-    """Put another board in the place of one that fell silent, if without it the wave has too small a sample.
+    """Put another board in the place of one that fell silent or left the fleet, if without it the wave has too small a sample.
 
     At most as many as the wave began with, so that a version that cuts boards off does not eat the fleet one by one.
     """
@@ -98,7 +115,8 @@ def _refill(ground: Ground) -> list[Decision]:
     found: list[Decision] = []
     for name, track in rollout.tracks.items():
         key = (track.wave, name)
-        if track.wave >= rollout.catch_up or not ground.silent.get(key) or key in ground.gates:
+        missing = ground.silent.get(key, 0) + ground.left.get(key, 0)
+        if track.wave >= rollout.catch_up or not missing or key in ground.gates:
             continue
         members = ground.members.get(key, [])
         answered = sum(p.standing in (S.TOOK, S.FAILED) for p in members)

@@ -60,6 +60,7 @@ MIGRATIONS: dict[int, tuple[str, ...]] = {
         "ALTER TABLE device ADD COLUMN agent_proof TEXT NOT NULL DEFAULT ''",
     ),
     4: ("ALTER TABLE enrolment_token ADD COLUMN certificate TEXT NOT NULL DEFAULT ''",),
+    5: ("ALTER TABLE worker ADD COLUMN renewed_serial VARCHAR NOT NULL DEFAULT ''",),
 }  # fmt: skip
 
 

@@ -99,6 +99,8 @@ def enrol(
         )
     if row is None:
         row = Device(name=name, device_class=device_class, enrolled_at=now)
+    if row.device_class != device_class:  # what the name was assigned is made for the class that it had
+        row.assignment = row.agent_assignment = ""
     # A board that comes back after it was revoked keeps its assignment counter: signed versions only rise.
     row.device_class, row.site, row.revoked, row.enrolled_at = device_class, site, False, now
     row.labels = msgspec.json.encode(labels or {}).decode()

@@ -9,7 +9,7 @@ from __future__ import annotations
 from sqlalchemy import BigInteger, LargeBinary, Text
 from sqlmodel import Field, SQLModel, UniqueConstraint
 
-SCHEMA_VERSION = 5
+SCHEMA_VERSION = 6
 
 
 class SchemaVersion(SQLModel, table=True):
@@ -109,12 +109,17 @@ class Artifact(SQLModel, table=True):
 
 
 class Worker(SQLModel, table=True):
-    """A machine that does the compiler's work over HTTPS: it compiles, or, with a ``device_class``, measures as a builder board of it."""
+    """A machine that does the compiler's work over HTTPS: it compiles, or, with a ``device_class``, measures as a builder board of it.
+
+    ``renewed_serial`` is of a certificate that it was given in place of that of ``certificate_serial``; until it has one after that renewed,
+    it may show either.
+    """
 
     __tablename__ = "worker"
     name: str = Field(primary_key=True)
     device_class: str | None = Field(default=None, foreign_key="device_class.name")
     certificate_serial: str
+    renewed_serial: str = ""
     revoked: bool = False
     enrolled_at: float
     last_seen: float = 0.0

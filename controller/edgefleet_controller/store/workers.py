@@ -28,7 +28,7 @@ def enrol(session: Session, name: str, device_class: str, *, certificate_serial:
         raise ConflictError(f"worker {name} is enrolled already", hint="revoke it first: fleet worker revoke")
     row = row or Worker(name=name, certificate_serial="", enrolled_at=now)
     row.device_class, row.certificate_serial = device_class or None, certificate_serial
-    row.revoked, row.enrolled_at = False, now
+    row.renewed_serial, row.revoked, row.enrolled_at = "", False, now
     session.add(row)
     session.flush()
     return row
@@ -50,8 +50,30 @@ def check(session: Session, name: str, certificate_serial: str) -> Worker:
         TrustError: there is none of that name, it was revoked, or it has another certificate by now.
     """
     row = session.get(Worker, name)
-    if row is None or row.revoked or row.certificate_serial != certificate_serial:
-        raise TrustError("worker", f"{name or 'this caller'} is no worker of this fleet", hint="see fleet worker list")
+    if (
+        row is None
+        or row.revoked
+        or not certificate_serial
+        or certificate_serial not in (row.certificate_serial, row.renewed_serial)
+    ):
+        raise TrustError(
+            "worker",
+            f"{name or 'this caller'} is no worker of this fleet",
+            hint="fleet worker list shows them; one that was revoked comes back by another token",
+        )
+    return row
+
+
+def renew(session: Session, name: str, shown_serial: str, renewed_serial: str) -> Worker:
+    """Note the serial number of the certificate that a worker is given in place of the one that it has shown. That one counts on: the
+    new one may get lost on its way.
+
+    Raises:
+        TrustError: as :func:`check`.
+    """
+    row = check(session, name, shown_serial)
+    row.certificate_serial, row.renewed_serial = shown_serial, renewed_serial
+    session.add(row)
     return row
 
 
