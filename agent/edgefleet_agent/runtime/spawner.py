@@ -62,7 +62,9 @@ def main() -> None:
     bell, ring = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
     signal.signal(signal.SIGCHLD, lambda *_: None)
     signal.set_wakeup_fd(ring)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C at the terminal is the front's to handle
+    # Who stops a terminal's, a container's or a unit's processes means the front, which lets workers answer first. They inherit this.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     gc.collect()
     gc.freeze()  # so that the collector of a worker does not touch, and so copy, what it shares with the others
     children: dict[int, int] = {}
