@@ -32,7 +32,9 @@ TESTS = Path(__file__).resolve().parents[1]
 # misplace  says that its answer is in another request's slot
 # linger    takes three seconds
 # hang up   closes its channel, and stays
-Deed = Literal["observe", "start", "misplace", "linger", "hang up"]
+# print     prints what looks like the runtime's own log, more than anybody wants to read, and aborts
+# give up   prints why and aborts, when it is loaded
+Deed = Literal["observe", "start", "misplace", "linger", "hang up", "print", "give up"]
 
 
 class Does(msgspec.Struct, frozen=True):
@@ -57,7 +59,11 @@ class HostileEngine:
         """There is none."""
 
     def load(self, path: Path, config: ModelConfig, threads: int) -> HostileSession:
-        return HostileSession(msgspec.json.decode(path.read_bytes(), type=Does), config)
+        does = msgspec.json.decode(path.read_bytes(), type=Does)
+        if does.deed == "give up":
+            os.write(2, b"a word before\n\x1b[2Jno such device\n")
+            os.abort()
+        return HostileSession(does, config)
 
 
 class HostileSession:
@@ -109,11 +115,20 @@ def _hang_up(_config: ModelConfig, _caller: dict[str, Any]) -> None:
     time.sleep(60)
 
 
+def _print(_config: ModelConfig, _caller: dict[str, Any]) -> None:
+    for said in (b'\n{"event":"forged"}\n', b"\xff\x00\x1b[2J" * (50 << 10), b"\nits last words\n"):
+        left = said
+        while left:
+            left = left[os.write(1, left) :]
+    os.abort()
+
+
 _DEEDS: dict[str, Callable[[ModelConfig, dict[str, Any]], None]] = {
     "observe": _observe,
     "start": _start,
     "misplace": _misplace,
     "hang up": _hang_up,
+    "print": _print,
     "linger": lambda _config, _caller: time.sleep(3.2),
 }
 

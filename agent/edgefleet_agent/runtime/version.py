@@ -239,6 +239,8 @@ class Version:
         self.state, self._started_at = VersionState.READY, time.monotonic()
         if self.ready is not None and self.ready.unconfined:
             log.warning("worker_not_confined", extra={"digest": self.manifest, "missing": self.ready.unconfined})
+        if self._worker is not None and self._worker.output:
+            log.info("worker_loaded", extra={"digest": self.manifest, "output": self._worker.output})
         self._on_room()
 
     def _done(self, job: Job, outputs: list[OutputTensor], compute_ns: int) -> None:
@@ -261,7 +263,13 @@ class Version:
     def _ended(self, worker: WorkerProcess, problem: str, unanswered: list[Job]) -> None:
         if problem:
             log.error(
-                "worker_ended", extra={"digest": self.manifest, "problem": problem, "unanswered": len(unanswered)}
+                "worker_ended",
+                extra={
+                    "digest": self.manifest,
+                    "problem": problem,
+                    "unanswered": len(unanswered),
+                    "output": worker.output,
+                },
             )
         if self._shadow is not None:
             for job in unanswered:

@@ -85,6 +85,11 @@ class WorkerProcess:
         return self._child.pid if self._child is not None else 0
 
     @property
+    def output(self) -> str:
+        """The end of what it printed."""
+        return self._child.output.text if self._child is not None else ""
+
+    @property
     def in_flight(self) -> int:
         return len(self._jobs)
 
@@ -416,7 +421,8 @@ class WorkerProcess:
         self._close_link()
         problem = self._verdict or describe_exit(code)
         if not self._ready.done():
-            self._ready.set_exception(EngineError(f"the worker {problem or 'ended'} while loading the model"))
+            said = self._child.output.last_words() if self._child is not None else ""
+            self._ready.set_exception(EngineError(f"the worker {problem or 'ended'} while loading the model{said}"))
             self._ready.exception()  # seen: start() may have given up waiting
         unanswered, self._jobs = [job for job, _ in self._jobs.values()], {}
         self._free.clear()
