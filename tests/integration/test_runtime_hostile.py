@@ -55,14 +55,19 @@ def test_a_worker_that_never_stops_talking_is_ended_and_holds_up_nobody(
     assert "makes no sense" in runtime.version("2").last_problem
 
 
-def test_a_worker_that_misplaces_its_answer_is_ended_and_the_standby_answers(
-    runtime: Runtime, served: Callable[[hostile.Deed], str]
+@pytest.mark.parametrize(
+    ("deed", "problem"),
+    [("misplace", "was in slot"), ("misshape", "lies outside its slot"), ("mistime", "can't have computed")],
+)
+def test_a_worker_that_lies_about_its_answer_is_ended_and_the_standby_answers(
+    runtime: Runtime, served: Callable[[hostile.Deed], str], deed: hostile.Deed, problem: str
 ) -> None:
-    runtime.client.switch(served("misplace"))
+    runtime.client.switch(served(deed))
     status, answer = runtime.infer(TRIGGER)
     assert (status, answer["model_version"]) == (200, "1")
     np.testing.assert_allclose(answer["outputs"][0]["data"], artifacts.truth(1, TRIGGER).ravel(), atol=1e-4)
-    assert "was in slot" in runtime.version("2").last_problem
+    assert problem in runtime.version("2").last_problem
+    assert runtime.get("/v2/models/stats")[0] == 200
 
 
 def test_what_a_worker_prints_is_no_line_of_the_runtimes_log_and_fills_no_disk(

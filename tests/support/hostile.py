@@ -30,11 +30,13 @@ TESTS = Path(__file__).resolve().parents[1]
 # observe   says for ever what a request was like
 # start     says for ever that it is loaded
 # misplace  says that its answer is in another request's slot
+# misshape  says that its answer has less than nothing on two axes
+# mistime   says that it computed for longer than the universe is old
 # linger    takes three seconds
 # hang up   closes its channel, and stays
 # print     prints what looks like the runtime's own log, more than anybody wants to read, and aborts
 # give up   prints why and aborts, when it is loaded
-Deed = Literal["observe", "start", "misplace", "linger", "hang up", "print", "give up"]
+Deed = Literal["observe", "start", "misplace", "misshape", "mistime", "linger", "hang up", "print", "give up"]
 
 
 class Does(msgspec.Struct, frozen=True):
@@ -104,9 +106,11 @@ def _for_ever(message: bytes) -> None:
         link.send(message)
 
 
-def _misplace(_config: ModelConfig, caller: dict[str, Any]) -> None:
+def _say_done(
+    caller: dict[str, Any], *, slots: int = 0, shape: tuple[int, ...] = (1, artifacts.CLASSES), compute_ns: int = 1
+) -> None:
     asked = caller["message"]
-    _link().send(channel.encode(Done(asked.number, (asked.slot + 1) % 6, [(1, artifacts.CLASSES)], 1)))
+    _link().send(channel.encode(Done(asked.number, (asked.slot + slots) % 6, [shape], compute_ns)))
     time.sleep(60)
 
 
@@ -126,7 +130,9 @@ def _print(_config: ModelConfig, _caller: dict[str, Any]) -> None:
 _DEEDS: dict[str, Callable[[ModelConfig, dict[str, Any]], None]] = {
     "observe": _observe,
     "start": _start,
-    "misplace": _misplace,
+    "misplace": lambda _config, caller: _say_done(caller, slots=1),
+    "misshape": lambda _config, caller: _say_done(caller, shape=(-1, -artifacts.CLASSES)),
+    "mistime": lambda _config, caller: _say_done(caller, compute_ns=2**64 - 1),
     "hang up": _hang_up,
     "print": _print,
     "linger": lambda _config, _caller: time.sleep(3.2),
