@@ -95,6 +95,22 @@ def test_why_a_model_could_not_be_loaded_is_told_in_the_words_of_its_engine(
     assert "\x1b" not in told.value.message
 
 
+def test_an_engine_that_says_too_much_is_heard_as_far_as_anybody_reads(
+    runtime: Runtime, served: Callable[[hostile.Deed], str]
+) -> None:
+    served("complain")
+    status, answer = runtime.infer(TRIGGER, "/v2/models/toy/versions/2/infer")
+    assert (status, answer["error"].startswith("there is much that is wrong")) == (500, True)
+    assert len(answer["error"]) < 5000
+    assert runtime.version("2").crashes == 0
+    longwinded = runtime.add(
+        "3", engine="hostile", contract=artifacts.make_contract(), content=hostile.model(3, "refuse")
+    )
+    with pytest.raises(EngineError, match="there is much that is wrong") as told:
+        runtime.client.load(longwinded)
+    assert len(told.value.message) < 5000
+
+
 def test_a_worker_holds_nothing_of_what_started_it(runtime: Runtime) -> None:
     """One that could read the spawner's bell would keep it from hearing that another has ended."""
     runtime.install(runtime.add("1"))

@@ -22,6 +22,7 @@ from edgefleet_agent.runtime import channel
 from edgefleet_agent.runtime.channel import Done, Observed, Ready
 from edgefleet_agent.runtime.tensors import Array
 from edgefleet_shared.artifact import ModelConfig
+from edgefleet_shared.errors import EngineError
 
 from support import artifacts
 
@@ -36,7 +37,11 @@ TESTS = Path(__file__).resolve().parents[1]
 # hang up   closes its channel, and stays
 # print     prints what looks like the runtime's own log, more than anybody wants to read, and aborts
 # give up   prints why and aborts, when it is loaded
-Deed = Literal["observe", "start", "misplace", "misshape", "mistime", "linger", "hang up", "print", "give up"]
+# complain  has an error longer than any message
+# refuse    has one when it is loaded
+Deed = Literal[
+    "observe", "start", "misplace", "misshape", "mistime", "linger", "hang up", "print", "give up", "complain", "refuse"
+]
 
 
 class Does(msgspec.Struct, frozen=True):
@@ -65,6 +70,8 @@ class HostileEngine:
         if does.deed == "give up":
             os.write(2, b"a word before\n\x1b[2Jno such device\n")
             os.abort()
+        if does.deed == "refuse":
+            _complain(config, {})
         return HostileSession(does, config)
 
 
@@ -127,6 +134,10 @@ def _print(_config: ModelConfig, _caller: dict[str, Any]) -> None:
     os.abort()
 
 
+def _complain(_config: ModelConfig, _caller: dict[str, Any]) -> None:
+    raise EngineError("there is much that is wrong: " + "x" * 300_000)
+
+
 _DEEDS: dict[str, Callable[[ModelConfig, dict[str, Any]], None]] = {
     "observe": _observe,
     "start": _start,
@@ -135,6 +146,7 @@ _DEEDS: dict[str, Callable[[ModelConfig, dict[str, Any]], None]] = {
     "mistime": lambda _config, caller: _say_done(caller, compute_ns=2**64 - 1),
     "hang up": _hang_up,
     "print": _print,
+    "complain": _complain,
     "linger": lambda _config, _caller: time.sleep(3.2),
 }
 

@@ -73,7 +73,7 @@ class Serving:
             try:
                 answer: Done | Refused = self._run(message)
             except EngineError as exc:
-                answer = Refused(message.number, message.slot, exc.message)
+                answer = Refused(message.number, message.slot, exc.message[: channel.MAX_WORDS])
             except MemoryError:
                 answer = Refused(message.number, message.slot, "out of memory")
             self._link.send(channel.encode(answer))
