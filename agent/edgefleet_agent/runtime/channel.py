@@ -68,11 +68,12 @@ class Done(msgspec.Struct, tag=5, array_like=True):
 
 
 class Refused(msgspec.Struct, tag=6, array_like=True):
-    """worker -> front: the engine refused or failed this request; the worker goes on."""
+    """worker -> front: the engine refused or failed this request; the worker goes on. ``unserved``: the request is none that the model takes."""
 
     number: int
     slot: int
     message: Words
+    unserved: bool = False
 
 
 class Observed(msgspec.Struct, tag=7, array_like=True):

@@ -15,7 +15,7 @@ from edgefleet_agent import confinement
 from edgefleet_agent.runtime import channel, engines
 from edgefleet_agent.runtime.bound import Bound
 from edgefleet_agent.runtime.channel import Done, Refused, Run, Start
-from edgefleet_agent.runtime.engines.port import loadable
+from edgefleet_agent.runtime.engines.port import UnservedBatchError, loadable
 from edgefleet_agent.runtime.observing import Observer
 from edgefleet_agent.runtime.shm import Arena, aligned
 from edgefleet_agent.runtime.tensors import NUMPY, Array
@@ -73,7 +73,8 @@ class Serving:
             try:
                 answer: Done | Refused = self._run(message)
             except EngineError as exc:
-                answer = Refused(message.number, message.slot, exc.message[: channel.MAX_WORDS])
+                unserved = isinstance(exc, UnservedBatchError)
+                answer = Refused(message.number, message.slot, exc.message[: channel.MAX_WORDS], unserved)
             except MemoryError:
                 answer = Refused(message.number, message.slot, "out of memory")
             self._link.send(channel.encode(answer))

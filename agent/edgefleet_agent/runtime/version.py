@@ -257,7 +257,8 @@ class Version:
     def _refused(self, job: Job, error: RequestError) -> None:
         if self._shadow is not None:
             self._shadow.lost(job)
-        self.figures.refused(time.perf_counter_ns() - job.arrived_ns)
+        if error.status >= 500:  # what the client did wrong does not count against the model
+            self.figures.refused(time.perf_counter_ns() - job.arrived_ns)
         self._on_refused(self, job, error)
 
     def _ended(self, worker: WorkerProcess, problem: str, unanswered: list[Job]) -> None:

@@ -364,7 +364,7 @@ class WorkerProcess:
             ValueError, IndexError: what it says makes no sense.
         """
         if isinstance(message, Refused):
-            return RequestError(500, message.message)
+            return RequestError(400 if message.unserved else 500, message.message)
         try:
             return self._outputs(message.slot, message.shapes)
         except MemoryError:  # of this process's; the worker has done its part
