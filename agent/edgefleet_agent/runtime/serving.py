@@ -110,7 +110,9 @@ class Serving:
             if value.dtype != dtype:
                 raise EngineError(f"output {name} is {value.dtype}, the artifact promises {dtype}")
             if at + value.nbytes > len(slot):
-                raise EngineError(f"the answer does not fit the {len(slot)} bytes of one request's memory")
+                is_batch = any(shape[:1] > (1,) for _, shape in message.tensors)
+                problem = UnservedBatchError if is_batch else EngineError
+                raise problem(f"the answer does not fit the {len(slot)} bytes of one request's memory")
             targets[name] = target = np.ndarray(value.shape, dtype, slot, at)
             np.copyto(target, value)
             at = aligned(at + value.nbytes)
