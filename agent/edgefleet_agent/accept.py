@@ -21,6 +21,7 @@ from edgefleet_shared.contract import (
     judge,
 )
 from edgefleet_shared.errors import ArtifactError, NotFoundError
+from edgefleet_shared.results import MAX_REASON
 
 from edgefleet_agent import power_profile, sandbox, sensors, slots
 from edgefleet_agent.sandbox import Ended, Limits
@@ -112,6 +113,12 @@ def report_on(contract: AcceptanceContract, ended: Ended, *, throttled: bool | N
     Args:
         throttled: whether the board was, at the end.
     """
+    report = _report_on(contract, ended, throttled)
+    # The reason goes to the disk with each state, and into the log. Most of it is the child's word.
+    return msgspec.structs.replace(report, reason=report.reason[:MAX_REASON])
+
+
+def _report_on(contract: AcceptanceContract, ended: Ended, throttled: bool | None) -> AcceptanceReport:
     doing, missing = "starting", tuple[str, ...]()
     figures: AcceptanceFigures | None = None
     broke: Broke | None = None

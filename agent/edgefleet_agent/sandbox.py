@@ -62,9 +62,18 @@ class Ended(msgspec.Struct, frozen=True, kw_only=True):
     waited_share: float | None = None
 
     def last_words(self) -> str:
-        """``: `` and the last line of its output, for the end of a sentence; empty when it said nothing."""
-        lines = [line.strip() for line in self.output.splitlines() if line.strip()]
-        return f": {lines[-1][:300]}" if lines else ""
+        """See :func:`last_line`."""
+        return last_line(self.output)
+
+
+def last_line(output: str) -> str:
+    """``: `` and the last line of what a child printed, for the end of a sentence; empty when it printed nothing. What no page shows is replaced: a
+    terminal would obey it."""
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    if not lines:
+        return ""
+    shown = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in lines[-1][:300])
+    return f": {shown}"
 
 
 def describe_exit(returncode: int) -> str:

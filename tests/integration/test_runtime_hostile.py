@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import time
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from edgefleet_shared.errors import EngineError
 from support import artifacts, hostile
 from support.runtimes import Load, Runtime, running, until
 
@@ -53,14 +55,60 @@ def test_a_worker_that_never_stops_talking_is_ended_and_holds_up_nobody(
     assert "makes no sense" in runtime.version("2").last_problem
 
 
-def test_a_worker_that_misplaces_its_answer_is_ended_and_the_standby_answers(
-    runtime: Runtime, served: Callable[[hostile.Deed], str]
+@pytest.mark.parametrize(
+    ("deed", "problem"),
+    [("misplace", "was in slot"), ("misshape", "lies outside its slot"), ("mistime", "can't have computed")],
+)
+def test_a_worker_that_lies_about_its_answer_is_ended_and_the_standby_answers(
+    runtime: Runtime, served: Callable[[hostile.Deed], str], deed: hostile.Deed, problem: str
 ) -> None:
-    runtime.client.switch(served("misplace"))
+    runtime.client.switch(served(deed))
     status, answer = runtime.infer(TRIGGER)
     assert (status, answer["model_version"]) == (200, "1")
     np.testing.assert_allclose(answer["outputs"][0]["data"], artifacts.truth(1, TRIGGER).ravel(), atol=1e-4)
-    assert "was in slot" in runtime.version("2").last_problem
+    assert problem in runtime.version("2").last_problem
+    assert runtime.get("/v2/models/stats")[0] == 200
+
+
+def test_what_a_worker_prints_is_no_line_of_the_runtimes_log_and_fills_no_disk(
+    runtime: Runtime, served: Callable[[hostile.Deed], str]
+) -> None:
+    served("print")
+    with Load(runtime) as load:
+        assert runtime.infer(TRIGGER, "/v2/models/toy/versions/2/infer")[0] == 500
+        load.seen("1")
+    assert load.failed == []
+    log = (runtime.state / "runtime.log").read_bytes()
+    lines = [json.loads(line) for line in log.splitlines()]
+    assert "forged" not in {line["event"] for line in lines}
+    assert len(log) < 300_000  # it printed more, three times
+    ends = [line for line in lines if line["event"] == "worker_ended"]
+    assert len(ends) == 3
+    assert all(line["output"].endswith("its last words") for line in ends)
+
+
+def test_why_a_model_could_not_be_loaded_is_told_in_the_words_of_its_engine(
+    runtime: Runtime, served: Callable[[hostile.Deed], str]
+) -> None:
+    with pytest.raises(EngineError, match=r"killed by SIGABRT while loading the model: \W\[2Jno such device") as told:
+        served("give up")
+    assert "\x1b" not in told.value.message
+
+
+def test_an_engine_that_says_too_much_is_heard_as_far_as_anybody_reads(
+    runtime: Runtime, served: Callable[[hostile.Deed], str]
+) -> None:
+    served("complain")
+    status, answer = runtime.infer(TRIGGER, "/v2/models/toy/versions/2/infer")
+    assert (status, answer["error"].startswith("there is much that is wrong")) == (500, True)
+    assert len(answer["error"]) < 5000
+    assert runtime.version("2").crashes == 0
+    longwinded = runtime.add(
+        "3", engine="hostile", contract=artifacts.make_contract(), content=hostile.model(3, "refuse")
+    )
+    with pytest.raises(EngineError, match="there is much that is wrong") as told:
+        runtime.client.load(longwinded)
+    assert len(told.value.message) < 5000
 
 
 def test_a_worker_holds_nothing_of_what_started_it(runtime: Runtime) -> None:

@@ -25,14 +25,18 @@ ANSWER_BYTES = WIDTH * 4
 PATH = "/v2/models/toy/infer"
 
 
+def wide(width: int) -> dict[str, Any]:
+    """An artifact whose answer to one picture has so many values."""
+    return {
+        "content": artifacts.wide_model(width), "statistics": None,
+        "inputs": (TensorSpec("x", "FP32", (-1, 4)),), "outputs": (TensorSpec("y", "FP32", (-1, width)),),
+    }  # fmt: skip
+
+
 @pytest.fixture
 def runtime(tmp_path: Path) -> Iterator[Runtime]:
     with running(tmp_path) as made:
-        wide: dict[str, Any] = {
-            "content": artifacts.wide_model(WIDTH), "statistics": None,
-            "inputs": (TensorSpec("x", "FP32", (-1, 4)),), "outputs": (TensorSpec("y", "FP32", (-1, WIDTH)),),
-        }  # fmt: skip
-        made.install(made.add("1", **wide))
+        made.install(made.add("1", **wide(WIDTH)))
         yield made.start()
 
 
@@ -199,3 +203,16 @@ def test_a_client_that_reads_slowly_gets_its_last_answer_to_the_last_byte(runtim
         received += len(response.read())
     header = int(response.getheader("Inference-Header-Content-Length", 0))
     assert (response.status, received - header) == (200, 4 * ANSWER_BYTES)
+
+
+def test_a_batch_as_large_as_the_configuration_allows_is_answered_and_a_larger_one_is_its_clients_fault(
+    runtime: Runtime,
+) -> None:
+    runtime.client.load(runtime.add("2", **wide(WIDTH * 2)))
+    path = "/v2/models/toy/versions/2"
+    most = runtime.ask("GET", f"{path}/config")[1]["max_batch_size"]
+    assert most == 8
+    assert runtime.ask("POST", f"{path}/infer", body(most))[0] == 200
+    status, answer = runtime.ask("POST", f"{path}/infer", body(most + 1))
+    assert (status, "does not fit" in answer["error"]) == (400, True)
+    assert runtime.version("2").failed == 0

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import http.client
+import os
 import signal
 import socket
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
+from support import artifacts, hostile
 from support.runtimes import Runtime, infer_body, running, until
 
 X = np.random.default_rng(7).random((1, 8, 8, 3), np.float32)
@@ -175,3 +178,23 @@ def test_no_new_client_loses_a_request_over_restarts(tmp_path: Path) -> None:
                 client.join()
     assert failed == []
     assert len(asked) > 100
+
+
+def test_a_request_that_is_being_computed_is_answered_when_all_processes_are_told_to_stop(tmp_path: Path) -> None:
+    """As systemd tells a whole unit, and a terminal, a container or a supervisor a whole group."""
+    picture = np.zeros((1, 8, 8, 3), np.float32)
+    picture[0, 0, 0, 0] = 1.0
+    with running(tmp_path / "state") as runtime, ThreadPoolExecutor(1) as pool:
+        slow = hostile.model(1, "linger")
+        runtime.install(runtime.add("1", engine="hostile", contract=artifacts.make_contract(), content=slow))
+        runtime.start(env=hostile.install(tmp_path / "engine"))
+        worker = runtime.version("1").pid
+        spawner = int(Path(f"/proc/{worker}/stat").read_text().rpartition(")")[2].split()[1])
+        asked = pool.submit(runtime.infer, picture)
+        until(lambda: runtime.version("1").in_flight, what="it being computed")
+        assert runtime.process is not None
+        for pid in (worker, spawner, runtime.process.pid):
+            os.kill(pid, signal.SIGTERM)
+        assert asked.result(20)[0] == 200
+        assert runtime.process.wait(5) == 0
+        assert "worker_ended" not in (runtime.state / "runtime.log").read_text()

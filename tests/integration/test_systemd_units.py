@@ -75,6 +75,11 @@ def test_a_board_service_notifies_is_watched_and_comes_back(name):
     assert re.search(r"^WatchdogSec=\d+$", text, flags=re.M)
 
 
+def test_the_runtime_alone_is_told_to_stop_so_that_its_workers_answer_what_they_have():
+    text = next(unit for unit in UNITS if unit.name == "fleet-runtime.service").read_text()
+    assert re.search("^KillMode=mixed$", text, flags=re.M)
+
+
 def test_what_serves_is_not_the_first_to_be_ended_when_memory_ends():
     score = {unit.name: re.search(r"^OOMScoreAdjust=(-?\d+)$", unit.read_text(), flags=re.M) for unit in UNITS}
     runtime, agent = score["fleet-runtime.service"], score["fleet-agent.service"]

@@ -22,6 +22,7 @@ from edgefleet_agent.runtime import channel
 from edgefleet_agent.runtime.channel import Done, Observed, Ready
 from edgefleet_agent.runtime.tensors import Array
 from edgefleet_shared.artifact import ModelConfig
+from edgefleet_shared.errors import EngineError
 
 from support import artifacts
 
@@ -30,9 +31,17 @@ TESTS = Path(__file__).resolve().parents[1]
 # observe   says for ever what a request was like
 # start     says for ever that it is loaded
 # misplace  says that its answer is in another request's slot
+# misshape  says that its answer has less than nothing on two axes
+# mistime   says that it computed for longer than the universe is old
 # linger    takes three seconds
 # hang up   closes its channel, and stays
-Deed = Literal["observe", "start", "misplace", "linger", "hang up"]
+# print     prints what looks like the runtime's own log, more than anybody wants to read, and aborts
+# give up   prints why and aborts, when it is loaded
+# complain  has an error longer than any message
+# refuse    has one when it is loaded
+Deed = Literal[
+    "observe", "start", "misplace", "misshape", "mistime", "linger", "hang up", "print", "give up", "complain", "refuse"
+]
 
 
 class Does(msgspec.Struct, frozen=True):
@@ -57,7 +66,13 @@ class HostileEngine:
         """There is none."""
 
     def load(self, path: Path, config: ModelConfig, threads: int) -> HostileSession:
-        return HostileSession(msgspec.json.decode(path.read_bytes(), type=Does), config)
+        does = msgspec.json.decode(path.read_bytes(), type=Does)
+        if does.deed == "give up":
+            os.write(2, b"a word before\n\x1b[2Jno such device\n")
+            os.abort()
+        if does.deed == "refuse":
+            _complain(config, {})
+        return HostileSession(does, config)
 
 
 class HostileSession:
@@ -98,9 +113,11 @@ def _for_ever(message: bytes) -> None:
         link.send(message)
 
 
-def _misplace(_config: ModelConfig, caller: dict[str, Any]) -> None:
+def _say_done(
+    caller: dict[str, Any], *, slots: int = 0, shape: tuple[int, ...] = (1, artifacts.CLASSES), compute_ns: int = 1
+) -> None:
     asked = caller["message"]
-    _link().send(channel.encode(Done(asked.number, (asked.slot + 1) % 6, [(1, artifacts.CLASSES)], 1)))
+    _link().send(channel.encode(Done(asked.number, (asked.slot + slots) % 6, [shape], compute_ns)))
     time.sleep(60)
 
 
@@ -109,11 +126,27 @@ def _hang_up(_config: ModelConfig, _caller: dict[str, Any]) -> None:
     time.sleep(60)
 
 
+def _print(_config: ModelConfig, _caller: dict[str, Any]) -> None:
+    for said in (b'\n{"event":"forged"}\n', b"\xff\x00\x1b[2J" * (50 << 10), b"\nits last words\n"):
+        left = said
+        while left:
+            left = left[os.write(1, left) :]
+    os.abort()
+
+
+def _complain(_config: ModelConfig, _caller: dict[str, Any]) -> None:
+    raise EngineError("there is much that is wrong: " + "x" * 300_000)
+
+
 _DEEDS: dict[str, Callable[[ModelConfig, dict[str, Any]], None]] = {
     "observe": _observe,
     "start": _start,
-    "misplace": _misplace,
+    "misplace": lambda _config, caller: _say_done(caller, slots=1),
+    "misshape": lambda _config, caller: _say_done(caller, shape=(-1, -artifacts.CLASSES)),
+    "mistime": lambda _config, caller: _say_done(caller, compute_ns=2**64 - 1),
     "hang up": _hang_up,
+    "print": _print,
+    "complain": _complain,
     "linger": lambda _config, _caller: time.sleep(3.2),
 }
 

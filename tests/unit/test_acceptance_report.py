@@ -7,7 +7,7 @@ import math
 import msgspec
 import numpy as np
 import pytest
-from edgefleet_agent.accept import Stage, report_on
+from edgefleet_agent.accept import Broke, Stage, report_on
 from edgefleet_agent.runtime.protocol import OutputTensor
 from edgefleet_agent.runtime.shadow import agree
 from edgefleet_agent.sandbox import Ended
@@ -25,6 +25,7 @@ from edgefleet_shared.contract import (
 )
 from edgefleet_shared.errors import ArtifactError
 from edgefleet_shared.golden import compare
+from edgefleet_shared.results import MAX_REASON
 
 
 @pytest.mark.parametrize("cosine", [math.nan, None, 0.1])
@@ -184,6 +185,18 @@ def test_time_that_ran_out_on_a_busy_board_is_no_fault_of_the_model(
     report = report_on(CONTRACT, ended, throttled=throttled)
     assert report.verdict is verdict
     assert report.reason.startswith("over its limit while timing inferences")
+
+
+@pytest.mark.parametrize("said", [Broke("model", "x" * 1_000_000), Stage("x" * 1_000_000)])
+def test_a_child_that_says_too_much_is_heard_as_far_as_anybody_reads(said: Broke | Stage) -> None:
+    """It would be written to the board's disk with each state, and to its log."""
+    ended = Ended(
+        problem="killed by SIGSEGV", signal=11, over_limit=False, reports=(msgspec.json.encode(said),), output="",
+        peak_memory_bytes=1, seconds=2.0,
+    )  # fmt: skip
+    report = report_on(CONTRACT, ended, throttled=False)
+    assert report.verdict is Verdict.FAILED
+    assert 1000 < len(report.reason) <= MAX_REASON
 
 
 RAW = msgspec.structs.replace(CONTRACT, kind="raw", tolerance_abs=5.0)

@@ -143,3 +143,19 @@ def test_an_engine_that_fails_in_a_place_is_asked_the_usual_way_from_then_on(goo
     for value in (1.0, 2.0, 3.0, 4.0):
         np.testing.assert_array_equal(found.ask([value] * SIZE), [[2 * value] * SIZE])
     assert found.answered_in_place == good
+
+
+def test_a_request_that_the_engine_refuses_in_either_way_takes_nothing_from_those_behind_it(tmp_path: Path) -> None:
+    """One client's bad picture would make everybody's slower, for as long as the worker lives."""
+    from onnx import helper as h
+
+    spec = TensorSpec("y", "FP32", (1, SIZE))
+    nodes = [h.make_node("Cast", ["x"], ["i"], to=7), h.make_node("GatherElements", ["x", "i"], ["y"], axis=1)]
+    found = Memory(session_of(tmp_path, nodes, [], spec), (spec,))
+    for _ in range(2):
+        np.testing.assert_array_equal(found.ask([1.0] * SIZE), [[1.0] * SIZE])
+    for _ in range(2):
+        with pytest.raises(EngineError):
+            found.ask([1000.0] * SIZE)  # there is no such place
+    np.testing.assert_array_equal(found.ask([2.0] * SIZE), [[2.0] * SIZE])
+    assert found.answered_in_place == 2

@@ -124,7 +124,7 @@ async def serve(state: Path, address: tuple[str, int] | None, socket_path: Path,
     notify.ready(f"listening at {' and '.join(where)}")
 
     starting = loop.create_task(switchboard.serve_at_start())
-    ticking = loop.create_task(_tick(switchboard, server, regions))
+    ticking = loop.create_task(_tick(switchboard, nursery, server, regions))
     await stop.wait()
 
     log.info("stopping")
@@ -158,12 +158,13 @@ def _serving(state: Path) -> list[str]:
     return list(dict.fromkeys(slot.manifest for slot in wanted if slot is not None))
 
 
-async def _tick(switchboard: Switchboard, server: Server, regions: Regions) -> None:
+async def _tick(switchboard: Switchboard, nursery: Nursery, server: Server, regions: Regions) -> None:
     period = notify.watchdog_period_s()
     fed = 0.0
     while True:
         await asyncio.sleep(TICK_S)
         switchboard.tick()
+        nursery.look()
         server.tick()
         regions.tick()
         if period is not None and time.monotonic() - fed >= period / 2:

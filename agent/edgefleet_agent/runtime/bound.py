@@ -2,8 +2,8 @@
 
 A client sends the same kind of request again and again, and there are few slots. The first one in a place is computed as the engine
 takes it; from it the engine learns where inputs and outputs lie (:class:`~edgefleet_agent.runtime.engines.port.Binder`), and the others there
-cost neither arrays nor a copy. Only shapes that an answer may have had by chance could be wrong the next time: then the engine refuses,
-and nothing is bound any more. Runs in the worker.
+cost neither arrays nor a copy. Only shapes that an answer may have had by chance could be wrong the next time: then the engine refuses
+what it answers the usual way, and nothing is bound any more. What it refuses in either way was the request's doing. Runs in the worker.
 """
 
 from __future__ import annotations
@@ -41,27 +41,27 @@ class Bound:
         fixed = all(n >= 0 for spec in gives for n in spec.shape[1:])
         self._binder = session if fixed and isinstance(session, Binder) else None
         self._places: dict[tuple[object, ...], Place] = {}
+        self._failed_in_place = False  # the request that is computed now
 
     def compute(self, run: Run) -> Place | None:
-        """Compute a request where an earlier one lay; None when there was none, and then it is not computed.
-
-        Raises:
-            EngineError: the library failed.
-        """
+        """Compute a request where an earlier one lay; None when there was none, or it failed there: then it is not computed."""
         place = self._places.get(_key(run))
+        self._failed_in_place = False
         if place is None:
             return None
         try:
             place.compute()
         except EngineError:
             # Whether it is this request or this way of asking, the usual way will tell.
-            self._binder = None
-            self._places.clear()
+            self._failed_in_place = True
             return None
         return place
 
     def learn(self, run: Run, inputs: dict[str, Array], outputs: dict[str, Array]) -> None:
         """``run`` was answered the usual way; ``inputs`` and ``outputs`` lie in its slot."""
+        if self._failed_in_place:
+            self._binder = None
+            self._places.clear()
         if self._binder is None or any(not a.nbytes for tensors in (inputs, outputs) for a in tensors.values()):
             return
         try:

@@ -5,10 +5,15 @@ One message is one packet, so there is no framing to get wrong, and the end of e
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import msgspec
+from edgefleet_shared.errors import EdgefleetError
 
 # The kernel's default send buffer is 208 KiB; a model's config without its chunk hashes is a few KiB.
 MAX_MESSAGE_BYTES = 128 * 1024
+MAX_WORDS = 2000  # characters; a library may name every tensor that it knows
+Words = Annotated[str, msgspec.Meta(max_length=MAX_WORDS)]
 
 
 class Start(msgspec.Struct, tag=1, array_like=True):
@@ -50,7 +55,7 @@ class Ready(msgspec.Struct, tag=3, array_like=True):
 class Failed(msgspec.Struct, tag=4, array_like=True):
     """worker -> front: can't load; an error as :meth:`EdgefleetError.as_dict` gives it. The worker ends after it."""
 
-    error: dict[str, str]
+    error: dict[str, Words]
 
 
 class Done(msgspec.Struct, tag=5, array_like=True):
@@ -63,11 +68,12 @@ class Done(msgspec.Struct, tag=5, array_like=True):
 
 
 class Refused(msgspec.Struct, tag=6, array_like=True):
-    """worker -> front: the engine refused or failed this request; the worker goes on."""
+    """worker -> front: the engine refused or failed this request; the worker goes on. ``unserved``: the request is none that the model takes."""
 
     number: int
     slot: int
-    message: str
+    message: Words
+    unserved: bool = False
 
 
 class Observed(msgspec.Struct, tag=7, array_like=True):
@@ -86,3 +92,8 @@ FromWorker = Ready | Failed | Done | Refused | Observed
 encode = msgspec.msgpack.Encoder().encode
 decode_to_worker = msgspec.msgpack.Decoder(ToWorker).decode
 decode_from_worker = msgspec.msgpack.Decoder(FromWorker).decode
+
+
+def failed(error: EdgefleetError) -> Failed:
+    """What a worker says that can't load."""
+    return Failed({name: text[:MAX_WORDS] for name, text in error.as_dict().items()})

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from edgefleet_shared.errors import EngineError
 
 from edgefleet_agent.runtime import spawner
+from edgefleet_agent.runtime.output import Output
 from edgefleet_agent.runtime.priority import Precedence
 from edgefleet_agent.runtime.spawner import Ended, Kill, Spawn, Spawned
 from edgefleet_agent.sandbox import child_environment
@@ -25,12 +26,18 @@ FORK_LOOKS, FORK_LOOK_S = 15, 1.0
 
 
 class Child:
-    """A worker process. ``ended`` is its exit status as :func:`subprocess.Popen.returncode` has it."""
+    """A worker process. ``ended`` is its exit status as :func:`subprocess.Popen.returncode` has it, ``output`` what it printed."""
 
     def __init__(
-        self, number: int, pid: int, ended: asyncio.Future[int], kill: Callable[[], None], precedence: Precedence
+        self,
+        number: int,
+        pid: int,
+        ended: asyncio.Future[int],
+        output: Output,
+        kill: Callable[[], None],
+        precedence: Precedence,
     ) -> None:
-        self.number, self.pid, self.ended = number, pid, ended
+        self.number, self.pid, self.ended, self.output = number, pid, ended, output
         self._kill, self._precedence = kill, precedence
         ended.add_done_callback(lambda _: precedence.leave(pid))
 
@@ -64,6 +71,7 @@ class Nursery:
         self._number = 0
         self._awaited: dict[int, asyncio.Future[int]] = {}
         self._ended: dict[int, asyncio.Future[int]] = {}
+        self._outputs: set[Output] = set()  # of those that live
 
     def open(self) -> None:
         """Start the spawner.
@@ -102,24 +110,52 @@ class Nursery:
         """
         if self._link is None:
             self.open()
-        assert self._link is not None
         assert self._process is not None
+        try:
+            output = Output()
+        except OSError as exc:
+            raise EngineError(f"the worker could not be started: {exc}") from exc
+        self._outputs.add(output)
+        try:
+            # Forking takes milliseconds, in which the kernel lets nobody else onto that processor.
+            with self._precedence.standing_aside(self._process.pid) if aside else contextlib.nullcontext():
+                return await self._fork(fds, output, aside=aside)
+        except BaseException:
+            self._keep(output)
+            raise
+
+    async def _fork(self, fds: list[int], output: Output, *, aside: bool) -> Child:
+        """Raises: EngineError."""
+        assert self._link is not None
         loop = asyncio.get_running_loop()
         self._number += 1
         number = self._number
         pid, ended = loop.create_future(), loop.create_future()
+        ended.add_done_callback(lambda _: self._keep(output))  # before anybody else hears of it
         self._awaited[number], self._ended[number] = pid, ended
-        # Forking takes milliseconds, in which the kernel lets nobody else onto that processor.
-        with self._precedence.standing_aside(self._process.pid) if aside else contextlib.nullcontext():
-            try:
-                socket.send_fds(self._link, [spawner.encode(Spawn(number))], fds)
-            except OSError as exc:
-                self._awaited.pop(number)
-                self._ended.pop(number)
-                raise EngineError(f"the worker could not be started: {exc}") from exc
-            child = Child(number, await self._forked(pid), ended, lambda: self._order(Kill(number)), self._precedence)
-            self._precedence.join(child.pid, aside=aside)
+        try:
+            socket.send_fds(self._link, [spawner.encode(Spawn(number))], [*fds, output.given])
+        except OSError as exc:
+            self._awaited.pop(number)
+            self._ended.pop(number)
+            raise EngineError(f"the worker could not be started: {exc}") from exc
+        finally:
+            output.hand_over()
+        child = Child(
+            number, await self._forked(pid), ended, output, lambda: self._order(Kill(number)), self._precedence
+        )
+        self._precedence.join(child.pid, aside=aside)
         return child
+
+    def look(self) -> None:
+        """Take what workers printed. Call a few times a second."""
+        for output in self._outputs:
+            output.look()
+
+    def _keep(self, output: Output) -> None:
+        """Nothing more comes."""
+        self._outputs.discard(output)
+        output.close()
 
     async def _forked(self, pid: asyncio.Future[int]) -> int:
         """The worker's pid. A spawner that does not tell it is killed, its workers with it: it would start none any more.

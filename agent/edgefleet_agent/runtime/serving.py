@@ -15,7 +15,7 @@ from edgefleet_agent import confinement
 from edgefleet_agent.runtime import channel, engines
 from edgefleet_agent.runtime.bound import Bound
 from edgefleet_agent.runtime.channel import Done, Refused, Run, Start
-from edgefleet_agent.runtime.engines.port import loadable
+from edgefleet_agent.runtime.engines.port import UnservedBatchError, loadable
 from edgefleet_agent.runtime.observing import Observer
 from edgefleet_agent.runtime.shm import Arena, aligned
 from edgefleet_agent.runtime.tensors import NUMPY, Array
@@ -73,7 +73,8 @@ class Serving:
             try:
                 answer: Done | Refused = self._run(message)
             except EngineError as exc:
-                answer = Refused(message.number, message.slot, exc.message)
+                unserved = isinstance(exc, UnservedBatchError)
+                answer = Refused(message.number, message.slot, exc.message[: channel.MAX_WORDS], unserved)
             except MemoryError:
                 answer = Refused(message.number, message.slot, "out of memory")
             self._link.send(channel.encode(answer))
@@ -109,7 +110,9 @@ class Serving:
             if value.dtype != dtype:
                 raise EngineError(f"output {name} is {value.dtype}, the artifact promises {dtype}")
             if at + value.nbytes > len(slot):
-                raise EngineError(f"the answer does not fit the {len(slot)} bytes of one request's memory")
+                is_batch = any(shape[:1] > (1,) for _, shape in message.tensors)
+                problem = UnservedBatchError if is_batch else EngineError
+                raise problem(f"the answer does not fit the {len(slot)} bytes of one request's memory")
             targets[name] = target = np.ndarray(value.shape, dtype, slot, at)
             np.copyto(target, value)
             at = aligned(at + value.nbytes)

@@ -21,7 +21,7 @@ from edgefleet_agent import confinement
 from edgefleet_agent.runtime import worker
 
 MAX_ORDER_BYTES = 4096
-WORKER_FDS = 3  # channel, inputs, answers
+WORKER_FDS = 4  # channel, inputs, answers, and what it prints to
 
 
 class Spawn(msgspec.Struct, tag=1, array_like=True):
@@ -62,7 +62,9 @@ def main() -> None:
     bell, ring = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
     signal.signal(signal.SIGCHLD, lambda *_: None)
     signal.set_wakeup_fd(ring)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C at the terminal is the front's to handle
+    # Who stops a terminal's, a container's or a unit's processes means the front, which lets workers answer first. They inherit this.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     gc.collect()
     gc.freeze()  # so that the collector of a worker does not touch, and so copy, what it shares with the others
     children: dict[int, int] = {}
@@ -118,7 +120,9 @@ def _be_worker(link: socket.socket, fds: list[int], own: tuple[int, ...]) -> Non
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         link.close()
-        for fd in own:
+        for standard in (1, 2):
+            os.dup2(fds[3], standard)
+        for fd in (*own, fds[3]):
             os.close(fd)
         code = worker.main(socket.socket(fileno=fds[0]), (fds[1], fds[2]))
     except BaseException:  # noqa: BLE001  # whatever it is, this process must not go on as a second spawner

@@ -34,6 +34,7 @@ log = logging.getLogger("edgefleet.runtime")
 MAX_WAITING = 1024  # requests without a worker; their bodies are bounded by the front
 STOPPING = "the runtime is stopping"
 WAIT_LIMIT_S = 60.0  # how long a request may wait for one
+_NOT_STARTED = (VersionState.STOPPED, VersionState.PREPARED)
 LATE_S = 1.0  # between two looks: this process itself did not run, nor maybe its workers
 
 
@@ -361,21 +362,29 @@ class Switchboard:
             self._sort_waiting()
 
     async def serve_at_start(self) -> None:
-        """Serve the first of the expected artifacts that loads; when none does, keep trying the first."""
+        """Serve the first of the expected artifacts that loads; when none does, keep trying the first. An order that comes in between holds: what
+        it switched to goes on serving, what it loaded is not loaded again."""
+        tried = self._serving
         for version in self._expected:
             async with self._order:
-                self._let_serve(version)
+                if self._serving is not tried:
+                    return
+                tried = self._loaded.get(version.manifest, version)
+                self._let_serve(tried)
                 try:
-                    await version.start()
+                    if tried.state in _NOT_STARTED:
+                        await tried.start()
                 except EdgefleetError as exc:
                     log.error("start_failed", extra={"digest": version.manifest, "problem": exc.message})
                     continue
                 self._pump()
             log.info("serving", extra={"digest": version.manifest, "version": version.config.version})
             return
-        if self._expected:
-            self._let_serve(self._expected[0])
-            self._expected[0].restart_soon()
+        if tried is not None:
+            first = self._loaded.get(self._expected[0].manifest, self._expected[0])
+            self._let_serve(first)
+            if first.state in _NOT_STARTED:
+                first.restart_soon()
 
     async def close(self) -> None:
         """Stop every worker, answering what is in flight; what is asked from here on is told so. May be called again."""

@@ -86,7 +86,7 @@ class Version:
         self._started_at = 0.0
         model, golden = manifest.layer(MODEL_LAYER), manifest.layer(GOLDEN_LAYER)
         answers, inputs = _slot_bytes(config.outputs), _slot_bytes(config.inputs)
-        self.max_rows = _rows(config, inputs)
+        self.max_rows = _rows(config, inputs, answers)
         own = int(config.contract.peak_memory_bytes * MEMORY_SLACK) + MEMORY_SLACK_BYTES
         # What is resident counts the shared memory too, which the front gave it.
         self.memory_limit_bytes = own + SLOTS * (inputs + answers)
@@ -239,6 +239,8 @@ class Version:
         self.state, self._started_at = VersionState.READY, time.monotonic()
         if self.ready is not None and self.ready.unconfined:
             log.warning("worker_not_confined", extra={"digest": self.manifest, "missing": self.ready.unconfined})
+        if self._worker is not None and self._worker.output:
+            log.info("worker_loaded", extra={"digest": self.manifest, "output": self._worker.output})
         self._on_room()
 
     def _done(self, job: Job, outputs: list[OutputTensor], compute_ns: int) -> None:
@@ -255,13 +257,20 @@ class Version:
     def _refused(self, job: Job, error: RequestError) -> None:
         if self._shadow is not None:
             self._shadow.lost(job)
-        self.figures.refused(time.perf_counter_ns() - job.arrived_ns)
+        if error.status >= 500:  # what the client did wrong does not count against the model
+            self.figures.refused(time.perf_counter_ns() - job.arrived_ns)
         self._on_refused(self, job, error)
 
     def _ended(self, worker: WorkerProcess, problem: str, unanswered: list[Job]) -> None:
         if problem:
             log.error(
-                "worker_ended", extra={"digest": self.manifest, "problem": problem, "unanswered": len(unanswered)}
+                "worker_ended",
+                extra={
+                    "digest": self.manifest,
+                    "problem": problem,
+                    "unanswered": len(unanswered),
+                    "output": worker.output,
+                },
             )
         if self._shadow is not None:
             for job in unanswered:
@@ -321,11 +330,13 @@ def _picture_bytes(tensors: tuple[TensorSpec, ...]) -> int | None:
     return total
 
 
-def _rows(config: ModelConfig, slot_bytes: int) -> int:
-    """How many pictures one request may surely be of; 0 for a model that takes no batches."""
+def _rows(config: ModelConfig, input_bytes: int, answer_bytes: int) -> int:
+    """How many pictures one request may be of, as far as sizes are known; 0 for a model that takes no batches."""
     if not all(spec.shape[:1] == (-1,) for spec in (*config.inputs, *config.outputs)):
         return 0
-    return max(1, min(SLOT_ROWS, slot_bytes // (_picture_bytes(config.inputs) or slot_bytes)))
+    asked = input_bytes // (_picture_bytes(config.inputs) or input_bytes)
+    answered = answer_bytes // (_picture_bytes(config.outputs) or 1)
+    return max(1, min(SLOT_ROWS, asked, answered))
 
 
 def _slot_bytes(tensors: tuple[TensorSpec, ...]) -> int:

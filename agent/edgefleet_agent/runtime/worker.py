@@ -16,7 +16,7 @@ from edgefleet_shared.errors import EdgefleetError, EngineError
 
 from edgefleet_agent import confinement
 from edgefleet_agent.runtime import channel
-from edgefleet_agent.runtime.channel import Failed, Ready, Start
+from edgefleet_agent.runtime.channel import Ready, Start
 from edgefleet_agent.runtime.engines import devices
 from edgefleet_agent.runtime.shm import Arena
 
@@ -49,10 +49,10 @@ def main(link: socket.socket, arenas: tuple[int, int]) -> int:
 
         serving = Serving(link, (inputs, answers), start, config, layout)
     except EdgefleetError as exc:
-        link.send(channel.encode(Failed(exc.as_dict())))
+        link.send(channel.encode(channel.failed(exc)))
         return 1
     except MemoryError:
-        link.send(channel.encode(Failed(EngineError("out of memory while loading the model").as_dict())))
+        link.send(channel.encode(channel.failed(EngineError("out of memory while loading the model"))))
         return 1
     unconfined = (*missing, *serving.unconfined)
     link.send(channel.encode(Ready(serving.session.providers, serving.load_ms, serving.first_ms, unconfined)))

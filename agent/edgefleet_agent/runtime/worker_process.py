@@ -85,6 +85,11 @@ class WorkerProcess:
         return self._child.pid if self._child is not None else 0
 
     @property
+    def output(self) -> str:
+        """The end of what it printed."""
+        return self._child.output.text if self._child is not None else ""
+
+    @property
     def in_flight(self) -> int:
         return len(self._jobs)
 
@@ -312,7 +317,7 @@ class WorkerProcess:
                 message = channel.decode_from_worker(self._buffer[:length])
                 if isinstance(message, Done | Refused):
                     came = self._came_of(message)
-                    job = self._answered(message.number, message.slot)
+                    job = self._answered(message)
                 else:
                     self._take(message)
             except (ValueError, KeyError, IndexError) as exc:  # msgspec's errors are ValueErrors
@@ -334,17 +339,21 @@ class WorkerProcess:
                 return  # and what it has said already does so too
             link = self._link
 
-    def _answered(self, number: int, slot: int) -> Job:
+    def _answered(self, message: Done | Refused) -> Job:
         """The job that it says it is through with.
 
         Raises:
-            KeyError, ValueError: it was not given that, or not there. Believed, it could have one client's picture put over another's.
+            KeyError, ValueError: it was not given that, or not there. Believed, it could have one client's picture put over another's. Or it
+            tells a time that it did not have.
         """
-        job, given = self._jobs[number]
-        if slot != given:
-            raise ValueError(f"job {number} was in slot {given}, not in {slot}")
-        del self._jobs[number]
-        self._busy_since_ns = time.perf_counter_ns()
+        job, given = self._jobs[message.number]
+        if message.slot != given:
+            raise ValueError(f"job {message.number} was in slot {given}, not in {message.slot}")
+        now = time.perf_counter_ns()
+        if isinstance(message, Done) and not 0 <= message.compute_ns <= now - job.sent_ns:
+            raise ValueError(f"it can't have computed for {message.compute_ns} ns")
+        del self._jobs[message.number]
+        self._busy_since_ns = now
         self._may_observe = True
         return job
 
@@ -355,7 +364,7 @@ class WorkerProcess:
             ValueError, IndexError: what it says makes no sense.
         """
         if isinstance(message, Refused):
-            return RequestError(500, message.message)
+            return RequestError(400 if message.unserved else 500, message.message)
         try:
             return self._outputs(message.slot, message.shapes)
         except MemoryError:  # of this process's; the worker has done its part
@@ -404,7 +413,7 @@ class WorkerProcess:
         places, begin = [], 0
         for spec, dtype, shape in zip(self._config.outputs, self._output_types, shapes, strict=True):
             end = begin + element_count(shape) * dtype.itemsize
-            if not 0 <= begin <= end <= self._start.answer_bytes:
+            if any(n < 0 for n in shape) or end > self._start.answer_bytes:
                 raise ValueError(f"output {spec.name} of shape {shape} lies outside its slot")
             places.append((spec, shape, begin, end))
             begin = shm.aligned(end)
@@ -416,7 +425,8 @@ class WorkerProcess:
         self._close_link()
         problem = self._verdict or describe_exit(code)
         if not self._ready.done():
-            self._ready.set_exception(EngineError(f"the worker {problem or 'ended'} while loading the model"))
+            said = self._child.output.last_words() if self._child is not None else ""
+            self._ready.set_exception(EngineError(f"the worker {problem or 'ended'} while loading the model{said}"))
             self._ready.exception()  # seen: start() may have given up waiting
         unanswered, self._jobs = [job for job, _ in self._jobs.values()], {}
         self._free.clear()

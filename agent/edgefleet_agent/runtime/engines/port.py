@@ -21,6 +21,10 @@ from edgefleet_agent import plans
 from edgefleet_agent.runtime.tensors import Array
 
 
+class UnservedBatchError(EngineError):
+    """What was asked is no batch that this model takes: the request's doing, and nothing that the model failed at."""
+
+
 class Session(Protocol):
     """One loaded model. Used by one thread."""
 
@@ -39,7 +43,7 @@ class Session(Protocol):
             every output of ``ModelConfig.outputs`` by name, of its datatype.
 
         Raises:
-            EngineError: the library refused or failed.
+            UnservedBatchError: the inputs are no batch that it takes. EngineError: the library refused or failed.
         """
         ...
 
@@ -167,18 +171,20 @@ def row_by_row(run_one: Callable[[dict[str, Array]], dict[str, Array]], inputs: 
         inputs: all with one and the same first axis N.
 
     Raises:
-        EngineError: the first axes differ, N is 0, or an output has no batch axis that the answers could be put together along.
+        UnservedBatchError: the first axes differ, N is 0, or an output has no batch axis that the answers could be put together along.
     """
     counts = {a.shape[0] if a.ndim else 0 for a in inputs.values()}
     if len(counts) != 1 or counts == {0}:
-        raise EngineError(f"a batch needs one and the same first axis above 0 in every input, not {sorted(counts)}")
+        raise UnservedBatchError(
+            f"a batch needs one and the same first axis above 0 in every input, not {sorted(counts)}"
+        )
     (count,) = counts
     if count == 1:
         return run_one(inputs)
     rows = [run_one({k: np.ascontiguousarray(v[i : i + 1]) for k, v in inputs.items()}) for i in range(count)]
     for name, value in rows[0].items():
         if value.shape[:1] != (1,):
-            raise EngineError(
+            raise UnservedBatchError(
                 f"output {name} of one sample is {value.shape}, without a batch axis; send samples one by one"
             )
     return {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}

@@ -1,0 +1,90 @@
+"""Orders that come while the runtime tries what its slots name, one after the other."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from edgefleet_agent.runtime.nursery import Nursery
+from edgefleet_agent.runtime.switchboard import Switchboard
+from edgefleet_shared.artifact import Layout
+from support import artifacts
+
+
+class Board:
+    """A runtime without clients: its active artifact dies while it is loaded, the previous one is good, and there is another."""
+
+    def __init__(self, folder: Path) -> None:
+        layout = Layout(folder)
+
+        def made(version: int, **options: Any) -> str:
+            return artifacts.make_artifact(layout, version=str(version), seed=version, **options).digest
+
+        self.bad, self.previous, self.other = made(1, behaviour="crash"), made(2), made(3)
+        self.nursery = Nursery(1)
+        self.switchboard = Switchboard(layout, 1, self.nursery)
+
+    async def started(self, *expected: str, orders: tuple[Callable[[Switchboard], Awaitable[Any]], ...]) -> None:
+        """Start, with ``orders`` given in this order while the first artifact is loaded; the others are over when this returns."""
+        self.switchboard.expect(list(expected))
+        starting = asyncio.create_task(self.switchboard.serve_at_start())
+        await asyncio.sleep(0)
+        await asyncio.gather(*(order(self.switchboard) for order in orders))
+        await starting
+
+    def workers(self) -> int:
+        spawner = next(iter(v.pid for v in self.switchboard.versions() if v.pid))
+        parent = int(Path(f"/proc/{spawner}/stat").read_text().rpartition(")")[2].split()[1])
+        return len(Path(f"/proc/{parent}/task/{parent}/children").read_text().split())
+
+    async def end(self) -> None:
+        await self.switchboard.close()
+        self.nursery.close()
+
+
+def told(story: Callable[[Board], Awaitable[None]], folder: Path) -> None:
+    async def whole() -> None:
+        board = Board(folder)
+        try:
+            await story(board)
+        finally:
+            await board.end()
+
+    asyncio.run(whole())
+
+
+def test_what_an_agent_has_loaded_meanwhile_is_not_loaded_a_second_time_beside_it(tmp_path: Path) -> None:
+    """As one does that was interrupted while it rolled back; the second worker would never have been ended."""
+
+    async def story(board: Board) -> None:
+        await board.started(board.bad, board.previous, orders=(lambda s: s.load(board.previous),))
+        assert board.switchboard.status().serving == board.previous
+        assert board.switchboard.ready
+        assert board.workers() == 1
+
+    told(story, tmp_path)
+
+
+@pytest.mark.parametrize("behind", ["a good one", "nothing"])
+def test_what_an_agent_has_switched_to_meanwhile_goes_on_serving(tmp_path: Path, behind: str) -> None:
+    async def story(board: Board) -> None:
+        expected = [board.bad, board.previous] if behind == "a good one" else [board.bad]
+        orders = (lambda s: s.load(board.other), lambda s: s.switch(board.other))
+        await board.started(*expected, orders=orders)
+        assert board.switchboard.status().serving == board.other
+        assert board.switchboard.ready
+
+    told(story, tmp_path)
+
+
+def test_what_was_loaded_in_place_meanwhile_is_started(tmp_path: Path) -> None:
+    async def story(board: Board) -> None:
+        await board.started(board.bad, board.previous, orders=(lambda s: s.load(board.previous, "in-place"),))
+        assert board.switchboard.status().serving == board.previous
+        assert board.switchboard.ready
+        assert board.workers() == 1
+
+    told(story, tmp_path)
