@@ -53,6 +53,37 @@ def test_a_maximum_comes_before_a_rising_activation(op: str, attributes: dict[st
     assert np.allclose(answers(model), before, rtol=1e-6, atol=1e-6)
 
 
+def test_an_activation_that_a_branch_of_a_branch_reads_stays_where_it_is() -> None:
+    net = Net(1)
+    net.conv(3, 8)
+    active = net.add("LeakyRelu", alpha=0.1)
+    pool(net)
+    pooled = net.add("GlobalAveragePool")
+    yes = net.constant(np.array(True))
+
+    def branch(name: str, *nodes: Any) -> onnx.GraphProto:
+        out = onnx.helper.make_tensor_value_info(nodes[-1].output[0], onnx.TensorProto.FLOAT, None)
+        return onnx.helper.make_graph(list(nodes), name, [], [out])
+
+    def either(name: str) -> onnx.GraphProto:
+        read = [
+            branch(f"{name}{b}", onnx.helper.make_node("GlobalMaxPool", [active], [f"{name}{b}"])) for b in ("y", "n")
+        ]
+        inner = onnx.helper.make_node("If", [yes], [name], then_branch=read[0], else_branch=read[1])
+        return branch(f"in_{name}", inner)
+
+    net.nodes.append(
+        onnx.helper.make_node("If", [yes], ["either"], name="if", then_branch=either("p"), else_branch=either("q"))
+    )
+    net.add("Add", "either", first=pooled)
+    model = net.model([1, 8, 1, 1])
+    before = answers(model)
+    pools_first(model)
+    onnx.checker.check_model(model, full_check=True)
+    assert np.array_equal(answers(model), before)
+    assert active not in readings(model)
+
+
 def test_names_of_nodes_and_of_what_comes_out_stay() -> None:
     net = Net(1)
     net.conv(3, 8)

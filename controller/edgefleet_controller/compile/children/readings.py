@@ -14,6 +14,7 @@ import numpy as np
 import onnx
 
 from .measure import Array
+from .tidy import read_by
 
 Function = Callable[[Array], Array]
 
@@ -114,12 +115,9 @@ def _rises(node: onnx.NodeProto) -> bool:
 
 
 def _readers(graph: onnx.GraphProto) -> dict[str, list[onnx.NodeProto]]:
+    """Who reads a value, itself or in graphs inside it."""
     found: dict[str, list[onnx.NodeProto]] = {}
     for node in graph.node:
-        for name in dict.fromkeys(node.input):
+        for name in read_by(node):
             found.setdefault(name, []).append(node)
-        # What the graphs inside a node read is read by the node.
-        for inside in (a.g for a in node.attribute if a.HasField("g")):
-            for name in (name for one in inside.node for name in one.input):
-                found.setdefault(name, []).append(node)
     return found
