@@ -10,6 +10,7 @@ import onnx
 import onnxruntime
 import pytest
 from edgefleet_controller.compile.children import qdq, statistics
+from edgefleet_controller.compile.children.int8_weights import Settling
 from edgefleet_controller.compile.children.measure import SampleFile
 from onnx import helper, numpy_helper
 from safetensors.numpy import save_file
@@ -233,3 +234,22 @@ def test_rows_of_a_weight_may_be_looked_up_too(tmp_path: Path) -> None:
     net.add("Transpose", perm=[1, 0])
     net.add("Add", features)
     assert sqnr_db(net.model([1, 128]), tmp_path) > 25
+
+
+@pytest.mark.parametrize("left", [0, 1])
+def test_a_weight_that_was_fitted_for_two_layers_is_fitted_again_for_one(tmp_path: Path, left: int) -> None:
+    """Else a compiled model would depend on which recipes came before it."""
+    net = Net(3)
+    net.conv(3, 8)
+    net.add("Relu")
+    layers = [net.conv(8, 8)]
+    weight = net.nodes[-1].input[1]
+    net.add("LeakyRelu", alpha=0.3)
+    layers.append(net.add("Conv", weight, kernel_shape=[3, 3], pads=[1, 1, 1, 1]))
+    model = onnx.shape_inference.infer_shapes(net.model([1, 8, 32, 32]))
+    save_file({"image": PICTURES}, tmp_path / "samples")
+    known = statistics.collect(model, SampleFile(str(tmp_path / "samples")), lambda *_: None, histograms=False)
+    recipe = PLAIN | {"in_float": [layers[left]]}
+    settling = Settling(known)
+    qdq.quantize(model, known, PLAIN | {"in_float": []}, settling)
+    assert qdq.quantize(model, known, recipe, settling) == qdq.quantize(model, known, recipe)
