@@ -198,3 +198,25 @@ def test_weights_that_make_up_for_each_other_make_less_noise_in_the_engine(tmp_p
         )
 
     assert noise(True) < 0.7 * noise(False)
+
+
+@pytest.mark.parametrize("mask", [-1e4, -1e9, float(np.finfo(np.float32).min)])
+def test_what_a_mask_puts_out_of_a_softmaxs_reach_takes_no_levels_from_what_it_weighs(
+    tmp_path: Path, mask: float
+) -> None:
+    net = Net(1)
+    net.conv(3, 4)
+    exact = net.last
+    last = np.zeros(32, np.float32)
+    last[20:] = mask
+    masked = net.add("Add", net.constant(last))
+    net.add("Softmax", axis=-1)
+    served = net.add("Add", net.constant(last), first=exact)
+    model = onnx.shape_inference.infer_shapes(net.model([1, 4, 32, 32]))
+    save_file({"image": PICTURES}, tmp_path / "samples")
+    known = statistics.collect(model, SampleFile(str(tmp_path / "samples")), lambda *_: None, histograms=True)
+    assert known.ranges[served]["minmax"][0] < 0.9 * mask  # read by another
+    low, high = known.ranges[exact]["minmax"]
+    for method, (least, most) in known.ranges[masked].items():
+        assert low - 16 <= least <= 0, method
+        assert high / 2 < most <= high, method
