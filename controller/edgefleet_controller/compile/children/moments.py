@@ -178,7 +178,8 @@ def named(of: dict[str, str], moments: dict[str, Moments], nodes: Iterable[str])
         return None
     if len(known) == 1:
         return known[0]
-    mean = np.mean([one.mean for one in known], axis=0, dtype=np.float64)
+    mean: Array = np.stack([one.mean for one in known]).mean(axis=0, dtype=np.float64)
     apart = [one.mean - mean for one in known]
     between = [one.covariance + far[:, :, None] * far[:, None, :] for one, far in zip(known, apart, strict=True)]
-    return Moments(mean.astype(np.float32), np.mean(between, axis=0).astype(np.float32))
+    covariance: Array = np.stack(between).mean(axis=0)
+    return Moments(mean.astype(np.float32), covariance.astype(np.float32))
