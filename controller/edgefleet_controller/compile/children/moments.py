@@ -62,10 +62,11 @@ class Gathering:
             known.add(found)
 
     def moments(self) -> dict[str, Moments]:
-        """By the values of :attr:`of`, which has them by the operators' names; float32. Those that are too large for it are left out."""
+        """By the values of :attr:`of`, which has them by the operators' names; float32. Those that are too large for it are left out. Ends the gathering: sums, twice
+        as large, make room as they are taken."""
         found = {}
-        for key, sums in self._sums.items():
-            mean, covariance = sums.moments()
+        for key in list(self._sums):
+            mean, covariance = self._sums.pop(key).moments()
             if max(np.abs(mean).max(), np.abs(covariance).max()) < np.finfo(np.float32).max:
                 found[key] = Moments(mean.astype(np.float32), covariance.astype(np.float32))
         return found
