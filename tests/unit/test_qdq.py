@@ -253,3 +253,30 @@ def test_a_weight_that_was_fitted_for_two_layers_is_fitted_again_for_one(tmp_pat
     settling = Settling(known)
     qdq.quantize(model, known, PLAIN | {"in_float": []}, settling)
     assert qdq.quantize(model, known, recipe, settling) == qdq.quantize(model, known, recipe)
+
+
+@pytest.mark.parametrize("activation", ["Relu", "Clip"])
+@pytest.mark.parametrize("also_read", [True, False])
+def test_an_activation_that_a_branch_reads_is_still_there(tmp_path: Path, activation: str, also_read: bool) -> None:
+    """The writer lets a range stand for it, which only those see that read the rounded value."""
+    net = Net(3)
+    net.conv(3, 8)
+    active = net.add("Relu") if activation == "Relu" else net.relu6()
+    trunk = net.conv(8, 8) if also_read else net.add("Identity", first=active)
+    yes = net.constant(np.array(True))
+    branches = [
+        helper.make_graph(
+            [helper.make_node(op, [active], [f"out{op}"])], op, [], [helper.make_tensor_value_info(f"out{op}", 1, None)]
+        )
+        for op in ("Sqrt", "Neg")
+    ]
+    net.nodes.append(
+        helper.make_node("If", [yes], ["either"], name="if", then_branch=branches[0], else_branch=branches[1])
+    )
+    net.add("Add", "either", first=trunk)
+    model = onnx.shape_inference.infer_shapes(net.model([1, 8, 32, 32]))
+    save_file({"image": PICTURES}, tmp_path / "samples")
+    known = statistics.collect(model, SampleFile(str(tmp_path / "samples")), lambda *_: None, histograms=False)
+    exact = answers(model)
+    lost = answers(qdq.quantize(model, known, PLAIN | {"in_float": []})) - exact
+    assert np.sum(lost**2) < 1e-3 * np.sum(exact**2)

@@ -37,8 +37,13 @@ def tidy(path: str) -> None:
 
 def read_by(node: onnx.NodeProto) -> set[str]:
     """What a node and the graphs inside it read."""
+    return {*node.input, *read_inside(node)}
+
+
+def read_inside(node: onnx.NodeProto) -> set[str]:
+    """What the graphs inside a node read."""
     inside = [attribute.g for attribute in node.attribute if attribute.HasField("g")]
-    return {*node.input, *(name for graph in inside for one in graph.node for name in read_by(one))}
+    return {name for graph in inside for one in graph.node for name in read_by(one)}
 
 
 def _weights_in_float(graph: onnx.GraphProto) -> None:
