@@ -93,6 +93,34 @@ def test_an_output_that_the_network_itself_reads_on_in_float_is_served_by_tflite
     assert min(result.figures.sqnr_db_by_output.values()) > 20
 
 
+@pytest.mark.parametrize("mask", [-1e4, float(np.finfo(np.float32).min)])
+def test_attention_behind_a_causal_mask_is_quantized_as_it_is_without_one(bench: Bench, mask: float) -> None:
+    net = Net(5)
+    net.conv(3, 16, 4, stride=4, pads=[0, 0, 0, 0])
+    net.add("Reshape", net.constant(np.array([1, 16, 64])))
+    tokens = net.add("Transpose", perm=[0, 2, 1])
+    query, key, value = (
+        net.add("MatMul", net.constant(net.rng.normal(size=(16, 16)).astype(np.float32)), first=tokens)
+        for _ in range(3)
+    )
+    turned = net.add("Transpose", first=key, perm=[0, 2, 1])
+    net.add("MatMul", turned, first=query)
+    net.add("Add", net.constant(np.triu(np.full((64, 64), mask, np.float32), 1)))
+    net.add("Softmax", axis=-1)
+    net.add("MatMul", value)
+    net.add("ReduceMean", axes=[1], keepdims=0)
+    net.dense(16, 10)
+    version = bench.version(
+        project(bench.folder, net.model([1, 10]), output={"kind": "raw"}, acceptance={"tolerance_abs": 5})
+    )
+    for engine in ("onnxruntime", "tflite"):
+        target = class_here(engine, search={"effort": "fixed", "prefer": "size"}, options={"scope": "all"})
+        result = bench.compile(version, target)
+        assert (result.precision, result.quality) == ("int8", "passed"), engine
+        assert result.figures.sqnr_db is not None
+        assert result.figures.sqnr_db > 12, engine
+
+
 @pytest.mark.parametrize("opset", [7, 9])
 def test_a_linear_resize_of_onnxs_early_days_keeps_its_places(bench: Bench, opset: int) -> None:
     """Until operator set 10 a pixel's place was its number by the scale; later the default is half a pixel beside that."""

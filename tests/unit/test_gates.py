@@ -93,7 +93,7 @@ def test_the_engine_computes_all_of_them_in_int8(tmp_path: Path, pieces: bool) -
     assert not {"Mul", "Add", "HardSigmoid", "HardSwish"} & {*ran}
 
 
-@pytest.mark.parametrize("why", ["in float", "read in float", "served", "falls", "no range"])
+@pytest.mark.parametrize("why", ["in float", "read in float", "read in a branch", "served", "falls", "no range"])
 def test_a_gate_stays_whole_where_it_must(why: str) -> None:
     net = Net(3)
     before = net.conv(3, 4)
@@ -104,6 +104,15 @@ def test_a_gate_stays_whole_where_it_must(why: str) -> None:
     if why == "served":
         model.graph.output[0].name = gate
         del model.graph.node[-1]
+    if why == "read in a branch":
+        branches = {
+            f"{side}_branch": onnx.helper.make_graph(
+                [onnx.helper.make_node("Identity", [gate], [side])], side, [],
+                [onnx.helper.make_tensor_value_info(side, onnx.TensorProto.FLOAT, None)],
+            )
+            for side in ("then", "else")
+        }  # fmt: skip
+        model.graph.node.append(onnx.helper.make_node("If", ["yes"], ["chosen"], name="if", **branches))
     ranges = {} if why == "no range" else {before: [-1.0, 1.0]}
     found = in_pieces(model, {"in float": {gate}, "read in float": {product}}.get(why, set()), ranges)
     assert found.factors == {}

@@ -10,7 +10,9 @@ import onnx
 import onnxruntime
 import pytest
 from edgefleet_controller.compile.children import gathered, moments
+from edgefleet_controller.compile.children.fitting import fitted
 from edgefleet_controller.compile.children.moments import Gathering, Moments
+from edgefleet_controller.compile.children.weights import channel_scales, rounded
 from onnx import TensorProto, helper, numpy_helper
 
 RNG = np.random.default_rng(2)
@@ -82,6 +84,50 @@ def test_what_is_not_a_number_counts_as_nothing() -> None:
     gathering.add({"x": np.array([[np.inf, 2.0]], np.float32)})
     gathering.add({"x": np.array([[np.nan, 4.0]], np.float32)})
     assert gathering.moments()[gathering.of["it"]].mean.tolist() == [[0.0, 3.0]]
+
+
+@pytest.mark.parametrize("size", [1.0, 1e3, 1e6, 1e12])
+@pytest.mark.parametrize("seed", range(6))
+def test_reads_that_are_the_same_in_every_sample_do_not_vary(seed: int, size: float) -> None:
+    """A side input that never changes: squares of large numbers leave a remainder, which may lie below zero, and no matrix of that is a variance's."""
+    model = one_operator("Gemm", (1, 37), (37, 5))
+    gathering, x = (
+        Gathering(model),
+        np.random.default_rng(seed).normal(size=(1, 37)).astype(np.float32) * np.float32(size),
+    )
+    for _ in range(40):
+        gathering.add({"x": x})
+    found = gathering.moments()[gathering.of["it"]]
+    assert found.mean == pytest.approx(x, rel=1e-6)
+    weight = numpy_helper.to_array(model.graph.initializer[0])
+    scales = channel_scales(weight, 1, "full")
+    nearest = rounded(weight, scales, 1)
+    assert np.allclose(fitted(weight, scales, 1, found, centred=True), nearest, atol=1e-6)
+    # So it is where two operators share the weight.
+    both = moments.named({"a": "one", "b": "one"}, {"one": found}, ["a", "b"])
+    assert both is not None
+    assert np.allclose(fitted(weight, scales, 1, both, centred=True), nearest, atol=1e-6)
+
+
+def test_what_varies_little_around_a_large_mean_is_told_as_exactly() -> None:
+    gathering = Gathering(one_operator("Gemm", (1, 3), (3, 2)))
+    rows = (1e6 + np.arange(24).reshape(8, 3) % 5).astype(np.float32)
+    for row in rows:
+        gathering.add({"x": row[None]})
+    found = gathering.moments()[gathering.of["it"]]
+    assert found.covariance[0] == pytest.approx(np.cov(rows.T.astype(np.float64), bias=True), rel=1e-6)
+    both = moments.named({"a": "one", "b": "one"}, {"one": found}, ["a", "b"])
+    assert both is not None
+    assert both.covariance == pytest.approx(found.covariance, rel=1e-5)
+
+
+def test_reads_whose_squares_no_float_holds_have_no_moments() -> None:
+    gathering = Gathering(one_operator("Gemm", (1, 2), (2, 3)))
+    for sign in (1, -1):
+        gathering.add({"x": np.array([[sign * 1e25, 2.0]], np.float32)})
+    found = gathering.moments()
+    assert found == {}
+    assert moments.named(gathering.of, found, ["it"]) is None
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import onnx
 import onnxruntime
 import pytest
 from edgefleet_controller.compile.children import qdq, statistics
+from edgefleet_controller.compile.children.int8_weights import Settling
 from edgefleet_controller.compile.children.measure import SampleFile
 from onnx import helper, numpy_helper
 from safetensors.numpy import save_file
@@ -233,3 +234,49 @@ def test_rows_of_a_weight_may_be_looked_up_too(tmp_path: Path) -> None:
     net.add("Transpose", perm=[1, 0])
     net.add("Add", features)
     assert sqnr_db(net.model([1, 128]), tmp_path) > 25
+
+
+@pytest.mark.parametrize("left", [0, 1])
+def test_a_weight_that_was_fitted_for_two_layers_is_fitted_again_for_one(tmp_path: Path, left: int) -> None:
+    """Else a compiled model would depend on which recipes came before it."""
+    net = Net(3)
+    net.conv(3, 8)
+    net.add("Relu")
+    layers = [net.conv(8, 8)]
+    weight = net.nodes[-1].input[1]
+    net.add("LeakyRelu", alpha=0.3)
+    layers.append(net.add("Conv", weight, kernel_shape=[3, 3], pads=[1, 1, 1, 1]))
+    model = onnx.shape_inference.infer_shapes(net.model([1, 8, 32, 32]))
+    save_file({"image": PICTURES}, tmp_path / "samples")
+    known = statistics.collect(model, SampleFile(str(tmp_path / "samples")), lambda *_: None, histograms=False)
+    recipe = PLAIN | {"in_float": [layers[left]]}
+    settling = Settling(known)
+    qdq.quantize(model, known, PLAIN | {"in_float": []}, settling)
+    assert qdq.quantize(model, known, recipe, settling) == qdq.quantize(model, known, recipe)
+
+
+@pytest.mark.parametrize("activation", ["Relu", "Clip"])
+@pytest.mark.parametrize("also_read", [True, False])
+def test_an_activation_that_a_branch_reads_is_still_there(tmp_path: Path, activation: str, also_read: bool) -> None:
+    """The writer lets a range stand for it, which only those see that read the rounded value."""
+    net = Net(3)
+    net.conv(3, 8)
+    active = net.add("Relu") if activation == "Relu" else net.relu6()
+    trunk = net.conv(8, 8) if also_read else net.add("Identity", first=active)
+    yes = net.constant(np.array(True))
+    branches = [
+        helper.make_graph(
+            [helper.make_node(op, [active], [f"out{op}"])], op, [], [helper.make_tensor_value_info(f"out{op}", 1, None)]
+        )
+        for op in ("Sqrt", "Neg")
+    ]
+    net.nodes.append(
+        helper.make_node("If", [yes], ["either"], name="if", then_branch=branches[0], else_branch=branches[1])
+    )
+    net.add("Add", "either", first=trunk)
+    model = onnx.shape_inference.infer_shapes(net.model([1, 8, 32, 32]))
+    save_file({"image": PICTURES}, tmp_path / "samples")
+    known = statistics.collect(model, SampleFile(str(tmp_path / "samples")), lambda *_: None, histograms=False)
+    exact = answers(model)
+    lost = answers(qdq.quantize(model, known, PLAIN | {"in_float": []})) - exact
+    assert np.sum(lost**2) < 1e-3 * np.sum(exact**2)

@@ -53,6 +53,37 @@ def test_a_maximum_comes_before_a_rising_activation(op: str, attributes: dict[st
     assert np.allclose(answers(model), before, rtol=1e-6, atol=1e-6)
 
 
+def test_an_activation_that_a_branch_of_a_branch_reads_stays_where_it_is() -> None:
+    net = Net(1)
+    net.conv(3, 8)
+    active = net.add("LeakyRelu", alpha=0.1)
+    pool(net)
+    pooled = net.add("GlobalAveragePool")
+    yes = net.constant(np.array(True))
+
+    def branch(name: str, *nodes: Any) -> onnx.GraphProto:
+        out = onnx.helper.make_tensor_value_info(nodes[-1].output[0], onnx.TensorProto.FLOAT, None)
+        return onnx.helper.make_graph(list(nodes), name, [], [out])
+
+    def either(name: str) -> onnx.GraphProto:
+        read = [
+            branch(f"{name}{b}", onnx.helper.make_node("GlobalMaxPool", [active], [f"{name}{b}"])) for b in ("y", "n")
+        ]
+        inner = onnx.helper.make_node("If", [yes], [name], then_branch=read[0], else_branch=read[1])
+        return branch(f"in_{name}", inner)
+
+    net.nodes.append(
+        onnx.helper.make_node("If", [yes], ["either"], name="if", then_branch=either("p"), else_branch=either("q"))
+    )
+    net.add("Add", "either", first=pooled)
+    model = net.model([1, 8, 1, 1])
+    before = answers(model)
+    pools_first(model)
+    onnx.checker.check_model(model, full_check=True)
+    assert np.array_equal(answers(model), before)
+    assert active not in readings(model)
+
+
 def test_names_of_nodes_and_of_what_comes_out_stay() -> None:
     net = Net(1)
     net.conv(3, 8)
@@ -167,3 +198,25 @@ def test_weights_that_make_up_for_each_other_make_less_noise_in_the_engine(tmp_p
         )
 
     assert noise(True) < 0.7 * noise(False)
+
+
+@pytest.mark.parametrize("mask", [-1e4, -1e9, float(np.finfo(np.float32).min)])
+def test_what_a_mask_puts_out_of_a_softmaxs_reach_takes_no_levels_from_what_it_weighs(
+    tmp_path: Path, mask: float
+) -> None:
+    net = Net(1)
+    net.conv(3, 4)
+    exact = net.last
+    last = np.zeros(32, np.float32)
+    last[20:] = mask
+    masked = net.add("Add", net.constant(last))
+    net.add("Softmax", axis=-1)
+    served = net.add("Add", net.constant(last), first=exact)
+    model = onnx.shape_inference.infer_shapes(net.model([1, 4, 32, 32]))
+    save_file({"image": PICTURES}, tmp_path / "samples")
+    known = statistics.collect(model, SampleFile(str(tmp_path / "samples")), lambda *_: None, histograms=True)
+    assert known.ranges[served]["minmax"][0] < 0.9 * mask  # read by another
+    low, high = known.ranges[exact]["minmax"]
+    for method, (least, most) in known.ranges[masked].items():
+        assert low - 16 <= least <= 0, method
+        assert high / 2 < most <= high, method

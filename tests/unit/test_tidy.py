@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime
+import pytest
 from edgefleet_controller.compile.children.tidy import tidy
 from support.networks import Net
 
@@ -52,3 +55,48 @@ def test_a_constant_behind_a_cast_to_float_is_a_float_constant(tmp_path: Path) -
     assert [node.op_type for node in graph.node] == ["Mul", "Identity"]
     (constant,) = graph.initializer
     assert constant.data_type == onnx.TensorProto.FLOAT
+
+
+def masked(mask: Any, *, axis: int = -1, served: bool = False) -> onnx.ModelProto:
+    net = Net()
+    summed = net.add("Add", net.constant(np.asarray(mask, np.float32), "mask"))
+    net.add("Softmax", axis=axis)
+    model = net.model([1, 3, 32, 32])
+    if served:
+        model.graph.output.append(onnx.helper.make_tensor_value_info(summed, onnx.TensorProto.FLOAT, [1, 3, 32, 32]))
+    return model
+
+
+LOWEST = np.finfo(np.float32).min
+CAUSAL = np.triu(np.full((32, 32), LOWEST), 1)
+
+
+def test_a_mask_of_the_lowest_float_becomes_one_that_int8_can_add(tmp_path: Path) -> None:
+    found = tidied(masked(CAUSAL), tmp_path)
+    constants = {i.name: onnx.numpy_helper.to_array(i) for i in found.graph.initializer}
+    (raised,) = constants.values()  # what nothing reads any more is gone
+    assert raised.min() == -1e4
+    assert np.array_equal(raised < 0, CAUSAL < 0)
+    picture = np.random.default_rng(0).normal(0, 50, (1, 3, 32, 32)).astype(np.float32)
+    before, after = (
+        onnxruntime.InferenceSession(m.SerializeToString(), providers=["CPUExecutionProvider"]).run(
+            None, {"image": picture}
+        )[0]
+        for m in (masked(CAUSAL), found)
+    )
+    assert np.array_equal(before, after)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        masked(np.triu(np.full((32, 32), LOWEST))),  # all of one row: what then comes out are its values alike
+        masked(np.triu(np.full((32, 32), -100.0), 1)),
+        masked(np.where(CAUSAL < 0, -np.inf, 0.0)),
+        masked(CAUSAL, axis=2),
+        masked(CAUSAL, served=True),
+    ],
+    ids=["whole row", "high", "infinite", "along columns", "served"],
+)
+def test_other_masks_stay(tmp_path: Path, model: onnx.ModelProto) -> None:
+    assert tidied(model, tmp_path).graph.node[0].input[1] == "mask"

@@ -14,7 +14,7 @@ from .moments import Moments
 from .weights import Array
 
 DAMPING = 0.05  # of the mean variance, which is added to every tap's: samples are few, and boards see others
-BLOCK = 64  # taps whose errors are carried on together
+BLOCK = 16  # taps whose errors are carried on together
 
 
 def fitted(weight: Array, scales: Array, axis: int, moments: Moments, *, centred: bool) -> Array:
@@ -55,22 +55,23 @@ def _rounded(values: Array, power: Array) -> Array:
     order = np.argsort(-variance, axis=1, kind="stable")  # what is read loudest first: the others make up for it
     power = np.take_along_axis(np.take_along_axis(power, order[:, :, None], 1), order[:, None, :], 2)
     power = power + np.eye(taps) * floor[:, :, None]
-    left = np.take_along_axis(values, order[:, None, :], 2).copy()
-    low, high = np.floor(left), np.ceil(left)
-    largest = np.abs(left).max(axis=2, keepdims=True)
-    pinned = np.abs(left) == largest
-    low, high = np.where(pinned, np.round(left), low), np.where(pinned, np.round(left), high)
     carried = np.linalg.cholesky(np.linalg.inv(power)).transpose(0, 2, 1)  # upper
-    whole = np.empty_like(left)
+    # Taps first from here on, so that what is done to one of them lies together.
+    left = np.ascontiguousarray(np.take_along_axis(values, order[:, None, :], 2).transpose(2, 0, 1))
+    low, high, near = np.floor(left), np.ceil(left), np.round(left)
+    pinned = np.abs(left) == np.abs(left).max(axis=0)
+    np.copyto(low, near, where=pinned)
+    np.copyto(high, near, where=pinned)
+    whole = near  # of the same size, and no longer needed
     for begin in range(0, taps, BLOCK):
         end = min(begin + BLOCK, taps)
-        errors = np.empty((*left.shape[:2], end - begin))
+        errors = np.empty((end - begin, *left.shape[1:]))
         for tap in range(begin, end):
-            whole[:, :, tap] = np.clip(np.round(left[:, :, tap]), low[:, :, tap], high[:, :, tap])
-            error = (left[:, :, tap] - whole[:, :, tap]) / carried[:, None, tap, tap]
-            left[:, :, tap + 1 : end] -= error[:, :, None] * carried[:, None, tap, tap + 1 : end]
-            errors[:, :, tap - begin] = error
-        left[:, :, end:] -= errors @ carried[:, begin:end, end:]
+            whole[tap] = np.clip(np.round(left[tap]), low[tap], high[tap])
+            error = errors[tap - begin] = (left[tap] - whole[tap]) / carried[:, tap, tap, None]
+            left[tap + 1 : end] -= error * carried[:, tap, tap + 1 : end].T[:, :, None]
+        left[end:] -= (carried[:, begin:end, end:].transpose(0, 2, 1) @ errors.transpose(1, 0, 2)).transpose(1, 0, 2)
+    whole = whole.transpose(1, 2, 0)
     found: Array = np.empty_like(whole)
     np.put_along_axis(found, order[:, None, :], whole, 2)
     return found

@@ -14,6 +14,8 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
+from .tidy import read_by
+
 PIECES = ("Add", "Mul")  # operators that gates become, and that multiply by them
 GATES = ("HardSigmoid", "HardSwish")
 DEFAULTS = {"HardSigmoid": (0.2, 0.5), "HardSwish": (1 / 6, 0.5)}  # alpha and beta
@@ -31,12 +33,14 @@ def in_pieces(model: onnx.ModelProto, in_float: Collection[str], ranges: dict[st
     """Replace gates, in place, and give their sums a range.
 
     Args:
-        in_float: names of nodes that stay in float; what those read, too, stays as it is.
+        in_float: names of nodes that stay in float; what those read, and branches, stays as it is.
         ranges: of tensors; those of the sums are added.
     """
     graph, factors = model.graph, dict[str, float]()
     served = {output.name for output in graph.output}
     float_reads = {name for node in graph.node if node.name in in_float for name in node.input}
+    # A branch of an If reads what is there, not what is rounded.
+    float_reads |= {name for node in graph.node for name in read_by(node) - {*node.input}}
     nodes = [onnx.NodeProto.FromString(node.SerializeToString()) for node in graph.node]
     graph.ClearField("node")
     for node in nodes:

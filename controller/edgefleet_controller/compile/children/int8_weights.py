@@ -23,7 +23,7 @@ class Settling:
 
     def __init__(self, statistics: Statistics) -> None:
         self._statistics = statistics
-        self._done: dict[tuple[str, bytes, bool], Array] = {}
+        self._done: dict[tuple[tuple[str, ...], bytes, bool], Array] = {}
 
     def settle(self, model: onnx.ModelProto, scales: dict[str, Array], recipe: Recipe) -> None:
         """Give weights the values that int8 has for them, and biases what that takes from the mean output, as far as the recipe asks for either.
@@ -39,9 +39,8 @@ class Settling:
         lost: dict[str, Array] = {}
         for name, nodes in readers.items():
             weight, axis = numpy_helper.to_array(constants[name]), axis_of(nodes[0])
-            read = None
+            read, named = None, tuple(node.name for node in nodes)
             if recipe["fit_weights"]:
-                named = [node.name for node in nodes]
                 read = moments.named(self._statistics.reads, self._statistics.moments, named)
             if read is None:
                 lost[name] = weight - rounded(weight, scales[name], axis)
@@ -49,7 +48,7 @@ class Settling:
             centred = recipe["correct_bias"] and all(
                 correction(node, weight, self._statistics.means, constants) is not None for node in nodes
             )
-            key = (nodes[0].name, scales[name].tobytes(), centred)
+            key = (named, scales[name].tobytes(), centred)
             if key not in self._done:
                 self._done[key] = fitted(weight, scales[name], axis, read, centred=centred)
             lost[name] = weight - self._done[key]

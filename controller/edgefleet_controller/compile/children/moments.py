@@ -8,7 +8,7 @@ of one sign all that they can (:mod:`.fitting`).
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import onnx
@@ -49,7 +49,7 @@ class Gathering:
                     break
                 self._reads[read.key] = read
             self.of[name] = read.key
-        self._sums: dict[str, list[Any]] = {}
+        self._sums: dict[str, _Sums] = {}
 
     def add(self, tensors: dict[str, Array]) -> None:
         """One sample's activations, by name; what it lacks adds nothing."""
@@ -58,19 +58,40 @@ class Gathering:
             if value is None or not value.size:
                 continue
             found = read.rows(value, self._rng).astype(np.float64)  # groups x places x taps
-            known = self._sums.setdefault(key, [0, 0.0, 0.0])
-            known[0] += found.shape[1]
-            known[1] = known[1] + found.sum(axis=1)
-            known[2] = known[2] + found.transpose(0, 2, 1) @ found
+            known = self._sums.setdefault(key, _Sums(found.mean(axis=1, keepdims=True)))
+            known.add(found)
 
     def moments(self) -> dict[str, Moments]:
-        """By the values of :attr:`of`, which has them by the operators' names; float32."""
+        """By the values of :attr:`of`, which has them by the operators' names; float32. Those that are too large for it are left out. Ends the gathering: sums, twice
+        as large, make room as they are taken."""
         found = {}
-        for key, (count, total, products) in self._sums.items():
-            mean = total / count
-            covariance = products / count - mean[:, :, None] * mean[:, None, :]
-            found[key] = Moments(mean.astype(np.float32), covariance.astype(np.float32))
+        for key in list(self._sums):
+            mean, covariance = self._sums.pop(key).moments()
+            if max(np.abs(mean).max(), np.abs(covariance).max()) < np.finfo(np.float32).max:
+                found[key] = Moments(mean.astype(np.float32), covariance.astype(np.float32))
         return found
+
+
+class _Sums:
+    """Over the reads of one operator, float64, from ``origin`` on, groups x 1 x taps: squares of what lies far from zero and hardly varies would
+    leave only their rounding."""
+
+    def __init__(self, origin: Array) -> None:
+        groups, _, taps = origin.shape
+        self._origin, self._count = origin, 0
+        self._total, self._products = np.zeros((groups, taps)), np.zeros((groups, taps, taps))
+
+    def add(self, reads: Array) -> None:
+        """Args: groups x places x taps; they are changed."""
+        reads -= self._origin
+        self._count += reads.shape[1]
+        self._total += reads.sum(axis=1)
+        self._products += reads.transpose(0, 2, 1) @ reads
+
+    def moments(self) -> tuple[Array, Array]:
+        """Mean and covariance."""
+        mean = self._total / self._count
+        return self._origin[:, 0] + mean, self._products / self._count - mean[:, :, None] * mean[:, None, :]
 
 
 class _Read(NamedTuple):
@@ -158,6 +179,8 @@ def named(of: dict[str, str], moments: dict[str, Moments], nodes: Iterable[str])
         return None
     if len(known) == 1:
         return known[0]
-    mean = np.mean([one.mean for one in known], axis=0)
-    second = np.mean([one.covariance + one.mean[:, :, None] * one.mean[:, None, :] for one in known], axis=0)
-    return Moments(mean, second - mean[:, :, None] * mean[:, None, :])
+    mean: Array = np.stack([one.mean for one in known]).mean(axis=0, dtype=np.float64)
+    apart = [one.mean - mean for one in known]
+    between = [one.covariance + far[:, :, None] * far[:, None, :] for one, far in zip(known, apart, strict=True)]
+    covariance: Array = np.stack(between).mean(axis=0)
+    return Moments(mean.astype(np.float32), covariance.astype(np.float32))

@@ -22,7 +22,7 @@ from .gates import PIECES, Pieces, in_pieces, read_by_factor
 from .gathered import Statistics
 from .in_float import ACTIVATIONS, outside, with_passages
 from .int8_weights import Settling
-from .tidy import read_by
+from .tidy import read_by, read_inside
 from .weights import (
     LEVELS,
     PASSIVE,
@@ -66,7 +66,7 @@ def quantize(
         for name, values, axis in _with_axis(own, scales)
     }
     out_of_scope = outside(own, recipe["scope"])
-    in_float = with_passages(own, {*recipe["in_float"], *out_of_scope}) | _unlike_a_range(own)
+    in_float = with_passages(own, {*recipe["in_float"], *out_of_scope}) | _unlike_a_range(own) | _read_unrounded(own)
     pieces = in_pieces(own, in_float, ranges) if recipe["gates_in_int8"] else Pieces({}, set())
     operators = {op for op in QDQRegistry if recipe["scope"] == "all" or op in WEIGHTED or op in PASSIVE}
     # Its warnings are about biases that _weight_scales has made room for.
@@ -135,6 +135,12 @@ def _unlike_a_range(model: onnx.ModelProto) -> set[str]:
         return bool(low <= 0 <= high)
 
     return {node.name for node in model.graph.node if node.op_type == "Clip" and not holds_zero(node)}
+
+
+def _read_unrounded(model: onnx.ModelProto) -> set[str]:
+    """The names of activations that graphs inside a node read, a branch's or a loop's: these read what is made, not what is rounded."""
+    inside = {name for node in model.graph.node for name in read_inside(node)}
+    return {node.name for node in model.graph.node if node.op_type in ACTIVATIONS and node.output[0] in inside}
 
 
 def _keep_float(model: onnx.ModelProto, in_float: set[str], source: onnx.ModelProto) -> None:

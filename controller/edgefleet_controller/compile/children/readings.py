@@ -14,8 +14,12 @@ import numpy as np
 import onnx
 
 from .measure import Array
+from .tidy import read_by
 
 Function = Callable[[Array], Array]
+
+
+REACH = 16.0  # below the largest a Softmax makes a ten-millionth of a value, and 8 bits hold 256ths
 
 
 class Reading(NamedTuple):
@@ -57,6 +61,23 @@ def readings(model: onnx.ModelProto) -> dict[str, Reading]:
             function = None if last in served else _function(last, reading, readers)
             if name not in served and (function or last != name):
                 found[name] = Reading(last, function or _as_is)
+    return found
+
+
+def weighed(model: onnx.ModelProto) -> dict[str, int]:
+    """By the tensors that nothing but a Softmax reads, the axis along which it weighs their values against each other: what lies far below the largest
+    of them counts as nothing, however far. Masks put it there."""
+    readers, served = _readers(model.graph), {output.name for output in model.graph.output}
+    found = {}
+    for node in model.graph.node:
+        if node.op_type == "Softmax" and readers[node.input[0]] == [node] and node.input[0] not in served:
+            found[node.input[0]] = next((int(a.i) for a in node.attribute if a.name == "axis"), -1)
+    return found
+
+
+def within_reach(values: Array, axis: int) -> Array:
+    """The values as a Softmax along the axis takes them: none further below the largest than matters."""
+    found: Array = np.maximum(values, values.max(axis=axis, keepdims=True) - REACH)
     return found
 
 
@@ -114,12 +135,9 @@ def _rises(node: onnx.NodeProto) -> bool:
 
 
 def _readers(graph: onnx.GraphProto) -> dict[str, list[onnx.NodeProto]]:
+    """Who reads a value, itself or in graphs inside it."""
     found: dict[str, list[onnx.NodeProto]] = {}
     for node in graph.node:
-        for name in dict.fromkeys(node.input):
+        for name in read_by(node):
             found.setdefault(name, []).append(node)
-        # What the graphs inside a node read is read by the node.
-        for inside in (a.g for a in node.attribute if a.HasField("g")):
-            for name in (name for one in inside.node for name in one.input):
-                found.setdefault(name, []).append(node)
     return found

@@ -18,7 +18,7 @@ from . import job
 from .gathered import Statistics
 from .measure import Array, SampleFile
 from .moments import Gathering
-from .readings import Function, readings
+from .readings import Function, readings, weighed, within_reach
 from .weights import AXIS, LEVELS, WEIGHTED
 
 BINS = 2048
@@ -39,7 +39,7 @@ def collect(model: onnx.ModelProto, samples: SampleFile, progress: job.Progress,
     names, watch = _watched(model)
     extremes: dict[str, list[float]] = {}
     means: dict[str, Array] = {}
-    gathering = Gathering(model)
+    gathering, softened = Gathering(model), weighed(model)
     # Channels are axis 1 of what a convolution reads, over lines and volumes too; the last of what a matrix product does.
     read = {n.input[0]: 1 if n.op_type in AXIS else -1 for n in model.graph.node if n.op_type in WEIGHTED}
     for tensors in _runs(watch, names, samples, progress, "ranges of activations"):
@@ -47,7 +47,7 @@ def collect(model: onnx.ModelProto, samples: SampleFile, progress: job.Progress,
         for name, value in tensors.items():
             if not value.size:
                 continue
-            value = _finite(value)
+            value = _counted(value, softened.get(name))
             low, high = float(value.min()), float(value.max())
             known = extremes.setdefault(name, [low, high])
             extremes[name] = [min(known[0], low), max(known[1], high)]
@@ -69,11 +69,11 @@ def _by_histograms(
     extremes: dict[str, list[float]],
 ) -> dict[str, dict[str, Range]]:
     """Ranges by all methods, in a pass of its own."""
-    counts = {name: np.zeros(BINS) for name in extremes}
+    counts, softened = {name: np.zeros(BINS) for name in extremes}, weighed(model)
     for tensors in _runs(watch, names, samples, progress, "histograms of activations"):
         for name, value in tensors.items():
             if name in counts and value.size:
-                counts[name] += _histogram(_finite(value), extremes[name])
+                counts[name] += _histogram(_counted(value, softened.get(name)), extremes[name])
     ranges = {name: _ranges((low, high), counts[name]) for name, (low, high) in extremes.items()}
     for name, reading in readings(model).items():
         if name in ranges and reading.tensor in counts and counts[reading.tensor].any():
@@ -121,6 +121,12 @@ def _channel_means(value: Array, axis: int) -> Array:
     """Per channel, which ``axis`` counts."""
     found: Array = value.mean(axis=tuple(set(range(value.ndim)) - {axis % value.ndim}), dtype=np.float64)
     return found
+
+
+def _counted(value: Array, axis: int | None) -> Array:
+    """Of a tensor's values what counts for its range. Args: axis: along which a Softmax reads it; None: nothing of the kind does."""
+    value = _finite(value)
+    return value if axis is None else within_reach(value, axis)
 
 
 def _histogram(value: Array, extremes: list[float]) -> Array:

@@ -8,6 +8,7 @@ from onnx import numpy_helper
 
 MIN_IR_VERSION = 4  # of ONNX, from which constants need not be inputs too
 ROUNDINGS = ("QuantizeLinear", "DequantizeLinear")
+LOWEST = np.float32(-1e4)  # of what masks add; scores differ by hundreds at most, and float32 holds no e^-104
 
 
 def tidy(path: str) -> None:
@@ -28,6 +29,7 @@ def tidy(path: str) -> None:
         while node.input and not node.input[-1]:
             del node.input[-1]
     _stand_aside(model.graph)
+    _masks_no_lower(model.graph)
     _weights_in_float(model.graph)
     _summands_apart(model.graph)
     onnx.save(model, path)
@@ -35,8 +37,13 @@ def tidy(path: str) -> None:
 
 def read_by(node: onnx.NodeProto) -> set[str]:
     """What a node and the graphs inside it read."""
+    return {*node.input, *read_inside(node)}
+
+
+def read_inside(node: onnx.NodeProto) -> set[str]:
+    """What the graphs inside a node read."""
     inside = [attribute.g for attribute in node.attribute if attribute.HasField("g")]
-    return {*node.input, *(name for graph in inside for one in graph.node for name in read_by(one))}
+    return {name for graph in inside for one in graph.node for name in read_by(one)}
 
 
 def _weights_in_float(graph: onnx.GraphProto) -> None:
@@ -83,6 +90,38 @@ def _summands_apart(graph: onnx.GraphProto) -> None:
             )
             added = f"{output}/summand"
         graph.node.append(onnx.helper.make_node("Add", [product.output[0], added], [output], name=name))
+
+
+def _masks_no_lower(graph: onnx.GraphProto) -> None:
+    """Raise what masks add before a Softmax to :data:`LOWEST`, which leaves nothing of a value as well: TFLite's int8 sum ends its process over the lowest
+    float, as exporters write it. What is masked everywhere along the row is left alone: there a Softmax weighs what the mask leaves."""
+    constants = {i.name: i for i in graph.initializer}
+    readers: dict[str, list[onnx.NodeProto]] = {}
+    for node in graph.node:
+        for name in read_by(node):
+            readers.setdefault(name, []).append(node)
+    served, raised = {output.name for output in graph.output}, dict[str, str]()
+    for node in graph.node:
+        if node.op_type != "Add" or node.output[0] in served or not _along_rows(readers.get(node.output[0], [])):
+            continue
+        for place, name in enumerate(node.input):
+            if name not in constants or constants[name].data_type != onnx.TensorProto.FLOAT:
+                continue
+            mask = numpy_helper.to_array(constants[name])
+            low = mask < LOWEST
+            if not low.any() or low.all(axis=-1).any() or not np.isfinite(mask).all():
+                continue
+            if name not in raised:
+                raised[name] = f"{name}/raised"
+                graph.initializer.append(numpy_helper.from_array(np.maximum(mask, LOWEST), raised[name]))
+            node.input[place] = raised[name]
+
+
+def _along_rows(nodes: list[onnx.NodeProto]) -> bool:
+    """Whether these are one Softmax over the last axis."""
+    return [node.op_type for node in nodes] == ["Softmax"] and all(
+        a.i == -1 for a in nodes[0].attribute if a.name == "axis"
+    )
 
 
 def _stand_aside(graph: onnx.GraphProto) -> None:
