@@ -224,7 +224,9 @@ def commands(program: str, module: str) -> dict[str, str]:
 def _helps(command: Any, path: tuple[str, ...], parent: Any) -> Iterator[tuple[tuple[str, ...], str]]:
     import click
 
-    context = click.Context(command, info_name=path[-1], parent=parent, terminal_width=WIDTH, max_content_width=WIDTH)
+    # With the command's own settings: -h is an option of all that have it, and click remembers the first help that it makes of a command.
+    settings = {"terminal_width": WIDTH, "max_content_width": WIDTH, **command.context_settings}
+    context = click.Context(command, info_name=path[-1], parent=parent, **settings)
     yield path, command.get_help(context)
     if isinstance(command, click.Group):
         for name in sorted(command.list_commands(context)):
