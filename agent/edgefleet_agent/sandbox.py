@@ -72,7 +72,8 @@ def last_line(output: str) -> str:
     lines = [line.strip() for line in output.splitlines() if line.strip()]
     if not lines:
         return ""
-    shown = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in lines[-1][:300])
+    # By its number: a name makes Python load its table of names, a megabyte, where it compiles this.
+    shown = "".join(c if c.isprintable() else "\ufffd" for c in lines[-1][:300])
     return f": {shown}"
 
 
