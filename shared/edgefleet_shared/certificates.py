@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import calendar
 import ssl
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from edgefleet_shared.errors import EnvironmentProblem
@@ -11,6 +13,7 @@ from edgefleet_shared.errors import EnvironmentProblem
 SHARE_OF_LIFE = 2 / 3  # after which a board's or a worker's is renewed
 LOOK_S = 60.0  # between two looks: a machine that is never on for long must get to it, too
 AGAIN_LAST_S = 6 * 3600.0  # the longest pause between two tries of what failed
+_VERSION, _UTC_TIME = 0xA0, 0x17  # tags
 _NO_CHECK_TIME = ssl.VerifyFlags(0x200000)  # X509_V_FLAG_NO_CHECK_TIME of x509_vfy.h, for which Python has no name
 
 
@@ -21,11 +24,37 @@ def validity(certificate: Path) -> tuple[float, float]:
         EnvironmentProblem: it can't be read.
     """
     try:
-        # A private decoder, but the standard library has no other, and cryptography is too heavy to stay resident.
-        fields = ssl._ssl._test_decode_cert(str(certificate))  # type: ignore[attr-defined]
-    except OSError as exc:  # ssl's own errors are of that kind
+        text = certificate.read_text(encoding="ascii")
+        end = "-----END CERTIFICATE-----"
+        der = ssl.PEM_cert_to_DER_cert(text[: text.index(end) + len(end)])
+        # Certificate, in it what is signed, and there version, serial number, algorithm, issuer and then the times (RFC 5280, 4.1).
+        signed = next(_values(next(_values(der))[1]))[1]
+        fields = [value for tag, value in _values(signed) if tag != _VERSION]
+        begins, ends = (_seconds(tag, value) for tag, value in _values(fields[3]))
+    except (OSError, ValueError, IndexError, StopIteration) as exc:
         raise EnvironmentProblem(f"{certificate} can't be read: {exc}", hint="enrol the board again") from exc
-    return ssl.cert_time_to_seconds(fields["notBefore"]), ssl.cert_time_to_seconds(fields["notAfter"])
+    return begins, ends
+
+
+def _values(der: bytes) -> Iterator[tuple[int, bytes]]:
+    """(tag, content) of what follows each other. Python's own decoder is private and touches half a megabyte, cryptography much more: too heavy to stay resident."""
+    while der:
+        tag, length, head = der[0], der[1], 2
+        if length & 0x80:
+            head += length & 0x7F
+            length = int.from_bytes(der[2:head], "big")
+        if head + length > len(der):
+            raise ValueError("it ends too early")
+        yield tag, der[head : head + length]
+        der = der[head + length :]
+
+
+def _seconds(tag: int, value: bytes) -> float:
+    """A UTCTime, whose years have two digits, or a GeneralizedTime (RFC 5280, 4.1.2.5)."""
+    told = value.decode("ascii")
+    if tag == _UTC_TIME:
+        told = ("20" if told[:2] < "50" else "19") + told
+    return float(calendar.timegm(time.strptime(told, "%Y%m%d%H%M%SZ")))
 
 
 def is_due(certificate: Path, now: float) -> bool:
