@@ -17,7 +17,7 @@ from typing import Any
 import msgspec
 
 from edgefleet_controller.compile import quality
-from edgefleet_controller.compile.port import Figures, Options, Target
+from edgefleet_controller.compile.port import RECIPE_OPTIONS, Figures, Options, Target
 from edgefleet_controller.compile.pruning import Pruned, Tried
 from edgefleet_controller.compile.recipe import AS_IS, FLOAT, OWN, PLAIN_TENSORFLOW, TENSORFLOW, Recipe
 from edgefleet_controller.manifests import DeviceClassSpec
@@ -84,18 +84,7 @@ def plain(target: Target, spec: DeviceClassSpec, method: str, options: Options, 
     if spec.precision != "int8":
         return msgspec.structs.replace(FLOAT, precision=spec.precision)
     told: dict[str, Any] = {
-        name: options[name]
-        for name in (
-            "weights",
-            "granularity",
-            "scope",
-            "correct_bias",
-            "fit_weights",
-            "gates_in_int8",
-            "quantizer",
-            "activations",
-        )
-        if name in options
+        name: options[name] for name in RECIPE_OPTIONS & options.keys() if name in Recipe.__struct_fields__
     }
     return Recipe(ranges=method, in_float=tuple(in_float), **told)
 
