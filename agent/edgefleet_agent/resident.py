@@ -9,8 +9,8 @@ def main() -> None:
     """The program; its argument is the state folder."""
     # msgspec takes it where there is one, and typing where not. It brings inspect, ast and dis: 1.2 MB.
     without("typing_extensions")
-    # For addresses in brackets, pipes of text, tracebacks and websockets; who uses them loads them then: 1.2 MB.
-    for name in ("ipaddress", "locale", "tokenize", "textwrap", "base64"):
+    # For addresses in brackets, pipes of text, tracebacks, websockets and JSON schemas; who uses them loads them then: 1.4 MB.
+    for name in ("ipaddress", "locale", "tokenize", "textwrap", "base64", "msgspec.inspect"):
         defer(name)
     from edgefleet_agent.app import main as run
 

@@ -7,9 +7,11 @@ and that loads it (before Python 3.14 at least).
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import sys
 import threading
+from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 from typing import Any
 
@@ -46,14 +48,14 @@ def defer(name: str) -> None:
     """Let ``import name`` cost nothing until the module is used. Does nothing when it was imported already.
 
     Args:
-        name: a module written in Python, no package; packages above it are imported.
+        name: a module written in Python, no package; packages above it are imported, and find it deferred already.
 
     Raises:
         ModuleNotFoundError: there is none.
     """
     if name in sys.modules:
         return
-    spec = importlib.util.find_spec(name)
+    spec = _find(name)
     if spec is None:
         raise ModuleNotFoundError(f"no module named {name!r}", name=name)
     module = _Deferred(name)
@@ -63,7 +65,18 @@ def defer(name: str) -> None:
     sys.modules[name] = module
     above, _, own = name.rpartition(".")
     if above:
-        setattr(sys.modules[above], own, module)
+        setattr(importlib.import_module(above), own, module)
+
+
+def _find(name: str) -> ModuleSpec | None:
+    """As :func:`importlib.util.find_spec`, which imports the packages above: they may use the module at once."""
+    above = name.rpartition(".")[0]
+    if not above or above in sys.modules:
+        return importlib.util.find_spec(name)
+    package = _find(above)
+    if package is None or package.submodule_search_locations is None:
+        return None
+    return PathFinder.find_spec(name, package.submodule_search_locations)
 
 
 def without(name: str) -> None:

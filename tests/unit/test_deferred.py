@@ -64,12 +64,25 @@ def test_a_module_that_is_there_already_stays() -> None:
     )
 
 
-def test_what_is_not_there_is_refused() -> None:
+def test_a_package_that_imports_the_module_itself_finds_it_deferred() -> None:
+    program = (
+        "from edgefleet_shared.deferred import defer\n"
+        "defer('msgspec.inspect')\n"
+        "import msgspec\n"
+        "print('Metadata' in vars(msgspec.inspect), msgspec.inspect.type_info(int), msgspec.json.schema(int))"
+    )
+    assert run(program) == "False IntType(gt=None, ge=None, lt=None, le=None, multiple_of=None) {'type': 'integer'}"
+
+
+@pytest.mark.parametrize(
+    "name", ["no_such_module", "no_such_package.module", "msgspec.nothing", "json.decoder.nothing"]
+)
+def test_what_is_not_there_is_refused(name: str) -> None:
     assert (
         run(
-            "from edgefleet_shared.deferred import defer\ntry: defer('no_such_module')\nexcept ModuleNotFoundError as e: print(e.name)"
+            f"from edgefleet_shared.deferred import defer\ntry: defer({name!r})\nexcept ModuleNotFoundError as e: print(e.name)"
         )
-        == "no_such_module"
+        == name
     )
 
 
