@@ -14,7 +14,14 @@ from safetensors.numpy import save_file
 
 RNG = np.random.default_rng(5)
 PICTURES = RNG.normal(size=(4, 3, 16, 16)).astype(np.float32)
-RECIPE = {"ranges": "minmax", "weights": "full", "granularity": "channel", "correct_bias": True, "fit_weights": True}
+RECIPE = {
+    "ranges": "minmax",
+    "weights": "full",
+    "granularity": "channel",
+    "correct_bias": True,
+    "fit_weights": True,
+    "fused_activations": False,
+}
 PARTS = [{"output": "y"}]
 
 

@@ -30,6 +30,7 @@ RECIPE_OPTIONS = frozenset(
         "scope",
         "correct_bias",
         "fit_weights",
+        "fused_activations",
         "gates_in_int8",
         "quantizer",
         "float_first",

@@ -190,7 +190,8 @@ class Steps:
     def rank(self, recipe: Recipe) -> list[Unit]:
         """Noise of every layer, with the ranges and weights of a recipe."""
         asked = {
-            name: getattr(recipe, name) for name in ("ranges", "weights", "granularity", "correct_bias", "fit_weights")
+            name: getattr(recipe, name)
+            for name in ("ranges", "weights", "granularity", "correct_bias", "fit_weights", "fused_activations")
         }
         with_makers = not self._target.reads_qdq  # in QDQ an int8 operator can write float
         parts = [part.told() for part in quality.parts(self._version).values()]

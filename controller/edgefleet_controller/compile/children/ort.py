@@ -118,7 +118,7 @@ def gather(request: job.Request, progress: job.Progress) -> dict[str, Any]:
 def rank(request: job.Request, progress: job.Progress) -> dict[str, Any]:
     """Noise of every layer. Request: ``simplified``, ``statistics``, ``samples``, ``count`` (how many of them), ``recipe``, ``parts`` (of the
     outputs), ``with_makers``."""
-    model = _inferred(request["simplified"])
+    model = _inferred(request["simplified"], fused=request["recipe"]["fused_activations"])
     known = gathered.load(request["statistics"])
     samples = SampleFile(request["samples"])
     feeds = [samples[i] for i in range(min(request["count"], len(samples)))]
@@ -129,19 +129,26 @@ def rank(request: job.Request, progress: job.Progress) -> dict[str, Any]:
 
 def quantize(request: job.Request, progress: job.Progress) -> dict[str, Any]:
     """Request: ``simplified``, ``statistics``, ``jobs`` (each ``recipe`` and ``quantized``, the file to write)."""
-    model, known = _inferred(request["simplified"]), gathered.load(request["statistics"])
+    known = gathered.load(request["statistics"])
     settling = Settling(known)
+    models = {fused: _inferred(request["simplified"], fused=fused) for fused in (False, True)}
     for number, one in enumerate(request["jobs"]):
         progress("quantizing", number, len(request["jobs"]))
+        model = models[one["recipe"]["fused_activations"]]
         onnx.save(qdq.quantize(model, known, one["recipe"], settling), one["quantized"])
     progress("quantizing", len(request["jobs"]), len(request["jobs"]))
     return {}
 
 
-def _inferred(path: str) -> onnx.ModelProto:
-    """A simplified network in the order in which int8 loses least."""
+def _inferred(path: str, *, fused: bool = False) -> onnx.ModelProto:
+    """A simplified network in the order in which int8 loses least.
+
+    Args:
+        fused: the engine computes activations with what is before them, where no maximum over neighbours may come between.
+    """
     model = onnx.load(path)
-    pools_first(model)
+    if not fused:
+        pools_first(model)
     return onnx.shape_inference.infer_shapes(model)
 
 

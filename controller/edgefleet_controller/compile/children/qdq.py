@@ -18,6 +18,7 @@ from onnxruntime.quantization.calibrate import CalibrationMethod, TensorData, Te
 from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
 from onnxruntime.quantization.registry import QDQRegistry
 
+from . import fused
 from .gates import PIECES, Pieces, in_pieces, read_by_factor
 from .gathered import Statistics
 from .in_float import ACTIVATIONS, outside, with_passages
@@ -93,6 +94,8 @@ def quantize(
     writer.quantize_model()
     quantized: onnx.ModelProto = writer.model.model
     read_by_factor(quantized, pieces.factors)
+    if recipe["fused_activations"]:
+        fused.unrounded(quantized, fused.sums(own, in_float))
     _keep_float(quantized, in_float - out_of_scope | set(recipe["in_float"]), model)
     _swept(quantized)
     _sorted(quantized.graph)

@@ -20,7 +20,7 @@ import onnx
 import onnxruntime
 from onnx import helper, numpy_helper
 
-from . import job
+from . import fused, job
 from .gathered import Statistics
 from .int8_weights import Settling
 from .measure import Array
@@ -178,6 +178,7 @@ def _only(
     constants = {i.name: i for i in own.graph.initializer}
     ranges = statistics.ranges
     rounder = _Rounder(own, {name: methods[recipe["ranges"]] for name, methods in ranges.items()})
+    whole = fused.sums(model) if recipe["fused_activations"] else set()
     outputs = {output.name for output in own.graph.output}
     if settling is not None:
         _settle(own, wanted, constants, recipe, settling)
@@ -189,7 +190,7 @@ def _only(
             continue
         for place, name in enumerate(node.input):
             tensor = constants.get(name)
-            if tensor is None:
+            if tensor is None and name not in whole:
                 node.input[place] = rounder.before(name)
         # A weighted operator's output is rounded where it is read, after the activation that is fused into it.
         rounds_its_own = settling is not None and node.op_type not in WEIGHTED

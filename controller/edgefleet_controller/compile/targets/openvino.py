@@ -29,6 +29,5 @@ class OpenvinoTarget:
 
     def options(self, device_class: DeviceClassSpec, version: ModelVersion) -> Options:
         """``quantizer``: ``edgefleet``, whose QDQ OpenVINO reads, or ``nncf``; beside those of every quantizing target."""
-        return chosen_options(
-            self.name, device_class, version, quantizing_options(device_class) | {"quantizer": "edgefleet"}
-        )
+        own: Options = {"quantizer": "edgefleet", "fused_activations": True}
+        return chosen_options(self.name, device_class, version, quantizing_options(device_class) | own)

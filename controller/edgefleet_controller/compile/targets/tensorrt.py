@@ -32,8 +32,9 @@ class TensorrtTarget:
 
 
 def symmetric_options(device_class: DeviceClassSpec) -> Options:
-    """Every quantizing target's options; TensorRT knows no zero points and wants biases in float."""
+    """Every quantizing target's options; TensorRT knows no zero points, wants biases in float, and computes activations with what is before them."""
     known = quantizing_options(device_class)
     return {name: known[name] for name in ("scope", "correct_bias", "fit_weights", "float_first")} | {
-        "activations": "symmetric"
+        "activations": "symmetric",
+        "fused_activations": True,
     }
