@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import zipfile
 from pathlib import Path
 
 import msgspec
@@ -252,3 +254,41 @@ def test_an_npu_that_does_not_start_is_told_and_let_go(monkeypatch, tmp_path) ->
     with pytest.raises(EngineError, match=r"can't start the NPU.*librknnrt"):
         engines.find("rknn").load(path, artifacts.make_config(), threads=1)
     assert len(let_go) == 1
+
+
+def openvino_blob(xml_way: int, bin_way: int, spoil: str = "") -> bytes:
+    """The classifier's, with its members compressed so or so."""
+    stream = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(artifacts.openvino_model(SEED))) as whole, zipfile.ZipFile(stream, "w") as made:
+        for name, way in (("model.xml", xml_way), ("model.bin", bin_way)):
+            content = whole.read(name)
+            if name == "model.xml" and spoil == "bomb":
+                content += b" " * (65 << 20)
+            made.writestr(name, content, way)
+    blob = stream.getvalue()
+    return blob[:60] + bytes(40) + blob[100:] if spoil == "stream" else blob
+
+
+@pytest.mark.parametrize("way", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED], ids=["stored", "deflated"])
+def test_openvinos_xml_may_be_deflated(way: int, tmp_path: Path) -> None:
+    (tmp_path / "model").write_bytes(openvino_blob(way, zipfile.ZIP_STORED))
+    session = engines.find("openvino").load(tmp_path / "model", artifacts.make_config(engine="openvino"), threads=1)
+    x = encoded(1)
+    np.testing.assert_allclose(session.run({"x": x})["y"], artifacts.truth(SEED, x), atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("ways", "spoil", "told"),
+    [
+        ((zipfile.ZIP_DEFLATED, zipfile.ZIP_DEFLATED), "", "model.bin in the OpenVINO blob is compressed"),
+        ((zipfile.ZIP_DEFLATED, zipfile.ZIP_STORED), "bomb", "model.xml in the OpenVINO blob has .* bytes"),
+        ((zipfile.ZIP_DEFLATED, zipfile.ZIP_STORED), "stream", "not an OpenVINO blob"),
+        ((zipfile.ZIP_LZMA, zipfile.ZIP_STORED), "", "model.xml in the OpenVINO blob is compressed by method 14"),
+    ],
+)
+def test_an_openvino_blob_that_would_swell_or_is_broken_is_refused(
+    ways: tuple[int, int], spoil: str, told: str, tmp_path: Path
+) -> None:
+    (tmp_path / "model").write_bytes(openvino_blob(*ways, spoil))
+    with pytest.raises(EngineError, match=told):
+        engines.find("openvino").load(tmp_path / "model", artifacts.make_config(engine="openvino"), threads=1)

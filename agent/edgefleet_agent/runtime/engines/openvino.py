@@ -1,6 +1,6 @@
 """Engine adapter: receives an OpenVINO model as one blob, hands on a compiled model on the CPU.
 
-OpenVINO's IR is two files; the blob is a ZIP archive that stores (does not compress) ``model.xml`` and ``model.bin``, read
+OpenVINO's IR is two files; the blob is a ZIP archive of ``model.xml``, deflated or not, and ``model.bin``, which it stores, read
 into memory here: nothing is unpacked to disk. Importing ``openvino`` starts its telemetry package if it finds one, writing to the
 home folder and calling out; it is kept from finding it (OpenVINO then takes its own stub).
 Source: OpenVINO's Python API, ``Core.read_model(model=, weights=)`` and ``Core.compile_model``.
@@ -12,6 +12,7 @@ import contextlib
 import os
 import sys
 import zipfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from edgefleet_agent.runtime.engines.port import installed_version, row_by_row
 from edgefleet_agent.runtime.tensors import NUMPY, Array
 
 MEMBERS = ("model.xml", "model.bin")
+MAX_XML_BYTES = 64 * 1024 * 1024  # a network of a thousand layers has one
 
 
 class OpenvinoEngine:
@@ -80,13 +82,20 @@ def _members(path: Path) -> tuple[bytes, Array]:
     """Topology and weights out of the blob."""
     try:
         with zipfile.ZipFile(path) as archive:
-            for name in MEMBERS:
-                info = archive.getinfo(name)
-                # A stored member can't be larger than the file, so no archive bomb gets through.
-                if info.compress_type != zipfile.ZIP_STORED:
-                    raise EngineError(f"{name} in the OpenVINO blob is compressed; it must be stored")
-            return archive.read(MEMBERS[0]), np.frombuffer(archive.read(MEMBERS[1]), np.uint8)
-    except (zipfile.BadZipFile, KeyError, OSError) as exc:
+            xml, weights = (archive.getinfo(name) for name in MEMBERS)
+            # No archive bomb gets through: a member that is stored can't be larger than the file, and none is read further than it says.
+            if weights.compress_type != zipfile.ZIP_STORED:
+                raise EngineError(f"{MEMBERS[1]} in the OpenVINO blob is compressed; it must be stored")
+            if xml.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                raise EngineError(
+                    f"{MEMBERS[0]} in the OpenVINO blob is compressed by method {xml.compress_type}; deflate is known"
+                )
+            if xml.file_size > MAX_XML_BYTES:
+                raise EngineError(
+                    f"{MEMBERS[0]} in the OpenVINO blob has {xml.file_size} bytes, {MAX_XML_BYTES} are allowed"
+                )
+            return archive.read(xml), np.frombuffer(archive.read(weights), np.uint8)
+    except (zipfile.BadZipFile, zlib.error, KeyError, OSError) as exc:
         raise EngineError(f"not an OpenVINO blob (a ZIP of {' and '.join(MEMBERS)}): {exc}") from exc
 
 
