@@ -22,6 +22,8 @@ sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]  # None: im
 
 import openvino as ov  # noqa: E402
 
+from .ov_gates import fusible  # noqa: E402
+
 _EPOCH = (1980, 1, 1, 0, 0, 0)
 _MEMBERS = {"model.xml": zipfile.ZIP_DEFLATED, "model.bin": zipfile.ZIP_STORED}
 
@@ -58,6 +60,7 @@ def compile_model(request: job.Request, progress: job.Progress) -> dict[str, Any
             model = core.read_model(one["network"])
         except RuntimeError as exc:
             raise _refusal(exc) from exc
+        fusible(model)
         _keep_names(model)
         if one["recipe"]["quantizer"] == "nncf":
             progress("quantizing", number, len(request["jobs"]))
