@@ -21,7 +21,7 @@ from edgefleet_shared.artifact import MODEL_LAYER, Layout, Manifest, ModelConfig
 from edgefleet_shared.errors import ConflictError, EdgefleetError, NotFoundError
 
 from edgefleet_agent.runtime import protocol, swap_mode
-from edgefleet_agent.runtime.control import Loaded, Retired, Shadowing, StatusReport, SwapMode, Switched, VersionStatus
+from edgefleet_agent.runtime.control import Loaded, Retired, Shadowing, StatusReport, SwapMode, Switched
 from edgefleet_agent.runtime.job import Job, Lease
 from edgefleet_agent.runtime.nursery import Nursery
 from edgefleet_agent.runtime.protocol import RequestError
@@ -463,33 +463,7 @@ class Switchboard:
     # --- status
 
     def status(self) -> StatusReport:
-        rows = []
-        for version in self.versions():
-            p50, p95 = version.figures.percentiles_ms() or (None, None)
-            rows.append(
-                VersionStatus(
-                    manifest=version.manifest,
-                    model=version.config.model,
-                    version=version.config.version,
-                    engine=version.config.engine,
-                    state=version.state.value,
-                    serving=version is self._serving,
-                    standby=version is self._standby,
-                    requests=version.figures.requests,
-                    failed=version.figures.failed,
-                    crashes=version.figures.crashes,
-                    retried=version.figures.retried,
-                    p50_ms=p50,
-                    p95_ms=p95,
-                    in_flight=version.in_flight,
-                    pid=version.pid,
-                    memory_bytes=resident_bytes(version.pid) if version.pid else 0,
-                    providers=version.ready.providers if version.ready else (),
-                    unconfined=version.ready.unconfined if version.ready else (),
-                    last_problem=version.last_problem,
-                    drift=version.figures.drift.figures(),
-                )
-            )
+        rows = (v.status(serving=v is self._serving, standby=v is self._standby) for v in self.versions())
         return StatusReport(
             serving=self._serving.manifest if self._serving else None,
             standby=self._standby.manifest if self._standby else None,

@@ -16,6 +16,7 @@ from edgefleet_shared.errors import EdgefleetError, EngineError, NotFoundError
 
 from edgefleet_agent.runtime import protocol
 from edgefleet_agent.runtime.channel import Ready, Start
+from edgefleet_agent.runtime.control import VersionStatus
 from edgefleet_agent.runtime.job import Job, Lease
 from edgefleet_agent.runtime.metrics import Figures
 from edgefleet_agent.runtime.nursery import Nursery
@@ -113,6 +114,32 @@ class Version:
     @property
     def has_room(self) -> bool:
         return self.state is VersionState.READY and self._worker is not None and self._worker.has_room
+
+    def status(self, *, serving: bool, standby: bool) -> VersionStatus:
+        """What the runtime tells of it."""
+        p50, p95 = self.figures.percentiles_ms() or (None, None)
+        return VersionStatus(
+            manifest=self.manifest,
+            model=self.config.model,
+            version=self.config.version,
+            engine=self.config.engine,
+            state=self.state.value,
+            serving=serving,
+            standby=standby,
+            requests=self.figures.requests,
+            failed=self.figures.failed,
+            crashes=self.figures.crashes,
+            retried=self.figures.retried,
+            p50_ms=p50,
+            p95_ms=p95,
+            in_flight=self.in_flight,
+            pid=self.pid,
+            memory_bytes=resident_bytes(self.pid) if self.pid else 0,
+            providers=self.ready.providers if self.ready else (),
+            unconfined=self.ready.unconfined if self.ready else (),
+            last_problem=self.last_problem,
+            drift=self.figures.drift.figures(),
+        )
 
     def follow(self, shadow: Shadow | None) -> None:
         """Have a candidate follow what this version is asked, or none any more."""
