@@ -116,6 +116,32 @@ def test_what_a_maximum_reads_is_rounded_and_the_answers_stay(tmp_path: Path) ->
     assert np.allclose(answers(behind), answers(quantized), atol=1e-5)
 
 
+@pytest.mark.parametrize("branches", [1, 2])
+def test_of_what_is_added_to_a_shortcut_the_last_is_not_rounded(tmp_path: Path, branches: int) -> None:
+    net = Net(1)
+    net.conv(3, 8)
+    shortcut = net.add("Relu")
+    if branches == 2:
+        shortcut = net.conv(8, 8, 1)
+        net.last = net.nodes[-1].input[0]
+    net.conv(8, 8)
+    net.add("Relu")
+    last = net.conv(8, 8)
+    total = net.add("Add", shortcut)
+    net.add("Relu")
+    net.conv(8, 8)
+    model = onnx.shape_inference.infer_shapes(net.model([1, 8, 32, 32]))
+    found = known(model, tmp_path)
+    apart, together = (qdq.quantize(model, found, recipe) for recipe in (APART, FUSED))
+    onnx.checker.check_model(together, full_check=True)
+    adding = next(node for node in together.graph.node if total in node.output)
+    made = {name: node.op_type for node in together.graph.node for name in node.output}
+    assert [made[name] for name in adding.input] == ["Conv", "DequantizeLinear"]
+    assert adding.input[0] == last
+    assert fused.sums(model, {total}) == set()  # nothing where the addition stays in float
+    assert noise(model, together) < noise(model, apart)
+
+
 @pytest.mark.parametrize("why", ["read elsewhere", "served", "in float", "pooled first", "no activation"])
 def test_a_sum_that_is_not_an_activations_alone_is_not_among_them(why: str) -> None:
     net = Net(1)

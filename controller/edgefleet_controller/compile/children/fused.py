@@ -1,31 +1,44 @@
 """Stage 2, compile: what an engine computes in one. Receives a network, or what the QDQ writer made of it, hands on QDQ with fewer roundings.
 
 Engines that compute a convolution and the activation behind it in one (OpenVINO, TensorRT) hold the sum in 32 bits until the activation is done. A rounding between the two
-costs them a step, and the network most of its precision: YOLOv3-tiny's sums reach from -142 to 38, and a LeakyRelu leaves a tenth of what is below zero.
+costs them a step, and the network most of its precision: YOLOv3-tiny's sums reach from -142 to 38, and a LeakyRelu leaves a tenth of what is below zero. A shortcut that is
+added to a convolution is such a step, too.
 A maximum over neighbours is cheaper in int8, so what it reads is rounded, not what it makes: the answers stay the same.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection
 
 import onnx
 
 from .readings import readings
+from .tidy import read_by
 from .weights import WEIGHTED
 
 
 def sums(model: onnx.ModelProto, in_float: Collection[str] = ()) -> set[str]:
-    """The tensors that a weighted operator makes for one activation, and nobody else.
+    """The tensors that a weighted operator makes for one activation, or to be added to one other value, and for nobody else.
 
     Args:
         in_float: names of nodes that stay in float.
     """
-    makers = {name: node for node in model.graph.node for name in node.output}
-    return {
-        name for name, reading in readings(model).items()
-        if reading.tensor == name and makers[name].op_type in WEIGHTED and makers[name].name not in in_float
+    made = {
+        name: number for number, node in enumerate(model.graph.node) for name in node.output
+        if node.op_type in WEIGHTED and node.name not in in_float
     }  # fmt: skip
+    found = {name for name, reading in readings(model).items() if reading.tensor == name and name in made}
+    read = Counter(name for node in model.graph.node for name in read_by(node))
+    read.update(output.name for output in model.graph.output)
+    for node in model.graph.node:
+        if node.op_type == "Add" and node.name not in in_float:
+            # One of the two: it is added to what is there already, so it is the one that comes last.
+            last = max(
+                (name for name in node.input if name in made and read[name] == 1), key=made.__getitem__, default=""
+            )
+            found |= {last} - {""}
+    return found
 
 
 def unrounded(quantized: onnx.ModelProto, tensors: Collection[str]) -> None:
