@@ -178,6 +178,19 @@ def test_a_layer_in_float_keeps_its_activation_in_float(tmp_path: Path) -> None:
     assert noise(model, quantized) < noise(model, qdq.quantize(model, found, FUSED))
 
 
+def test_a_layer_in_float_behind_a_maximum_reads_it_unrounded(tmp_path: Path) -> None:
+    net = Net(1)
+    net.conv(3, 8)
+    active = leaky(net)
+    pooled = net.add("MaxPool", kernel_shape=[2, 2], strides=[2, 2])
+    last = net.conv(8, 4)
+    model = onnx.shape_inference.infer_shapes(net.model([1, 4, 16, 16]))
+    quantized = qdq.quantize(model, known(model, tmp_path), FUSED | {"in_float": [last]})
+    onnx.checker.check_model(quantized, full_check=True)
+    assert readers(quantized, active) == ["MaxPool"]
+    assert readers(quantized, pooled) == ["Conv"]
+
+
 def test_a_layers_noise_is_that_without_the_rounding_between(tmp_path: Path) -> None:
     net = Net(1)
     net.conv(3, 8)

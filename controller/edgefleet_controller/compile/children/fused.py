@@ -45,21 +45,20 @@ def unrounded(quantized: onnx.ModelProto, tensors: Collection[str]) -> None:
     """Let readers of these tensors have them as they are made, in place; the pairs of nodes that rounded them are left with no reader."""
     rounded = {n.output[0]: n.input[0] for n in quantized.graph.node if n.op_type == "QuantizeLinear"}
     again = {n.output[0]: rounded.get(n.input[0], "") for n in quantized.graph.node if n.op_type == "DequantizeLinear"}
-    activated = set()
     for node in quantized.graph.node:
         for place, name in enumerate(node.input):
             if again.get(name, "") in tensors:
                 node.input[place] = again[name]
-                activated |= set(node.output)
-    _round_before_pools(quantized, activated)
 
 
-def _round_before_pools(quantized: onnx.ModelProto, activated: set[str]) -> None:
-    """Let the rounding of a maximum over neighbours change places with it where it reads what an activation makes."""
+def round_before_pools(quantized: onnx.ModelProto, tensors: Collection[str]) -> None:
+    """Let the rounding of a maximum over neighbours change places with it, in place, where it reads what becomes of these tensors. Call once nothing is left without a
+    reader: a reader in float may not round at all."""
     readers: dict[str, list[onnx.NodeProto]] = {}
     for node in quantized.graph.node:
-        for name in node.input:
+        for name in read_by(node):
             readers.setdefault(name, []).append(node)
+    activated = {name for tensor in tensors for node in readers.get(tensor, []) for name in node.output}
     served = {output.name for output in quantized.graph.output}
     for pool in quantized.graph.node:
         if pool.op_type != "MaxPool" or len(pool.output) != 1 or pool.input[0] not in activated:
@@ -73,4 +72,3 @@ def _round_before_pools(quantized: onnx.ModelProto, activated: set[str]) -> None
         rounding[0].input[0], pool.input[0] = pool.input[0], back[0].output[0]
         for node in readers.get(back[0].output[0], []):
             node.input[:] = [made if name == back[0].output[0] else name for name in node.input]
-        pool.input[0] = back[0].output[0]

@@ -131,7 +131,8 @@ def quantize(request: job.Request, progress: job.Progress) -> dict[str, Any]:
     """Request: ``simplified``, ``statistics``, ``jobs`` (each ``recipe`` and ``quantized``, the file to write)."""
     known = gathered.load(request["statistics"])
     settling = Settling(known)
-    models = {fused: _inferred(request["simplified"], fused=fused) for fused in (False, True)}
+    ways = {one["recipe"]["fused_activations"] for one in request["jobs"]}
+    models = {fused: _inferred(request["simplified"], fused=fused) for fused in ways}
     for number, one in enumerate(request["jobs"]):
         progress("quantizing", number, len(request["jobs"]))
         model = models[one["recipe"]["fused_activations"]]

@@ -94,10 +94,11 @@ def quantize(
     writer.quantize_model()
     quantized: onnx.ModelProto = writer.model.model
     read_by_factor(quantized, pieces.factors)
-    if recipe["fused_activations"]:
-        fused.unrounded(quantized, fused.sums(own, in_float))
+    whole = fused.sums(own, in_float) if recipe["fused_activations"] else set()
+    fused.unrounded(quantized, whole)
     _keep_float(quantized, in_float - out_of_scope | set(recipe["in_float"]), model)
     _swept(quantized)
+    fused.round_before_pools(quantized, whole)
     _sorted(quantized.graph)
     return quantized
 
