@@ -90,6 +90,16 @@ def test_of_accurate_candidates_that_are_all_too_large_the_smallest_comes_closes
     assert search.choose([large, wrong, small], spec).nearest == small
 
 
+def test_of_accurate_candidates_that_are_all_too_slow_the_fastest_comes_closest() -> None:
+    spec = device_class(budgets={"latency_p95_ms": 2.0, "memory_bytes": 1 << 30}).spec
+    fast = trial(spec=spec, timed_on="host", p50_ms=4.0)
+    quiet = trial(mixed("a"), spec=spec, timed_on="host", p50_ms=8.0, sqnr_db=40.0)
+    wrong = trial(mixed("b"), spec=spec, timed_on="host", p50_ms=1.0, agreement=0.3)
+    choice = search.choose([quiet, wrong, fast, search.float_trial(fast, spec)], spec)
+    assert (choice.chosen, choice.nearest) == (None, fast)
+    assert fast.misses == ("latency p50 4.00 ms on this host, budget 2 for p95",)
+
+
 def test_rounds_timed_in_busy_and_quiet_moments_compare_by_their_share_of_float() -> None:
     busy = trial(p50_ms=10.0, float_p50_ms=30.0, sqnr_db=10.0)
     quiet = trial(mixed("a"), p50_ms=8.0, float_p50_ms=10.0, sqnr_db=30.0)

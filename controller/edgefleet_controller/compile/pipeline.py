@@ -34,7 +34,7 @@ from edgefleet_controller.compile.host import host
 from edgefleet_controller.compile.input_check import better_description
 from edgefleet_controller.compile.keras_pruner import KerasPruner
 from edgefleet_controller.compile.packing import contract, pack
-from edgefleet_controller.compile.port import CompileResult, Options, Target, target_named
+from edgefleet_controller.compile.port import HOST, CompileResult, Options, Target, target_named
 from edgefleet_controller.compile.pruner import TOOLCHAIN as PRUNING_TOOLCHAIN
 from edgefleet_controller.compile.pruner import Pruner
 from edgefleet_controller.compile.pruning import Pruned
@@ -180,7 +180,7 @@ class _Search:
         spec = self._class.spec
         plain = self._plain()
         judged_by = (
-            spec.arch, spec.precision, spec.accuracy.model_dump(), spec.budgets.size_bytes, spec.budgets.memory_bytes,
+            spec.arch, spec.precision, spec.accuracy.model_dump(), spec.budgets.model_dump(),
             spec.search.model_dump(), spec.measure_on, self._steps.has_builder,
         )  # fmt: skip
         # Another rule for choosing, or another measure, is another search.
@@ -229,7 +229,7 @@ class _Search:
     def _at_last(self, recipe: Recipe) -> tuple[Measured, bool]:
         """Measured alone, and what boards would refuse it for added to what it misses. A builder board has said so itself."""
         measured, cached = self._alone(recipe)
-        if not measured.outputs or measured.trial.figures.timed_on not in ("", "host"):
+        if not measured.outputs or measured.trial.figures.timed_on not in ("", HOST):
             return measured, cached
         ((path, _),) = self._steps.compile([recipe])
         try:

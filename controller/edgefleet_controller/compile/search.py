@@ -249,13 +249,14 @@ def choose(trials: Sequence[Trial], spec: DeviceClassSpec, units: Sequence[Unit]
     )
 
 
-def _nearness(trial: Trial, spec: DeviceClassSpec) -> tuple[bool, bool, float, float, float]:
-    """How close a trial comes to the budgets: of those accurate enough the one that is least too large, else the most accurate one. Times, which differ from
-    run to run, don't count."""
+def _nearness(trial: Trial, spec: DeviceClassSpec) -> tuple[bool, bool, float, float, float, float]:
+    """How close a trial comes to the budgets: of those accurate enough the one that is least too large, then least too slow, else the most accurate one.
+    Times within the budget, which differ from run to run, don't count."""
     figures, most = trial.figures, spec.budgets.size_bytes
     good = accurate(trial, spec)
     too_large = max(1.0, figures.compiled_bytes / most) if good and most is not None else 1.0
-    return not trial.died, good, -too_large, figures.agreement or 0.0, figures.sqnr_db or 0.0
+    too_slow = max(1.0, (figures.p50_ms or 0.0) / spec.budgets.latency_p95_ms) if good else 1.0
+    return not trial.died, good, -too_large, -too_slow, figures.agreement or 0.0, figures.sqnr_db or 0.0
 
 
 def without(choice: Choice, fallen: Sequence[Recipe], spec: DeviceClassSpec) -> Choice:

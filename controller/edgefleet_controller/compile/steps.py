@@ -32,7 +32,15 @@ from edgefleet_controller.compile import originals, quality, writing
 from edgefleet_controller.compile.boards import BuilderBoard, Measure
 from edgefleet_controller.compile.cache import Cache, content_key
 from edgefleet_controller.compile.host import cpu_features
-from edgefleet_controller.compile.port import MAX_BLOB_BYTES, RECIPE_OPTIONS, Figures, Options, Target, engine_version
+from edgefleet_controller.compile.port import (
+    HOST,
+    MAX_BLOB_BYTES,
+    RECIPE_OPTIONS,
+    Figures,
+    Options,
+    Target,
+    engine_version,
+)
 from edgefleet_controller.compile.recipe import AS_IS, FLOAT, HALF, OWN, TENSORFLOW, Recipe
 from edgefleet_controller.compile.search import Trial, Unit
 from edgefleet_controller.compile.toolchains import Toolchain, Toolchains
@@ -254,7 +262,7 @@ class Steps:
             unmeasured = () if timed_here else ("latency", "memory") if stood_in else ("latency",)
             figures = msgspec.structs.replace(
                 base, **compared.figures, **timed, peak_memory_bytes=alone, unmeasured=unmeasured,
-                timed_on="host" if timed_here else "",
+                timed_on=HOST if timed_here else "",
                 stand_in=self._target.stand_in if stood_in else "",
             )  # fmt: skip
             misses = tuple(quality.misses(figures, self._class.spec, recipe))
