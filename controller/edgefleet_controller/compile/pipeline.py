@@ -42,7 +42,7 @@ from edgefleet_controller.compile.recipe import AS_IS, FLOAT, HALF, OWN, PLAIN_T
 from edgefleet_controller.compile.search import Choice, LeftOut, Trial, Unit
 from edgefleet_controller.compile.steps import Limits, Measured, Progress, Steps
 from edgefleet_controller.compile.toolchains import Toolchains
-from edgefleet_controller.compile.watching import Cancelled, ChildDied
+from edgefleet_controller.compile.watching import Cancelled, ChildDied, EngineFailed
 from edgefleet_controller.compile.workplace import work_folder
 from edgefleet_controller.manifests import DeviceClass
 from edgefleet_controller.source import ModelVersion
@@ -234,8 +234,8 @@ class _Search:
         ((path, _),) = self._steps.compile([recipe])
         try:
             refusals = quality.refusals(*self._steps.golden(path), contract(self._version, self._class, self._target))
-        except ChildDied as exc:
-            refusals = [f"engine died over the golden samples: {exc.how}"]
+        except (ChildDied, EngineFailed) as exc:
+            refusals = [f"{exc.ended} over the golden samples: {exc.how}"]
         misses = (*measured.trial.misses, *refusals)
         return measured._replace(trial=msgspec.structs.replace(measured.trial, misses=misses)), cached
 
@@ -354,8 +354,11 @@ class _Search:
         """The choice after the first round and those that follow from it."""
         spec = self._class.spec
         made = trials[0].recipe.precision == plain.precision
-        if plain.precision != "int8" or effort == "fixed" or not made or all(trial.died for trial in trials):
+        if plain.precision != "int8" or effort == "fixed" or not made:
             return search.choose(trials, spec)
+        if all(trial.died for trial in trials):  # and nothing was measured of the float model beside them
+            more = [FLOAT] if FLOAT.precision in self._target.precisions else []
+            return search.choose(trials + self._try(more), spec)
         # Nothing else can be made of what came quantized; and what fits may still be no better than float, which was measured beside it.
         if plain.quantizer == AS_IS or (effort == "quick" and not trials[0].misses):
             return search.choose(trials + self._in_float(trials), spec)

@@ -7,7 +7,9 @@ can be compared. Samples are read one by one, so that the peak of memory is the 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -69,6 +71,19 @@ def run_all(run: Run, samples: SampleFile, progress: Progress, what: str) -> dic
     }
 
 
+@contextmanager
+def _engine() -> Iterator[None]:
+    """What an engine raises is told as its word on the model; what is missing or used up on this machine is not."""
+    try:
+        yield
+    except (Refused, MemoryError, OSError, ImportError):
+        raise
+    except Exception as exc:  # engines have classes of their own, which share no base but this
+        traceback.print_exc()
+        told = next((line.strip() for line in str(exc).splitlines() if line.strip()), "no reason given")
+        raise Refused("engine_failed", f"{type(exc).__name__}: {told[:300]}") from exc
+
+
 def _peak_bytes() -> int:
     """Highest resident memory of this process. Not ``ru_maxrss``, which keeps the parent's peak across fork and exec."""
     with open("/proc/self/status", encoding="ascii") as stream:
@@ -83,21 +98,26 @@ def measure(load: Load, request: Request, progress: Progress) -> dict[str, Any]:
     ``count`` (how many of them).
     Result: ``times`` (p50 and p95 in ms, in order of ``models``), ``float``, and ``peak_memory_bytes`` of this process after the
     outputs, before the float model is loaded: one model's own where there is one.
+    Refused as ``engine_failed``: what the engine raises, over a model or a sample.
     """
     samples = SampleFile(request["samples"], request["count"])
     runs = []
     for number, one in enumerate(request["models"]):
-        run = load(one["model"])
-        run(samples[0])
+        with _engine():
+            run = load(one["model"])
+            run(samples[0])
         what = (
             "running held-out pictures" if len(request["models"]) == 1 else f"held-out pictures, candidate {number + 1}"
         )
-        save_file(run_all(run, samples, progress, what), one["outputs"])
+        with _engine():
+            answers = run_all(run, samples, progress, what)
+        save_file(answers, one["outputs"])
         runs.append(run)
     figures: dict[str, Any] = {"peak_memory_bytes": _peak_bytes()}
     if not request["float_model"]:
         return figures
-    times = _interleaved([*runs, load(request["float_model"])], samples, progress)
+    with _engine():
+        times = _interleaved([*runs, load(request["float_model"])], samples, progress)
     *figures["times"], figures["float"] = [
         {"p50_ms": float(np.percentile(values, 50)), "p95_ms": float(np.percentile(values, 95))} for values in times
     ]
