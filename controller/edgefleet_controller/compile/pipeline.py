@@ -213,15 +213,15 @@ class _Search:
 
         Measured alone, on all samples, a candidate at the edge may miss a budget after all, or be one that boards would refuse: then the next best is taken.
         """
-        left, fallen = choice, list[Recipe]()
+        left, fallen = choice, dict[Recipe, Trial]()
         while left.chosen is not None:
             measured, cached = self._at_last(left.chosen.recipe)
             if not measured.trial.misses:
-                return msgspec.structs.replace(left, trials=choice.trials), measured, cached
-            fallen.append(left.chosen.recipe)
+                return search.told_of(left, choice.trials, fallen), measured, cached
+            fallen[left.chosen.recipe] = measured.trial
             if len(fallen) == len(choice.trials):
                 break
-            left = search.without(choice, fallen, self._class.spec)
+            left = search.without(choice, list(fallen), self._class.spec)
         measured, cached = self._at_last(choice.nearest.recipe)
         why = search.NOTHING if fallen else choice.why
         return msgspec.structs.replace(choice, chosen=None, why=why), measured, cached

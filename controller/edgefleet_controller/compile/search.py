@@ -11,7 +11,7 @@ own noise, so that the same inputs choose the same candidate on the same machine
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -263,6 +263,18 @@ def without(choice: Choice, fallen: Sequence[Recipe], spec: DeviceClassSpec) -> 
     """The choice when these, measured alone and on all samples, missed a budget after all."""
     left = choose([t for t in choice.trials if t.recipe not in fallen], spec, choice.sensitivity)
     return msgspec.structs.replace(left, pruning=choice.pruning, left_out=choice.left_out, tfmot=choice.tfmot)
+
+
+def told_of(choice: Choice, trials: Sequence[Trial], fallen: Mapping[Recipe, Trial]) -> Choice:
+    """The choice with all that was tried in it, and why those that were better until they were measured alone are not taken.
+
+    Args:
+        fallen: as they were found then, by recipe.
+    """
+    reasons = [f"not {recipe.told()}, which fits but for this: {', '.join(t.misses)}" for recipe, t in fallen.items()]
+    return msgspec.structs.replace(
+        choice, trials=tuple(fallen.get(t.recipe, t) for t in trials), why="; ".join([choice.why, *reasons])
+    )
 
 
 def _best(fitting: Sequence[Trial], prefer: str) -> Trial:
