@@ -335,10 +335,8 @@ class _Search:
         except ModelError as exc:
             if plain.precision != "int8" or effort == "fixed" or FLOAT.precision not in self._target.precisions:
                 raise
-            try:
-                return self._try([FLOAT]), (LeftOut(recipe=plain, reason=str(exc), lasting=True),)
-            except ModelError:
-                raise exc from None  # it is not int8 that the network is unfit for
+            # What that raises is the network's own fault; int8's may be of an operator that rounding added.
+            return self._try([FLOAT]), (LeftOut(recipe=plain, reason=str(exc), lasting=True),)
         for recipe in recipes:
             if recipe.quantizer == plain.quantizer:
                 continue
