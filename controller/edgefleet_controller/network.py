@@ -77,10 +77,10 @@ def load(content: bytes, origin: str) -> onnx.ModelProto:
 def _bytes(tensor: onnx.TensorProto) -> int:
     """What a tensor's values take, as its shape and type say."""
     try:
-        size = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+        size: int = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
     except KeyError:  # a type that there is none of, which the check of the model tells
         return 0
-    return size * math.prod(tensor.dims)
+    return size * int(math.prod(tensor.dims))
 
 
 def tensors(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
