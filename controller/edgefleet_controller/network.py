@@ -6,6 +6,7 @@ external data), and may leave sizes open. Operators are not judged here: which o
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 
 import onnx
@@ -24,6 +25,7 @@ _DATATYPES = {
     onnx.TensorProto.INT64: "INT64",
     onnx.TensorProto.BOOL: "BOOL",
 }
+MAX_NETWORK_BYTES = 2**31 - 1  # protobuf's own limit
 MIN_OPSET = 7  # older ones have no converter in the tools behind us
 
 
@@ -43,13 +45,18 @@ def load(content: bytes, origin: str) -> onnx.ModelProto:
     # Protobuf parses many a foreign file into an empty message.
     if not model.ir_version or not model.graph.node or not model.graph.output:
         raise ModelError(f"{origin} is not an ONNX model: no graph in it", hint="export the network as .onnx")
-    for tensor in tensors(model):
-        if tensor.data_location == onnx.TensorProto.EXTERNAL or tensor.external_data:
-            raise ModelError(
-                f"{origin} keeps tensor {tensor.name or '(unnamed)'!r} in another file",
-                hint="save the network as one file: torch.onnx.export(..., external_data=False) where it is made, or beside its other file "
-                "onnx.save(onnx.load(path), new_path)",
-            )
+    outside = [t for t in tensors(model) if t.data_location == onnx.TensorProto.EXTERNAL or t.external_data]
+    if (size := sum(_bytes(tensor) for tensor in outside)) > MAX_NETWORK_BYTES:
+        raise ModelError(
+            f"{origin} has {size / 1e9:.1f} GB of weights in other files; one ONNX file holds {MAX_NETWORK_BYTES / 1e9:.1f} GB",
+            hint="weights in half precision take half of that; what is larger still is not for boards",
+        )
+    if outside:
+        raise ModelError(
+            f"{origin} keeps tensor {outside[0].name or '(unnamed)'!r} in another file",
+            hint="save the network as one file: torch.onnx.export(..., external_data=False) where it is made, or beside its other file "
+            "onnx.save(onnx.load(path), new_path)",
+        )
     try:
         onnx.checker.check_model(content)
     except (onnx.checker.ValidationError, ValueError, RuntimeError) as exc:
@@ -65,6 +72,15 @@ def load(content: bytes, origin: str) -> onnx.ModelProto:
     if 0 < opset < MIN_OPSET:
         raise ModelError(f"{origin} has operator set {opset}; at least {MIN_OPSET} is needed")
     return model
+
+
+def _bytes(tensor: onnx.TensorProto) -> int:
+    """What a tensor's values take, as its shape and type say."""
+    try:
+        size: int = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+    except KeyError:  # a type that there is none of, which the check of the model tells
+        return 0
+    return size * int(math.prod(tensor.dims))
 
 
 def tensors(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:

@@ -26,7 +26,6 @@ from edgefleet_controller.segmentation import MaskReading
 
 SCHEMA = 1
 VERSION_TYPE = "application/vnd.edgefleet.version.v1+json"
-MAX_NETWORK_BYTES = 2**31 - 1  # protobuf's own limit
 
 
 class Split(msgspec.Struct, frozen=True):
@@ -254,8 +253,10 @@ def _network(manifest: Model, base: Path, cache: Path, progress: Progress) -> _N
         except ModelError as exc:
             raise ModelError(f"{path}: {exc.message}", hint=exc.hint) from exc
         return _Network(converted.onnx, str(path), converted.as_is, original)
-    if path.stat().st_size > MAX_NETWORK_BYTES:
-        raise ModelError(f"{path} is larger than an ONNX file can be")
+    if (size := path.stat().st_size) > network.MAX_NETWORK_BYTES:
+        raise ModelError(
+            f"{path} is larger than an ONNX file can be: {size / 1e9:.1f} GB, at most {network.MAX_NETWORK_BYTES / 1e9:.1f}"
+        )
     return _Network(path.read_bytes(), str(path))
 
 

@@ -204,6 +204,26 @@ def test_an_operator_that_tflite_lacks_is_named_with_its_node(bench: Bench) -> N
     assert "docs/generated/tflite-operators.md" in caught.value.hint
 
 
+def test_an_operator_that_openvino_lacks_is_named_with_its_node_whatever_int8_added(bench: Bench) -> None:
+    net = Net()
+    net.conv(3, 8)
+    net.add("GlobalAveragePool")
+    net.add("Flatten")
+    lost = net.add("Scaler", domain="ai.onnx.ml", offset=[0.0], scale=[2.0])
+    model = net.model([1, 8], opset=21, ir_version=10, extra=[onnx.helper.make_opsetid("ai.onnx.ml", 1)])
+    version = bench.version(project(bench.folder, model))
+    with pytest.raises(ModelError, match=rf"openvino has no operator ai\.onnx\.ml\.Scaler \(node '{lost}'\)"):
+        bench.compile(version, class_here("openvino"))
+
+
+def test_a_network_that_names_an_operator_set_twice_can_be_made_int8(bench: Bench) -> None:
+    """Converters of trees and such write it so, and onnxruntime's QDQ writer looks for exactly one."""
+    model = classifier()
+    model.opset_import.add(domain="", version=model.opset_import[0].version)
+    version = bench.version(project(bench.folder, model))
+    assert bench.compile(version, class_here(search={"effort": "fixed", "prefer": "size"})).precision == "int8"
+
+
 def test_an_operator_that_onnxruntime_lacks_is_named_with_its_node(bench: Bench) -> None:
     net = Net()
     net.conv(3, 8)
@@ -251,6 +271,15 @@ def test_when_nothing_fits_the_budgets_are_told_with_by_how_much(bench: Bench) -
     budgets = {"latency_p95_ms": 100.0, "memory_bytes": 1 << 30, "size_bytes": 2000}
     with pytest.raises(QualityError, match=r"size \d+ bytes, budget 2000.*came closest of \d+ candidates"):
         bench.compile(version, class_here(budgets=budgets, search={"effort": "full"}))
+
+
+def test_a_latency_budget_that_this_host_could_hold_for_no_candidate_fails_the_compile(bench: Bench) -> None:
+    version = bench.version(project(bench.folder, classifier()))
+    budgets = {"latency_p95_ms": 0.0005, "memory_bytes": 1 << 30}
+    with pytest.raises(QualityError, match=r"latency p50 \d+\.\d+ ms on this host, budget 0.0005 for p95"):
+        bench.compile(version, class_here(budgets=budgets))
+    result = bench.compile(version, class_here(budgets=budgets, measure_on="builder"))
+    assert "latency" in result.figures.unmeasured
 
 
 def test_a_full_search_is_made_once_and_ends_in_the_same_digest(bench: Bench) -> None:

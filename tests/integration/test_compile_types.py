@@ -9,8 +9,8 @@ import numpy as np
 import onnx
 import pytest
 from edgefleet_controller.manifests import Model
-from edgefleet_shared.errors import ModelError
-from onnx import TensorProto
+from edgefleet_shared.errors import ModelError, QualityError
+from onnx import TensorProto, helper
 from safetensors.numpy import save_file
 from support.compiling import ENGINES, Bench, class_here
 from support.networks import SIDE, Net, project
@@ -170,3 +170,20 @@ def test_weights_that_came_in_half_precision_are_quantized(bench: Bench, engine:
     weights = sum(int(np.prod(tensor.dims)) for tensor in model.graph.initializer)
     assert result.figures.compiled_bytes < 0.75 * 2 * weights
     assert result.figures.sqnr_db > 20
+
+
+def test_what_the_engine_raises_over_a_sample_is_told_as_the_candidates_fault(bench: Bench) -> None:
+    """ONNX counts an index below zero from the end; TFLite's kernel takes none."""
+    table = helper.make_tensor("table", FLOAT, [16, 4], np.random.default_rng(0).normal(size=64).astype(np.float32))
+    graph = helper.make_graph(
+        [helper.make_node("Gather", ["table", "ids"], ["rows"]), helper.make_node("Relu", ["rows"], ["scores"])], "net",
+        [helper.make_tensor_value_info("ids", WHOLE, [1, 6])], [helper.make_tensor_value_info("scores", FLOAT, [1, 6, 4])], [table],
+    )  # fmt: skip
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8)
+
+    def samples(count: int, seed: int) -> dict[str, Any]:
+        return {"ids": np.random.default_rng(seed).integers(-16, 16, (count, 6))}
+
+    version = bench.version(with_samples(bench, model, samples, **RAW))
+    with pytest.raises(QualityError, match=r"engine failed: .*index out of bounds"):
+        bench.compile(version, class_here("tflite"))

@@ -133,6 +133,22 @@ class Reader(tf.Module):
         return tf.reduce_sum(image) + tf.cast(tf.strings.length(tf.io.read_file("/etc/passwd")), tf.float32)
 reader = Reader()
 tf.saved_model.save(reader, f"{folder}/reader.saved", signatures=reader.__call__.get_concrete_function())
+sequence = keras.Input((20, 8), name="steps")
+keras.Model(sequence, keras.layers.Dense(3)(keras.layers.LSTM(4)(sequence))).save(f"{folder}/recurrent.keras")
+class Served(tf.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = tf.Variable(tf.random.stateless_normal([3, 4], seed=[1, 2]))
+    @tf.function(input_signature=[tf.TensorSpec([1, 32, 32, 3], tf.float32, name="image")])
+    def scores(self, image):
+        return {"scores": tf.matmul(tf.reduce_mean(image, [1, 2]), self.weight)}
+served = Served()
+scores = served.scores.get_concrete_function()
+tf.saved_model.save(served, f"{folder}/named.saved", signatures={"predict": scores})
+tf.saved_model.save(served, f"{folder}/several.saved", signatures={"predict": scores, "explain": scores})
+unsigned = tf.Module()
+unsigned.weight = tf.Variable(1.0)
+tf.saved_model.save(unsigned, f"{folder}/unsigned.saved")
 """
 
 
@@ -288,6 +304,23 @@ def test_a_tflite_that_remembers_what_it_was_asked_before_is_refused(made: Path,
     with pytest.raises(ModelError, match=r"keeps values from one call to the next \(.*VAR_HANDLE") as caught:
         imported(made, Layout(tmp_path / "layout"), "stateful.tflite")
     assert "as inputs and outputs" in caught.value.hint
+
+
+def test_a_recurrent_layer_is_refused_with_what_makes_it_one_that_can_be_served(made: Path, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="branches or loops") as caught:
+        imported(made, Layout(tmp_path / "layout"), "recurrent.keras")
+    assert "unroll=True" in caught.value.hint
+
+
+def test_of_a_saved_model_the_only_signature_is_taken_and_others_are_told(made: Path, tmp_path: Path) -> None:
+    assert imported(made, Layout(tmp_path / "layout"), "named.saved").outputs[0].name == "scores"
+    for name, told in (
+        ("several", r"has the signatures explain, predict, and no serving_default"),
+        ("unsigned", r"has no signature, such as serving_default"),
+    ):
+        with pytest.raises(ModelError, match=told) as caught:
+            imported(made, Layout(tmp_path / "layout"), f"{name}.saved")
+        assert "signatures=" in caught.value.hint
 
 
 def test_a_saved_model_that_reads_files_is_refused(made: Path, tmp_path: Path) -> None:

@@ -90,6 +90,27 @@ def test_of_accurate_candidates_that_are_all_too_large_the_smallest_comes_closes
     assert search.choose([large, wrong, small], spec).nearest == small
 
 
+def test_of_accurate_candidates_that_are_all_too_slow_the_fastest_comes_closest() -> None:
+    spec = device_class(budgets={"latency_p95_ms": 2.0, "memory_bytes": 1 << 30}).spec
+    fast = trial(spec=spec, timed_on="host", p50_ms=4.0)
+    quiet = trial(mixed("a"), spec=spec, timed_on="host", p50_ms=8.0, sqnr_db=40.0)
+    wrong = trial(mixed("b"), spec=spec, timed_on="host", p50_ms=1.0, agreement=0.3)
+    choice = search.choose([quiet, wrong, fast, search.float_trial(fast, spec)], spec)
+    assert (choice.chosen, choice.nearest) == (None, fast)
+    assert fast.misses == ("latency p50 4.00 ms on this host, budget 2 for p95",)
+
+
+def test_what_fell_when_it_was_measured_alone_is_told_with_why() -> None:
+    best, next_best = trial(compiled_bytes=500_000), trial(mixed("a"), compiled_bytes=900_000)
+    spec = device_class(search={"prefer": "size"}).spec
+    choice = search.choose([best, next_best], spec)
+    fallen = {best.recipe: msgspec.structs.replace(best, misses=("boards would refuse it: 0.875",))}
+    told = search.told_of(search.without(choice, [best.recipe], spec), choice.trials, fallen)
+    assert told.chosen == next_best
+    assert told.why.endswith("; not int8, minmax, which fits but for this: boards would refuse it: 0.875")
+    assert [t.misses for t in told.trials] == [("boards would refuse it: 0.875",), ()]
+
+
 def test_rounds_timed_in_busy_and_quiet_moments_compare_by_their_share_of_float() -> None:
     busy = trial(p50_ms=10.0, float_p50_ms=30.0, sqnr_db=10.0)
     quiet = trial(mixed("a"), p50_ms=8.0, float_p50_ms=10.0, sqnr_db=30.0)

@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
+import msgspec
 import pytest
 from edgefleet_controller.compile import quality, search
 from edgefleet_controller.compile.pipeline import _Search
@@ -184,9 +185,38 @@ def test_a_network_of_which_nothing_can_be_quantized_is_shipped_in_float_and_say
         after(no_int8, search={"effort": "fixed"})
 
 
+@pytest.mark.parametrize("effort", ["quick", "full"])
+def test_where_the_engine_breaks_over_int8_the_float_model_is_tried(effort: str) -> None:
+    """Nothing was timed beside it, so that it is made and measured by itself."""
+    kind = device_class("tflite", search={"effort": effort})
+
+    class Breaking(Fixed):
+        def measure(self, made: Sequence[tuple[Recipe, Path]]) -> list[Measured]:
+            broke = {"died": True, "misses": ("engine failed: no such kernel",)}
+            return [
+                one._replace(trial=msgspec.structs.replace(one.trial, **broke))
+                if one.trial.recipe.precision == "int8"
+                else one
+                for one in super().measure(made)
+            ]
+
+    version: Any = SimpleNamespace(holdout=SimpleNamespace(count=SAMPLES), original=None, pruning=None)
+    choice = _Search(cast(Any, Breaking(kind.spec, p50_ms=2.0)), version, kind, target_named("tflite"), {})._search(
+        Recipe()
+    )
+    assert choice.chosen is not None
+    assert choice.chosen.recipe == FLOAT
+    assert "engine failed: no such kernel" in choice.why
+
+
 def test_a_network_that_the_engine_can_not_run_in_float_either_is_refused_for_what_it_lacks() -> None:
+    def lacks(recipe: Recipe) -> Exception:
+        return ModelError(
+            "tflite has no operator " + ("Round, which int8 added" if recipe.precision == "int8" else "Hardmax")
+        )
+
     with pytest.raises(ModelError, match="no operator Hardmax"):
-        after(lambda _: ModelError("tflite has no operator Hardmax"), search={"effort": "full"})
+        after(lacks, search={"effort": "full"})
 
 
 def test_another_quantizer_that_breaks_over_a_network_costs_its_candidate_alone() -> None:

@@ -120,6 +120,27 @@ def test_external_data_is_refused_wherever_it_hides(tmp_path: Path, hide: Any) -
     assert "torch.onnx.export(..., external_data=False)" in caught.value.hint  # torch's default is True
 
 
+def test_weights_that_no_one_file_can_hold_are_told_as_too_many(tmp_path: Path) -> None:
+    """Advice to save them in one file would end in protobuf's own error."""
+    model = classifier()
+    weight = model.graph.initializer[0]
+    weight.ClearField("raw_data")
+    weight.data_location = onnx.TensorProto.EXTERNAL
+    weight.dims[:] = [24_000, 24_000]
+    weight.external_data.add(key="location", value="weights.bin")
+    with pytest.raises(ModelError, match=r"2\.3 GB of weights.* one ONNX file holds 2\.1 GB") as caught:
+        imported(tmp_path, model)
+    assert "one file" not in caught.value.hint
+
+
+def test_a_file_that_is_larger_than_onnx_can_be_is_told_with_its_size(tmp_path: Path) -> None:
+    manifest = project(tmp_path, classifier())
+    with (tmp_path / "net.onnx").open("wb") as stream:
+        stream.truncate(2_300_000_000)
+    with pytest.raises(ModelError, match=r"net.onnx is larger than an ONNX file can be: 2\.3 GB, at most 2\.1"):
+        import_model(manifest, tmp_path, Layout(tmp_path / "layout"), cache=tmp_path / "cache")
+
+
 def test_an_output_that_is_an_input_is_refused(tmp_path: Path) -> None:
     model = classifier()
     model.graph.output.append(model.graph.input[0])

@@ -34,7 +34,7 @@ from edgefleet_controller.compile.host import host
 from edgefleet_controller.compile.input_check import better_description
 from edgefleet_controller.compile.keras_pruner import KerasPruner
 from edgefleet_controller.compile.packing import contract, pack
-from edgefleet_controller.compile.port import CompileResult, Options, Target, target_named
+from edgefleet_controller.compile.port import HOST, CompileResult, Options, Target, target_named
 from edgefleet_controller.compile.pruner import TOOLCHAIN as PRUNING_TOOLCHAIN
 from edgefleet_controller.compile.pruner import Pruner
 from edgefleet_controller.compile.pruning import Pruned
@@ -42,7 +42,7 @@ from edgefleet_controller.compile.recipe import AS_IS, FLOAT, HALF, OWN, PLAIN_T
 from edgefleet_controller.compile.search import Choice, LeftOut, Trial, Unit
 from edgefleet_controller.compile.steps import Limits, Measured, Progress, Steps
 from edgefleet_controller.compile.toolchains import Toolchains
-from edgefleet_controller.compile.watching import Cancelled, ChildDied
+from edgefleet_controller.compile.watching import Cancelled, ChildDied, EngineFailed
 from edgefleet_controller.compile.workplace import work_folder
 from edgefleet_controller.manifests import DeviceClass
 from edgefleet_controller.source import ModelVersion
@@ -180,7 +180,7 @@ class _Search:
         spec = self._class.spec
         plain = self._plain()
         judged_by = (
-            spec.arch, spec.precision, spec.accuracy.model_dump(), spec.budgets.size_bytes, spec.budgets.memory_bytes,
+            spec.arch, spec.precision, spec.accuracy.model_dump(), spec.budgets.model_dump(),
             spec.search.model_dump(), spec.measure_on, self._steps.has_builder,
         )  # fmt: skip
         # Another rule for choosing, or another measure, is another search.
@@ -213,15 +213,15 @@ class _Search:
 
         Measured alone, on all samples, a candidate at the edge may miss a budget after all, or be one that boards would refuse: then the next best is taken.
         """
-        left, fallen = choice, list[Recipe]()
+        left, fallen = choice, dict[Recipe, Trial]()
         while left.chosen is not None:
             measured, cached = self._at_last(left.chosen.recipe)
             if not measured.trial.misses:
-                return msgspec.structs.replace(left, trials=choice.trials), measured, cached
-            fallen.append(left.chosen.recipe)
+                return search.told_of(left, choice.trials, fallen), measured, cached
+            fallen[left.chosen.recipe] = measured.trial
             if len(fallen) == len(choice.trials):
                 break
-            left = search.without(choice, fallen, self._class.spec)
+            left = search.without(choice, list(fallen), self._class.spec)
         measured, cached = self._at_last(choice.nearest.recipe)
         why = search.NOTHING if fallen else choice.why
         return msgspec.structs.replace(choice, chosen=None, why=why), measured, cached
@@ -229,13 +229,13 @@ class _Search:
     def _at_last(self, recipe: Recipe) -> tuple[Measured, bool]:
         """Measured alone, and what boards would refuse it for added to what it misses. A builder board has said so itself."""
         measured, cached = self._alone(recipe)
-        if not measured.outputs or measured.trial.figures.timed_on not in ("", "host"):
+        if not measured.outputs or measured.trial.figures.timed_on not in ("", HOST):
             return measured, cached
         ((path, _),) = self._steps.compile([recipe])
         try:
             refusals = quality.refusals(*self._steps.golden(path), contract(self._version, self._class, self._target))
-        except ChildDied as exc:
-            refusals = [f"engine died over the golden samples: {exc.how}"]
+        except (ChildDied, EngineFailed) as exc:
+            refusals = [f"{exc.ended} over the golden samples: {exc.how}"]
         misses = (*measured.trial.misses, *refusals)
         return measured._replace(trial=msgspec.structs.replace(measured.trial, misses=misses)), cached
 
@@ -335,10 +335,8 @@ class _Search:
         except ModelError as exc:
             if plain.precision != "int8" or effort == "fixed" or FLOAT.precision not in self._target.precisions:
                 raise
-            try:
-                return self._try([FLOAT]), (LeftOut(recipe=plain, reason=str(exc), lasting=True),)
-            except ModelError:
-                raise exc from None  # it is not int8 that the network is unfit for
+            # What that raises is the network's own fault; int8's may be of an operator that rounding added.
+            return self._try([FLOAT]), (LeftOut(recipe=plain, reason=str(exc), lasting=True),)
         for recipe in recipes:
             if recipe.quantizer == plain.quantizer:
                 continue
@@ -354,8 +352,11 @@ class _Search:
         """The choice after the first round and those that follow from it."""
         spec = self._class.spec
         made = trials[0].recipe.precision == plain.precision
-        if plain.precision != "int8" or effort == "fixed" or not made or all(trial.died for trial in trials):
+        if plain.precision != "int8" or effort == "fixed" or not made:
             return search.choose(trials, spec)
+        if all(trial.died for trial in trials):  # and nothing was measured of the float model beside them
+            more = [FLOAT] if FLOAT.precision in self._target.precisions else []
+            return search.choose(trials + self._try(more), spec)
         # Nothing else can be made of what came quantized; and what fits may still be no better than float, which was measured beside it.
         if plain.quantizer == AS_IS or (effort == "quick" and not trials[0].misses):
             return search.choose(trials + self._in_float(trials), spec)

@@ -21,6 +21,7 @@ from edgefleet_controller.source import ModelVersion
 
 ENTRY_POINTS = "edgefleet.targets"
 MAX_BLOB_BYTES = 4 * 1024**3
+HOST = "host"  # what timed a candidate, where no builder board did
 
 Options = dict[str, str | int | float | bool]
 RECIPE_OPTIONS = frozenset(

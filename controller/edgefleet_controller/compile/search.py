@@ -11,7 +11,7 @@ own noise, so that the same inputs choose the same candidate on the same machine
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -249,19 +249,32 @@ def choose(trials: Sequence[Trial], spec: DeviceClassSpec, units: Sequence[Unit]
     )
 
 
-def _nearness(trial: Trial, spec: DeviceClassSpec) -> tuple[bool, bool, float, float, float]:
-    """How close a trial comes to the budgets: of those accurate enough the one that is least too large, else the most accurate one. Times, which differ from
-    run to run, don't count."""
+def _nearness(trial: Trial, spec: DeviceClassSpec) -> tuple[bool, bool, float, float, float, float]:
+    """How close a trial comes to the budgets: of those accurate enough the one that is least too large, then least too slow, else the most accurate one.
+    Times within the budget, which differ from run to run, don't count."""
     figures, most = trial.figures, spec.budgets.size_bytes
     good = accurate(trial, spec)
     too_large = max(1.0, figures.compiled_bytes / most) if good and most is not None else 1.0
-    return not trial.died, good, -too_large, figures.agreement or 0.0, figures.sqnr_db or 0.0
+    too_slow = max(1.0, (figures.p50_ms or 0.0) / spec.budgets.latency_p95_ms) if good else 1.0
+    return not trial.died, good, -too_large, -too_slow, figures.agreement or 0.0, figures.sqnr_db or 0.0
 
 
 def without(choice: Choice, fallen: Sequence[Recipe], spec: DeviceClassSpec) -> Choice:
     """The choice when these, measured alone and on all samples, missed a budget after all."""
     left = choose([t for t in choice.trials if t.recipe not in fallen], spec, choice.sensitivity)
     return msgspec.structs.replace(left, pruning=choice.pruning, left_out=choice.left_out, tfmot=choice.tfmot)
+
+
+def told_of(choice: Choice, trials: Sequence[Trial], fallen: Mapping[Recipe, Trial]) -> Choice:
+    """The choice with all that was tried in it, and why those that were better until they were measured alone are not taken.
+
+    Args:
+        fallen: as they were found then, by recipe.
+    """
+    reasons = [f"not {recipe.told()}, which fits but for this: {', '.join(t.misses)}" for recipe, t in fallen.items()]
+    return msgspec.structs.replace(
+        choice, trials=tuple(fallen.get(t.recipe, t) for t in trials), why="; ".join([choice.why, *reasons])
+    )
 
 
 def _best(fitting: Sequence[Trial], prefer: str) -> Trial:

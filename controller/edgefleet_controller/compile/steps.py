@@ -32,11 +32,19 @@ from edgefleet_controller.compile import originals, quality, writing
 from edgefleet_controller.compile.boards import BuilderBoard, Measure
 from edgefleet_controller.compile.cache import Cache, content_key
 from edgefleet_controller.compile.host import cpu_features
-from edgefleet_controller.compile.port import MAX_BLOB_BYTES, RECIPE_OPTIONS, Figures, Options, Target, engine_version
+from edgefleet_controller.compile.port import (
+    HOST,
+    MAX_BLOB_BYTES,
+    RECIPE_OPTIONS,
+    Figures,
+    Options,
+    Target,
+    engine_version,
+)
 from edgefleet_controller.compile.recipe import AS_IS, FLOAT, HALF, OWN, TENSORFLOW, Recipe
 from edgefleet_controller.compile.search import Trial, Unit
 from edgefleet_controller.compile.toolchains import Toolchain, Toolchains
-from edgefleet_controller.compile.watching import ChildDied
+from edgefleet_controller.compile.watching import ChildDied, EngineFailed
 from edgefleet_controller.manifests import DeviceClass
 from edgefleet_controller.source import ModelVersion, Split
 
@@ -222,7 +230,7 @@ class Steps:
     def measure(self, tried: Sequence[tuple[Recipe, Path]]) -> list[Measured]:
         """Outputs over the held-out samples, and times interleaved with the float model's, of several compiled models in one process.
 
-        Should that die, of each alone, so that it is known whose fault it was. One alone answers all samples, several the first
+        Should that die, or the engine fail, of each alone, so that it is known whose fault it was. One alone answers all samples, several the first
         :data:`MOST_FOR_SEVERAL`; peak memory is a figure of one alone. What stands in for a compiled model gives answers only: its times and
         its memory are not the board's. What can't be run here at all is judged by the board alone.
         """
@@ -240,10 +248,10 @@ class Steps:
                 {path: file for (_, path), file in zip(tried, outputs, strict=True)}, self._version.holdout, count,
                 float_model=float_model if timed_here else None, memory_bytes=None if stood_in else budget,
             )  # fmt: skip
-        except ChildDied as exc:
+        except (ChildDied, EngineFailed) as exc:
             if len(tried) > 1:
                 return [self.measure([one])[0] for one in tried]
-            return [self._died(*tried[0], float_model, exc.how)]
+            return [self._died(*tried[0], float_model, f"{exc.ended}: {exc.how}")]
         times = found.get("times", [None] * len(tried))
         alone = found["peak_memory_bytes"] if len(tried) == 1 and not stood_in else None
         measured = []
@@ -255,7 +263,7 @@ class Steps:
             unmeasured = () if timed_here else ("latency", "memory") if stood_in else ("latency",)
             figures = msgspec.structs.replace(
                 base, **compared.figures, **timed, peak_memory_bytes=alone, unmeasured=unmeasured,
-                timed_on="host" if timed_here else "",
+                timed_on=HOST if timed_here else "",
                 stand_in=self._target.stand_in if stood_in else "",
             )  # fmt: skip
             misses = tuple(quality.misses(figures, self._class.spec, recipe))
@@ -271,7 +279,7 @@ class Steps:
         """(a compiled model's answers to the golden samples, the float model's), by output name.
 
         Raises:
-            ChildDied: the engine did, over them.
+            ChildDied, EngineFailed: the engine did, over them.
         """
         file = self._work / f"golden-{next(self._numbers)}.safetensors"
         self._run({path: file}, self._version.golden, self._version.golden.count)
@@ -444,7 +452,7 @@ class Steps:
     def _died(self, recipe: Recipe, path: Path, float_model: Path, how: str) -> Measured:
         missing = ("agreement", "latency", "memory")
         figures = msgspec.structs.replace(self._figures(path, float_model), unmeasured=missing)
-        misses = (f"engine died: {how}", *quality.misses(figures, self._class.spec, recipe))
+        misses = (how, *quality.misses(figures, self._class.spec, recipe))
         return Measured(Trial(recipe=recipe, figures=figures, misses=misses, key=self.key(recipe), died=True), {}, ())
 
     def _unmeasured(self, recipe: Recipe, path: Path, float_model: Path) -> Measured:

@@ -39,10 +39,22 @@ class ChildDied(ToolchainError):
     """A child crashed, or was killed because it outgrew its memory limit; ``how`` is for people."""
 
     code = "child_died"
+    ended = "engine died"  # where it ran one
 
     def __init__(self, name: str, how: str, log: str) -> None:
         self.how = how
         super().__init__(f"the {name} process died: {how}", hint=log)
+
+
+class EngineFailed(ToolchainError):
+    """The engine, in a child, raised an error over a compiled model or over a sample in it; ``how`` is for people."""
+
+    code = "engine_failed"
+    ended = "engine failed"
+
+    @property
+    def how(self) -> str:
+        return self.message
 
 
 class Child(msgspec.Struct, frozen=True, kw_only=True):

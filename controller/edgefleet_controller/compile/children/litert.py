@@ -131,7 +131,12 @@ class _Quantizer:
     def _calibrate(self, samples: SampleFile, count: int) -> dict[str, Any]:
         worker = quantizer_of(self._plain.content, self._plain.whole)
         feeds = {"serving_default": [samples[i] for i in range(count)]}
-        found: dict[str, Any] = worker.calibrate(feeds, num_threads=1)
+        try:
+            found: dict[str, Any] = worker.calibrate(feeds, num_threads=1)
+        except RuntimeError as exc:  # the interpreter's, over the float model
+            raise job.Refused(
+                "bad_model", f"tflite can't run this network over its calibration samples: {exc}"
+            ) from exc
         return found
 
     def _ranges(self, method: str) -> dict[str, Any]:

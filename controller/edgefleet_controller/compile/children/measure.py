@@ -6,8 +6,9 @@ can be compared. Samples are read one by one, so that the peak of memory is the 
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -16,14 +17,13 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from .job import Progress, Refused, Request
+from .timing import interleaved
 
 Array = npt.NDArray[Any]
 Run = Callable[[dict[str, Array]], dict[str, Array]]
 Load = Callable[[str], Run]
 
-WARMUP_RUNS = 5
-TIMED_RUNS = 40
-TIMED_RUNS_OF_SEVERAL = 15  # to rank candidates; the one that is chosen is timed again, alone with float
+TIMED_SAMPLES = 4
 
 
 class SampleFile:
@@ -69,6 +69,19 @@ def run_all(run: Run, samples: SampleFile, progress: Progress, what: str) -> dic
     }
 
 
+@contextmanager
+def _engine() -> Iterator[None]:
+    """What an engine raises is told as its word on the model; what is missing or used up on this machine is not."""
+    try:
+        yield
+    except (Refused, MemoryError, OSError, ImportError):
+        raise
+    except Exception as exc:  # engines have classes of their own, which share no base but this
+        traceback.print_exc()
+        told = next((line.strip() for line in str(exc).splitlines() if line.strip()), "no reason given")
+        raise Refused("engine_failed", f"{type(exc).__name__}: {told[:300]}") from exc
+
+
 def _peak_bytes() -> int:
     """Highest resident memory of this process. Not ``ru_maxrss``, which keeps the parent's peak across fork and exec."""
     with open("/proc/self/status", encoding="ascii") as stream:
@@ -81,41 +94,39 @@ def measure(load: Load, request: Request, progress: Progress) -> dict[str, Any]:
 
     Request: ``models`` (each ``model`` and ``outputs``, the file to write), ``float_model`` (or null: nothing is timed), ``samples``,
     ``count`` (how many of them).
-    Result: ``times`` (p50 and p95 in ms, in order of ``models``), ``float``, and ``peak_memory_bytes`` of this process after the
+    Result: ``times`` (p50 and p95 in ms of runs that had a processor to themselves, in order of ``models``), ``float``, and ``peak_memory_bytes`` of this process after the
     outputs, before the float model is loaded: one model's own where there is one.
+    Refused as ``engine_failed``: what the engine raises, over a model or a sample.
     """
     samples = SampleFile(request["samples"], request["count"])
     runs = []
     for number, one in enumerate(request["models"]):
-        run = load(one["model"])
-        run(samples[0])
+        with _engine():
+            run = load(one["model"])
+            run(samples[0])
         what = (
             "running held-out pictures" if len(request["models"]) == 1 else f"held-out pictures, candidate {number + 1}"
         )
-        save_file(run_all(run, samples, progress, what), one["outputs"])
+        with _engine():
+            answers = run_all(run, samples, progress, what)
+        save_file(answers, one["outputs"])
         runs.append(run)
     figures: dict[str, Any] = {"peak_memory_bytes": _peak_bytes()}
     if not request["float_model"]:
         return figures
-    times = _interleaved([*runs, load(request["float_model"])], samples, progress)
+    with _engine():
+        times = _times([*runs, load(request["float_model"])], samples, progress)
     *figures["times"], figures["float"] = [
         {"p50_ms": float(np.percentile(values, 50)), "p95_ms": float(np.percentile(values, 95))} for values in times
     ]
     return figures
 
 
-def _interleaved(runs: list[Run], samples: SampleFile, progress: Progress) -> list[list[float]]:
-    """Times in ms by run. Whatever else the machine does hits all alike; each second round goes backwards, so that none is always
-    the one behind another."""
-    feeds = [samples[i % len(samples)] for i in range(min(len(samples), 4))]
-    times: list[list[float]] = [[] for _ in runs]
-    rounds = WARMUP_RUNS + (TIMED_RUNS if len(runs) <= 2 else TIMED_RUNS_OF_SEVERAL)
-    for index in range(rounds):
-        progress("timing", index, rounds)
-        order = list(zip(runs, times, strict=True))
-        for run, kept in order if index % 2 else reversed(order):
-            began = time.perf_counter()
-            run(feeds[index % len(feeds)])
-            if index >= WARMUP_RUNS:
-                kept.append((time.perf_counter() - began) * 1e3)
-    return times
+def _times(runs: list[Run], samples: SampleFile, progress: Progress) -> list[list[float]]:
+    """Times in ms by run, over a few samples."""
+    feeds = [samples[i] for i in range(min(len(samples), TIMED_SAMPLES))]
+
+    def over(run: Run) -> Callable[[int], object]:
+        return lambda number: run(feeds[number % len(feeds)])
+
+    return interleaved([over(run) for run in runs], progress)

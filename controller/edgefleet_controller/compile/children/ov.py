@@ -14,6 +14,7 @@ import zipfile
 from typing import Any
 
 import numpy as np
+import onnx
 
 from . import job
 from .measure import Array, Run, SampleFile, measure
@@ -59,7 +60,7 @@ def compile_model(request: job.Request, progress: job.Progress) -> dict[str, Any
         try:
             model = core.read_model(one["network"])
         except RuntimeError as exc:
-            raise _refusal(exc) from exc
+            raise _refusal(exc, one["network"]) from exc
         fusible(model)
         _keep_names(model)
         if one["recipe"]["quantizer"] == "nncf":
@@ -112,11 +113,15 @@ def _unpack(core: Any, path: str) -> Any:
     return core.read_model(xml, ov.Tensor(np.frombuffer(weights, np.uint8)))
 
 
-def _refusal(exc: Exception) -> job.Refused:
+def _refusal(exc: Exception, path: str) -> job.Refused:
+    """OpenVINO's error as a sentence that names operator and node; its own text names the operator."""
     text = str(exc)
-    found = re.search(r"OpenVINO does not support the following ONNX operations: ([^\s,]+)", text)
+    found = re.search(r"No conversion rule found for operations: ([^\s,]+)", text)
     if found:
-        return job.Refused("bad_model", f"openvino has no operator {found[1]}")
+        domain, _, op = found[1].rpartition(".")
+        nodes = [n for n in onnx.load(path).graph.node if (n.domain or domain, n.op_type) == (domain, op)]
+        where = f" (node {nodes[0].name or nodes[0].output[0]!r})" if nodes else ""
+        return job.Refused("bad_model", f"openvino has no operator {found[1]}{where}")
     reason = next((line for line in reversed(text.splitlines()) if line.strip()), "unknown")
     return job.Refused("bad_model", f"openvino can't read this network: {reason.strip()}")
 

@@ -129,12 +129,9 @@ def _saved_model(path: str) -> tuple[Any, list[Any], list[str]]:
 
     try:
         loaded = tf.saved_model.load(path)
-        signature = loaded.signatures["serving_default"]
-    except Exception as exc:
-        raise job.Refused(
-            "bad_model",
-            f"TensorFlow can't load this SavedModel, or it has no signature serving_default: {str(exc).splitlines()[0]}",
-        ) from exc
+    except Exception as exc:  # whatever TensorFlow raises about a file
+        raise job.Refused("bad_model", f"TensorFlow can't load this SavedModel: {str(exc).splitlines()[0]}") from exc
+    signature = _signature(loaded.signatures)
     wanted = signature.structured_input_signature[1]
     specs = []
     for name, spec in sorted(wanted.items()):
@@ -153,6 +150,20 @@ def _saved_model(path: str) -> tuple[Any, list[Any], list[str]]:
     function = tf.function(call, input_signature=specs)
     function.keep = loaded  # its variables live as long as it does
     return function, specs, [_plain(name) for name in outputs]
+
+
+def _signature(signatures: Any) -> Any:
+    """What a SavedModel is served by: ``serving_default``, or the only signature that it has."""
+    if "serving_default" in signatures:
+        return signatures["serving_default"]
+    if len(signatures) == 1:
+        return next(iter(signatures.values()))
+    told = f"has the signatures {', '.join(sorted(signatures))}, and no" if signatures else "has no signature, such as"
+    raise job.Refused(
+        "bad_model", f"this SavedModel {told} serving_default",
+        "save it by model.export(path), or with what is to be served: "
+        "tf.saved_model.save(model, path, signatures={'serving_default': model.call.get_concrete_function(...)})",
+    )  # fmt: skip
 
 
 def _from_tflite(request: job.Request, progress: job.Progress) -> dict[str, Any]:
@@ -338,8 +349,9 @@ def _canonical(model: onnx.ModelProto, inputs: list[str], outputs: list[str]) ->
     graph = model.graph
     if any(attribute.HasField("g") or attribute.graphs for node in graph.node for attribute in node.attribute):
         raise job.Refused(
-            "bad_model", "this network has branches or loops that depend on values, which can't be served"
-        )
+            "bad_model", "this network has branches or loops that depend on values, which can't be served",
+            "a recurrent layer (LSTM, GRU) over a fixed number of steps is none with unroll=True: set it, and save the model again",
+        )  # fmt: skip
     made = {name: node for node in graph.node for name in node.output}
     constants = {i.name: i for i in graph.initializer}
     new: dict[str, str] = dict(zip([v.name for v in graph.input], inputs, strict=True)) | dict(

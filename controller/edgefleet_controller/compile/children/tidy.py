@@ -13,9 +13,10 @@ LOWEST = np.float32(-1e4)  # of what masks add; scores differ by hundreds at mos
 
 def tidy(path: str) -> None:
     """Change a simplified network's file, in place: every node has a name, by what it makes (recipes speak of nodes by name), no constant is an input, as
-    it was in ONNX's early days, weights are float32, and no product adds a matrix."""
+    it was in ONNX's early days, weights are float32, no product adds a matrix, and each operator set is named once."""
     model = onnx.load(path)
     model.ir_version = max(model.ir_version, MIN_IR_VERSION)
+    _named_once(model)
     constants = {i.name for i in model.graph.initializer}
     given = [value for value in model.graph.input if value.name not in constants]
     del model.graph.input[:]
@@ -33,6 +34,13 @@ def tidy(path: str) -> None:
     _weights_in_float(model.graph)
     _summands_apart(model.graph)
     onnx.save(model, path)
+
+
+def _named_once(model: onnx.ModelProto) -> None:
+    """Leave each operator set named once: some converters name one twice, and the QDQ writer looks for exactly one of ONNX's own."""
+    sets = {entry.domain: entry.version for entry in model.opset_import}
+    del model.opset_import[:]
+    model.opset_import.extend(onnx.helper.make_opsetid(domain, version) for domain, version in sets.items())
 
 
 def read_by(node: onnx.NodeProto) -> set[str]:
