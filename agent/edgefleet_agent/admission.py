@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from edgefleet_shared.artifact import digest_of
@@ -102,9 +103,14 @@ class Admissions:
         self._fresh = False
 
     def desire(self, desired: bytes) -> None:
-        """A ``desired`` message came: the newest one counts."""
+        """A ``desired`` message came: the newest one counts. An empty one says that nothing is wanted of the board any more: it stays as it
+        is, and what is at work goes on."""
         self._desired = desired
-        self._consider()
+        if desired:
+            self._consider()
+        elif self._begun and self._keeper.now.refusal:
+            with suppress(EnvironmentProblem):  # it is old news, then, until something else is wanted
+                self._keeper.keep(desired_seen="", refusal="")
 
     def take_metadata(self, name: str, content: bytes) -> None:
         """A metadata file came: what could not be decided before may be now. One that nobody asked for would only fill the disk."""
@@ -140,7 +146,7 @@ class Admissions:
     def _consider(self) -> None:
         """Have the newest ``desired`` message verified, unless that was done."""
         desired, decided = self._desired, self._keeper.now
-        if not self._begun or desired is None or self._asking or len(desired) > MAX_ASSIGNMENT_BYTES:
+        if not self._begun or not desired or self._asking or len(desired) > MAX_ASSIGNMENT_BYTES:
             return
         digest = digest_of(desired)
         if digest == decided.desired_seen and not (decided.refusal and self._look_again):
@@ -178,7 +184,7 @@ class Admissions:
             empty when the path came to a decision, whichever; else what was in the way. Blocking; safe on a job's thread.
         """
         desired = self._desired
-        if desired is None or not self._fresh:
+        if not desired or not self._fresh:
             return "no assignment, or not all metadata, has arrived"
         try:
             self._admit(desired)

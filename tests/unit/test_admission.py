@@ -167,6 +167,27 @@ def test_what_the_broker_forgot_is_no_file(board: Board) -> None:
     assert [path.name for path in (board.state / "metadata").iterdir()] == ["timestamp.json"]
 
 
+def test_what_was_withdrawn_is_refused_no_longer_and_asks_nobody(board: Board) -> None:
+    board.says, board.named = TrustError("assignment_device", "made out to b1 of class d"), "a1"
+    board.desire()
+    assert board.keeper.now.refusal
+    asked = board.asked
+    board.desire(b"")
+    board.metadata(b"timestamp 2")
+    assert (board.asked, board.keeper.now.refusal) == (asked, "")
+    assert board.admissions.unverified() == "no assignment, or not all metadata, has arrived"
+    board.says = None
+    board.desire()
+    assert board.keeper.now.pending == ASSIGNMENT
+
+
+def test_what_was_withdrawn_while_it_was_verified_is_not_taken_up(board: Board) -> None:
+    board.says = None
+    board.admissions.desire(b"an assignment")
+    board.desire(b"")
+    assert board.keeper.now.pending is None
+
+
 def test_what_was_admitted_is_not_looked_at_again(board: Board) -> None:
     board.says = None
     board.desire()

@@ -99,8 +99,10 @@ def enrol(
         )
     if row is None:
         row = Device(name=name, device_class=device_class, enrolled_at=now)
+    _say_again(session, row)
     if row.device_class != device_class:  # what the name was assigned is made for the class that it had
         row.assignment = row.agent_assignment = ""
+        row.reported, row.reported_at, row.boot = "", 0.0, ""  # and another board's words
     # A board that comes back after it was revoked keeps its assignment counter: signed versions only rise.
     row.device_class, row.site, row.revoked, row.enrolled_at = device_class, site, False, now
     row.labels = msgspec.json.encode(labels or {}).decode()
@@ -162,7 +164,17 @@ def revoke(session: Session, name: str) -> Device:
     row = get_device(session, name)
     row.revoked, row.online = True, False
     session.add(row)
+    session.flush()
+    _say_again(session, row)
     return row
+
+
+def _say_again(session: Session, row: Device) -> None:
+    """What the broker retains for the board is not what it is to find any more: of what it was assigned, all or nothing."""
+    session.connection().execute(
+        text("UPDATE assignment SET published = false WHERE id IN (:model, :agent)"),
+        {"model": row.assignment, "agent": row.agent_assignment},
+    )
 
 
 # The next three take batches from the intake, as SQL: they run for every message of every board.
