@@ -238,6 +238,29 @@ def test_what_a_name_was_assigned_is_its_successors_if_that_is_of_the_same_class
         assert [row.id for row in rollouts.signed_before(session, 1e12)] == (["r1.b1.1"] if kept else [])
 
 
+def test_labels_are_changed_one_by_one_and_stay_with_the_name(database: Database) -> None:
+    enrol(database, "b1")
+    with database.write() as session:
+        assert devices.change_labels(session, "b1", {"line": "3", "hall": "north"}) == {"hall": "north", "line": "3"}
+    with database.write() as session:
+        assert devices.change_labels(session, "b1", {"line": "4", "hall": None, "never": None}) == {"line": "4"}
+        devices.revoke(session, "b1")
+        devices.enrol(session, "b1", "x86", now=2.0)
+    with database.read() as session:
+        assert devices.get_device(session, "b1").labels == '{"line":"4"}'
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"": "x"}, {"Line 3": "x"}, {"line": "x" * 64}, {"line": "a\nb"}, {f"l{n}": "" for n in range(65)}]
+)
+def test_labels_that_can_not_be_are_refused_and_change_nothing(database: Database, wrong: dict[str, str]) -> None:
+    enrol(database, "b1")
+    with pytest.raises(InputError), database.write() as session:
+        devices.change_labels(session, "b1", {"good": "1", **wrong})
+    with database.read() as session:
+        assert devices.get_device(session, "b1").labels == "{}"
+
+
 def test_an_unknown_class_is_told_with_the_known_ones(database: Database) -> None:
     enrol(database, "b1")
     with pytest.raises(NotFoundError, match="known: x86"), database.write() as session:
