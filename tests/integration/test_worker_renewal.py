@@ -141,6 +141,17 @@ def test_a_worker_that_has_used_its_new_certificate_loses_the_old_one_with_the_n
         aged.client().claim()
 
 
+def test_a_builder_board_without_a_clock_renews_by_the_controllers(fleet: Fleet, tmp_path: Path) -> None:
+    aged = Aged(fleet, tmp_path / "w", "no-clock", "pc")
+    client, in_the_past = aged.client(), NOW - 3 * DEVICE_LIFE.total_seconds()
+    assert not client.renewal_is_due(in_the_past), "it has heard of nobody yet"
+    client.claim()
+    assert client.renewal_is_due(in_the_past)
+    client.adopt(aged.renew())
+    client.claim()
+    assert not client.renewal_is_due(in_the_past)
+
+
 @pytest.mark.parametrize("again", [False, True], ids=["revoked", "enrolled anew"])
 def test_attack_a_worker_that_was_revoked_gets_no_other_certificate(fleet: Fleet, tmp_path: Path, again: bool) -> None:
     aged = Aged(fleet, tmp_path / "w", f"taken-{int(again)}")
