@@ -206,6 +206,7 @@ class Admissions:
                     self._follow_metadata()
                 case verify.Refusal():
                     self._refuse(done.digest, done.result)
+                    self._follow_metadata()  # it may be the next root but one that is missing
                 case EdgefleetError():
                     raise done.result
                 case _:

@@ -34,8 +34,10 @@ ASSIGNMENT = Assignment(
 
 
 class Uplink:
+    followed: tuple[str, ...] = ()
+
     def follow_metadata(self, files: tuple[str, ...]) -> None:
-        pass
+        self.followed = files
 
 
 class Board:
@@ -48,6 +50,7 @@ class Board:
         atomic.write(state / "trust" / "root.json", ROOT)
         self.says: TrustError | None = STALE
         self.named = ""
+        self.uplink, self.reached = Uplink(), b""
         self.asked = 0
         self.told: list[Any] = []
         self.ended: list[Ended] = []
@@ -59,7 +62,7 @@ class Board:
         self.keeper.load()
         self.inbox: list[AdmissionDone] = []
         ports = Ports(
-            uplink=cast(Any, Uplink()), runtime=cast(Any, None), examiner=cast(Any, self), signer=cast(Any, None),
+            uplink=cast(Any, self.uplink), runtime=cast(Any, None), examiner=cast(Any, self), signer=cast(Any, None),
             clock=ManualClock(), files=DISK, spawn=lambda name, work: work(),
         )  # fmt: skip
         self.admissions = Admissions(
@@ -74,7 +77,7 @@ class Board:
     def admit(self, request: AdmitRequest) -> Admission:
         self.asked += 1
         if self.says is not None:
-            raise Refusal(self.says, self.named)
+            raise Refusal(self.says, self.named, self.reached)
         return Admission(
             assignment=ASSIGNMENT, desired=digest_of(request.desired), requires=Requirement(), floors=request.floors,
             root=ROOT,
@@ -159,6 +162,22 @@ def test_attack_a_next_root_that_nobody_signed_is_gone_once_it_was_refused(board
     # The broker is in good hands again. There is no such file in the repository that could come in its place.
     board.says = None
     board.metadata(b"timestamp 2")
+    assert board.keeper.now.pending == ASSIGNMENT
+
+
+def test_a_board_that_missed_several_roots_asks_for_each_in_turn(board: Board) -> None:
+    """Only the root after its own is sent to it, and the rest of the metadata is signed by keys of the newest."""
+    assert board.uplink.followed[0] == "2.root.json"
+    board.reached = ROOT.replace(b"1", b"2")
+    board.admissions.take_metadata("2.root.json", board.reached)
+    board.desire()
+    assert board.keeper.now.refusal
+    assert board.uplink.followed[0] == "3.root.json"
+    board.start()
+    assert board.uplink.followed[0] == "3.root.json", "that is kept"
+    board.says = None
+    board.admissions.take_metadata("3.root.json", b"the third")
+    board.desire()
     assert board.keeper.now.pending == ASSIGNMENT
 
 
