@@ -1,7 +1,7 @@
 """Stage 6, verify: what is wanted of the board. Receives ``desired`` messages and metadata, hands on the assignment to take up.
 
 Level-triggered: only the newest ``desired`` message counts, and each one is decided about once, also across restarts. What was refused is
-looked at again after a start and when metadata came: they may have been stale, or the clock wrong; what stays refused is told once. Asking
+looked at again after a start, when metadata came and when the clock was set: they may have been stale, or it wrong; what stays refused is told once. Asking
 the verifying child takes a moment, so it runs on a thread whose answer comes back through the runner's inbox.
 
 Not handled here: the checks themselves (:mod:`edgefleet_agent.verify`), what happens next (:mod:`edgefleet_agent.runner`).
@@ -35,6 +35,7 @@ from edgefleet_agent.settings import Settings
 log = logging.getLogger(__name__)
 
 ASK_AGAIN_S = 5.0  # an admission that could not be decided
+CLOCK_SET_S = 60.0  # what makes metadata of days stale or not; a clock that is only slewed stays below it for weeks
 LAST_FILE = "timestamp.json"  # of a publication, and so of what arrives after each connect
 
 
@@ -73,6 +74,7 @@ class Admissions:
         self._unkept: dict[str, bytes] = {}
         self._begun = self._asking = self._fresh = self._waits_for_fresh = False
         self._look_again = True  # at what was refused
+        self._asked_by_s = 0.0  # by what the clock was ahead of the monotonic one then
         self._ask_again_at: float | None = None
         self._root_version = 0
         self._followed: tuple[str, ...] = ()
@@ -142,6 +144,12 @@ class Admissions:
             self._ask_again_at = None
             self._keep_metadata()
             self._consider()
+        if self._begun and self._keeper.now.refusal and abs(self._ahead_s() - self._asked_by_s) > CLOCK_SET_S:
+            self._asked_by_s, self._look_again = self._ahead_s(), True
+            self._consider()
+
+    def _ahead_s(self) -> float:
+        return self._ports.clock.now() - self._ports.clock.monotonic()
 
     def _consider(self) -> None:
         """Have the newest ``desired`` message verified, unless that was done."""
@@ -155,7 +163,7 @@ class Admissions:
         self._waits_for_fresh = not self._fresh or bool(self._unkept)
         if self._waits_for_fresh:
             return
-        self._asking, self._look_again = True, False
+        self._asking, self._look_again, self._asked_by_s = True, False, self._ahead_s()
 
         def ask() -> None:
             result: Admission | verify.Refusal | EdgefleetError

@@ -40,6 +40,15 @@ class Uplink:
         self.followed = files
 
 
+class SteppedClock(ManualClock):
+    """One that can be set, as a time server does."""
+
+    def step(self, seconds: float) -> None:
+        monotonic = self.monotonic()
+        self.advance(seconds)
+        self.monotonic = lambda: monotonic  # type: ignore[method-assign]
+
+
 class Board:
     """The admissions of a board; what the verifying child says is set by hand, and said at once."""
 
@@ -50,7 +59,7 @@ class Board:
         atomic.write(state / "trust" / "root.json", ROOT)
         self.says: TrustError | None = STALE
         self.named = ""
-        self.uplink, self.reached = Uplink(), b""
+        self.uplink, self.reached, self.clock = Uplink(), b"", SteppedClock()
         self.asked = 0
         self.told: list[Any] = []
         self.ended: list[Ended] = []
@@ -63,7 +72,7 @@ class Board:
         self.inbox: list[AdmissionDone] = []
         ports = Ports(
             uplink=cast(Any, self.uplink), runtime=cast(Any, None), examiner=cast(Any, self), signer=cast(Any, None),
-            clock=ManualClock(), files=DISK, spawn=lambda name, work: work(),
+            clock=self.clock, files=DISK, spawn=lambda name, work: work(),
         )  # fmt: skip
         self.admissions = Admissions(
             self.state, Settings(device="b1", device_class="c", site="", broker_host="b", broker_port=1),
@@ -116,6 +125,21 @@ def test_what_was_refused_is_looked_at_once_more_after_a_start(board: Board) -> 
     board.start()
     board.desire()  # retained, it comes again
     assert board.keeper.now.pending == ASSIGNMENT
+
+
+@pytest.mark.parametrize(("seconds", "looks"), [(-30 * 365 * 86_400.0, True), (86_400.0, True), (1.0, False)])
+def test_what_was_refused_is_looked_at_again_once_the_clock_was_set(board: Board, seconds: float, looks: bool) -> None:
+    board.desire()
+    asked = board.asked
+    board.admissions.tick()
+    assert board.asked == asked
+    board.says = None
+    board.clock.step(seconds)
+    for _ in range(3):
+        board.admissions.tick()
+        board.turn()
+    assert board.asked == asked + looks
+    assert (board.keeper.now.pending == ASSIGNMENT) is looks
 
 
 def test_a_refusal_that_stands_is_told_once(board: Board) -> None:
