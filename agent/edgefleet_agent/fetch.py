@@ -257,7 +257,7 @@ class Fetcher:
         now = self._clock.monotonic()
         if now - self._made_safe_at >= SAFE_EVERY_S:
             self._made_safe_at = now
-            self.safe_bytes += sum(blob.make_safe() for blob in self._blobs.values())
+            self.make_safe()
         if now - max(self._heard_at, self._asked_at) >= self._pause_s:
             self._pause_s = min(self._pause_s * 1.5, WANT_AGAIN_LAST_S)
             self._ask()
@@ -266,6 +266,14 @@ class Fetcher:
             for digest, blob in self._blobs.items():
                 self._fallback(digest, blob.blob.size, blob.chunk_bytes, sorted(blob.missing))
                 break  # one at a time: this is the slow way
+
+    def make_safe(self) -> None:
+        """Have the next start find what came so far, whatever is cut.
+
+        Raises:
+            EnvironmentProblem: the disk refused.
+        """
+        self.safe_bytes += sum(blob.make_safe() for blob in self._blobs.values())
 
     def _open(self, blobs: list[tuple[Descriptor, tuple[str, ...] | None, int]]) -> None:
         opened: dict[str, _Blob] = {}
