@@ -3,7 +3,8 @@
 ``python agent/debian/build.py --out dist`` makes, for this machine's architecture or the one that ``--arch`` names:
 
 - ``edgefleet-agent``: agent, runtime, units and user, with every Python dependency at its locked hash in a virtual environment below
-  ``/usr/lib/edgefleet`` that nothing else on the board can disturb;
+  ``/usr/lib/edgefleet`` that nothing else on the board can disturb, not even dpkg: programs start from a copy that is made of what it has
+  unpacked once that is whole (``switch``), so that an upgrade cut off anywhere leaves what ran before it;
 - ``edgefleet-engine-ENGINE``, one per inference engine: what that engine adds to it;
 - ``edgefleet-runtime-grpc``: what clients that speak gRPC need, with the units that it runs in.
 
@@ -28,7 +29,9 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 PREFIX = Path("usr/lib/edgefleet")
 MINOR = "{}.{}".format(*sys.version_info[:2])
-SITE = PREFIX / f"venv/lib/python{MINOR}/site-packages"
+UNPACKED = PREFIX / "unpacked"
+SITE = UNPACKED / f"agent/lib/python{MINOR}/site-packages"
+PATHS = PREFIX / "paths"  # .pth files: where else the environment finds packages; a board's owner may add some
 ENGINES = ("onnxruntime", "litert", "openvino", "iree")
 MACHINES = {"amd64": "x86_64", "arm64": "aarch64"}  # PyPI has no wheels of the engines for armhf
 GLIBC = {"3.10": 35, "3.11": 36, "3.12": 39, "3.13": 41}  # of the Debian or Ubuntu release whose Python that is: 2.x
@@ -125,8 +128,12 @@ def _installed(site: Path) -> dict[str, str]:
 
 
 def _agent(tree: Path, target: Target) -> None:
-    _environment(tree / PREFIX / "venv")
-    _programs(tree, PROGRAMS)
+    _environment(tree / UNPACKED / "agent")
+    for folder in (PATHS, PREFIX / "in-use"):
+        (tree / folder).mkdir()
+    (tree / SITE / "edgefleet.pth").write_text(f'import site; site.addsitedir("/{PATHS}")\n')
+    shutil.copy(HERE / "switch", tree / PREFIX)
+    _programs(tree, "agent", PROGRAMS)
     _units(tree, UNITS)
     users = tree / "usr/lib/sysusers.d"
     users.mkdir(parents=True)
@@ -143,14 +150,16 @@ def _agent(tree: Path, target: Target) -> None:
     _scripts(tree, "edgefleet-agent", SCRIPTS)
 
 
-def _programs(tree: Path, programs: dict[str, str]) -> None:
-    for folder in ("usr/bin", PREFIX / "venv/bin"):
+def _programs(tree: Path, part: str, programs: dict[str, str]) -> None:
+    """Each starts from the copies that are in use by then, and keeps to them whatever is installed meanwhile."""
+    for folder in (Path("usr/bin"), UNPACKED / part / "bin"):
         (tree / folder).mkdir(parents=True, exist_ok=True)
     for name, module in programs.items():
-        program = tree / PREFIX / "venv/bin" / name
-        program.write_text(f"#!/{PREFIX}/venv/bin/python\nfrom {module} import main\n\nmain()\n")
+        (tree / UNPACKED / part / "bin" / name).write_text(f"from {module} import main\n\nmain()\n")
+        program = tree / "usr/bin" / name
+        python, script = (f'"$(readlink -f /{PREFIX}/{of})/bin/{it}"' for of, it in (("agent", "python"), (part, name)))
+        program.write_text(f'#!/bin/sh\nexec {python} {script} "$@"\n')
         program.chmod(0o755)
-        (tree / "usr/bin" / name).symlink_to(Path("..") / PREFIX.relative_to("usr") / "venv/bin" / name)
 
 
 def _units(tree: Path, names: tuple[str, ...]) -> None:
@@ -186,7 +195,7 @@ def _engine(tree: Path, engine: str, target: Target, held: dict[str, str]) -> No
 
 def _grpc(tree: Path, target: Target, held: dict[str, str]) -> None:
     _added(tree, "grpc", "edgefleet-runtime-grpc", target, held)
-    _programs(tree, GRPC_PROGRAMS)
+    _programs(tree, "grpc", GRPC_PROGRAMS)
     _units(tree, GRPC_UNITS)
     _control(
         tree, "edgefleet-runtime-grpc", target,
@@ -199,7 +208,7 @@ def _grpc(tree: Path, target: Target, held: dict[str, str]) -> None:
 
 def _added(tree: Path, what: str, package: str, target: Target, held: dict[str, str]) -> None:
     """A lock without what the agent's package holds, in a folder of its own on the environment's path."""
-    folder = tree / PREFIX / "engines" / what
+    folder = tree / UNPACKED / what
     _install(ROOT / "requirements" / f"agent-{what}.txt", folder, target)
     for name, version in _installed(folder).items():
         if name not in held:
@@ -209,9 +218,10 @@ def _added(tree: Path, what: str, package: str, target: Target, held: dict[str, 
                 f"{what} wants {name} {version}, the agent's package holds {held[name]}: lock them together"
             )
         _take_out(folder, f"{name}-{version}.dist-info")
-    path = tree / SITE / f"{package}.pth"
+    path = tree / PATHS / f"{package}.pth"
     path.parent.mkdir(parents=True)
-    path.write_text(f"/{PREFIX}/engines/{what}\n")
+    # The copy itself rather than its name: what a process imports later is of the same one.
+    path.write_text(f'import os, sys; sys.path += filter(os.path.isdir, [os.path.realpath("/{PREFIX}/{what}")])\n')
     _document(tree, package)
 
 

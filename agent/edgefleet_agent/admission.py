@@ -1,7 +1,7 @@
 """Stage 6, verify: what is wanted of the board. Receives ``desired`` messages and metadata, hands on the assignment to take up.
 
 Level-triggered: only the newest ``desired`` message counts, and each one is decided about once, also across restarts. What was refused is
-looked at again after a start and when metadata came: they may have been stale, or the clock wrong; what stays refused is told once. Asking
+looked at again after a start, when metadata came and when the clock was set: they may have been stale, or it wrong; what stays refused is told once. Asking
 the verifying child takes a moment, so it runs on a thread whose answer comes back through the runner's inbox.
 
 Not handled here: the checks themselves (:mod:`edgefleet_agent.verify`), what happens next (:mod:`edgefleet_agent.runner`).
@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from edgefleet_shared.artifact import digest_of
@@ -34,6 +35,7 @@ from edgefleet_agent.settings import Settings
 log = logging.getLogger(__name__)
 
 ASK_AGAIN_S = 5.0  # an admission that could not be decided
+CLOCK_SET_S = 60.0  # what makes metadata of days stale or not; a clock that is only slewed stays below it for weeks
 LAST_FILE = "timestamp.json"  # of a publication, and so of what arrives after each connect
 
 
@@ -72,6 +74,7 @@ class Admissions:
         self._unkept: dict[str, bytes] = {}
         self._begun = self._asking = self._fresh = self._waits_for_fresh = False
         self._look_again = True  # at what was refused
+        self._asked_by_s = 0.0  # by what the clock was ahead of the monotonic one then
         self._ask_again_at: float | None = None
         self._root_version = 0
         self._followed: tuple[str, ...] = ()
@@ -102,9 +105,14 @@ class Admissions:
         self._fresh = False
 
     def desire(self, desired: bytes) -> None:
-        """A ``desired`` message came: the newest one counts."""
+        """A ``desired`` message came: the newest one counts. An empty one says that nothing is wanted of the board any more: it stays as it
+        is, and what is at work goes on."""
         self._desired = desired
-        self._consider()
+        if desired:
+            self._consider()
+        elif self._begun and self._keeper.now.refusal:
+            with suppress(EnvironmentProblem):  # it is old news, then, until something else is wanted
+                self._keeper.keep(desired_seen="", refusal="")
 
     def take_metadata(self, name: str, content: bytes) -> None:
         """A metadata file came: what could not be decided before may be now. One that nobody asked for would only fill the disk."""
@@ -136,11 +144,17 @@ class Admissions:
             self._ask_again_at = None
             self._keep_metadata()
             self._consider()
+        if self._begun and self._keeper.now.refusal and abs(self._ahead_s() - self._asked_by_s) > CLOCK_SET_S:
+            self._asked_by_s, self._look_again = self._ahead_s(), True
+            self._consider()
+
+    def _ahead_s(self) -> float:
+        return self._ports.clock.now() - self._ports.clock.monotonic()
 
     def _consider(self) -> None:
         """Have the newest ``desired`` message verified, unless that was done."""
         desired, decided = self._desired, self._keeper.now
-        if not self._begun or desired is None or self._asking or len(desired) > MAX_ASSIGNMENT_BYTES:
+        if not self._begun or not desired or self._asking or len(desired) > MAX_ASSIGNMENT_BYTES:
             return
         digest = digest_of(desired)
         if digest == decided.desired_seen and not (decided.refusal and self._look_again):
@@ -149,7 +163,7 @@ class Admissions:
         self._waits_for_fresh = not self._fresh or bool(self._unkept)
         if self._waits_for_fresh:
             return
-        self._asking, self._look_again = True, False
+        self._asking, self._look_again, self._asked_by_s = True, False, self._ahead_s()
 
         def ask() -> None:
             result: Admission | verify.Refusal | EdgefleetError
@@ -178,7 +192,7 @@ class Admissions:
             empty when the path came to a decision, whichever; else what was in the way. Blocking; safe on a job's thread.
         """
         desired = self._desired
-        if desired is None or not self._fresh:
+        if not desired or not self._fresh:
             return "no assignment, or not all metadata, has arrived"
         try:
             self._admit(desired)
@@ -200,6 +214,7 @@ class Admissions:
                     self._follow_metadata()
                 case verify.Refusal():
                     self._refuse(done.digest, done.result)
+                    self._follow_metadata()  # it may be the next root but one that is missing
                 case EdgefleetError():
                     raise done.result
                 case _:

@@ -21,7 +21,7 @@ from edgefleet_agent.sandbox import child_environment, describe_exit
 
 log = logging.getLogger(__name__)
 
-PROBE_LIMIT_S = 60  # for each engine
+PROBE_LIMIT_S = 45  # for each engine; those that hang do so side by side, and systemd gives the agent 90 s to start
 
 
 class EngineProbe(msgspec.Struct, frozen=True):

@@ -2,8 +2,8 @@
 
 Three rounds: the manifest (its size and digest are signed), the config (named by the manifest), the layers (whose every chunk's
 hash stands in the config). Each layer chunk is checked as it comes, so a flipped byte costs one chunk; a blob gets its name
-only when it is whole. What was fetched before a power cut, and blobs that another slot has, are found again by hashing them; what came is made safe
-from a cut every few seconds, so that a board that is never on for long gets there too.
+only when it is whole. What came is made safe from a cut every few seconds, and found again by a record of that (:mod:`edgefleet_agent.safe_chunks`), so
+that a board that is never on for long gets there too. Without a record, as with blobs that another slot has, it is found by hashing it.
 
 Memory: one chunk. Owned by the runner's thread; not handled here: connections.
 """
@@ -30,6 +30,8 @@ from edgefleet_shared.artifact import (
 from edgefleet_shared.clock import Clock
 from edgefleet_shared.errors import ArtifactError, EnvironmentProblem
 from edgefleet_shared.messages import Want, ranges
+
+from edgefleet_agent import safe_chunks
 
 log = logging.getLogger(__name__)
 
@@ -62,6 +64,7 @@ class _Blob:
         self.part = self.final.with_name(f".part-{self.final.name}")
         self.missing = set(range(self.count))
         self.unsafe_bytes = 0  # that came and may be lost with the power
+        self._unrecorded = False  # something is there that no record names
         self._find_again()
 
     def length(self, number: int) -> int:
@@ -72,14 +75,30 @@ class _Blob:
         return sum(map(self.length, self.missing))
 
     def _find_again(self) -> None:
-        """Chunks that an interrupted fetch left behind, by hashing them. Without chunk hashes there is nothing to go by."""
+        """Chunks that an interrupted fetch left behind: those that it made safe or, where it does not say, those that hash to what they
+        should. Without chunk hashes there is nothing to go by."""
         if self.hashes is None:
             return
+        safe = safe_chunks.read(self.final, self.count, self.chunk_bytes, files=self.files)
+        if safe is None:
+            self._find_by_hashing()
+            return
+        with atomic.disk_errors(self.part, "read"):
+            there_bytes = self.files.size_bytes(self.part) or 0
+        lost = {number for number in safe if number * self.chunk_bytes + self.length(number) > there_bytes}
+        if lost:  # a record goes before its chunks do, so this is nobody's doing but the disk's
+            safe_chunks.forget(self.final, files=self.files)
+            self._find_by_hashing()
+        else:
+            self.missing -= safe
+
+    def _find_by_hashing(self) -> None:
         with suppress(FileNotFoundError):
             pieces = atomic.pieces(self.part, files=self.files, size_bytes=self.chunk_bytes)
             for number, piece in zip(range(self.count), pieces, strict=False):
                 if len(piece) == self.length(number) and self._good(number, piece):
                     self.missing.discard(number)
+                    self._unrecorded = True
                 self._alive()
 
     def _good(self, number: int, piece: bytes) -> bool:
@@ -93,6 +112,7 @@ class _Blob:
         atomic.write_piece(self.part, piece, number * self.chunk_bytes, files=self.files)
         self.missing.discard(number)
         self.unsafe_bytes += len(piece)
+        self._unrecorded = True
         return True
 
     def make_safe(self) -> int:
@@ -101,14 +121,19 @@ class _Blob:
         Raises:
             EnvironmentProblem: the disk refused.
         """
-        if not self.unsafe_bytes or self.hashes is None:  # without hashes nothing of it would be found again
+        if not self._unrecorded or self.hashes is None:  # without hashes nothing of it would be found again
             return 0
         atomic.sync(self.part, files=self.files)
-        made_safe, self.unsafe_bytes = self.unsafe_bytes, 0
+        self._record()
+        made_safe, self.unsafe_bytes, self._unrecorded = self.unsafe_bytes, 0, False
         return made_safe
 
+    def _record(self) -> None:
+        safe = set(range(self.count)) - self.missing
+        safe_chunks.write(self.final, safe, self.count, self.chunk_bytes, files=self.files)
+
     def finish(self, layout: Layout) -> bool:
-        """All chunks are there: give the blob its name, if its bytes are what its digest says; else begin again."""
+        """All chunks are there: give the blob its name, if its bytes are what its digest says; else those that are not are missing again."""
         if self.blob.size == 0:
             layout.put(b"")
             return True
@@ -118,11 +143,23 @@ class _Blob:
         except FileNotFoundError:
             whole = False
         if not whole:
-            atomic.remove(self.part, files=self.files)
-            self.missing, self.unsafe_bytes = set(range(self.count)), 0
+            self._look_for_what_is_wrong()
             return False
         atomic.adopt(self.part, self.final, files=self.files)
+        if self.hashes is not None:
+            with suppress(EnvironmentProblem):  # then the next start hashes it
+                self._record()
         return True
+
+    def _look_for_what_is_wrong(self) -> None:
+        """What was safe may have rotted since. Where that is not it, nothing of the file is to be gone by."""
+        safe_chunks.forget(self.final, files=self.files)
+        self.missing, self.unsafe_bytes, self._unrecorded = set(range(self.count)), 0, False
+        if self.hashes is not None:
+            self._find_by_hashing()
+        if not self.missing or len(self.missing) == self.count:
+            atomic.remove(self.part, files=self.files)
+            self.missing, self._unrecorded = set(range(self.count)), False
 
 
 class Fetcher:
@@ -220,7 +257,7 @@ class Fetcher:
         now = self._clock.monotonic()
         if now - self._made_safe_at >= SAFE_EVERY_S:
             self._made_safe_at = now
-            self.safe_bytes += sum(blob.make_safe() for blob in self._blobs.values())
+            self.make_safe()
         if now - max(self._heard_at, self._asked_at) >= self._pause_s:
             self._pause_s = min(self._pause_s * 1.5, WANT_AGAIN_LAST_S)
             self._ask()
@@ -230,12 +267,20 @@ class Fetcher:
                 self._fallback(digest, blob.blob.size, blob.chunk_bytes, sorted(blob.missing))
                 break  # one at a time: this is the slow way
 
+    def make_safe(self) -> None:
+        """Have the next start find what came so far, whatever is cut.
+
+        Raises:
+            EnvironmentProblem: the disk refused.
+        """
+        self.safe_bytes += sum(blob.make_safe() for blob in self._blobs.values())
+
     def _open(self, blobs: list[tuple[Descriptor, tuple[str, ...] | None, int]]) -> None:
         opened: dict[str, _Blob] = {}
         for descriptor, hashes, chunk_bytes in blobs:
             if descriptor.digest in opened:
                 continue
-            if self._lies_whole(descriptor):
+            if self._lies_whole(descriptor, hashes is not None, chunk_bytes):
                 self.done_bytes += descriptor.size
                 continue
             blob = _Blob(self._layout, descriptor, hashes, chunk_bytes, self._alive)
@@ -248,11 +293,15 @@ class Fetcher:
             self._listen(digest)
         self._ask()
 
-    def _lies_whole(self, descriptor: Descriptor) -> bool:
+    def _lies_whole(self, descriptor: Descriptor, chunked: bool, chunk_bytes: int) -> bool:
         """Whether another slot, or an earlier try, has the blob already. One that rotted is removed, to be fetched again; one that can't be
-        read is fetched over it: perhaps it can be read tomorrow, by the slot that has it."""
+        read is fetched over it: perhaps it can be read tomorrow, by the slot that has it. Of a ``chunked`` one it is remembered."""
         if not self._layout.has(descriptor.digest):
             return False
+        path, files = self._layout.path(descriptor.digest), self._layout.files
+        count = chunk_count(descriptor.size, chunk_bytes)
+        if chunked and safe_chunks.lies_whole(path, count, chunk_bytes, files=files):
+            return True
         try:
             self._layout.check(descriptor, alive=self._alive)
         except ArtifactError:
@@ -263,6 +312,9 @@ class Fetcher:
                 raise
             log.warning("blob unreadable", extra={"digest": descriptor.digest, "reason": str(exc)})
             return False
+        if chunked:
+            with suppress(EnvironmentProblem):  # then the next start hashes it again
+                safe_chunks.write(path, range(count), count, chunk_bytes, files=files)
         return True
 
     def _alive(self) -> None:
@@ -288,7 +340,7 @@ class Fetcher:
                         self._unlisten(digest)
                         del self._blobs[digest]
                     else:
-                        self.done_bytes -= blob.blob.size
+                        self.done_bytes -= blob.missing_bytes
                         self.bad_chunks += 1
                         self._ask()
             if self._blobs or self._target is None or self.finished:

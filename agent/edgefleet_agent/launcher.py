@@ -22,7 +22,7 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-from edgefleet_shared import atomic
+from edgefleet_shared import atomic, streams
 from edgefleet_shared.errors import EdgefleetError
 from edgefleet_shared.files import DISK, FileSystem
 
@@ -227,6 +227,7 @@ def main() -> NoReturn:
     """``fleet-agent-launch --state STATE``."""
     import argparse  # the resident agent imports this module too, and needs no command line
 
+    streams.hold()  # what we become has them too
     parser = argparse.ArgumentParser(
         prog="fleet-agent-launch", description="Start the version of the agent that is to run."
     )

@@ -158,6 +158,8 @@ class Runner:
         """The agent ends in order, and its next start is to know that: who stops it says nothing against what it was at."""
         self._stop_job.set()
         current = self._keeper.now
+        with suppress(EdgefleetError):  # then it comes again
+            self._fetcher.make_safe()
         if self._wake_at is None and current.life.state is not State.IDLE:
             soaked_s = current.soaked_s
             if self._soaking_since is not None:

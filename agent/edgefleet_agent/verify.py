@@ -74,11 +74,13 @@ class Checked(msgspec.Struct, frozen=True, tag="checked"):
 
 
 class NotVerified(msgspec.Struct, frozen=True, tag="not_verified"):
-    """``assignment`` when its signature was good and only a later check failed: then the outcome has a name to go by."""
+    """``assignment`` when its signature was good and only a later check failed: then the outcome has a name to go by. ``root`` is the newest
+    that the board may trust all the same, when its metadata was looked at."""
 
     error: dict[str, str]
     waits: bool = False
     assignment: str = ""
+    root: bytes = b""
 
 
 Answer = Admitted | Checked | NotVerified
@@ -96,12 +98,14 @@ class _RootFile(msgspec.Struct):
 
 
 class Refusal(Exception):
-    """An assignment that was decided against. ``assignment`` is empty when not even its signature was good."""
+    """An assignment that was decided against. ``assignment`` is empty when not even its signature was good; ``root`` as in
+    :class:`NotVerified`."""
 
-    def __init__(self, error: EdgefleetError, assignment: str) -> None:
+    def __init__(self, error: EdgefleetError, assignment: str, root: bytes = b"") -> None:
         super().__init__(str(error))
         self.error = error
         self.assignment = assignment
+        self.root = root
 
 
 class SandboxedChild:
@@ -140,7 +144,8 @@ def admit(
     files: FileSystem = DISK,
     subject: Subject = Subject.MODEL,
 ) -> Admission:
-    """Have an assignment checked, then make the new root and floors durable: only then may anything be done for it.
+    """Have an assignment checked, then make the new root and floors durable: only then may anything be done for it. Of one that is refused
+    the new root stays.
 
     Raises:
         Refusal, Incomplete: as ``ask`` does. EnvironmentProblem: the child or the disk could not do its part.
@@ -160,6 +165,8 @@ def admit(
     try:
         admission = ask(request)
     except Refusal as exc:
+        if exc.root not in (b"", request.root):
+            atomic.write(state / "trust" / "root.json", exc.root, files=files)
         if isinstance(exc.error, TrustError) and exc.error.check == "root_chain":
             _discard_next_root(state, files)
         raise
@@ -195,13 +202,13 @@ def _ask(request: AdmitRequest | CheckRequest, limits: Limits, expected: type[_A
     match answers:
         case [expected() as answer]:
             return answer
-        case [NotVerified(error, waits, assignment)]:
+        case [NotVerified(error, waits, assignment, root)]:
             if waits:
                 raise Incomplete(error.get("message", ""))
             found = from_dict(error)
             if isinstance(found, EnvironmentProblem):
                 raise found  # the disk under the child: nothing was decided
-            raise Refusal(found, assignment)
+            raise Refusal(found, assignment, root)
     raise EnvironmentProblem(
         f"the verifying child ended without an answer: {ended.problem or 'status 0'} {ended.output[-300:]}"
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Container
+from collections.abc import Callable, Container
 from pathlib import Path
 
 import msgspec
@@ -37,19 +37,28 @@ def main() -> int:
     except Incomplete as exc:
         answer = NotVerified(exc.as_dict(), waits=True)
     except EdgefleetError as exc:
-        answer = NotVerified(exc.as_dict(), assignment=_named(request))
+        answer = NotVerified(exc.as_dict(), assignment=_named(request), root=_newest_root(request))
     os.write(report_fd, msgspec.json.encode(answer) + b"\n")
     return 0
 
 
+def _reader(folder: Path) -> Callable[[str], bytes | None]:
+    return lambda name: (folder / name).read_bytes() if (folder / name).is_file() else None
+
+
+def _repository(request: AdmitRequest) -> trust.ImageRepository:
+    read = _reader(Path(request.metadata))
+    return trust.ImageRepository(request.root, read, request.device_class, request.floors, request.now)
+
+
+def _newest_root(request: AdmitRequest | CheckRequest) -> bytes:
+    if isinstance(request, CheckRequest):
+        return b""
+    return trust.newest_root(request.root, _reader(Path(request.metadata)))
+
+
 def _admit(request: AdmitRequest) -> Admitted:
-    folder = Path(request.metadata)
-
-    def read(name: str) -> bytes | None:
-        path = folder / name
-        return path.read_bytes() if path.is_file() else None
-
-    repository = trust.ImageRepository(request.root, read, request.device_class, request.floors, request.now)
+    repository = _repository(request)
     return Admitted(
         trust.admit(
             repository,
@@ -68,15 +77,8 @@ def _named(request: AdmitRequest | CheckRequest) -> str:
     """The assignment's id, if the director's signature on it is good; it may be named in the outcome then."""
     if isinstance(request, CheckRequest):
         return request.assignment.id
-    folder = Path(request.metadata)
     try:
-        repository = trust.ImageRepository(
-            request.root,
-            lambda name: (folder / name).read_bytes() if (folder / name).is_file() else None,
-            request.device_class,
-            request.floors,
-            request.now,
-        )
+        repository = _repository(request)
         assignment, _ = trust.check_assignment(repository.targets, request.desired, now=request.now)
     except EdgefleetError:
         return ""

@@ -133,6 +133,10 @@ class FleetClient:
     def revoke_device(self, name: str) -> Json:
         return self._call("DELETE", f"/v1/devices/{name}")
 
+    def label_device(self, name: str, changes: dict[str, str | None]) -> Json:
+        """Set labels of a board, or take them away (None); returns all that it has now."""
+        return self._call("PATCH", f"/v1/devices/{name}/labels", json=changes)
+
     def workers(self) -> Json:
         return self._call("GET", "/v1/workers")
 

@@ -20,6 +20,7 @@ from edgefleet_controller.transport.broker import find_mosquitto
 
 SPARE_BYTES = 2_000_000_000  # a toolchain and a few artifacts
 WARN_BEFORE_S = 14 * 24 * 3600.0
+_ONLINE = ("snapshot.json", "timestamp.json")  # the running controller renews them, each few days
 
 
 class Finding(msgspec.Struct, frozen=True):
@@ -82,14 +83,25 @@ def _certificates(home: Path) -> str:
 
 def _metadata(home: Path) -> str:
     now = SystemClock().now()
-    ends = {}
-    for path in home.glob("repository/*.json"):
-        ends[path.name] = Metadata.from_bytes(path.read_bytes()).signed.expires.timestamp()
-    if not ends:
+    found = {path.name: Metadata.from_bytes(path.read_bytes()).signed for path in home.glob("repository/*.json")}
+    if not found:
         raise EnvironmentProblem("there is none", hint="fleet init makes it")
+    root = max((signed.version for name, signed in found.items() if name.endswith(".root.json")), default=0)
+    # Boards that were away go through the roots before the newest, which may have ended.
+    ends = {
+        name: signed.expires.timestamp()
+        for name, signed in found.items()
+        if name == f"{root}.root.json" or not name.endswith(".root.json")
+    }
     expired = [f"{name} at {iso(end)}" for name, end in ends.items() if end < now]
-    if expired:
-        raise EnvironmentProblem(f"expired: {', '.join(expired)}", hint="timestamp and snapshot: start the controller")
+    soon = [
+        f"{name} at {iso(end)}"
+        for name, end in ends.items()
+        if now <= end < now + WARN_BEFORE_S and name not in _ONLINE
+    ]
+    if expired or soon:
+        told = [f"{what}: {', '.join(names)}" for what, names in (("expired", expired), ("ends soon", soon)) if names]
+        raise EnvironmentProblem("; ".join(told), hint="fleet renew; timestamp and snapshot: start the controller")
     first = min(ends, key=lambda name: ends[name])
     return f"{len(ends)} files; the first to end is {first}, {iso(ends[first])}"
 

@@ -6,6 +6,7 @@ are fetched and checked here first.
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 from edgefleet_shared.artifact import (
@@ -34,6 +35,32 @@ def add_class(client: FleetClient, signer: ReleaseSigner, device_class: str) -> 
     changed = signer.add_class(client.metadata("targets.json"), device_class)
     client.publish(changed)
     return bool(changed)
+
+
+def renew(client: FleetClient, signer: ReleaseSigner) -> list[str]:
+    """Sign anew what has less than half of its life left, and hand it in.
+
+    Returns:
+        the names of what was signed.
+
+    Raises:
+        NotFoundError: keys of what is due are not here; nothing was signed.
+    """
+    root, number = client.metadata("1.root.json"), 1
+    while True:
+        try:
+            root = client.metadata(f"{number + 1}.root.json")
+        except NotFoundError:
+            break
+        number += 1
+    classes = [f"{class_role(str(spec['metadata']['name']))}.json" for spec in client.classes()]
+    files = {"targets.json": client.metadata("targets.json")}
+    for name in classes:
+        with suppress(NotFoundError):  # a class that was registered and never delegated
+            files[name] = client.metadata(name)
+    renewed = signer.renew(root, files)
+    client.publish(renewed)
+    return list(renewed)
 
 
 def sign(client: FleetClient, signer: ReleaseSigner, model: str, version: str, artifact: dict[str, Any]) -> None:

@@ -208,6 +208,38 @@ class ReleaseSigner:
         role = class_role(device_class)
         return {f"{role}.json": _signed(metadata, [read_key(self.keys / f"{role}.pem")])}
 
+    def renew(self, root: bytes, files: dict[str, bytes]) -> dict[str, bytes]:
+        """Sign anew, with the same keys, what has less than half of its life left: root, targets, the classes' roles. Boards take nothing new
+        once one of them has ended.
+
+        Args:
+            root: the newest one.
+            files: ``targets.json`` and every ``class-<name>.json`` as they are published, by name; others are passed over.
+
+        Returns:
+            file name -> signed bytes; empty when nothing is due.
+
+        Raises:
+            NotFoundError: keys of what is due are not here; nothing was signed.
+        """
+        current: Metadata[Root] = Metadata.from_bytes(root)
+        due = {f"{current.signed.version + 1}.root.json": (root, OFFLINE_LIFE, "root")}
+        for name, content in files.items():
+            if name == "targets.json":
+                due[name] = (content, OFFLINE_LIFE, "targets")
+            elif name.startswith(class_role("")):
+                due[name] = (content, RELEASE_LIFE, name.removesuffix(".json"))
+        renewed = {}
+        for name, (content, life, role) in due.items():
+            metadata: Metadata[Root] | Metadata[Targets] = Metadata.from_bytes(content)
+            if metadata.signed.expires - utc(self._clock.now()) >= life / 2:
+                continue
+            metadata.signed.version += 1
+            metadata.signed.expires = utc(self._clock.now()) + life
+            offline = role in ("root", "targets")
+            renewed[name] = _signed(metadata, self._several(role) if offline else [read_key(self.keys / f"{role}.pem")])
+        return renewed
+
 
 class Repository:
     """The controller's side of the image repository: a folder of signed metadata, kept fresh with the online keys.
@@ -271,13 +303,7 @@ class Repository:
 
     def _check(self, new: dict[str, bytes]) -> None:
         try:
-            if "1.root.json" in new and not list(self.folder.glob("*.root.json")):
-                root: Metadata[Root] = Metadata.from_bytes(new["1.root.json"])
-                root.signed.verify_delegate("root", root.signed_bytes, root.signatures)
-            else:
-                if any(name.endswith(".root.json") for name in new):
-                    raise TrustError("root_chain", "a root is replaced by its own ceremony, not here")
-                root = Metadata.from_bytes(self.root)
+            root = self._root_after(new)
             before = self.read("targets.json")
             content = new.get("targets.json") or before
             if content is None:
@@ -298,6 +324,28 @@ class Repository:
                 self._check_version(role, self.read(name), content)
         except (RepositoryError, DeserializationError, ValueError) as exc:
             raise TrustError("signature", f"metadata was not taken: {exc}") from exc
+
+    def _root_after(self, new: dict[str, bytes]) -> Metadata[Root]:
+        """The root that is in force once ``new`` is taken: the first one of all, the one after that of now, or that of now."""
+        named = [name for name in new if name.endswith(".root.json")]
+        present: Metadata[Root] | None = (
+            Metadata.from_bytes(self.root) if any(self.folder.glob("*.root.json")) else None
+        )
+        if present is not None and not named:
+            return present
+        version = present.signed.version + 1 if present is not None else 1
+        if named != [f"{version}.root.json"]:
+            raise TrustError("root_chain", f"the next root is {version}.root.json, not {', '.join(named) or 'none'}")
+        root: Metadata[Root] = Metadata.from_bytes(new[named[0]])
+        if not isinstance(root.signed, Root) or root.signed.version != version:
+            raise TrustError("root_chain", f"{named[0]} is no root of version {version}")
+        for holder in (present, root):
+            if holder is not None:
+                holder.signed.verify_delegate("root", root.signed_bytes, root.signatures)
+        for role, signer in (("snapshot", self._snapshot), ("timestamp", self._timestamp)):
+            if signer.public_key.keyid not in root.signed.roles[role].keyids:
+                raise TrustError("root_chain", f"{named[0]} does not name the {role} key that this controller has")
+        return root
 
     def _check_version(self, role: str, before: bytes | None, after: bytes | None) -> None:
         if before is None or after is None:

@@ -269,7 +269,7 @@ class Layout:
                 yield f"sha256:{name}"
 
     def unfinished(self) -> Iterator[Path]:
-        """Files that never became a blob: what an interrupted fetch or copy left behind."""
+        """Files that are no blob: what an interrupted fetch or copy left behind, and what it knew about that."""
         for name in self._names():
             if name.startswith("."):
                 yield self._blobs / name

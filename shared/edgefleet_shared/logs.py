@@ -12,6 +12,7 @@ from typing import Any
 
 import msgspec
 
+from edgefleet_shared import streams
 from edgefleet_shared.clock import iso
 
 # What a LogRecord carries by itself; everything else came with ``extra=``.
@@ -41,11 +42,12 @@ class JsonFormatter(logging.Formatter):
 
 
 def configure(level: str = "INFO", **ids: str) -> None:
-    """Send this process's logs to stderr as JSON lines.
+    """Send this process's logs to stderr as JSON lines; see to it that there is one.
 
     Args:
         ids: fields that every line carries, such as ``device``.
     """
+    streams.hold()
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter(ids))
     root = logging.getLogger()

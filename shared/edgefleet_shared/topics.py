@@ -50,7 +50,15 @@ class Row(NamedTuple):
 
 
 TABLE = (
-    Row(Kind.DESIRED, "d/<device>/desired", "controller", True, 1, "TUF Targets metadata", "the signed assignment"),
+    Row(
+        Kind.DESIRED,
+        "d/<device>/desired",
+        "controller",
+        True,
+        1,
+        "TUF Targets metadata",
+        "the signed assignment; empty once nothing is wanted of the board any more",
+    ),
     Row(
         Kind.DESIRED_AGENT,
         "d/<device>/desired-agent",

@@ -65,7 +65,16 @@ from edgefleet_shared.fingerprint import Fingerprint, Requirement, mismatches
 MAX_METADATA_BYTES = 8 * 1024 * 1024
 MAX_ROOT_ROTATIONS = 64
 
-__all__ = ["Admission", "Assignment", "Floors", "ImageRepository", "Incomplete", "admit", "check_assignment"]
+__all__ = [
+    "Admission",
+    "Assignment",
+    "Floors",
+    "ImageRepository",
+    "Incomplete",
+    "admit",
+    "check_assignment",
+    "newest_root",
+]
 
 
 class ImageRepository:
@@ -112,6 +121,25 @@ class ImageRepository:
         for name, version in self.versions.items():
             if version < floors.versions.get(name, 0):
                 raise TrustError("floor", f"{name} version {version} is below {floors.versions[name]}, accepted before")
+
+
+def newest_root(root: bytes, read: Callable[[str], bytes | None]) -> bytes:
+    """The last of the roots that follow from ``root``, each signed by its predecessor's keys too; ``root`` itself where none does.
+
+    A board keeps it whatever comes of the rest (TUF 5.3.8): it has to go through all of them that it missed, each brought one by one, and only
+    under the newest is the other metadata good. Arguments as of :class:`ImageRepository`.
+    """
+    try:
+        trusted = TrustedMetadataSet(root, EnvelopeType.METADATA)
+        for _ in range(MAX_ROOT_ROTATIONS):
+            newer = read(f"{trusted.root.version + 1}.root.json")
+            if newer is None:
+                break
+            _load("root_chain", trusted.update_root, newer)
+            root = newer
+    except (TrustError, RepositoryError, DeserializationError):
+        pass  # told by whoever needs what can't be used
+    return root
 
 
 def admit(

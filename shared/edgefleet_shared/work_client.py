@@ -11,6 +11,7 @@ import http.client
 import os
 import ssl
 from contextlib import suppress
+from email.utils import parsedate_to_datetime  # http.client has loaded it
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -46,6 +47,7 @@ class WorkClient:
     def __init__(self, host: str, port: int, *, ca: Path, certificate: Path, key: Path) -> None:
         self._host, self._port = host, port
         self._ca, self._certificate, self._key = ca, certificate, key
+        self._controllers_clock = 0.0  # when it answered last, seconds since 1970
         self._load()
 
     def _load(self) -> None:
@@ -59,12 +61,13 @@ class WorkClient:
         self.tls = tls
 
     def renewal_is_due(self, now: float) -> bool:
-        """Whether the certificate should be renewed (``now``: seconds since 1970).
+        """Whether the certificate should be renewed (``now``: seconds since 1970, by a clock that may stand in the past: a builder board may
+        have none, so that the controller's counts too).
 
         Raises:
             EnvironmentProblem: it can't be read.
         """
-        return is_due(self._certificate, now)
+        return is_due(self._certificate, max(now, self._controllers_clock))
 
     def adopt(self, certificate: str) -> None:
         """Keep another certificate (PEM) for the same key; calls that begin from now on show it.
@@ -178,6 +181,7 @@ class WorkClient:
         """The answer, if it is a good one; else the controller's own words."""
         try:
             answer = link.getresponse()
+            self._hear_time(answer.headers.get("Date", ""))
             if answer.status == 200:
                 return answer
             content = answer.read(MAX_ERROR_BYTES)
@@ -187,6 +191,10 @@ class WorkClient:
             raise from_dict(msgspec.json.decode(content, type=dict[str, str]))
         except msgspec.DecodeError as exc:
             raise TransportError(f"the controller answered {answer.status}") from exc
+
+    def _hear_time(self, date: str) -> None:
+        with suppress(ValueError, OverflowError):
+            self._controllers_clock = parsedate_to_datetime(date).timestamp()
 
     def _unreachable(self, exc: Exception) -> TransportError:
         return TransportError(f"can't reach the controller at {self._host}:{self._port}: {exc}")

@@ -9,6 +9,7 @@ from chaos.board import STATE, Agent, SimulatedRuntime, Story, check_end
 from chaos.depot import Depot
 from chaos.stories import came_to, depot, enrolment
 from edgefleet_agent import journal
+from edgefleet_agent.fetch import SAFE_EVERY_S
 from edgefleet_agent.journal import Journal
 from edgefleet_agent.runtime.control import StatusReport
 from edgefleet_shared.lifecycle import MAX_RESTARTS, State
@@ -51,6 +52,12 @@ class Vehicle:
     def trip(self, chunks: int) -> None:
         """The power is cut after :data:`TRIP_S`: what was not safe is lost."""
         agent = _turned(self.start(f"kernel boot {self._starts}", chunks))
+        self.tree = min(remains(agent.disk), key=lambda tree: sum(len(content or b"") for content in tree.values()))
+
+    def stop(self, chunks: int) -> None:
+        """It is stopped in order soon after it started, and the power cut then."""
+        agent = _turned(self.start(f"kernel boot {self._starts}", chunks), SAFE_EVERY_S / 2)
+        agent.runner.close()
         self.tree = min(remains(agent.disk), key=lambda tree: sum(len(content or b"") for content in tree.values()))
 
     def crash(self, chunks: int) -> None:
@@ -127,8 +134,8 @@ def test_only_the_stop_right_before_a_start_excuses_it() -> None:
     check_end(soaked(tree, desired, 99, cut, 100 * LOOK_S), {"1": (Outcome.FAILED_ROLLED_BACK,)})
 
 
-def _turned(agent: Agent) -> Agent:
-    while agent.clock.monotonic() < TRIP_S:
+def _turned(agent: Agent, seconds: float = TRIP_S) -> Agent:
+    while agent.clock.monotonic() < seconds:
         agent.turn()
     return agent
 
@@ -137,6 +144,16 @@ def test_a_fetch_that_each_trip_brings_further_comes_through() -> None:
     vehicle = Vehicle()
     for _ in range(CHUNKS - 1):
         vehicle.trip(chunks=1)
+        assert vehicle.journal.life.state is State.FETCHING
+    agent = vehicle.start("the last kernel boot", chunks=1)
+    agent.run()
+    check_end(agent)
+
+
+def test_a_fetch_comes_through_though_each_trip_is_shorter_than_what_came_needs_to_be_safe() -> None:
+    vehicle = Vehicle()
+    for _ in range(CHUNKS - 1):
+        vehicle.stop(chunks=1)
         assert vehicle.journal.life.state is State.FETCHING
     agent = vehicle.start("the last kernel boot", chunks=1)
     agent.run()

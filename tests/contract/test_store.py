@@ -238,6 +238,29 @@ def test_what_a_name_was_assigned_is_its_successors_if_that_is_of_the_same_class
         assert [row.id for row in rollouts.signed_before(session, 1e12)] == (["r1.b1.1"] if kept else [])
 
 
+def test_labels_are_changed_one_by_one_and_stay_with_the_name(database: Database) -> None:
+    enrol(database, "b1")
+    with database.write() as session:
+        assert devices.change_labels(session, "b1", {"line": "3", "hall": "north"}) == {"hall": "north", "line": "3"}
+    with database.write() as session:
+        assert devices.change_labels(session, "b1", {"line": "4", "hall": None, "never": None}) == {"line": "4"}
+        devices.revoke(session, "b1")
+        devices.enrol(session, "b1", "x86", now=2.0)
+    with database.read() as session:
+        assert devices.get_device(session, "b1").labels == '{"line":"4"}'
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"": "x"}, {"Line 3": "x"}, {"line": "x" * 64}, {"line": "a\nb"}, {f"l{n}": "" for n in range(65)}]
+)
+def test_labels_that_can_not_be_are_refused_and_change_nothing(database: Database, wrong: dict[str, str]) -> None:
+    enrol(database, "b1")
+    with pytest.raises(InputError), database.write() as session:
+        devices.change_labels(session, "b1", {"good": "1", **wrong})
+    with database.read() as session:
+        assert devices.get_device(session, "b1").labels == "{}"
+
+
 def test_an_unknown_class_is_told_with_the_known_ones(database: Database) -> None:
     enrol(database, "b1")
     with pytest.raises(NotFoundError, match="known: x86"), database.write() as session:
@@ -613,6 +636,63 @@ def test_only_the_assignment_in_force_is_published_and_bytes_come_back_verbatim(
         assert rollouts.unpublished(session) == []
         assert rollouts.publish_all_again(session) == 2
         assert len(rollouts.unpublished(session)) == 2
+
+
+@pytest.mark.parametrize("anew", ["", "x86", "arm"], ids=["nobody", "the same class", "another class"])
+def test_what_nobody_is_assigned_any_more_is_withdrawn_and_a_successors_published_again(
+    database: Database, anew: str
+) -> None:
+    enrol(database, "b1", "b2")
+    with database.write() as session:
+        devices.put_class(session, "arm", "{}", 1.0)
+        about_agent = assignment("r2.b1.1", "b1", 2)
+        about_agent.subject = "agent"
+        rollouts.put_assignments(session, [assignment("r1.b1.1", "b1", 1), about_agent, assignment("r1.b2.1", "b2", 1)])
+        rollouts.mark_published(session, [(row.id, row.version) for row in rollouts.unpublished(session)])
+        assert rollouts.withdrawn(session) == []
+        devices.revoke(session, "b1")
+        assert rollouts.unpublished(session) == []
+        if anew:
+            devices.enrol(session, "b1", anew, now=2.0)
+    same, expected = anew == "x86", [("r1.b1.1", 1), ("r2.b1.1", 2)]
+
+    def waiting() -> tuple[list[tuple[str, int]], list[tuple[str, int]]]:
+        with database.read() as session:
+            found = rollouts.unpublished(session), rollouts.withdrawn(session)
+        first, second = ([(row.id, row.version) for row in rows] for rows in found)
+        return first, second
+
+    assert waiting() == ((expected, []) if same else ([], expected))
+    with database.write() as session:
+        rollouts.mark_published(session, expected)
+    assert waiting() == ([], [])
+    with database.write() as session:  # the broker forgot what it retained, or forgot that it no longer does
+        rollouts.publish_all_again(session)
+    theirs = ("r1.b2.1", 1)
+    assert waiting() == (([expected[0], theirs, expected[1]], []) if same else ([theirs], expected))
+
+
+def test_a_withdrawn_assignment_takes_the_place_of_no_newer_one(database: Database) -> None:
+    enrol(database, "b1")
+    with database.write() as session:
+        devices.put_class(session, "arm", "{}", 1.0)
+        rollouts.put_assignments(session, [assignment("r1.b1.1", "b1", 1)])
+        devices.revoke(session, "b1")
+        devices.enrol(session, "b1", "arm", now=2.0)
+        rollouts.put_assignments(session, [assignment("r2.b1.1", "b1", 2)])
+    with database.read() as session:
+        assert rollouts.withdrawn(session) == []
+        assert [row.id for row in rollouts.unpublished(session)] == ["r2.b1.1"]
+
+
+def test_what_another_board_of_the_name_said_is_not_its_successors_of_another_class(database: Database) -> None:
+    enrol(database, "b1")
+    with database.write() as session:
+        devices.put_class(session, "arm", "{}", 1.0)
+        devices.put_reported(session, [devices.ReportedRow("b1", "boot", "{}", 1.0)])
+        devices.revoke(session, "b1")
+        devices.enrol(session, "b1", "arm", now=2.0)
+        assert devices.get_device(session, "b1").reported == ""
 
 
 def test_an_assignment_signed_anew_is_published_again_though_its_old_bytes_were(database: Database) -> None:

@@ -167,7 +167,7 @@ def test_an_upgrade_that_comes_to_nothing_leaves_the_board_within_reach(machine,
     (machine.tree / "root" / broken.name).write_bytes(broken.read_bytes())
     runtime = machine.main_pid("fleet-runtime.service")
     assert machine.run("dpkg", "--install", f"/root/{broken.name}", check=False).returncode != 0
-    until(lambda: machine.active("fleet-agent.service"), "the agent that was stopped for it runs again", 60)
+    until(lambda: machine.active("fleet-agent.service"), "the agent runs", 60)
     assert machine.main_pid("fleet-runtime.service") == runtime
 
 
@@ -309,10 +309,13 @@ def test_an_upgrade_under_load_fails_no_request_and_keeps_the_board_what_it_was(
     assert "toy 1 (good)" in machine.run("fleet-agent", "status").stdout
 
 
-def repacked(package: Path, folder: Path, preinst: str = "") -> Path:
-    """The same package as a later version, with a script of that text."""
+def repacked(
+    package: Path, folder: Path, preinst: str = "", change: Callable[[Path], None] = lambda tree: None
+) -> Path:
+    """The same package as a later version, with a script of that text, and changed."""
     tree = folder / package.stem
     subprocess.run(["dpkg-deb", "--raw-extract", str(package), str(tree)], check=True)
+    change(tree)
     control = tree / "DEBIAN/control"
     text = re.sub(r"^(Version: .*)$", r"\1+next", control.read_text(), flags=re.M)
     control.write_text(re.sub(r"(edgefleet-agent \(= [^)]*)\)", r"\1+next)", text))
@@ -324,16 +327,81 @@ def repacked(package: Path, folder: Path, preinst: str = "") -> Path:
     return made
 
 
+def of_another_generation(tree: Path) -> None:
+    """Modules that can't be used together with those of before, nor those of before with them."""
+    changed = 0
+    for module in tree.rglob("edgefleet_*/**/*.py"):
+        text = module.read_text()
+        module.write_text(text.replace("EdgefleetError", "EdgefleetFault"))
+        changed += "EdgefleetError" in text
+    assert changed > 30
+
+
+CUTS = (0.1, 0.4, 0.7, 0.95)  # of our own modules that have got their names
+
+
+@pytest.mark.parametrize("share", CUTS)
+def test_an_upgrade_that_is_cut_off_leaves_agent_and_runtime_that_start(machine, port, packages, tmp_path, share):
+    newer = repacked(packages[0], tmp_path, change=of_another_generation)
+    (machine.tree / "root" / newer.name).write_bytes(newer.read_bytes())
+    files = subprocess.run(["dpkg-deb", "--contents", str(newer)], capture_output=True, text=True, check=True).stdout
+    regular = [line for line in files.splitlines() if line.startswith("-")]
+    own = [number for number, line in enumerate(regular) if "/edgefleet_" in line and line.endswith(".py")]
+    number = own[int(share * len(own))]
+    killed = machine.run(
+        "dpkg", "--install", f"/root/{newer.name}", check=False,
+        before=("strace", "-f", "-qq", "-o", "/dev/null", "-e", "trace=rename", "-e", f"inject=rename:signal=KILL:when={number}"),
+    )  # fmt: skip
+    assert killed.returncode != 0
+    assert (
+        "half-installed"
+        in machine.run("dpkg-query", "--show", "--showformat=${db:Status-Status}", "edgefleet-agent").stdout
+    )
+    before = {service: machine.main_pid(service) for service in SERVICES}
+    machine.run("systemctl", "stop", *SERVICES)  # the power goes with dpkg, and comes back
+    machine.run("systemctl", "start", *SERVICES)
+    until(lambda: all(machine.active(s) and machine.main_pid(s) != before[s] for s in SERVICES), "both run", 60)
+    until(lambda: ask(port, "/v2/models/toy/ready")[0] == 200, "the model is served", 40)
+    assert "toy 1 (good)" in machine.run("fleet-agent", "status").stdout
+
+
+def test_what_was_cut_off_is_installed_once_more(machine, port, packages, tmp_path):
+    install(
+        machine,
+        *(
+            repacked(package, tmp_path, change=of_another_generation if package == packages[0] else lambda tree: None)
+            for package in packages
+        ),
+    )
+    until(lambda: all(machine.active(s) for s in SERVICES), "both run", 60)
+    until(lambda: ask(port, "/v2/models/toy/ready")[0] == 200, "the model is served", 40)
+
+
+def test_the_version_before_is_installed_over_a_later_one(machine, port, fleet, packages):
+    before = {service: machine.main_pid(service) for service in SERVICES}
+    with under_load(port) as statuses:
+        install(machine, *packages)
+        until(lambda: all(machine.active(s) and machine.main_pid(s) != before[s] for s in SERVICES), "both are new", 60)
+    assert set(statuses) == {200}
+    shown = machine.run("dpkg-query", "--show", "--showformat=${Version} ${db:Status-Status}", "edgefleet-agent").stdout
+    assert shown.endswith(" installed")
+    assert "+next" not in shown
+    assert "toy 1 (good)" in machine.run("fleet-agent", "status").stdout
+    assert (
+        machine.run("find", "/usr/lib/edgefleet/in-use", "-maxdepth", "1", "-name", "agent.*").stdout.count("\n") == 1
+    )
+    until(lambda: fleet.client().device("packaged")["online"], "and it is within reach", 60)
+
+
 def test_an_engine_that_is_removed_is_reported_no_longer_while_the_runtime_serves_on(machine, port, fleet):
     runtime = machine.main_pid("fleet-runtime.service")
     machine.run("dpkg", "--remove", "edgefleet-engine-onnxruntime")
     until(lambda: fleet.client().device("packaged")["report"]["fingerprint"]["engines"] == {}, "it is told", 60)
     assert machine.main_pid("fleet-runtime.service") == runtime
     assert ask(port, "/v2/models/toy/ready")[0] == 200
-    assert machine.run("find", "/usr/lib/edgefleet/engines/onnxruntime", check=False).stdout == ""
-    assert machine.run("find", "/usr/lib/edgefleet/engines/grpc", "-name", "*.pyc").stdout != "", (
-        "what others need stays"
-    )
+    left = machine.run("find", "/usr/lib/edgefleet", "-path", "*onnxruntime*", "-not", "-path", "*/agent*").stdout
+    assert left == ""
+    assert machine.run("find", "/usr/lib/edgefleet/grpc/", "-name", "*.pyc").stdout != "", "what others need stays"
 
 
 def test_removed_it_is_silent_and_purged_it_leaves_nothing_but_its_user(machine, port):

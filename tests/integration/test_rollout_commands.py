@@ -70,6 +70,26 @@ def test_a_rollout_goes_canary_first_and_succeeds_with_exit_status_zero(released
     assert "good" in [row["name"] for row in released.json("rollout", "list")]
 
 
+def test_boards_are_labelled_and_chosen_by_that(released, boards):
+    first, second, third = (board.name for board in boards)
+    assert released.json("device", "label", first, "hall=north", "line=3") == {"hall": "north", "line": "3"}
+    released.json("device", "label", second, "hall=north")
+    assert released.json("device", "label", first, "line-", "note=a=b") == {"hall": "north", "note": "a=b"}
+    assert released.json("device", "label", first) == {"hall": "north", "note": "a=b"}
+    assert released.json("device", "show", first)["labels"] == {"hall": "north", "note": "a=b"}
+    path = rollout_for(released, boards, "1", "by-label", selector={"labels": {"hall": "north"}})
+    assert sorted(row["device"] for row in released.json("rollout", "plan", "-f", str(path))) == sorted([first, second])
+    released.json("device", "label", second, "hall=south")
+    assert [row["device"] for row in released.json("rollout", "plan", "-f", str(path))] == [first]
+    assert {d["name"]: d["labels"] for d in released.json("device", "list")}[third] == {}
+    assert "hall=south" in released.run("device", "list").stdout
+    for wrong in (["hall"], ["=x"], ["hall=a", "hall-"], ["Hall=x"]):
+        done = released.run("device", "label", first, *wrong)
+        assert done.returncode not in (0, 1), wrong
+        assert "Traceback" not in done.stderr
+    assert released.run("device", "label", "nobody", "a=b").returncode != 0
+
+
 def test_a_bad_version_stops_at_the_canary_which_returns_and_the_command_says_why(released, boards):
     released.json("rollout", "create", "-f", str(rollout_for(released, boards, "1", "before-bad")))
     assert released.run("rollout", "watch", "before-bad", "--timeout", "60").returncode == 0

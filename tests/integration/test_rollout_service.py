@@ -274,6 +274,25 @@ def test_a_broker_that_is_gone_delays_and_loses_nothing(tmp_path: Path) -> None:
     assert site.run("r2").phase is Phase.SUCCEEDED
 
 
+def test_a_board_that_was_revoked_finds_nothing_that_is_wanted_of_it(tmp_path: Path) -> None:
+    site = Site(tmp_path, BOARDS)
+    site.create()
+    assert site.run("r2").phase is Phase.SUCCEEDED
+    assert {"b1", "b2"} <= set(site.broker.retained)
+    site.broker.down = True
+    with site.database.write() as session:
+        devices.revoke(session, "b1")
+    site.service.tick()
+    site.database.close()
+    site.start()  # while the broker is away
+    site.broker.down = False
+    site.service.tick()
+    assert (site.broker.retained["b1"], bool(site.broker.retained["b2"])) == (b"", True)
+    count = site.broker.count
+    site.service.tick()
+    assert site.broker.count == count
+
+
 def test_a_director_that_can_not_sign_pauses_with_the_reason_and_costs_no_board(tmp_path: Path) -> None:
     site = Site(tmp_path, BOARDS)
     site.create()

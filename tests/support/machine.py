@@ -83,10 +83,12 @@ class Machine:
         state = self.run("systemctl", "is-system-running", check=False).stdout.strip()
         return state in ("running", "degraded")
 
-    def run(self, *command: str, check: bool = True, timeout_s: float = 120.0) -> subprocess.CompletedProcess[str]:
-        """Run a command in there, as root."""
+    def run(
+        self, *command: str, check: bool = True, timeout_s: float = 120.0, before: tuple[str, ...] = ()
+    ) -> subprocess.CompletedProcess[str]:
+        """Run a command in there, as root; ``before`` it stands what starts it from out here, strace perhaps."""
         done = subprocess.run(
-            ["nsenter", "-t", self._leader(), "-m", "-u", "-i", "-p", "--wd=/", *command],
+            [*before, "nsenter", "-t", self._leader(), "-m", "-u", "-i", "-p", "--wd=/", *command],
             capture_output=True, text=True, timeout=timeout_s,
             env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "DEBIAN_FRONTEND": "noninteractive", "LC_ALL": "C"},
         )  # fmt: skip

@@ -34,8 +34,19 @@ ASSIGNMENT = Assignment(
 
 
 class Uplink:
+    followed: tuple[str, ...] = ()
+
     def follow_metadata(self, files: tuple[str, ...]) -> None:
-        pass
+        self.followed = files
+
+
+class SteppedClock(ManualClock):
+    """One that can be set, as a time server does."""
+
+    def step(self, seconds: float) -> None:
+        monotonic = self.monotonic()
+        self.advance(seconds)
+        self.monotonic = lambda: monotonic  # type: ignore[method-assign]
 
 
 class Board:
@@ -48,6 +59,7 @@ class Board:
         atomic.write(state / "trust" / "root.json", ROOT)
         self.says: TrustError | None = STALE
         self.named = ""
+        self.uplink, self.reached, self.clock = Uplink(), b"", SteppedClock()
         self.asked = 0
         self.told: list[Any] = []
         self.ended: list[Ended] = []
@@ -59,8 +71,8 @@ class Board:
         self.keeper.load()
         self.inbox: list[AdmissionDone] = []
         ports = Ports(
-            uplink=cast(Any, Uplink()), runtime=cast(Any, None), examiner=cast(Any, self), signer=cast(Any, None),
-            clock=ManualClock(), files=DISK, spawn=lambda name, work: work(),
+            uplink=cast(Any, self.uplink), runtime=cast(Any, None), examiner=cast(Any, self), signer=cast(Any, None),
+            clock=self.clock, files=DISK, spawn=lambda name, work: work(),
         )  # fmt: skip
         self.admissions = Admissions(
             self.state, Settings(device="b1", device_class="c", site="", broker_host="b", broker_port=1),
@@ -74,7 +86,7 @@ class Board:
     def admit(self, request: AdmitRequest) -> Admission:
         self.asked += 1
         if self.says is not None:
-            raise Refusal(self.says, self.named)
+            raise Refusal(self.says, self.named, self.reached)
         return Admission(
             assignment=ASSIGNMENT, desired=digest_of(request.desired), requires=Requirement(), floors=request.floors,
             root=ROOT,
@@ -113,6 +125,21 @@ def test_what_was_refused_is_looked_at_once_more_after_a_start(board: Board) -> 
     board.start()
     board.desire()  # retained, it comes again
     assert board.keeper.now.pending == ASSIGNMENT
+
+
+@pytest.mark.parametrize(("seconds", "looks"), [(-30 * 365 * 86_400.0, True), (86_400.0, True), (1.0, False)])
+def test_what_was_refused_is_looked_at_again_once_the_clock_was_set(board: Board, seconds: float, looks: bool) -> None:
+    board.desire()
+    asked = board.asked
+    board.admissions.tick()
+    assert board.asked == asked
+    board.says = None
+    board.clock.step(seconds)
+    for _ in range(3):
+        board.admissions.tick()
+        board.turn()
+    assert board.asked == asked + looks
+    assert (board.keeper.now.pending == ASSIGNMENT) is looks
 
 
 def test_a_refusal_that_stands_is_told_once(board: Board) -> None:
@@ -162,9 +189,46 @@ def test_attack_a_next_root_that_nobody_signed_is_gone_once_it_was_refused(board
     assert board.keeper.now.pending == ASSIGNMENT
 
 
+def test_a_board_that_missed_several_roots_asks_for_each_in_turn(board: Board) -> None:
+    """Only the root after its own is sent to it, and the rest of the metadata is signed by keys of the newest."""
+    assert board.uplink.followed[0] == "2.root.json"
+    board.reached = ROOT.replace(b"1", b"2")
+    board.admissions.take_metadata("2.root.json", board.reached)
+    board.desire()
+    assert board.keeper.now.refusal
+    assert board.uplink.followed[0] == "3.root.json"
+    board.start()
+    assert board.uplink.followed[0] == "3.root.json", "that is kept"
+    board.says = None
+    board.admissions.take_metadata("3.root.json", b"the third")
+    board.desire()
+    assert board.keeper.now.pending == ASSIGNMENT
+
+
 def test_what_the_broker_forgot_is_no_file(board: Board) -> None:
     board.admissions.take_metadata("2.root.json", b"")
     assert [path.name for path in (board.state / "metadata").iterdir()] == ["timestamp.json"]
+
+
+def test_what_was_withdrawn_is_refused_no_longer_and_asks_nobody(board: Board) -> None:
+    board.says, board.named = TrustError("assignment_device", "made out to b1 of class d"), "a1"
+    board.desire()
+    assert board.keeper.now.refusal
+    asked = board.asked
+    board.desire(b"")
+    board.metadata(b"timestamp 2")
+    assert (board.asked, board.keeper.now.refusal) == (asked, "")
+    assert board.admissions.unverified() == "no assignment, or not all metadata, has arrived"
+    board.says = None
+    board.desire()
+    assert board.keeper.now.pending == ASSIGNMENT
+
+
+def test_what_was_withdrawn_while_it_was_verified_is_not_taken_up(board: Board) -> None:
+    board.says = None
+    board.admissions.desire(b"an assignment")
+    board.desire(b"")
+    assert board.keeper.now.pending is None
 
 
 def test_what_was_admitted_is_not_looked_at_again(board: Board) -> None:

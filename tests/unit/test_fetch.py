@@ -22,17 +22,20 @@ TICK_S = 0.5
 
 
 class SmallDisk(Disk):
-    """A disk with so many bytes free, whatever is written; each read of it takes a while."""
+    """A disk with so many bytes free, whatever is written; each read of it takes a while, and what was read is counted."""
 
     free = 1 << 40
     read_s = 0.0
+    read_bytes = 0
 
     def __init__(self, clock: ManualClock) -> None:
         self._clock = clock
 
     def read(self, fd: int, size_bytes: int) -> bytes:
         self._clock.advance(self.read_s)
-        return super().read(fd, size_bytes)
+        piece = super().read(fd, size_bytes)
+        self.read_bytes += len(piece)
+        return piece
 
     def free_bytes(self, folder: Path) -> int:
         return self.free
@@ -180,3 +183,109 @@ def test_a_disk_that_takes_minutes_to_read_looks_alive_to_the_watchdog(tmp_path:
     beats = [*board.beats, board.clock.monotonic()]
     assert beats[-1] - beats[0] > 60, "this test shows nothing"
     assert max(after - before for before, after in pairwise(beats)) < 60
+
+
+def large_code(chunks: int) -> bytes:
+    """So many chunks, no two alike."""
+    return b"".join(
+        hashlib.sha256(number.to_bytes(4, "big")).digest() * (CHUNK_BYTES // 32) for number in range(chunks)
+    )
+
+
+def started_again(board: Board) -> int:
+    """The agent starts anew, with what the disk has; returns how many bytes of it were read until it asked for more."""
+    board.fetcher = board.fetcher_of_a_start()
+    board.wants.clear()
+    board.files.read_bytes = 0
+    board.begin()
+    return board.files.read_bytes
+
+
+def fetched_in_part(folder: Path, chunks: int = 1000) -> tuple[Board, str, Path]:
+    """All but the last hundred chunks came and are safe; returns the board, the code's digest and the file that it grows in."""
+    board = Board(folder, code=large_code(chunks))
+    board.begin()
+    code = board.bring_all_but_the_code()
+    board.bring(code, list(range(chunks - 100)), CHUNK_BYTES)
+    board.silence(2 * fetch.SAFE_EVERY_S)
+    final = board.layout.path(code)
+    return board, code, final.with_name(f".part-{final.name}")
+
+
+def test_a_start_does_not_read_what_is_known_to_be_safe(tmp_path: Path) -> None:
+    """On a board that hashes 50 MB/s and is on for half a minute at a time, a large model would never get further."""
+    board, code, _ = fetched_in_part(tmp_path)
+    assert started_again(board) < 10 * CHUNK_BYTES + 2 * board.made.size + 200_000, "that is the config, and no more"
+    assert board.wants[-1][1].missing == ((900, 999),)
+    board.bring(code, list(range(900, 1000)), CHUNK_BYTES)
+    assert board.fetcher.finished
+    assert board.layout.path(code).read_bytes() == large_code(1000)
+
+
+def test_a_start_does_not_read_a_blob_again_that_was_found_whole(tmp_path: Path) -> None:
+    board, code, _ = fetched_in_part(tmp_path)
+    board.bring(code, list(range(900, 1000)), CHUNK_BYTES)
+    assert board.fetcher.finished
+    assert started_again(board) < 10 * CHUNK_BYTES + 2 * board.made.size + 200_000
+    assert board.fetcher.finished
+
+
+def test_what_another_slot_has_is_read_once(tmp_path: Path) -> None:
+    board = Board(tmp_path, code=large_code(1000))
+    (board.layout.path("sha256:" + hashlib.sha256(large_code(1000)).hexdigest())).write_bytes(large_code(1000))
+    board.begin()
+    board.bring_all_but_the_code()
+    assert board.fetcher.finished
+    assert started_again(board) < 10 * CHUNK_BYTES + 2 * board.made.size + 200_000
+
+
+def test_of_what_rotted_after_it_was_safe_only_that_comes_again(tmp_path: Path) -> None:
+    board, code, part = fetched_in_part(tmp_path)
+    with part.open("r+b") as file:
+        file.seek(17 * CHUNK_BYTES + 5)
+        file.write(b"rot")
+    started_again(board)
+    board.bring(code, list(range(900, 1000)), CHUNK_BYTES)
+    assert not board.fetcher.finished
+    assert board.wants[-1][1].missing == ((17, 17),)
+    assert board.fetcher.done_bytes == board.fetcher.total_bytes - CHUNK_BYTES
+    board.bring(code, [17], CHUNK_BYTES)
+    assert board.fetcher.finished
+    assert board.layout.path(code).read_bytes() == large_code(1000)
+
+
+@pytest.mark.parametrize("left", ["nothing", "a part of it", "more than it"])
+def test_what_was_safe_and_is_not_there_comes_again(tmp_path: Path, left: str) -> None:
+    board, code, part = fetched_in_part(tmp_path)
+    if left == "nothing":
+        part.unlink()
+    elif left == "a part of it":
+        with part.open("r+b") as file:
+            file.truncate(450 * CHUNK_BYTES + 7)
+    else:
+        with part.open("ab") as file:
+            file.write(bytes(200 * CHUNK_BYTES))
+    started_again(board)
+    for _ in range(3):  # at most: what is asked for, what then proves wrong, and all of it anew
+        for first, last in board.wants[-1][1].missing:
+            board.bring(code, list(range(first, last + 1)), CHUNK_BYTES)
+    assert board.fetcher.finished
+    assert board.layout.path(code).read_bytes() == large_code(1000)
+
+
+def test_a_record_of_what_is_safe_that_is_damaged_or_of_other_chunks_is_not_believed(tmp_path: Path) -> None:
+    board, code, part = fetched_in_part(tmp_path)
+    (record,) = [path for path in part.parent.iterdir() if path.name.startswith(".safe-")]
+    good = record.read_bytes()
+    for damaged in (
+        b"",
+        b"{",
+        good.replace(b"4096", b"8192"),
+        good[: len(good) // 2],
+        b'{"chunk_bytes":4096,"bits":"AA=="}',
+    ):
+        record.write_bytes(damaged)
+        started_again(board)
+        assert board.wants[-1][1].missing == ((900, 999),), damaged
+    board.bring(code, list(range(900, 1000)), CHUNK_BYTES)
+    assert board.fetcher.finished

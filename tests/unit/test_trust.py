@@ -7,13 +7,14 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from edgefleet_controller.sign import DirectorSigner, ReleaseSigner, Repository, make_key
+from edgefleet_controller.sign import OFFLINE_LIFE, DirectorSigner, ReleaseSigner, Repository, make_key, read_key
 from edgefleet_shared.artifact import Descriptor
 from edgefleet_shared.assignment import AGENT, Subject
-from edgefleet_shared.clock import ManualClock
+from edgefleet_shared.clock import ManualClock, utc
 from edgefleet_shared.errors import EdgefleetError, TrustError
 from edgefleet_shared.fingerprint import Fingerprint, Requirement
-from edgefleet_shared.trust import Admission, Assignment, Floors, ImageRepository, Incomplete, admit
+from edgefleet_shared.trust import Admission, Assignment, Floors, ImageRepository, Incomplete, admit, newest_root
+from tuf.api.metadata import Metadata, Root
 
 DAY = 86400.0
 V1 = Descriptor("", "sha256:" + "1" * 64, 1000)
@@ -110,6 +111,45 @@ def test_check_9_each_subject_has_a_floor_of_its_own(fleet: Fleet) -> None:
     assert (floors.assignment_version, floors.agent_version) == (9, 3)
     refused("assignment_fresh", fleet, first, floors=floors, subject=Subject.AGENT)
     refused("assignment_fresh", fleet, fleet.director.sign(fleet.assignment(), 8), floors=floors)
+
+
+def next_root(fleet: Fleet, number: int) -> bytes:
+    """The root after that of the number before: the same keys but for a new timestamp key, good for another year."""
+    metadata: Metadata[Root] = Metadata.from_bytes(fleet.need(f"{number - 1}.root.json"))
+    fleet.timestamp = make_key(fleet.repository.folder / f"../online/timestamp-{number}.pem")
+    root = metadata.signed
+    root.version, root.expires = number, utc(fleet.clock.now()) + OFFLINE_LIFE
+    root.revoke_key(root.roles["timestamp"].keyids[0], "timestamp")
+    root.add_key(fleet.timestamp.public_key, "timestamp")
+    metadata.signatures.clear()
+    for path in sorted(fleet.signer.keys.glob("root-*.pem")):
+        metadata.sign(read_key(path), append=True)
+    content = metadata.to_bytes()
+    (fleet.repository.folder / f"{number}.root.json").write_bytes(content)
+    return content
+
+
+def test_a_board_that_missed_several_roots_comes_to_the_newest_one_after_the_other(fleet: Fleet) -> None:
+    roots = [fleet.root]
+    for number in (2, 3):
+        fleet.clock.advance(0.9 * OFFLINE_LIFE.total_seconds())
+        roots.append(next_root(fleet, number))
+    held = {"2.root.json": roots[1]}
+    assert newest_root(fleet.root, held.get) == roots[1], "expired meanwhile: the next one may be on its way"
+    held["3.root.json"] = roots[2]
+    assert newest_root(fleet.root, held.get) == roots[2]
+    assert newest_root(roots[1], held.get) == roots[2]
+
+
+@pytest.mark.parametrize("wrong", [b"", b"junk", b"{}", None], ids=["empty", "junk", "an object", "a stranger's"])
+def test_attack_no_root_is_come_to_that_its_predecessor_did_not_sign(
+    fleet: Fleet, tmp_path: Path, wrong: bytes | None
+) -> None:
+    second, third = next_root(fleet, 2), next_root(fleet, 3)
+    content = wrong if wrong is not None else next_root(Fleet(tmp_path / "stranger"), 2)
+    assert newest_root(fleet.root, {"2.root.json": content}.get) == fleet.root
+    assert newest_root(fleet.root, {"2.root.json": third, "3.root.json": third}.get) == fleet.root
+    assert newest_root(fleet.root, {"2.root.json": second, "3.root.json": content}.get) == second
 
 
 def test_check_1_a_root_of_a_stranger_is_refused(fleet: Fleet, tmp_path: Path) -> None:

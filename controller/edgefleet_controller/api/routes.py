@@ -287,6 +287,11 @@ def build_api(controller: Controller) -> FastAPI:
             devices.revoke(session, name)
         return {"name": name, "state": "revoked"}
 
+    @api.patch("/v1/devices/{name}/labels", dependencies=by_operator)
+    def label_device(name: str, changes: dict[str, str | None]) -> dict[str, str]:
+        with controller.database.write() as session:
+            return devices.change_labels(session, name, changes)
+
     # -- rollouts
 
     def wished(value: dict[str, Any]) -> Rollout:

@@ -199,7 +199,6 @@ def board(controller: Controller, name: str) -> dict[str, Any]:
         shown = _board(row, controller.intake.is_double(name))
         last = controller.intake.last(name)
         return shown | {
-            "labels": msgspec.json.decode(row.labels),
             "certificate_serial": row.certificate_serial,
             "enrolled_at": row.enrolled_at,
             "rollout": held,
@@ -216,6 +215,7 @@ def _board(row: Device, double: bool) -> dict[str, Any]:
         "name": row.name,
         "class": row.device_class,
         "site": row.site,
+        "labels": msgspec.json.decode(row.labels),
         "online": row.online,
         "revoked": row.revoked,
         "last_seen": row.last_seen,

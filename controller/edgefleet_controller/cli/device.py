@@ -1,4 +1,4 @@
-"""``fleet device token | list | show | revoke``. A face, no logic."""
+"""``fleet device token | list | show | label | revoke``. A face, no logic."""
 
 from __future__ import annotations
 
@@ -47,11 +47,11 @@ def list_devices(home: Path, as_json: bool) -> None:
         document(boards)
         return
     rows = [
-        (b["name"], b["class"], b["site"], "online" if b["online"] else f"offline {_ago(b['last_seen'])}",
+        (b["name"], b["class"], b["site"], _labels(b["labels"]), "online" if b["online"] else f"offline {_ago(b['last_seen'])}",
          f"{b['model']} {b['version']}".strip(), "revoked" if b["revoked"] else b["state"], b["outcome"], b["problem"] or b["result_refused"] or b["refusal"] or b["reason"])
         for b in boards
     ]  # fmt: skip
-    table("devices", ("device", "class", "site", "line", "serves", "state", "outcome", "why"), rows)
+    table("devices", ("device", "class", "site", "labels", "line", "serves", "state", "outcome", "why"), rows)
 
 
 @device.command()
@@ -67,6 +67,34 @@ def revoke(home: Path, name: str) -> None:
     """
     FleetClient(home).revoke_device(name)
     say(f"device {name} is revoked")
+
+
+@device.command()
+@home_option
+@click.argument("name")
+@click.argument("changes", metavar="[KEY=VALUE | KEY-]...", nargs=-1)
+@json_option
+@told
+def label(home: Path, name: str, changes: tuple[str, ...], as_json: bool) -> None:
+    """Label a board: KEY=VALUE sets a label, KEY- takes it away; without either its labels are shown.
+
+    A rollout's selector may ask for labels. It is held against those that boards have when the rollout is created.
+    """
+    wished: dict[str, str | None] = {}
+    for change in changes:
+        key, equals, value = change.partition("=")
+        if not equals and not change.endswith("-"):
+            raise click.BadParameter(f"{change!r} is neither KEY=VALUE nor KEY-")
+        key = key if equals else change[:-1]
+        if key in wished:
+            raise click.BadParameter(f"label {key} is given twice")
+        wished[key] = value if equals else None
+    client = FleetClient(home)
+    labels = client.label_device(name, wished) if wished else client.device(name)["labels"]
+    if as_json:
+        document(labels)
+    else:
+        say(f"device {name}: {_labels(labels) or 'no labels'}")
 
 
 @device.command()
@@ -108,6 +136,10 @@ def show(home: Path, name: str, as_json: bool) -> None:
     rows += [(f"health {key}", _shown(key, value)) for key, value in health.items() if key != "type"]
     rows += _drift(drift) if drift else []
     table(name, ("what", "value"), rows)
+
+
+def _labels(labels: dict[str, str]) -> str:
+    return " ".join(f"{key}={value}" for key, value in labels.items())
 
 
 def _drift(drift: dict[str, Any]) -> list[tuple[str, str]]:

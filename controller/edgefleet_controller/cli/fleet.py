@@ -1,4 +1,4 @@
-"""``fleet init | serve | apply | doctor | demo``. A face, no logic."""
+"""``fleet init | serve | apply | renew | doctor | demo``. A face, no logic."""
 
 from __future__ import annotations
 
@@ -116,6 +116,28 @@ def apply(home: Path, path: Path, keys: Path | None, as_json: bool) -> None:
         return
     for row in done:
         say(f"{row['kind']} {row['name']}: {row['done']}")
+
+
+@click.command()
+@home_option
+@click.option("--keys", type=click.Path(path_type=Path), help="Offline keys; default HOME/keys/offline.")
+@json_option
+@told
+def renew(home: Path, keys: Path | None, as_json: bool) -> None:
+    """Sign root, targets and the classes' metadata anew that have less than half of their life left.
+
+    Root and targets are good for a year, a class's metadata for half a year after its last release. Once one of them has ended boards take
+    nothing new; they go on serving what they have. `fleet doctor` says what ends first.
+    """
+    from edgefleet_controller import release
+    from edgefleet_controller.client import FleetClient
+    from edgefleet_controller.sign import ReleaseSigner
+
+    signed = release.renew(FleetClient(home), ReleaseSigner(keys or home / "keys" / "offline", SystemClock()))
+    if as_json:
+        document({"signed": signed})
+    else:
+        say(f"signed anew: {', '.join(signed) or 'nothing is due'}")
 
 
 @click.command()

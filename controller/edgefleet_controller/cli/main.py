@@ -28,6 +28,7 @@ for command in (
     fleet.init,
     fleet.serve,
     fleet.apply,
+    fleet.renew,
     fleet.doctor,
     fleet.demo,
     device_class,

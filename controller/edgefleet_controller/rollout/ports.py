@@ -29,7 +29,7 @@ class Publisher(Protocol):
     """Takes signed assignments to the boards (stage 5; :class:`edgefleet_controller.transport.gateway.Gateway`)."""
 
     def publish_desired(self, device: str, assignment: bytes) -> None:
-        """Publish retained; publishing the same bytes again does no harm.
+        """Publish retained; publishing the same bytes again does no harm. No bytes: nothing is wanted of the board, and nothing retained.
 
         Raises:
             TransportError: not possible now; it is tried again.

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import math
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import msgspec
 from edgefleet_shared.artifact import digest_of
@@ -20,6 +20,7 @@ from edgefleet_shared.clock import Clock
 from edgefleet_shared.errors import ConflictError, EdgefleetError, TransportError
 from edgefleet_shared.fingerprint import Requirement
 from edgefleet_shared.trust import Assignment as Wanted
+from sqlmodel import Session
 
 from edgefleet_controller.rollout import engine
 from edgefleet_controller.rollout.boards import board_time_s
@@ -146,14 +147,23 @@ class RolloutService:
             return done
 
     def publish(self) -> None:
-        """Publish the assignments that are in force and not known to be published."""
+        """Publish the assignments that are in force and not known to be published, and have the broker forget those that are withdrawn."""
+        self._publish(rollouts.unpublished, lambda row: row.payload)
+        self._publish(rollouts.withdrawn, lambda row: b"")
+
+    def _publish(
+        self, waiting_in: Callable[[Session], list[Assignment]], content: Callable[[Assignment], bytes]
+    ) -> None:
         while True:
             with self._database.read() as session:
-                waiting = rollouts.unpublished(session)
+                waiting = waiting_in(session)
             sent: list[tuple[str, int]] = []
             try:
                 for row in waiting:
-                    self._publish_one(row)
+                    if row.subject == Subject.AGENT.value:
+                        self._publisher.publish_desired_agent(row.device, content(row))
+                    else:
+                        self._publisher.publish_desired(row.device, content(row))
                     sent.append((row.id, row.version))
             except TransportError as exc:
                 log.warning("assignments not published", extra={"count": len(waiting) - len(sent), "reason": str(exc)})
@@ -162,12 +172,6 @@ class RolloutService:
                     rollouts.mark_published(session, sent)
             if not waiting or len(sent) < len(waiting):
                 return
-
-    def _publish_one(self, row: Assignment) -> None:
-        if row.subject == Subject.AGENT.value:
-            self._publisher.publish_desired_agent(row.device, row.payload)
-        else:
-            self._publisher.publish_desired(row.device, row.payload)
 
     def publish_all_again(self) -> None:
         """The broker may have lost its retained messages: every assignment in force is published anew by the loop."""

@@ -8,12 +8,14 @@ import secrets
 from collections.abc import Iterable
 
 import msgspec
-from edgefleet_shared.errors import ConflictError, NotFoundError, TrustError
+from edgefleet_shared.errors import ConflictError, InputError, NotFoundError, TrustError
 from edgefleet_shared.topics import check_name
 from sqlalchemy import bindparam, text
 from sqlmodel import Session, col, select
 
 from edgefleet_controller.store.tables import Device, DeviceClass, EnrolmentToken
+
+MAX_LABELS, MAX_LABEL_CHARACTERS = 64, 63
 
 
 class ReportedRow(msgspec.Struct, frozen=True):
@@ -74,7 +76,6 @@ def enrol(
     device_class: str,
     *,
     site: str = "",
-    labels: dict[str, str] | None = None,
     certificate_serial: str = "",
     must_sign: bool = True,
     now: float,
@@ -99,11 +100,12 @@ def enrol(
         )
     if row is None:
         row = Device(name=name, device_class=device_class, enrolled_at=now)
+    _say_again(session, row)
     if row.device_class != device_class:  # what the name was assigned is made for the class that it had
         row.assignment = row.agent_assignment = ""
+        row.reported, row.reported_at, row.boot = "", 0.0, ""  # and another board's words
     # A board that comes back after it was revoked keeps its assignment counter: signed versions only rise.
     row.device_class, row.site, row.revoked, row.enrolled_at = device_class, site, False, now
-    row.labels = msgspec.json.encode(labels or {}).decode()
     row.certificate_serial = certificate_serial
     # What was known of its results was said by another key.
     row.must_sign = row.agent_must_sign = must_sign
@@ -131,11 +133,30 @@ def list_devices(session: Session, device_class: str = "", site: str = "") -> li
     return list(session.exec(query))
 
 
-def set_labels(session: Session, name: str, labels: dict[str, str]) -> Device:
-    row = get_device(session, name)
-    row.labels = msgspec.json.encode(labels).decode()
+def change_labels(session: Session, name: str, changes: dict[str, str | None]) -> dict[str, str]:
+    """Set these labels of a board, or take them away (None); the others stay. They are its name's, also when that is enrolled anew.
+
+    Returns:
+        all that it has now, by key.
+
+    Raises:
+        NotFoundError: no such board. InputError: a label that can't be one, or too many.
+    """
+    for key, value in changes.items():
+        check_name(key, "label")
+        if value is not None and (len(value) > MAX_LABEL_CHARACTERS or not value.isprintable()):
+            raise InputError(
+                f"the value of label {key} is not usable",
+                hint=f"up to {MAX_LABEL_CHARACTERS} characters that can be printed",
+            )
+    row = session.get(Device, name, with_for_update=True) or get_device(session, name)
+    labels = msgspec.json.decode(row.labels, type=dict[str, str | None]) | changes
+    kept = {key: value for key, value in sorted(labels.items()) if value is not None}
+    if len(kept) > MAX_LABELS:
+        raise InputError(f"device {name} would have {len(kept)} labels, {MAX_LABELS} are possible")
+    row.labels = msgspec.json.encode(kept).decode()
     session.add(row)
-    return row
+    return kept
 
 
 def renew(session: Session, name: str, certificate_serial: str) -> Device:
@@ -162,7 +183,17 @@ def revoke(session: Session, name: str) -> Device:
     row = get_device(session, name)
     row.revoked, row.online = True, False
     session.add(row)
+    session.flush()
+    _say_again(session, row)
     return row
+
+
+def _say_again(session: Session, row: Device) -> None:
+    """What the broker retains for the board is not what it is to find any more: of what it was assigned, all or nothing."""
+    session.connection().execute(
+        text("UPDATE assignment SET published = false WHERE id IN (:model, :agent)"),
+        {"model": row.assignment, "agent": row.agent_assignment},
+    )
 
 
 # The next three take batches from the intake, as SQL: they run for every message of every board.

@@ -217,16 +217,30 @@ def get_assignment(session: Session, assignment: str) -> Assignment:
     return row
 
 
+_WAITING = (
+    "SELECT a.id FROM assignment a JOIN device d ON a.device = d.name "
+    "WHERE NOT a.published AND {0} ORDER BY a.created_at, a.id LIMIT :limit"
+)
+_UNPUBLISHED = _WAITING.format("a.id IN (d.assignment, d.agent_assignment) AND NOT d.revoked")
+_WITHDRAWN = _WAITING.format(
+    "(d.revoked OR (CASE a.subject WHEN 'agent' THEN d.agent_assignment ELSE d.assignment END) = '') AND a.version = "
+    "(SELECT max(b.version) FROM assignment b WHERE b.device = a.device AND b.subject = a.subject)"
+)
+
+
 def unpublished(session: Session, limit: int = 1000) -> list[Assignment]:
     """Assignments in force that the broker has not taken yet, oldest first."""
-    found = session.connection().execute(
-        text(
-            "SELECT a.id FROM assignment a JOIN device d ON a.id IN (d.assignment, d.agent_assignment) "
-            "WHERE NOT a.published AND NOT d.revoked ORDER BY a.created_at, a.id LIMIT :limit"
-        ),
-        {"limit": limit},
-    )
-    names = list(found.scalars())
+    return _waiting(session, _UNPUBLISHED, limit)
+
+
+def withdrawn(session: Session, limit: int = 1000) -> list[Assignment]:
+    """Assignments of boards of which nothing is wanted any more, about that subject, which the broker has not forgotten yet: the newest
+    of each. A revoked board's, and those for the class that a name had before it was another board's."""
+    return _waiting(session, _WITHDRAWN, limit)
+
+
+def _waiting(session: Session, statement: str, limit: int) -> list[Assignment]:
+    names = list(session.connection().execute(text(statement), {"limit": limit}).scalars())
     rows = session.exec(select(Assignment).where(col(Assignment.id).in_(names))).all() if names else []
     by_name = {row.id: row for row in rows}
     return [by_name[name] for name in names]
@@ -254,11 +268,14 @@ def mark_published(session: Session, assignments: Iterable[tuple[str, int]]) -> 
 
 
 def publish_all_again(session: Session) -> int:
-    """Mark every assignment in force as not published: the broker lost its retained messages. Returns how many."""
+    """Mark every assignment in force as not published, and withdrawn ones as not withdrawn: the broker lost its retained messages, or has
+    some that it had forgotten. Returns how many."""
     result = session.connection().execute(
         text(
             "UPDATE assignment SET published = false "
-            "WHERE id IN (SELECT assignment FROM device UNION SELECT agent_assignment FROM device)"
+            "WHERE id IN (SELECT assignment FROM device UNION SELECT agent_assignment FROM device) "
+            "OR (subject = 'agent' AND device IN (SELECT name FROM device WHERE agent_assignment = '')) "
+            "OR (subject <> 'agent' AND device IN (SELECT name FROM device WHERE assignment = ''))"
         )
     )
     return int(result.rowcount)

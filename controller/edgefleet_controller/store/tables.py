@@ -111,8 +111,8 @@ class Artifact(SQLModel, table=True):
 class Worker(SQLModel, table=True):
     """A machine that does the compiler's work over HTTPS: it compiles, or, with a ``device_class``, measures as a builder board of it.
 
-    ``renewed_serial`` is of a certificate that it was given in place of that of ``certificate_serial``; until it has one after that renewed,
-    it may show either.
+    ``renewed_serial`` names the certificates that it was given in place of that of ``certificate_serial``, with blanks between; until it has one
+    of them renewed, it may show any.
     """
 
     __tablename__ = "worker"

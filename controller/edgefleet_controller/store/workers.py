@@ -9,6 +9,8 @@ from sqlmodel import Session, col, select
 from edgefleet_controller.store import devices
 from edgefleet_controller.store.tables import Worker
 
+RENEWED_KEPT = 8  # of the certificates that were given in place of one
+
 
 def enrol(session: Session, name: str, device_class: str, *, certificate_serial: str, now: float) -> Worker:
     """Take a worker in.
@@ -54,7 +56,7 @@ def check(session: Session, name: str, certificate_serial: str) -> Worker:
         row is None
         or row.revoked
         or not certificate_serial
-        or certificate_serial not in (row.certificate_serial, row.renewed_serial)
+        or certificate_serial not in (row.certificate_serial, *row.renewed_serial.split())
     ):
         raise TrustError(
             "worker",
@@ -66,13 +68,15 @@ def check(session: Session, name: str, certificate_serial: str) -> Worker:
 
 def renew(session: Session, name: str, shown_serial: str, renewed_serial: str) -> Worker:
     """Note the serial number of the certificate that a worker is given in place of the one that it has shown. That one counts on: the
-    new one may get lost on its way.
+    new one may get lost on its way. So do those that it was given before in its place: which one reaches it last is not said.
 
     Raises:
         TrustError: as :func:`check`.
     """
+    session.get(Worker, name, with_for_update=True)  # of two at once one waits for the other
     row = check(session, name, shown_serial)
-    row.certificate_serial, row.renewed_serial = shown_serial, renewed_serial
+    given = row.renewed_serial.split() if shown_serial == row.certificate_serial else []
+    row.certificate_serial, row.renewed_serial = shown_serial, " ".join([*given, renewed_serial][-RENEWED_KEPT:])
     session.add(row)
     return row
 

@@ -2,6 +2,9 @@
 
 A child of :mod:`edgefleet_agent.board`. Each library is loaded in a process forked for it, so that one that dies or hangs takes no other
 with it, and what all have in common is imported once. Not in the resident agent, which never learns what an entry point is.
+
+One after the other, for a board's memory; but what hangs must not add up, because the agent has to be there within the time that systemd gives it:
+after a moment the next one begins beside it. One that a wedged driver holds can't even be killed: nobody waits for it, and it holds nothing that is ours.
 """
 
 from __future__ import annotations
@@ -9,6 +12,9 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
+from contextlib import suppress
+from typing import NamedTuple
 
 import msgspec
 from edgefleet_shared.errors import EngineError
@@ -17,6 +23,10 @@ from edgefleet_agent.board import EngineProbe
 from edgefleet_agent.runtime import engines
 from edgefleet_agent.runtime.engines.port import Builder
 from edgefleet_agent.sandbox import describe_exit
+
+NEXT_AFTER_S = 5.0  # a large one on a slow card takes longer, and shares the board with the next then
+LOOK_S = 0.01
+MOST_TOLD_BYTES = 64 * 1024  # what a pipe holds
 
 
 def probe(name: str) -> EngineProbe:
@@ -33,21 +43,65 @@ def probe(name: str) -> EngineProbe:
     return EngineProbe(name, version, "", build_key)
 
 
+class _Load(NamedTuple):
+    """A process that loads an engine, where it tells what came of it, and until when it may (monotonic seconds)."""
+
+    name: str
+    pid: int
+    told: int
+    until_s: float
+
+
 def main(limit_s: int) -> None:
-    # Libraries print as they load; what they print must not come between the reports.
-    report_fd = os.dup(1)
-    os.dup2(2, 1)
-    for name in engines.names():
-        child = os.fork()
-        if child == 0:
-            signal.alarm(limit_s)
-            os.write(report_fd, msgspec.json.encode(probe(name)) + b"\n")
-            os._exit(0)
-        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        if status:
-            told = f"did not load within {limit_s} s" if status == -signal.SIGALRM else describe_exit(status)
-            died = EngineProbe(name, None, f"its library {told} when it was loaded")
-            os.write(report_fd, msgspec.json.encode(died) + b"\n")
+    """Probe all, each within ``limit_s``."""
+    waiting, running = list(engines.names()), list[_Load]()
+    last_begun = 0.0
+    while waiting or running:
+        now = time.monotonic()
+        if waiting and (not running or now - last_begun >= NEXT_AFTER_S):
+            running.append(_begin(waiting.pop(0), limit_s))
+            last_begun = now
+        for load in list(running):
+            found = _ended(load)
+            if found is None and now >= load.until_s:
+                with suppress(ProcessLookupError):
+                    os.kill(load.pid, signal.SIGKILL)
+                found = _died(load.name, f"did not load within {limit_s} s")
+            if found is not None:
+                running.remove(load)
+                os.write(1, msgspec.json.encode(found) + b"\n")
+        time.sleep(LOOK_S)
+
+
+def _begin(name: str, limit_s: int) -> _Load:
+    told, tell = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        signal.alarm(limit_s)
+        # Libraries print as they load, and leave daemons behind: neither must come between the reports, nor keep anybody waiting for their end.
+        null = os.open(os.devnull, os.O_RDWR)
+        for number in (1, 2):
+            os.dup2(null, number)
+        os.write(tell, msgspec.json.encode(probe(name)))
+        os._exit(0)
+    os.close(tell)
+    os.set_blocking(told, False)
+    return _Load(name, pid, told, time.monotonic() + limit_s)
+
+
+def _ended(load: _Load) -> EngineProbe | None:
+    """What came of it; None while it is at it."""
+    pid, status = os.waitpid(load.pid, os.WNOHANG)
+    if pid == 0:
+        return None
+    code = os.waitstatus_to_exitcode(status)
+    with suppress(BlockingIOError, msgspec.DecodeError):
+        return msgspec.json.decode(os.read(load.told, MOST_TOLD_BYTES), type=EngineProbe)
+    return _died(load.name, describe_exit(code))
+
+
+def _died(name: str, how: str) -> EngineProbe:
+    return EngineProbe(name, None, f"its library {how} when it was loaded")
 
 
 if __name__ == "__main__":
