@@ -76,6 +76,12 @@ def test_what_a_lock_pins_by_version_only_is_installed_too(tmp_path: Path) -> No
     assert Toolchains(tmp_path).ensure(lock).packages["mpmath"] == "1.3.0"
 
 
+def test_a_toolchains_packages_are_its_locks_and_not_the_pip_that_this_python_came_with(cache: Path) -> None:
+    """They go into each artifact: with a pip in it, a worker whose Python is of another patch release made another digest."""
+    assert (installed(cache) / "bin" / "pip").exists()
+    assert Toolchains(cache).ensure(TINY).packages == {"typing_extensions": "4.16.0"}
+
+
 def _no_marker(cache: Path) -> None:
     (installed(cache) / environments.MARKER).unlink()
 

@@ -72,9 +72,22 @@ class Lock(msgspec.Struct, frozen=True):
         return self.text.partition(BY_VERSION)[2].split()
 
     @property
+    def names(self) -> set[str]:
+        """The packages that it names, some of them perhaps for other Pythons only."""
+        pinned = re.findall(r"^([^\s=\[]+)\S*==", self.hashed, re.M) + [
+            one.partition("==")[0] for one in self.by_version
+        ]
+        return {_normal(name) for name in pinned}
+
+    @property
     def count(self) -> int:
-        """How many packages it names, some of them perhaps for other Pythons only."""
-        return len(re.findall(r"^\S+==", self.hashed, re.M)) + len(self.by_version)
+        """How many packages it names."""
+        return len(self.names)
+
+    def of(self, packages: dict[str, str]) -> dict[str, str]:
+        """Those of an environment's packages that the lock put there. The others (pip) came with this machine's Python, and
+        what is compiled does not depend on them."""
+        return {name: version for name, version in packages.items() if _normal(name) in self.names}
 
 
 class State(msgspec.Struct, frozen=True, kw_only=True):
@@ -88,6 +101,11 @@ class State(msgspec.Struct, frozen=True, kw_only=True):
     packages: dict[str, str]
     size_bytes: int
     needs_bytes: int
+
+
+def _normal(name: str) -> str:
+    """A package's name as PEP 503 compares it."""
+    return re.sub(r"[-_.]+", "-", name).lower()
 
 
 def lock_named(name: str) -> Lock:
