@@ -24,7 +24,7 @@ def main() -> None:
             sys.stderr.write(
                 "this system lets no process go without address randomization: an .rknn made again will have another digest\n"
             )
-        os.execv(sys.executable, sys.orig_argv)
+        os.execv(sys.executable, sys.orig_argv)  # noqa: S606 - this very program, by the arguments that it has
     from . import rknn
 
     rknn.main()
