@@ -141,6 +141,12 @@ def fetch_report(home: Path, model: str, version: str, device_class: str, *, pag
     client = FleetClient(home)
     found = client.models(model, version)
     artifacts = [a for a in found[0]["artifacts"] if a["class"] == device_class] if found else []
+    failed = [f["error"] for f in found[0]["failed"] if f["class"] == device_class] if found else []
+    if failed and not artifacts:
+        raise NotFoundError(
+            f"{model} {version} is not compiled for {device_class}, the last try failed: {failed[0]['message']}",
+            hint=failed[0]["hint"],
+        )
     if not artifacts:
         raise NotFoundError(
             f"{model} {version} is not compiled for {device_class}", hint="fleet model show tells for what"

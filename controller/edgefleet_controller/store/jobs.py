@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from edgefleet_shared.errors import NotFoundError
 from sqlmodel import Session, col, select
 
@@ -36,6 +38,29 @@ def list_jobs(session: Session, model: str = "", version: str = "", unfinished: 
     if unfinished:
         query = query.where(col(CompileJob.state).in_(UNFINISHED))
     return list(session.exec(query))
+
+
+class Failure(NamedTuple):
+    """How the last compile of a version for a class failed; ``error`` is JSON, as :meth:`EdgefleetError.as_dict` gives it."""
+
+    model: str
+    version: str
+    device_class: str
+    ended_at: float
+    error: str
+
+
+def failures(session: Session, model: str = "", version: str = "") -> list[Failure]:
+    """For each version and class whose last compile failed."""
+    query = select(
+        CompileJob.model, CompileJob.version, CompileJob.device_class, CompileJob.ended_at, CompileJob.error, CompileJob.state,
+    ).where(CompileJob.kind == "compile", col(CompileJob.state).in_(("done", "failed")))  # fmt: skip
+    if model:
+        query = query.where(CompileJob.model == model)
+    if version:
+        query = query.where(CompileJob.version == version)
+    last = {tuple(row[:3]): row for row in session.exec(query.order_by(col(CompileJob.ended_at), CompileJob.id))}
+    return [Failure(*row[:5]) for row in last.values() if row[5] == "failed"]
 
 
 def newest(session: Session, model: str, version: str, device_class: str) -> CompileJob:
