@@ -247,6 +247,10 @@ def test_a_worker_reads_the_blobs_of_its_task_alone_and_a_board_none_of_them(fle
     for digest in task.blobs:
         client.fetch(task.lease, digest, layout)
         assert digest_of(layout.path(digest).read_bytes()) == digest
+    spoilt = layout.path(task.blobs[-1])
+    spoilt.write_bytes(b"what a bad disk made of it")
+    client.fetch(task.lease, task.blobs[-1], layout)
+    assert digest_of(spoilt.read_bytes()) == task.blobs[-1], "what is not whole is fetched again"
     (other,) = fleet.client().models("toy", "2")
     with pytest.raises(NotFoundError, match="in this task"):
         client.fetch(task.lease, other["digest"], layout)
