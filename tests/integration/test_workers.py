@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -104,6 +106,10 @@ def settle(fleet: Fleet, job: str) -> None:
 
 def test_a_worker_on_another_machine_makes_the_digest_that_is_made_here(fleet, started, tmp_path):
     started(workers.worker(fleet, "far"))
+    other = fleet.folder / "far-cache" / "logs" / "toy-1-pc-big-compile.log"
+    other.parent.mkdir()
+    other.write_text("of a class whose name begins like this one's")
+    os.utime(other, (time.time() + 3600, time.time() + 3600))
     job = fleet.client().compile("toy", "1", "pc", despite_quality=False)
     done = ended(fleet, job)
     assert done["state"] == "done", done
@@ -117,6 +123,7 @@ def test_a_worker_on_another_machine_makes_the_digest_that_is_made_here(fleet, s
     assert here.artifact.digest == done["manifest"]
     logged = fleet.run("model", "log", "toy", "1", "pc").stdout
     assert all(f"== {step}\n" in logged for step in ("prepare", "measure")), logged
+    assert "of a class" not in logged
     assert fleet.run("model", "log", "toy", "3", "pc").returncode == 2, "never compiled"
     assert [w["name"] for w in fleet.json("worker", "list") if w["last_seen"]] == ["far"]
 
