@@ -201,6 +201,15 @@ def test_an_installation_can_be_cancelled_and_leaves_nothing(tmp_path: Path) -> 
     assert not folder_of(tmp_path / "toolchains", TINY).exists()
 
 
+def test_one_that_works_is_not_lost_to_an_installation_that_fails(cache: Path) -> None:
+    cancel = threading.Event()
+    with pytest.raises(Cancelled):
+        Toolchains(cache, cancel=cancel).ensure(TINY, lambda *_: cancel.set(), again=True)
+    assert examine(cache / "toolchains", TINY).problem == ""
+    Toolchains(cache).ensure(TINY, again=True)
+    assert [path.name for path in (cache / "toolchains").iterdir() if path.is_dir()] == [installed(cache).name]
+
+
 def test_whoever_waits_for_another_installation_can_be_cancelled(tmp_path: Path) -> None:
     began, cancel = threading.Event(), threading.Event()
     done: list[Toolchain] = []

@@ -181,15 +181,21 @@ def examine(root: Path, lock: Lock) -> State:
 
 
 def install(root: Path, lock: Lock, cancel: threading.Event, progress: Progress) -> None:
-    """Make an environment; what stood in its place is removed first. The caller holds its file lock.
+    """Make an environment; one that stands in its place comes back when that fails, where the disk holds both. The caller holds its file lock.
 
     Raises:
         EnvironmentProblem: the disk is, or will be, full. ToolchainError: pip's reason. Cancelled.
     """
     folder, log = folder_of(root, lock), root / f"{lock.name}-{lock.hash}.log"
-    shutil.rmtree(folder, ignore_errors=True)
+    before = folder.with_name(f".{folder.name}-before")
     log.unlink(missing_ok=True)
-    needs, free = NEEDS_MB.get(lock.name, 0) * 1_000_000, shutil.disk_usage(root).free
+    shutil.rmtree(before, ignore_errors=True)  # of an installation that was killed
+    needs = NEEDS_MB.get(lock.name, 0) * 1_000_000
+    if (folder / MARKER).exists() and shutil.disk_usage(root).free > needs + SPARE_BYTES:
+        os.replace(folder, before)
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
+    free = shutil.disk_usage(root).free
     if free < needs:
         raise EnvironmentProblem(
             f"the {lock.name} toolchain takes {needs / 1e6:.0f} MB, and {root} has {free / 1e6:.0f} MB left",
@@ -201,9 +207,12 @@ def install(root: Path, lock: Lock, cancel: threading.Event, progress: Progress)
         atomic.write(folder / MARKER, json.dumps(packages_of(folder)).encode())
     except BaseException as exc:
         shutil.rmtree(folder, ignore_errors=True)  # half an environment only takes room
+        if before.is_dir():
+            os.replace(before, folder)
         if isinstance(exc, OSError) and exc.errno in (errno.ENOSPC, errno.EDQUOT):
             raise _disk_full(lock, root) from exc
         raise
+    shutil.rmtree(before, ignore_errors=True)
 
 
 def _fill(folder: Path, lock: Lock, log: Path, cancel: threading.Event, progress: Progress) -> None:
