@@ -285,6 +285,20 @@ def test_check_compiles_by_every_target_and_a_damaged_one_fails_it() -> None:
     assert "not tried: atc is not on PATH" in trials["acl"]["told"]
 
 
+def test_check_finds_a_file_whose_bytes_changed_at_the_same_size(tmp_path: Path) -> None:
+    lock = environments.lock_named("onnxruntime")
+    Toolchains(CACHE).ensure(lock)
+    copy = folder_of(tmp_path / "toolchains", lock)
+    shutil.copytree(folder_of(CACHE / "toolchains", lock), copy, symlinks=True, copy_function=os.link)
+    (checker,) = copy.glob("lib/python*/site-packages/onnx/checker.py")
+    content = checker.read_bytes()
+    checker.unlink()  # the real one is a link to the same file
+    checker.write_bytes(content.replace(b"import", b"1mport"))
+    told = fleet(tmp_path, "check", "onnxruntime")
+    assert told.exit_code == 1
+    assert "BAD  onnxruntime: the file onnx/checker.py has other bytes than were installed; mend it:" in told.output
+
+
 def test_check_fails_where_a_file_is_gone(tmp_path: Path) -> None:
     """On a toolchain's folder that links to the real one's files, less one."""
     lock = environments.lock_named("onnxruntime")

@@ -8,6 +8,7 @@ anew. Locks are complete, so pip resolves nothing. torch comes in another build 
 
 from __future__ import annotations
 
+import base64
 import csv
 import errno
 import hashlib
@@ -24,6 +25,7 @@ from pathlib import Path
 
 import msgspec
 from edgefleet_shared import atomic
+from edgefleet_shared.artifact import digest_file
 from edgefleet_shared.errors import EnvironmentProblem, ToolchainError
 
 from edgefleet_controller.compile.watching import Child, last_line, last_words, watch
@@ -158,8 +160,8 @@ def whole(folder: Path) -> dict[str, str]:
     return found
 
 
-def examine(root: Path, lock: Lock) -> State:
-    """Look at every file of an environment (a second or so for the largest)."""
+def examine(root: Path, lock: Lock, *, every_byte: bool = False) -> State:
+    """Look at every file of an environment (a second or so for the largest), or at every byte of each (some seconds)."""
     folder = folder_of(root, lock)
     problem = ""
     if not folder.is_dir():
@@ -167,7 +169,7 @@ def examine(root: Path, lock: Lock) -> State:
     elif not (folder / MARKER).exists():
         problem = "half installed; the next use installs it anew"
     else:
-        problem = _quick_problem(folder) or _damage(folder)
+        problem = _quick_problem(folder) or _damage(folder, every_byte=every_byte)
     return State(
         name=lock.name,
         folder=str(folder),
@@ -287,8 +289,8 @@ def _quick_problem(folder: Path) -> str:
     return ""
 
 
-def _damage(folder: Path) -> str:
-    """The first file that is gone or has another size than its package's RECORD says, or nothing."""
+def _damage(folder: Path, *, every_byte: bool) -> str:
+    """The first file that is gone or is another than its package's RECORD says, or nothing."""
     for record in sorted(folder.glob("lib/python*/site-packages/*.dist-info/RECORD")):
         base = record.parent.parent
         with record.open(newline="", encoding="utf-8") as stream:
@@ -301,7 +303,15 @@ def _damage(folder: Path) -> str:
                     return f"the file {row[0]} is gone"
                 if len(row) > 2 and row[2] and int(row[2]) != size:
                     return f"the file {row[0]} has {size} bytes, not {row[2]}"
+                if every_byte and len(row) > 1 and row[1].startswith("sha256=") and row[1] != _hash(base / row[0]):
+                    return f"the file {row[0]} has other bytes than were installed"
     return ""
+
+
+def _hash(file: Path) -> str:
+    """As RECORD has it (PEP 376, PEP 427)."""
+    digest = bytes.fromhex(digest_file(file).partition(":")[2])
+    return "sha256=" + base64.urlsafe_b64encode(digest).decode().rstrip("=")
 
 
 def _size_bytes(folder: Path) -> int:
