@@ -82,6 +82,14 @@ def test_a_toolchains_packages_are_its_locks_and_not_the_pip_that_this_python_ca
     assert Toolchains(cache).ensure(TINY).packages == {"typing_extensions": "4.16.0"}
 
 
+def test_what_lies_on_pythonpath_is_installed_all_the_same(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """pip skips what it sees there, and a job does not see it."""
+    monkeypatch.setenv("PYTHONPATH", str(module_file(cache).parent))
+    assert Toolchains(tmp_path / "fresh").ensure(TINY).packages == {"typing_extensions": "4.16.0"}
+
+
 def _no_marker(cache: Path) -> None:
     (installed(cache) / environments.MARKER).unlink()
 

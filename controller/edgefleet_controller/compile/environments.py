@@ -235,10 +235,11 @@ def _fill(folder: Path, lock: Lock, log: Path, cancel: threading.Event, progress
         elif told[:1] == ["Installing"]:
             progress(f"{doing}: unpacking", done, total)
 
-    pip = [str(folder / "bin" / "python"), "-m", "pip", "install", "--disable-pip-version-check", "--no-deps", "--only-binary", ":all:"]  # fmt: skip
+    # Isolated: pip leaves out what it finds on PYTHONPATH, where no job looks.
+    pip = [str(folder / "bin" / "python"), "-I", "-m", "pip", "install", "--disable-pip-version-check", "--no-deps", "--only-binary", ":all:"]  # fmt: skip
     (folder / "lock.txt").write_text(lock.hashed)
     commands = [
-        [sys.executable, "-m", "venv", str(folder)],
+        [sys.executable, "-I", "-m", "venv", str(folder)],
         [*pip, "--require-hashes", "--requirement", str(folder / "lock.txt")],
     ]
     if lock.by_version:
