@@ -10,7 +10,7 @@ from typing import Any
 
 from edgefleet_shared.artifact import Layout
 from edgefleet_shared.clock import SystemClock
-from edgefleet_shared.errors import EdgefleetError, InputError, NotFoundError, from_dict
+from edgefleet_shared.errors import EdgefleetError, InputError, NotFoundError, TransportError, from_dict
 
 from edgefleet_controller import release, source
 from edgefleet_controller.client import FleetClient
@@ -21,6 +21,7 @@ from edgefleet_controller.settings import default_cache
 from edgefleet_controller.sign import ReleaseSigner
 
 POLL_S = 0.3
+OUT_OF_REACH_S = 120.0  # a controller that starts again goes on with its jobs
 Show = Callable[[str, str, float], None]
 
 
@@ -77,11 +78,19 @@ def compile_and_sign(
         raise NotFoundError("no device class is registered", hint="fleet apply -f manifests/")
     jobs = {c: client.compile(model, version, c, despite_quality=despite_quality) for c in wanted}
     failures: dict[str, EdgefleetError] = {}
+    heard = time.monotonic()
     try:
         while jobs:
             time.sleep(POLL_S)
             for device_class, job in list(jobs.items()):
-                told = client.job(job)
+                try:
+                    told = client.job(job)
+                except TransportError:
+                    if time.monotonic() - heard > OUT_OF_REACH_S:
+                        raise
+                    show(device_class, "the controller is out of reach", 0.0)
+                    continue
+                heard = time.monotonic()
                 show(device_class, told["step"] or told["state"], told["progress"])
                 if told["state"] in ("queued", "running"):
                     continue

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,7 +29,7 @@ from edgefleet_shared.work_client import WorkClient
 from edgefleet_shared.work_loop import Held
 from support import workers
 from support.broker import until
-from support.fleet import Fleet, device_class, manifests, workers_of
+from support.fleet import FLEET, Fleet, device_class, manifests, workers_of
 from support.workers import Process
 
 LEASE_S = 3.0
@@ -166,6 +168,21 @@ def test_a_controller_that_was_killed_gets_the_result_of_a_worker_that_went_on(f
     serve(fleet)
     done = ended(fleet, job)
     assert done["state"] == "done", (done, far.log())
+
+
+def test_the_command_that_waits_for_a_compile_waits_for_a_controller_that_starts_again(fleet, started):
+    command = [*FLEET, "model", "compile", "toy", "2", "--class", "pc", "--json"]
+    waiting = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env=os.environ | {"EDGEFLEET_HOME": str(fleet.home)},
+    )  # fmt: skip
+    until(lambda: bool(fleet.client().models("toy", "2")[0]["compiling"]), "it has asked", 30)
+    fleet.end(signal.SIGKILL)
+    serve(fleet)
+    started(workers.worker(fleet, "after"))
+    told, said = waiting.communicate(timeout=150)
+    assert waiting.returncode == 0, said
+    assert [a["state"] for a in json.loads(told)["artifacts"]] == ["signed"]
 
 
 def test_a_cancelled_job_ends_the_process_on_the_other_machine(fleet, started):
