@@ -135,7 +135,7 @@ def models(controller: Controller, model: str, version: str) -> list[dict[str, A
         return out
 
 
-def _failed(failure: compile_jobs.Failure) -> dict[str, Any]:
+def _failed(failure: CompileJob) -> dict[str, Any]:
     told = {"class": failure.device_class, "ended_at": failure.ended_at}
     return told | {"error": msgspec.json.decode(failure.error)}
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 from edgefleet_shared.errors import NotFoundError
+from sqlalchemy.orm import defer
 from sqlmodel import Session, col, select
 
 from edgefleet_controller.store.tables import CompileJob
@@ -40,27 +39,18 @@ def list_jobs(session: Session, model: str = "", version: str = "", unfinished: 
     return list(session.exec(query))
 
 
-class Failure(NamedTuple):
-    """How the last compile of a version for a class failed; ``error`` is JSON, as :meth:`EdgefleetError.as_dict` gives it."""
-
-    model: str
-    version: str
-    device_class: str
-    ended_at: float
-    error: str
-
-
-def failures(session: Session, model: str = "", version: str = "") -> list[Failure]:
-    """For each version and class whose last compile failed."""
-    query = select(
-        CompileJob.model, CompileJob.version, CompileJob.device_class, CompileJob.ended_at, CompileJob.error, CompileJob.state,
-    ).where(CompileJob.kind == "compile", col(CompileJob.state).in_(("done", "failed")))  # fmt: skip
+def failures(session: Session, model: str = "", version: str = "") -> list[CompileJob]:
+    """The last compile of each version for a class, where that failed; without what was printed, which is long."""
+    long = (defer(col(CompileJob.log)), defer(col(CompileJob.report)))  # type: ignore[arg-type]  # col() hides what defer() wants
+    query = select(CompileJob).options(*long)
+    query = query.where(CompileJob.kind == "compile", col(CompileJob.state).in_(("done", "failed")))
     if model:
         query = query.where(CompileJob.model == model)
     if version:
         query = query.where(CompileJob.version == version)
-    last = {tuple(row[:3]): row for row in session.exec(query.order_by(col(CompileJob.ended_at), CompileJob.id))}
-    return [Failure(*row[:5]) for row in last.values() if row[5] == "failed"]
+    rows = session.exec(query.order_by(col(CompileJob.ended_at), CompileJob.id))
+    last = {(row.model, row.version, row.device_class): row for row in rows}
+    return [row for row in last.values() if row.state == "failed"]
 
 
 def newest(session: Session, model: str, version: str, device_class: str) -> CompileJob:
