@@ -10,7 +10,7 @@ from typing import Any
 
 from edgefleet_shared.artifact import Layout
 from edgefleet_shared.clock import SystemClock
-from edgefleet_shared.errors import EdgefleetError, InputError, NotFoundError, from_dict
+from edgefleet_shared.errors import EdgefleetError, InputError, NotFoundError, TransportError, from_dict
 
 from edgefleet_controller import release, source
 from edgefleet_controller.client import FleetClient
@@ -21,6 +21,7 @@ from edgefleet_controller.settings import default_cache
 from edgefleet_controller.sign import ReleaseSigner
 
 POLL_S = 0.3
+OUT_OF_REACH_S = 120.0  # a controller that starts again goes on with its jobs
 Show = Callable[[str, str, float], None]
 
 
@@ -77,11 +78,19 @@ def compile_and_sign(
         raise NotFoundError("no device class is registered", hint="fleet apply -f manifests/")
     jobs = {c: client.compile(model, version, c, despite_quality=despite_quality) for c in wanted}
     failures: dict[str, EdgefleetError] = {}
+    heard = time.monotonic()
     try:
         while jobs:
             time.sleep(POLL_S)
             for device_class, job in list(jobs.items()):
-                told = client.job(job)
+                try:
+                    told = client.job(job)
+                except TransportError:
+                    if time.monotonic() - heard > OUT_OF_REACH_S:
+                        raise
+                    show(device_class, "the controller is out of reach", 0.0)
+                    continue
+                heard = time.monotonic()
                 show(device_class, told["step"] or told["state"], told["progress"])
                 if told["state"] in ("queued", "running"):
                     continue
@@ -141,6 +150,12 @@ def fetch_report(home: Path, model: str, version: str, device_class: str, *, pag
     client = FleetClient(home)
     found = client.models(model, version)
     artifacts = [a for a in found[0]["artifacts"] if a["class"] == device_class] if found else []
+    failed = [f["error"] for f in found[0]["failed"] if f["class"] == device_class] if found else []
+    if failed and not artifacts:
+        raise NotFoundError(
+            f"{model} {version} is not compiled for {device_class}, the last try failed: {failed[0]['message']}",
+            hint=failed[0]["hint"],
+        )
     if not artifacts:
         raise NotFoundError(
             f"{model} {version} is not compiled for {device_class}", hint="fleet model show tells for what"

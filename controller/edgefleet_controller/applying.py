@@ -8,7 +8,8 @@ from edgefleet_shared.clock import SystemClock
 
 from edgefleet_controller import release
 from edgefleet_controller.client import FleetClient
-from edgefleet_controller.manifest_files import load_manifests
+from edgefleet_controller.compile.port import check_class, installed_targets
+from edgefleet_controller.manifest_files import load_manifests, of_kind
 from edgefleet_controller.manifests import DeviceClass
 from edgefleet_controller.sign import ReleaseSigner
 
@@ -20,10 +21,14 @@ def apply_manifests(home: Path, path: Path, keys: Path | None) -> list[dict[str,
         what was done, in the order of the manifests.
 
     Raises:
-        ManifestError: a wrong field, with file and line; nothing was changed.
+        ManifestError: a wrong field, with file and line, or what a class's target does not make; nothing was changed.
         EdgefleetError: the controller is not reachable, or keys are missing.
     """
     manifests = load_manifests(path)
+    targets = installed_targets()
+    for one in of_kind(manifests, DeviceClass):
+        if one.target in targets.targets:
+            check_class(one, targets.targets[one.target])
     client = FleetClient(home)
     signer = ReleaseSigner(keys or home / "keys" / "offline", SystemClock())
     done = []
@@ -33,6 +38,9 @@ def apply_manifests(home: Path, path: Path, keys: Path | None) -> list[dict[str,
             new = release.add_class(client, signer, manifest.name)
             told = "registered, its release role delegated" if new else "registered"
             told += f"; proven here: {manifest.spec.proven or 'not told'}"
+            if manifest.target not in targets.targets:
+                why = targets.broken.get(manifest.target, "no such target is installed")
+                told += f"; here nothing compiles for it: {manifest.target}: {why}"
         else:
             told = {
                 "Model": "valid; add it with: fleet model add -f",

@@ -242,9 +242,24 @@ class Layout:
             raise NotFoundError(f"no blob {descriptor.digest} in {self.root}")
         if size != descriptor.size:
             raise ArtifactError(f"blob {descriptor.digest} has {size} bytes on disk, {descriptor.size} were signed")
+        self._check_bytes(path, descriptor.digest, alive)
+
+    def checked_path(self, digest: str) -> Path:
+        """Where a blob lies, for who reads it without holding it in memory; its bytes are the digest's.
+
+        Raises:
+            NotFoundError, ArtifactError: as :meth:`check`.
+        """
+        path = self.path(digest)
+        if self._size_bytes(path) is None:
+            raise NotFoundError(f"no blob {digest} in {self.root}")
+        self._check_bytes(path, digest, lambda: None)
+        return path
+
+    def _check_bytes(self, path: Path, digest: str, alive: Callable[[], None]) -> None:
         actual = digest_file(path, files=self.files, alive=alive)
-        if actual != descriptor.digest:
-            raise ArtifactError(f"blob {descriptor.digest} was changed on disk: its bytes hash to {actual}")
+        if actual != digest:
+            raise ArtifactError(f"blob {digest} was changed on disk: its bytes hash to {actual}")
 
     def manifest(self, digest: str) -> Manifest:
         """The manifest of that digest: bytes checked, then parsed, then its shape checked.

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from edgefleet_shared import atomic, work
-from edgefleet_shared.artifact import CHUNK_BYTES, Layout
+from edgefleet_shared.artifact import CHUNK_BYTES, Layout, digest_file
 from edgefleet_shared.certificates import is_due, mind_clock, validity
 from edgefleet_shared.errors import (
     ArtifactError,
@@ -119,12 +119,12 @@ class WorkClient:
         self._call("POST", f"/v1/work/{lease}/failure", msgspec.json.encode(work.Failure(error)))
 
     def fetch(self, lease: str, digest: str, layout: Layout) -> None:
-        """Fetch a blob of the task, unless it is here.
+        """Fetch a blob of the task, unless it is here, whole.
 
         Raises:
             ArtifactError: the bytes are not the digest's; nothing is kept.
         """
-        if layout.has(digest):
+        if layout.has(digest) and digest_file(layout.path(digest), files=layout.files) == digest:
             return
         target, files = layout.path(digest), layout.files
         staged = target.with_name(f".fetch-{os.getpid()}-{target.name}")

@@ -148,6 +148,8 @@ def run_until_signalled(
     with ThreadPoolExecutor(at_once, thread_name_prefix="work") as pool:
         # The signals' handler runs in this thread, which therefore only waits.
         working = [pool.submit(work_until, stopping, client, carry_out) for _ in range(at_once)]
+        for future in working:  # one that a fault of our own ended: whoever supervises this program shall know
+            future.add_done_callback(lambda _: stopping.set())
         log.info("worker ready", extra={"workers": at_once})
         stopping.wait()
         end()

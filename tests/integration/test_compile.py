@@ -22,7 +22,7 @@ from edgefleet_controller.compile.watching import Cancelled
 from edgefleet_controller.demo.models import normalised_twice, with_memory_bomb
 from edgefleet_controller.manifests import Model
 from edgefleet_shared import artifact, golden
-from edgefleet_shared.errors import ManifestError, ModelError, QualityError, ToolchainError
+from edgefleet_shared.errors import ArtifactError, ManifestError, ModelError, QualityError, ToolchainError
 from support.compiling import ENGINES, HERE, TOOLCHAINS, Bench, class_here
 from support.networks import Net, classifier, device_class, project
 
@@ -115,6 +115,14 @@ def test_measuring_is_never_cached(bench: Bench) -> None:
     assert "running held-out pictures" in seen
     assert "timing" in seen
     assert "quantizing" not in seen
+
+
+def test_a_network_that_a_bad_disk_changed_is_not_compiled(bench: Bench) -> None:
+    """Its own answers would agree with it."""
+    version = bench.version(project(bench.folder, classifier()))
+    bench.layout.path(version.network).write_bytes(classifier(seed=1).SerializeToString(deterministic=True))
+    with pytest.raises(ArtifactError, match=f"blob {version.network} was changed on disk"):
+        bench.compile(version, class_here("onnxruntime", precision="fp32"))
 
 
 @pytest.mark.parametrize("engine", ENGINES)

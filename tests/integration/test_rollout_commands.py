@@ -209,6 +209,22 @@ def test_versions_are_compared_and_reported_by_command(released, tmp_path):
     assert "toy 1 is not compiled for other" in released.run("model", "report", "toy", "1", "other").stderr
 
 
+def test_why_a_version_is_not_compiled_for_a_class_stands_where_its_figures_are_looked_for(released, tmp_path):
+    tiny = device_class("tiny", budgets={"latency_p95_ms": 1000.0, "memory_bytes": 2_000_000_000, "size_bytes": 9})
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(tiny))
+    released.json("apply", "-f", str(tmp_path / "tiny.yaml"))
+    failed = released.run("model", "compile", "toy", "1", "--class", "tiny")
+    assert failed.returncode == 1
+    assert "--ship-despite-quality" in failed.stderr
+    shown = released.run("model", "show", "toy").stdout
+    assert "the last compile for tiny failed: toy 1 for tiny: size" in shown
+    reported = released.run("model", "report", "toy", "1", "tiny")
+    assert reported.returncode == 2
+    assert "toy 1 is not compiled for tiny, the last try failed: toy 1 for tiny: size" in reported.stderr
+    assert released.run("model", "compile", "toy", "1", "--class", "tiny", "--ship-despite-quality").returncode == 0
+    assert "the last compile for tiny" not in released.run("model", "show", "toy").stdout
+
+
 def test_a_version_never_changes(released):
     source = yaml.safe_load((released.folder / "manifests" / "model-2.yaml").read_text())
     path = released.folder / "changed.yaml"

@@ -358,6 +358,31 @@ def test_applying_says_file_line_and_what_was_expected_and_changes_nothing(fleet
     assert "good-one" not in [c["metadata"]["name"] for c in fleet.client().classes()]
 
 
+@pytest.mark.parametrize(
+    ("spec", "told"),
+    [
+        ({"options": {"platform": "x"}}, "bad-one: target onnxruntime has no option 'platform'; it has: "),
+        ({"engine": "openvino", "target": "onnxruntime"}, "compiles for engine onnxruntime, not openvino"),
+        ({"engine": "iree", "precision": "int8"}, "bad-one: target iree makes no int8; it makes fp32"),
+    ],
+)
+def test_applying_tells_what_a_classs_target_does_not_make_and_changes_nothing(fleet, tmp_path, spec, told):
+    (tmp_path / "a.yaml").write_text(yaml.safe_dump(device_class("good-one")))
+    (tmp_path / "b.yaml").write_text(yaml.safe_dump(device_class("bad-one", **spec)))
+    done = fleet.run("apply", "-f", str(tmp_path))
+    assert done.returncode == 2
+    assert told in done.stderr
+    assert "good-one" not in [c["metadata"]["name"] for c in fleet.client().classes()]
+
+
+def test_applying_a_class_whose_target_is_not_here_says_so(fleet, tmp_path):
+    (tmp_path / "a.yaml").write_text(yaml.safe_dump(device_class("elsewhere", engine="onxruntime")))
+    done = fleet.run("apply", "-f", str(tmp_path))
+    assert done.returncode == 0
+    assert "DeviceClass elsewhere: registered" in done.stdout
+    assert "here nothing compiles for it: onxruntime: no such target is installed" in done.stdout
+
+
 def test_applying_twice_is_the_same_as_once(fleet):
     before = fleet.client().metadata("targets.json")
     done = fleet.json("apply", "-f", str(fleet.folder / "manifests"))

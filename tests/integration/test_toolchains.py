@@ -76,6 +76,20 @@ def test_what_a_lock_pins_by_version_only_is_installed_too(tmp_path: Path) -> No
     assert Toolchains(tmp_path).ensure(lock).packages["mpmath"] == "1.3.0"
 
 
+def test_a_toolchains_packages_are_its_locks_and_not_the_pip_that_this_python_came_with(cache: Path) -> None:
+    """They go into each artifact: with a pip in it, a worker whose Python is of another patch release made another digest."""
+    assert (installed(cache) / "bin" / "pip").exists()
+    assert Toolchains(cache).ensure(TINY).packages == {"typing_extensions": "4.16.0"}
+
+
+def test_what_lies_on_pythonpath_is_installed_all_the_same(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """pip skips what it sees there, and a job does not see it."""
+    monkeypatch.setenv("PYTHONPATH", str(module_file(cache).parent))
+    assert Toolchains(tmp_path / "fresh").ensure(TINY).packages == {"typing_extensions": "4.16.0"}
+
+
 def _no_marker(cache: Path) -> None:
     (installed(cache) / environments.MARKER).unlink()
 
@@ -195,6 +209,15 @@ def test_an_installation_can_be_cancelled_and_leaves_nothing(tmp_path: Path) -> 
     assert not folder_of(tmp_path / "toolchains", TINY).exists()
 
 
+def test_one_that_works_is_not_lost_to_an_installation_that_fails(cache: Path) -> None:
+    cancel = threading.Event()
+    with pytest.raises(Cancelled):
+        Toolchains(cache, cancel=cancel).ensure(TINY, lambda *_: cancel.set(), again=True)
+    assert examine(cache / "toolchains", TINY).problem == ""
+    Toolchains(cache).ensure(TINY, again=True)
+    assert [path.name for path in (cache / "toolchains").iterdir() if path.is_dir()] == [installed(cache).name]
+
+
 def test_whoever_waits_for_another_installation_can_be_cancelled(tmp_path: Path) -> None:
     began, cancel = threading.Event(), threading.Event()
     done: list[Toolchain] = []
@@ -268,6 +291,20 @@ def test_check_compiles_by_every_target_and_a_damaged_one_fails_it() -> None:
     assert "agreement" in trials["onnxruntime"]["told"]
     assert "agreement" in trials["tensorrt"]["told"]
     assert "not tried: atc is not on PATH" in trials["acl"]["told"]
+
+
+def test_check_finds_a_file_whose_bytes_changed_at_the_same_size(tmp_path: Path) -> None:
+    lock = environments.lock_named("onnxruntime")
+    Toolchains(CACHE).ensure(lock)
+    copy = folder_of(tmp_path / "toolchains", lock)
+    shutil.copytree(folder_of(CACHE / "toolchains", lock), copy, symlinks=True, copy_function=os.link)
+    (checker,) = copy.glob("lib/python*/site-packages/onnx/checker.py")
+    content = checker.read_bytes()
+    checker.unlink()  # the real one is a link to the same file
+    checker.write_bytes(content.replace(b"import", b"1mport"))
+    told = fleet(tmp_path, "check", "onnxruntime")
+    assert told.exit_code == 1
+    assert "BAD  onnxruntime: the file onnx/checker.py has other bytes than were installed; mend it:" in told.output
 
 
 def test_check_fails_where_a_file_is_gone(tmp_path: Path) -> None:

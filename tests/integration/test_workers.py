@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import os
 import signal
+import subprocess
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -25,7 +29,7 @@ from edgefleet_shared.work_client import WorkClient
 from edgefleet_shared.work_loop import Held
 from support import workers
 from support.broker import until
-from support.fleet import Fleet, device_class, manifests, workers_of
+from support.fleet import FLEET, Fleet, device_class, manifests, workers_of
 from support.workers import Process
 
 LEASE_S = 3.0
@@ -104,6 +108,10 @@ def settle(fleet: Fleet, job: str) -> None:
 
 def test_a_worker_on_another_machine_makes_the_digest_that_is_made_here(fleet, started, tmp_path):
     started(workers.worker(fleet, "far"))
+    other = fleet.folder / "far-cache" / "logs" / "toy-1-pc-big-compile.log"
+    other.parent.mkdir()
+    other.write_text("of a class whose name begins like this one's")
+    os.utime(other, (time.time() + 3600, time.time() + 3600))
     job = fleet.client().compile("toy", "1", "pc", despite_quality=False)
     done = ended(fleet, job)
     assert done["state"] == "done", done
@@ -117,6 +125,7 @@ def test_a_worker_on_another_machine_makes_the_digest_that_is_made_here(fleet, s
     assert here.artifact.digest == done["manifest"]
     logged = fleet.run("model", "log", "toy", "1", "pc").stdout
     assert all(f"== {step}\n" in logged for step in ("prepare", "measure")), logged
+    assert "of a class" not in logged
     assert fleet.run("model", "log", "toy", "3", "pc").returncode == 2, "never compiled"
     assert [w["name"] for w in fleet.json("worker", "list") if w["last_seen"]] == ["far"]
 
@@ -159,6 +168,21 @@ def test_a_controller_that_was_killed_gets_the_result_of_a_worker_that_went_on(f
     serve(fleet)
     done = ended(fleet, job)
     assert done["state"] == "done", (done, far.log())
+
+
+def test_the_command_that_waits_for_a_compile_waits_for_a_controller_that_starts_again(fleet, started):
+    command = [*FLEET, "model", "compile", "toy", "2", "--class", "pc", "--json"]
+    waiting = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env=os.environ | {"EDGEFLEET_HOME": str(fleet.home)},
+    )  # fmt: skip
+    until(lambda: bool(fleet.client().models("toy", "2")[0]["compiling"]), "it has asked", 30)
+    fleet.end(signal.SIGKILL)
+    serve(fleet)
+    started(workers.worker(fleet, "after"))
+    told, said = waiting.communicate(timeout=150)
+    assert waiting.returncode == 0, said
+    assert [a["state"] for a in json.loads(told)["artifacts"]] == ["signed"]
 
 
 def test_a_cancelled_job_ends_the_process_on_the_other_machine(fleet, started):
@@ -247,6 +271,10 @@ def test_a_worker_reads_the_blobs_of_its_task_alone_and_a_board_none_of_them(fle
     for digest in task.blobs:
         client.fetch(task.lease, digest, layout)
         assert digest_of(layout.path(digest).read_bytes()) == digest
+    spoilt = layout.path(task.blobs[-1])
+    spoilt.write_bytes(b"what a bad disk made of it")
+    client.fetch(task.lease, task.blobs[-1], layout)
+    assert digest_of(spoilt.read_bytes()) == task.blobs[-1], "what is not whole is fetched again"
     (other,) = fleet.client().models("toy", "2")
     with pytest.raises(NotFoundError, match="in this task"):
         client.fetch(task.lease, other["digest"], layout)

@@ -42,7 +42,7 @@ class Workshop:
         }
         made = {"kind": "DeviceClass", "metadata": {"name": f"test-{engine}"}, "spec": fields | spec}
         return compile_version(
-            version, DeviceClass.model_validate(made), self.layout, Toolchains(CACHE), cache=self.folder / "cache"
+            version, DeviceClass.model_validate(made), self.layout, Toolchains(self.cache), cache=self.folder / "cache"
         )
 
     def shipped(self, result: CompileResult) -> Path:

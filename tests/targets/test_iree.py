@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -58,6 +59,20 @@ def test_the_same_network_gives_the_same_module_again(workshop, tmp_path: Path) 
     again = workshop.compile(version, "iree", precision="fp32", options={"features": "+avx2"})
     assert not again.cached
     assert again.artifact.digest == first.artifact.digest
+
+
+def test_folders_whose_names_have_spaces_are_no_obstacle(
+    workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """IREE hands paths to a shell as they are."""
+    folder = tmp_path / "the home of; John Doe"
+    folder.mkdir()
+    (folder / "toolchains").symlink_to(workshop.cache / "toolchains")
+    monkeypatch.setattr(workshop, "cache", folder)
+    monkeypatch.setenv("TMPDIR", str(folder))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    result = workshop.compile(workshop.version(trained.digits), "iree", precision="fp32", options={"features": "+fma"})
+    assert result.quality == "passed"
 
 
 def test_an_operator_that_iree_lacks_is_named_with_its_node(workshop, tmp_path: Path) -> None:

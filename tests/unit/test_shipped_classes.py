@@ -12,9 +12,12 @@ from edgefleet_controller.manifests import DeviceClass
 from support.networks import device_class
 from yaml import safe_load_all
 
-CLASSES = Path(__file__).resolve().parents[2] / "manifests" / "classes"
+MANIFESTS = Path(__file__).resolve().parents[2] / "manifests"
 SHIPPED: list[Any] = [
-    document for file in sorted(CLASSES.glob("*.yaml")) for document in safe_load_all(file.read_text())
+    document
+    for file in sorted(MANIFESTS.rglob("*.yaml"))
+    for document in safe_load_all(file.read_text())
+    if document["kind"] == "DeviceClass"
 ]
 
 

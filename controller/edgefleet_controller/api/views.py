@@ -113,6 +113,7 @@ def models(controller: Controller, model: str, version: str) -> list[dict[str, A
         versions = [v for v in catalog.list_versions(session, model) if not version or v.version == version]
         artifacts = catalog.list_artifacts(session, model, version)
         jobs = compile_jobs.list_jobs(session, model, version, unfinished=True)
+        failed = compile_jobs.failures(session, model, version)
         classes = {c.name: msgspec.json.decode(c.spec)["spec"] for c in devices.list_classes(session)}
         out = []
         for row in versions:
@@ -128,9 +129,15 @@ def models(controller: Controller, model: str, version: str) -> list[dict[str, A
                     "outputs": msgspec.to_builtins(spec.outputs),
                     "artifacts": [artifact(a, classes) for a in mine],
                     "compiling": [job(j) for j in jobs if (j.model, j.version) == (row.model, row.version)],
+                    "failed": [_failed(f) for f in failed if (f.model, f.version) == (row.model, row.version)],
                 }
             )
         return out
+
+
+def _failed(failure: CompileJob) -> dict[str, Any]:
+    told = {"class": failure.device_class, "ended_at": failure.ended_at}
+    return told | {"error": msgspec.json.decode(failure.error)}
 
 
 def agents(controller: Controller) -> list[dict[str, Any]]:

@@ -8,7 +8,16 @@ from typing import Any
 import click
 from edgefleet_shared.faces import told
 
-from edgefleet_controller.cli.output import document, home_option, json_option, megabytes, progress, say, table
+from edgefleet_controller.cli.output import (
+    document,
+    home_option,
+    json_option,
+    megabytes,
+    milliseconds,
+    progress,
+    say,
+    table,
+)
 
 
 @click.group()
@@ -128,6 +137,8 @@ def show(home: Path, name: str, version: str, as_json: bool) -> None:
         return
     for one in models:
         _artifacts(f"{one['model']} {one['version']}  {one['digest'][:19]}", one["artifacts"])
+        for failed in one["failed"]:
+            say(f"the last compile for {failed['class']} failed: {failed['error']['message']}")
 
 
 @model.command()
@@ -191,8 +202,8 @@ def _artifacts(title: str, artifacts: list[dict[str, Any]]) -> None:
         if q.get("agreement") is not None:
             agreement = f"{q['agreement']:.3f} ({q['agreement_low']:.3f} to {q['agreement_high']:.3f})"
         if t.get("p50_ms") is not None:
-            beside = "unmeasured" if t["float_p50_ms"] is None else f"{t['float_p50_ms']:.1f}"
-            latency = f"{t['p50_ms']:.1f} / {t['p95_ms']:.1f} (float {beside})"
+            beside = "unmeasured" if t["float_p50_ms"] is None else milliseconds(t["float_p50_ms"])
+            latency = f"{milliseconds(t['p50_ms'])} / {milliseconds(t['p95_ms'])} (float {beside})"
         size = f"{megabytes(q['float_bytes'])} -> {megabytes(q['compiled_bytes'])}"
         state = "; ".join(filter(None, [a["state"], q.get("recipe"), *q["misses"]]))
         rows.append((a["class"], a["engine"], a["arch"], size, agreement, latency, state))

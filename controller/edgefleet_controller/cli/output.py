@@ -93,4 +93,9 @@ def progress() -> Iterator[Callable[[str, str, float], None]]:
 
 
 def megabytes(value: int) -> str:
-    return f"{value / 1e6:.1f} MB"
+    return f"{value / 1e6:.1f} MB" if value >= 1e6 else f"{value / 1e3:.1f} kB"
+
+
+def milliseconds(value: float) -> str:
+    """With digits enough for what takes microseconds."""
+    return f"{value:.1f}" if value >= 10 else f"{value:.3f}"

@@ -106,7 +106,8 @@ def check(home: Path, name: str | None, as_json: bool) -> None:
     found: list[dict[str, Any]] = []
     with progress() as show:
         for one in (name,) if name else inventory.by_toolchain():
-            state = inventory.state(toolchains.root, one)
+            show(one, "looking at every file", 0.0)
+            state = inventory.state(toolchains.root, one, every_byte=True)
             if name and not state.installed:
                 raise ToolchainError(f"the {name} toolchain is {state.problem}", hint=f"fleet toolchain install {name}")
             if not state.installed:

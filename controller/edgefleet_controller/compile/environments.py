@@ -8,6 +8,7 @@ anew. Locks are complete, so pip resolves nothing. torch comes in another build 
 
 from __future__ import annotations
 
+import base64
 import csv
 import errno
 import hashlib
@@ -24,6 +25,7 @@ from pathlib import Path
 
 import msgspec
 from edgefleet_shared import atomic
+from edgefleet_shared.artifact import digest_file
 from edgefleet_shared.errors import EnvironmentProblem, ToolchainError
 
 from edgefleet_controller.compile.watching import Child, last_line, last_words, watch
@@ -72,9 +74,22 @@ class Lock(msgspec.Struct, frozen=True):
         return self.text.partition(BY_VERSION)[2].split()
 
     @property
+    def names(self) -> set[str]:
+        """The packages that it names, some of them perhaps for other Pythons only."""
+        pinned = re.findall(r"^([^\s=\[]+)\S*==", self.hashed, re.M) + [
+            one.partition("==")[0] for one in self.by_version
+        ]
+        return {_normal(name) for name in pinned}
+
+    @property
     def count(self) -> int:
-        """How many packages it names, some of them perhaps for other Pythons only."""
-        return len(re.findall(r"^\S+==", self.hashed, re.M)) + len(self.by_version)
+        """How many packages it names."""
+        return len(self.names)
+
+    def of(self, packages: dict[str, str]) -> dict[str, str]:
+        """Those of an environment's packages that the lock put there. The others (pip) came with this machine's Python, and
+        what is compiled does not depend on them."""
+        return {name: version for name, version in packages.items() if _normal(name) in self.names}
 
 
 class State(msgspec.Struct, frozen=True, kw_only=True):
@@ -88,6 +103,11 @@ class State(msgspec.Struct, frozen=True, kw_only=True):
     packages: dict[str, str]
     size_bytes: int
     needs_bytes: int
+
+
+def _normal(name: str) -> str:
+    """A package's name as PEP 503 compares it."""
+    return re.sub(r"[-_.]+", "-", name).lower()
 
 
 def lock_named(name: str) -> Lock:
@@ -140,8 +160,8 @@ def whole(folder: Path) -> dict[str, str]:
     return found
 
 
-def examine(root: Path, lock: Lock) -> State:
-    """Look at every file of an environment (a second or so for the largest)."""
+def examine(root: Path, lock: Lock, *, every_byte: bool = False) -> State:
+    """Look at every file of an environment (a second or so for the largest), or at every byte of each (some seconds)."""
     folder = folder_of(root, lock)
     problem = ""
     if not folder.is_dir():
@@ -149,7 +169,7 @@ def examine(root: Path, lock: Lock) -> State:
     elif not (folder / MARKER).exists():
         problem = "half installed; the next use installs it anew"
     else:
-        problem = _quick_problem(folder) or _damage(folder)
+        problem = _quick_problem(folder) or _damage(folder, every_byte=every_byte)
     return State(
         name=lock.name,
         folder=str(folder),
@@ -163,15 +183,21 @@ def examine(root: Path, lock: Lock) -> State:
 
 
 def install(root: Path, lock: Lock, cancel: threading.Event, progress: Progress) -> None:
-    """Make an environment; what stood in its place is removed first. The caller holds its file lock.
+    """Make an environment; one that stands in its place comes back when that fails, where the disk holds both. The caller holds its file lock.
 
     Raises:
         EnvironmentProblem: the disk is, or will be, full. ToolchainError: pip's reason. Cancelled.
     """
     folder, log = folder_of(root, lock), root / f"{lock.name}-{lock.hash}.log"
-    shutil.rmtree(folder, ignore_errors=True)
+    before = folder.with_name(f".{folder.name}-before")
     log.unlink(missing_ok=True)
-    needs, free = NEEDS_MB.get(lock.name, 0) * 1_000_000, shutil.disk_usage(root).free
+    shutil.rmtree(before, ignore_errors=True)  # of an installation that was killed
+    needs = NEEDS_MB.get(lock.name, 0) * 1_000_000
+    if (folder / MARKER).exists() and shutil.disk_usage(root).free > needs + SPARE_BYTES:
+        os.replace(folder, before)
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
+    free = shutil.disk_usage(root).free
     if free < needs:
         raise EnvironmentProblem(
             f"the {lock.name} toolchain takes {needs / 1e6:.0f} MB, and {root} has {free / 1e6:.0f} MB left",
@@ -183,9 +209,12 @@ def install(root: Path, lock: Lock, cancel: threading.Event, progress: Progress)
         atomic.write(folder / MARKER, json.dumps(packages_of(folder)).encode())
     except BaseException as exc:
         shutil.rmtree(folder, ignore_errors=True)  # half an environment only takes room
+        if before.is_dir():
+            os.replace(before, folder)
         if isinstance(exc, OSError) and exc.errno in (errno.ENOSPC, errno.EDQUOT):
             raise _disk_full(lock, root) from exc
         raise
+    shutil.rmtree(before, ignore_errors=True)
 
 
 def _fill(folder: Path, lock: Lock, log: Path, cancel: threading.Event, progress: Progress) -> None:
@@ -206,10 +235,11 @@ def _fill(folder: Path, lock: Lock, log: Path, cancel: threading.Event, progress
         elif told[:1] == ["Installing"]:
             progress(f"{doing}: unpacking", done, total)
 
-    pip = [str(folder / "bin" / "python"), "-m", "pip", "install", "--disable-pip-version-check", "--no-deps", "--only-binary", ":all:"]  # fmt: skip
+    # Isolated: pip leaves out what it finds on PYTHONPATH, where no job looks.
+    pip = [str(folder / "bin" / "python"), "-I", "-m", "pip", "install", "--disable-pip-version-check", "--no-deps", "--only-binary", ":all:"]  # fmt: skip
     (folder / "lock.txt").write_text(lock.hashed)
     commands = [
-        [sys.executable, "-m", "venv", str(folder)],
+        [sys.executable, "-I", "-m", "venv", str(folder)],
         [*pip, "--require-hashes", "--requirement", str(folder / "lock.txt")],
     ]
     if lock.by_version:
@@ -260,8 +290,8 @@ def _quick_problem(folder: Path) -> str:
     return ""
 
 
-def _damage(folder: Path) -> str:
-    """The first file that is gone or has another size than its package's RECORD says, or nothing."""
+def _damage(folder: Path, *, every_byte: bool) -> str:
+    """The first file that is gone or is another than its package's RECORD says, or nothing."""
     for record in sorted(folder.glob("lib/python*/site-packages/*.dist-info/RECORD")):
         base = record.parent.parent
         with record.open(newline="", encoding="utf-8") as stream:
@@ -274,7 +304,15 @@ def _damage(folder: Path) -> str:
                     return f"the file {row[0]} is gone"
                 if len(row) > 2 and row[2] and int(row[2]) != size:
                     return f"the file {row[0]} has {size} bytes, not {row[2]}"
+                if every_byte and len(row) > 1 and row[1].startswith("sha256=") and row[1] != _hash(base / row[0]):
+                    return f"the file {row[0]} has other bytes than were installed"
     return ""
+
+
+def _hash(file: Path) -> str:
+    """As RECORD has it (PEP 376, PEP 427)."""
+    digest = bytes.fromhex(digest_file(file).partition(":")[2])
+    return "sha256=" + base64.urlsafe_b64encode(digest).decode().rstrip("=")
 
 
 def _size_bytes(folder: Path) -> int:

@@ -98,9 +98,9 @@ def lock(name: str) -> Lock:
     return lock_of(targets[0]) if targets else environments.lock_named(name)
 
 
-def state(root: Path, name: str) -> State:
-    """How one toolchain stands; raises as :func:`targets_of`."""
-    return environments.examine(root, lock(name))
+def state(root: Path, name: str, *, every_byte: bool = False) -> State:
+    """How one toolchain stands, as :func:`.environments.examine` tells it; raises as :func:`targets_of`."""
+    return environments.examine(root, lock(name), every_byte=every_byte)
 
 
 def programs() -> list[Program]:

@@ -49,7 +49,7 @@ class KerasPruner(Pruner):
         original = self._version.original
         assert original is not None
         return {
-            "original": str(self._steps.layout.path(original.digest)),
+            "original": str(self._steps.layout.checked_path(original.digest)),
             "format": original.format,
             "before": str(self._steps.simplified(before.key).parent / originals.KERAS_FILE) if before else None,
             "from": before.step.unstructured if before else 0.0,

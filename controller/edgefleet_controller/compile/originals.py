@@ -41,7 +41,7 @@ def request(version: ModelVersion, layout: Layout, pruned: Path | None, jobs: di
     assert version.original is not None
     return {
         "action": "compile",
-        "original": str(layout.path(version.original.digest) if pruned is None else pruned / KERAS_FILE),
+        "original": str(layout.checked_path(version.original.digest) if pruned is None else pruned / KERAS_FILE),
         "format": version.original.format if pruned is None else "keras",
         "inputs": [spec.name for spec in version.inputs],
         "outputs": [spec.name for spec in version.outputs],

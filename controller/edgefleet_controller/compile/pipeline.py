@@ -34,7 +34,7 @@ from edgefleet_controller.compile.host import host
 from edgefleet_controller.compile.input_check import better_description
 from edgefleet_controller.compile.keras_pruner import KerasPruner
 from edgefleet_controller.compile.packing import contract, pack
-from edgefleet_controller.compile.port import HOST, CompileResult, Options, Target, target_named
+from edgefleet_controller.compile.port import HOST, CompileResult, Options, Target, check_class, target_named
 from edgefleet_controller.compile.pruner import TOOLCHAIN as PRUNING_TOOLCHAIN
 from edgefleet_controller.compile.pruner import Pruner
 from edgefleet_controller.compile.pruning import Pruned
@@ -107,7 +107,7 @@ def compile_version(
         if misses and not ship_despite_quality:
             raise QualityError(
                 f"{version.model} {version.version} for {device_class.name}: {_told(choice, misses)}",
-                hint="other calibration pictures or method, or precision fp32; shipping it anyway needs an explicit flag",
+                hint="other calibration pictures or method, or precision fp32; shipping it anyway: --ship-despite-quality",
             )
         model, answers = steps.compile([final.trial.recipe])[0][0], steps.prepare() / "golden.safetensors"
         if blind:
@@ -139,15 +139,8 @@ def compile_version(
 
 
 def _check(target: Target, device_class: DeviceClass, version: ModelVersion) -> Options:
+    check_class(device_class, target)
     spec = device_class.spec
-    if spec.engine != target.engine:
-        raise ManifestError(
-            f"{device_class.name}: target {target.name} compiles for engine {target.engine}, not {spec.engine}"
-        )
-    if spec.precision not in target.precisions:
-        raise ManifestError(
-            f"{device_class.name}: target {target.name} makes no {spec.precision}; it makes {', '.join(sorted(target.precisions))}"
-        )
     if spec.precision == "int8" and version.calibration_method not in target.methods:
         raise ManifestError(
             f"{device_class.name}: target {target.name} has no calibration method {version.calibration_method}; "

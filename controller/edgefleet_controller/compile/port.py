@@ -16,8 +16,8 @@ from edgefleet_shared.errors import ManifestError, ToolchainError
 
 from edgefleet_controller.compile.environments import Lock, lock_named
 from edgefleet_controller.compile.tools import Tool
-from edgefleet_controller.manifests import DeviceClassSpec
-from edgefleet_controller.source import ModelVersion
+from edgefleet_controller.manifests import DeviceClass, DeviceClassSpec
+from edgefleet_controller.source import AcceptanceLimits, ModelVersion, Split
 
 ENTRY_POINTS = "edgefleet.targets"
 MAX_BLOB_BYTES = 4 * 1024**3
@@ -157,6 +157,14 @@ class CompileResult(msgspec.Struct, frozen=True, kw_only=True):
     page: str = ""
 
 
+_NONE = Split(digest="", count=0)
+_NO_MODEL = ModelVersion(  # has no options of its own
+    schema=0, model="", version="", network="", inputs=(), outputs=(), output_kind="raw", encoding=None, labels=(),
+    calibration=_NONE, calibration_method="minmax", holdout=_NONE, golden=_NONE,
+    acceptance=AcceptanceLimits(min_agreement=0.0, min_cosine=0.0, tolerance_abs=0.0, tolerance_rel=0.0, min_golden=0),
+)  # fmt: skip
+
+
 def target_named(name: str) -> Target:
     """The installed compile target of that name.
 
@@ -187,6 +195,25 @@ def target_named(name: str) -> Target:
             hint=hint,
         )
     return made
+
+
+def check_class(device_class: DeviceClass, target: Target) -> None:
+    """Hold what a class asks for against its target, whatever the model.
+
+    Raises:
+        ManifestError: the target makes it for another engine, not in that precision, or does not know an option.
+    """
+    spec, name = device_class.spec, device_class.name
+    if spec.engine != target.engine:
+        raise ManifestError(f"{name}: target {target.name} compiles for engine {target.engine}, not {spec.engine}")
+    if spec.precision not in target.precisions:
+        raise ManifestError(
+            f"{name}: target {target.name} makes no {spec.precision}; it makes {', '.join(sorted(target.precisions))}"
+        )
+    try:
+        target.options(spec, _NO_MODEL)
+    except ManifestError as exc:
+        raise ManifestError(f"{name}: {exc.message}", hint=exc.hint) from exc
 
 
 class Installed(NamedTuple):

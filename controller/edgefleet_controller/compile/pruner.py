@@ -100,7 +100,7 @@ class Pruner:
             truth.write_text(json.dumps([int(self._version.training_truth[row]) for row in self._trained_on]))
         found = self._steps.prune(self._toolchain, self.module, {
             **self._networks(staged, step, before),
-            "samples": str(self._steps.layout.path(self._split.digest)),
+            "samples": str(self._steps.layout.checked_path(self._split.digest)),
             "rows": str(rows),
             "truth": str(truth) if labelled else None,
             "encoding": msgspec.to_builtins(self._version.encoding),

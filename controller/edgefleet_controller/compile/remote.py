@@ -6,9 +6,13 @@ and toolchains give the same digest. ``fleet worker run`` runs it; a controller 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
+import os
 import threading
+import time
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -16,12 +20,13 @@ from typing import NamedTuple
 import msgspec
 from edgefleet_shared import atomic, enrolling
 from edgefleet_shared.artifact import Layout
-from edgefleet_shared.errors import InputError, NotFoundError
+from edgefleet_shared.errors import EnvironmentProblem, InputError, NotFoundError
 from edgefleet_shared.work import POLL_S, Answer, CompileTask, Progress, Task
 from edgefleet_shared.work_client import WorkClient
 from edgefleet_shared.work_loop import Held, run_until_signalled
 
 from edgefleet_controller.compile.attempt import Attempt
+from edgefleet_controller.compile.cache_limit import IN_USE_S
 from edgefleet_controller.compile.port import CompileResult
 from edgefleet_controller.compile.watching import Cancelled
 from edgefleet_controller.compile.worker import JobRequest
@@ -116,7 +121,7 @@ class Made(NamedTuple):
 
 
 class RemoteWorker:
-    """Does tasks, several at once."""
+    """Does tasks, several at once. Blobs are kept for the next ones, until none used them for a day."""
 
     def __init__(self, client: WorkClient, layout: Layout, cache: Path, cache_limit_bytes: int) -> None:
         self._client, self._layout = client, layout
@@ -124,6 +129,7 @@ class RemoteWorker:
         self._attempts: set[Attempt] = set()
         self._lock = threading.Lock()
         self._ending = False
+        self._tasks = 0
 
     def cancel(self) -> None:
         """End what is under way, and begin nothing more; their leases end, and others get the jobs."""
@@ -140,8 +146,32 @@ class RemoteWorker:
         """
         if not isinstance(task, CompileTask):
             raise InputError("this worker compiles; it measures nothing")
+        with self._under_way():
+            self._do(task, held)
+
+    @contextlib.contextmanager
+    def _under_way(self) -> Iterator[None]:
+        with self._lock:
+            if not self._tasks:
+                self._forget_unused()
+            self._tasks += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._tasks -= 1
+
+    def _forget_unused(self) -> None:
+        """The blobs that no task used for a day. Only while none is under way: what it makes may be one of them."""
+        with contextlib.suppress(OSError, EnvironmentProblem):  # the next task tries again
+            for path in (*map(self._layout.path, self._layout.digests()), *self._layout.unfinished()):
+                if time.time() - path.stat().st_mtime > IN_USE_S:
+                    path.unlink()
+
+    def _do(self, task: CompileTask, held: Held) -> None:
         for digest in task.blobs:
             held.persistently(partial(self._client.fetch, held.lease, digest, self._layout))
+            os.utime(self._layout.path(digest))
         made = self._attempt(task, held)
         held.step = Progress("uploading", 0, 1)
         for digest in made.blobs:

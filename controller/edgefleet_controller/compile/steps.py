@@ -177,7 +177,7 @@ class Steps:
         def fill(staged: Path) -> None:
             self._child(self._preparing, PREPARE[1], self._limits.prepare_s, {
                 "action": "prepare",
-                "network": str(self._layout.path(version.network)),
+                "network": str(self._layout.checked_path(version.network)),
                 "simplified": str(staged / "simplified.onnx"),
                 "samples": [self.samples(version.holdout), self.samples(version.golden)],
                 "references": [str(staged / "holdout.safetensors"), str(staged / "golden.safetensors")],
@@ -381,7 +381,7 @@ class Steps:
 
     def _compile_one(self, pruned: str, wanted: dict[Path, Recipe]) -> None:
         for staged in [staged for staged, recipe in wanted.items() if recipe.quantizer == AS_IS]:
-            writing.put(self._layout.path(self._version.as_is), staged / COMPILED)
+            writing.put(self._layout.checked_path(self._version.as_is), staged / COMPILED)
             del wanted[staged]
         by_tensorflow = {staged: recipe for staged, recipe in wanted.items() if recipe.quantizer == TENSORFLOW}
         if by_tensorflow:

@@ -39,8 +39,8 @@ _KEPT = ("PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "LD_LIBRARY_PATH")
 
 
 class Toolchain(msgspec.Struct, frozen=True):
-    """An installed environment, and the vendor's programs that are used beside it. ``lock_hash`` stands for every version in both and is
-    part of a compile's cache key."""
+    """An installed environment with the packages of its lock, and the vendor's programs that are used beside it. ``lock_hash`` stands for
+    every version in both and is part of a compile's cache key."""
 
     name: str
     python: str
@@ -103,7 +103,7 @@ class Toolchains:
             with self._waiting_lock(self.root / f".{folder.name}.lock", lock, progress):
                 if again or not marker.exists():
                     environments.install(self.root, lock, self._cancel, progress)
-        return Toolchain(lock.name, str(folder / "bin" / "python"), lock.hash, environments.whole(folder))
+        return Toolchain(lock.name, str(folder / "bin" / "python"), lock.hash, lock.of(environments.whole(folder)))
 
     def raise_if_cancelled(self) -> None:
         """Raises Cancelled once the event given to this object is set: for whoever waits between children."""

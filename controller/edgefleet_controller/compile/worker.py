@@ -125,8 +125,10 @@ def _log(request: JobRequest, began: float) -> str:
     """What the job's children printed, each one's end, in the order in which they ended."""
     asked = source.decode(Layout(Path(request.layout)).read(request.version, MAX_VERSION_BYTES))
     name = msgspec.json.decode(request.device_class)["metadata"]["name"]
-    files = (Path(request.cache) / "logs").glob(f"{asked.model}-{asked.version}-{name}-*.log")
-    written = sorted((file.stat().st_mtime, file) for file in files)
+    job = f"{asked.model}-{asked.version}-{name}"
+    files = (Path(request.cache) / "logs").glob(f"{job}-*.log")
+    # Not those of a class whose name goes on after this one's.
+    written = sorted((file.stat().st_mtime, file) for file in files if file.stem.rpartition("-")[0] == job)
     return "".join(
         f"== {file.stem.rpartition('-')[2]}\n{last_words(file)[-MAX_LOG_CHARACTERS:]}\n"
         for at, file in written

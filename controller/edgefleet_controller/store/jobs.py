@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from edgefleet_shared.errors import NotFoundError
+from sqlalchemy.orm import defer
 from sqlmodel import Session, col, select
 
 from edgefleet_controller.store.tables import CompileJob
@@ -36,6 +37,20 @@ def list_jobs(session: Session, model: str = "", version: str = "", unfinished: 
     if unfinished:
         query = query.where(col(CompileJob.state).in_(UNFINISHED))
     return list(session.exec(query))
+
+
+def failures(session: Session, model: str = "", version: str = "") -> list[CompileJob]:
+    """The last compile of each version for a class, where that failed; without what was printed, which is long."""
+    long = (defer(col(CompileJob.log)), defer(col(CompileJob.report)))  # type: ignore[arg-type]  # col() hides what defer() wants
+    query = select(CompileJob).options(*long)
+    query = query.where(CompileJob.kind == "compile", col(CompileJob.state).in_(("done", "failed")))
+    if model:
+        query = query.where(CompileJob.model == model)
+    if version:
+        query = query.where(CompileJob.version == version)
+    rows = session.exec(query.order_by(col(CompileJob.ended_at), CompileJob.id))
+    last = {(row.model, row.version, row.device_class): row for row in rows}
+    return [row for row in last.values() if row.state == "failed"]
 
 
 def newest(session: Session, model: str, version: str, device_class: str) -> CompileJob:

@@ -19,7 +19,7 @@ import iree.compiler.tools
 import iree.runtime
 import numpy as np
 import onnx
-from iree.compiler.tools.binaries import CompilerToolError
+from iree.compiler.tools.binaries import CompilerToolError, find_tool
 
 from . import job
 from .measure import Array, Run, measure
@@ -56,6 +56,7 @@ def compile_model(request: job.Request, progress: job.Progress) -> dict[str, Any
     options = request["options"]
     triple, cpu, features = GENERIC[options["arch"]]
     own = (triple, options["cpu"] or cpu, ",".join(filter(None, (features, options["features"]))))
+    os.environ["TMPDIR"] = "."  # where iree-compile puts what it links; its paths go to a shell, unquoted
     for number, one in enumerate(request["jobs"]):
         progress("importing", number, len(request["jobs"]))
         with tempfile.TemporaryDirectory(dir=".") as folder:
@@ -101,6 +102,7 @@ def _imported(network: str, folder: str) -> bytes:
 def _compiled(imported: bytes, network: str, target: str, triple: str, cpu: str, features: str) -> None:
     """Compile from standard input: a file's name would end up in the module."""
     arguments = [
+        f"--iree-llvmcpu-embedded-linker-path={_linker()}",
         f"--iree-llvmcpu-target-triple={triple}", f"--iree-llvmcpu-target-cpu={cpu}",
         f"--iree-llvmcpu-target-cpu-features={features}", "--iree-llvmcpu-stack-allocation-limit=262144",
         "--iree-opt-level=O3", "--iree-llvmcpu-debug-symbols=false", "--iree-vm-bytecode-module-strip-source-map=true",
@@ -112,6 +114,14 @@ def _compiled(imported: bytes, network: str, target: str, triple: str, cpu: str,
     except CompilerToolError as exc:
         sys.stderr.write(str(exc))
         raise _refusal(str(exc), imported.decode(errors="replace"), network) from exc
+
+
+def _linker() -> str:
+    """IREE's linker by a name that a shell takes as one word, wherever the toolchain lies."""
+    name = "./iree-lld"
+    if not os.path.lexists(name):
+        os.symlink(find_tool("iree-lld"), name)
+    return name
 
 
 def _refusal(text: str, imported: str, network: str) -> job.Refused:

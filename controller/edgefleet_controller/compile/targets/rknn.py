@@ -20,7 +20,7 @@ class RknnTarget:
     engine = "rknn"
     toolchain = "rknn"
     lock = ""
-    module = "rknn"
+    module = "rknn_settled"
     tools = ()
     engine_package = "rknn_toolkit2"
     precisions = frozenset({"int8", "fp16"})
