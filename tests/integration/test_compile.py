@@ -312,8 +312,8 @@ def test_a_full_search_is_made_once_and_ends_in_the_same_digest(bench: Bench) ->
 def test_a_quick_search_for_size_ships_float_where_int8_is_larger(bench: Bench) -> None:
     # So few weights that what stands around them in int8 takes more bytes than they save.
     net = Net()
-    for _ in range(8):
-        net.conv(3, 3)
+    for _ in range(16):
+        net.conv(3, 3, 1)
         net.add("LeakyRelu", alpha=0.5)
     net.add("AveragePool", kernel_shape=[8, 8], strides=[8, 8])
     net.add("Flatten")

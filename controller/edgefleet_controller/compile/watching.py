@@ -49,7 +49,7 @@ class ChildDied(ToolchainError):
 class EngineFailed(ToolchainError):
     """The engine, in a child, raised an error over a compiled model or over a sample in it; ``how`` is for people."""
 
-    code = "engine_failed"
+    code = "compiled_model_failed"
     ended = "engine failed"
 
     @property

@@ -79,7 +79,7 @@ def _engine() -> Iterator[None]:
     except Exception as exc:  # engines have classes of their own, which share no base but this
         traceback.print_exc()
         told = next((line.strip() for line in str(exc).splitlines() if line.strip()), "no reason given")
-        raise Refused("engine_failed", f"{type(exc).__name__}: {told[:300]}") from exc
+        raise Refused("compiled_model_failed", f"{type(exc).__name__}: {told[:300]}") from exc
 
 
 def _peak_bytes() -> int:
@@ -96,7 +96,7 @@ def measure(load: Load, request: Request, progress: Progress) -> dict[str, Any]:
     ``count`` (how many of them).
     Result: ``times`` (p50 and p95 in ms of runs that had a processor to themselves, in order of ``models``), ``float``, and ``peak_memory_bytes`` of this process after the
     outputs, before the float model is loaded: one model's own where there is one.
-    Refused as ``engine_failed``: what the engine raises, over a model or a sample.
+    Refused as ``compiled_model_failed``: what the engine raises, over a model or a sample.
     """
     samples = SampleFile(request["samples"], request["count"])
     runs = []
