@@ -8,6 +8,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
+import onnx
 import openvino
 import pytest
 from edgefleet_shared import artifact
@@ -62,6 +63,25 @@ def test_gates_are_operators_that_it_fuses_and_answer_alike(bench: Bench, gated:
     assert [port.get_any_name() for port in model.outputs] == ["scores"]
     assert result.figures.sqnr_db is not None
     assert result.figures.sqnr_db > (80 if precision == "fp32" else 15)
+
+
+@pytest.mark.parametrize("gate", [("HardSigmoid", {"alpha": 1 / 6}), ("HardSigmoid", {}), ("HardSwish", {})], ids=str)
+def test_a_gate_that_comes_out_keeps_its_name(bench: Bench, gate: tuple[str, dict[str, float]]) -> None:
+    net = Net(5)
+    net.conv(3, 16, stride=2)
+    net.add("GlobalAveragePool")
+    net.add("Flatten")
+    net.dense(16, 10)
+    model = net.model([1, 10], opset=14)
+    last = model.graph.node[-1]
+    last.CopyFrom(onnx.helper.make_node(gate[0], list(last.input), ["scores"], name="last", **gate[1]))
+    version = bench.version(project(bench.folder, model))
+    result = bench.compile(version, class_here("openvino", precision="fp32", accuracy={"min_agreement": 0.5}))
+    types, _, compiled = topology(bench, result.artifact.digest)
+    assert "HardSigmoid" not in types
+    assert [port.get_any_name() for port in compiled.outputs] == ["scores"]
+    assert result.figures.sqnr_db is not None
+    assert result.figures.sqnr_db > 80
 
 
 def test_what_is_summed_for_an_activation_goes_there_unrounded_and_pools_are_behind(bench: Bench) -> None:

@@ -54,6 +54,17 @@ def silu(net: Net) -> str:
     return net.add("Mul", net.add("Sigmoid"), first=made)
 
 
+def deep() -> onnx.ModelProto:
+    """Half of the sums lie far below zero, where a tenth of them is left: their range leaves few levels to the others."""
+    net = Net(1)
+    net.conv(3, 8)
+    bias = next(c for c in net.constants if list(c.dims) == [8])
+    bias.CopyFrom(onnx.numpy_helper.from_array(np.repeat(np.float32([-30, 0]), 4), bias.name))
+    leaky(net)
+    net.conv(8, 8)
+    return onnx.shape_inference.infer_shapes(net.model([1, 8, 32, 32]))
+
+
 @pytest.mark.parametrize("activation", [leaky, silu, lambda net: net.add("HardSwish")], ids=["leaky", "silu", "swish"])
 def test_what_is_summed_for_an_activation_is_not_rounded(tmp_path: Path, activation: Callable[[Net], str]) -> None:
     net = Net(1)
@@ -71,13 +82,7 @@ def test_what_is_summed_for_an_activation_is_not_rounded(tmp_path: Path, activat
 
 
 def test_a_leaky_sum_has_less_than_half_the_noise_of_a_rounded_one(tmp_path: Path) -> None:
-    net = Net(1)
-    net.conv(3, 8)
-    bias = next(c for c in net.constants if list(c.dims) == [8])
-    bias.CopyFrom(onnx.numpy_helper.from_array(np.repeat(np.float32([-30, 0]), 4), bias.name))
-    leaky(net)
-    net.conv(8, 8)
-    model = onnx.shape_inference.infer_shapes(net.model([1, 8, 32, 32]))
+    model = deep()
     found = known(model, tmp_path)
     apart, together = (noise(model, qdq.quantize(model, found, recipe)) for recipe in (APART, FUSED))
     assert together < 0.5 * apart
@@ -192,13 +197,7 @@ def test_a_layer_in_float_behind_a_maximum_reads_it_unrounded(tmp_path: Path) ->
 
 
 def test_a_layers_noise_is_that_without_the_rounding_between(tmp_path: Path) -> None:
-    net = Net(1)
-    net.conv(3, 8)
-    bias = next(c for c in net.constants if list(c.dims) == [8])
-    bias.CopyFrom(onnx.numpy_helper.from_array(np.repeat(np.float32([-30, 0]), 4), bias.name))
-    leaky(net)
-    net.conv(8, 8)
-    model = onnx.shape_inference.infer_shapes(net.model([1, 8, 32, 32]))
+    model = deep()
     found, feeds = known(model, tmp_path), [{"image": one[None]} for one in PICTURES[:4]]
 
     def first(recipe: dict[str, Any]) -> float:
