@@ -26,6 +26,7 @@ from edgefleet_agent.sandbox import describe_exit
 
 NEXT_AFTER_S = 5.0  # a large one on a slow card takes longer, and shares the board with the next then
 LOOK_S = 0.01
+ORPHAN_S = 5  # past its limit a load ends itself: only one whose parent has died gets that far
 MOST_TOLD_BYTES = 64 * 1024  # what a pipe holds
 
 
@@ -77,7 +78,7 @@ def _begin(name: str, limit_s: int) -> _Load:
     told, tell = os.pipe()
     pid = os.fork()
     if pid == 0:
-        signal.alarm(limit_s)
+        signal.alarm(limit_s + ORPHAN_S)
         # Libraries print as they load, and leave daemons behind: neither must come between the reports, nor keep anybody waiting for their end.
         null = os.open(os.devnull, os.O_RDWR)
         for number in (1, 2):
