@@ -16,27 +16,23 @@ import logging
 import queue
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import msgspec
-from edgefleet_shared import results
 from edgefleet_shared.artifact import Layout
 from edgefleet_shared.assignment import Subject
 from edgefleet_shared.errors import EdgefleetError, EnvironmentProblem
 from edgefleet_shared.exhaustive import assert_never
 from edgefleet_shared.fingerprint import Fingerprint
-from edgefleet_shared.lifecycle import HARMLESS, TABLE, Effect, Event, State, got_on, step
-from edgefleet_shared.outcomes import Outcome
+from edgefleet_shared.lifecycle import HARMLESS, TABLE, Event, State, got_on, step
 
 from edgefleet_agent import health, notify, reporting, slots, swap
 from edgefleet_agent.admission import Admissions
-from edgefleet_agent.effects import Job
 from edgefleet_agent.fetch import Fetcher
 from edgefleet_agent.inbox import AdmissionDone, Item, JobBroke, JobDone, JobFailed, JobTold, Measured, SigningDone
-from edgefleet_agent.journal import Journal, Keeper
+from edgefleet_agent.journal import Keeper
 from edgefleet_agent.line import Happened, Line
 from edgefleet_agent.ports import Ports
 from edgefleet_agent.recall import Recall
@@ -45,15 +41,14 @@ from edgefleet_agent.runtime.control import StatusReport
 from edgefleet_agent.settings import Settings
 from edgefleet_agent.slots import SlotStatus
 from edgefleet_agent.spool import Spool
+from edgefleet_agent.transition import Now, journal_after
 from edgefleet_agent.transport import Acked, Chunk, Desired, Down, MetadataFile, Up
 from edgefleet_agent.upkeep import Upkeep
+from edgefleet_agent.work import AGAIN_S, Work
 
 log = logging.getLogger(__name__)
 
 TICK_S = 0.5
-AGAIN_S = 5.0  # between two tries of what the disk, or the runtime, refused
-AT_REST_AGAIN_S = 60.0  # when that failed several times: each try may cost the start of a worker
-TRIES = 3  # of a job, in the states that are left when the board can't do its part
 PROGRESS_EVERY_S = 1.0
 CHANGING = frozenset({State.SWAPPING, State.SOAKING, State.COMMITTING, State.ROLLING_BACK})
 
@@ -111,7 +106,6 @@ class Runner:
         # What the agent itself is made of needs no engine.
         build_keys = board.build_keys if line.subject is Subject.MODEL else {}
         self._upkeep = Upkeep(state, ports, build_keys, self._job_told)
-        self._effects = line.effects(state, ports, self._fetcher, settings.threads, self._upkeep, self._results.sign)
         self._admissions = Admissions(
             line.home or state, settings, board, self._keeper, ports,
             tell=self._spool.add, tell_result=self._results.sign, put=inbox.put, problem=self._teller.note,
@@ -119,19 +113,15 @@ class Runner:
         )  # fmt: skip
         self._crashes = health.CrashWatch()
         self._events: deque[Happened] = deque()
-        self._transition = 0
-        self._stop_job = threading.Event()
+        self._work = Work(
+            line.effects(state, ports, self._fetcher, settings.threads, self._upkeep, self._results.sign), self._keeper, ports,
+            self._teller, inbox.put, self._fetched, self._fetch_failed,
+        )  # fmt: skip
         self._ending = threading.Event()
         self._wake_at: float | None = 0.0  # None: awake
         self._held_until = 0.0
         self._look_at_pending = True
         self._look_at_plans = True
-        self._again: tuple[Effect, ...] = ()
-        self._unserved = False
-        self._again_at = 0.0
-        self._tries = 0
-        self._deadline: float | None = None  # of the assignment, while it is fetched and built
-        self._soaking_since: float | None = None
         self._stopping = False
 
     # -- the loop ------------------------------------------------------------------------------------------------------
@@ -156,16 +146,13 @@ class Runner:
 
     def close(self) -> None:
         """The agent ends in order, and its next start is to know that: who stops it says nothing against what it was at."""
-        self._stop_job.set()
+        self._work.stop()
         current = self._keeper.now
         with suppress(EdgefleetError):  # then it comes again
             self._fetcher.make_safe()
         if self._wake_at is None and current.life.state is not State.IDLE:
-            soaked_s = current.soaked_s
-            if self._soaking_since is not None:
-                soaked_s += self._ports.clock.monotonic() - self._soaking_since
             with suppress(EdgefleetError):  # then it counts, as when the power is cut
-                self._keeper.keep(stopped=True, soaked_s=soaked_s)
+                self._keeper.keep(stopped=True, soaked_s=current.soaked_s + self._work.soaked_s())
         self._spool.close()
 
     def stop(self) -> None:
@@ -237,8 +224,9 @@ class Runner:
                 self._spool.up = False
                 log.info("connection lost", extra={"reason": reason})
             case JobDone() | JobFailed():
-                if item.transition == self._transition:
-                    self._job_ended(item)
+                came = self._work.ended(item)
+                if came is not None:
+                    self._events.append(came)
             case JobTold(state, detail, done, total):
                 if state is self._keeper.now.life.state:
                     self._teller.progress(detail, done, total)
@@ -259,12 +247,9 @@ class Runner:
     def _tick(self, now: float) -> None:
         self._admissions.tick()
         self._results.tick()
-        if self._again and now >= self._again_at:
-            effects, self._again = self._again, ()
-            self._carry_out(effects)
+        self._work.try_again(now)
         state = self._keeper.now.life.state
-        if self._deadline is not None and now > self._deadline and (state, Event.TIMED_OUT) in TABLE:
-            self._deadline = None
+        if self._work.ran_out(now, state):
             came = f"{self._fetcher.done_bytes} of {self._fetcher.total_bytes} bytes came in time"
             self._happen(Event.TIMED_OUT, came if state is State.FETCHING else "the plan was not built in time")
             return
@@ -284,7 +269,7 @@ class Runner:
     # -- the life cycle ------------------------------------------------------------------------------------------------
 
     def _happen(self, event: Event, detail: str = "", **changes: Any) -> None:
-        self._events.append(Happened(self._transition, event, detail, changes))
+        self._events.append(Happened(self._work.transition, event, detail, changes))
 
     def _take_up(self) -> None:
         """Hold the pending assignment against what is being done."""
@@ -326,7 +311,7 @@ class Runner:
                     self._look_at_pending = False
                 if not self._events:
                     break
-                if self._events[0].transition == self._transition:
+                if self._events[0].transition == self._work.transition:
                     self._feed(self._events[0])
                 self._events.popleft()
         except EdgefleetError as exc:
@@ -341,141 +326,33 @@ class Runner:
         Raises:
             EnvironmentProblem: it could not be persisted, and has not happened.
         """
-        event, detail, before = happened.event, happened.detail, self._keeper.now
+        event, before = happened.event, self._keeper.now
         switched_off = before.life.state in HARMLESS and before.kernel_boot != self._kernel_boot
         life, effects = step(before.life, event, counted=not (switched_off or before.stopped or self._excused()))
         if not effects:
             return
-        planned = msgspec.structs.replace(
-            before, **happened.changes, life=life, kernel_boot=self._kernel_boot, stopped=False,
-            soaked_s=before.soaked_s if before.stopped and event is Event.RESTARTED else 0.0,
-        )  # fmt: skip
-        if life.outcome is not before.life.outcome and life.outcome is not None:
-            planned = msgspec.structs.replace(planned, reason=detail)
-        if event is Event.RETURN_FAILED and before.reason:
-            planned = msgspec.structs.replace(planned, reason=f"{before.reason}; then {detail}")
-        if Effect.REPORT in effects:
-            ended = reporting.ended(planned, self._ports.clock.now())
-            planned = msgspec.structs.replace(
-                planned, ended=results.fitting(self._settings.device, ended, self._subject)
-            )
-            if life.outcome is Outcome.SUCCEEDED:
-                planned = msgspec.structs.replace(planned, committed=planned.assignment)
-            if (
-                planned.pending is not None
-                and planned.assignment is not None
-                and planned.pending.id == planned.assignment.id
-            ):
-                planned = msgspec.structs.replace(planned, pending=None)
-        self._keeper.replace(planned)
-        self._transition += 1
-        self._stop_job.set()
-        self._stop_job = threading.Event()
-        self._tries, self._again = 0, ()
-        self._soaking_since = None
+        at = Now(self._settings.device, self._subject, self._kernel_boot, self._ports.clock.now())
+        self._keeper.replace(journal_after(before, happened, life, effects, at))
         self._look_at_plans = True
         # What came while it could not be heeded need not wait longer: who takes a version back does not want it to serve first.
         self._look_at_pending = self._look_at_pending or bool(TABLE[life.state, Event.ASSIGNED].effects)
-        self._teller.note("work")
         log.info(
             "transition",
             extra={
-                "from": before.life.state.value, "event": event.value, "to": life.state.value, "reason": detail,
-                "assignment": planned.assignment.id if planned.assignment else "",
+                "from": before.life.state.value, "event": event.value, "to": life.state.value, "reason": happened.detail,
+                "assignment": self._keeper.now.assignment.id if self._keeper.now.assignment else "",
             },
         )  # fmt: skip
-        self._carry_out(effects[1:])  # the first one was to persist
-        if self._unserved and life.state is State.IDLE and Effect.SERVE not in effects:
-            self._again, self._again_at = (*self._again, Effect.SERVE), self._ports.clock.monotonic() + AGAIN_S
+        self._work.next(life.state, effects[1:])  # the first one was to persist
         self._teller.report()
         if life.state is not before.life.state:
-            self._teller.progress(detail)
+            self._teller.progress(happened.detail)
         notify.status(f"{self._settings.device}: {life.state.value}")
-
-    def _carry_out(self, effects: Sequence[Effect]) -> None:
-        """Do the quick effects, start the slow ones; what could not be done is left for another try."""
-        journal, jobs, undone = self._keeper.now, list[tuple[Effect, Job]](), list[Effect]()
-        for effect in effects:
-            try:
-                job = self._effects.carry_out(effect, journal)
-            except EdgefleetError as exc:
-                if effect is Effect.FETCH:
-                    self._fetch_failed(exc)
-                else:
-                    undone.append(effect)
-                    self._teller.note("work", str(exc))
-                continue
-            if job is not None:
-                jobs.append((effect, job))
-            elif effect is Effect.FETCH:
-                self._deadline = None
-                self._set_deadline(journal)
-                self._fetched()
-            if effect is Effect.BUILD:
-                self._set_deadline(journal)
-        if undone:
-            self._again, self._again_at = tuple(undone), self._ports.clock.monotonic() + AGAIN_S
-        elif not jobs:
-            self._teller.note("work")
-        if jobs:
-            self._start(jobs)
-
-    def _set_deadline(self, journal: Journal) -> None:
-        """The assignment's time runs, from now unless it does already: an agent that restarts does not know for how long it was at it."""
-        timeout = journal.assignment.timeout_s if journal.assignment else 0
-        if timeout > 0 and self._deadline is None:
-            self._deadline = self._ports.clock.monotonic() + timeout
-
-    def _start(self, jobs: list[tuple[Effect, Job]]) -> None:
-        transition, stop = self._transition, self._stop_job
-
-        def run() -> None:
-            for number, (effect, job) in enumerate(jobs):
-                if effect is Effect.SOAK:
-                    self._soaking_since = self._ports.clock.monotonic()
-                try:
-                    result = job(stop)
-                except EdgefleetError as exc:
-                    left = tuple(effect for effect, _ in jobs[number:])
-                    self._inbox.put(JobFailed(transition, left, str(exc)))
-                    return
-                except Exception as exc:  # noqa: BLE001 - raised again by the loop
-                    self._inbox.put(JobBroke(exc))
-                    return
-                if result.event is not None:
-                    self._inbox.put(JobDone(transition, result.event, result.detail, result.acceptance, result.about))
-                    return
-            self._inbox.put(JobDone(transition, None, ""))
-
-        self._ports.spawn(f"job-{self._keeper.now.life.state.value}", run)
 
     def _job_told(self, state: State, detail: str, done: int, total: int) -> None:
         """On the job's thread, which must not wait for this loop: it may be waiting for the job. Progress can be missed."""
         with suppress(queue.Full):
             self._inbox.put_nowait(JobTold(state, detail, done, total))
-
-    def _job_ended(self, ended: JobDone | JobFailed) -> None:
-        if isinstance(ended, JobDone):
-            if ended.event is None:
-                self._tries, self._unserved = 0, False
-                self._teller.note("serve")
-                return
-            changes: dict[str, Any] = {} if ended.acceptance is None else {"acceptance": ended.acceptance}
-            if ended.about is not None:
-                changes = {"assignment": ended.about, "acceptance": None}
-            self._happen(ended.event, ended.detail, **changes)
-            return
-        self._tries += 1
-        serving = Effect.SERVE in ended.effects
-        self._unserved = self._unserved or serving  # whatever comes in between, it is tried again once the board rests
-        self._teller.note("serve" if serving else "work", ended.reason)
-        state = self._keeper.now.life.state
-        if self._tries >= TRIES and (state, Event.BROKE) in TABLE:
-            self._happen(Event.BROKE, ended.reason)
-        else:
-            self._again += tuple(effect for effect in ended.effects if effect not in self._again)
-            pause_s = AT_REST_AGAIN_S if state is State.IDLE and self._tries >= TRIES else AGAIN_S
-            self._again_at = self._ports.clock.monotonic() + pause_s
 
     # -- fetching ------------------------------------------------------------------------------------------------------
 
