@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from edgefleet_agent.runtime.nursery import Nursery
+from edgefleet_agent.runtime.orders import Orders
 from edgefleet_agent.runtime.switchboard import Switchboard
 from edgefleet_shared.artifact import Layout
 from support import artifacts
@@ -25,14 +26,15 @@ class Board:
 
         self.bad, self.previous, self.other = made(1, behaviour="crash"), made(2), made(3)
         self.nursery = Nursery(1)
-        self.switchboard = Switchboard(layout, 1, self.nursery)
+        self.switchboard = Switchboard()
+        self.orders = Orders(layout, 1, self.nursery, self.switchboard)
 
-    async def started(self, *expected: str, orders: tuple[Callable[[Switchboard], Awaitable[Any]], ...]) -> None:
+    async def started(self, *expected: str, orders: tuple[Callable[[Orders], Awaitable[Any]], ...]) -> None:
         """Start, with ``orders`` given in this order while the first artifact is loaded; the others are over when this returns."""
-        self.switchboard.expect(list(expected))
-        starting = asyncio.create_task(self.switchboard.serve_at_start())
+        self.orders.expect(list(expected))
+        starting = asyncio.create_task(self.orders.serve_at_start())
         await asyncio.sleep(0)
-        await asyncio.gather(*(order(self.switchboard) for order in orders))
+        await asyncio.gather(*(order(self.orders) for order in orders))
         await starting
 
     def workers(self) -> int:
@@ -41,7 +43,7 @@ class Board:
         return len(Path(f"/proc/{parent}/task/{parent}/children").read_text().split())
 
     async def end(self) -> None:
-        await self.switchboard.close()
+        await self.orders.close()
         self.nursery.close()
 
 
@@ -61,7 +63,7 @@ def test_what_an_agent_has_loaded_meanwhile_is_not_loaded_a_second_time_beside_i
 
     async def story(board: Board) -> None:
         await board.started(board.bad, board.previous, orders=(lambda s: s.load(board.previous),))
-        assert board.switchboard.status().serving == board.previous
+        assert board.orders.status().serving == board.previous
         assert board.switchboard.ready
         assert board.workers() == 1
 
@@ -74,7 +76,7 @@ def test_what_an_agent_has_switched_to_meanwhile_goes_on_serving(tmp_path: Path,
         expected = [board.bad, board.previous] if behind == "a good one" else [board.bad]
         orders = (lambda s: s.load(board.other), lambda s: s.switch(board.other))
         await board.started(*expected, orders=orders)
-        assert board.switchboard.status().serving == board.other
+        assert board.orders.status().serving == board.other
         assert board.switchboard.ready
 
     told(story, tmp_path)
@@ -83,7 +85,7 @@ def test_what_an_agent_has_switched_to_meanwhile_goes_on_serving(tmp_path: Path,
 def test_what_was_loaded_in_place_meanwhile_is_started(tmp_path: Path) -> None:
     async def story(board: Board) -> None:
         await board.started(board.bad, board.previous, orders=(lambda s: s.load(board.previous, "in-place"),))
-        assert board.switchboard.status().serving == board.previous
+        assert board.orders.status().serving == board.previous
         assert board.switchboard.ready
         assert board.workers() == 1
 

@@ -23,6 +23,7 @@ from edgefleet_agent.runtime.control_server import bind_unix, serve_control
 from edgefleet_agent.runtime.front import Front
 from edgefleet_agent.runtime.http import MAX_CONNECTIONS, Server
 from edgefleet_agent.runtime.nursery import Nursery
+from edgefleet_agent.runtime.orders import Orders
 from edgefleet_agent.runtime.regions import Regions
 from edgefleet_agent.runtime.switchboard import Switchboard
 
@@ -95,13 +96,14 @@ async def serve(state: Path, address: tuple[str, int] | None, socket_path: Path,
         loop.add_signal_handler(number, stop.set)
     nursery = Nursery(threads)
     nursery.open()  # while nobody waits for an answer
-    switchboard = Switchboard(slots.artifacts(state), threads, nursery)
+    switchboard = Switchboard()
+    orders = Orders(slots.artifacts(state), threads, nursery, switchboard)
     server: Server
     regions = Regions()
-    front = Front(switchboard, regions, lambda: _gauges(switchboard, server, regions))
+    front = Front(switchboard, regions, lambda: _gauges(switchboard, orders, server, regions))
     server = Server(front)
 
-    switchboard.expect(_serving(state))
+    orders.expect(_serving(state))
     servers: list[asyncio.AbstractServer] = []
     where = []
     for listener in _listeners(address, socket_path):
@@ -116,15 +118,15 @@ async def serve(state: Path, address: tuple[str, int] | None, socket_path: Path,
         atomic.write(state / "run" / "http.addr", f"{host}:{port}\n".encode())
         where.append(f"http://{host}:{port}")
     # Last, so that whoever reaches the runtime there knows that its clients do.
-    servers.append(await serve_control(bind_unix(control.socket_path(state), 0o600), switchboard))
+    servers.append(await serve_control(bind_unix(control.socket_path(state), 0o600), orders))
     # What is here now stays; the collector need not look at it again in the middle of a request.
     gc.collect()
     gc.freeze()
     log.info("listening", extra={"addresses": where})
     notify.ready(f"listening at {' and '.join(where)}")
 
-    starting = loop.create_task(switchboard.serve_at_start())
-    ticking = loop.create_task(_tick(switchboard, nursery, server, regions))
+    starting = loop.create_task(orders.serve_at_start())
+    ticking = loop.create_task(_tick(switchboard, orders, nursery, server, regions))
     await stop.wait()
 
     log.info("stopping")
@@ -133,16 +135,16 @@ async def serve(state: Path, address: tuple[str, int] | None, socket_path: Path,
     for listening in servers:
         listening.close()
     if not switchboard.ready:  # nothing that waits would be answered in time: tell it so
-        await _close(switchboard)
+        await _close(orders)
     await server.close(DRAIN_LIMIT_S)
     ticking.cancel()
-    await _close(switchboard)
+    await _close(orders)
     nursery.close()
 
 
-async def _close(switchboard: Switchboard) -> None:
+async def _close(orders: Orders) -> None:
     try:
-        await asyncio.wait_for(switchboard.close(), DRAIN_LIMIT_S)
+        await asyncio.wait_for(orders.close(), DRAIN_LIMIT_S)
     except asyncio.TimeoutError:
         log.warning("stopped_before_every_answer")
 
@@ -158,12 +160,13 @@ def _serving(state: Path) -> list[str]:
     return list(dict.fromkeys(slot.manifest for slot in wanted if slot is not None))
 
 
-async def _tick(switchboard: Switchboard, nursery: Nursery, server: Server, regions: Regions) -> None:
+async def _tick(switchboard: Switchboard, orders: Orders, nursery: Nursery, server: Server, regions: Regions) -> None:
     period = notify.watchdog_period_s()
     fed = 0.0
     while True:
         await asyncio.sleep(TICK_S)
         switchboard.tick()
+        orders.tick()
         nursery.look()
         server.tick()
         regions.tick()
@@ -172,7 +175,7 @@ async def _tick(switchboard: Switchboard, nursery: Nursery, server: Server, regi
             notify.alive()
 
 
-def _gauges(switchboard: Switchboard, server: Server, regions: Regions) -> dict[str, float]:
+def _gauges(switchboard: Switchboard, orders: Orders, server: Server, regions: Regions) -> dict[str, float]:
     return {
         "waiting_requests": switchboard.waiting,
         "free_slots": sum(version.free_slots for version in switchboard.versions()),
@@ -180,7 +183,7 @@ def _gauges(switchboard: Switchboard, server: Server, regions: Regions) -> dict[
         "held_body_bytes": server.held_bytes,
         "held_answer_bytes": server.untaken.held_bytes,
         "refused_connections": server.refused,
-        "swaps": switchboard.swaps,
+        "swaps": orders.swaps,
         "shared_memory_regions": len(regions),
     }
 

@@ -1,4 +1,4 @@
-"""The runtime's side of the control socket: receives the agent's orders, hands them to the switchboard, answers what came of them."""
+"""The runtime's side of the control socket: receives the agent's orders, carries them out, answers what came of them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from edgefleet_shared.errors import EdgefleetError, InputError
 
 from edgefleet_agent.runtime import control
 from edgefleet_agent.runtime.control import Load, Ping, Pong, Refused, Reply, Request, Retire, Shadow, Status, Switch
-from edgefleet_agent.runtime.switchboard import Switchboard
+from edgefleet_agent.runtime.orders import Orders
 
 
 def bind_unix(path: Path, mode: int) -> socket.socket:
@@ -33,13 +33,13 @@ def bind_unix(path: Path, mode: int) -> socket.socket:
     return listener
 
 
-async def serve_control(listener: socket.socket, switchboard: Switchboard) -> asyncio.AbstractServer:
+async def serve_control(listener: socket.socket, orders: Orders) -> asyncio.AbstractServer:
     """Answer the control socket until the returned server is closed."""
 
     async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
             while line := await reader.readline():
-                reply = await _answer(line, switchboard)
+                reply = await _answer(line, orders)
                 writer.write(msgspec.json.encode(reply) + b"\n")
                 await writer.drain()
         except (ValueError, ConnectionError):
@@ -50,28 +50,28 @@ async def serve_control(listener: socket.socket, switchboard: Switchboard) -> as
     return await asyncio.start_unix_server(talk, sock=listener, limit=control.MAX_LINE_BYTES)
 
 
-async def _answer(line: bytes, switchboard: Switchboard) -> Reply:
+async def _answer(line: bytes, orders: Orders) -> Reply:
     try:
         request = msgspec.json.decode(line, type=Request)
     except msgspec.DecodeError as exc:
         return Refused(InputError(f"not a control request: {exc}").as_dict())
     try:
-        return await _carry_out(request, switchboard)
+        return await _carry_out(request, orders)
     except EdgefleetError as exc:
         return Refused(exc.as_dict())
 
 
-async def _carry_out(request: Request, switchboard: Switchboard) -> Reply:
+async def _carry_out(request: Request, orders: Orders) -> Reply:
     match request:  # mypy proves that every request is handled
         case Load(manifest, mode):
-            return await switchboard.load(manifest, mode)
+            return await orders.load(manifest, mode)
         case Switch(manifest):
-            return await switchboard.switch(manifest)
+            return await orders.switch(manifest)
         case Shadow(manifest):
-            return await switchboard.shadow(manifest)
+            return await orders.shadow(manifest)
         case Retire(manifest):
-            return await switchboard.retire(manifest)
+            return await orders.retire(manifest)
         case Status():
-            return switchboard.status()
+            return orders.status()
         case Ping():
             return Pong(os.getpid())
