@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -212,8 +213,9 @@ def test_memory_does_not_grow_by_swaps(runtime: Runtime) -> None:
             current, other = other, current
         return runtime.client.status().memory_bytes
 
-    before = swaps(5)
-    assert swaps(20) - before < 256 * 1024
+    memory = [swaps(count) for count in (5, 7, 7, 7)]
+    # What is needed once may come at any time; what is left behind comes with each.
+    assert min(after - before for before, after in itertools.pairwise(memory)) < 64 * 1024
 
 
 WITHOUT_RIGHTS = """
