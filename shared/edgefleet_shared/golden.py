@@ -20,7 +20,8 @@ from edgefleet_shared.drift import MIN_GOLDEN_PER_CLASS, Statistics, TensorStati
 from edgefleet_shared.errors import ArtifactError
 
 MIN_BINS, MAX_BINS = 2, 10  # of a histogram, between its outermost edges
-VALUES_PER_BIN = 30  # at least: with fewer, chance alone moves a histogram by as much as a drift does
+# At least: with fewer, chance alone moves a histogram by as much as a drift does. Fewer than that in all make no histogram.
+VALUES_PER_BIN = 30
 OUTSIDE_PERCENT = 0.5  # of the golden values lie beyond either of them
 # Values so close that one is as good as the other: what a compiled model answers has eight bits, what it is asked a float's exactness.
 ANSWER_LEVELS, QUESTION_LEVELS = 256, 1 << 20
@@ -140,7 +141,7 @@ def _tensor(name: str, values: Array, levels: int) -> TensorStatistics:
         rows = rows[:, np.sort(np.random.default_rng(0).choice(rows.shape[1], MAX_VALUES, replace=False))]
     rows = rows.astype(np.float64)
     finite = rows[np.isfinite(rows)]
-    if not finite.size:
+    if finite.size < VALUES_PER_BIN:
         return TensorStatistics(name=name, edges=(), shares=(1.0,), mean=0.0, spread=0.0)
     low, high = np.percentile(finite, (OUTSIDE_PERCENT, 100 - OUTSIDE_PERCENT))
     edges = _edges(float(low), float(high), finite.size, levels)

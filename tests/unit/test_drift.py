@@ -226,9 +226,33 @@ def test_what_was_never_a_number_in_the_golden_set_is_no_drift() -> None:
     assert found.psi < 2 * MUCH
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_a_handful_of_golden_values_says_nothing_of_what_is_normal(seed: int) -> None:
+    """A regression of a few measurements: each of eight golden answers is one number, and chance alone moves such a histogram."""
+    random = np.random.default_rng(seed)
+    shown = random.normal(size=(8, 16))
+    normal = golden.statistics({"x": shown}, {"y": shown.sum(axis=1, keepdims=True)}, classification=False)
+    observer, meter = Observer(normal), DriftMeter(normal)
+    for _ in range(300):
+        x = random.normal(size=(1, 16))
+        observer.look({"x": x}, {"y": x.sum(axis=1, keepdims=True)})
+        meter.add(observer.observed())
+    found = meter.figures()
+    assert [t.name for t in found.tensors] == ["x"]
+    assert found.psi is not None
+    assert found.psi < LITTLE
+    little = golden.statistics({"x": shown[:, :1]}, {}, classification=False)
+    observer, meter = Observer(little), DriftMeter(little)
+    for _ in range(MIN_SAMPLES):
+        observer.look({"x": random.normal(size=(1, 1))}, {})
+        meter.add(observer.observed())
+    assert meter.figures().psi is None
+    assert "golden" in meter.figures().note
+
+
 def test_numbers_too_large_to_add_up_break_nothing() -> None:
     normal = golden.statistics(
-        {"x": RANDOM.normal(size=(8, 10))}, {"y": RANDOM.normal(size=(8, 2))}, classification=False
+        {"x": RANDOM.normal(size=(16, 10))}, {"y": RANDOM.normal(size=(16, 2))}, classification=False
     )
     observer, meter = Observer(normal), DriftMeter(normal)
     for _ in range(MIN_SAMPLES):
