@@ -219,6 +219,34 @@ class EventStore:
             raise EnvironmentProblem(f"event {sequence} in {segment.path} is damaged")
         return record[1]
 
+    def give_up_unreadable(self, boot: str, sequence: int) -> None:
+        """Count what can't be read any more of the segment of that event, and pass over it. What can be read of it stays.
+
+        In memory first: the disk that can't be read may refuse to be written, too. The file is left to the next start.
+        """
+        found = self._find(boot, sequence - 1)
+        if found is None:
+            return
+        segment = found[0]
+        if self._open.get(segment.lane) is segment:
+            del self._open[segment.lane]  # what follows goes to a file that is sound
+        kept = [i for i, number in enumerate(segment.sequences) if self._readable(boot, number)]
+        waited = len(segment.sequences) - bisect_right(segment.sequences, self.floor(boot))
+        segment.offsets = array("I", (segment.offsets[i] for i in kept))
+        segment.sequences = array("Q", (segment.sequences[i] for i in kept))
+        left = len(segment.sequences) - bisect_right(segment.sequences, self.floor(boot))
+        self.count_dropped("unreadable", waited - left)
+        log.error("events unreadable", extra={"count": waited - left, "reason": str(segment.path)})
+        if not segment.sequences:
+            self._segments.remove(segment)
+
+    def _readable(self, boot: str, sequence: int) -> bool:
+        try:
+            self.read(boot, sequence)
+        except EnvironmentProblem:
+            return False
+        return True
+
     def acknowledge(self, boot: str, sequence: int) -> None:
         """Everything of ``boot`` up to ``sequence`` is with the controller: segments that hold nothing else go."""
         self._floors[boot] = max(sequence, self._floors.get(boot, 0))
@@ -239,9 +267,9 @@ class EventStore:
                 return
             self._waste.remove(path)
 
-    def count_dropped(self, kind: str) -> None:
-        """An event was given up that never came to the disk; the count follows with the next append."""
-        self._given_up = msgspec.structs.replace(self._given_up, kinds=_sum(self.dropped, {kind: 1}))
+    def count_dropped(self, kind: str, count: int = 1) -> None:
+        """Events were given up, and no file with them; the count comes to the disk with the next append."""
+        self._given_up = msgspec.structs.replace(self._given_up, kinds=_sum(self.dropped, {kind: count}))
         self._counted = False
 
     # -- inside --------------------------------------------------------------------------------------------------------

@@ -3,12 +3,12 @@
 What is asked, and the first that answers is taken; looked at again every minute, because drivers load late and cables are pulled out:
 
 1. a hardware monitor that measures the board's supply (INA226, INA3221 and the like, ``hwmon``): the channel labelled as the input where
-   there is one (Jetson: ``VDD_IN``), else the sum of the channels. Scope *board*.
+   there is one on any chip (most Jetsons: ``VDD_IN``), else the sum of the channels of all chips of one kind (AGX Orin, AGX Xavier). Scope *board*.
 2. a battery that is being discharged (``power_supply``). Scope *board*.
 3. RAPL's counter of the platform (``psys``, scope *board*) or of the packages (scope *package*: the processor alone, so no measure
    of a board's budget). Readable by root only on most kernels.
 
-Source: kernel ``Documentation/hwmon/sysfs-interface.rst``, ``power/power_supply_class.rst``, ``power/powercap/powercap.rst``.
+Source: kernel ``Documentation/hwmon/sysfs-interface.rst``, ``hwmon/ina3221.rst``, ``power/power_supply_class.rst``, ``power/powercap/powercap.rst``.
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ Scope = Literal["board", "package"]
 FIND_AGAIN_S = 60.0
 MOST_WATTS = 2000.0  # no board draws as much; a counter that says so was reset
 # Labels of the channel through which everything on the board is fed; the other channels are parts of it.
-_INPUT = re.compile(r"^(vdd_in|pom_5v_in|vin_sys.*|.*_in|input|total|vin)$", re.IGNORECASE)
+_INPUT = re.compile(r"^(vdd_in|pom_5v_in|.*_in|input|total|vin)$", re.IGNORECASE)
+# Of an INA3221: what follows its three channels are their shunts' microvolts, and what the driver adds up.
+_INA3221_CHANNELS = ("1", "2", "3")
 _MONITORS = re.compile(r"^(ina|ltc294|max3440|adm12|pac19|isl28022)", re.IGNORECASE)
 
 
@@ -124,10 +126,14 @@ class _Gauge:
     def __init__(self, name: str, gauge: Callable[[], float | None], now_s: float) -> None:
         self.name = name
         self._gauge, self._then, self._joules = gauge, now_s, 0.0
-        self._last = gauge()
+        self._last = self._plausible()
+
+    def _plausible(self) -> float | None:
+        value = self._gauge()
+        return None if value is None or abs(value) > MOST_WATTS else value
 
     def read(self, now_s: float) -> float | None:
-        value = self._gauge()
+        value = self._plausible()
         if value is None or self._last is None:
             self._last = value
             return None
@@ -173,16 +179,20 @@ class _Channel(NamedTuple):
 
 
 def _supply_monitor(sys_root: Path, now_s: float) -> Source | None:
+    kinds: dict[str, list[_Channel]] = {}
     for chip in sysfs.found(sys_root, "class/hwmon/hwmon*"):
         name = sysfs.text(chip / "name")
-        if not _MONITORS.match(name):
-            continue
-        channels = _channels(chip)
-        feeding = [c for c in channels if _INPUT.match(c.label)]
-        chosen = feeding[:1] or channels
-        if chosen and _together(chosen) is not None:
-            label = chosen[0].label if feeding else f"{len(chosen)} channels"
-            return _Gauge(f"{name} {label}", partial(_together, chosen), now_s)
+        if _MONITORS.match(name):
+            # A channel that nothing is connected to has files, and no value.
+            kinds.setdefault(name, []).extend(c for c in _channels(chip, name) if c.watts() is not None)
+    for name, channels in kinds.items():
+        for channel in channels:
+            if _INPUT.match(channel.label):
+                return _Gauge(f"{name} {channel.label}", channel.watts, now_s)
+    # Chips of one kind measure what lies side by side; those of two kinds may measure the same.
+    for name, channels in kinds.items():
+        if channels:
+            return _Gauge(f"{name} {len(channels)} channels", partial(_together, channels), now_s)
     return None
 
 
@@ -196,7 +206,7 @@ def _together(channels: list[_Channel]) -> float | None:
     return total
 
 
-def _channels(chip: Path) -> list[_Channel]:
+def _channels(chip: Path, name: str) -> list[_Channel]:
     """A monitor's channels: those that give power, else those that give voltage and current."""
     found = [
         _Channel(sysfs.text(path.with_name(path.name.replace("input", "label"))), partial(_scaled, path, 1e-6))
@@ -206,6 +216,8 @@ def _channels(chip: Path) -> list[_Channel]:
         return found
     for amperes in sysfs.found(chip, "curr*_input"):
         number = amperes.name.removeprefix("curr").removesuffix("_input")
+        if name == "ina3221" and number not in _INA3221_CHANNELS:
+            continue
         label = sysfs.text(chip / f"in{number}_label") or sysfs.text(chip / f"curr{number}_label")
         found.append(_Channel(label, partial(_product, chip / f"in{number}_input", amperes, 1e-3)))
     return found

@@ -5,11 +5,12 @@ this and nothing else. What it reads was written by the agent, so it is held aga
 of the kernel's list, a clock within the processor's own limits. What was there before is kept until the next boot, and put
 back when no profile is asked for.
 
-Source: kernel ``Documentation/admin-guide/pm/cpufreq.rst``.
+Source: kernel ``Documentation/admin-guide/pm/cpufreq.rst``, ``driver-api/thermal/sysfs-api.rst``.
 """
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import msgspec
@@ -21,6 +22,8 @@ from edgefleet_agent import slots, sysfs
 
 KEPT = Path("/run/fleet-power/before.json")
 _POLICIES = "devices/system/cpu/cpufreq"
+_MOST = "cpuinfo_max_freq"
+_COOLING = re.compile(r"cpufreq|^Processor$")  # what slows processors down, by the names of Arm's driver and of ACPI's
 _GOVERNOR, _CLOCK, _LEAST = "scaling_governor", "scaling_max_freq", "scaling_min_freq"
 
 
@@ -72,7 +75,7 @@ def apply(profile: PowerProfile, sys_root: Path = Path("/sys"), kept: Path = KEP
                 "this board's kernel does not scale clocks", hint="the class's power profile has no effect"
             )
         return []
-    before = _before(policies, kept)
+    before = _before(policies, kept, is_cooled=_is_cooled(sys_root))
     # All are held against the kernel's limits before the first is written: never half a profile.
     plan = [(policy, _target(policy, profile, before[policy.name])) for policy in policies]
     changed = []
@@ -93,13 +96,24 @@ def _writes(policy: Path, target: Before) -> list[tuple[str, str]]:
     return [*clocks, (_GOVERNOR, target.governor)]
 
 
-def _before(policies: list[Path], kept: Path) -> dict[str, Before]:
+def _is_cooled(sys_root: Path) -> bool:
+    """Whether the kernel holds clocks down just now because the board is hot."""
+    return any(
+        _COOLING.search(sysfs.text(device / "type")) and sysfs.number(device / "cur_state")
+        for device in sysfs.found(sys_root, "class/thermal/cooling_device*")
+    )
+
+
+def _before(policies: list[Path], kept: Path, *, is_cooled: bool) -> dict[str, Before]:
+    """What was set before any profile. On a board that is being cooled the highest clock reads as the kernel's own limit of the moment: put back
+    later, it would keep the board slow that has long been cool."""
+    highest = _MOST if is_cooled else _CLOCK
     try:
         known = msgspec.json.decode(kept.read_bytes(), type=dict[str, Before])
     except (OSError, msgspec.DecodeError):
         known = {}
     fresh = {
-        p.name: Before(sysfs.text(p / _GOVERNOR), _khz(p / _CLOCK), _khz(p / _LEAST))
+        p.name: Before(sysfs.text(p / _GOVERNOR), _khz(p / highest) or _khz(p / _CLOCK), _khz(p / _LEAST))
         for p in policies
         if p.name not in known
     }
@@ -116,7 +130,7 @@ def _target(policy: Path, profile: PowerProfile, before: Before) -> Before:
         raise EnvironmentProblem(
             f"{policy.name} has no governor {profile.governor!r}", hint=f"it has {', '.join(offered) or 'none'}"
         )
-    least, most = _khz(policy / "cpuinfo_min_freq"), _khz(policy / "cpuinfo_max_freq")
+    least, most = _khz(policy / "cpuinfo_min_freq"), _khz(policy / _MOST)
     khz = profile.max_clock_mhz * 1000
     if khz and khz < least:
         raise EnvironmentProblem(f"{policy.name} runs at {least // 1000} MHz or more, not at {profile.max_clock_mhz}")

@@ -9,8 +9,8 @@ Gentle to an SD card: outcomes and refusals are on the disk before they go out; 
 is one append and one fsync in ``flush_s``, 1,440 a day at 60 s, where one for each reading of every 10 s would be 8,640. A power cut
 takes at most ``flush_s`` of health.
 
-A disk that refuses costs nothing but memory, up to :data:`MEMORY_BYTES`; then the oldest health goes first. What was given up is counted
-by kind. When the controller waits for a number that will not come, a ``Dropped`` event says so, about exactly the gap above what
+A disk that refuses costs nothing but memory, up to :data:`MEMORY_BYTES`; then the oldest health goes first. An event that can't be read back
+keeps back its own boot for :data:`READ_AGAIN_S`, then it is given up. What was given up is counted by kind. When the controller waits for a number that will not come, a ``Dropped`` event says so, about exactly the gap above what
 it has stored: it can't make it pass over an event that is still to come.
 """
 
@@ -37,6 +37,7 @@ FLUSH_BYTES = 32 * 1024  # of them that do not wait for flush_s
 RESEND_S = 30.0  # without a word from the controller, while the line is up; twice as long each time
 RESEND_LAST_S = 480.0  # each copy waits at the broker as well, of every board, when it is the controller that is away
 AGAIN_S = 5.0  # between two tries of what the disk refused
+READ_AGAIN_S = 300.0  # what can't be read for so long never will be; everything of its boot waits behind it
 
 
 class _Fresh(NamedTuple):
@@ -73,6 +74,7 @@ class Spool:
         self._heard_at = self._again_at = 0.0
         self._patience_s = RESEND_S
         self._troubled = False
+        self._unread: dict[str, float] = {}  # boots whose next event can't be read, since when
         self.up = False
 
     @property
@@ -154,15 +156,15 @@ class Spool:
                     self._store.append(lane, [(event.sequence, event.content) for event in self._fresh[lane]])
                     self._fresh[lane] = []
         except EnvironmentProblem as exc:
-            self._trouble(str(exc))
+            self._trouble(f"events are kept in memory only: {exc}")
         else:
-            if self._troubled:
+            if self._troubled and not self._unread:
                 self._troubled = False
                 self._problem("")
 
-    def _trouble(self, why: str) -> None:
+    def _trouble(self, what: str) -> None:
         self._troubled, self._again_at = True, self._clock.monotonic() + AGAIN_S
-        self._problem(f"events are kept in memory only: {why}")
+        self._problem(what)
 
     def _bound_memory(self) -> None:
         if self._fresh_bytes() > FLUSH_BYTES:
@@ -186,19 +188,26 @@ class Spool:
         self._send()
 
     def _send(self) -> None:
-        """Send in order, earlier boots first, as long as the window is open. What can't be read keeps back its own boot alone."""
+        """Send in order, earlier boots first, as long as the window is open. What can't be read keeps back its own boot alone, and that for a
+        while."""
         stuck: set[str] = set()
         while self.up and (found := self._next(stuck)) is not None:
             boot, sequence, content = found
             try:
                 content = content or self._store.read(boot, sequence)
             except EnvironmentProblem as exc:
-                stuck.add(boot)
-                self._trouble(str(exc))
+                since = self._unread.setdefault(boot, self._clock.monotonic())
+                if self._clock.monotonic() - since >= READ_AGAIN_S:
+                    del self._unread[boot]
+                    self._store.give_up_unreadable(boot, sequence)
+                else:
+                    stuck.add(boot)
+                    self._trouble(f"events can't be read from the disk: {exc}")
                 continue
             self._cursor[boot] = sequence
             self._in_flight.append((boot, sequence))
             self._publish(content)
+        self._unread = {boot: since for boot, since in self._unread.items() if boot in stuck}
 
     def _next(self, stuck: set[str]) -> tuple[str, int, bytes | None] | None:
         """(boot, number, bytes unless they are on the disk) of what goes out next; None when the windows are full too, or the rest is

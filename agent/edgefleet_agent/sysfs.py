@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 
@@ -24,6 +25,7 @@ def text(path: Path) -> str:
 def number(path: Path) -> float | None:
     """A file's number, None where it can't be read or is none."""
     try:
-        return float(path.read_text())
+        value = float(path.read_text())
     except (OSError, ValueError):
         return None
+    return value if math.isfinite(value) else None

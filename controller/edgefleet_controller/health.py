@@ -52,13 +52,25 @@ class Kept(msgspec.Struct, frozen=True, kw_only=True):
         )  # fmt: skip
 
 
-def follow(kept: Kept | None, event: Event, health: Health) -> Kept | None:
+def _is_news(kept: Kept, event: Event, present: str) -> bool:
+    if event.boot == kept.boot:
+        return event.sequence > kept.sequence
+    # Which start is the present one is known; the board's own clock may have gone back since the one before.
+    if present in (event.boot, kept.boot):
+        return event.boot == present
+    return event.at > kept.at
+
+
+def follow(kept: Kept | None, event: Event, health: Health, present: str = "") -> Kept | None:
     """The board's figures after one more health event; ``kept`` itself when the event is a repetition or came late.
+
+    Args:
+        present: the boot that the board last said it is online with; empty before it did.
 
     Counts are taken as differences between two reports of one boot about one version. The interval in which the version
     changed belongs to neither, so that the new one is not blamed for the old one's failures.
     """
-    if kept is not None and (event.sequence <= kept.sequence if event.boot == kept.boot else event.at <= kept.at):
+    if kept is not None and not _is_news(kept, event, present):
         return kept
     requests = failed = crashes = 0
     if kept is not None and (health.model, health.version) == (kept.last.model, kept.last.version):
@@ -208,7 +220,8 @@ class Intake:
             for event in batch:
                 seen[event.device] = now
                 if isinstance(event.body, Health):
-                    followed = follow(kept.get(event.device) or self._kept.get(event.device), event, event.body)
+                    before = kept.get(event.device) or self._kept.get(event.device)
+                    followed = follow(before, event, event.body, self._boot.get(event.device, ""))
                     if followed is not None:
                         kept[event.device] = followed
             try:

@@ -23,7 +23,8 @@ MIN_GOLDEN_PER_CLASS = 4
 
 
 class TensorStatistics(msgspec.Struct, frozen=True, kw_only=True):
-    """One tensor over the golden set: ``shares`` of its values between the ascending ``edges`` (one more than those), ``mean`` and
+    """One tensor over the golden set: ``shares`` of its values between the ascending ``edges`` (one more than those; no edges where the set
+    holds too few numbers to say what is normal), ``mean`` and
     ``spread`` (standard deviation) of the samples' means."""
 
     name: str

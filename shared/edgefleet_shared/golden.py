@@ -20,8 +20,11 @@ from edgefleet_shared.drift import MIN_GOLDEN_PER_CLASS, Statistics, TensorStati
 from edgefleet_shared.errors import ArtifactError
 
 MIN_BINS, MAX_BINS = 2, 10  # of a histogram, between its outermost edges
-VALUES_PER_BIN = 30  # at least: with fewer, chance alone moves a histogram by as much as a drift does
+# At least: with fewer, chance alone moves a histogram by as much as a drift does. Fewer than that in all make no histogram.
+VALUES_PER_BIN = 30
 OUTSIDE_PERCENT = 0.5  # of the golden values lie beyond either of them
+# Values so close that one is as good as the other: what a compiled model answers has eight bits, what it is asked a float's exactness.
+ANSWER_LEVELS, QUESTION_LEVELS = 256, 1 << 20
 MAX_VALUES = (
     16384  # of one sample's tensor, by chance and always the same ones: enough for a histogram, and no gigabytes
 )
@@ -124,31 +127,51 @@ def statistics(inputs: dict[str, Array], references: dict[str, Array], *, classi
         if samples >= MIN_GOLDEN_PER_CLASS * scores.shape[1]:
             counts = np.bincount(scores.argmax(axis=1), minlength=scores.shape[1])
             classes = tuple(_short(count / samples) for count in counts)
-    return Statistics(samples=samples, inputs=_normal(inputs), outputs=_normal(references), classes=classes)
+    asked, answered = _normal(inputs, QUESTION_LEVELS), _normal(references, ANSWER_LEVELS)
+    return Statistics(samples=samples, inputs=asked, outputs=answered, classes=classes)
 
 
-def _normal(tensors: dict[str, Array]) -> tuple[TensorStatistics, ...]:
-    return tuple(_tensor(name, tensors[name]) for name in sorted(tensors)[:MAX_TENSORS])
+def _normal(tensors: dict[str, Array], levels: int) -> tuple[TensorStatistics, ...]:
+    return tuple(_tensor(name, tensors[name], levels) for name in sorted(tensors)[:MAX_TENSORS])
 
 
-def _tensor(name: str, values: Array) -> TensorStatistics:
+def _tensor(name: str, values: Array, levels: int) -> TensorStatistics:
     rows = values.reshape(len(values), -1)
     if rows.shape[1] > MAX_VALUES:
         rows = rows[:, np.sort(np.random.default_rng(0).choice(rows.shape[1], MAX_VALUES, replace=False))]
     rows = rows.astype(np.float64)
     finite = rows[np.isfinite(rows)]
-    if not finite.size:
+    if finite.size < VALUES_PER_BIN:
         return TensorStatistics(name=name, edges=(), shares=(1.0,), mean=0.0, spread=0.0)
     low, high = np.percentile(finite, (OUTSIDE_PERCENT, 100 - OUTSIDE_PERCENT))
-    # Bins of equal width: a compiled model's coarser steps move few values over an edge, where deciles of what is mostly zero would jump.
-    bins = max(MIN_BINS, min(MAX_BINS, finite.size // VALUES_PER_BIN))
-    edges = tuple(dict.fromkeys(_short(edge) for edge in np.linspace(low, high, bins + 1)))
+    edges = _edges(float(low), float(high), finite.size, levels)
     counts = np.bincount(np.searchsorted(edges, finite, side="right"), minlength=len(edges) + 1)
     means = np.array([row[np.isfinite(row)].mean() for row in rows if np.isfinite(row).any()])
+    # Means that differ by less than half a step (a softmax's all are one over its classes) differ by chance, and measure nothing.
+    spread = means.std() if means.std() > _step(float(low), float(high), levels) / 2 else 0.0
     return TensorStatistics(
         name=name, edges=edges, shares=tuple(_short(count / finite.size) for count in counts),
-        mean=_short(means.mean()), spread=_short(means.std()),
+        mean=_short(means.mean()), spread=_short(spread),
     )  # fmt: skip
+
+
+def _step(low: float, high: float, levels: int) -> float:
+    """How far apart the levels of a tensor between ``low`` and ``high`` lie; 0 is one of them, as quantizers have it."""
+    return ((max(high, 0.0) - min(low, 0.0)) or 1.0) / levels
+
+
+def _edges(low: float, high: float, values: int, levels: int) -> tuple[float, ...]:
+    """The edges of a histogram of ``values`` values, most of them between ``low`` and ``high``.
+
+    Bins of equal width: a compiled model's coarser steps move few values over an edge, where deciles of what is mostly zero would jump.
+    None is finer than two steps, and the outermost edges stand off: what is saturated lies just there, by the thousand, and on either side
+    of it once it is rounded.
+    """
+    step = _step(low, high, levels)
+    bins = max(MIN_BINS, min(MAX_BINS, values // VALUES_PER_BIN))
+    bins = max(1, min(bins, int((high - low) / (2 * step))))
+    apart = max((high - low) / bins / 2, step)
+    return tuple(dict.fromkeys(_short(edge) for edge in np.linspace(low - apart, high + apart, bins + 1)))
 
 
 def _short(value: float) -> float:

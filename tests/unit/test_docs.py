@@ -89,3 +89,16 @@ def test_every_place_that_the_flow_names_exists():
     named = re.findall(r"`((?:shared|agent|controller)/[^`]+)`", (ROOT / "docs/flow.md").read_text())
     assert named
     assert [place for place in named if not (ROOT / place).exists()] == []
+
+
+def test_units_that_are_put_in_by_hand_find_their_programs():
+    """What the guide copies to systemd starts programs that the guide links to where the units look for them."""
+    guide = (ROOT / "docs/guides/enrol-a-board.md").read_text()
+    section = guide.partition("## As services, without the package")[2].partition("\n## ")[0]
+    units = re.findall(r"fleet-[a-z-]+\.(?:service|socket|path|timer)", section)
+    text = [(ROOT / "agent/edgefleet_agent/systemd" / unit).read_text() for unit in units]
+    wanted = set(re.findall(r"^ExecStart=/usr/bin/(\S+)", "\n".join(text), re.MULTILINE))
+    linked = set(re.findall(r"/opt/edgefleet/bin/([a-z-]+)", section))
+    assert {"fleet-agent.service", "fleet-runtime.service", "fleet-power.service"} <= set(units)
+    assert wanted
+    assert wanted <= linked

@@ -62,13 +62,67 @@ def test_the_same_world_has_not_moved(normal: Statistics) -> None:
     assert found.repeated == 0
     assert found.classes is not None
     assert found.classes < 0.1
-    assert all(t.shift is not None and t.shift < 0.7 for t in found.tensors)
+    x, y = found.tensors
+    assert x.shift is not None
+    assert x.shift < 0.7
+    assert y.shift is None, "the mean of shares that add up to 1 is always the same"
 
 
 def test_a_compiled_models_coarser_answers_are_no_drift(normal: Statistics) -> None:
     found = seen(normal, lambda: prepared(scene()), steps=1 / 256)
     assert found.psi is not None
     assert found.psi < LITTLE
+
+
+def eight_bits(y: Array) -> Array:
+    """As a softmax in int8 gives it: in steps of 1/256, and never 1."""
+    return np.minimum(np.round(y * 256), 255).astype(np.float32) / 256
+
+
+@pytest.mark.parametrize("classes", [2, 10])
+@pytest.mark.parametrize(
+    "compiled", [lambda y: y, eight_bits, lambda y: y.astype(np.float16)], ids=["float", "int8", "half"]
+)
+def test_answers_that_are_sure_are_no_drift_for_being_rounded(classes: int, compiled: Callable[[Array], Array]) -> None:
+    """Almost all of a sure classifier's scores are as good as 0 or 1, just where a compiled model has no finer steps."""
+
+    def scores() -> Array:
+        sure = np.exp(RANDOM.normal(0, 12, (1, classes)).clip(-40, 40)).astype(np.float32)
+        return sure / sure.sum()
+
+    def look() -> Array:
+        return RANDOM.normal(size=(1, 64)).astype(np.float32)
+
+    normal = golden.statistics(
+        {"x": np.concatenate([look() for _ in range(256)])},
+        {"y": np.concatenate([scores() for _ in range(256)])},
+        classification=True,
+    )
+    observer, meter = Observer(normal), DriftMeter(normal)
+    for _ in range(300):
+        observer.look({"x": look()}, {"y": compiled(scores())})
+        meter.add(observer.observed())
+    found = meter.figures()
+    assert found.psi is not None
+    assert found.psi < LITTLE
+    assert all(t.shift is None or t.shift < 2 for t in found.tensors)
+
+
+@pytest.mark.parametrize("value", [0.12345678, -3000.1, 0.0])
+def test_an_output_that_is_always_the_same_is_no_drift_for_being_rounded(value: float) -> None:
+    shown = RANDOM.normal(size=(16, 64))
+    normal = golden.statistics({"x": shown}, {"y": np.full((16, 3), value, np.float32)}, classification=False)
+    observer, meter = Observer(normal), DriftMeter(normal)
+    for _ in range(MIN_SAMPLES):
+        observer.look({"x": RANDOM.normal(size=(1, 64))}, {"y": np.full((1, 3), value, np.float16)})
+        meter.add(observer.observed())
+    found = next(t for t in meter.figures().tensors if t.kind == "output")
+    assert found.psi < LITTLE
+    other = DriftMeter(normal)
+    for _ in range(MIN_SAMPLES):
+        observer.look({"x": RANDOM.normal(size=(1, 64))}, {"y": np.full((1, 3), value + 1 + abs(value), np.float16)})
+        other.add(observer.observed())
+    assert next(t for t in other.figures().tensors if t.kind == "output").psi > 2 * MUCH
 
 
 @pytest.mark.parametrize(
@@ -172,9 +226,33 @@ def test_what_was_never_a_number_in_the_golden_set_is_no_drift() -> None:
     assert found.psi < 2 * MUCH
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_a_handful_of_golden_values_says_nothing_of_what_is_normal(seed: int) -> None:
+    """A regression of a few measurements: each of eight golden answers is one number, and chance alone moves such a histogram."""
+    random = np.random.default_rng(seed)
+    shown = random.normal(size=(8, 16))
+    normal = golden.statistics({"x": shown}, {"y": shown.sum(axis=1, keepdims=True)}, classification=False)
+    observer, meter = Observer(normal), DriftMeter(normal)
+    for _ in range(300):
+        x = random.normal(size=(1, 16))
+        observer.look({"x": x}, {"y": x.sum(axis=1, keepdims=True)})
+        meter.add(observer.observed())
+    found = meter.figures()
+    assert [t.name for t in found.tensors] == ["x"]
+    assert found.psi is not None
+    assert found.psi < LITTLE
+    little = golden.statistics({"x": shown[:, :1]}, {}, classification=False)
+    observer, meter = Observer(little), DriftMeter(little)
+    for _ in range(MIN_SAMPLES):
+        observer.look({"x": random.normal(size=(1, 1))}, {})
+        meter.add(observer.observed())
+    assert meter.figures().psi is None
+    assert "golden" in meter.figures().note
+
+
 def test_numbers_too_large_to_add_up_break_nothing() -> None:
     normal = golden.statistics(
-        {"x": RANDOM.normal(size=(8, 10))}, {"y": RANDOM.normal(size=(8, 2))}, classification=False
+        {"x": RANDOM.normal(size=(16, 10))}, {"y": RANDOM.normal(size=(16, 2))}, classification=False
     )
     observer, meter = Observer(normal), DriftMeter(normal)
     for _ in range(MIN_SAMPLES):

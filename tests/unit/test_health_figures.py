@@ -106,6 +106,27 @@ def test_a_stale_last_will_and_a_retained_report_do_not_change_who_is_online(tmp
     assert device().last_seen == 1000.0, "going away is no sign of life"
 
 
+def test_a_board_whose_clock_went_back_is_heard_after_its_next_start(tmp_path: Path) -> None:
+    """It has no clock of its own and is told no time, or had once been told one that is yet to come."""
+    _, found, _ = intake(tmp_path)
+
+    def requests() -> int:
+        kept = found.of("b1")
+        assert kept is not None
+        return kept.requests
+
+    found.presence("b1", Presence(online=True, boot="one"))
+    found.events([health(1, 10, boot="one", at=4e9), health(2, 30, boot="one", at=4e9 + 10)])
+    assert requests() == 20
+    found.presence("b1", Presence(online=False, boot="one"))
+    found.presence("b1", Presence(online=True, boot="two"))
+    found.events([health(1, 500, boot="two", at=60.0), health(2, 507, boot="two", at=70.0)])
+    assert requests() == 27
+    found.events([health(3, 95, boot="one", at=4e9 + 20)])
+    found.events([health(3, 509, boot="two", at=80.0)])
+    assert requests() == 29, "what an earlier start says is earlier, whenever it comes and whatever its clock said"
+
+
 def test_what_no_database_can_hold_is_passed_over_and_costs_nothing_else(tmp_path: Path) -> None:
     _, found, _ = intake(tmp_path)
     hostile = [

@@ -61,6 +61,48 @@ def test_channels_without_an_input_among_them_are_summed(board: Board) -> None:
     assert mean(board, board.meter(), 1.0) == pytest.approx(2.0)
 
 
+def ina3221(board: Board, number: int, **rails: tuple[int, int]) -> None:
+    """A chip of three channels as Linux shows it: those that are connected with their mV and mA, then the shunts (in uV) and what the driver adds up."""
+    files: dict[str, object] = {"name": "ina3221", "curr4_input": sum(ampere for _, ampere in rails.values())}
+    for channel, (label, (volt, ampere)) in enumerate(rails.items(), 1):
+        files |= {f"in{channel}_label": label, f"in{channel}_input": volt, f"curr{channel}_input": ampere}
+        files |= {f"in{channel + 3}_input": 2 * ampere}
+    board.put(f"hwmon/hwmon{number}", **files)
+
+
+def test_a_jetson_whose_rails_are_on_two_chips_is_their_sum(board: Board) -> None:
+    """AGX Orin: nothing measures its input, and 5 V are one rail of several. A channel that is not connected has files, and answers ENODATA."""
+    ina3221(board, 3, VDD_GPU_SOC=(11_904, 500), VDD_CPU_CV=(11_904, 300), VIN_SYS_5V0=(4_968, 953))
+    ina3221(board, 4, NC=(0, 0), VDDQ_VDD2_1V8AO=(4_968, 220))
+    board.put("hwmon/hwmon4", in1_input="", curr1_input="")
+    meter = board.meter()
+    assert mean(board, meter, 1.0) == pytest.approx(5.952 + 3.571 + 4.734 + 1.093, rel=1e-3)
+    assert meter.source == "ina3221 4 channels"
+
+
+def test_the_input_is_found_on_whichever_chip_it_is(board: Board) -> None:
+    """TX2: the parts are on the chip that is found first."""
+    ina3221(board, 1, VDD_SYS_GPU=(19_000, 100), VDD_SYS_SOC=(19_000, 60), VDD_4V0_WIFI=(4_800, 30))
+    ina3221(board, 2, VDD_IN=(19_100, 400), VDD_SYS_CPU=(19_000, 80), VDD_SYS_DDR=(4_800, 200))
+    assert mean(board, board.meter(), 1.0) == pytest.approx(7.64)
+
+
+def test_two_kinds_of_monitors_may_measure_the_same_and_are_not_added_up(board: Board) -> None:
+    board.put("hwmon/hwmon0", name="ina226", power1_input=9_000_000)
+    ina3221(board, 1, VDD_CPU=(5_000, 400))
+    assert mean(board, board.meter(), 1.0) == pytest.approx(9.0)
+
+
+def test_what_no_board_draws_is_not_counted(board: Board) -> None:
+    board.put("hwmon/hwmon0", name="ina226", power1_input=4_000_000)
+    meter = board.meter()
+    board.put("hwmon/hwmon0", power1_input=4_294_967_296_000_000)
+    assert mean(board, meter, 1.0) is None
+    board.put("hwmon/hwmon0", power1_input=4_000_000)
+    meter.look()
+    assert mean(board, meter, 1.0) == pytest.approx(4.0)
+
+
 def test_a_temperature_chip_is_no_power_monitor(board: Board) -> None:
     board.put("hwmon/hwmon0", name="nvme", temp1_input=40_000, power1_input=9_000_000)
     assert board.meter().look() is None
@@ -133,7 +175,7 @@ def test_a_counter_that_was_reset_is_no_burst_of_energy(board: Board, limit: obj
     assert (after.joules, after.at_s) == (120.0, 120.0)
 
 
-@pytest.mark.parametrize("content", ["", "rubbish", "\x00"])
+@pytest.mark.parametrize("content", ["", "rubbish", "\x00", "nan", "inf"])
 def test_a_sensor_that_reads_rubbish_measures_nothing(board: Board, content: str) -> None:
     board.put("hwmon/hwmon0", name="ina226", power1_input=content)
     assert board.meter().look() is None

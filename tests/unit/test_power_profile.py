@@ -50,6 +50,34 @@ def test_a_profile_is_applied_to_every_cluster_and_undone(cpus: Cpus) -> None:
     assert cpus.now() == AS_IT_WAS
 
 
+@pytest.mark.parametrize("cooling", ["thermal-cpufreq-0", "cpufreq-cpu0", "Processor"])
+def test_a_board_that_is_being_cooled_is_not_kept_slow_when_it_is_cool(cpus: Cpus, cooling: str) -> None:
+    """The kernel lowers scaling_max_freq itself then, and raises it again: that was nobody's setting."""
+    device = cpus.root / "class/thermal/cooling_device2"
+    device.mkdir(parents=True)
+    (device / "type").write_text(f"{cooling}\n")
+    (device / "cur_state").write_text("3\n")
+    ceiling = cpus.root / "devices/system/cpu/cpufreq/policy4/scaling_max_freq"
+    ceiling.write_text("1200000\n")
+    cpus.apply()
+    (device / "cur_state").write_text("0\n")
+    ceiling.write_text("2256000\n")
+    assert cpus.apply() == []
+    assert cpus.now() == AS_IT_WAS
+
+
+def test_a_ceiling_that_was_set_on_a_cool_board_is_put_back(cpus: Cpus) -> None:
+    ceiling = cpus.root / "devices/system/cpu/cpufreq/policy4/scaling_max_freq"
+    ceiling.write_text("1200000\n")
+    fan = cpus.root / "class/thermal/cooling_device0"
+    fan.mkdir(parents=True)
+    (fan / "type").write_text("pwm-fan\n")
+    (fan / "cur_state").write_text("2\n")
+    cpus.apply(max_clock_mhz=600)
+    cpus.apply()
+    assert ceiling.read_text().strip() == "1200000"
+
+
 def test_a_floor_above_the_ceiling_comes_down_first_and_goes_up_last(cpus: Cpus) -> None:
     """As jetson_clocks leaves a board. Kernels before 5.3 refuse a highest clock below the lowest one."""
     floor = cpus.root / "devices/system/cpu/cpufreq/policy0/scaling_min_freq"

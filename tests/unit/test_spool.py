@@ -6,11 +6,12 @@ import errno
 import os
 import random
 import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from chaos.spooling import FOLDER, LIMIT_BYTES, Board, Receiver, given_up_on_disk, kinds
-from edgefleet_agent.spool import MEMORY_BYTES, RESEND_LAST_S, RESEND_S, WINDOW, Spool
+from edgefleet_agent.spool import AGAIN_S, MEMORY_BYTES, READ_AGAIN_S, RESEND_LAST_S, RESEND_S, WINDOW, Spool
 from edgefleet_controller.store import events
 from edgefleet_controller.store.database import Database
 from edgefleet_shared.clock import ManualClock
@@ -323,3 +324,41 @@ def test_an_event_that_can_not_be_read_any_more_keeps_back_none_of_other_starts(
     clock.advance(60)
     spool.tick()
     assert ("boot-1", 1) in numbers(sent)
+
+
+def _bad_sector(files: _BadSector) -> None:
+    files.bad = "00000001-other.seg"
+
+
+def _flipped_bit(files: _BadSector) -> None:
+    fd = files.open(FOLDER / "00000001-other.seg", os.O_WRONLY)
+    files.pwrite(fd, b"\xff", 700)  # in the third of five events, each of some 250 bytes
+    files.close(fd)
+
+
+def _removed(files: _BadSector) -> None:
+    files.unlink(FOLDER / "00000001-other.seg")
+
+
+@pytest.mark.parametrize(("damage", "lost"), [(_bad_sector, 5), (_flipped_bit, 1), (_removed, 5)])
+def test_an_event_of_this_start_that_can_not_be_read_any_more_does_not_silence_the_board(
+    damage: Callable[[_BadSector], None], lost: int
+) -> None:
+    files = _BadSector({"/board-in-memory": None, "/board-in-memory/state": None})
+    board = Board(files, Receiver(), "boot-1", limit_bytes=4 << 20)
+    for _ in range(5):
+        board.outcome()
+    damage(files)
+    board.exchange()
+    for _ in range(int(READ_AGAIN_S / AGAIN_S) + 1):  # it may be the moment's: it is tried again
+        board.clock.advance(AGAIN_S)
+        board.spool.tick()
+    board.exchange()
+    board.health(3)
+    board.outcome()
+    board.exchange()
+    assert board.spool.dropped == {"unreadable": lost}
+    had = {number for _, number in board.receiver.have}
+    assert len(set(range(1, 6)) - had) == lost
+    assert had >= set(range(6, 10))
+    assert board.receiver.floors["boot-1"] == max(had)

@@ -86,10 +86,12 @@ class DriftMeter:
             found = self._tensor(place, kind, tensor)
             if found is not None:
                 tensors.append(found)
-                # Without edges the golden set's values were no numbers either.
-                moved.append(max(found.psi, drift.psi_of_non_finite(found.non_finite)) if tensor.edges else found.psi)
+                moved.append(max(found.psi, drift.psi_of_non_finite(found.non_finite)))
         if not tensors:
-            return Drift(samples=samples, note="no value was a number")
+            few = not any(tensor.edges for _, tensor in _kinds(normal))
+            return Drift(
+                samples=samples, note="the golden set holds too few numbers" if few else "no value was a number"
+            )
         classes = [sum(counts) for counts in zip(*(window.classes for window in windows), strict=True)]
         return Drift(
             samples=samples,
@@ -100,11 +102,13 @@ class DriftMeter:
         )
 
     def _tensor(self, place: int, kind: Literal["input", "output"], normal: TensorStatistics) -> TensorDrift | None:
+        if not normal.edges:
+            return None
         windows = self._windows
         counts = [sum(bins) for bins in zip(*(window.bins[place] for window in windows), strict=True)]
         finite, non_finite = sum(counts), sum(window.non_finite[place] for window in windows)
         measured = sum(window.measured[place] for window in windows)
-        if non_finite and not finite and normal.edges:
+        if non_finite and not finite:
             return TensorDrift(
                 name=normal.name, kind=kind, psi=drift.psi_of_non_finite(1.0), shift=None, non_finite=1.0
             )

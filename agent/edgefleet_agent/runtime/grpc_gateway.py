@@ -10,6 +10,7 @@ Source: KServe Open Inference Protocol v2 (gRPC). Not served, and refused with a
 from __future__ import annotations
 
 import contextlib
+import functools
 import http.client
 import signal
 import socket
@@ -82,7 +83,7 @@ class Call:
         self._asked: socket.socket | None = None
         self._over = not context.add_callback(self._end)
 
-    @property
+    @functools.cached_property  # the kernel's table is read through; a call may name a region for each of its tensors
     def uid(self) -> int | None:
         """The client's user; None when the kernel does not tell."""
         kind, _, address = self._theirs.partition(":")

@@ -205,7 +205,7 @@ def _drift(limit: float, took: Sequence[Sample], baseline: Sequence[Sample]) -> 
     seen = {b.device: b.figures.drift for b in took if b.figures is not None and b.figures.drift is not None}
     if not seen:
         return GateRow(name="drift", verdict=None, value=None, limit=limit, unit="psi",
-                       detail="no board has seen enough requests to tell its drift")  # fmt: skip
+                       detail="no board can tell its drift yet; what it lacks is in fleet device show")  # fmt: skip
     if not all(0 <= drift < float("inf") for drift in seen.values()):
         return GateRow(name="drift", verdict=Verdict.ERROR, value=None, limit=limit, unit="psi",
                        detail=f"impossible figures: {sorted(seen.values())}")  # fmt: skip

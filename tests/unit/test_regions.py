@@ -1,0 +1,58 @@
+"""Shared memory regions: whose they are is asked once for each call, however many there are."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import msgspec
+import pytest
+from edgefleet_agent.runtime.regions import Regions
+
+
+class Client:
+    """A client that counts how often the kernel would be asked who it is."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+
+    @property
+    def uid(self) -> int | None:
+        self.asked += 1
+        return os.getuid()
+
+
+@pytest.fixture
+def key() -> Iterator[str]:
+    name = f"edgefleet-test-{uuid.uuid4().hex}"
+    path = Path("/dev/shm", name)
+    path.write_bytes(bytes(64))
+    yield name
+    path.unlink()
+
+
+def register(regions: Regions, client: Client, name: str, key: str) -> None:
+    regions.register(client, name, msgspec.json.encode({"key": key, "offset": 0, "byte_size": 64}))
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda regions, client, key: register(regions, client, "another", key),
+        lambda regions, client, key: regions.status(client, None),
+        lambda regions, client, key: regions.unregister(client, None),
+    ],
+    ids=["register", "status", "unregister"],
+)
+def test_who_asks_is_found_once_however_many_regions_there_are(
+    ask: Callable[[Regions, Client, str], None], key: str
+) -> None:
+    regions = Regions()
+    for number in range(20):
+        register(regions, Client(), f"r{number}", key)
+    client = Client()
+    ask(regions, client, key)
+    assert client.asked == 1
+    regions.unregister(Client(), None)
