@@ -103,20 +103,17 @@ def compile_version(
         finder = _Search(steps, version, device_class, target, options)
         choice = finder.choice(cache)
         choice, final, cached = finder.final(choice)
-        misses = final.trial.misses
-        if misses and not ship_despite_quality:
-            raise QualityError(
-                f"{version.model} {version.version} for {device_class.name}: {_told(choice, misses)}",
-                hint="other calibration pictures or method, or precision fp32; shipping it anyway: --ship-despite-quality",
-            )
-        model, answers = steps.compile([final.trial.recipe])[0][0], steps.prepare() / "golden.safetensors"
         if blind:
-            final = final._replace(trial=msgspec.structs.replace(final.trial, misses=(blind, *misses)))
-            misses = final.trial.misses
+            final = final._replace(trial=msgspec.structs.replace(final.trial, misses=(blind, *final.trial.misses)))
+        misses = final.trial.misses
+        shipped = ship_despite_quality or not misses
+        written = report.write(version, device_class, choice, final, steps.references(), layout, shipped=shipped)
+        if not shipped:
+            raise _missed(version, device_class, choice, final.trial, written)
+        model, answers = steps.compile([final.trial.recipe])[0][0], steps.prepare() / "golden.safetensors"
         artifact = pack(
             version, device_class, target, steps.toolchains_of(final.trial.recipe), layout, final.trial, model, answers
         )
-        written = report.write(version, device_class, choice, final, steps.references(), layout)
     return CompileResult(
         artifact=artifact,
         model=version.model,
@@ -147,6 +144,25 @@ def _check(target: Target, device_class: DeviceClass, version: ModelVersion) -> 
             f"it has {', '.join(sorted(target.methods))}"
         )
     return target.options(spec, version)
+
+
+def _missed(
+    version: ModelVersion, device_class: DeviceClass, choice: Choice, nearest: Trial, written: report.Written
+) -> QualityError:
+    """What a compile ends in that ships nothing."""
+    name = f"{version.model} {version.version}"
+    inaccurate = nearest.figures.agreement is not None and quality.inaccuracies(
+        nearest.figures, device_class.spec.accuracy
+    )
+    ways = ["other calibration pictures or method"] if inaccurate else ["another budget"]
+    ways += ["precision fp32"] if device_class.spec.precision != "fp32" else []
+    return QualityError(
+        f"{name} for {device_class.name}: {_told(choice, nearest.misses)}",
+        hint=f"every candidate and what it misses: fleet model report {name} {device_class.name}; {', or '.join(ways)}; "
+        "shipping it anyway: --ship-despite-quality",
+        report=written.report,
+        page=written.page,
+    )
 
 
 def _told(choice: Choice, misses: Sequence[str]) -> str:
