@@ -26,7 +26,7 @@ from edgefleet_shared.errors import EnvironmentProblem, ManifestError, ModelErro
 from safetensors.numpy import load_file
 
 from edgefleet_controller import detection, segmentation
-from edgefleet_controller.compile import answers, originals, pruning, quality, report, search
+from edgefleet_controller.compile import answers, by_label, originals, pruning, quality, report, search
 from edgefleet_controller.compile.boards import Measure
 from edgefleet_controller.compile.cache import content_key
 from edgefleet_controller.compile.environments import lock_named
@@ -195,7 +195,7 @@ class _Search:
         # Another rule for choosing, or another measure, is another search.
         files = (
             __file__,
-            *(module.__file__ for module in (search, quality, answers, detection, segmentation, pruning)),
+            *(module.__file__ for module in (search, quality, answers, by_label, detection, segmentation, pruning)),
         )
         rules = [Path(str(file)).read_text(encoding="utf-8") for file in files]
         # Pruned networks are made by a toolchain that the recipe's key does not know.

@@ -76,6 +76,7 @@ def build(
         "misses": list(trial.misses),
         "budgets": {
             "min_agreement": device_class.spec.accuracy.min_agreement,
+            "min_per_label": device_class.spec.accuracy.min_per_label,
             "max_loss": device_class.spec.accuracy.max_loss,
             **device_class.spec.budgets.model_dump(),
             "prefer": device_class.spec.search.prefer,

@@ -59,6 +59,7 @@ def _figures(report: dict[str, Any]) -> str:
     figures, budgets = report["figures"], report["budgets"]
     rows = [("agreement with the float model", _share(figures, "agreement"))]
     rows += [(name.replace("_", " "), _told_share(s)) for name, s in sorted(figures["shares"].items())]
+    rows += [(f"kept of {label!r}", _counted(one)) for label, one in figures["by_label"].items()]
     rows += [(f"noise of output {name}", f"{db:.1f} dB below it") for name, db in figures["sqnr_db_by_output"].items()]
     rows += [
         ("bytes sent", f"{figures['wire_bytes']:,} (float {figures['float_wire_bytes']:,})"),
@@ -70,7 +71,7 @@ def _figures(report: dict[str, Any]) -> str:
         *([("answers above are those of", figures["stand_in"])] if figures["stand_in"] else []),
         ("peak memory", _or(figures["peak_memory_bytes"], lambda v: f"{v / 1e6:.0f} MB")),
     ]
-    allowed = {
+    allowed = {f"kept of {label!r}": f"at least {budgets['min_per_label']:.4g}" for label in figures["by_label"]} | {
         "agreement with the float model": f"at least {budgets['min_agreement']:.4g}",
         "bytes": _or(budgets["size_bytes"], lambda v: f"at most {v:,}", ""),
         "latency p50 / p95": f"p95 at most {budgets['latency_p95_ms']:g} ms",
@@ -106,6 +107,10 @@ def _share(figures: dict[str, Any], name: str) -> str:
 
 def _told_share(share: dict[str, Any]) -> str:
     return f"{share['value']:.4f} [{share['low']:.4f}, {share['high']:.4f}], {share['count']} of {share['of']}"
+
+
+def _counted(share: dict[str, Any]) -> str:
+    return f"{share['value']:.4f}, {share['count']:,} of {share['of']:,}"
 
 
 def _or(value: Any, told: Any, otherwise: str = "unmeasured") -> str:

@@ -230,7 +230,7 @@ def float_trial(measured: Trial, spec: DeviceClassSpec) -> Trial:
     figures = msgspec.structs.replace(
         f, compiled_bytes=f.float_bytes, wire_bytes=f.float_wire_bytes, agreement=1.0, agreement_low=quality.wilson(f.samples, f.samples)[0], agreement_high=1.0,
         cosine=1.0, sqnr_db=quality.EXACT_DB, p50_ms=f.float_p50_ms, p95_ms=f.float_p95_ms, peak_memory_bytes=None, shares={},
-        sqnr_db_by_output={},
+        by_label={}, sqnr_db_by_output={},
     )  # fmt: skip
     return Trial(recipe=FLOAT, figures=figures, misses=tuple(quality.misses(figures, spec, FLOAT)))
 
