@@ -220,14 +220,17 @@ class _Search:
     def final(self, choice: Choice) -> tuple[Choice, Measured, bool]:
         """(the choice, what was chosen or came closest measured alone, whether it was compiled before).
 
-        Measured alone, on all samples, a candidate at the edge may miss a budget after all, or be one that boards would refuse: then the next best is taken.
+        Measured alone, on all samples, a candidate at the edge may miss a budget after all, be no faster than float, or be one that boards would refuse:
+        then the next best is taken.
         """
         left, fallen = choice, dict[Recipe, Trial]()
         while left.chosen is not None:
             measured, cached = self._at_last(left.chosen.recipe)
-            if not measured.trial.misses:
-                return search.told_of(left, choice.trials, fallen), measured, cached
-            fallen[left.chosen.recipe] = measured.trial
+            misses = measured.trial.misses or search.gainless(measured.trial, left, self._class.spec)
+            if not misses:
+                last = msgspec.structs.replace(left, chosen=measured.trial)
+                return search.told_of(last, choice.trials, fallen), measured, cached
+            fallen[left.chosen.recipe] = msgspec.structs.replace(measured.trial, misses=misses)
             if len(fallen) == len(choice.trials):
                 break
             left = search.without(choice, list(fallen), self._class.spec)
