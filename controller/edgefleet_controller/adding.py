@@ -120,8 +120,9 @@ def _together(failures: dict[str, EdgefleetError]) -> EdgefleetError:
     first = next(iter(failures.values()))
     told = "\n".join(f"{name}: {error.message}" for name, error in failures.items())
     hints = list(dict.fromkeys(error.hint for error in failures.values() if error.hint))
-    fields = first.as_dict() | {"message": f"{len(failures)} classes failed\n{told}", "hint": "; ".join(hints)}
-    return from_dict(fields)
+    return from_dict(
+        {"code": first.code, "message": f"{len(failures)} classes failed\n{told}", "hint": "; ".join(hints)}
+    )
 
 
 def compare_versions(home: Path, model: str, before: str, after: str) -> list[Row]:
@@ -142,15 +143,17 @@ def compare_versions(home: Path, model: str, before: str, after: str) -> list[Ro
 
 
 def fetch_report(home: Path, model: str, version: str, device_class: str, *, page: bool) -> bytes:
-    """The quality report of one artifact, as HTML or as JSON.
+    """The quality report of the last compile for a class, as HTML or as JSON: of what was shipped, or of why nothing was.
 
     Raises:
-        NotFoundError: no such artifact.
+        NotFoundError: it is not compiled for that class, and the last try left no report.
     """
-    client = FleetClient(home)
+    client, form = FleetClient(home), "page" if page else "report"
     found = client.models(model, version)
     artifacts = [a for a in found[0]["artifacts"] if a["class"] == device_class] if found else []
     failed = [f["error"] for f in found[0]["failed"] if f["class"] == device_class] if found else []
+    if failed and form in failed[0]:
+        return client.blob(failed[0][form])
     if failed and not artifacts:
         raise NotFoundError(
             f"{model} {version} is not compiled for {device_class}, the last try failed: {failed[0]['message']}",
@@ -160,7 +163,7 @@ def fetch_report(home: Path, model: str, version: str, device_class: str, *, pag
         raise NotFoundError(
             f"{model} {version} is not compiled for {device_class}", hint="fleet model show tells for what"
         )
-    content = client.blob(artifacts[-1]["quality"]["page" if page else "report"])
+    content = client.blob(artifacts[-1]["quality"][form])
     client.close()
     return content
 

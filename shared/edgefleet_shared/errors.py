@@ -102,7 +102,22 @@ class ToolchainError(EdgefleetError):
 
 
 class QualityError(EdgefleetError):
+    """``report`` and ``page``: digests of what was tried, as JSON and as HTML, which tells how far each candidate was from the budgets; empty where
+    nothing came to be tried."""
+
     code = "quality_missed"
+
+    def __init__(self, message: str, *, hint: str = "", report: str = "", page: str = "") -> None:
+        super().__init__(message, hint=hint)
+        self.report, self.page = report, page
+
+    @property
+    def reports(self) -> tuple[str, ...]:
+        """Both forms' digests; none where there is no report."""
+        return (self.report, self.page) if self.report and self.page else ()
+
+    def as_dict(self) -> dict[str, str]:
+        return super().as_dict() | ({"report": self.report, "page": self.page} if self.reports else {})
 
 
 class TransportError(EdgefleetError):
@@ -123,6 +138,8 @@ def from_dict(fields: dict[str, str]) -> EdgefleetError:
             if issubclass(kind, TrustError):
                 check, _, rest = message.partition(": ")
                 return kind(check, rest, hint=hint)
+            if issubclass(kind, QualityError):
+                return kind(message, hint=hint, report=fields.get("report", ""), page=fields.get("page", ""))
             return kind(message, hint=hint)
         todo.extend(kind.__subclasses__())
     return EdgefleetError(message, hint=hint)

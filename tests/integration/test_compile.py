@@ -277,8 +277,14 @@ def test_locks_are_hashed_and_name_no_index() -> None:
 def test_when_nothing_fits_the_budgets_are_told_with_by_how_much(bench: Bench) -> None:
     version = bench.version(project(bench.folder, classifier()))
     budgets = {"latency_p95_ms": 100.0, "memory_bytes": 1 << 30, "size_bytes": 2000}
-    with pytest.raises(QualityError, match=r"size \d+ bytes, budget 2000.*came closest of \d+ candidates"):
-        bench.compile(version, class_here(budgets=budgets, search={"effort": "full"}))
+    target = class_here(budgets=budgets, search={"effort": "full"})
+    with pytest.raises(QualityError, match=r"size \d+ bytes, budget 2000.*came closest of \d+ candidates") as caught:
+        bench.compile(version, target)
+    told = json.loads(bench.layout.read(caught.value.report, 10**7))
+    assert len(told["candidates"]) > 5
+    assert all(any("budget 2000" in miss for miss in one["misses"]) for one in told["candidates"])
+    assert b"nothing is shipped" in bench.layout.read(caught.value.page, 10**7)
+    assert f"fleet model report {version.model} {version.version} {target.name}" in caught.value.hint
 
 
 def test_a_latency_budget_that_this_host_could_hold_for_no_candidate_fails_the_compile(bench: Bench) -> None:

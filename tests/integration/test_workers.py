@@ -23,7 +23,7 @@ from edgefleet_controller.manifests import DeviceClass
 from edgefleet_shared import artifact, golden
 from edgefleet_shared.artifact import GOLDEN_LAYER, Layout, digest_of
 from edgefleet_shared.contract import AcceptanceContract, AcceptanceFigures, AcceptanceReport, Verdict, judge
-from edgefleet_shared.errors import ConflictError, EdgefleetError, InputError, NotFoundError, TrustError
+from edgefleet_shared.errors import ConflictError, EdgefleetError, InputError, NotFoundError, QualityError, TrustError
 from edgefleet_shared.work import CompileTask, Progress
 from edgefleet_shared.work_client import WorkClient
 from edgefleet_shared.work_loop import Held
@@ -128,6 +128,31 @@ def test_a_worker_on_another_machine_makes_the_digest_that_is_made_here(fleet, s
     assert "of a class" not in logged
     assert fleet.run("model", "log", "toy", "3", "pc").returncode == 2, "never compiled"
     assert [w["name"] for w in fleet.json("worker", "list") if w["last_seen"]] == ["far"]
+
+
+def test_a_compile_elsewhere_that_ships_nothing_leaves_its_report_here(fleet, started, tmp_path):
+    budgets = CLASS["spec"]["budgets"] | {"size_bytes": 10}
+    apply(fleet, device_class("pc-tiny", precision="int8", search={"effort": "fixed"}, budgets=budgets))
+    started(workers.worker(fleet, "far-off"))
+    job = fleet.client().compile("toy", "1", "pc-tiny", despite_quality=False)
+    done = ended(fleet, job)
+    assert done["state"] == "failed", done
+    assert "fleet model report toy 1 pc-tiny" in done["error"]["hint"]
+    told = fleet.json("model", "report", "toy", "1", "pc-tiny")
+    assert told["shipped"] is False
+    assert all(any("budget 10" in miss for miss in one["misses"]) for one in told["candidates"])
+    page = tmp_path / "why.html"
+    fleet.run("model", "report", "toy", "1", "pc-tiny", "-o", str(page))
+    assert "nothing is shipped" in page.read_text()
+
+
+@pytest.mark.parametrize("digest", ["sha256:" + "0" * 64, "../../keys"])
+def test_a_report_that_a_worker_names_and_did_not_send_is_not_told_of(fleet, digest):
+    client = workers.client(fleet, "talker" + digest[-1])
+    job = fleet.client().compile("toy", "1", "pc", despite_quality=False)
+    task = claimed(client, job)
+    client.fail(task.lease, QualityError("too large", report=digest, page=digest).as_dict())
+    assert ended(fleet, job)["error"].keys() == {"code", "message", "hint"}
 
 
 def compiled(layout: Layout, version: str, fleet: Fleet, cache: Path) -> CompileResult:

@@ -7,11 +7,19 @@ import pkgutil
 from collections import Counter
 
 import edgefleet_controller
-from edgefleet_shared.errors import EdgefleetError, EngineError, from_dict
+from edgefleet_shared.errors import EdgefleetError, EngineError, QualityError, from_dict
 
 
 def kinds(base: type[EdgefleetError] = EdgefleetError) -> list[type[EdgefleetError]]:
     return [base, *(kind for below in base.__subclasses__() for kind in kinds(below))]
+
+
+def test_a_missed_budget_keeps_its_report_on_its_way() -> None:
+    missed = QualityError("too large", hint="another budget", report="sha256:1", page="sha256:2")
+    again = from_dict(missed.as_dict())
+    assert isinstance(again, QualityError)
+    assert again.reports == ("sha256:1", "sha256:2")
+    assert QualityError("no sample tells").as_dict().keys() == {"code", "message", "hint"}
 
 
 def test_each_kind_of_error_has_a_code_of_its_own() -> None:

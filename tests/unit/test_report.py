@@ -136,6 +136,22 @@ def test_an_engine_that_died_has_a_report_too(tmp_path: Path) -> None:
     assert "engine died: SIGSEGV" in layout.read(written.page, 10**7).decode()
 
 
+def test_a_compile_that_ships_nothing_tells_how_far_its_candidates_were_from_the_budgets(tmp_path: Path) -> None:
+    version, choice, final, references, layout = made(tmp_path)
+    missed = msgspec.structs.replace(final.trial, misses=("agreement 0.667, budget 0.700",))
+    none = Choice(trials=(missed, choice.trials[1]), chosen=None, nearest=missed, why="nothing fits")
+    written = report.write(
+        version, device_class(), none, Measured(missed, final.outputs, (1,)), references, layout, shipped=False
+    )
+    told = msgspec.json.decode(layout.read(written.report, 10**7))
+    assert (told["fits"], told["shipped"]) == (False, False)
+    page = layout.read(written.page, 10**7).decode()
+    assert "misses: agreement 0.667, budget 0.700</b> · nothing is shipped" in page
+    assert "<td class=n>at least 0.7" in page
+    assert "Green: closest to the budgets" in page
+    assert "stroke-dasharray" in page, "the budget is a line in the plot"
+
+
 def artifact(name: str, **changes: Any) -> dict[str, Any]:
     quality = msgspec.to_builtins(figures(**changes)) | {"verdict": "passed", "misses": [], "recipe": "int8"}
     return {"class": name, "quality": quality, "timings": {"p50_ms": quality["p50_ms"], "float_p50_ms": 10.0}}
@@ -166,9 +182,10 @@ def test_shares_that_one_side_lacks_are_unmeasured() -> None:
 
 
 def test_several_classes_that_failed_each_tell_their_own_error() -> None:
-    one = QualityError("agreement 0.2", hint="other pictures")
+    one = QualityError("agreement 0.2", hint="other pictures", report="sha256:1", page="sha256:2")
     both = _together({"board-a": one, "board-b": ModelError("no operator Softplus")})
     assert isinstance(both, QualityError)
     assert both.message == "2 classes failed\nboard-a: agreement 0.2\nboard-b: no operator Softplus"
     assert both.hint == "other pictures"
+    assert both.as_dict().keys() == {"code", "message", "hint"}, "one class's report is not that of both"
     assert _together({"board-a": one}) is one

@@ -109,6 +109,37 @@ class Fixed:
         ]
 
 
+class Noisy(Fixed):
+    """Steps in which int8 looks fast among others, on a busy machine, and takes as long as float when it is measured alone."""
+
+    def __init__(self, spec: Any, alone_ms: float) -> None:
+        super().__init__(spec)
+        self.alone_ms = alone_ms
+
+    def measure(self, made: Sequence[tuple[Recipe, Path]]) -> list[Measured]:
+        alone = len(made) == 1
+        self.figures = {"p50_ms": self.alone_ms if alone else 1.6, "peak_memory_bytes": 1 if alone else None}
+        if made[0][0] == FLOAT:
+            self.figures |= {"p50_ms": 2.0, "agreement": 1.0, "sqnr_db": quality.EXACT_DB, "compiled_bytes": 2_000_000}
+        return super().measure(made)
+
+
+@pytest.mark.parametrize(("alone_ms", "shipped"), [(1.6, "int8"), (1.99, "int8"), (2.02, "fp32")])
+def test_what_is_no_faster_than_float_when_it_is_measured_alone_gives_way_to_it(alone_ms: float, shipped: str) -> None:
+    kind = device_class("tflite", search={"effort": "full"})
+    version: Any = SimpleNamespace(holdout=SimpleNamespace(count=SAMPLES))
+    own = _Search(cast(Any, Noisy(kind.spec, alone_ms)), version, kind, target_named("tflite"), {})
+    first = own._unpruned(Recipe())
+    assert first.chosen is not None
+    assert first.chosen.recipe.precision == "int8"
+    choice, final, _ = own.final(first)
+    assert final.trial.recipe.precision == shipped
+    assert choice.chosen == final.trial, "the report tells of it what was measured last"
+    assert final.trial in choice.trials
+    if shipped == "fp32":
+        assert "no faster than float when it is measured alone: p50 2.02 ms, float 2.00" in choice.why
+
+
 def found(kind: DeviceClass, plain: Recipe, **figures: Any) -> tuple[search.Choice, bool]:
     """(what the search ends in, whether it looked at single layers)."""
     version: Any = SimpleNamespace(holdout=SimpleNamespace(count=SAMPLES))

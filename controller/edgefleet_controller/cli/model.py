@@ -168,7 +168,7 @@ def compare(home: Path, name: str, before: str, after: str, as_json: bool) -> No
 @json_option
 @told
 def report(home: Path, name: str, version: str, device_class: str, output: Path | None, as_json: bool) -> None:
-    """The quality report of one artifact: every candidate, noise by layer, answers that changed."""
+    """The quality report of the last compile for a class, also of one that missed its budgets: every candidate, noise by layer, answers that changed."""
     import json
 
     from edgefleet_controller.adding import fetch_report

@@ -15,7 +15,14 @@ import msgspec
 from edgefleet_shared.artifact import Layout
 from edgefleet_shared.clock import Clock
 from edgefleet_shared.contract import AcceptanceReport
-from edgefleet_shared.errors import ConflictError, EdgefleetError, ToolchainError, TrustError
+from edgefleet_shared.errors import (
+    ArtifactError,
+    ConflictError,
+    EdgefleetError,
+    QualityError,
+    ToolchainError,
+    TrustError,
+)
 from edgefleet_shared.work import Answer, CompileTask, MeasureTask, Progress, Task
 from sqlmodel import Session
 
@@ -181,7 +188,7 @@ class Leases:
         with self._database.write() as session:
             row = self._held(session, lease, claimant)
             if row.state == "running":
-                row.error = msgspec.json.encode(error.as_dict()).decode()
+                row.error = msgspec.json.encode(self._with_its_report(error).as_dict()).decode()
                 self._end(session, row, "failed")
 
     def give_back(self, lease: str, claimant: Claimant) -> None:
@@ -267,6 +274,16 @@ class Leases:
             builder=bool(workers.builders(session, row.device_class, self._clock.now() - BUILDER_SEEN_S)),
             blobs=(digest, *source.blobs(version)),
         )  # fmt: skip
+
+    def _with_its_report(self, error: EdgefleetError) -> EdgefleetError:
+        """The error, with the report that it names only where that is here: nobody could be shown another."""
+        if not isinstance(error, QualityError):
+            return error
+        try:
+            here = all(map(self._layout.has, error.reports))
+        except ArtifactError:  # no digest at all: a worker says what it likes
+            here = False
+        return error if here else QualityError(error.message, hint=error.hint)
 
     def _held(self, session: Session, lease: str, claimant: Claimant) -> CompileJob:
         row = jobs.leased(session, lease)

@@ -78,6 +78,7 @@ def _quality(trial: Trial, device_class: DeviceClass) -> bytes:
         "agreement": figures.agreement,
         "agreement_interval": [figures.agreement_low, figures.agreement_high],
         "shares": msgspec.to_builtins(figures.shares),
+        "by_label": msgspec.to_builtins(figures.by_label),
         "cosine": figures.cosine,
         "sqnr_db": figures.sqnr_db,
         "sqnr_db_by_output": figures.sqnr_db_by_output,

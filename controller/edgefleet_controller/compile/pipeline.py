@@ -26,7 +26,7 @@ from edgefleet_shared.errors import EnvironmentProblem, ManifestError, ModelErro
 from safetensors.numpy import load_file
 
 from edgefleet_controller import detection, segmentation
-from edgefleet_controller.compile import answers, originals, pruning, quality, report, search
+from edgefleet_controller.compile import answers, by_label, originals, pruning, quality, report, search
 from edgefleet_controller.compile.boards import Measure
 from edgefleet_controller.compile.cache import content_key
 from edgefleet_controller.compile.environments import lock_named
@@ -103,20 +103,17 @@ def compile_version(
         finder = _Search(steps, version, device_class, target, options)
         choice = finder.choice(cache)
         choice, final, cached = finder.final(choice)
-        misses = final.trial.misses
-        if misses and not ship_despite_quality:
-            raise QualityError(
-                f"{version.model} {version.version} for {device_class.name}: {_told(choice, misses)}",
-                hint="other calibration pictures or method, or precision fp32; shipping it anyway: --ship-despite-quality",
-            )
-        model, answers = steps.compile([final.trial.recipe])[0][0], steps.prepare() / "golden.safetensors"
         if blind:
-            final = final._replace(trial=msgspec.structs.replace(final.trial, misses=(blind, *misses)))
-            misses = final.trial.misses
+            final = final._replace(trial=msgspec.structs.replace(final.trial, misses=(blind, *final.trial.misses)))
+        misses = final.trial.misses
+        shipped = ship_despite_quality or not misses
+        written = report.write(version, device_class, choice, final, steps.references(), layout, shipped=shipped)
+        if not shipped:
+            raise _missed(version, device_class, choice, final.trial, written)
+        model, answers = steps.compile([final.trial.recipe])[0][0], steps.prepare() / "golden.safetensors"
         artifact = pack(
             version, device_class, target, steps.toolchains_of(final.trial.recipe), layout, final.trial, model, answers
         )
-        written = report.write(version, device_class, choice, final, steps.references(), layout)
     return CompileResult(
         artifact=artifact,
         model=version.model,
@@ -149,6 +146,25 @@ def _check(target: Target, device_class: DeviceClass, version: ModelVersion) -> 
     return target.options(spec, version)
 
 
+def _missed(
+    version: ModelVersion, device_class: DeviceClass, choice: Choice, nearest: Trial, written: report.Written
+) -> QualityError:
+    """What a compile ends in that ships nothing."""
+    name = f"{version.model} {version.version}"
+    inaccurate = nearest.figures.agreement is not None and quality.inaccuracies(
+        nearest.figures, device_class.spec.accuracy
+    )
+    ways = ["other calibration pictures or method"] if inaccurate else ["another budget"]
+    ways += ["precision fp32"] if device_class.spec.precision != "fp32" else []
+    return QualityError(
+        f"{name} for {device_class.name}: {_told(choice, nearest.misses)}",
+        hint=f"every candidate and what it misses: fleet model report {name} {device_class.name}; {', or '.join(ways)}; "
+        "shipping it anyway: --ship-despite-quality",
+        report=written.report,
+        page=written.page,
+    )
+
+
 def _told(choice: Choice, misses: Sequence[str]) -> str:
     """What is missed, and that nothing else fits either."""
     told = "; ".join(misses)
@@ -179,7 +195,7 @@ class _Search:
         # Another rule for choosing, or another measure, is another search.
         files = (
             __file__,
-            *(module.__file__ for module in (search, quality, answers, detection, segmentation, pruning)),
+            *(module.__file__ for module in (search, quality, answers, by_label, detection, segmentation, pruning)),
         )
         rules = [Path(str(file)).read_text(encoding="utf-8") for file in files]
         # Pruned networks are made by a toolchain that the recipe's key does not know.
@@ -204,14 +220,17 @@ class _Search:
     def final(self, choice: Choice) -> tuple[Choice, Measured, bool]:
         """(the choice, what was chosen or came closest measured alone, whether it was compiled before).
 
-        Measured alone, on all samples, a candidate at the edge may miss a budget after all, or be one that boards would refuse: then the next best is taken.
+        Measured alone, on all samples, a candidate at the edge may miss a budget after all, be no faster than float, or be one that boards would refuse:
+        then the next best is taken.
         """
         left, fallen = choice, dict[Recipe, Trial]()
         while left.chosen is not None:
             measured, cached = self._at_last(left.chosen.recipe)
-            if not measured.trial.misses:
-                return search.told_of(left, choice.trials, fallen), measured, cached
-            fallen[left.chosen.recipe] = measured.trial
+            misses = measured.trial.misses or search.gainless(measured.trial, left, self._class.spec)
+            if not misses:
+                last = msgspec.structs.replace(left, chosen=measured.trial)
+                return search.told_of(last, choice.trials, fallen), measured, cached
+            fallen[left.chosen.recipe] = msgspec.structs.replace(measured.trial, misses=misses)
             if len(fallen) == len(choice.trials):
                 break
             left = search.without(choice, list(fallen), self._class.spec)

@@ -94,7 +94,7 @@ class Figures(msgspec.Struct, frozen=True, kw_only=True):
 
     Agreement is the share of held-out samples with the float model's answer (of boxes, for a detector: the lower of recall and
     precision), with its 95 % Wilson interval; ``shares`` are the other shares of the output's kind by name, and ``accuracy`` and
-    ``float_accuracy`` where the samples are labelled. Times in ms on one thread, float and compiled interleaved in one process on the
+    ``float_accuracy`` where the samples are labelled; ``by_label`` is what is kept of the labels that are kept worst (:mod:`.by_label`). Times in ms on one thread, float and compiled interleaved in one process on the
     class's engine, on what ``timed_on`` names: ``host``, a builder board, or empty where nobody could; ``wire_bytes`` and
     ``float_wire_bytes``: what is sent of the models; ``sqnr_db`` is the
     signal-to-quantization-noise ratio of the worst output, ``sqnr_db_by_output`` that of each, a detector's by what is in it; memory
@@ -120,6 +120,7 @@ class Figures(msgspec.Struct, frozen=True, kw_only=True):
     float_p95_ms: float | None = None
     peak_memory_bytes: int | None = None
     shares: dict[str, Share] = {}
+    by_label: dict[str, Share] = {}
     sqnr_db_by_output: dict[str, float] = {}
     timed_on: str = ""
     unmeasured: tuple[str, ...] = ()

@@ -11,7 +11,7 @@ from edgefleet_shared import golden
 from edgefleet_shared.contract import AcceptanceContract
 from edgefleet_shared.errors import ToolchainError
 
-from edgefleet_controller.compile import answers
+from edgefleet_controller.compile import answers, by_label
 from edgefleet_controller.compile.port import HOST, Figures, Share
 from edgefleet_controller.compile.recipe import Recipe
 from edgefleet_controller.detection import HEADS, Part
@@ -28,6 +28,7 @@ NEAR_CHANCE = 1.5  # times what guessing gets
 SMALL_FIRST = ("size", "transfer")  # what a class may prefer over speed
 MOST_SCORE = 1.01  # of a box; a sigmoid's rounding apart, no share is more than the whole
 IN_A_CORNER = 2.0  # pixels, which coordinates that are shares of a picture reach at most
+MOST_LABELS = 3  # told one by one in a miss; the report has more
 UNLIKE = 3.0  # times: spreads of calibration and held-out inputs that differ by more are not of one kind
 
 
@@ -78,6 +79,7 @@ def compare(outputs: dict[str, Array], references: dict[str, Array], version: Mo
     figures = {
         "agreement": agreement.value, "agreement_low": agreement.low, "agreement_high": agreement.high,
         "shares": shares | _accuracy(outputs, references, version),
+        "by_label": by_label.kept(outputs, references, version),
         "cosine": round(_cosine(outputs, references, names), 9),
         "sqnr_db": round(min(telling or noise.values()), 6),
         "sqnr_db_by_output": {title: round(db, 6) for title, db in noise.items()},
@@ -302,6 +304,11 @@ def inaccuracies(figures: Figures, budget: Accuracy) -> list[str]:
             f"agreement{counted} with the float model {figures.agreement:.3f} (95 % interval {figures.agreement_low:.3f} to "
             f"{figures.agreement_high:.3f}, {figures.samples} pictures), budget {budget.min_agreement:.3f}"
         )
+    rare = {label: one for label, one in figures.by_label.items() if one.value < budget.min_per_label}
+    if rare:
+        told = ", ".join(f"{label!r} {one.value:.3f} of {one.of}" for label, one in list(rare.items())[:MOST_LABELS])
+        more = f" and {len(rare) - MOST_LABELS} more" if len(rare) > MOST_LABELS else ""
+        found.append(f"agreement by label: {told}{more}, budget {budget.min_per_label:.3f} for each")
     lost = _lost(figures)
     if lost is not None and budget.max_loss is not None and lost > budget.max_loss:
         found.append(f"accuracy {lost:.4f} below the float model's, budget {budget.max_loss:.4f}")

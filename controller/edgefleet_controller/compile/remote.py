@@ -20,7 +20,7 @@ from typing import NamedTuple
 import msgspec
 from edgefleet_shared import atomic, enrolling
 from edgefleet_shared.artifact import Layout
-from edgefleet_shared.errors import EnvironmentProblem, InputError, NotFoundError
+from edgefleet_shared.errors import EnvironmentProblem, InputError, NotFoundError, QualityError
 from edgefleet_shared.work import POLL_S, Answer, CompileTask, Progress, Task
 from edgefleet_shared.work_client import WorkClient
 from edgefleet_shared.work_loop import Held, run_until_signalled
@@ -172,7 +172,12 @@ class RemoteWorker:
         for digest in task.blobs:
             held.persistently(partial(self._client.fetch, held.lease, digest, self._layout))
             os.utime(self._layout.path(digest))
-        made = self._attempt(task, held)
+        try:
+            made = self._attempt(task, held)
+        except QualityError as exc:  # its report is what is left of the work
+            for digest in exc.reports:
+                held.persistently(partial(self._client.upload, held.lease, digest, self._layout))
+            raise
         held.step = Progress("uploading", 0, 1)
         for digest in made.blobs:
             held.persistently(partial(self._client.upload, held.lease, digest, self._layout))

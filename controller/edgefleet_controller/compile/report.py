@@ -1,6 +1,6 @@
 """Stage 2, compile: the report. Receives what was tried and chosen, hands on two blobs: JSON for programs, a page for people.
 
-Both lie beside the artifact, not in it: they hold times (ADR 0004). The page is one file without scripts or outside references
+Both lie beside the artifact, not in it: they hold times (ADR 0004); where nothing was fit to be shipped they are what the compile leaves. The page is one file without scripts or outside references
 (:mod:`.report_page`); pictures whose answer changed are in it, small.
 """
 
@@ -35,15 +35,16 @@ class Written(NamedTuple):
 
 def write(
     version: ModelVersion, device_class: DeviceClass, choice: Choice, final: Measured, references: dict[str, Any],
-    layout: Layout,
+    layout: Layout, *, shipped: bool = True,
 ) -> Written:  # fmt: skip
     """Store both forms.
 
     Args:
-        final: what was chosen, measured alone, with its outputs.
+        final: what was chosen, or came closest, measured alone, with its outputs.
         references: the float model's outputs for the held-out samples.
+        shipped: whether there is an artifact; else the report tells how far the candidates were from the budgets.
     """
-    report = build(version, device_class, choice, final, references)
+    report = build(version, device_class, choice, final, references, shipped=shipped)
     pictures = _pictures(version, layout, [c["sample"] for c in report["changed"]["samples"]])
     return Written(
         layout.put(json.dumps(report, sort_keys=True).encode()).digest,
@@ -52,8 +53,9 @@ def write(
 
 
 def build(
-    version: ModelVersion, device_class: DeviceClass, choice: Choice, final: Measured, references: dict[str, Any]
-) -> dict[str, Any]:
+    version: ModelVersion, device_class: DeviceClass, choice: Choice, final: Measured, references: dict[str, Any],
+    *, shipped: bool,
+) -> dict[str, Any]:  # fmt: skip
     """The report as JSON holds it."""
     trial = final.trial
     front = _front([t.figures for t in choice.trials])
@@ -70,9 +72,11 @@ def build(
         "told": trial.recipe.told(),
         "why": choice.why,
         "fits": choice.chosen is not None and not trial.misses,
+        "shipped": shipped,
         "misses": list(trial.misses),
         "budgets": {
             "min_agreement": device_class.spec.accuracy.min_agreement,
+            "min_per_label": device_class.spec.accuracy.min_per_label,
             "max_loss": device_class.spec.accuracy.max_loss,
             **device_class.spec.budgets.model_dump(),
             "prefer": device_class.spec.search.prefer,

@@ -38,6 +38,7 @@ def render(report: dict[str, Any], pictures: dict[int, Any]) -> str:
         "<b class=good>fits all budgets</b>"
         if report["fits"]
         else f"<b class=bad>misses: {escape('; '.join(report['misses']) or report['why'])}</b>"
+        f"{'' if report['shipped'] else ' · nothing is shipped'}"
     )
     parts = [
         f"<!doctype html><html lang=en><meta charset=utf-8><title>{escape(title)}</title><style>{_STYLE}</style>",
@@ -55,9 +56,10 @@ def render(report: dict[str, Any], pictures: dict[int, Any]) -> str:
 
 
 def _figures(report: dict[str, Any]) -> str:
-    figures = report["figures"]
+    figures, budgets = report["figures"], report["budgets"]
     rows = [("agreement with the float model", _share(figures, "agreement"))]
     rows += [(name.replace("_", " "), _told_share(s)) for name, s in sorted(figures["shares"].items())]
+    rows += [(f"kept of {label!r}", _counted(one)) for label, one in figures["by_label"].items()]
     rows += [(f"noise of output {name}", f"{db:.1f} dB below it") for name, db in figures["sqnr_db_by_output"].items()]
     rows += [
         ("bytes sent", f"{figures['wire_bytes']:,} (float {figures['float_wire_bytes']:,})"),
@@ -69,7 +71,15 @@ def _figures(report: dict[str, Any]) -> str:
         *([("answers above are those of", figures["stand_in"])] if figures["stand_in"] else []),
         ("peak memory", _or(figures["peak_memory_bytes"], lambda v: f"{v / 1e6:.0f} MB")),
     ]
-    return "<table>" + "".join(f"<tr><td>{escape(n)}<td class=n>{escape(v)}" for n, v in rows) + "</table>"
+    allowed = {f"kept of {label!r}": f"at least {budgets['min_per_label']:.4g}" for label in figures["by_label"]} | {
+        "agreement with the float model": f"at least {budgets['min_agreement']:.4g}",
+        "bytes": _or(budgets["size_bytes"], lambda v: f"at most {v:,}", ""),
+        "latency p50 / p95": f"p95 at most {budgets['latency_p95_ms']:g} ms",
+        "peak memory": f"at most {budgets['memory_bytes'] / 1e6:.0f} MB",
+    }
+    cells = (f"<tr><td>{escape(n)}<td class=n>{escape(v)}<td class=n>{escape(allowed.get(n, ''))}" for n, v in rows)
+    head = f"<tr><th>{'what is shipped' if report['shipped'] else 'what came closest'}<th class=n><th class=n>budget"
+    return f"<table>{head}{''.join(cells)}</table>"
 
 
 def _times(figures: dict[str, Any]) -> str:
@@ -99,8 +109,12 @@ def _told_share(share: dict[str, Any]) -> str:
     return f"{share['value']:.4f} [{share['low']:.4f}, {share['high']:.4f}], {share['count']} of {share['of']}"
 
 
-def _or(value: Any, told: Any) -> str:
-    return "unmeasured" if value is None else str(told(value))
+def _counted(share: dict[str, Any]) -> str:
+    return f"{share['value']:.4f}, {share['count']:,} of {share['of']:,}"
+
+
+def _or(value: Any, told: Any, otherwise: str = "unmeasured") -> str:
+    return otherwise if value is None else str(told(value))
 
 
 def _candidates(report: dict[str, Any]) -> str:
@@ -149,7 +163,8 @@ def _front_plot(report: dict[str, Any]) -> str:
     timed = len(times) == len(shown)
     across = times if timed else [c["figures"]["compiled_bytes"] / 1e6 for c in shown]
     up = [c["figures"]["agreement"] for c in shown]
-    x, y = _scale(across, LEFT, WIDTH - 20), _scale(up, HEIGHT - BOTTOM, 20)
+    budget = report["budgets"]["min_agreement"]
+    x, y = _scale(across, LEFT, WIDTH - 20), _scale([*up, budget], HEIGHT - BOTTOM, 20)
     most = max(c["figures"]["compiled_bytes"] for c in shown)
     marks = "".join(
         f"<circle cx={x(a):.1f} cy={y(b):.1f} r={3 + 9 * math.sqrt(c['figures']['compiled_bytes'] / most):.1f} "
@@ -158,9 +173,11 @@ def _front_plot(report: dict[str, Any]) -> str:
         for c, a, b in zip(shown, across, up, strict=True)
     )
     axes = _axes(across, up, x, y, "p50, of the float model's in the same process" if timed else "MB", "agreement")
+    axes += f"<path d='M{LEFT},{y(budget):.1f}H{WIDTH - 10}' stroke='#a4262c' stroke-dasharray='4 4'/>"
     return (
         f"<svg viewBox='0 0 {WIDTH} {HEIGHT}' width=100% role=img aria-label='candidates'>{axes}{marks}</svg>"
-        "<p class=mute>Green: shipped. Blue: on the front. The larger, the more bytes.</p>"
+        f"<p class=mute>Green: {'shipped' if report['shipped'] else 'closest to the budgets'}. Blue: on the front. The larger, the more bytes. "
+        "Dashed: the agreement that the class asks for.</p>"
     )
 
 

@@ -230,7 +230,7 @@ def float_trial(measured: Trial, spec: DeviceClassSpec) -> Trial:
     figures = msgspec.structs.replace(
         f, compiled_bytes=f.float_bytes, wire_bytes=f.float_wire_bytes, agreement=1.0, agreement_low=quality.wilson(f.samples, f.samples)[0], agreement_high=1.0,
         cosine=1.0, sqnr_db=quality.EXACT_DB, p50_ms=f.float_p50_ms, p95_ms=f.float_p95_ms, peak_memory_bytes=None, shares={},
-        sqnr_db_by_output={},
+        by_label={}, sqnr_db_by_output={},
     )  # fmt: skip
     return Trial(recipe=FLOAT, figures=figures, misses=tuple(quality.misses(figures, spec, FLOAT)))
 
@@ -265,15 +265,31 @@ def without(choice: Choice, fallen: Sequence[Recipe], spec: DeviceClassSpec) -> 
     return msgspec.structs.replace(left, pruning=choice.pruning, left_out=choice.left_out, tfmot=choice.tfmot)
 
 
+def gainless(alone: Trial, choice: Choice, spec: DeviceClassSpec) -> tuple[str, ...]:
+    """Why a candidate that was chosen for its speed gives way when it is measured alone, or nothing. Of several that are timed side by side the luckiest
+    wins; where in truth it takes as long as float, which fits too, other answers were bought for nothing."""
+    time, figures = alone.figures.relative_time, alone.figures
+    answers_alike = alone.recipe.exact or figures.sqnr_db == quality.EXACT_DB
+    if spec.search.prefer != "latency" or answers_alike or time is None or time <= 1:
+        return ()
+    if not any(trial.recipe.exact and not trial.misses for trial in choice.trials):
+        return ()
+    return (
+        f"no faster than float when it is measured alone: p50 {figures.p50_ms:.2f} ms, float {figures.float_p50_ms:.2f}",
+    )
+
+
 def told_of(choice: Choice, trials: Sequence[Trial], fallen: Mapping[Recipe, Trial]) -> Choice:
     """The choice with all that was tried in it, and why those that were better until they were measured alone are not taken.
 
     Args:
+        choice: what was chosen in it is told of as it was measured alone.
         fallen: as they were found then, by recipe.
     """
+    last = fallen if choice.chosen is None else {**fallen, choice.chosen.recipe: choice.chosen}
     reasons = [f"not {recipe.told()}, which fits but for this: {', '.join(t.misses)}" for recipe, t in fallen.items()]
     return msgspec.structs.replace(
-        choice, trials=tuple(fallen.get(t.recipe, t) for t in trials), why="; ".join([choice.why, *reasons])
+        choice, trials=tuple(last.get(t.recipe, t) for t in trials), why="; ".join([choice.why, *reasons])
     )
 
 

@@ -24,6 +24,7 @@ sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]  # None: im
 import openvino as ov  # noqa: E402
 
 from .ov_gates import fusible  # noqa: E402
+from .ov_pads import pad_in_float  # noqa: E402
 
 _EPOCH = (1980, 1, 1, 0, 0, 0)
 _MEMBERS = {"model.xml": zipfile.ZIP_DEFLATED, "model.bin": zipfile.ZIP_STORED}
@@ -58,7 +59,7 @@ def compile_model(request: job.Request, progress: job.Progress) -> dict[str, Any
     for number, one in enumerate(request["jobs"]):
         progress("converting", number, len(request["jobs"]))
         try:
-            model = core.read_model(one["network"])
+            model = core.read_model(_padding_rightly(one["network"]))
         except RuntimeError as exc:
             raise _refusal(exc, one["network"]) from exc
         fusible(model)
@@ -69,6 +70,13 @@ def compile_model(request: job.Request, progress: job.Progress) -> dict[str, Any
         _write(model, one["compiled"])
     progress("converting", len(request["jobs"]), len(request["jobs"]))
     return {}
+
+
+def _padding_rightly(network: str) -> bytes:
+    model = onnx.load(network)
+    pad_in_float(model)
+    content: bytes = model.SerializeToString()
+    return content
 
 
 def _by_nncf(model: Any, samples: SampleFile, recipe: dict[str, Any]) -> Any:
