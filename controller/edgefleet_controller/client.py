@@ -108,6 +108,9 @@ class FleetClient:
         wish = {"device_class": device_class, "ship_despite_quality": despite_quality}
         return str(self._call("POST", f"/v1/models/{model}/{version}/compile", json=wish)["job"])
 
+    def jobs(self, *, unfinished: bool = False) -> Json:
+        return self._call("GET", "/v1/jobs", params={"unfinished": unfinished})
+
     def job(self, job: str) -> Json:
         return self._call("GET", f"/v1/jobs/{job}")
 

@@ -14,7 +14,7 @@ from edgefleet_controller.rollout.views import Assign, IntentKind, Phase
 from edgefleet_controller.store import catalog, devices, events, jobs, rollouts, workers
 from edgefleet_controller.store.database import Database
 from edgefleet_controller.store.devices import PresenceRow
-from edgefleet_controller.store.tables import SCHEMA_VERSION, Artifact, Assignment, CompileJob
+from edgefleet_controller.store.tables import SCHEMA_VERSION, Artifact, Assignment, CompileJob, JobFailure
 from edgefleet_shared.assignment import AGENT, Subject
 from edgefleet_shared.errors import (
     ConflictError,
@@ -65,6 +65,7 @@ def test_migrating_twice_changes_nothing(database: Database) -> None:
 # What makes schema 1 of today's, on either database: the newer columns and tables taken away again.
 SCHEMA_1 = (
     "DROP TABLE worker",
+    "DROP TABLE job_failure",
     "DROP INDEX ix_compile_job_lease",
     "DROP INDEX ix_compile_job_parent",
     *(
@@ -109,7 +110,7 @@ def test_a_database_of_schema_1_becomes_what_a_new_one_is_and_keeps_what_it_hold
         assert rollouts.get_assignment(session, "r1.b1.1").subject == "model"
         assert session.connection().execute(text("SELECT version FROM schema_version")).scalar_one() == SCHEMA_VERSION
     with database.write() as session:
-        taken = jobs.take_job(session, "compile", "", 5.0)
+        taken = jobs.take_job(session, "compile", "", "", 5.0)
         assert taken is not None
         assert (taken.id, taken.attempts) == ("old", 1)
         workers.enrol(session, "far", "", certificate_serial="1", now=1.0)
@@ -443,7 +444,7 @@ def test_a_job_goes_to_one_worker_and_is_queued_again_after_a_restart(database: 
     def work() -> None:
         while True:
             with database.write() as session:
-                job = jobs.take_job(session, "compile", "", 5.0)
+                job = jobs.take_job(session, "compile", "", "", 5.0)
             if job is None:
                 return
             taken.append(job.id)
@@ -491,10 +492,31 @@ def test_a_measuring_job_goes_to_a_board_of_its_class_and_is_no_compile_job(data
                 id=name, kind=kind, model="m", version="1", device_class=of, state="queued", created_at=1.0
             )
             jobs.put_job(session, made)
-        assert jobs.take_job(session, "measure", "x86", 2.0) is None
-        taken = [jobs.take_job(session, "measure", "pi", 2.0), jobs.take_job(session, "compile", "", 2.0)]
+        assert jobs.take_job(session, "measure", "x86", "", 2.0) is None
+        taken = [jobs.take_job(session, "measure", "pi", "", 2.0), jobs.take_job(session, "compile", "", "", 2.0)]
         assert [row and row.id for row in taken] == ["m", "c"]
         assert [row.id for row in jobs.list_jobs(session)] == ["c"]
+
+
+def test_a_worker_does_not_get_a_job_that_it_failed_at_and_the_next_does(database: Database) -> None:
+    enrol(database)
+    with database.write() as session:
+        for name, at in (("old", 1.0), ("new", 2.0)):
+            jobs.put_job(
+                session, CompileJob(id=name, model="m", version="1", device_class="x86", state="queued", created_at=at)
+            )
+        for at, silent in ((3.0, True), (4.0, False)):
+            jobs.note_failure(session, JobFailure(job="old", worker="full", silent=silent, error="{}", at=at))
+        taken = jobs.take_job(session, "compile", "", "full", 5.0)
+        assert taken is not None
+        assert taken.id == "new"
+        assert jobs.take_job(session, "compile", "", "full", 5.0) is None
+        ((row, failure),) = jobs.failed_at(session, "compile", "", "full")
+        assert (row.id, failure.at, failure.silent) == ("old", 4.0, False), "the last time counts"
+        assert jobs.failed_at(session, "compile", "", "") == []
+        other = jobs.take_job(session, "compile", "", "", 5.0)
+        assert other is not None
+        assert (other.id, other.attempts) == ("old", 1)
 
 
 def test_a_worker_is_known_by_name_and_certificate_and_a_builder_board_by_when_it_was_heard_of(
@@ -512,7 +534,7 @@ def test_a_worker_is_known_by_name_and_certificate_and_a_builder_board_by_when_i
             with pytest.raises(TrustError):
                 workers.check(session, name, serial)
         assert workers.builders(session, "x86", 5.0) == []
-        workers.seen(session, "w", 6.0)
+        workers.seen(session, "w", "1.2", 6.0)
         assert [row.name for row in workers.builders(session, "x86", 5.0)] == ["w"]
         assert workers.builders(session, "pi", 5.0) == []
         workers.revoke(session, "w")
