@@ -187,7 +187,7 @@ def test_writers_wait_for_each_other_and_lose_no_count(database: Database) -> No
     def count() -> None:
         for _ in range(10):
             with database.write() as session:
-                seen.append(rollouts.next_version(session, "b1"))
+                seen.append(rollouts.next_version(session, "b1", 0.0))
 
     threads = [threading.Thread(target=count) for _ in range(4)]
     for thread in threads:
@@ -214,14 +214,25 @@ def test_a_folder_that_does_not_exist_is_told_as_such(tmp_path: Path) -> None:
 def test_a_board_is_enrolled_once_and_again_only_after_it_was_revoked(database: Database) -> None:
     enrol(database, "b1")
     with database.write() as session:
-        assert rollouts.next_version(session, "b1") == 1
+        assert rollouts.next_version(session, "b1", 0.0) == 1
     with pytest.raises(ConflictError, match="enrolled already"):
         enrol(database, "b1")
     with database.write() as session:
         devices.revoke(session, "b1")
     enrol(database, "b1")
     with database.write() as session:
-        assert rollouts.next_version(session, "b1") == 2, "signed versions only rise"
+        assert rollouts.next_version(session, "b1", 0.0) == 2, "signed versions only rise"
+
+
+def test_an_assignments_version_is_above_those_that_a_database_from_a_backup_has_lost(database: Database) -> None:
+    enrol(database, "b1")
+    with database.write() as session:
+        lost = [rollouts.next_version(session, "b1", now) for now in (1.8e9, 1.8e9, 1.8e9 + 60.0)]
+        assert lost == sorted(set(lost))
+        session.connection().execute(text("UPDATE device SET assignment_version = 0 WHERE name = 'b1'"))
+        restored = rollouts.next_version(session, "b1", 1.8e9 + 3600.0)
+        assert restored > lost[-1]
+        assert rollouts.next_version(session, "b1", 1.8e9) > restored, "a clock that was set back lowers none"
 
 
 @pytest.mark.parametrize(("anew", "kept"), [("x86", True), ("arm", False)])
@@ -588,6 +599,36 @@ def test_the_operators_word_survives_what_the_engine_writes(database: Database) 
     with database.read() as session:
         loaded, _ = rollouts.load(session, "r2")
     assert (loaded.intent.kind, loaded.intent.number, loaded.intent_seen) == (IntentKind.PAUSE, 1, 0)
+
+
+@pytest.mark.parametrize("kind", [IntentKind.PAUSE, IntentKind.RESUME])
+@pytest.mark.parametrize("stop", [IntentKind.ABORT, IntentKind.ROLLBACK])
+def test_one_operators_stop_is_not_undone_by_anothers_word_that_comes_before_the_engine_heard_it(
+    database: Database, stop: IntentKind, kind: IntentKind
+) -> None:
+    with database.write() as session:
+        rollouts.add(session, create("r2", spec(), artifacts(["x86"]), fleet_of({"x86": 2}), 1000.0))
+    with database.write() as session:
+        rollouts.intend(session, "r2", stop, "ann")
+    with pytest.raises(ConflictError, match=f"r2: {stop.value} by ann was asked for"), database.write() as session:
+        rollouts.intend(session, "r2", kind, "bob")
+    with database.read() as session:
+        assert rollouts.load(session, "r2")[0].intent.kind is stop
+    with database.write() as session:
+        rollouts.intend(session, "r2", IntentKind.ROLLBACK, "bob")
+
+
+@pytest.mark.parametrize("phase", [Phase.STOPPING, Phase.ROLLING_BACK])
+def test_a_rollout_that_is_stopping_is_neither_paused_nor_resumed_and_says_so(database: Database, phase: Phase) -> None:
+    rollout = create("r2", spec(), artifacts(["x86"]), fleet_of({"x86": 2}), 1000.0)
+    with database.write() as session:
+        rollouts.add(session, rollout)
+        rollouts.save(session, msgspec.structs.replace(rollout, phase=phase), 0, [])
+    for kind in (IntentKind.PAUSE, IntentKind.RESUME):
+        with pytest.raises(ConflictError, match=f"can't {kind.value} any more"), database.write() as session:
+            rollouts.intend(session, "r2", kind)
+    with database.write() as session:
+        rollouts.intend(session, "r2", IntentKind.ABORT)
 
 
 def test_a_rollout_of_the_agent_holds_boards_apart_from_one_of_a_model(database: Database) -> None:

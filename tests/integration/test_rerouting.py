@@ -13,7 +13,7 @@ from edgefleet_shared import enrolling, work_client
 from edgefleet_shared.artifact import Layout
 from edgefleet_shared.contract import AcceptanceReport, Verdict
 from edgefleet_shared.errors import ConflictError, EnvironmentProblem, ModelError
-from edgefleet_shared.work import CompileTask, MeasureTask
+from edgefleet_shared.work import CompileTask, MeasureTask, Progress
 from edgefleet_shared.work_client import WorkClient
 from edgefleet_shared.work_loop import Held
 from support import workers
@@ -192,9 +192,15 @@ def test_a_worker_whose_toolchain_is_broken_leaves_the_job_to_another_machine(fl
     folder = environments.folder_of(toolchains, environments.lock_named("onnxruntime"))
     folder.mkdir(parents=True)
     (folder / environments.MARKER).write_text(json.dumps({"onnxruntime": "0"}))
-    there(fleet, "slow")  # asks too seldom to have it first
+    busy = there(fleet, "busy")
+
+    def failed() -> bool:
+        with pytest.raises(ConflictError):
+            busy.progress("0" * 32, Progress("with other work", 0, 1))  # it is heard of
+        return "job failed" in broken.log()
+
     job = submit(fleet)
-    until(lambda: "job failed" in broken.log(), "it has failed there", 60)
+    until(failed, "it has failed there", 120)
     started(workers.worker(fleet, "whole"))
     done = ended(fleet, job)
     assert (done["state"], done["worker"]) == ("done", "whole"), done
@@ -205,9 +211,10 @@ def test_a_job_whose_process_was_killed_is_anothers(fleet, started):
     starved = started(workers.worker(fleet, "starved"))
     job = submit(fleet)
     until(lambda: bool(workers_of(starved.process.pid)), "it has begun", 150)
+    (process,) = workers_of(starved.process.pid)
+    os.kill(process, signal.SIGSTOP)  # it must not end by itself meanwhile
     started(workers.worker(fleet, "roomy"))
-    for pid in workers_of(starved.process.pid):
-        os.kill(pid, signal.SIGKILL)
+    os.kill(process, signal.SIGKILL)
     done = ended(fleet, job)
     assert (done["state"], done["worker"]) == ("done", "roomy"), done
     assert [(f["worker"], "SIGKILL" in f["error"]["message"]) for f in done["failures"]] == [("starved", True)]
