@@ -65,7 +65,8 @@ class Bench:
 
     def run(self, version: ModelVersion, engine: str, min_agreement: float, prefer: str = "latency") -> Outcome:
         device_class = DeviceClass.model_validate({"kind": "DeviceClass", "metadata": {"name": f"bench-{engine}"}, "spec": {
-            "arch": platform.machine(), "engine": engine, "accuracy": {"min_agreement": min_agreement},
+            "arch": platform.machine(), "engine": engine,
+            "accuracy": {"min_agreement": min_agreement, "min_per_label": min(min_agreement, 0.5)},
             "cpu_features": ["avx512_vnni"] if _vnni() else [],
             "budgets": {"latency_p95_ms": 10_000.0, "memory_bytes": 4 << 30}, "search": {"effort": self.effort, "prefer": prefer},
         }})  # fmt: skip

@@ -178,7 +178,7 @@ class Controller:
             raise
 
     def _keep_fresh(self) -> None:
-        renew_at = self.clock.monotonic()
+        renew_at, begun = self.clock.monotonic(), False
         while not self._stopping.wait(FLUSH_EVERY_S):
             try:
                 if self._publish_again.is_set():
@@ -186,7 +186,8 @@ class Controller:
                 self.intake.flush()
                 if self.clock.monotonic() >= renew_at:
                     renew_at = self.clock.monotonic() + RENEW_EVERY_S
-                    self.gateway.publish_metadata(self.repository.renew())
+                    self.gateway.publish_metadata(self.repository.renew(at_start=not begun))
+                    begun = True
                     self.rollouts.renew_assignments(ASSIGNMENT_LIFE.total_seconds() / 2)
             except EdgefleetError as exc:
                 log.error("upkeep failed", extra={"code": exc.code, "reason": str(exc)})

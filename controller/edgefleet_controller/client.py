@@ -11,7 +11,14 @@ from typing import Any
 import httpx
 import yaml
 from edgefleet_shared.artifact import Layout
-from edgefleet_shared.errors import EnvironmentProblem, ManifestError, NotFoundError, TransportError, from_dict
+from edgefleet_shared.errors import (
+    EnvironmentProblem,
+    InputError,
+    ManifestError,
+    NotFoundError,
+    TransportError,
+    from_dict,
+)
 
 Progress = Callable[[str, int, int], None]
 # What the API answers, as JSON gives it.
@@ -34,12 +41,16 @@ class FleetClient:
         path = home / "operator.yaml"
         try:
             told = yaml.safe_load(path.read_text())
-            url, token, ca = str(told["url"]), str(told["token"]), str(told["ca"])
+            # From this file's folder, unless it is absolute: a home may be moved, or restored elsewhere.
+            url, token, ca = str(told["url"]), str(told["token"]), str(home / str(told["ca"]))
             trusted = ssl.create_default_context(cafile=ca)
         except FileNotFoundError as exc:
             if not path.exists():
                 raise NotFoundError(f"there is no {path}", hint="fleet init makes it; or name --home") from exc
-            raise EnvironmentProblem(f"{path} names a CA certificate that is not there: {ca}") from exc
+            raise EnvironmentProblem(
+                f"{path} names a CA certificate that is not there: {ca}",
+                hint="it is ca/ca.pem of the controller's home: let ca name it there",
+            ) from exc
         except OSError as exc:  # ssl.SSLError is one
             raise EnvironmentProblem(f"{path}, or the CA certificate that it names, can't be used: {exc}") from exc
         except (yaml.YAMLError, KeyError, TypeError, UnicodeDecodeError) as exc:
@@ -107,6 +118,9 @@ class FleetClient:
     def compile(self, model: str, version: str, device_class: str, *, despite_quality: bool) -> str:
         wish = {"device_class": device_class, "ship_despite_quality": despite_quality}
         return str(self._call("POST", f"/v1/models/{model}/{version}/compile", json=wish)["job"])
+
+    def jobs(self, *, unfinished: bool = False) -> Json:
+        return self._call("GET", "/v1/jobs", params={"unfinished": unfinished})
 
     def job(self, job: str) -> Json:
         return self._call("GET", f"/v1/jobs/{job}")
@@ -176,6 +190,8 @@ class FleetClient:
     def _send(self, method: str, path: str, **options: Any) -> httpx.Response:
         try:
             return self._http.request(method, path, **options)
+        except ValueError as exc:  # a number that is none, a name that is no text: JSON can't hold it
+            raise InputError(f"this can't be asked of the controller: {exc}") from exc
         except httpx.HTTPError as exc:
             raise TransportError(
                 f"can't reach the controller at {self.url}: {exc}", hint="is fleet serve running?"

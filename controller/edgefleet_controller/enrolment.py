@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
+from edgefleet_shared import __version__
 from edgefleet_shared.clock import Clock
 from edgefleet_shared.errors import InputError, TrustError
 from edgefleet_shared.messages import Enrolled, Renewed
@@ -18,6 +19,7 @@ from edgefleet_shared.topics import check_name
 from edgefleet_shared.work import IDENTITY_PREFIX
 from sqlmodel import Session
 
+from edgefleet_controller.compile.leases import another_version
 from edgefleet_controller.pki import CertificateAuthority, common_name, is_of_enrolment, requested_key
 from edgefleet_controller.settings import Settings
 from edgefleet_controller.sign import Repository
@@ -67,7 +69,7 @@ class Enrolment:
             NotFoundError: no such class. InputError: a name that can't be one.
         """
         if device:
-            _check_device_name(device)
+            check_name(device, "worker") if role == "worker" else _check_device_name(device)
         if site:
             check_name(site, "site")
         with self._database.write() as session:
@@ -76,12 +78,16 @@ class Enrolment:
             )  # fmt: skip
         return f"efe.{self._ca.fingerprint}.{secret}"
 
-    def enroll(self, token: str, device: str, request: str) -> Enrolled:
+    def enroll(self, token: str, device: str, request: str, *, edgefleet: str = "") -> Enrolled:
         """Take a board in. Token and name are spent only when all of it succeeds. Who shows a spent token once more, and the same key, gets
         the same answer: the power may have been cut before the first one was kept.
 
+        Args:
+            edgefleet: the version that it says it runs; empty when it does not say.
+
         Raises:
-            TrustError: the token is not valid. ConflictError: the name is taken. InputError: a bad request.
+            TrustError: the token is not valid. ConflictError: the name is taken, or what would compile runs another version. InputError: a bad
+                request.
         """
         secret = token.rpartition(".")[2]
         key = requested_key(request.encode())
@@ -96,6 +102,8 @@ class Enrolment:
             if row.label and device and device != row.label:
                 raise InputError(f"the token is for {row.label}, not for {device}")
             if row.role == "worker":
+                if not row.device_class and edgefleet not in ("", __version__):
+                    raise another_version(name, edgefleet)
                 # A prefix that no board's name can have: neither can be taken for the other, by the broker or by the API.
                 certificate = self._ca.enroll(request.encode(), IDENTITY_PREFIX + check_name(name, "worker"))
                 serial = f"{certificate.serial_number:x}"

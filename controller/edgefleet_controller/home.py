@@ -68,7 +68,7 @@ def create(
     Repository(home / "repository", snapshot, timestamp, clock).publish(first)
     Layout(home / "artifacts")
     token = secrets.token_urlsafe(32)
-    operator = {"url": made.public_url, "token": token, "ca": str((home / "ca" / "ca.pem").resolve())}
+    operator = {"url": made.public_url, "token": token, "ca": "ca/ca.pem"}
     atomic.write(home / "operator.yaml", yaml.safe_dump(operator).encode(), 0o600)
     made = made.model_copy(update={"operator_sha256": hashlib.sha256(token.encode()).hexdigest()})
     # Last: this file says that the rest is there.

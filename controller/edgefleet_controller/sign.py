@@ -41,6 +41,8 @@ from tuf.api.metadata import (
 from tuf.api.serialization import DeserializationError
 from tuf.api.serialization.json import JSONSerializer
 
+from edgefleet_controller import versions
+
 # Offline roles change rarely and by hand; online ones are renewed at half their life by the running controller.
 OFFLINE_LIFE = timedelta(days=365)
 RELEASE_LIFE = timedelta(days=180)
@@ -295,10 +297,14 @@ class Repository:
             changed = set(new) | self._renew(force_snapshot=True)
             return {name: content for name, content in self.files().items() if name in changed}
 
-    def renew(self) -> dict[str, bytes]:
-        """Renew snapshot and timestamp when half of their life is over; returns what changed."""
+    def renew(self, *, at_start: bool = False) -> dict[str, bytes]:
+        """Renew snapshot and timestamp when half of their life is over; returns what changed.
+
+        Args:
+            at_start: renew them anyway: the files may be a backup's, and boards took newer ones since.
+        """
         with self._lock:
-            changed = self._renew(force_snapshot=False)
+            changed = self._renew(force_snapshot=at_start)
             return {name: content for name, content in self.files().items() if name in changed}
 
     def _check(self, new: dict[str, bytes]) -> None:
@@ -369,7 +375,7 @@ class Repository:
                     continue
                 meta[path.name] = MetaFile(Metadata.from_bytes(path.read_bytes()).signed.version)
             snapshot.signed.meta = meta
-            snapshot.signed.version += 1 if before else 0
+            snapshot.signed.version = versions.after(snapshot.signed.version, self._clock.now())
             snapshot.signed.expires = now + ONLINE_LIFE
             atomic.write(self.folder / "snapshot.json", _signed(snapshot, [self._snapshot]))
             changed.add("snapshot.json")
@@ -377,7 +383,7 @@ class Repository:
         timestamp: Metadata[Timestamp] = Metadata.from_bytes(before) if before else Metadata(Timestamp(version=1))
         if changed or timestamp.signed.expires - now < ONLINE_LIFE / 2:
             timestamp.signed.snapshot_meta = MetaFile(snapshot.signed.version)
-            timestamp.signed.version += 1 if before else 0
+            timestamp.signed.version = versions.after(timestamp.signed.version, self._clock.now())
             timestamp.signed.expires = now + ONLINE_LIFE
             atomic.write(self.folder / "timestamp.json", _signed(timestamp, [self._timestamp]))
             changed.add("timestamp.json")

@@ -20,11 +20,12 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from edgefleet_shared import atomic
+from edgefleet_shared import __version__, atomic
 from edgefleet_shared.certificates import mind_clock
 from edgefleet_shared.errors import EnvironmentProblem, InputError, TransportError, TrustError, from_dict
 from edgefleet_shared.files import DISK, FileSystem
 from edgefleet_shared.messages import Enrolled, EnrolRequest, Renewed
+from edgefleet_shared.work import AGENT
 
 TIMEOUT_S = 30.0
 MAX_ANSWER_BYTES = 4 * 1024 * 1024
@@ -154,7 +155,8 @@ def _fetch_ca(host: str, port: int, fingerprint: str) -> str:
 def _call(host: str, port: int, context: ssl.SSLContext, method: str, path: str, body: bytes | None) -> bytes:
     link = http.client.HTTPSConnection(host, port, timeout=TIMEOUT_S, context=context)
     try:
-        link.request(method, path, body=body, headers={"Content-Type": "application/json"} if body else {})
+        headers = {"User-Agent": f"{AGENT}/{__version__}"} | ({"Content-Type": "application/json"} if body else {})
+        link.request(method, path, body=body, headers=headers)
         answer = link.getresponse()
         content = answer.read(MAX_ANSWER_BYTES)
     except (OSError, http.client.HTTPException) as exc:

@@ -13,7 +13,8 @@
     ├── ArtifactError                   an artifact that is not what its digest or its layout says
     ├── IncompatibleError               a sound artifact that this board can't run
     ├── EngineError                     an inference engine refused, failed or died
-    ├── ToolchainError                  a compile toolchain is missing, broken, or failed
+    ├── ToolchainError                  a compile toolchain failed
+    │   └── ToolchainUnusable           it is missing or broken on this machine; another may have it
     ├── QualityError                    a compiled model misses a budget
     ├── TransportError                  broker, network or peer
     └── EnvironmentProblem              port taken, disk full, broker not installed, no rights
@@ -99,6 +100,10 @@ class EngineError(EdgefleetError):
 
 class ToolchainError(EdgefleetError):
     code = "toolchain_failed"
+
+
+class ToolchainUnusable(ToolchainError):
+    code = "toolchain_unusable"
 
 
 class QualityError(EdgefleetError):

@@ -25,6 +25,7 @@ from edgefleet_shared.contract import AcceptanceReport
 
 RENEWALS = 4  # in the time of one lease: three may be lost
 POLL_S = 2.0  # how often a worker asks for work, and for an answer
+AGENT = "edgefleet"  # User-Agent of an enrolment and of a worker's calls: this, a slash, the version that it runs
 IDENTITY_PREFIX = "worker:"  # of a worker's name in its certificate; no board's name can have it
 
 

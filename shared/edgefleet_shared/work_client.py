@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from edgefleet_shared import atomic, work
+from edgefleet_shared import __version__, atomic, work
 from edgefleet_shared.artifact import CHUNK_BYTES, Layout, digest_file
 from edgefleet_shared.certificates import is_due, mind_clock, validity
 from edgefleet_shared.errors import (
@@ -169,7 +169,11 @@ class WorkClient:
     def _open(self, method: str, path: str, body: Any = b"", size: int | None = None) -> http.client.HTTPSConnection:
         mind_clock(self.tls, self._begins)  # somebody may have told the time meanwhile
         link = http.client.HTTPSConnection(self._host, self._port, timeout=TIMEOUT_S, context=self.tls)
-        headers = {"Content-Type": "application/json", "Content-Length": str(len(body) if size is None else size)}
+        headers = {
+            "Content-Type": "application/json",
+            "Content-Length": str(len(body) if size is None else size),
+            "User-Agent": f"{work.AGENT}/{__version__}",
+        }
         try:
             link.request(method, path, body=body or None, headers=headers)
         except (OSError, http.client.HTTPException) as exc:

@@ -118,6 +118,8 @@ def work_until(
                         client.give_back(task.lease)
                 elif not held.ended.is_set():
                     _tell(held, client, exc)
+                    # A machine that is in trouble lets others ask first.
+                    stopping.wait(RETRY_S if isinstance(exc, EnvironmentProblem) else 0.0)
     return None
 
 

@@ -44,7 +44,7 @@ def test_candidates_for_a_raspberry_pi_are_timed_on_its_builder_board(fleet: Fle
         enrolled = board.run(*AGENT, "enroll", "--state", f"{inside}/state", "--url", url, "--token", token)
         assert enrolled.returncode == 0, enrolled.stderr
         with board.started(fleet.folder / "bench.log", *AGENT, "measure", "--state", f"{inside}/state"):
-            until(lambda: any(w["last_seen"] for w in fleet.client().workers()), "the builder board asks for work", 60)
+            until(lambda: any(w["last_seen"] for w in fleet.client().workers()), "the builder board asks for work", 300)
             job = fleet.client().compile("toy", "1", "pi4-arm64", despite_quality=False)
             until(lambda: fleet.client().job(job)["state"] not in ("queued", "running"), "the job has ended", 240)
     assert fleet.client().job(job)["state"] == "done", (

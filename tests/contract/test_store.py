@@ -14,7 +14,7 @@ from edgefleet_controller.rollout.views import Assign, IntentKind, Phase
 from edgefleet_controller.store import catalog, devices, events, jobs, rollouts, workers
 from edgefleet_controller.store.database import Database
 from edgefleet_controller.store.devices import PresenceRow
-from edgefleet_controller.store.tables import SCHEMA_VERSION, Artifact, Assignment, CompileJob
+from edgefleet_controller.store.tables import SCHEMA_VERSION, Artifact, Assignment, CompileJob, JobFailure
 from edgefleet_shared.assignment import AGENT, Subject
 from edgefleet_shared.errors import (
     ConflictError,
@@ -65,6 +65,7 @@ def test_migrating_twice_changes_nothing(database: Database) -> None:
 # What makes schema 1 of today's, on either database: the newer columns and tables taken away again.
 SCHEMA_1 = (
     "DROP TABLE worker",
+    "DROP TABLE job_failure",
     "DROP INDEX ix_compile_job_lease",
     "DROP INDEX ix_compile_job_parent",
     *(
@@ -109,7 +110,7 @@ def test_a_database_of_schema_1_becomes_what_a_new_one_is_and_keeps_what_it_hold
         assert rollouts.get_assignment(session, "r1.b1.1").subject == "model"
         assert session.connection().execute(text("SELECT version FROM schema_version")).scalar_one() == SCHEMA_VERSION
     with database.write() as session:
-        taken = jobs.take_job(session, "compile", "", 5.0)
+        taken = jobs.take_job(session, "compile", "", "", 5.0)
         assert taken is not None
         assert (taken.id, taken.attempts) == ("old", 1)
         workers.enrol(session, "far", "", certificate_serial="1", now=1.0)
@@ -186,7 +187,7 @@ def test_writers_wait_for_each_other_and_lose_no_count(database: Database) -> No
     def count() -> None:
         for _ in range(10):
             with database.write() as session:
-                seen.append(rollouts.next_version(session, "b1"))
+                seen.append(rollouts.next_version(session, "b1", 0.0))
 
     threads = [threading.Thread(target=count) for _ in range(4)]
     for thread in threads:
@@ -213,14 +214,25 @@ def test_a_folder_that_does_not_exist_is_told_as_such(tmp_path: Path) -> None:
 def test_a_board_is_enrolled_once_and_again_only_after_it_was_revoked(database: Database) -> None:
     enrol(database, "b1")
     with database.write() as session:
-        assert rollouts.next_version(session, "b1") == 1
+        assert rollouts.next_version(session, "b1", 0.0) == 1
     with pytest.raises(ConflictError, match="enrolled already"):
         enrol(database, "b1")
     with database.write() as session:
         devices.revoke(session, "b1")
     enrol(database, "b1")
     with database.write() as session:
-        assert rollouts.next_version(session, "b1") == 2, "signed versions only rise"
+        assert rollouts.next_version(session, "b1", 0.0) == 2, "signed versions only rise"
+
+
+def test_an_assignments_version_is_above_those_that_a_database_from_a_backup_has_lost(database: Database) -> None:
+    enrol(database, "b1")
+    with database.write() as session:
+        lost = [rollouts.next_version(session, "b1", now) for now in (1.8e9, 1.8e9, 1.8e9 + 60.0)]
+        assert lost == sorted(set(lost))
+        session.connection().execute(text("UPDATE device SET assignment_version = 0 WHERE name = 'b1'"))
+        restored = rollouts.next_version(session, "b1", 1.8e9 + 3600.0)
+        assert restored > lost[-1]
+        assert rollouts.next_version(session, "b1", 1.8e9) > restored, "a clock that was set back lowers none"
 
 
 @pytest.mark.parametrize(("anew", "kept"), [("x86", True), ("arm", False)])
@@ -443,7 +455,7 @@ def test_a_job_goes_to_one_worker_and_is_queued_again_after_a_restart(database: 
     def work() -> None:
         while True:
             with database.write() as session:
-                job = jobs.take_job(session, "compile", "", 5.0)
+                job = jobs.take_job(session, "compile", "", "", 5.0)
             if job is None:
                 return
             taken.append(job.id)
@@ -491,10 +503,31 @@ def test_a_measuring_job_goes_to_a_board_of_its_class_and_is_no_compile_job(data
                 id=name, kind=kind, model="m", version="1", device_class=of, state="queued", created_at=1.0
             )
             jobs.put_job(session, made)
-        assert jobs.take_job(session, "measure", "x86", 2.0) is None
-        taken = [jobs.take_job(session, "measure", "pi", 2.0), jobs.take_job(session, "compile", "", 2.0)]
+        assert jobs.take_job(session, "measure", "x86", "", 2.0) is None
+        taken = [jobs.take_job(session, "measure", "pi", "", 2.0), jobs.take_job(session, "compile", "", "", 2.0)]
         assert [row and row.id for row in taken] == ["m", "c"]
         assert [row.id for row in jobs.list_jobs(session)] == ["c"]
+
+
+def test_a_worker_does_not_get_a_job_that_it_failed_at_and_the_next_does(database: Database) -> None:
+    enrol(database)
+    with database.write() as session:
+        for name, at in (("old", 1.0), ("new", 2.0)):
+            jobs.put_job(
+                session, CompileJob(id=name, model="m", version="1", device_class="x86", state="queued", created_at=at)
+            )
+        for at, silent in ((3.0, True), (4.0, False)):
+            jobs.note_failure(session, JobFailure(job="old", worker="full", silent=silent, error="{}", at=at))
+        taken = jobs.take_job(session, "compile", "", "full", 5.0)
+        assert taken is not None
+        assert taken.id == "new"
+        assert jobs.take_job(session, "compile", "", "full", 5.0) is None
+        ((row, failure),) = jobs.failed_at(session, "compile", "", "full")
+        assert (row.id, failure.at, failure.silent) == ("old", 4.0, False), "the last time counts"
+        assert jobs.failed_at(session, "compile", "", "") == []
+        other = jobs.take_job(session, "compile", "", "", 5.0)
+        assert other is not None
+        assert (other.id, other.attempts) == ("old", 1)
 
 
 def test_a_worker_is_known_by_name_and_certificate_and_a_builder_board_by_when_it_was_heard_of(
@@ -512,7 +545,7 @@ def test_a_worker_is_known_by_name_and_certificate_and_a_builder_board_by_when_i
             with pytest.raises(TrustError):
                 workers.check(session, name, serial)
         assert workers.builders(session, "x86", 5.0) == []
-        workers.seen(session, "w", 6.0)
+        workers.seen(session, "w", "1.2", 6.0)
         assert [row.name for row in workers.builders(session, "x86", 5.0)] == ["w"]
         assert workers.builders(session, "pi", 5.0) == []
         workers.revoke(session, "w")
@@ -566,6 +599,36 @@ def test_the_operators_word_survives_what_the_engine_writes(database: Database) 
     with database.read() as session:
         loaded, _ = rollouts.load(session, "r2")
     assert (loaded.intent.kind, loaded.intent.number, loaded.intent_seen) == (IntentKind.PAUSE, 1, 0)
+
+
+@pytest.mark.parametrize("kind", [IntentKind.PAUSE, IntentKind.RESUME])
+@pytest.mark.parametrize("stop", [IntentKind.ABORT, IntentKind.ROLLBACK])
+def test_one_operators_stop_is_not_undone_by_anothers_word_that_comes_before_the_engine_heard_it(
+    database: Database, stop: IntentKind, kind: IntentKind
+) -> None:
+    with database.write() as session:
+        rollouts.add(session, create("r2", spec(), artifacts(["x86"]), fleet_of({"x86": 2}), 1000.0))
+    with database.write() as session:
+        rollouts.intend(session, "r2", stop, "ann")
+    with pytest.raises(ConflictError, match=f"r2: {stop.value} by ann was asked for"), database.write() as session:
+        rollouts.intend(session, "r2", kind, "bob")
+    with database.read() as session:
+        assert rollouts.load(session, "r2")[0].intent.kind is stop
+    with database.write() as session:
+        rollouts.intend(session, "r2", IntentKind.ROLLBACK, "bob")
+
+
+@pytest.mark.parametrize("phase", [Phase.STOPPING, Phase.ROLLING_BACK])
+def test_a_rollout_that_is_stopping_is_neither_paused_nor_resumed_and_says_so(database: Database, phase: Phase) -> None:
+    rollout = create("r2", spec(), artifacts(["x86"]), fleet_of({"x86": 2}), 1000.0)
+    with database.write() as session:
+        rollouts.add(session, rollout)
+        rollouts.save(session, msgspec.structs.replace(rollout, phase=phase), 0, [])
+    for kind in (IntentKind.PAUSE, IntentKind.RESUME):
+        with pytest.raises(ConflictError, match=f"can't {kind.value} any more"), database.write() as session:
+            rollouts.intend(session, "r2", kind)
+    with database.write() as session:
+        rollouts.intend(session, "r2", IntentKind.ABORT)
 
 
 def test_a_rollout_of_the_agent_holds_boards_apart_from_one_of_a_model(database: Database) -> None:

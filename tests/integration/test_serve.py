@@ -24,6 +24,7 @@ from edgefleet_shared.clock import SystemClock
 from support.broker import free_port, until
 from support.fleet import FLEET, Fleet, broker_pid, device_class
 from support.processes import alive
+from tuf.api.metadata import Metadata
 
 # ---------------------------------------------------------------------------------------------------------- making a fleet
 
@@ -409,6 +410,27 @@ def test_without_a_controller_the_commands_say_so(tmp_path):
     (made.home / "operator.yaml").write_text("url: https://127.0.0.1:1\n")
     assert "must give url, token and ca" in made.run("device", "list").stderr
     assert "no /" in made.run("device", "list", "--home", str(tmp_path / "none")).stderr
+
+
+def test_a_home_that_was_moved_or_restored_elsewhere_serves_and_is_reached_from_there(tmp_path):
+    made = Fleet(tmp_path)
+    before = Metadata.from_bytes((made.home / "repository/timestamp.json").read_bytes()).signed.version
+    made.home = made.home.rename(tmp_path / "elsewhere")
+    try:
+        made.start()
+        assert made.json("device", "list") == []
+        until(
+            lambda: Metadata.from_bytes((made.home / "repository/timestamp.json").read_bytes()).signed.version > before,
+            "it signs anew",
+        )
+        refused = made.run("device", "token", "--class", "pc", "--ttl", "nan")
+        assert refused.returncode == 2
+        assert "can't be asked of the controller" in refused.stderr
+        (made.home / "ca/ca.pem").rename(tmp_path / "ca.pem")
+        assert "let ca name it there" in made.run("device", "list").stderr
+        (tmp_path / "ca.pem").rename(made.home / "ca/ca.pem")
+    finally:
+        made.close()
 
 
 def test_the_doctor_finds_a_key_that_others_may_read(fleet):

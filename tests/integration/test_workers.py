@@ -13,7 +13,6 @@ from typing import Any
 
 import msgspec
 import pytest
-import yaml
 from edgefleet_controller import source
 from edgefleet_controller.compile.pipeline import compile_version
 from edgefleet_controller.compile.port import CompileResult
@@ -30,10 +29,7 @@ from edgefleet_shared.work_loop import Held
 from support import workers
 from support.broker import until
 from support.fleet import FLEET, Fleet, device_class, manifests, workers_of
-from support.workers import Process
-
-LEASE_S = 3.0
-CLASS = device_class("pc", precision="int8", search={"effort": "fixed", "prefer": "size"})
+from support.workers import CLASS, LEASE_S, Process, apply, ended, on_board, serve
 
 
 @pytest.fixture(scope="module")
@@ -51,16 +47,6 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
         made.close()
 
 
-def serve(fleet: Fleet) -> None:
-    fleet.start(EDGEFLEET_COMPILE_WORKERS="0", EDGEFLEET_WORK_LEASE_S=str(LEASE_S))
-
-
-def apply(fleet: Fleet, manifest: dict[str, Any]) -> None:
-    path = fleet.folder / f"{manifest['metadata']['name']}.yaml"
-    path.write_text(yaml.safe_dump(manifest))
-    fleet.json("apply", "-f", str(path))
-
-
 @pytest.fixture
 def started(fleet: Fleet) -> Iterator[Callable[[Process], Process]]:
     """Ends what a test starts."""
@@ -73,12 +59,6 @@ def started(fleet: Fleet) -> Iterator[Callable[[Process], Process]]:
     yield start
     for process in running:
         process.end(signal.SIGKILL)
-
-
-def ended(fleet: Fleet, job: str, within_s: float = 120.0) -> dict[str, Any]:
-    until(lambda: fleet.client().job(job)["state"] not in ("queued", "running"), f"job {job} has ended", within_s)
-    found: dict[str, Any] = fleet.client().job(job)
-    return found
 
 
 def claimed(client: WorkClient, job: str) -> CompileTask:
@@ -244,9 +224,9 @@ def test_what_comes_after_the_lease_has_ended_is_refused_and_only_the_next_is_he
 
 
 def test_a_job_that_ends_its_workers_fails_after_three(fleet):
-    client = workers.client(fleet, "fragile")
+    clients = [workers.client(fleet, f"fragile-{n}") for n in range(3)]
     job = fleet.client().compile("toy", "1", "pc", despite_quality=False)
-    for _ in range(3):
+    for client in clients:
         claimed(client, job)
     until(lambda: client.claim() is None and fleet.client().job(job)["state"] == "failed", "it is given up", 30)
     assert "3 workers failed at it" in fleet.client().job(job)["error"]["message"]
@@ -397,6 +377,7 @@ def test_a_result_that_is_not_what_it_says_is_refused_and_the_job_goes_to_anothe
     version = f"lied-{lie.__name__}"[:20].replace("_", "-")
     fleet.json("model", "add", "-f", str(fleet.folder / "manifests/model-2.yaml"), "--version", version)
     client = workers.client(fleet, f"liar-{version}")
+    assert workers.client(fleet, f"next-{version}").claim() is None
     job = fleet.client().compile("toy", version, "pc", despite_quality=False)
     task = claimed(client, job)
     with Keeping(client, task.lease):
@@ -439,12 +420,6 @@ def test_bytes_that_are_not_their_digest_are_not_taken(fleet, tmp_path):
 
 
 # --------------------------------------------------------------------------------------------------------- builder boards
-
-
-def on_board(name: str, **spec: Any) -> dict[str, Any]:
-    return device_class(
-        name, precision="int8", measure_on="builder", search={"effort": "fixed", "prefer": "size"}, **spec
-    )
 
 
 def test_a_builder_board_times_what_the_compiler_may_not_and_its_figures_are_told_as_its_own(fleet, started):

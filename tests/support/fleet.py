@@ -105,7 +105,7 @@ class Fleet:
         import ssl
 
         told = yaml.safe_load((self.home / "operator.yaml").read_text())
-        context = ssl.create_default_context(cafile=told["ca"])
+        context = ssl.create_default_context(cafile=self.home / told["ca"])
         if certificate is not None:
             context.load_cert_chain(*certificate)
         headers = {"Authorization": f"Bearer {told['token']}"} if operator else {}

@@ -1,4 +1,4 @@
-"""Workers as processes of their own, and as hand-driven clients that may lie."""
+"""Workers as processes of their own, and as hand-driven clients that may lie; and a controller that leaves all work to them."""
 
 from __future__ import annotations
 
@@ -7,14 +7,41 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import yaml
 from edgefleet_shared.work_client import WorkClient
 
 from support.broker import until
-from support.fleet import FLEET, Fleet
+from support.fleet import FLEET, Fleet, device_class
 
 AGENT = (sys.executable, "-m", "edgefleet_agent.cli")
 CACHE = Path(os.environ.get("EDGEFLEET_CACHE", Path.home() / ".cache" / "edgefleet"))
+
+LEASE_S = 3.0
+CLASS = device_class("pc", precision="int8", search={"effort": "fixed", "prefer": "size"})
+
+
+def serve(fleet: Fleet) -> None:
+    fleet.start(EDGEFLEET_COMPILE_WORKERS="0", EDGEFLEET_WORK_LEASE_S=str(LEASE_S))
+
+
+def apply(fleet: Fleet, manifest: dict[str, Any]) -> None:
+    path = fleet.folder / f"{manifest['metadata']['name']}.yaml"
+    path.write_text(yaml.safe_dump(manifest))
+    fleet.json("apply", "-f", str(path))
+
+
+def ended(fleet: Fleet, job: str, within_s: float = 120.0) -> dict[str, Any]:
+    until(lambda: fleet.client().job(job)["state"] not in ("queued", "running"), f"job {job} has ended", within_s)
+    found: dict[str, Any] = fleet.client().job(job)
+    return found
+
+
+def on_board(name: str, **spec: Any) -> dict[str, Any]:
+    return device_class(
+        name, precision="int8", measure_on="builder", search={"effort": "fixed", "prefer": "size"}, **spec
+    )
 
 
 def own_cache(folder: Path) -> Path:

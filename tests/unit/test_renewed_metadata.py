@@ -5,7 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from edgefleet_controller.sign import OFFLINE_LIFE, DirectorSigner, ReleaseSigner, Repository, make_key, read_key
+from edgefleet_controller.sign import (
+    OFFLINE_LIFE,
+    ONLINE_LIFE,
+    DirectorSigner,
+    ReleaseSigner,
+    Repository,
+    make_key,
+    read_key,
+)
 from edgefleet_shared.artifact import Descriptor
 from edgefleet_shared.clock import ManualClock, utc
 from edgefleet_shared.errors import NotFoundError, TrustError
@@ -66,6 +74,21 @@ class Fleet:
 @pytest.fixture
 def fleet(tmp_path: Path) -> Fleet:
     return Fleet(tmp_path)
+
+
+def test_a_controller_that_was_restored_from_a_backup_signs_above_what_it_signed_since(fleet, tmp_path: Path) -> None:
+    backup = fleet.repository.files()
+    for _ in range(5):
+        fleet.clock.advance(ONLINE_LIFE.total_seconds() * 0.6)
+        fleet.repository.renew()
+    board = ImageRepository(fleet.root, fleet.repository.read, "cam", Floors(), fleet.clock.now())
+    floors = Floors(versions=board.versions)
+    fleet.clock.advance(3600.0)
+    for name, content in backup.items():
+        (fleet.repository.folder / name).write_bytes(content)
+    restored = Repository(fleet.repository.folder, fleet.online[0], fleet.online[1], fleet.clock)
+    restored.renew(at_start=True)
+    ImageRepository(fleet.root, restored.read, "cam", floors, fleet.clock.now())  # raises for what is below a floor
 
 
 def test_a_fleet_lives_on_for_years_and_a_board_that_slept_through_them_comes_along(fleet: Fleet) -> None:

@@ -135,8 +135,11 @@ def build_api(controller: Controller) -> FastAPI:
         return PlainTextResponse(controller.ca.pem.decode())
 
     @api.post("/v1/enroll")
-    def enroll(wish: EnrolWish) -> Any:
-        return msgspec.to_builtins(controller.enrolment.enroll(wish.token, wish.device, wish.request))
+    def enroll(wish: EnrolWish, request: Request) -> Any:
+        version = work.told_version(request)
+        return msgspec.to_builtins(
+            controller.enrolment.enroll(wish.token, wish.device, wish.request, edgefleet=version)
+        )
 
     @api.post("/v1/renew")
     def renew(request: Request) -> Any:
@@ -242,10 +245,13 @@ def build_api(controller: Controller) -> FastAPI:
         )
         return {"job": job}
 
+    @api.get("/v1/jobs", dependencies=by_operator)
+    def list_jobs(unfinished: bool = False) -> list[dict[str, Any]]:
+        return views.jobs(controller, unfinished=unfinished)
+
     @api.get("/v1/jobs/{job}", dependencies=by_operator)
     def get_job(job: str) -> dict[str, Any]:
-        with controller.database.read() as session:
-            return views.job(jobs.get_job(session, job))
+        return views.one_job(controller, job)
 
     @api.get("/v1/models/{model}/{version}/log", dependencies=by_operator)
     def get_log(model: str, version: str, device_class: str) -> PlainTextResponse:

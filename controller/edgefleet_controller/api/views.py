@@ -185,10 +185,31 @@ def job(row: CompileJob) -> dict[str, Any]:
     return shown | {"error": msgspec.json.decode(row.error) if row.error else None}
 
 
-def workers(controller: Controller) -> list[dict[str, Any]]:
-    """Machines that compile, and builder boards."""
+def jobs(controller: Controller, *, unfinished: bool) -> list[dict[str, Any]]:
+    """Compile jobs, the oldest first."""
     with controller.database.read() as session:
-        return [row.model_dump(exclude={"certificate_serial", "renewed_serial"}) for row in work.list_workers(session)]
+        return [job(row) for row in compile_jobs.list_jobs(session, unfinished=unfinished)]
+
+
+def one_job(controller: Controller, name: str) -> dict[str, Any]:
+    """A compile job, and which workers failed at it and how."""
+    with controller.database.read() as session:
+        row = compile_jobs.get_job(session, name)
+        failures = [
+            {"worker": f.worker, "at": f.at, "error": msgspec.json.decode(f.error)}
+            for f in compile_jobs.failures_of(session, name)
+        ]
+        return job(row) | {"failures": failures}
+
+
+def workers(controller: Controller) -> list[dict[str, Any]]:
+    """Machines that compile, and builder boards. ``fits``: whether its version of edgefleet may do what it is for; one that never asked does not say."""
+    with controller.database.read() as session:
+        return [
+            row.model_dump(exclude={"certificate_serial", "renewed_serial"})
+            | {"fits": bool(row.device_class) or not row.last_seen or row.edgefleet == __version__}
+            for row in work.list_workers(session)
+        ]
 
 
 def boards(controller: Controller) -> list[dict[str, Any]]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
+from edgefleet_shared import work
 from edgefleet_shared.contract import AcceptanceReport
 from edgefleet_shared.errors import InputError, NotFoundError, from_dict
 from edgefleet_shared.work import IDENTITY_PREFIX, Failure, Going, Log, Progress, Wish, Wished
@@ -39,10 +40,11 @@ def routes(controller: Controller) -> APIRouter:
         own = name.removeprefix(IDENTITY_PREFIX) if name.startswith(IDENTITY_PREFIX) else ""
         with controller.database.read() as session:
             row = workers.check(session, own, str(shown.get("serial", "")))
-        if now - row.last_seen > SEEN_EVERY_S:
+        edgefleet = told_version(request)
+        if now - row.last_seen > SEEN_EVERY_S or row.edgefleet != edgefleet:
             with controller.database.write() as session:
-                workers.seen(session, own, now)
-        return Claimant(row.name, row.device_class or "")
+                workers.seen(session, own, edgefleet, now)
+        return Claimant(row.name, row.device_class or "", edgefleet)
 
     async def body(request: Request) -> bytes:
         return await request.body()
@@ -108,6 +110,12 @@ def routes(controller: Controller) -> APIRouter:
         return _json(None)
 
     return router
+
+
+def told_version(request: Request) -> str:
+    """The version of edgefleet that a caller says it runs; empty when it does not say."""
+    kind, _, version = request.headers.get("user-agent", "").partition("/")
+    return version[:40] if kind == work.AGENT else ""
 
 
 def _json(value: Any) -> Response:

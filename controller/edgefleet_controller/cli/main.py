@@ -9,6 +9,7 @@ from edgefleet_controller.cli import fleet
 from edgefleet_controller.cli.agent import agent
 from edgefleet_controller.cli.device import device
 from edgefleet_controller.cli.device_class import device_class
+from edgefleet_controller.cli.job import job
 from edgefleet_controller.cli.model import model
 from edgefleet_controller.cli.rollout import rollout
 from edgefleet_controller.cli.toolchain import toolchain
@@ -38,6 +39,7 @@ for command in (
     agent,
     toolchain,
     worker,
+    job,
 ):
     main.add_command(command)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import Any
 
 import click
 from edgefleet_shared import logs
@@ -81,17 +82,17 @@ def run(url: str, token: str, folder: Path, jobs: int, cache_limit_bytes: int) -
 @json_option
 @told
 def list_workers(home: Path, as_json: bool) -> None:
-    """List workers: what they do, when they last asked for work."""
+    """List workers: what they do, which edgefleet they run, when they last asked for work."""
     workers = FleetClient(home).workers()
     if as_json:
         document(workers)
         return
     rows = [
-        (w["name"], f"measures for {w['device_class']}" if w["device_class"] else "compiles",
+        (w["name"], f"measures for {w['device_class']}" if w["device_class"] else "compiles", _version(w),
          "revoked" if w["revoked"] else _seen(w["last_seen"]))
         for w in workers
     ]  # fmt: skip
-    table("workers", ("worker", "what it does", "last seen"), rows)
+    table("workers", ("worker", "what it does", "edgefleet", "last seen"), rows)
 
 
 @worker.command()
@@ -102,6 +103,11 @@ def revoke(home: Path, name: str) -> None:
     """Take a worker's rights, at once. What it was doing is given to others when its lease ends."""
     FleetClient(home).revoke_worker(name)
     say(f"worker {name} is revoked")
+
+
+def _version(worker: dict[str, Any]) -> str:
+    told = worker["edgefleet"]
+    return str(told) if worker["fits"] else f"{told or 'unknown'}: not the controller's, gets no work"
 
 
 def _seen(at: float) -> str:

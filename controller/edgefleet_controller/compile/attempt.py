@@ -13,10 +13,11 @@ import sys
 from typing import Protocol
 
 import msgspec
-from edgefleet_shared.errors import ToolchainError, from_dict
+from edgefleet_shared.errors import EdgefleetError, EnvironmentProblem, ToolchainError, from_dict
 from edgefleet_shared.work import Answer, Progress
 
 from edgefleet_controller.compile.port import CompileResult
+from edgefleet_controller.compile.watching import signal_name
 from edgefleet_controller.compile.worker import Failed, Finished, JobRequest, Line, Said, Wanted
 
 END_PATIENCE_S = 5.0
@@ -42,7 +43,7 @@ class Attempt:
     """A worker process, for as long as the ``with`` block lasts.
 
     Raises:
-        ToolchainError: it could not be started.
+        EnvironmentProblem: it could not be started.
     """
 
     def __init__(self, request: JobRequest) -> None:
@@ -53,7 +54,7 @@ class Attempt:
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True,
             )  # fmt: skip
         except OSError as exc:
-            raise ToolchainError(f"no compile worker could be started: {exc.strerror}") from exc
+            raise EnvironmentProblem(f"no compile worker could be started: {exc.strerror}") from exc
 
     def __enter__(self) -> Attempt:
         return self
@@ -84,8 +85,8 @@ class Attempt:
         try:
             return self._converse(listener)
         except (msgspec.DecodeError, BrokenPipeError) as exc:
-            # A worker that was killed leaves half a line, or a pipe that nobody reads.
-            raise ToolchainError(f"the compile worker died: {exc}", hint="was there enough memory?") from exc
+            # A process that was killed leaves half a line, or a pipe that nobody reads.
+            raise self._ended() from exc
 
     def _converse(self, listener: Listener) -> CompileResult:
         assert self._child.stdout is not None
@@ -102,9 +103,14 @@ class Attempt:
                     return result
                 case Failed(error):
                     raise from_dict(error)
-        raise ToolchainError(
-            f"the compile worker ended with status {self._child.wait()} and no result", hint="see the log"
-        )
+        raise self._ended()
+
+    def _ended(self) -> EdgefleetError:
+        """Why there is no result. A process that was killed tells of this machine; one that ended by itself failed over its job."""
+        status = self._child.wait()
+        if status < 0:
+            return EnvironmentProblem(f"the compile worker's process died: {signal_name(-status)}")
+        return ToolchainError(f"the compile worker ended with status {status} and no result", hint="see the log")
 
     def _say(self, message: msgspec.Struct) -> None:
         # The pipe stays open: its end tells the process that nobody listens any more.

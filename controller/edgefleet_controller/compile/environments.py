@@ -26,7 +26,7 @@ from pathlib import Path
 import msgspec
 from edgefleet_shared import atomic
 from edgefleet_shared.artifact import digest_file
-from edgefleet_shared.errors import EnvironmentProblem, ToolchainError
+from edgefleet_shared.errors import EnvironmentProblem, ToolchainUnusable
 
 from edgefleet_controller.compile.watching import Child, last_line, last_words, watch
 
@@ -114,13 +114,13 @@ def lock_named(name: str) -> Lock:
     """A lock of this build.
 
     Raises:
-        ToolchainError: it has none of that name.
+        ToolchainUnusable: it has none of that name.
     """
     folder = resources.files("edgefleet_controller.compile") / "locks"
     lock = folder / f"{name}.txt"
     if not lock.is_file():
         have = sorted(entry.name.removesuffix(".txt") for entry in folder.iterdir() if entry.name.endswith(".txt"))
-        raise ToolchainError(f"no toolchain {name!r} in this build; it has: {', '.join(have)}")
+        raise ToolchainUnusable(f"no toolchain {name!r} in this build; it has: {', '.join(have)}")
     return Lock(name, lock.read_text())
 
 
@@ -148,12 +148,12 @@ def whole(folder: Path) -> dict[str, str]:
     """The packages of an installed environment, after a look that costs a millisecond.
 
     Raises:
-        ToolchainError: its Python, or a package, is gone or has another version than was installed.
+        ToolchainUnusable: its Python, or a package, is gone or has another version than was installed.
     """
     problem = _quick_problem(folder)
     if problem:
         name = folder.name.rpartition("-")[0]
-        raise ToolchainError(
+        raise ToolchainUnusable(
             f"the {name} toolchain is broken: {problem}", hint=f"fleet toolchain install {name} --again"
         )
     found: dict[str, str] = json.loads((folder / MARKER).read_text())
@@ -186,7 +186,7 @@ def install(root: Path, lock: Lock, cancel: threading.Event, progress: Progress)
     """Make an environment; one that stands in its place comes back when that fails, where the disk holds both. The caller holds its file lock.
 
     Raises:
-        EnvironmentProblem: the disk is, or will be, full. ToolchainError: pip's reason. Cancelled.
+        EnvironmentProblem: the disk is, or will be, full. ToolchainUnusable: pip's reason. Cancelled.
     """
     folder, log = folder_of(root, lock), root / f"{lock.name}-{lock.hash}.log"
     before = folder.with_name(f".{folder.name}-before")
@@ -254,14 +254,14 @@ def _fill(folder: Path, lock: Lock, log: Path, cancel: threading.Event, progress
     progress(doing, total, total)
 
 
-def _failure(lock: Lock, log: Path) -> EnvironmentProblem | ToolchainError:
+def _failure(lock: Lock, log: Path) -> EnvironmentProblem | ToolchainUnusable:
     text = last_words(log)
     # On a full disk the log may be empty too.
     if any(words in text for words in _FULL) or shutil.disk_usage(log.parent).free < SPARE_BYTES:
         return _disk_full(lock, log.parent)
     # pip's own sentence, where it has one; the last line is often only a part of it.
     said = re.findall(r"^ERROR: (.+)$", text, re.M)
-    return ToolchainError(
+    return ToolchainUnusable(
         f"can't install the {lock.name} toolchain: {said[-1][:400] if said else last_line(log)}",
         hint=f"see {log}; needed are a line to the package index, disk space, and Python's venv module",
     )

@@ -49,7 +49,7 @@ class CompileQueue:
         self._wake, self._stopping = threading.Event(), threading.Event()
         self._running: dict[str, Attempt] = {}
         self._lock = threading.Lock()
-        self.leases = Leases(database, layout, clock, lease_s)
+        self.leases = Leases(database, layout, clock, lease_s, own=workers > 0)
         self.leases.new_work = self._wake.set
         self._threads = [threading.Thread(target=self._work, name=f"compile-{n}", daemon=True) for n in range(workers)]
 

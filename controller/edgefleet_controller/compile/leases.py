@@ -2,7 +2,8 @@
 
 The controller's own workers (:mod:`.jobs`) and those on other machines (over :mod:`edgefleet_controller.api.work`) claim from here alike. A
 job has one lease at a time, so of two workers that did it only one is heard; a worker that is not heard of in time loses its lease, and
-the job is given to the next. What a result says of itself is held against what was asked (:mod:`.checking`).
+the job is given to the next, as is one that failed by its worker's own fault (:mod:`.rerouting`). What a result says of itself is held against
+what was asked (:mod:`.checking`).
 """
 
 from __future__ import annotations
@@ -12,22 +13,23 @@ import threading
 from collections.abc import Callable
 
 import msgspec
+from edgefleet_shared import __version__
 from edgefleet_shared.artifact import Layout
 from edgefleet_shared.clock import Clock
-from edgefleet_shared.contract import AcceptanceReport
+from edgefleet_shared.contract import AcceptanceReport, Verdict
 from edgefleet_shared.errors import (
     ArtifactError,
     ConflictError,
     EdgefleetError,
+    EnvironmentProblem,
     QualityError,
-    ToolchainError,
     TrustError,
 )
 from edgefleet_shared.work import Answer, CompileTask, MeasureTask, Progress, Task
 from sqlmodel import Session
 
 from edgefleet_controller import source
-from edgefleet_controller.compile import checking
+from edgefleet_controller.compile import checking, rerouting
 from edgefleet_controller.compile.port import CompileResult
 from edgefleet_controller.store import catalog, devices, jobs, workers
 from edgefleet_controller.store.database import Database
@@ -35,16 +37,16 @@ from edgefleet_controller.store.tables import CompileJob
 
 MAX_VERSION_BYTES = 16 * 1024 * 1024
 MAX_LOG_CHARACTERS = 256 * 1024
-MAX_ATTEMPTS = 3  # a job that ends its workers is given to no fourth
-BUILDER_SEEN_S = 300.0  # a builder board that was not heard of for so long is not waited for
 WISH_LIMIT_S = 900.0  # how long one is waited for
 
 
 class Claimant(msgspec.Struct, frozen=True):
-    """Who asks for work: a worker's name, and a builder board's class. The controller's own workers have neither."""
+    """Who asks for work: a worker's name, a builder board's class, and the version of edgefleet that it runs. The controller's own workers have
+    neither name nor class."""
 
     name: str = ""
     device_class: str = ""
+    edgefleet: str = __version__
 
 
 OWN = Claimant()
@@ -56,10 +58,12 @@ class Leases:
     Args:
         layout: versions and artifacts; a result's blobs are here before it is.
         lease_s: a worker on another machine that is not heard of for so long loses its job.
+        own: whether the controller has workers of its own.
     """
 
-    def __init__(self, database: Database, layout: Layout, clock: Clock, lease_s: float) -> None:
+    def __init__(self, database: Database, layout: Layout, clock: Clock, lease_s: float, *, own: bool) -> None:
         self._database, self._layout, self._clock, self._lease_s = database, layout, clock, lease_s
+        self._own = own
         self._taking = threading.Lock()
         self.new_work: Callable[[], None] = lambda: None  # called when a job may be there to be taken
 
@@ -73,12 +77,18 @@ class Leases:
         return len(rows)
 
     def claim(self, claimant: Claimant) -> Task | None:
-        """The oldest job that the claimant can do, leased to it; None when there is none."""
+        """The oldest job that the claimant can do, leased to it; None when there is none.
+
+        Raises:
+            ConflictError: it compiles by another edgefleet, whose result would not be this one's.
+        """
+        if not claimant.device_class and claimant.edgefleet != __version__:
+            raise another_version(claimant.name, claimant.edgefleet)
         now = self._clock.now()
         # One taker at a time: SQLite has no row locks to skip.
         with self._taking, self._database.write() as session:
             self._expire(session, now)
-            row = jobs.take_job(session, "measure" if claimant.device_class else "compile", claimant.device_class, now)
+            row = self._next(session, claimant, now)
             if row is None:
                 return None
             row.worker, row.lease = claimant.name, secrets.token_hex(16)
@@ -169,27 +179,37 @@ class Leases:
             raise
 
     def measured(self, lease: str, claimant: Claimant, report: AcceptanceReport) -> None:
-        """Take in what a builder board measured.
+        """Take in what a builder board measured. What one could not tell the next is asked, where there is one.
 
         Raises:
             ConflictError: the lease has ended. TrustError: it is no measuring job, or another board's.
         """
         with self._database.write() as session:
             row = self._running(session, lease, claimant, "measure")
+            if report.verdict is Verdict.ERROR and rerouting.others(session, row, self._clock.now(), own=False) - {
+                row.worker
+            }:
+                self._lost(session, row, EnvironmentProblem(report.reason))
+                return
             row.report = msgspec.json.encode(report).decode()
             self._end(session, row, "done")
 
     def fail(self, lease: str, claimant: Claimant, error: EdgefleetError) -> None:
-        """Note that a job failed, in the worker's own words.
+        """Note that a job failed, in the worker's own words. By that machine's fault: the next gets it, where there is one.
 
         Raises:
             ConflictError: the lease has ended. TrustError: it is another worker's.
         """
         with self._database.write() as session:
             row = self._held(session, lease, claimant)
-            if row.state == "running":
+            if row.state != "running":
+                return
+            if rerouting.is_of_the_machine(error):
+                self._lost(session, row, error)
+            else:
                 row.error = msgspec.json.encode(self._with_its_report(error).as_dict()).decode()
                 self._end(session, row, "failed")
+        self.new_work()
 
     def give_back(self, lease: str, claimant: Claimant) -> None:
         """A worker that is told to stop gives its job to the next at once; that counts for no attempt.
@@ -220,7 +240,7 @@ class Leases:
             row = self._running(session, lease, claimant, "compile")
             if config.device_class != row.device_class:
                 raise TrustError("wish", f"an artifact for {config.device_class}, asked for {row.device_class}")
-            if not workers.builders(session, row.device_class, now - BUILDER_SEEN_S):
+            if not workers.builders(session, row.device_class, now - rerouting.BUILDER_SEEN_S):
                 return ""
             made = CompileJob(
                 id=secrets.token_hex(6), kind="measure", parent=row.id, model=row.model, version=row.version,
@@ -261,6 +281,22 @@ class Leases:
 
     # -- one step each -------------------------------------------------------------------------------------------------
 
+    def _next(self, session: Session, claimant: Claimant, now: float) -> CompileJob | None:
+        """The oldest job for a claimant, marked running. One that it failed at is for the others, while there are any: then it is taken again if
+        its worker had only gone silent, and has failed otherwise."""
+        wanted = "measure" if claimant.device_class else "compile", claimant.device_class, claimant.name
+        found = jobs.take_job(session, *wanted, now)
+        if found is not None:
+            return found
+        for row, failure in jobs.failed_at(session, *wanted):
+            if rerouting.others(session, row, now, own=self._own):
+                continue
+            if failure.silent:
+                jobs.take(session, row, now)
+                return row
+            self._fail_for_all(session, row)
+        return None
+
     def _task(self, session: Session, row: CompileJob) -> Task:
         if row.kind == "measure":
             found = self._layout.manifest(row.manifest)
@@ -271,7 +307,7 @@ class Leases:
         return CompileTask(
             lease=row.lease, lease_s=self._lease_s, job=row.id, version=digest, device_class=devices.get_class(session, row.device_class).spec,
             ship_despite_quality=row.ship_despite_quality,
-            builder=bool(workers.builders(session, row.device_class, self._clock.now() - BUILDER_SEEN_S)),
+            builder=bool(workers.builders(session, row.device_class, self._clock.now() - rerouting.BUILDER_SEEN_S)),
             blobs=(digest, *source.blobs(version)),
         )  # fmt: skip
 
@@ -309,20 +345,33 @@ class Leases:
 
     def _expire(self, session: Session, now: float) -> None:
         for row in jobs.expired(session, now):
-            self._lost(session, row, ToolchainError(f"worker {row.worker} was not heard of for {self._lease_s:.0f} s"))
+            self._lost(session, row, EnvironmentProblem(f"it was not heard of for {self._lease_s:.0f} s"), silent=True)
 
     def _put_back(self, lease: str, claimant: Claimant, error: EdgefleetError) -> None:
         with self._database.write() as session:
             self._lost(session, self._running(session, lease, claimant), error)
         self.new_work()
 
-    def _lost(self, session: Session, row: CompileJob, error: EdgefleetError) -> None:
-        """A job whose worker brought nothing of use: to the next, or failed when that went on for too long."""
+    def _lost(self, session: Session, row: CompileJob, error: EdgefleetError, *, silent: bool = False) -> None:
+        """A job whose worker brought nothing of use: to the next, or failed when there is none or that went on for too long. A worker that only
+        went silent may be started again, and counts as the next."""
         for wished in jobs.wishes(session, row.id):
             self._end(session, wished, "cancelled")
-        if row.attempts < MAX_ATTEMPTS:
-            jobs.requeue(session, row)
-            return
-        told = ToolchainError(f"{row.attempts} workers failed at it; the last: {error.message}", hint=error.hint)
-        row.error = msgspec.json.encode(told.as_dict()).decode()
+        now = self._clock.now()
+        rerouting.note(session, row, error, now, silent=silent)
+        if row.attempts < rerouting.MAX_ATTEMPTS and (silent or rerouting.others(session, row, now, own=self._own)):
+            jobs.requeue(session, row, f"waiting for another worker; {rerouting.by(row.worker)}: {error.message}"[:200])
+        else:
+            self._fail_for_all(session, row)
+
+    def _fail_for_all(self, session: Session, row: CompileJob) -> None:
+        row.error = msgspec.json.encode(rerouting.told(session, row).as_dict()).decode()
         self._end(session, row, "failed")
+
+
+def another_version(worker: str, edgefleet: str) -> ConflictError:
+    """Why a worker of another version gets no work."""
+    return ConflictError(
+        f"worker {worker} runs edgefleet {edgefleet or 'of an unknown version'}, the controller {__version__}: what it made would be refused",
+        hint=f"install edgefleet-controller {__version__} there, and start it again",
+    )

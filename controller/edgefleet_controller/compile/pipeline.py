@@ -42,7 +42,7 @@ from edgefleet_controller.compile.recipe import AS_IS, FLOAT, HALF, OWN, PLAIN_T
 from edgefleet_controller.compile.search import Choice, LeftOut, Trial, Unit
 from edgefleet_controller.compile.steps import Limits, Measured, Progress, Steps
 from edgefleet_controller.compile.toolchains import Toolchains
-from edgefleet_controller.compile.watching import Cancelled, ChildDied, EngineFailed
+from edgefleet_controller.compile.watching import Cancelled, ChildDied, ChildKilled, EngineFailed
 from edgefleet_controller.compile.workplace import work_folder
 from edgefleet_controller.manifests import DeviceClass
 from edgefleet_controller.source import ModelVersion
@@ -246,6 +246,8 @@ class _Search:
         ((path, _),) = self._steps.compile([recipe])
         try:
             refusals = quality.refusals(*self._steps.golden(path), contract(self._version, self._class, self._target))
+        except ChildKilled:
+            raise  # by this machine, for want of memory
         except (ChildDied, EngineFailed) as exc:
             refusals = [f"{exc.ended} over the golden samples: {exc.how}"]
         misses = (*measured.trial.misses, *refusals)

@@ -12,7 +12,7 @@ from typing import NamedTuple, Protocol
 
 import msgspec
 from edgefleet_shared.artifact import Descriptor
-from edgefleet_shared.errors import ManifestError, ToolchainError
+from edgefleet_shared.errors import ManifestError, ToolchainError, ToolchainUnusable
 
 from edgefleet_controller.compile.environments import Lock, lock_named
 from edgefleet_controller.compile.tools import Tool
@@ -170,11 +170,11 @@ def target_named(name: str) -> Target:
     """The installed compile target of that name.
 
     Raises:
-        ToolchainError: there is none, or it can't be imported, or lacks something of :class:`Target`.
+        ToolchainUnusable: there is none, or it can't be imported, or lacks something of :class:`Target`.
     """
     found = {entry.name: entry for entry in entry_points(group=ENTRY_POINTS)}
     if name not in found:
-        raise ToolchainError(
+        raise ToolchainUnusable(
             f"no target {name} installed; have: {', '.join(sorted(found)) or 'none'}",
             hint="install a package that offers it, or build this class elsewhere (spec.build)",
         )
@@ -184,14 +184,14 @@ def target_named(name: str) -> Target:
     try:
         made: Target = found[name].load()()
     except Exception as exc:  # a stranger's code, which may raise anything
-        raise ToolchainError(
+        raise ToolchainUnusable(
             f"the target {name} is installed but broken: {type(exc).__name__}: {exc}", hint=hint
         ) from exc
     lacking = [part for part in (*Target.__annotations__, "options") if not hasattr(made, part)]
     if lacking:
-        raise ToolchainError(f"the target {name} is installed but broken: it has no {', '.join(lacking)}", hint=hint)
+        raise ToolchainUnusable(f"the target {name} is installed but broken: it has no {', '.join(lacking)}", hint=hint)
     if made.name != name:
-        raise ToolchainError(
+        raise ToolchainUnusable(
             f"the target {name} is installed but broken: it calls itself {made.name!r}, unlike its entry point",
             hint=hint,
         )
@@ -230,7 +230,7 @@ def installed_targets() -> Installed:
     for name in sorted({entry.name for entry in entry_points(group=ENTRY_POINTS)}):
         try:
             found.targets[name] = target_named(name)
-        except ToolchainError as exc:
+        except ToolchainUnusable as exc:
             found.broken[name] = str(exc)
     return found
 

@@ -44,7 +44,7 @@ from edgefleet_controller.compile.port import (
 from edgefleet_controller.compile.recipe import AS_IS, FLOAT, HALF, OWN, TENSORFLOW, Recipe
 from edgefleet_controller.compile.search import Trial, Unit
 from edgefleet_controller.compile.toolchains import Toolchain, Toolchains
-from edgefleet_controller.compile.watching import ChildDied, EngineFailed
+from edgefleet_controller.compile.watching import ChildDied, ChildKilled, EngineFailed
 from edgefleet_controller.manifests import DeviceClass
 from edgefleet_controller.source import ModelVersion, Split
 
@@ -251,6 +251,8 @@ class Steps:
         except (ChildDied, EngineFailed) as exc:
             if len(tried) > 1:
                 return [self.measure([one])[0] for one in tried]
+            if isinstance(exc, ChildKilled):  # by this machine, for want of memory: that tells nothing of the candidate
+                raise
             return [self._died(*tried[0], float_model, f"{exc.ended}: {exc.how}")]
         times = found.get("times", [None] * len(tried))
         alone = found["peak_memory_bytes"] if len(tried) == 1 and not stood_in else None

@@ -12,6 +12,7 @@ import fcntl
 import hashlib
 import json
 import os
+import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,12 +21,20 @@ from typing import Any
 
 import msgspec
 from edgefleet_shared import atomic, errors
-from edgefleet_shared.errors import ToolchainError
+from edgefleet_shared.errors import ToolchainError, ToolchainUnusable
 
 from edgefleet_controller.compile import environments, tools
 from edgefleet_controller.compile.environments import Lock, Progress
 from edgefleet_controller.compile.port import Target, lock_of
-from edgefleet_controller.compile.watching import Cancelled, Child, ChildDied, last_line, signal_name, watch
+from edgefleet_controller.compile.watching import (
+    Cancelled,
+    Child,
+    ChildDied,
+    ChildKilled,
+    last_line,
+    signal_name,
+    watch,
+)
 
 _START = Path(__file__).parent / "children" / "start.py"
 _LOCK_POLL_S = 0.1
@@ -69,7 +78,7 @@ class Toolchains:
         """What a target compiles a precision with: its environment, installed if it is not yet, and the vendor's programs.
 
         Raises:
-            ToolchainError: as :meth:`ensure`, or a program that is missing or of a version that the target does not know.
+            ToolchainUnusable: as :meth:`ensure`, or a program that is missing or of a version that the target does not know.
         """
         found = tools.find_all(target.tools, precision)  # before anything is installed for nothing
         toolchain = self.ensure(lock_of(target), progress)
@@ -90,7 +99,7 @@ class Toolchains:
             again: install it even if it is there.
 
         Raises:
-            ToolchainError: no such lock, a broken environment, or the installation failed; the message has pip's reason.
+            ToolchainUnusable: no such lock, a broken environment, or the installation failed; the message has pip's reason.
             EnvironmentProblem: the disk is full, or the cache can't be written.
             Cancelled: while installing, or while waiting for another program that does.
         """
@@ -133,7 +142,7 @@ class Toolchains:
 
         Raises:
             EdgefleetError: what the child refused, as it said it.
-            ChildDied: it crashed or outgrew ``memory_bytes``.
+            ChildDied: it crashed or outgrew ``memory_bytes``. ChildKilled: something else on this machine killed it.
             Cancelled: by the event given to this object.
             ToolchainError: it broke, answered rubbish, or ran past its limit; the message ends with the log's last line.
         """
@@ -168,7 +177,8 @@ class Toolchains:
         )
         code = watch(child, line, self._cancel)
         if code < 0:
-            raise ChildDied(name, signal_name(-code), f"see {log_file}")
+            kind = ChildKilled if -code == signal.SIGKILL else ChildDied
+            raise kind(name, signal_name(-code), f"see {log_file}")
         if code != 0 or not answers:
             raise self._failure(name, toolchain, log_file)
         last = answers[-1]
@@ -181,7 +191,7 @@ class Toolchains:
         said = last_line(log_file)
         if said.startswith(("ModuleNotFoundError", "ImportError")):
             said += "; its environment seems damaged"
-            return ToolchainError(
+            return ToolchainUnusable(
                 f"{name} failed: {said}", hint=f"fleet toolchain check {toolchain.name}; see {log_file}"
             )
         return ToolchainError(f"{name} failed: {said}", hint=f"see {log_file}")

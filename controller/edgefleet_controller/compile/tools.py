@@ -16,14 +16,14 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 import msgspec
-from edgefleet_shared.errors import ToolchainError
+from edgefleet_shared.errors import ToolchainUnusable
 from edgefleet_shared.fingerprint import version_within
 
 ASK_LIMIT_S = 30.0
 UNKNOWN = "unknown"
 
 
-class MissingTool(ToolchainError):
+class MissingTool(ToolchainUnusable):
     """A vendor's program is not on this machine."""
 
     code = "tool_missing"
@@ -63,14 +63,14 @@ def find(tool: Tool) -> Found:
     """The program, asked for its version.
 
     Raises:
-        MissingTool: it is not on PATH. ToolchainError: it does not answer, says nothing that is a version, or one that the adapter does not know.
+        MissingTool: it is not on PATH. ToolchainUnusable: it does not answer, says nothing that is a version, or one that the adapter does not know.
     """
     path = shutil.which(tool.name)
     if path is None:
         raise MissingTool(f"{tool.name} is not on PATH", hint=tool.get)
     version = _version(tool, Path(path))
     if tool.within and version != UNKNOWN and not version_within(version, tool.within):
-        raise ToolchainError(
+        raise ToolchainUnusable(
             f"{tool.name} at {path} has version {version}, this target knows {tool.within}", hint=tool.get
         )
     with open(path, "rb") as stream:
@@ -98,7 +98,7 @@ def _version(tool: Tool, path: Path) -> str:
     if tool.version_file:
         return UNKNOWN  # another edition of the same program may keep it elsewhere
     first = next((line.strip() for line in told.splitlines() if line.strip()), "nothing")
-    raise ToolchainError(f"{tool.name} at {path} tells no version: {first[:200]!r}", hint=tool.get)
+    raise ToolchainUnusable(f"{tool.name} at {path} tells no version: {first[:200]!r}", hint=tool.get)
 
 
 def _asked(tool: Tool, path: Path) -> str:
@@ -108,5 +108,5 @@ def _asked(tool: Tool, path: Path) -> str:
             timeout=ASK_LIMIT_S, check=False,
         )  # fmt: skip
     except (OSError, subprocess.TimeoutExpired) as exc:
-        raise ToolchainError(f"{tool.name} at {path} does not answer: {exc}", hint=tool.get) from exc
+        raise ToolchainUnusable(f"{tool.name} at {path} does not answer: {exc}", hint=tool.get) from exc
     return ended.stdout.decode(errors="replace")

@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import msgspec
-from edgefleet_shared.errors import ToolchainError
+from edgefleet_shared.errors import ToolchainError, ToolchainUnusable
 
 from edgefleet_controller.compile import guard
 
@@ -44,6 +44,12 @@ class ChildDied(ToolchainError):
     def __init__(self, name: str, how: str, log: str) -> None:
         self.how = how
         super().__init__(f"the {name} process died: {how}", hint=log)
+
+
+class ChildKilled(ChildDied):
+    """The kernel, or a person, killed a child: that tells of the machine, not of what the child did."""
+
+    code = "child_killed"
 
 
 class EngineFailed(ToolchainError):
@@ -79,7 +85,8 @@ def watch(child: Child, line: Callable[[bytes], None], cancel: threading.Event) 
         line: gets each line of its standard output, without the newline. What it raises ends the child.
 
     Raises:
-        Cancelled: the event was set. ChildDied: over its memory. ToolchainError: can't be started, ran past its limit, or floods its log.
+        Cancelled: the event was set. ChildDied: over its memory. ToolchainUnusable: can't be started. ToolchainError: ran past its limit, or
+            floods its log.
     """
     deadline = time.monotonic() + child.limit_s
     child.log.parent.mkdir(parents=True, exist_ok=True)
@@ -141,7 +148,7 @@ def _start(child: Child, log: int) -> subprocess.Popen[bytes]:
     """The guard of the child, which starts it."""
     program = child.command[0]
     if shutil.which(program) is None:
-        raise ToolchainError(
+        raise ToolchainUnusable(
             f"can't start {program}: it is no program here", hint="fleet toolchain check says what is missing"
         )
     try:
@@ -150,7 +157,7 @@ def _start(child: Child, log: int) -> subprocess.Popen[bytes]:
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log, start_new_session=True,
         )  # fmt: skip
     except OSError as exc:
-        raise ToolchainError(f"can't start {program}: {exc.strerror}") from exc
+        raise ToolchainUnusable(f"can't start {program}: {exc.strerror}") from exc
 
 
 def _check(child: Child, pid: int, deadline: float, longest_log: int, cancel: threading.Event) -> None:

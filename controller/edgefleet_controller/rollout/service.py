@@ -191,7 +191,7 @@ class RolloutService:
                 self._database.serialise(session)
                 renewed = []
                 for row in rollouts.signed_before(session, now - older_than_s):
-                    version = rollouts.next_version(session, row.device)
+                    version = rollouts.next_version(session, row.device, now)
                     payload = self._director.renew(row.payload, version)
                     fields = {"version": version, "payload": payload, "payload_digest": digest_of(payload)}
                     renewed.append(Assignment(**(row.model_dump() | fields | {"created_at": now, "published": False})))
@@ -238,7 +238,7 @@ class RolloutService:
                     continue
                 if artifact is None:
                     raise _CannotAssign(f"there is no artifact {decision.manifest}")
-                version = rollouts.next_version(session, decision.progress.device)
+                version = rollouts.next_version(session, decision.progress.device, now)
                 signed.append(self._sign(rollout, decision, artifact, version, now))
                 kept.append(decision)
             after = engine.apply(rollout, kept, now)

@@ -61,6 +61,12 @@ MIGRATIONS: dict[int, tuple[str, ...]] = {
     ),
     4: ("ALTER TABLE enrolment_token ADD COLUMN certificate TEXT NOT NULL DEFAULT ''",),
     5: ("ALTER TABLE worker ADD COLUMN renewed_serial VARCHAR NOT NULL DEFAULT ''",),
+    # Which worker failed at a job, and how (ADR 0015).
+    6: (
+        "ALTER TABLE worker ADD COLUMN edgefleet VARCHAR NOT NULL DEFAULT ''",
+        "CREATE TABLE job_failure (job VARCHAR NOT NULL REFERENCES compile_job (id), worker VARCHAR NOT NULL, silent BOOLEAN NOT NULL, "
+        "error TEXT NOT NULL, at FLOAT NOT NULL, PRIMARY KEY (job, worker))",
+    ),
 }  # fmt: skip
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from edgefleet_shared.errors import NotFoundError
+from sqlalchemy import Exists
 from sqlalchemy.orm import defer
 from sqlmodel import Session, col, select
+from sqlmodel.sql.expression import SelectOfScalar
 
-from edgefleet_controller.store.tables import CompileJob
+from edgefleet_controller.store.tables import CompileJob, JobFailure
 
 UNFINISHED = ("queued", "running")
 
@@ -23,7 +25,7 @@ def get_job(session: Session, job: str) -> CompileJob:
     NotFoundError: no job has that id."""
     row = session.get(CompileJob, job)
     if row is None:
-        raise NotFoundError(f"no compile job {job!r}")
+        raise NotFoundError(f"no compile job {job!r}", hint="fleet job list --all shows them")
     return row
 
 
@@ -67,24 +69,57 @@ def newest(session: Session, model: str, version: str, device_class: str) -> Com
     return max(found, key=lambda row: row.started_at or 0.0)
 
 
-def take_job(session: Session, kind: str, device_class: str, now: float) -> CompileJob | None:
-    """The oldest queued job, marked running; None when there is none. Two workers never get the same one.
+def take_job(session: Session, kind: str, device_class: str, worker: str, now: float) -> CompileJob | None:
+    """The oldest queued job that this worker did not fail at, marked running; None when there is none. Two workers never get the same one.
 
     Args:
         device_class: only jobs of this class; empty for any.
+        worker: empty for the controller's own.
     """
+    query = _queued(kind, device_class).where(~_failed(worker)).limit(1)
+    row: CompileJob | None = session.exec(query.with_for_update(skip_locked=True)).first()
+    if row is not None:
+        take(session, row, now)
+    return row
+
+
+def failed_at(session: Session, kind: str, device_class: str, worker: str) -> list[tuple[CompileJob, JobFailure]]:
+    """The queued jobs that this worker failed at, and how; oldest first. Arguments as :func:`take_job`."""
+    rows = session.exec(_queued(kind, device_class).where(_failed(worker)).with_for_update(skip_locked=True))
+    return [(row, session.get_one(JobFailure, (row.id, worker))) for row in rows]
+
+
+def _queued(kind: str, device_class: str) -> SelectOfScalar[CompileJob]:
     query = select(CompileJob).where(CompileJob.state == "queued", CompileJob.kind == kind)
     if device_class:
         query = query.where(CompileJob.device_class == device_class)
-    query = query.order_by(col(CompileJob.created_at)).limit(1)
-    row: CompileJob | None = session.exec(query.with_for_update(skip_locked=True)).first()
-    if row is None:
-        return None
+    found: SelectOfScalar[CompileJob] = query.order_by(col(CompileJob.created_at))
+    return found
+
+
+def _failed(worker: str) -> Exists:
+    found: Exists = select(JobFailure).where(JobFailure.job == CompileJob.id, JobFailure.worker == worker).exists()
+    return found
+
+
+def take(session: Session, row: CompileJob, now: float) -> None:
+    """Mark a queued job running."""
     row.state, row.started_at = "running", now
     row.attempts += 1
     session.add(row)
     session.flush()
-    return row
+
+
+def note_failure(session: Session, failure: JobFailure) -> None:
+    """Remember how a job ended on a worker."""
+    session.merge(failure)
+    session.flush()
+
+
+def failures_of(session: Session, job: str) -> list[JobFailure]:
+    """How a job ended on the workers that had it, the first first."""
+    query = select(JobFailure).where(JobFailure.job == job).order_by(col(JobFailure.at), JobFailure.worker)
+    return list(session.exec(query))
 
 
 def leased(session: Session, lease: str) -> CompileJob | None:
@@ -111,8 +146,8 @@ def wishes(session: Session, parent: str) -> list[CompileJob]:
     return list(session.exec(query))
 
 
-def requeue(session: Session, row: CompileJob) -> None:
+def requeue(session: Session, row: CompileJob, why: str = "") -> None:
     """Give a job that was taken back to whoever asks next."""
-    row.state, row.started_at, row.progress, row.step = "queued", None, 0.0, ""
+    row.state, row.started_at, row.progress, row.step = "queued", None, 0.0, why
     row.worker, row.lease, row.lease_until = "", "", None
     session.add(row)

@@ -10,6 +10,7 @@ from edgefleet_shared.errors import ConflictError, NotFoundError
 from sqlalchemy import text
 from sqlmodel import Session, col, select
 
+from edgefleet_controller import versions
 from edgefleet_controller.rollout.views import (
     ENDED,
     Gate,
@@ -27,6 +28,8 @@ from edgefleet_controller.rollout.views import (
 from edgefleet_controller.store.tables import Assignment, Device, RolloutRow
 
 _ENDED = tuple(phase.value for phase in ENDED)
+_STOPPING = (Phase.STOPPING.value, Phase.ROLLING_BACK.value)
+_STOPS = (IntentKind.ABORT.value, IntentKind.ROLLBACK.value)
 
 
 class _State(msgspec.Struct, frozen=True, kw_only=True):
@@ -148,13 +151,25 @@ def intend(session: Session, name: str, kind: IntentKind, by: str = "") -> Inten
 
     Raises:
         NotFoundError: there is no such rollout.
-        ConflictError: it has ended (a roll-back is possible even then).
+        ConflictError: it has ended (a roll-back is possible even then), or it is stopping, and what is asked for would change nothing, or undo
+            a stop that somebody asked for and the engine has not heard of yet.
     """
-    row = session.get(RolloutRow, name)
+    row = session.get(RolloutRow, name, with_for_update=True)  # of two operators one waits for the other
     if row is None:
         raise NotFoundError(f"no rollout {name!r}", hint="fleet rollout list shows them")
     if row.phase in _ENDED and kind is not IntentKind.ROLLBACK:
         raise ConflictError(f"rollout {name} has ended: {row.phase}", hint="only rollback is possible now")
+    if kind in (IntentKind.PAUSE, IntentKind.RESUME):
+        if row.intent_number > row.intent_seen and row.intent in _STOPS:
+            by = f" by {row.intent_by}" if row.intent_by else ""
+            raise ConflictError(
+                f"rollout {name}: {row.intent}{by} was asked for", hint="fleet rollout status tells how far it is"
+            )
+        if row.phase in _STOPPING:
+            raise ConflictError(
+                f"rollout {name} is {row.phase}: it can't {kind.value} any more",
+                hint="when it has ended, start another one: fleet rollout create",
+            )
     # In SQL, not through the row: the engine writes its own columns of it at the same time.
     session.connection().execute(
         text(
@@ -180,17 +195,18 @@ payload_digest = excluded.payload_digest, created_at = excluded.created_at, publ
 """
 
 
-def next_version(session: Session, device: str) -> int:
-    """The next assignment version of a board. It only rises, and counts in the session's transaction.
+def next_version(session: Session, device: str, now: float) -> int:
+    """The next assignment version of a board (see :mod:`edgefleet_controller.versions`). It only rises, and counts in the session's transaction.
 
     Raises:
         NotFoundError: no such board.
     """
     found = session.connection().execute(
         text(
-            "UPDATE device SET assignment_version = assignment_version + 1 WHERE name = :name RETURNING assignment_version"
+            "UPDATE device SET assignment_version = CASE WHEN assignment_version >= :least THEN assignment_version + 1 ELSE :least END "
+            "WHERE name = :name RETURNING assignment_version"
         ),
-        {"name": device},
+        {"name": device, "least": versions.least(now)},
     )
     version = found.scalar_one_or_none()
     if version is None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from sqlalchemy import BigInteger, LargeBinary, Text
 from sqlmodel import Field, SQLModel, UniqueConstraint
 
-SCHEMA_VERSION = 6
+SCHEMA_VERSION = 7
 
 
 class SchemaVersion(SQLModel, table=True):
@@ -112,7 +112,7 @@ class Worker(SQLModel, table=True):
     """A machine that does the compiler's work over HTTPS: it compiles, or, with a ``device_class``, measures as a builder board of it.
 
     ``renewed_serial`` names the certificates that it was given in place of that of ``certificate_serial``, with blanks between; until it has one
-    of them renewed, it may show any.
+    of them renewed, it may show any. ``edgefleet`` is the version that it last said it runs.
     """
 
     __tablename__ = "worker"
@@ -123,6 +123,7 @@ class Worker(SQLModel, table=True):
     revoked: bool = False
     enrolled_at: float
     last_seen: float = 0.0
+    edgefleet: str = ""
 
 
 class CompileJob(SQLModel, table=True):
@@ -154,6 +155,18 @@ class CompileJob(SQLModel, table=True):
     created_at: float
     started_at: float | None = None
     ended_at: float | None = None
+
+
+class JobFailure(SQLModel, table=True):
+    """How a job ended on a worker (empty: the controller's own) by that machine's fault; its last time there. ``silent``: the worker was
+    not heard of any more, and may have been started again since."""
+
+    __tablename__ = "job_failure"
+    job: str = Field(foreign_key="compile_job.id", primary_key=True)
+    worker: str = Field(primary_key=True)
+    silent: bool = False
+    error: str = Field(sa_type=Text)  # JSON: EdgefleetError.as_dict
+    at: float
 
 
 class RolloutRow(SQLModel, table=True):

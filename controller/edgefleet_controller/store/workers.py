@@ -81,15 +81,24 @@ def renew(session: Session, name: str, shown_serial: str, renewed_serial: str) -
     return row
 
 
-def seen(session: Session, name: str, now: float) -> None:
-    """Note that a worker was heard of."""
+def seen(session: Session, name: str, edgefleet: str, now: float) -> None:
+    """Note that a worker was heard of, and the version that it says it runs."""
     row = get_worker(session, name)
-    row.last_seen = now
+    row.last_seen, row.edgefleet = now, edgefleet
     session.add(row)
 
 
 def list_workers(session: Session) -> list[Worker]:
     return list(session.exec(select(Worker).order_by(Worker.name)))
+
+
+def compilers(session: Session, edgefleet: str, seen_since: float) -> list[Worker]:
+    """Workers that compile by that version, and were heard of lately."""
+    query = select(Worker).where(
+        col(Worker.device_class).is_(None), col(Worker.revoked).is_(False),
+        Worker.edgefleet == edgefleet, Worker.last_seen >= seen_since,
+    )  # fmt: skip
+    return list(session.exec(query))
 
 
 def builders(session: Session, device_class: str, seen_since: float) -> list[Worker]:
