@@ -15,7 +15,7 @@ import msgspec
 import pytest
 from edgefleet_controller import source
 from edgefleet_controller.compile.pipeline import compile_version
-from edgefleet_controller.compile.port import CompileResult
+from edgefleet_controller.compile.port import CompileResult, Share
 from edgefleet_controller.compile.toolchains import Toolchains
 from edgefleet_controller.manifest_files import parse_value
 from edgefleet_controller.manifests import DeviceClass
@@ -339,6 +339,12 @@ def passed_although_it_failed(lie: Lie) -> str:
     return "that was not to be shipped"
 
 
+def lost_label(lie: Lie) -> str:
+    lost = {"cup": Share(value=0.1, low=0.0, high=1.0, count=1, of=10)}
+    lie.result = msgspec.structs.replace(lie.result, figures=msgspec.structs.replace(lie.result.figures, by_label=lost))
+    return "'cup' 0.100 of 10, budget 0.500 for each: that was not to be shipped"
+
+
 def missing_bytes(lie: Lie) -> str:
     lie.left_out = lie.blobs.pop()
     return "no blob"
@@ -350,7 +356,8 @@ def missing_report(lie: Lie) -> str:
 
 
 LIES = (
-    looser_contract, another_class, easier_pictures, better_figures, passed_although_it_failed, missing_bytes, missing_report,
+    looser_contract, another_class, easier_pictures, better_figures, passed_although_it_failed, lost_label, missing_bytes,
+    missing_report,
 )  # fmt: skip
 
 

@@ -16,7 +16,7 @@ from edgefleet_shared.artifact import GOLDEN_LAYER, MODEL_LAYER, QUALITY_LAYER, 
 from edgefleet_shared.errors import ArtifactError, TrustError
 from safetensors.numpy import load
 
-from edgefleet_controller.compile import packing
+from edgefleet_controller.compile import packing, quality
 from edgefleet_controller.compile.port import MAX_BLOB_BYTES, CompileResult, target_named
 from edgefleet_controller.manifest_files import parse_value
 from edgefleet_controller.manifests import DeviceClass
@@ -64,11 +64,13 @@ def checked(
     for field in asked.__struct_fields__:
         if field not in ("chunks", "statistics") and getattr(config, field) != getattr(asked, field):
             raise TrustError("result", f"the artifact's {field} is not what the manifests ask for")
-    agreement, budget = result.figures.agreement, device_class.spec.accuracy.min_agreement
     # What no compiler can run the board alone judges (ADR 0013).
-    enough = not target.runs_here if agreement is None else agreement >= budget
+    judged = result.figures.agreement is not None
+    short = quality.inaccuracies(result.figures, device_class.spec.accuracy) if judged else []
+    enough = not short if judged else not target.runs_here
     if not despite_quality and (result.quality != "passed" or not enough):
-        raise TrustError("result", f"agreement {agreement}, budget {budget}: that was not to be shipped")
+        told = "; ".join(short) or f"quality {result.quality}, agreement {'measured' if judged else 'not measured'}"
+        raise TrustError("result", f"{told}: that was not to be shipped")
     _same_pictures(found, config, version, layout)
     _same_figures(found, result, layout)
     for name, digest in (("report", result.report), ("page", result.page)):
