@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 from edgefleet_controller.compile.packing import contract
 from edgefleet_controller.compile.port import Figures, chosen_options, engine_version, target_named
-from edgefleet_controller.compile.quality import EXACT_DB, compare, misses, refusals, vacuous, wilson
+from edgefleet_controller.compile.quality import EXACT_DB, compare, inaccuracies, misses, refusals, vacuous, wilson
 from edgefleet_controller.compile.recipe import Recipe
 from edgefleet_controller.detection import BoxDecoding
+from edgefleet_controller.manifests.device_class import Accuracy
 from edgefleet_controller.source import AcceptanceLimits, ModelVersion, Split
 from edgefleet_shared.contract import BuildBudget, OutputTolerance, TensorSpec
 from edgefleet_shared.errors import ManifestError, ToolchainError
@@ -66,6 +67,21 @@ def test_raw_outputs_agree_within_their_tolerance() -> None:
     far[2, 2] += 0.2
     assert compare({"y": near}, {"y": ROWS}, version("raw")).figures["agreement"] == 1.0
     assert compare({"y": far}, {"y": ROWS}, version("raw")).figures["agreement"] == 0.75
+
+
+def test_how_many_values_of_a_raw_output_are_within_its_tolerance_is_told_beside_the_samples_that_are_whole() -> None:
+    wide = np.zeros((4, 100), np.float32)
+    have = wide.copy()
+    have[:, 0] = 1.0
+    outputs = (TensorSpec("grid", "FP32", (1, 100)),)
+    found = compare({"grid": have}, {"grid": wide}, version("raw", outputs=outputs)).figures
+    assert found["agreement"] == 0
+    kept = found["shares"]["values within tolerance, grid"]
+    assert (kept.value, kept.count, kept.of) == (0.99, 396, 400)
+    assert (kept.low, kept.high) == wilson(0.99 * 4, 4), "the values of one sample hang together"
+    (told,) = inaccuracies(figures(**found), Accuracy())
+    assert "of all values of a sample" in told
+    assert told.endswith("; values within tolerance: grid 0.9900")
 
 
 @pytest.mark.parametrize(

@@ -69,8 +69,8 @@ def checked(
     short = quality.inaccuracies(result.figures, device_class.spec.accuracy) if judged else []
     enough = not short if judged else not target.runs_here
     if not despite_quality and (result.quality != "passed" or not enough):
-        told = "; ".join(short) or f"quality {result.quality}, agreement {'measured' if judged else 'not measured'}"
-        raise TrustError("result", f"{told}: that was not to be shipped")
+        why = "; ".join(short) or f"quality {result.quality}, agreement {'measured' if judged else 'not measured'}"
+        raise TrustError("result", f"{why}: that was not to be shipped")
     _same_pictures(found, config, version, layout)
     _same_figures(found, result, layout)
     for name, digest in (("report", result.report), ("page", result.page)):

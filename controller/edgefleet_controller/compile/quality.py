@@ -29,6 +29,7 @@ SMALL_FIRST = ("size", "transfer")  # what a class may prefer over speed
 MOST_SCORE = 1.01  # of a box; a sigmoid's rounding apart, no share is more than the whole
 IN_A_CORNER = 2.0  # pixels, which coordinates that are shares of a picture reach at most
 MOST_LABELS = 3  # told one by one in a miss; the report has more
+WITHIN = "values within tolerance, "  # and the output's name, among the shares of a raw network
 UNLIKE = 3.0  # times: spreads of calibration and held-out inputs that differ by more are not of one kind
 
 
@@ -164,7 +165,7 @@ def _agreement(
         changed = tuple(i for i in range(n) if not found[i] == len(have[i]) == len(want[i]))
         shares = {"box_recall": recall, "box_precision": precision}
         return min(recall, precision, key=lambda s: s.value), shares, changed
-    name = version.outputs[0].name
+    name, shares = version.outputs[0].name, dict[str, Share]()
     match version.output_kind:
         case "classification":
             same = (answers.classes(outputs[name]) == answers.classes(references[name])).all(axis=1)
@@ -174,17 +175,22 @@ def _agreement(
         case "segmentation":
             same = answers.masks_alike(outputs, references, version)
         case _:
-            same = _within(outputs, references, version)
-    return share(int(same.sum()), n), {}, tuple(int(i) for i in np.flatnonzero(~same))
+            within = _within(outputs, references, version)
+            same = np.logical_and.reduce([one.all(axis=1) for one in within.values()])
+            for name, one in within.items():
+                # Values of one sample hang together: it is samples that the interval counts.
+                value = float(one.mean())
+                shares[f"{WITHIN}{name}"] = Share(value, *wilson(value * n, n), int(one.sum()), one.size)
+    return share(int(same.sum()), n), shares, tuple(int(i) for i in np.flatnonzero(~same))
 
 
-def _within(outputs: dict[str, Array], references: dict[str, Array], version: ModelVersion) -> Array:
-    n = len(next(iter(references.values())))
-    same = np.ones(n, bool)
+def _within(outputs: dict[str, Array], references: dict[str, Array], version: ModelVersion) -> dict[str, Array]:
+    """Which values are within the tolerance of their output: samples x values, by output name."""
+    n, found = len(next(iter(references.values()))), dict[str, Array]()
     for spec in version.outputs:
         have, want = outputs[spec.name].reshape(n, -1), references[spec.name].reshape(n, -1)
-        same &= (np.abs(have - want) <= _room(want, spec.name, version)).all(axis=1)
-    return same
+        found[spec.name] = np.abs(have - want) <= _room(want, spec.name, version)
+    return found
 
 
 def _room(values: Array, output: str, version: ModelVersion) -> Array:
@@ -299,11 +305,15 @@ def inaccuracies(figures: Figures, budget: Accuracy) -> list[str]:
         if "agreement" not in figures.unmeasured:
             found.append("agreement with the float model could not be measured")
     elif figures.agreement < budget.min_agreement:
-        counted = " of boxes" if "box_recall" in figures.shares else ""
+        values = {n.removeprefix(WITHIN): one.value for n, one in figures.shares.items() if n.startswith(WITHIN)}
+        counted = " of boxes" if "box_recall" in figures.shares else " of all values of a sample" if values else ""
         found.append(
             f"agreement{counted} with the float model {figures.agreement:.3f} (95 % interval {figures.agreement_low:.3f} to "
             f"{figures.agreement_high:.3f}, {figures.samples} pictures), budget {budget.min_agreement:.3f}"
         )
+        if values:  # what a tolerance would have to be told of
+            worst = sorted(values.items(), key=lambda pair: pair[1])[:MOST_LABELS]
+            found[-1] += f"; values within tolerance: {', '.join(f'{name} {value:.4f}' for name, value in worst)}"
     rare = {label: one for label, one in figures.by_label.items() if one.value < budget.min_per_label}
     if rare:
         told = ", ".join(f"{label!r} {one.value:.3f} of {one.of}" for label, one in list(rare.items())[:MOST_LABELS])
