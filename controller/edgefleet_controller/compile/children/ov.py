@@ -72,9 +72,11 @@ def compile_model(request: job.Request, progress: job.Progress) -> dict[str, Any
     return {}
 
 
-def _padding_rightly(network: str) -> bytes:
+def _padding_rightly(network: str) -> str | bytes:
+    """What the engine reads: the file, or a network in place of it."""
     model = onnx.load(network)
-    pad_in_float(model)
+    if not pad_in_float(model):
+        return network
     content: bytes = model.SerializeToString()
     return content
 

@@ -14,11 +14,11 @@ from onnx import numpy_helper
 ZERO, SCALE, LEVEL, MIDDLE = "pads/zero", "pads/scale", "pads/level", "pads/middle"
 
 
-def pad_in_float(model: onnx.ModelProto) -> None:
-    """Give Pads by zero a rounded one to pad with, in place, where anything is rounded."""
+def pad_in_float(model: onnx.ModelProto) -> bool:
+    """Give Pads by zero a rounded one to pad with, in place, where anything is rounded. Returns whether there was one."""
     graph = model.graph
     if not any(node.op_type == "QuantizeLinear" for node in graph.node):
-        return
+        return False
     constants = {i.name: numpy_helper.to_array(i) for i in graph.initializer if np.prod(i.dims) == 1}
     by_zero = []
     for node in graph.node:
@@ -37,6 +37,7 @@ def pad_in_float(model: onnx.ModelProto) -> None:
         for name in (LEVEL, MIDDLE):  # two that are alike: OpenVINO refuses one constant in both places
             graph.initializer.append(numpy_helper.from_array(np.array(128, np.uint8), name))
         graph.node.insert(0, onnx.helper.make_node("DequantizeLinear", [LEVEL, SCALE, MIDDLE], [ZERO], name=ZERO))
+    return bool(by_zero)
 
 
 def _floats(model: onnx.ModelProto) -> set[str]:
