@@ -106,6 +106,18 @@ def test_a_job_that_failed_by_its_own_fault_is_tried_nowhere_else(fleet):
     assert (told["state"], told["attempts"], told["failures"]) == ("failed", 1, [])
 
 
+def test_a_job_that_nobody_is_there_for_says_so_until_somebody_comes(fleet):
+    job = fleet.client().compile("toy", "1", "pc", despite_quality=False)
+    assert "no worker is there" in fleet.client().job(job)["step"]
+    assert "no worker is there" in fleet.run("job", "list").stdout
+    client = workers.client(fleet, "latecomer")
+    task = client.claim()
+    assert isinstance(task, CompileTask)
+    assert fleet.client().job(job)["step"] == ""
+    client.give_back(task.lease)
+    assert fleet.client().job(job)["step"] == "", "there is one now"
+
+
 def test_where_nobody_else_is_there_it_fails_at_once_with_what_the_worker_said(fleet):
     only = there(fleet, "only")
     job = submit(fleet)

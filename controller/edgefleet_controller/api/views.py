@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 from edgefleet_shared.assignment import AGENT
 from edgefleet_shared.messages import Reported
+from sqlmodel import Session
 
 from edgefleet_controller import __version__, results, source
 from edgefleet_controller.manifests import Rollout as RolloutManifest
@@ -128,7 +129,9 @@ def models(controller: Controller, model: str, version: str) -> list[dict[str, A
                     "inputs": msgspec.to_builtins(spec.inputs),
                     "outputs": msgspec.to_builtins(spec.outputs),
                     "artifacts": [artifact(a, classes) for a in mine],
-                    "compiling": [job(j) for j in jobs if (j.model, j.version) == (row.model, row.version)],
+                    "compiling": [
+                        job(controller, session, j) for j in jobs if (j.model, j.version) == (row.model, row.version)
+                    ],
                     "failed": [_failed(f) for f in failed if (f.model, f.version) == (row.model, row.version)],
                 }
             )
@@ -180,15 +183,17 @@ def mark_signed(controller: Controller) -> None:
                 catalog.mark_signed(session, row.manifest)
 
 
-def job(row: CompileJob) -> dict[str, Any]:
+def job(controller: Controller, session: Session, row: CompileJob) -> dict[str, Any]:
+    """A compile job; ``step`` is what it is at, or waits for."""
     shown = row.model_dump(exclude={"error", "lease", "log", "report"})  # a lease is its holder's secret
-    return shown | {"error": msgspec.json.decode(row.error) if row.error else None}
+    step = controller.compiling.leases.waits_for(session, row) or row.step
+    return shown | {"step": step, "error": msgspec.json.decode(row.error) if row.error else None}
 
 
 def jobs(controller: Controller, *, unfinished: bool) -> list[dict[str, Any]]:
     """Compile jobs, the oldest first."""
     with controller.database.read() as session:
-        return [job(row) for row in compile_jobs.list_jobs(session, unfinished=unfinished)]
+        return [job(controller, session, row) for row in compile_jobs.list_jobs(session, unfinished=unfinished)]
 
 
 def one_job(controller: Controller, name: str) -> dict[str, Any]:
@@ -199,7 +204,7 @@ def one_job(controller: Controller, name: str) -> dict[str, Any]:
             {"worker": f.worker, "at": f.at, "error": msgspec.json.decode(f.error)}
             for f in compile_jobs.failures_of(session, name)
         ]
-        return job(row) | {"failures": failures}
+        return job(controller, session, row) | {"failures": failures}
 
 
 def workers(controller: Controller) -> list[dict[str, Any]]:

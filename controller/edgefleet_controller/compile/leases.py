@@ -279,6 +279,12 @@ class Leases:
             self._end(session, row, "cancelled")
             return row.lease
 
+    def waits_for(self, session: Session, row: CompileJob) -> str:
+        """What a queued job waits for that nobody who is there could do; empty for any other."""
+        if row.state != "queued" or row.step or rerouting.others(session, row, self._clock.now(), own=self._own):
+            return ""
+        return "waiting: no worker is there that could do it; fleet worker token makes one a way in"
+
     # -- one step each -------------------------------------------------------------------------------------------------
 
     def _next(self, session: Session, claimant: Claimant, now: float) -> CompileJob | None:
