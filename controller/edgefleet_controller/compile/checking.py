@@ -64,12 +64,12 @@ def checked(
     for field in asked.__struct_fields__:
         if field not in ("chunks", "statistics") and getattr(config, field) != getattr(asked, field):
             raise TrustError("result", f"the artifact's {field} is not what the manifests ask for")
+    agreement, accuracy = result.figures.agreement, device_class.spec.accuracy
     # What no compiler can run the board alone judges (ADR 0013).
-    judged = result.figures.agreement is not None
-    short = quality.inaccuracies(result.figures, device_class.spec.accuracy) if judged else []
-    enough = not short if judged else not target.runs_here
+    short = [] if agreement is None else quality.inaccuracies(result.figures, accuracy)
+    enough = not target.runs_here if agreement is None else not short
     if not despite_quality and (result.quality != "passed" or not enough):
-        why = "; ".join(short) or f"quality {result.quality}, agreement {'measured' if judged else 'not measured'}"
+        why = "; ".join(short) or f"agreement {agreement}, budget {accuracy.min_agreement}"
         raise TrustError("result", f"{why}: that was not to be shipped")
     _same_pictures(found, config, version, layout)
     _same_figures(found, result, layout)
