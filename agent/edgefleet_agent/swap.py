@@ -129,7 +129,9 @@ def go_back(state: Path, ports: Ports, failed: str, stop: threading.Event) -> tu
     if now.active is not None and now.active.manifest == failed:
         if now.previous is None or now.previous.status is SlotStatus.BAD:
             bad = msgspec.structs.replace(now.active, status=SlotStatus.BAD)
-            slots.write(state, slots.Slots(active=bad), files=ports.files)
+            left = slots.Slots(active=bad)
+            slots.write(state, left, files=ports.files)
+            slots.collect_garbage(state, left, files=ports.files)
             return Event.RETURN_FAILED, "there is no previous artifact to return to"
         now = now.returned()
     now = msgspec.structs.replace(now, candidate=None)

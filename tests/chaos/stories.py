@@ -74,6 +74,8 @@ def stories() -> tuple[Story, ...]:
         Story("first install", enrolled(), (office.assign("1"),), {"1": (O.SUCCEEDED,)}),
         Story("first install that is refused", enrolled(), (office.assign("1"),), {"": (O.FAILED_NO_CHANGE,)},
               refused=frozenset("1")),
+        Story("first install that fails, with nothing to return to", enrolled(), (office.assign("1"),),
+              {"": (O.FAILED_UNABLE_TO_ROLL_BACK,)}, ailing=frozenset("1")),
         Story("install", one, (office.assign("2"),), {"2": (O.SUCCEEDED,)}),
         Story("install over two, the first is collected", two, (office.assign("3"),), {"3": (O.SUCCEEDED,)}),
         Story("return to the previous version by assignment", two, (office.assign("1"),), {"1": (O.SUCCEEDED,)}),
