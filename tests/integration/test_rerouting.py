@@ -52,15 +52,8 @@ def alone(fleet: Fleet) -> Iterator[None]:
 
 @pytest.fixture
 def started() -> Iterator[Callable[[Process], Process]]:
-    running: list[Process] = []
-
-    def start(process: Process) -> Process:
-        running.append(process)
-        return process
-
-    yield start
-    for process in running:
-        process.end(signal.SIGKILL)
+    with workers.starting() as start:
+        yield start
 
 
 def there(fleet: Fleet, name: str, device_class: str = "") -> WorkClient:

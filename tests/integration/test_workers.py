@@ -49,16 +49,8 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
 
 @pytest.fixture
 def started(fleet: Fleet) -> Iterator[Callable[[Process], Process]]:
-    """Ends what a test starts."""
-    running: list[Process] = []
-
-    def start(process: Process) -> Process:
-        running.append(process)
-        return process
-
-    yield start
-    for process in running:
-        process.end(signal.SIGKILL)
+    with workers.starting() as start:
+        yield start
 
 
 def claimed(client: WorkClient, job: str) -> CompileTask:

@@ -6,6 +6,8 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +76,22 @@ class Process:
         if self.process.poll() is None:
             self.process.send_signal(number)
         return self.process.wait(120)
+
+
+@contextmanager
+def starting() -> Iterator[Callable[[Process], Process]]:
+    """What keeps processes that were started, and ends them at the end."""
+    running: list[Process] = []
+
+    def start(process: Process) -> Process:
+        running.append(process)
+        return process
+
+    try:
+        yield start
+    finally:
+        for process in running:
+            process.end(signal.SIGKILL)
 
 
 def worker(fleet: Fleet, name: str) -> Process:
