@@ -22,6 +22,7 @@ from edgefleet_controller.compile.port import CompileResult, Figures, target_nam
 from edgefleet_controller.compile.recipe import Recipe
 from edgefleet_controller.compile.steps import Limits, Steps
 from edgefleet_controller.compile.toolchains import Toolchains
+from edgefleet_controller.compile.trials import Trials
 from edgefleet_controller.manifests import DeviceClass, Model
 from edgefleet_controller.settings import default_cache
 from edgefleet_controller.source import ModelVersion, import_model
@@ -79,20 +80,12 @@ class Bench:
         toolchain = self._toolchains.ensure(target.toolchain)
         with tempfile.TemporaryDirectory() as temporary:
             work = Path(temporary)
+            options = target.options(device_class.spec, version)
             steps = Steps(
-                version,
-                device_class,
-                target,
-                target.options(device_class.spec, version),
-                toolchain,
-                self.layout,
-                self._toolchains,
-                cache,
-                work,
-                lambda *_: None,
-                Limits(),
-                None,
-            )
+                version, device_class, target, options, toolchain, self.layout, self._toolchains, cache, work,
+                lambda *_: None, Limits(),
+            )  # fmt: skip
+            trials = Trials(steps, version, device_class, target, toolchain, self.layout, None)
             peer = work / "peer"
             request = {
                 "network": str(steps.prepare() / "simplified.onnx"), "calibration": steps.samples(version.calibration),
@@ -103,7 +96,7 @@ class Bench:
                 [toolchain.python, str(HERE / "compile_peers.py"), PEERS[engine], str(work / "peer.json")],
                 check=True, cwd=work, capture_output=True, env={"ORT_DISABLE_TELEMETRY": "1", "NNCF_CI": "1", "DO_NOT_TRACK": "1"},
             )  # fmt: skip
-            ours, theirs = steps.measure([(Recipe(), self.layout.path(blob.digest)), (Recipe(ranges="peer"), peer)])
+            ours, theirs = trials.measure([(Recipe(), self.layout.path(blob.digest)), (Recipe(ranges="peer"), peer)])
         print(f"  {version.model} on {engine}: {result.why}", flush=True)
         for name, one in (("ours", ours), (PEER_NAMES[engine], theirs)):
             f = one.trial.figures

@@ -10,11 +10,11 @@ from typing import Any, cast
 import msgspec
 import pytest
 from edgefleet_controller.compile import quality, search
-from edgefleet_controller.compile.pipeline import _Search
+from edgefleet_controller.compile.finder import Finder
 from edgefleet_controller.compile.port import Figures, target_named
 from edgefleet_controller.compile.recipe import AS_IS, FLOAT, Recipe
 from edgefleet_controller.compile.search import Trial, Unit
-from edgefleet_controller.compile.steps import Measured
+from edgefleet_controller.compile.trials import Measured
 from edgefleet_controller.compile.watching import Cancelled
 from edgefleet_controller.manifests import DeviceClass
 from edgefleet_shared.errors import ModelError, ToolchainError
@@ -55,9 +55,9 @@ class Lucky:
 
 
 def searched(steps: Lucky, monkeypatch: Any) -> search.Choice:
-    monkeypatch.setattr(_Search, "_unlike", lambda self: "")
+    monkeypatch.setattr(Finder, "_unlike", lambda self: "")
     version: Any = SimpleNamespace(holdout=SimpleNamespace(count=SAMPLES))
-    own = _Search(cast(Any, steps), version, CLASS, target_named("onnxruntime"), {})
+    own = Finder(cast(Any, steps), cast(Any, steps), version, CLASS, target_named("onnxruntime"), {})
     return own._unpruned(Recipe())
 
 
@@ -128,7 +128,8 @@ class Noisy(Fixed):
 def test_what_is_no_faster_than_float_when_it_is_measured_alone_gives_way_to_it(alone_ms: float, shipped: str) -> None:
     kind = device_class("tflite", search={"effort": "full"})
     version: Any = SimpleNamespace(holdout=SimpleNamespace(count=SAMPLES))
-    own = _Search(cast(Any, Noisy(kind.spec, alone_ms)), version, kind, target_named("tflite"), {})
+    noisy: Any = Noisy(kind.spec, alone_ms)
+    own = Finder(noisy, noisy, version, kind, target_named("tflite"), {})
     first = own._unpruned(Recipe())
     assert first.chosen is not None
     assert first.chosen.recipe.precision == "int8"
@@ -144,7 +145,7 @@ def found(kind: DeviceClass, plain: Recipe, **figures: Any) -> tuple[search.Choi
     """(what the search ends in, whether it looked at single layers)."""
     version: Any = SimpleNamespace(holdout=SimpleNamespace(count=SAMPLES))
     steps = Fixed(kind.spec, **figures)
-    choice = _Search(cast(Any, steps), version, kind, target_named("tflite"), {})._unpruned(plain)
+    choice = Finder(cast(Any, steps), cast(Any, steps), version, kind, target_named("tflite"), {})._unpruned(plain)
     return choice, steps.ranked
 
 
@@ -196,7 +197,7 @@ def after(refuses: Callable[[Recipe], Exception | None], target: str = "tflite",
     steps = Fixed(kind.spec)
     steps.refuses = refuses  # type: ignore[method-assign]
     version: Any = SimpleNamespace(holdout=SimpleNamespace(count=SAMPLES), original=None, pruning=None)
-    return _Search(cast(Any, steps), version, kind, target_named(target), {})._search(Recipe())
+    return Finder(cast(Any, steps), cast(Any, steps), version, kind, target_named(target), {})._search(Recipe())
 
 
 def no_int8(recipe: Recipe) -> Exception | None:
@@ -232,9 +233,8 @@ def test_where_the_engine_breaks_over_int8_the_float_model_is_tried(effort: str)
             ]
 
     version: Any = SimpleNamespace(holdout=SimpleNamespace(count=SAMPLES), original=None, pruning=None)
-    choice = _Search(cast(Any, Breaking(kind.spec, p50_ms=2.0)), version, kind, target_named("tflite"), {})._search(
-        Recipe()
-    )
+    breaking: Any = Breaking(kind.spec, p50_ms=2.0)
+    choice = Finder(breaking, breaking, version, kind, target_named("tflite"), {})._search(Recipe())
     assert choice.chosen is not None
     assert choice.chosen.recipe == FLOAT
     assert "engine failed: no such kernel" in choice.why

@@ -18,7 +18,7 @@ from safetensors.numpy import load
 from edgefleet_controller.compile import answers, report_page
 from edgefleet_controller.compile.port import MAX_BLOB_BYTES, Figures
 from edgefleet_controller.compile.search import Choice, Trial
-from edgefleet_controller.compile.steps import Measured
+from edgefleet_controller.compile.trials import Measured
 from edgefleet_controller.manifests import DeviceClass
 from edgefleet_controller.source import ModelVersion
 

@@ -7,7 +7,7 @@
     rank        noise that int8 in each layer puts on the outputs                   once per statistics
     prune       smaller networks, one per step (:mod:`.pruner`)                     once per network, training samples and step
     compile     compiled models, one per recipe                                    once per recipe, target and toolchain
-    measure     outputs and times on the class's engine, or of a stand-in          always anew
+    run         outputs and times of compiled models, or of what stands in          always anew
 
 What is made once is cached under a key over all that decides its bytes: network, samples, recipe, toolchain locks, and the code that
 makes it. Two classes with the same key (LiteRT on x86 and on Arm) share it; two jobs that want it at one time wait for one another.
@@ -17,34 +17,27 @@ from __future__ import annotations
 
 import hashlib
 import json
-import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import msgspec
-from edgefleet_shared import chunks, golden
+from edgefleet_shared import golden
 from edgefleet_shared.artifact import Layout
 from edgefleet_shared.errors import ToolchainError
 from safetensors.numpy import load, load_file
 
 from edgefleet_controller.compile import originals, quality, writing
-from edgefleet_controller.compile.boards import BuilderBoard, Measure
 from edgefleet_controller.compile.cache import Cache, content_key
-from edgefleet_controller.compile.host import cpu_features
 from edgefleet_controller.compile.port import (
-    HOST,
     MAX_BLOB_BYTES,
     RECIPE_OPTIONS,
-    Figures,
     Options,
     Target,
-    engine_version,
 )
 from edgefleet_controller.compile.recipe import AS_IS, FLOAT, HALF, OWN, TENSORFLOW, Recipe
-from edgefleet_controller.compile.search import Trial, Unit
+from edgefleet_controller.compile.search import Unit
 from edgefleet_controller.compile.toolchains import Toolchain, Toolchains
-from edgefleet_controller.compile.watching import ChildDied, ChildKilled, EngineFailed
 from edgefleet_controller.manifests import DeviceClass
 from edgefleet_controller.source import ModelVersion, Split
 
@@ -68,31 +61,19 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     measure_s: float = 600.0
 
 
-class Measured(NamedTuple):
-    """One trial with the outputs it was judged by (empty where the engine died) and the samples that got another answer."""
-
-    trial: Trial
-    outputs: dict[str, Any]
-    changed: tuple[int, ...]
-
-
 class Steps:
     """The steps of one compile, over one temporary folder ``work``."""
 
     def __init__(
         self, version: ModelVersion, device_class: DeviceClass, target: Target, options: Options, toolchain: Toolchain,
-        layout: Layout, toolchains: Toolchains, cache: Path, work: Path, progress: Progress, limits: Limits, measure: Measure | None,
+        layout: Layout, toolchains: Toolchains, cache: Path, work: Path, progress: Progress, limits: Limits,
     ) -> None:  # fmt: skip
-        self._version, self._class, self._target, self._toolchain = version, device_class, target, toolchain
+        self._version, self._class_name, self._target, self._toolchain = version, device_class.name, target, toolchain
         self._layout, self._toolchains = layout, toolchains
         self._cache = Cache(cache, toolchains.raise_if_cancelled)
         self._work, self._progress, self._limits = work, progress, limits
         self._preparing = toolchains.ensure(PREPARE[0], progress)
-        self._measure = measure
-        self._board: BuilderBoard | None = None
         self._holdout: dict[str, Any] | None = None
-        self._float_sent: int | None = None
-        self._numbers = iter(range(10**9))
         self._logged: set[Path] = set()
         self._options = {name: value for name, value in sorted(options.items()) if name not in RECIPE_OPTIONS}
         self._told = {  # to the target's own children
@@ -108,18 +89,6 @@ class Steps:
         # A target from elsewhere has its child in a file of its own.
         own_code = hashlib.sha256(Path(target.module).read_bytes()).hexdigest() if target.module.endswith(".py") else ""
         self._target_key = (target.name, toolchain.lock_hash, code + own_code, self._options)
-
-    @property
-    def here(self) -> bool:
-        """Whether times on this host mean something for the class: it could be a board of it."""
-        spec = self._class.spec
-        could = spec.arch == platform.machine() and set(spec.cpu_features) <= cpu_features()
-        return could and spec.measure_on == "auto"
-
-    @property
-    def has_builder(self) -> bool:
-        """Whether a builder board of the class is there to time what this host can't."""
-        return not self.here and self._measure is not None
 
     def toolchains_of(self, recipe: Recipe) -> tuple[Toolchain, ...]:
         """Those that make a compiled model by the recipe."""
@@ -227,70 +196,16 @@ class Steps:
         folders = self._cache.all("compiled", dict(zip(keys, recipes, strict=True)), self._compile)
         return [(folders[key] / COMPILED, known) for key, known in zip(keys, cached, strict=True)]
 
-    def measure(self, tried: Sequence[tuple[Recipe, Path]]) -> list[Measured]:
-        """Outputs over the held-out samples, and times interleaved with the float model's, of several compiled models in one process.
-
-        Should that die, or the engine fail, of each alone, so that it is known whose fault it was. One alone answers all samples, several the first
-        :data:`MOST_FOR_SEVERAL`; peak memory is a figure of one alone. What stands in for a compiled model gives answers only: its times and
-        its memory are not the board's. What can't be run here at all is judged by the board alone.
-        """
-        float_model = self._float_model()
-        if not self._target.runs_here:
-            return [self._unmeasured(*one, float_model) for one in tried]
-        count = self._version.holdout.count if len(tried) == 1 else min(MOST_FOR_SEVERAL, self._version.holdout.count)
-        outputs = [self._work / f"outputs-{next(self._numbers)}.safetensors" for _ in tried]
-        stood_in = any((path.parent / STAND_IN).exists() for _, path in tried)
-        timed_here = self.here and not stood_in
-        budget = self._class.spec.budgets.memory_bytes + HOST_OVERHEAD_BYTES
-        budget += 4 * sum(path.stat().st_size for _, path in tried[1:])
-        try:
-            found = self._run(
-                {path: file for (_, path), file in zip(tried, outputs, strict=True)}, self._version.holdout, count,
-                float_model=float_model if timed_here else None, memory_bytes=None if stood_in else budget,
-            )  # fmt: skip
-        except (ChildDied, EngineFailed) as exc:
-            if len(tried) > 1:
-                return [self.measure([one])[0] for one in tried]
-            if isinstance(exc, ChildKilled):  # by this machine, for want of memory: that tells nothing of the candidate
-                raise
-            return [self._died(*tried[0], float_model, f"{exc.ended}: {exc.how}")]
-        times = found.get("times", [None] * len(tried))
-        alone = found["peak_memory_bytes"] if len(tried) == 1 and not stood_in else None
-        measured = []
-        for (recipe, path), file, taken in zip(tried, outputs, times, strict=True):
-            base = msgspec.structs.replace(self._figures(path, float_model), samples=count)
-            answered = load_file(file)
-            compared = quality.compare(answered, self.references(count), self._version)
-            timed = {} if taken is None else taken | {f"float_{k}": v for k, v in found["float"].items()}
-            unmeasured = () if timed_here else ("latency", "memory") if stood_in else ("latency",)
-            figures = msgspec.structs.replace(
-                base, **compared.figures, **timed, peak_memory_bytes=alone, unmeasured=unmeasured,
-                timed_on=HOST if timed_here else "",
-                stand_in=self._target.stand_in if stood_in else "",
-            )  # fmt: skip
-            misses = tuple(quality.misses(figures, self._class.spec, recipe))
-            trial = Trial(recipe=recipe, figures=figures, misses=misses, key=self.key(recipe))
-            if self._measure is not None and not self.here:
-                trial = self._builder(self._measure).measured(
-                    trial, path, float_model, self.key(FLOAT), alone=len(tried) == 1
-                )
-            measured.append(Measured(trial, answered, compared.changed))
-        return measured
-
-    def golden(self, path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-        """(a compiled model's answers to the golden samples, the float model's), by output name.
-
-        Raises:
-            ChildDied, EngineFailed: the engine did, over them.
-        """
-        file = self._work / f"golden-{next(self._numbers)}.safetensors"
-        self._run({path: file}, self._version.golden, self._version.golden.count)
-        return load_file(file), load_file(self.prepare() / "golden.safetensors")
-
-    def _run(
-        self, models: dict[Path, Path], split: Split, count: int, *, float_model: Path | None = None, memory_bytes: int | None = None
+    def run(
+        self, models: Mapping[Path, Path], split: Split, count: int, *, float_model: Path | None = None, memory_bytes: int | None = None
     ) -> dict[str, Any]:  # fmt: skip
-        """Have compiled models, or what stands in for them, answer the first ``count`` samples of a split, each into a file; with a float model, time them."""
+        """Have compiled models, or what stands in for them, answer the first ``count`` samples of a split, each into a file.
+
+        Returns:
+            Of the process its peak of memory; with a float model the times of all, in turns with it.
+        Raises:
+            ChildDied: the process did; EngineFailed: the engine refused a model, or failed over it.
+        """
         return self._child(self._toolchain, self._target.module, self._limits.measure_s, {
             "action": "measure",
             "models": [{"model": str(_runnable(path)), "outputs": str(file)} for path, file in models.items()],
@@ -300,13 +215,13 @@ class Steps:
             **self._told,
         }, memory_bytes)  # fmt: skip
 
-    def _builder(self, measure: Measure) -> BuilderBoard:
-        if self._board is None:
-            self._board = BuilderBoard(
-                self._version, self._class, self._target, self._toolchain, self._layout, measure,
-                self.prepare() / "golden.safetensors",
-            )  # fmt: skip
-        return self._board
+    def float_model(self) -> Path:
+        """The float model as the class's engine runs it."""
+        if self._target.measures_onnx:
+            return self.prepare() / "simplified.onnx"
+        half = FLOAT.precision not in self._target.precisions and HALF.precision in self._target.precisions
+        ((path, _),) = self.compile([HALF if half else FLOAT])
+        return path
 
     def samples(self, split: Split) -> str:
         """A split as the network takes it (float32, encoded), as a file in the work folder."""
@@ -427,43 +342,6 @@ class Steps:
                     hint=f"see {self._log('compile')}",
                 )
 
-    def _float_model(self) -> Path:
-        """The float model as the class's engine runs it."""
-        if self._target.measures_onnx:
-            return self.prepare() / "simplified.onnx"
-        half = FLOAT.precision not in self._target.precisions and HALF.precision in self._target.precisions
-        ((path, _),) = self.compile([HALF if half else FLOAT])
-        return path
-
-    def _figures(self, path: Path, float_model: Path) -> Figures:
-        return Figures(
-            engine=self._target.engine,
-            engine_version=engine_version(self._target, self._toolchain.packages, self._toolchain.tools),
-            float_bytes=float_model.stat().st_size,
-            compiled_bytes=path.stat().st_size,
-            wire_bytes=chunks.sent_bytes(path),
-            float_wire_bytes=self._float_wire_bytes(float_model),
-            samples=self._version.holdout.count,
-        )
-
-    def _float_wire_bytes(self, float_model: Path) -> int:
-        if self._float_sent is None:
-            self._float_sent = chunks.sent_bytes(float_model)
-        return self._float_sent
-
-    def _died(self, recipe: Recipe, path: Path, float_model: Path, how: str) -> Measured:
-        missing = ("agreement", "latency", "memory")
-        figures = msgspec.structs.replace(self._figures(path, float_model), unmeasured=missing)
-        misses = (how, *quality.misses(figures, self._class.spec, recipe))
-        return Measured(Trial(recipe=recipe, figures=figures, misses=misses, key=self.key(recipe), died=True), {}, ())
-
-    def _unmeasured(self, recipe: Recipe, path: Path, float_model: Path) -> Measured:
-        figures = msgspec.structs.replace(
-            self._figures(path, float_model), unmeasured=("agreement", "latency", "memory")
-        )
-        misses = tuple(quality.misses(figures, self._class.spec, recipe))
-        return Measured(Trial(recipe=recipe, figures=figures, misses=misses, key=self.key(recipe)), {}, ())
-
     def _child(
         self, toolchain: Toolchain, module: str, limit_s: float, request: dict[str, Any], memory_bytes: int | None = None
     ) -> dict[str, Any]:  # fmt: skip
@@ -476,11 +354,7 @@ class Steps:
         )  # fmt: skip
 
     def _log(self, action: str) -> Path:
-        return (
-            self._cache.folder
-            / "logs"
-            / f"{self._version.model}-{self._version.version}-{self._class.name}-{action}.log"
-        )
+        return self._cache.folder / "logs" / f"{self._version.model}-{self._version.version}-{self._class_name}-{action}.log"
 
 
 def _has_float_weights(recipe: Recipe) -> bool:
@@ -488,10 +362,13 @@ def _has_float_weights(recipe: Recipe) -> bool:
     return recipe.precision == HALF.precision or (recipe.quantizer == OWN and bool(recipe.in_float))
 
 
+def stands_in(compiled: Path) -> bool:
+    """Whether this host runs something else in place of a compiled model."""
+    return (compiled.parent / STAND_IN).exists()
+
+
 def _runnable(compiled: Path) -> Path:
-    """What this host runs: the stand-in where there is one."""
-    stand_in = compiled.parent / STAND_IN
-    return stand_in if stand_in.exists() else compiled
+    return compiled.parent / STAND_IN if stands_in(compiled) else compiled
 
 
 def _code() -> str:

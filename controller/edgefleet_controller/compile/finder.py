@@ -1,0 +1,319 @@
+"""Stage 2, compile: the search carried out. Receives what :mod:`.search` wants tried, hands on the choice and what it was measured by.
+
+What was decided is cached like what was compiled, because times, and with them a close choice, differ from run to run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import msgspec
+import onnx
+from edgefleet_shared import atomic
+from edgefleet_shared.errors import EnvironmentProblem, ModelError, ToolchainError
+from safetensors.numpy import load_file
+
+from edgefleet_controller import detection, segmentation
+from edgefleet_controller.compile import answers, by_label, originals, pruning, quality, search
+from edgefleet_controller.compile.cache import content_key
+from edgefleet_controller.compile.environments import lock_named
+from edgefleet_controller.compile.host import host
+from edgefleet_controller.compile.keras_pruner import KerasPruner
+from edgefleet_controller.compile.packing import contract
+from edgefleet_controller.compile.port import HOST, Options, Target
+from edgefleet_controller.compile.pruner import TOOLCHAIN as PRUNING_TOOLCHAIN
+from edgefleet_controller.compile.pruner import Pruner
+from edgefleet_controller.compile.pruning import Pruned
+from edgefleet_controller.compile.recipe import AS_IS, FLOAT, HALF, OWN, PLAIN_TENSORFLOW, TENSORFLOW, Recipe
+from edgefleet_controller.compile.search import Choice, LeftOut, Trial, Unit
+from edgefleet_controller.compile.steps import Steps
+from edgefleet_controller.compile.trials import Measured, Trials
+from edgefleet_controller.compile.watching import Cancelled, ChildDied, ChildKilled, EngineFailed
+from edgefleet_controller.manifests import DeviceClass
+from edgefleet_controller.source import ModelVersion
+
+
+class Finder:
+    """Carries out the search's rounds, and measures what it chose."""
+
+    def __init__(
+        self, steps: Steps, trials: Trials, version: ModelVersion, device_class: DeviceClass, target: Target, options: Options
+    ) -> None:  # fmt: skip
+        self._steps, self._trials = steps, trials
+        self._version, self._class, self._target, self._options = version, device_class, target, options
+        self._fresh: dict[Recipe, Measured] = {}
+        self._made: set[Recipe] = set()  # compiled now, not found in the cache
+
+    def choice(self, cache: Path) -> Choice:
+        """What the search ends in; from the cache where the same was searched on a machine like this."""
+        spec = self._class.spec
+        plain = self._plain()
+        judged_by = (
+            spec.arch, spec.precision, spec.accuracy.model_dump(), spec.budgets.model_dump(),
+            spec.search.model_dump(), spec.measure_on, self._trials.has_builder,
+        )  # fmt: skip
+        # Another rule for choosing, or another measure, is another search.
+        files = (
+            __file__,
+            *(module.__file__ for module in (search, quality, answers, by_label, detection, segmentation, pruning)),
+        )
+        rules = [Path(str(file)).read_text(encoding="utf-8") for file in files]
+        # Pruned networks are made by a toolchain that the recipe's key does not know.
+        pruner = lock_named(PRUNING_TOOLCHAIN).hash if self._version.pruning is not None else ""
+        own = originals.key(self._version) if originals.offered(self._target, self._version) else ()
+        key = content_key(
+            "search", self._steps.key(plain), self._version.digest, *judged_by, host(), rules, pruner, own
+        )
+        file = cache / "searched" / f"{key}.json"
+        known = _known(file)
+        if known and all(self._steps.simplified(trial.recipe.pruned).exists() for trial in known.trials):
+            return known
+        found = self._search(plain)
+        passing = any(not one.lasting for one in found.left_out)
+        died = any(trial.died for trial in found.trials)  # it may have been the machine's fault
+        unanswered = self._trials.has_builder and any(trial.figures.unmeasured for trial in found.trials)
+        if not (unanswered or passing or died):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            atomic.write_shared(file, msgspec.json.encode(found))
+        return found
+
+    def final(self, choice: Choice) -> tuple[Choice, Measured, bool]:
+        """(the choice, what was chosen or came closest measured alone, whether it was compiled before).
+
+        Measured alone, on all samples, a candidate at the edge may miss a budget after all, be no faster than float, or be one that boards would refuse:
+        then the next best is taken.
+        """
+        left, fallen = choice, dict[Recipe, Trial]()
+        while left.chosen is not None:
+            measured, cached = self._at_last(left.chosen.recipe)
+            misses = measured.trial.misses or search.gainless(measured.trial, left, self._class.spec)
+            if not misses:
+                last = msgspec.structs.replace(left, chosen=measured.trial)
+                return search.told_of(last, choice.trials, fallen), measured, cached
+            fallen[left.chosen.recipe] = msgspec.structs.replace(measured.trial, misses=misses)
+            if len(fallen) == len(choice.trials):
+                break
+            left = search.without(choice, list(fallen), self._class.spec)
+        measured, cached = self._at_last(choice.nearest.recipe)
+        why = search.NOTHING if fallen else choice.why
+        return msgspec.structs.replace(choice, chosen=None, why=why), measured, cached
+
+    def _at_last(self, recipe: Recipe) -> tuple[Measured, bool]:
+        """Measured alone, and what boards would refuse it for added to what it misses. A builder board has said so itself."""
+        measured, cached = self._alone(recipe)
+        if not measured.outputs or measured.trial.figures.timed_on not in ("", HOST):
+            return measured, cached
+        ((path, _),) = self._steps.compile([recipe])
+        try:
+            refusals = quality.refusals(*self._trials.golden(path), contract(self._version, self._class, self._target))
+        except ChildKilled:
+            raise  # by this machine, for want of memory
+        except (ChildDied, EngineFailed) as exc:
+            refusals = [f"{exc.ended} over the golden samples: {exc.how}"]
+        misses = (*measured.trial.misses, *refusals)
+        return measured._replace(trial=msgspec.structs.replace(measured.trial, misses=misses)), cached
+
+    def _alone(self, recipe: Recipe) -> tuple[Measured, bool]:
+        ((path, cached),) = self._steps.compile([recipe])
+        cached = cached and recipe not in self._made
+        fresh = self._fresh.get(recipe)
+        if fresh is not None and (fresh.trial.figures.peak_memory_bytes is not None or fresh.trial.died):
+            return fresh, cached
+        return self._trials.measure([(recipe, path)])[0], cached
+
+    def _plain(self) -> Recipe:
+        if self._version.as_is and self._target.engine == "tflite" and self._class.spec.precision == "int8":
+            return Recipe(quantizer=AS_IS, correct_bias=False)
+        wanted = int(self._options.get("float_first", 0))
+        names = _convolutions(self._steps.prepare() / "simplified.onnx")[:wanted] if wanted else []
+        return search.plain(self._target, self._class.spec, self._version.calibration_method, self._options, names)
+
+    def _search(self, plain: Recipe) -> Choice:
+        found, spec = self._with_tensorflows(self._unpruned(plain)), self._class.spec
+        if not any(trial.recipe.precision == spec.precision for trial in found.trials):
+            return msgspec.structs.replace(found, why=f"{found.why}: {found.left_out[0].reason}")
+        if self._version.pruning is None or not spec.search.pruned or not self._target.runs_here:
+            return found
+        accurate = {t.recipe.quantizer == TENSORFLOW for t in found.trials if search.accurate(t, spec)}
+        if False in accurate:
+            found = self._with_pruned(found)
+        return self._with_tfmots(found) if True in accurate else found
+
+    def _with_pruned(self, found: Choice) -> Choice:
+        """The search over pruned networks too: from the sparsest that was good back to one that holds in the class's precision. One that is unfit for
+        pruning is told as that, and judged whole."""
+        try:
+            pruned = Pruner(self._steps, self._version, self._class).run()
+        except ModelError as exc:
+            plan = self._version.pruning
+            assert plan is not None
+            gone = 1 - (1 - plan.structured) * (1 - plan.unstructured)
+            asked = msgspec.structs.replace(found.trials[0].recipe, pruned="asked for", sparsity=gone)
+            left = LeftOut(recipe=asked, reason=str(exc), lasting=True)
+            return msgspec.structs.replace(
+                found, left_out=(*found.left_out, left), why=f"{found.why}; nothing is pruned: {exc.message}"
+            )
+        return msgspec.structs.replace(self._over(found, pruned, OWN), pruning=pruned)
+
+    def _over(self, found: Choice, pruned: Pruned, by: str) -> Choice:
+        """The choice with candidates over networks that were pruned for ``by``."""
+        spec, trials = self._class.spec, list(found.trials)
+        while (recipe := search.pruned(trials, pruned.good, spec, by=by)) is not None:
+            trials += self._try([recipe])
+        choice = search.choose(trials, spec, found.sensitivity)
+        told = (choice.why, found.pruning.stopped if found.pruning is not None else "", pruned.stopped)
+        return msgspec.structs.replace(
+            choice, pruning=found.pruning, left_out=found.left_out, why="; ".join(one for one in told if one)
+        )
+
+    def _with_tensorflows(self, found: Choice) -> Choice:
+        """The search with the candidate of TensorFlow's own converter."""
+        if not originals.offered(self._target, self._version) or not self._target.runs_here:
+            return found
+        recipe, spec = search.by_tensorflow(found, self._class.spec), self._class.spec
+        if recipe is None:
+            return found
+
+        def more() -> Choice:
+            chosen = search.choose([*found.trials, *self._try([recipe])], spec, found.sensitivity)
+            return msgspec.structs.replace(chosen, left_out=found.left_out)
+
+        return _sparing(found, recipe, more)
+
+    def _with_tfmots(self, found: Choice) -> Choice:
+        """The search over networks that tfmot pruned."""
+        plan, precision = self._version.pruning, self._class.spec.precision
+        assert plan is not None
+        told = msgspec.structs.replace(
+            PLAIN_TENSORFLOW, precision=precision, pruned="tfmot", sparsity=plan.unstructured
+        )
+
+        def over() -> Choice:
+            pruned = KerasPruner(self._steps, self._version, self._class).run()
+            return msgspec.structs.replace(self._over(found, pruned, TENSORFLOW), tfmot=pruned)
+
+        return _sparing(found, told, over)
+
+    def _unpruned(self, plain: Recipe) -> Choice:
+        # Candidates that can't be told apart here are not made: the board's acceptance judges the plain one.
+        effort = self._class.spec.search.effort if self._target.runs_here else "fixed"
+        trials, left_out = self._first(plain, effort)
+        return msgspec.structs.replace(self._better_than(trials, plain, effort), left_out=left_out)
+
+    def _first(self, plain: Recipe, effort: str) -> tuple[list[Trial], tuple[LeftOut, ...]]:
+        """The first round, and what of it could not be made: another quantizer, or int8 at all, which leaves the float model."""
+        recipes = search.first(plain, self._target, effort)
+        left_out = []
+        try:
+            trials = self._try([recipe for recipe in recipes if recipe.quantizer == plain.quantizer])
+        except ModelError as exc:
+            if plain.precision != "int8" or effort == "fixed" or FLOAT.precision not in self._target.precisions:
+                raise
+            # What that raises is the network's own fault; int8's may be of an operator that rounding added.
+            return self._try([FLOAT]), (LeftOut(recipe=plain, reason=str(exc), lasting=True),)
+        for recipe in recipes:
+            if recipe.quantizer == plain.quantizer:
+                continue
+            try:
+                trials += self._try([recipe])
+            except Cancelled:
+                raise
+            except (ModelError, ToolchainError) as exc:
+                left_out.append(LeftOut(recipe=recipe, reason=str(exc), lasting=isinstance(exc, ModelError)))
+        return trials, tuple(left_out)
+
+    def _better_than(self, trials: list[Trial], plain: Recipe, effort: str) -> Choice:
+        """The choice after the first round and those that follow from it."""
+        spec = self._class.spec
+        made = trials[0].recipe.precision == plain.precision
+        if plain.precision != "int8" or effort == "fixed" or not made:
+            return search.choose(trials, spec)
+        if all(trial.died for trial in trials):  # and nothing was measured of the float model beside them
+            more = [FLOAT] if FLOAT.precision in self._target.precisions else []
+            return search.choose(trials + self._try(more), spec)
+        # Nothing else can be made of what came quantized; and what fits may still be no better than float, which was measured beside it.
+        if plain.quantizer == AS_IS or (effort == "quick" and not trials[0].misses):
+            return search.choose(trials + self._in_float(trials), spec)
+        if not any(search.accurate(trial, spec) for trial in trials):
+            reason = self._unlike()
+            if reason:  # layers in float would hide it
+                return msgspec.structs.replace(search.choose(trials, spec), chosen=None, why=reason)
+        units: list[Unit] = []
+        if self._target.leaves_in_float and (effort == "full" or not search.accurate(trials[0], spec)):
+            best = search.base_of_ladder(trials)
+            units = self._steps.rank(best.recipe)
+            cost = search.HALF_WEIGHT_COST if self._target.halves_weights else search.FLOAT_WEIGHT_COST
+            rungs = search.by_layers(best, units, search.MOST_BYTES, cost)
+            rungs += search.leading(best, units) if effort == "full" else []
+            trials += self._try(rungs, known=trials)
+            if not self._holds(trials):
+                rungs = search.by_layers(best, units, search.MOST_BYTES_AT_LAST, cost, search.RUNGS_AT_LAST)
+                trials += self._try(rungs, known=trials)
+                self._holds(trials)
+        if HALF.precision in self._target.precisions and (effort == "full" or all(trial.misses for trial in trials)):
+            trials += self._try([HALF])
+        trials += self._in_float(trials)
+        return search.choose(trials, spec, units)
+
+    def _try(self, recipes: Sequence[Recipe], known: Sequence[Trial] = ()) -> list[Trial]:
+        """Compile and measure one round."""
+        wanted = [r for r in dict.fromkeys(recipes) if r not in {trial.recipe for trial in known}]
+        if not wanted:
+            return []
+        made = self._steps.compile(wanted)
+        self._made |= {recipe for recipe, (_, cached) in zip(wanted, made, strict=True) if not cached}
+        measured = self._trials.measure([(recipe, path) for recipe, (path, _) in zip(wanted, made, strict=True)])
+        self._fresh |= {one.trial.recipe: one for one in measured}
+        return [one.trial for one in measured]
+
+    def _holds(self, trials: list[Trial]) -> bool:
+        """Whether one of these is accurate on all held-out samples. A round looks at some of them: who is so there is judged anew here, in place."""
+        spec = self._class.spec
+        for trial in sorted(trials, key=lambda t: t.figures.sqnr_db or 0.0, reverse=True):
+            if not search.accurate(trial, spec):
+                continue
+            if trial.figures.samples < self._version.holdout.count:
+                alone, _ = self._alone(trial.recipe)
+                trials[trials.index(trial)] = alone.trial
+                self._fresh[trial.recipe] = alone
+                trial = alone.trial
+            if search.accurate(trial, spec):
+                return True
+        return False
+
+    def _in_float(self, trials: Sequence[Trial]) -> list[Trial]:
+        """The float model as a candidate, where the target makes it."""
+        if FLOAT.precision not in self._target.precisions:
+            return []
+        return [search.float_trial(next(t for t in trials if not t.died), self._class.spec)]
+
+    def _unlike(self) -> str:
+        calibration, holdout = (
+            load_file(self._steps.samples(split)) for split in (self._version.calibration, self._version.holdout)
+        )
+        return quality.unlike(calibration, holdout)
+
+
+def _known(file: Path) -> Choice | None:
+    """What an earlier search ended in; None where there was none, or nothing that can be read is left of it."""
+    try:
+        return msgspec.json.decode(file.read_bytes(), type=Choice)
+    except (FileNotFoundError, msgspec.DecodeError):
+        return None
+
+
+def _sparing(found: Choice, recipe: Recipe, more: Callable[[], Choice]) -> Choice:
+    """The choice with ``more``; where that can't be had, the one that was ``found``, in which the recipe is told as left out."""
+    try:
+        return more()
+    except Cancelled:
+        raise
+    except (ModelError, ToolchainError, EnvironmentProblem) as exc:
+        left = LeftOut(recipe=recipe, reason=str(exc), lasting=isinstance(exc, ModelError))
+        return msgspec.structs.replace(found, left_out=(*found.left_out, left))
+
+
+def _convolutions(path: Path) -> list[str]:
+    """Names of the convolutions, in order."""
+    return [node.name for node in onnx.load(path).graph.node if node.op_type == "Conv"]

@@ -1,0 +1,170 @@
+"""Stage 2, compile: the measuring of candidates. Receives compiled models, hands on trials: figures, what they miss, and the outputs behind them.
+
+On this host, where it could be a board of the class, or runs what stands in for one; on a builder board of the class, where there is
+one; else what is not known is told as unmeasured, and the boards' acceptance decides.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgspec
+from edgefleet_shared import chunks
+from edgefleet_shared.artifact import Layout
+from safetensors.numpy import load_file
+
+from edgefleet_controller.compile import quality
+from edgefleet_controller.compile.boards import BuilderBoard, Measure
+from edgefleet_controller.compile.host import cpu_features
+from edgefleet_controller.compile.port import HOST, Figures, Target, engine_version
+from edgefleet_controller.compile.recipe import FLOAT, Recipe
+from edgefleet_controller.compile.search import Trial
+from edgefleet_controller.compile.steps import Steps, stands_in
+from edgefleet_controller.compile.toolchains import Toolchain
+from edgefleet_controller.compile.watching import ChildDied, ChildKilled, EngineFailed
+from edgefleet_controller.manifests import DeviceClass
+from edgefleet_controller.source import ModelVersion
+
+HOST_OVERHEAD_BYTES = 128 * 1024 * 1024  # samples, outputs and the float model beside the compiled one while timing
+MOST_FOR_SEVERAL = 100  # held-out samples that candidates of one round are told apart by; the chosen one answers all
+
+
+class Measured(NamedTuple):
+    """One trial with the outputs it was judged by (empty where the engine died) and the samples that got another answer."""
+
+    trial: Trial
+    outputs: dict[str, Any]
+    changed: tuple[int, ...]
+
+
+class Trials:
+    """The trials of one compile.
+
+    Args:
+        toolchain: the target's.
+        measure: has a builder board of the class measure a candidate; None where there is none.
+    """
+
+    def __init__(
+        self, steps: Steps, version: ModelVersion, device_class: DeviceClass, target: Target, toolchain: Toolchain, layout: Layout,
+        measure: Measure | None,
+    ) -> None:  # fmt: skip
+        self._steps, self._version, self._class, self._target = steps, version, device_class, target
+        self._toolchain, self._layout, self._measure = toolchain, layout, measure
+        self._board: BuilderBoard | None = None
+        self._float_sent: int | None = None
+        self._numbers = iter(range(10**9))
+
+    @property
+    def here(self) -> bool:
+        """Whether times on this host mean something for the class: it could be a board of it."""
+        spec = self._class.spec
+        could = spec.arch == platform.machine() and set(spec.cpu_features) <= cpu_features()
+        return could and spec.measure_on == "auto"
+
+    @property
+    def has_builder(self) -> bool:
+        """Whether a builder board of the class is there to time what this host can't."""
+        return not self.here and self._measure is not None
+
+    def measure(self, tried: Sequence[tuple[Recipe, Path]]) -> list[Measured]:
+        """Outputs over the held-out samples, and times interleaved with the float model's, of several compiled models in one process.
+
+        Should that die, or the engine fail, of each alone, so that it is known whose fault it was. One alone answers all samples, several the first
+        :data:`MOST_FOR_SEVERAL`; peak memory is a figure of one alone. What stands in for a compiled model gives answers only: its times and
+        its memory are not the board's. What can't be run here at all is judged by the board alone.
+        """
+        float_model = self._steps.float_model()
+        if not self._target.runs_here:
+            return [self._unmeasured(*one, float_model) for one in tried]
+        count = self._version.holdout.count if len(tried) == 1 else min(MOST_FOR_SEVERAL, self._version.holdout.count)
+        outputs = [self._steps.work / f"outputs-{next(self._numbers)}.safetensors" for _ in tried]
+        stood_in = any(stands_in(path) for _, path in tried)
+        timed_here = self.here and not stood_in
+        budget = self._class.spec.budgets.memory_bytes + HOST_OVERHEAD_BYTES
+        budget += 4 * sum(path.stat().st_size for _, path in tried[1:])
+        try:
+            found = self._steps.run(
+                {path: file for (_, path), file in zip(tried, outputs, strict=True)}, self._version.holdout, count,
+                float_model=float_model if timed_here else None, memory_bytes=None if stood_in else budget,
+            )  # fmt: skip
+        except (ChildDied, EngineFailed) as exc:
+            if len(tried) > 1:
+                return [self.measure([one])[0] for one in tried]
+            if isinstance(exc, ChildKilled):  # by this machine, for want of memory: that tells nothing of the candidate
+                raise
+            return [self._died(*tried[0], float_model, f"{exc.ended}: {exc.how}")]
+        times = found.get("times", [None] * len(tried))
+        alone = found["peak_memory_bytes"] if len(tried) == 1 and not stood_in else None
+        measured = []
+        for (recipe, path), file, taken in zip(tried, outputs, times, strict=True):
+            base = msgspec.structs.replace(self._figures(path, float_model), samples=count)
+            answered = load_file(file)
+            compared = quality.compare(answered, self._steps.references(count), self._version)
+            timed = {} if taken is None else taken | {f"float_{k}": v for k, v in found["float"].items()}
+            unmeasured = () if timed_here else ("latency", "memory") if stood_in else ("latency",)
+            figures = msgspec.structs.replace(
+                base, **compared.figures, **timed, peak_memory_bytes=alone, unmeasured=unmeasured,
+                timed_on=HOST if timed_here else "",
+                stand_in=self._target.stand_in if stood_in else "",
+            )  # fmt: skip
+            misses = tuple(quality.misses(figures, self._class.spec, recipe))
+            trial = Trial(recipe=recipe, figures=figures, misses=misses, key=self._steps.key(recipe))
+            if self._measure is not None and not self.here:
+                trial = self._builder(self._measure).measured(
+                    trial, path, float_model, self._steps.key(FLOAT), alone=len(tried) == 1
+                )
+            measured.append(Measured(trial, answered, compared.changed))
+        return measured
+
+    def golden(self, path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+        """(a compiled model's answers to the golden samples, the float model's), by output name.
+
+        Raises:
+            ChildDied, EngineFailed: the engine did, over them.
+        """
+        file = self._steps.work / f"golden-{next(self._numbers)}.safetensors"
+        self._steps.run({path: file}, self._version.golden, self._version.golden.count)
+        return load_file(file), load_file(self._steps.prepare() / "golden.safetensors")
+
+    def _builder(self, measure: Measure) -> BuilderBoard:
+        if self._board is None:
+            self._board = BuilderBoard(
+                self._version, self._class, self._target, self._toolchain, self._layout, measure,
+                self._steps.prepare() / "golden.safetensors",
+            )  # fmt: skip
+        return self._board
+
+    def _figures(self, path: Path, float_model: Path) -> Figures:
+        return Figures(
+            engine=self._target.engine,
+            engine_version=engine_version(self._target, self._toolchain.packages, self._toolchain.tools),
+            float_bytes=float_model.stat().st_size,
+            compiled_bytes=path.stat().st_size,
+            wire_bytes=chunks.sent_bytes(path),
+            float_wire_bytes=self._float_wire_bytes(float_model),
+            samples=self._version.holdout.count,
+        )
+
+    def _float_wire_bytes(self, float_model: Path) -> int:
+        if self._float_sent is None:
+            self._float_sent = chunks.sent_bytes(float_model)
+        return self._float_sent
+
+    def _died(self, recipe: Recipe, path: Path, float_model: Path, how: str) -> Measured:
+        missing = ("agreement", "latency", "memory")
+        figures = msgspec.structs.replace(self._figures(path, float_model), unmeasured=missing)
+        misses = (how, *quality.misses(figures, self._class.spec, recipe))
+        return Measured(
+            Trial(recipe=recipe, figures=figures, misses=misses, key=self._steps.key(recipe), died=True), {}, ()
+        )
+
+    def _unmeasured(self, recipe: Recipe, path: Path, float_model: Path) -> Measured:
+        figures = msgspec.structs.replace(
+            self._figures(path, float_model), unmeasured=("agreement", "latency", "memory")
+        )
+        misses = tuple(quality.misses(figures, self._class.spec, recipe))
+        return Measured(Trial(recipe=recipe, figures=figures, misses=misses, key=self._steps.key(recipe)), {}, ())
