@@ -12,6 +12,7 @@ from typing import Any
 import msgspec
 import pytest
 from edgefleet_controller.compile import checking
+from edgefleet_controller.compile.boards import Measure
 from edgefleet_controller.compile.pipeline import compile_version
 from edgefleet_controller.compile.port import CompileResult
 from edgefleet_controller.compile.toolchains import Toolchains
@@ -21,7 +22,9 @@ from edgefleet_controller.manifests import DeviceClass
 from edgefleet_controller.source import import_model
 from edgefleet_shared import artifact
 from edgefleet_shared.artifact import Layout
-from edgefleet_shared.errors import ManifestError, ModelError, ToolchainError, TrustError
+from edgefleet_shared.contract import AcceptanceFigures, judge
+from edgefleet_shared.errors import ManifestError, ModelError, QualityError, ToolchainError, TrustError
+from edgefleet_shared.work import Answer
 from support import vendor_tools
 from support.networks import classifier, device_class, project
 from support.processes import assert_ends
@@ -36,14 +39,31 @@ class Bench:
         self.cancel = threading.Event()
         self.version = import_model(project(folder, classifier(), counts=(8, 24, 8)), folder, self.layout, cache=folder)
 
-    def compile(self, engine: str, *, progress: Any = lambda *_: None, **spec: Any) -> CompileResult:
+    def compile(
+        self, engine: str, *, progress: Any = lambda *_: None, measure: Measure | None = None, **spec: Any
+    ) -> CompileResult:
         made, toolchains = self.asked(engine, **spec), Toolchains(TOOLCHAINS, cancel=self.cancel)
         return compile_version(
-            self.version, made, self.layout, toolchains, cache=self.folder / "cache", progress=progress
+            self.version, made, self.layout, toolchains, cache=self.folder / "cache", progress=progress, measure=measure
         )
 
     def asked(self, engine: str, **spec: Any) -> DeviceClass:
         return device_class(engine, arch="aarch64", **{"search": {"effort": "fixed", "prefer": "size"}, **spec})
+
+    def on_board(self, times_ms: dict[str, float], agreement: float = 1.0) -> Measure:
+        """A builder board, on which a compiled model takes the time of its precision (of ``times_ms``, by what is in its bytes)."""
+
+        def measure(digest: str) -> Answer:
+            manifest = self.layout.manifest(digest)
+            model = self.layout.read(manifest.layer(artifact.MODEL_LAYER).digest, 10**8).decode()
+            time_ms = next(ms for marked, ms in times_ms.items() if marked in model)
+            figures = AcceptanceFigures(
+                golden_count=8, agreement=agreement, cosine=agreement, load_ms=1.0, first_ms=1.0, p50_ms=time_ms, p95_ms=time_ms,
+                peak_memory_bytes=1 << 20, providers=("NPU",), cpu_share=1.0,
+            )  # fmt: skip
+            return Answer(state="measured", by="atlas-1", report=judge(self.layout.config(manifest).contract, figures))
+
+        return measure
 
     def shipped(self, result: CompileResult) -> bytes:
         layer = self.layout.manifest(result.artifact.digest).layer(artifact.MODEL_LAYER)
@@ -94,6 +114,31 @@ def test_ascend_calibrates_compiles_and_leaves_the_judging_to_the_board(
     )
     told = statement["predicate"]["buildDefinition"]["resolvedDependencies"]
     assert {"name": "program atc", "annotations": {"version": "7.0.0.5.242"}} in told
+
+
+def test_a_builder_board_times_what_can_not_be_run_here_at_all(bench: Bench, monkeypatch) -> None:
+    vendor_tools.install(monkeypatch, bench.folder / "vendor", *ACL)
+    board = bench.on_board({"allow_fp32_to_fp16": 2.0, "must_keep_origin_dtype": 5.0})
+    result = bench.compile("acl", measure=board)
+    assert result.quality == "passed"
+    assert (result.figures.p50_ms, result.figures.float_p50_ms, result.figures.timed_on) == (2.0, 5.0, "atlas-1")
+    assert result.figures.peak_memory_bytes == 1 << 20
+    assert result.figures.unmeasured == ("agreement",)
+
+
+def test_what_a_builder_board_finds_slower_than_float_gives_way_to_it(bench: Bench, monkeypatch) -> None:
+    vendor_tools.install(monkeypatch, bench.folder / "vendor", *ACL)
+    board = bench.on_board({"allow_fp32_to_fp16": 5.0, "must_keep_origin_dtype": 2.0})
+    result = bench.compile("acl", measure=board, search={"effort": "quick", "prefer": "latency"})
+    assert bench.shipped(result) == b"IMODmust_keep_origin_dtype"
+    assert (result.precision, result.figures.p50_ms) == ("fp32", 2.0)
+    assert "slower than float on acl" in result.why
+
+
+def test_what_a_builder_board_refuses_and_this_host_can_not_run_is_not_shipped(bench: Bench, monkeypatch) -> None:
+    vendor_tools.install(monkeypatch, bench.folder / "vendor", *ACL)
+    with pytest.raises(QualityError, match="refused by the builder board atlas-1: agreement"):
+        bench.compile("acl", measure=bench.on_board({"": 1.0}, agreement=0.2))
 
 
 def test_what_a_board_alone_can_judge_is_taken_by_the_controller_and_what_this_host_can_judge_is_not_so(

@@ -42,6 +42,7 @@ class BuilderBoard:
         self._version, self._class, self._target, self._toolchain = version, device_class, target, toolchain
         self._layout, self._measure, self._answers = layout, measure, answers
         self._float: AcceptanceFigures | None = None
+        self._float_told = False
 
     def measured(self, trial: Trial, model: Path, float_model: Path, float_key: str, *, alone: bool) -> Trial:
         """The trial with the board's figures in it.
@@ -56,10 +57,11 @@ class BuilderBoard:
             return trial
         if report.figures is None:
             return _failed(trial, answer.by, report)
-        base = self._of_float(trial, float_model, float_key)
         found = report.figures
+        base = found if trial.key == float_key else self._of_float(trial, float_model, float_key)
         figures = msgspec.structs.replace(
-            trial.figures, p50_ms=found.p50_ms, p95_ms=found.p95_ms, timed_on=answer.by, unmeasured=(),
+            trial.figures, p50_ms=found.p50_ms, p95_ms=found.p95_ms, timed_on=answer.by,
+            unmeasured=() if trial.figures.agreement is not None else ("agreement",),  # on held-out samples; the board saw golden ones
             float_p50_ms=base.p50_ms if base else None, float_p95_ms=base.p95_ms if base else None,
             peak_memory_bytes=found.peak_memory_bytes if alone else trial.figures.peak_memory_bytes,
         )  # fmt: skip
@@ -68,11 +70,12 @@ class BuilderBoard:
         return _failed(measured, answer.by, report) if report.verdict is Verdict.FAILED else measured
 
     def _of_float(self, trial: Trial, float_model: Path, float_key: str) -> AcceptanceFigures | None:
-        """The float model on the board, measured once."""
-        if self._float is None:
+        """The float model on the board, measured once; None where it can't run there, or the board could not tell."""
+        if not self._float_told:
             figures = _bare(trial.figures, float_model)
             report = self._ask(Trial(recipe=FLOAT, figures=figures, misses=(), key=float_key), float_model).report
-            self._float = report.figures if report is not None and not _was_busy(report) else None
+            self._float_told = report is not None and report.verdict is not Verdict.ERROR and not _was_busy(report)
+            self._float = report.figures if report is not None and self._float_told else None
         return self._float
 
     def _ask(self, trial: Trial, model: Path) -> Answer:

@@ -72,7 +72,7 @@ class Finder:
         found = self._search(plain)
         passing = any(not one.lasting for one in found.left_out)
         died = any(trial.died for trial in found.trials)  # it may have been the machine's fault
-        unanswered = self._trials.has_builder and any(trial.figures.unmeasured for trial in found.trials)
+        unanswered = self._trials.has_builder and any("latency" in trial.figures.unmeasured for trial in found.trials)
         if not (unanswered or passing or died):
             file.parent.mkdir(parents=True, exist_ok=True)
             atomic.write_shared(file, msgspec.json.encode(found))
@@ -196,8 +196,10 @@ class Finder:
         return _sparing(found, told, over)
 
     def _unpruned(self, plain: Recipe) -> Choice:
-        # Candidates that can't be told apart here are not made: the board's acceptance judges the plain one.
-        effort = self._class.spec.search.effort if self._target.runs_here else "fixed"
+        effort = self._class.spec.search.effort
+        if not self._target.runs_here and effort != "fixed":
+            # Candidates that can't be told apart are not made: a builder board tells those in float from the plain one; else boards' acceptance judges that.
+            effort = "quick" if self._trials.has_builder else "fixed"
         trials, left_out = self._first(plain, effort)
         return msgspec.structs.replace(self._better_than(trials, plain, effort), left_out=left_out)
 

@@ -216,12 +216,15 @@ class Steps:
         }, memory_bytes)  # fmt: skip
 
     def float_model(self) -> Path:
-        """The float model as the class's engine runs it."""
-        if self._target.measures_onnx:
-            return self.prepare() / "simplified.onnx"
+        """The float model as this host measures it."""
+        return self.prepare() / "simplified.onnx" if self._target.measures_onnx else self.compiled_float()[1]
+
+    def compiled_float(self) -> tuple[Recipe, Path]:
+        """The float model as the class's engine runs it; in half precision where there is no other."""
         half = FLOAT.precision not in self._target.precisions and HALF.precision in self._target.precisions
-        ((path, _),) = self.compile([HALF if half else FLOAT])
-        return path
+        recipe = HALF if half else FLOAT
+        ((path, _),) = self.compile([recipe])
+        return recipe, path
 
     def samples(self, split: Split) -> str:
         """A split as the network takes it (float32, encoded), as a file in the work folder."""
@@ -354,7 +357,11 @@ class Steps:
         )  # fmt: skip
 
     def _log(self, action: str) -> Path:
-        return self._cache.folder / "logs" / f"{self._version.model}-{self._version.version}-{self._class_name}-{action}.log"
+        return (
+            self._cache.folder
+            / "logs"
+            / f"{self._version.model}-{self._version.version}-{self._class_name}-{action}.log"
+        )
 
 
 def _has_float_weights(recipe: Recipe) -> bool:

@@ -20,7 +20,7 @@ from edgefleet_controller.compile import quality
 from edgefleet_controller.compile.boards import BuilderBoard, Measure
 from edgefleet_controller.compile.host import cpu_features
 from edgefleet_controller.compile.port import HOST, Figures, Target, engine_version
-from edgefleet_controller.compile.recipe import FLOAT, Recipe
+from edgefleet_controller.compile.recipe import Recipe
 from edgefleet_controller.compile.search import Trial
 from edgefleet_controller.compile.steps import Steps, stands_in
 from edgefleet_controller.compile.toolchains import Toolchain
@@ -75,12 +75,17 @@ class Trials:
 
         Should that die, or the engine fail, of each alone, so that it is known whose fault it was. One alone answers all samples, several the first
         :data:`MOST_FOR_SEVERAL`; peak memory is a figure of one alone. What stands in for a compiled model gives answers only: its times and
-        its memory are not the board's. What can't be run here at all is judged by the board alone.
+        its memory are not the board's. What can't be run here at all is judged by boards alone.
         """
         float_model = self._steps.float_model()
+        alone = len(tried) == 1
         if not self._target.runs_here:
-            return [self._unmeasured(*one, float_model) for one in tried]
-        count = self._version.holdout.count if len(tried) == 1 else min(MOST_FOR_SEVERAL, self._version.holdout.count)
+            unheard = [self._unmeasured(*one, float_model) for one in tried]
+            return [
+                one._replace(trial=self._on_board(one.trial, path, alone=alone))
+                for one, (_, path) in zip(unheard, tried, strict=True)
+            ]
+        count = self._version.holdout.count if alone else min(MOST_FOR_SEVERAL, self._version.holdout.count)
         outputs = [self._steps.work / f"outputs-{next(self._numbers)}.safetensors" for _ in tried]
         stood_in = any(stands_in(path) for _, path in tried)
         timed_here = self.here and not stood_in
@@ -92,13 +97,13 @@ class Trials:
                 float_model=float_model if timed_here else None, memory_bytes=None if stood_in else budget,
             )  # fmt: skip
         except (ChildDied, EngineFailed) as exc:
-            if len(tried) > 1:
+            if not alone:
                 return [self.measure([one])[0] for one in tried]
             if isinstance(exc, ChildKilled):  # by this machine, for want of memory: that tells nothing of the candidate
                 raise
             return [self._died(*tried[0], float_model, f"{exc.ended}: {exc.how}")]
         times = found.get("times", [None] * len(tried))
-        alone = found["peak_memory_bytes"] if len(tried) == 1 and not stood_in else None
+        peak = found["peak_memory_bytes"] if alone and not stood_in else None
         measured = []
         for (recipe, path), file, taken in zip(tried, outputs, times, strict=True):
             base = msgspec.structs.replace(self._figures(path, float_model), samples=count)
@@ -107,17 +112,13 @@ class Trials:
             timed = {} if taken is None else taken | {f"float_{k}": v for k, v in found["float"].items()}
             unmeasured = () if timed_here else ("latency", "memory") if stood_in else ("latency",)
             figures = msgspec.structs.replace(
-                base, **compared.figures, **timed, peak_memory_bytes=alone, unmeasured=unmeasured,
+                base, **compared.figures, **timed, peak_memory_bytes=peak, unmeasured=unmeasured,
                 timed_on=HOST if timed_here else "",
                 stand_in=self._target.stand_in if stood_in else "",
             )  # fmt: skip
             misses = tuple(quality.misses(figures, self._class.spec, recipe))
             trial = Trial(recipe=recipe, figures=figures, misses=misses, key=self._steps.key(recipe))
-            if self._measure is not None and not self.here:
-                trial = self._builder(self._measure).measured(
-                    trial, path, float_model, self._steps.key(FLOAT), alone=len(tried) == 1
-                )
-            measured.append(Measured(trial, answered, compared.changed))
+            measured.append(Measured(self._on_board(trial, path, alone=alone), answered, compared.changed))
         return measured
 
     def golden(self, path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -130,13 +131,17 @@ class Trials:
         self._steps.run({path: file}, self._version.golden, self._version.golden.count)
         return load_file(file), load_file(self._steps.prepare() / "golden.safetensors")
 
-    def _builder(self, measure: Measure) -> BuilderBoard:
+    def _on_board(self, trial: Trial, path: Path, *, alone: bool) -> Trial:
+        """The trial with a builder board's figures, where one has to tell them and is there."""
+        if self.here or self._measure is None:
+            return trial
         if self._board is None:
             self._board = BuilderBoard(
-                self._version, self._class, self._target, self._toolchain, self._layout, measure,
+                self._version, self._class, self._target, self._toolchain, self._layout, self._measure,
                 self._steps.prepare() / "golden.safetensors",
             )  # fmt: skip
-        return self._board
+        recipe, float_model = self._steps.compiled_float()
+        return self._board.measured(trial, path, float_model, self._steps.key(recipe), alone=alone)
 
     def _figures(self, path: Path, float_model: Path) -> Figures:
         return Figures(
