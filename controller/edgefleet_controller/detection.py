@@ -1,13 +1,14 @@
 """Heads of detectors: receives a detector's raw outputs, hands on boxes and scores as the application reads them. Pure.
 
 One entry of :data:`HEADS` per decoder: what outputs it takes, and how they become corners and scores. Sources: YOLOv3, Redmon 2018, section 2;
-YOLOX, Ge 2021, and its demo's ``demo_postprocess``; YOLOv5 and YOLOv8, the outputs that Ultralytics' export writes.
+YOLOX, Ge 2021, and its demo's ``demo_postprocess``; YOLOv5 and YOLOv8, the outputs that Ultralytics' export writes; SSD, Liu 2016, section 2.2,
+with the variances of its Caffe code; linear sides: MediaPipe's ``TensorsToDetectionsCalculator``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import msgspec
 import numpy as np
@@ -15,9 +16,24 @@ import numpy.typing as npt
 
 from edgefleet_controller.manifests import Decoder
 
+_T = TypeVar("_T")
 Array = npt.NDArray[Any]
 Size = tuple[int, int]
 """Rows and columns of the input."""
+
+
+class PriorBoxes(msgspec.Struct, frozen=True, kw_only=True):
+    """What an SSD's outputs are relative to. ``boxes``: N x 4 of little-endian float32, centre and sides in shares of the input; ``variances``: of
+    x, y, width, height."""
+
+    boxes: bytes
+    variances: tuple[float, ...]
+    order: Literal["xy", "yx"]
+    sides: Literal["exponential", "linear"]
+
+    @property
+    def count(self) -> int:
+        return len(self.boxes) // 16
 
 
 class BoxDecoding(msgspec.Struct, frozen=True, kw_only=True):
@@ -27,6 +43,9 @@ class BoxDecoding(msgspec.Struct, frozen=True, kw_only=True):
     anchors: tuple[tuple[float, float], ...] = ()
     masks: tuple[tuple[int, ...], ...] = ()
     strides: tuple[int, ...] = ()
+    scores: Literal["as_is", "sigmoid", "softmax"] = "as_is"
+    background: int | None = None
+    priors: PriorBoxes | None = None
     relative: bool = False
     threshold: float
     nms_iou: float
@@ -142,19 +161,59 @@ def _yolox(outputs: Sequence[Array], told: BoxDecoding, size: Size) -> tuple[Arr
     return _corners(np.concatenate([middle, sides], axis=1)), rows[:, 4:5] * rows[:, 5:]
 
 
-# --- two outputs: boxes that are decoded already, and scores
+# --- two outputs: boxes, decoded already or relative to priors, and scores
 
 
 def _boxes_fit(shapes: list[tuple[int, ...]], told: BoxDecoding, size: Size) -> bool:
-    return (
-        len(shapes) == 2
-        and [len(shape) for shape in shapes] == [3, 3]
-        and (shapes[0][2], shapes[0][1]) == (4, shapes[1][1])
-    )
+    if [len(shape) for shape in shapes] != [3, 3]:
+        return False
+    boxes, scores = _boxes_first(shapes, shapes)
+    classed = told.background is None or told.background < scores[2]
+    return classed and boxes[1] == scores[1] and boxes[2] == 4
 
 
 def _boxes(outputs: Sequence[Array], told: BoxDecoding, size: Size) -> tuple[Array, Array]:
-    return outputs[0], outputs[1]
+    boxes, scores = _boxes_first(outputs, [output.shape for output in outputs])
+    return boxes, _likely(scores, told)
+
+
+def _ssd_fits(shapes: list[tuple[int, ...]], told: BoxDecoding, size: Size) -> bool:
+    assert told.priors is not None
+    if [len(shape) for shape in shapes] != [3, 3]:
+        return False
+    boxes, scores = _boxes_first(shapes, shapes)
+    classed = told.background is None or told.background < scores[2]
+    return classed and boxes[1] == scores[1] == told.priors.count and boxes[2] >= 4
+
+
+def _ssd(outputs: Sequence[Array], told: BoxDecoding, size: Size) -> tuple[Array, Array]:
+    boxes, scores = _boxes_first(outputs, [output.shape for output in outputs])
+    assert told.priors is not None
+    priors = np.frombuffer(told.priors.boxes, "<f4").reshape(-1, 4).astype(np.float64)
+    moved = boxes[:, [1, 0, 3, 2] if told.priors.order == "yx" else [0, 1, 2, 3]] * told.priors.variances
+    middle = priors[:, :2] + moved[:, :2] * priors[:, 2:]
+    grown = moved[:, 2:] if told.priors.sides == "linear" else np.exp(np.clip(moved[:, 2:], -10, 10))
+    corners = _corners(np.concatenate([middle, grown * priors[:, 2:]], axis=1))
+    return corners * (size[1], size[0], size[1], size[0]), _likely(scores, told)
+
+
+def _boxes_first(outputs: Sequence[_T], shapes: Sequence[tuple[int, ...]]) -> tuple[_T, _T]:
+    """(boxes, scores): those with four columns are the boxes, whichever comes first; where that does not tell, the first."""
+    first, second = outputs
+    return (second, first) if shapes[1][-1] == 4 != shapes[0][-1] else (first, second)
+
+
+def _likely(scores: Array, told: BoxDecoding) -> Array:
+    """Shares, with nothing in the place of the background."""
+    if told.scores == "sigmoid":
+        scores = _sigmoid(scores)
+    elif told.scores == "softmax":
+        likely = np.exp(scores - scores.max(axis=1, keepdims=True))
+        scores = likely / likely.sum(axis=1, keepdims=True)
+    if told.background is not None:
+        scores = scores.copy()
+        scores[:, told.background] = -np.inf
+    return scores
 
 
 _ROWS = (Part("boxes", 2, 0, 4), Part("objectness", 2, 4, 5), Part("scores", 2, 5, None))
@@ -182,10 +241,24 @@ HEADS: dict[Decoder, Head] = {
         _yolox,
         _ROWS,
     ),
+    "ssd": Head(
+        lambda told: (
+            f"two outputs, boxes, batch x {told.priors.count if told.priors else 0} (as there are priors) x 4 or more, and scores, batch x as many x classes"
+            + _with_background(told)
+        ),
+        _ssd_fits,
+        _ssd,
+    ),
     "boxes": Head(
-        lambda told: "two outputs, boxes, batch x N x 4, and scores, batch x N x classes", _boxes_fit, _boxes
+        lambda told: "two outputs, boxes, batch x N x 4, and scores, batch x N x classes" + _with_background(told),
+        _boxes_fit,
+        _boxes,
     ),
 }
+
+
+def _with_background(told: BoxDecoding) -> str:
+    return "" if told.background is None else f", class {told.background}, the background, among them"
 
 
 def _corners(boxes: Array) -> Array:

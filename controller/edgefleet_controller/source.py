@@ -16,11 +16,11 @@ from edgefleet_shared.contract import OutputTolerance, PictureEncoding, TensorSp
 from edgefleet_shared.errors import ArtifactError, DataError, ModelError
 from safetensors.numpy import save
 
-from edgefleet_controller import network, pictures, sample_sets, segmentation
-from edgefleet_controller.detection import BoxDecoding, misfit
+from edgefleet_controller import network, output_meaning, pictures, sample_sets
+from edgefleet_controller.detection import BoxDecoding
 from edgefleet_controller.formats import format_of
 from edgefleet_controller.importers import importer
-from edgefleet_controller.manifests import Model, ModelAcceptance, Output, PictureInput, Pruning
+from edgefleet_controller.manifests import Model, ModelAcceptance, PictureInput, Pruning
 from edgefleet_controller.sample_sets import Progress as Progress
 from edgefleet_controller.segmentation import MaskReading
 
@@ -176,10 +176,11 @@ def import_model(
                 hint="give the batch dimension the size 1 under spec.sizes, or export with batch 1",
             )
     picture = _picture_input(spec.inputs, inputs, origin)
-    labels = _labels(manifest, base, outputs, origin)
-    characters = _characters(manifest, base, outputs, origin)
-    detection = _detection(spec.output, inputs, outputs, sample_sets.encoding(picture), origin)
-    masks = _masks(spec.output, inputs, outputs, sample_sets.encoding(picture), origin)
+    size = _picture_size(inputs[0], sample_sets.encoding(picture)) if len(inputs[0].shape) == 4 else None
+    labels = output_meaning.labels(spec.output, base, outputs, origin)
+    characters = output_meaning.characters(spec.output, base, outputs, origin)
+    detection = output_meaning.detection(spec.output, base, inputs[0], size, outputs, origin)
+    masks = output_meaning.masks(spec.output, size, outputs, origin)
     progress("reading the network", 1, 1)
 
     splits = []
@@ -281,92 +282,6 @@ def _picture_input(
     if tensor.datatype != "FP32":
         raise ModelError(f"{origin}: picture input {tensor.name!r} is {tensor.datatype}, expected FP32")
     return picture, tensor
-
-
-def _labels(manifest: Model, base: Path, outputs: tuple[TensorSpec, ...], origin: str) -> tuple[str, ...]:
-    output = manifest.spec.output
-    if output.kind == "classification" and (len(outputs) != 1 or len(outputs[0].shape) < 2):
-        raise ModelError(
-            f"{origin} has the outputs {', '.join(f'{o.name} {o.shape}' for o in outputs)}; a classifier has one, batch x classes",
-            hint="use output kind raw",
-        )
-    if output.kind == "classification" and outputs[0].shape[-1] == 1:
-        raise ModelError(
-            f"{origin}: output {outputs[0].name} {outputs[0].shape} has one class, which is always the largest",
-            hint="use output kind raw, with as much tolerance as the application's threshold has room",
-        )
-    if output.labels is None:
-        return ()
-    path = base / output.labels
-    try:
-        labels = tuple(line.strip() for line in path.read_text(encoding=sample_sets.TEXT).splitlines() if line.strip())
-    except (OSError, UnicodeDecodeError) as exc:
-        raise DataError(f"can't read the labels {path}: {exc}") from exc
-    if output.kind == "classification" and len(labels) != outputs[0].shape[-1]:
-        raise DataError(f"{path} has {len(labels)} labels, {origin} has {outputs[0].shape[-1]} classes")
-    return labels
-
-
-def _detection(
-    output: Output,
-    inputs: tuple[TensorSpec, ...],
-    outputs: tuple[TensorSpec, ...],
-    encoding: PictureEncoding | None,
-    origin: str,
-) -> BoxDecoding | None:
-    """The decoding of boxes, checked against inputs and outputs."""
-    given = output.detection
-    if given is None:
-        return None
-    if len(inputs[0].shape) != 4:
-        raise ModelError(f"{origin}: input {inputs[0].name} {inputs[0].shape} is no picture to find boxes in")
-    told = BoxDecoding(
-        decoder=given.decoder, anchors=tuple((a[0], a[1]) for a in given.anchors), masks=tuple(tuple(mask) for mask in given.masks),
-        strides=tuple(given.strides) if given.decoder == "yolox" else (), relative=given.relative,
-        threshold=given.threshold, nms_iou=given.nms_iou, match_iou=given.match_iou,
-    )  # fmt: skip
-    if expected := misfit([o.shape for o in outputs], told, _picture_size(inputs[0], encoding)):
-        shapes = ", ".join(f"{o.name} {o.shape}" for o in outputs)
-        raise ModelError(f"{origin} has the outputs {shapes}; decoder {told.decoder} takes {expected}")
-    return told
-
-
-def _masks(
-    output: Output,
-    inputs: tuple[TensorSpec, ...],
-    outputs: tuple[TensorSpec, ...],
-    encoding: PictureEncoding | None,
-    origin: str,
-) -> MaskReading:
-    """How masks are read, checked against inputs and outputs."""
-    told = MaskReading() if output.segmentation is None else MaskReading(**output.segmentation.model_dump())
-    if output.kind == "segmentation":
-        size = _picture_size(inputs[0], encoding) if len(inputs[0].shape) == 4 else (-1, -1)
-        if unfit := segmentation.misfit(outputs, told, size):
-            raise ModelError(
-                f"{origin} as a segmentation: {unfit}", hint="use output kind raw for what is no class of a pixel"
-            )
-    return told
-
-
-def _characters(manifest: Model, base: Path, outputs: tuple[TensorSpec, ...], origin: str) -> tuple[str, ...]:
-    text = manifest.spec.output.text
-    if text is None:
-        return ()
-    path = base / text.characters
-    try:
-        # Not splitlines: it also splits at characters that an alphabet may hold.
-        found = [line.rstrip("\r") for line in path.read_text(encoding=sample_sets.TEXT).rstrip("\n").split("\n")]
-    except (OSError, UnicodeDecodeError) as exc:
-        raise DataError(f"can't read the characters {path}: {exc}") from exc
-    found += [" "] if text.space else []
-    classes = outputs[0].shape[-1]
-    if len(outputs) != 1 or len(outputs[0].shape) != 3 or len(found) + 1 != classes:
-        shapes = ", ".join(f"{o.name} {o.shape}" for o in outputs)
-        raise DataError(
-            f"{path} has {len(found)} characters, space included; with the blank they don't fit {origin}'s outputs {shapes}"
-        )
-    return tuple(found)
 
 
 def _limits(given: ModelAcceptance, outputs: tuple[TensorSpec, ...], origin: str) -> AcceptanceLimits:

@@ -7,7 +7,7 @@ from typing import Any, get_args
 import numpy as np
 import pytest
 from edgefleet_controller import detection
-from edgefleet_controller.detection import BoxDecoding
+from edgefleet_controller.detection import BoxDecoding, PriorBoxes
 from edgefleet_controller.manifests import Decoder
 
 SIZE = (64, 32)  # rows, columns
@@ -58,6 +58,45 @@ def test_boxes_in_shares_of_the_inputs_sides() -> None:
     assert kept is scores
 
 
+def priors(*boxes: list[float], **more: Any) -> PriorBoxes:
+    more = {"variances": (0.1, 0.1, 0.2, 0.2), "order": "xy", "sides": "exponential"} | more
+    return PriorBoxes(boxes=np.array(boxes, "<f4").tobytes(), **more)
+
+
+# The box of CORNERS as what a network answers relative to a prior in the middle of half the picture's sides.
+PRIOR = [0.5, 0.5, 0.5, 0.5]
+MOVED = [(13 / 32 - 0.5) / 0.5 / 0.1, (24 / 64 - 0.5) / 0.5 / 0.1]
+GROWN = [np.log(6 / 32 / 0.5) / 0.2, np.log(8 / 64 / 0.5) / 0.2]
+
+
+@pytest.mark.parametrize(
+    ("prior", "answer"),
+    [
+        (priors(PRIOR), [*MOVED, *GROWN]),
+        (priors(PRIOR), [*MOVED, *GROWN, 7.0, 7.0]),  # key points behind it
+        (priors(PRIOR, order="yx"), [*MOVED[::-1], *GROWN[::-1]]),
+        (
+            priors([0.5, 0.5, 1, 1], sides="linear", variances=(1 / 128,) * 4),
+            [(13 / 32 - 0.5) * 128, (24 / 64 - 0.5) * 128, 6 / 32 * 128, 8 / 64 * 128],
+        ),
+    ],
+)
+def test_ssds_boxes_are_relative_to_priors(prior: PriorBoxes, answer: list[float]) -> None:
+    head = told("ssd", priors=prior, scores="sigmoid")
+    corners, scores = detection.decoded([np.array([answer]), np.array([[0.0]])], head, SIZE)
+    assert corners == pytest.approx(np.array([CORNERS]), rel=1e-5)
+    assert scores.tolist() == [[0.5]]
+
+
+def test_boxes_and_scores_come_in_any_order_and_the_background_is_no_class() -> None:
+    boxes, logits = np.array([CORNERS]), np.log([[0.7, 0.1, 0.2]])
+    for outputs in ([boxes, logits], [logits, boxes]):
+        corners, scores = detection.decoded(outputs, told("boxes", scores="softmax", background=0), SIZE)
+        assert corners is boxes
+        assert scores[0, 0] == -np.inf
+        assert scores[0, 1:] == pytest.approx([0.1, 0.2])
+
+
 @pytest.mark.parametrize(
     ("head", "shapes", "words"),
     [
@@ -70,6 +109,12 @@ def test_boxes_in_shares_of_the_inputs_sides() -> None:
         (told("yolox", strides=(8, 16)), [(1, 32 + 8 + 2, 6)], "the strides 8, 16"),
         (told("boxes"), [(1, 100, 4), (1, 100, 3)], ""),
         (told("boxes"), [(1, 100, 4), (1, 99, 3)], "two outputs"),
+        (told("boxes"), [(1, 100, 3), (1, 100, 4)], ""),
+        (told("boxes", background=3), [(1, 100, 4), (1, 100, 3)], "class 3, the background, among them"),
+        (told("ssd", priors=priors(PRIOR, PRIOR)), [(1, 2, 4), (1, 2, 1)], ""),
+        (told("ssd", priors=priors(PRIOR, PRIOR)), [(1, 2, 16), (1, 2, 1)], ""),
+        (told("ssd", priors=priors(PRIOR)), [(1, 2, 4), (1, 2, 1)], "boxes, batch x 1 (as there are priors)"),
+        (told("ssd", priors=priors(PRIOR)), [(1, 4, 1, 1), (1, 1, 1)], "two outputs"),
         (told("yolov3", masks=((0,),), anchors=((1.0, 1.0),)), [(1, 7, 4, 4)], ""),
         (told("yolov3", masks=((0, 1),), anchors=((1.0, 1.0),) * 2), [(1, 9, 4, 4)], "here 2 anchors"),
     ],

@@ -266,6 +266,15 @@ def found_at(places: Any, score: float) -> dict[str, Any]:
     }
 
 
+@pytest.mark.parametrize("above", [0.4, 0.6])
+def test_a_picture_full_of_boxes_is_told_as_read_wrongly(above: float) -> None:
+    scores = np.where(np.arange(400) < above * 400, 0.9, 0.1)
+    places = np.linspace(4, 60, 400)
+    wanted = {"y": np.stack([places, places, *np.full((2, 400), 6.0), scores])[None].astype(np.float32)}
+    told = vacuous(wanted, detector())
+    assert ("a box at 240 of 400 places" in told) if above > 0.5 else (told == "")
+
+
 @pytest.mark.parametrize(
     ("told", "places", "score", "words"),
     [

@@ -254,6 +254,58 @@ def test_a_head_that_does_not_hold_its_anchors_is_refused(tmp_path: Path) -> Non
         imported(tmp_path, net.model([1, 9, 4, 4]), **DETECTION | {"output": {"kind": "detection", "detection": told}})
 
 
+def ssd_like() -> onnx.ModelProto:
+    """Scores, then boxes: 16 x 2 and 16 x 4."""
+    net = Net()
+    net.conv(3, 6, stride=8)
+    net.add("Transpose", perm=[0, 2, 3, 1])
+    rows = net.add("Reshape", net.constant(np.array([1, 16, 6])))
+    for name, begin, end in (("confidence", 0, 2), ("location", 2, 6)):
+        bounds = [net.constant(np.array([place])) for place in (begin, end, 2)]
+        net.add("Slice", *bounds, first=rows)
+        net.nodes[-1].output[:] = [name]
+    model = net.model([1, 16, 4])
+    del model.graph.node[-1]
+    infos = [onnx.helper.make_tensor_value_info(n, 1, [1, 16, w]) for n, w in (("confidence", 2), ("location", 4))]
+    del model.graph.output[:]
+    model.graph.output.extend(infos)
+    return model
+
+
+SSD = {"decoder": "ssd", "scores": "softmax", "background": 0, "priors": {"path": "priors.txt"}}
+SSD_LIKE = {"output": {"kind": "detection", "detection": SSD}, "acceptance": {"tolerance_abs": 0.5}}
+
+
+def test_an_ssds_priors_travel_with_the_version(tmp_path: Path) -> None:
+    (tmp_path / "priors.txt").write_text("0.5, 0.25, 0.1 0.2\n\n" + "0.1 0.1 0.1 0.1\n" * 15)
+    version = imported(tmp_path, ssd_like(), **SSD_LIKE)
+    assert version.detection is not None
+    assert version.detection.priors is not None
+    assert np.frombuffer(version.detection.priors.boxes, "<f4")[:4] == pytest.approx([0.5, 0.25, 0.1, 0.2])
+    assert decode(version.encode()) == version
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (None, "can't read the priors"),
+        ("0.5 0.5 0.1\n" * 16, "prior 1 has no four numbers"),
+        ("0.5 0.5 0.1 0.1\n0.5 0.5 0.1\n", "prior 2 has no four numbers"),
+        ("0.5 0.5 0.1 wide\n" * 16, "could not convert string to float: 'wide'"),
+        ("", "prior 1 has no four numbers"),
+        ("0.5 0.5 0.1 0.1\n" * 15 + "0.5 0.5 0 0.1", "prior 16 is"),
+        ("0.5 0.5 0.1 nan\n" * 16, "prior 1 is"),
+        ("16 16 8 8\n" * 16, "are they in pixels"),
+        ("0.5 0.5 0.1 0.1\n" * 15, "batch x 15 .as there are priors."),
+    ],
+)
+def test_priors_that_are_none_or_of_another_network_are_refused(tmp_path: Path, text: str | None, words: str) -> None:
+    if text is not None:
+        (tmp_path / "priors.txt").write_text(text)
+    with pytest.raises((DataError, ModelError), match=words):
+        imported(tmp_path, ssd_like(), **SSD_LIKE)
+
+
 def test_truth_names_classes_by_label_or_number_and_each_line_is_checked(tmp_path: Path) -> None:
     (tmp_path / "labels.txt").write_text("\n".join("abcdefghij"))
     (tmp_path / "truth.txt").write_text("\n".join(["a", "9"] * 16))

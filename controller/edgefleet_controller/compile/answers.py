@@ -6,6 +6,7 @@ is gone, a word that runs into the next one. What a detector's outputs mean is i
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -55,30 +56,38 @@ def lines(outputs: Array, characters: tuple[str, ...]) -> list[str]:
 
 def boxes(outputs: dict[str, Array], version: ModelVersion) -> list[list[Box]]:
     """Boxes of each picture above the application's threshold, best first."""
-    told = version.detection
-    assert told is not None
+    assert version.detection is not None
+    return [_suppressed(corners, scores, version.detection) for corners, scores in _decoded(outputs, version)]
+
+
+def above_threshold(outputs: dict[str, Array], version: ModelVersion) -> tuple[int, int]:
+    """(how many places of all pictures have a score above the application's threshold, of how many), overlaps included."""
+    assert version.detection is not None
+    above = [scores.max(axis=1) >= version.detection.threshold for _, scores in _decoded(outputs, version)]
+    return sum(int(one.sum()) for one in above), sum(len(one) for one in above)
+
+
+def _decoded(outputs: dict[str, Array], version: ModelVersion) -> Iterator[tuple[Array, Array]]:
+    """Corners and scores of each picture; what is not a number is no box."""
+    assert version.detection is not None
     arrays = [outputs[spec.name] for spec in version.outputs]
-    count = len(arrays[0])
-    size = version.input_size
-    found = []
-    for i in range(count):
+    for i in range(len(arrays[0])):
         one = [np.nan_to_num(a[i], nan=-1e9, posinf=1e9, neginf=-1e9).astype(np.float64) for a in arrays]
-        found.append(_suppressed(*decoded(one, told, size), told))
-    return found
+        yield decoded(one, version.detection, version.input_size)
 
 
 def matched(have: list[Box], want: list[Box], least_iou: float) -> int:
     """How many boxes are in both: same class, overlap enough, each used once, best scores first."""
-    free, count = list(want), 0
+    corners, kinds = np.array([box[:4] for box in want]).reshape(-1, 4), np.array([box.kind for box in want])
+    free, count = np.ones(len(want), bool), 0
     for box in have:
-        near = [
-            (float(_iou(np.array([box[:4]]), np.array([other[:4]]))[0]), other)
-            for other in free
-            if other.kind == box.kind
-        ]
-        best = max(near, default=None, key=lambda pair: pair[0])
-        if best is not None and best[0] >= least_iou:
-            free.remove(best[1])
+        near = np.flatnonzero(free & (kinds == box.kind))
+        if not near.size:
+            continue
+        overlaps = _iou(np.array([box[:4]]), corners[near])
+        best = int(overlaps.argmax())
+        if overlaps[best] >= least_iou:
+            free[near[best]] = False
             count += 1
     return count
 

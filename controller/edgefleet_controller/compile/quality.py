@@ -27,6 +27,7 @@ ENOUGH = 32  # labelled samples that tell chance from skill
 NEAR_CHANCE = 1.5  # times what guessing gets
 SMALL_FIRST = ("size", "transfer")  # what a class may prefer over speed
 MOST_SCORE = 1.01  # of a box; a sigmoid's rounding apart, no share is more than the whole
+CROWDED = 100  # boxes in a picture, overlaps included, from which half of all places being boxes is no chance
 IN_A_CORNER = 2.0  # pixels, which coordinates that are shares of a picture reach at most
 MOST_LABELS = 3  # told one by one in a miss; the report has more
 WITHIN = "values within tolerance, "  # and the output's name, among the shares of a raw network
@@ -102,6 +103,12 @@ def vacuous(references: dict[str, Array], version: ModelVersion) -> str:
             if 2 * broken > n:
                 return f"the float model's own output {spec.name!r} holds NaN or infinity for {broken} of {n} held-out samples, which nothing agrees with"
     if version.output_kind == "detection":
+        above, places = answers.above_threshold(references, version)
+        if above > max(CROWDED * n, places / 2):
+            return (
+                f"the float model finds a box at {above // n} of {places // n} places of a held-out picture: is one of its classes the background "
+                "(output.detection.background), are scores still to be made shares (output.detection.scores), or is the decoder another one?"
+            )
         return _misread([box for found in answers.boxes(references, version) for box in found], n, version)
     if version.output_kind == "classification":
         said = {row.tobytes() for row in answers.classes(references[name])}

@@ -20,6 +20,7 @@ from edgefleet_controller.manifests.model import (
     Output,
     PictureInput,
     Pictures,
+    Priors,
     Pruning,
     Training,
 )
@@ -41,6 +42,7 @@ __all__ = [
     "Output",
     "PictureInput",
     "Pictures",
+    "Priors",
     "Pruning",
     "Rollout",
     "Site",

@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from edgefleet_controller.manifests.base import Count, ManifestBase, Name, Share, Strict, Version
 
-Decoder = Literal["yolov3", "yolov5", "yolov8", "yolox", "boxes"]
+Decoder = Literal["yolov3", "yolov5", "yolov8", "yolox", "ssd", "boxes"]
 
 
 class Source(Strict):
@@ -52,18 +52,40 @@ class PictureInput(Strict):
         return self
 
 
+class Priors(Strict):
+    """The boxes that an SSD's outputs are relative to, and how: the centre is ``prior + output * variance * prior's sides``, the sides are
+    ``exp(output * variance)`` times the prior's, or ``output * variance`` times (``linear``)."""
+
+    path: str = Field(
+        description="text file, one prior a line: x and y of its centre, width, height, in shares of the input's sides"
+    )
+    variances: Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=4, max_length=4)] = Field(
+        default=[0.1, 0.1, 0.2, 0.2], description="of x, y, width, height; where these are divided by: 1 / scale"
+    )
+    order: Literal["xy", "yx"] = Field(default="xy", description="yx: outputs are y, x, height, width (TensorFlow's)")
+    sides: Literal["exponential", "linear"] = "exponential"
+
+
 class Detection(Strict):
     """How outputs become boxes, as the application does it; x before y, width before height, all in pixels of the input.
 
     ``yolov3``: one output per scale, batch x anchors * (5 + classes) x rows x columns, before any sigmoid, with ``anchors`` (width, height in
     pixels) and ``masks`` (their numbers) per output. ``yolov5`` (also v6, v7): one output, batch x N x (5 + classes): centre, sides, objectness,
     scores. ``yolov8`` (and later): one output, batch x (4 + classes) x N: centre, sides, scores. ``yolox``: as yolov5, in cells of grids of these
-    ``strides``. ``boxes``: two outputs, boxes (batch x N x 4: left, top, right, bottom) and scores (batch x N x classes)."""
+    ``strides``. ``boxes``: two outputs, in any order: boxes (batch x N x 4: left, top, right, bottom) and scores (batch x N x classes).
+    ``ssd``: the same (batch x N x 4 or more, of which the first 4 count), relative to ``priors``."""
 
     decoder: Decoder
     anchors: list[Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=2, max_length=2)]] = []
     masks: list[list[Annotated[int, Field(ge=0)]]] = []
     strides: list[Count] = Field(default=[8, 16, 32], description="yolox only")
+    scores: Literal["as_is", "sigmoid", "softmax"] = Field(
+        default="as_is", description="boxes and ssd: what is still to be done to them"
+    )
+    background: Annotated[int, Field(ge=0)] | None = Field(
+        default=None, description="boxes and ssd: number of the class that stands for no box"
+    )
+    priors: Priors | None = Field(default=None, description="ssd only")
     relative: bool = Field(
         default=False, description="yolov5, yolov8 and boxes: in shares of the input's sides, as TFLite exports have it"
     )
@@ -79,8 +101,12 @@ class Detection(Strict):
             raise ValueError("decoder yolov3 needs anchors and masks")
         if any(number >= len(self.anchors) for mask in self.masks for number in mask):
             raise ValueError("masks name anchors by their place, from 0")
-        if self.relative and self.decoder in ("yolov3", "yolox"):
+        if self.relative and self.decoder in ("yolov3", "yolox", "ssd"):
             raise ValueError(f"decoder {self.decoder} has no relative coordinates")
+        if (self.decoder == "ssd") != (self.priors is not None):
+            raise ValueError("decoder ssd and priors go together")
+        if self.decoder not in ("boxes", "ssd") and (self.scores != "as_is" or self.background is not None):
+            raise ValueError(f"decoder {self.decoder} has no scores and no background to tell of")
         return self
 
 
