@@ -16,7 +16,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-KINDS = ("prepared", "described", "pruned", "answers", "statistics", "quantized", "halved", "ranked", "compiled")
+KINDS = (
+    "prepared",
+    "described",
+    "pruned",
+    "answers",
+    "statistics",
+    "quantized",
+    "halved",
+    "ranked",
+    "compiled",
+    "sent",
+)
 UNFINISHED = ".filling-"
 SEAL = ".whole"  # in each folder: the digests of its files, by their paths in it
 IN_USE_S = 24 * 3600.0

@@ -13,11 +13,12 @@ from typing import Any, NamedTuple
 
 import msgspec
 from edgefleet_shared import chunks
-from edgefleet_shared.artifact import Layout
+from edgefleet_shared.artifact import Layout, digest_file
 from safetensors.numpy import load_file
 
 from edgefleet_controller.compile import quality
 from edgefleet_controller.compile.boards import BuilderBoard, Measure
+from edgefleet_controller.compile.cache import content_key
 from edgefleet_controller.compile.host import cpu_features
 from edgefleet_controller.compile.port import HOST, Figures, Target, engine_version
 from edgefleet_controller.compile.recipe import Recipe
@@ -55,7 +56,6 @@ class Trials:
         self._steps, self._version, self._class, self._target = steps, version, device_class, target
         self._toolchain, self._layout, self._measure = toolchain, layout, measure
         self._board: BuilderBoard | None = None
-        self._float_sent: int | None = None
         self._numbers = iter(range(10**9))
 
     @property
@@ -149,15 +149,19 @@ class Trials:
             engine_version=engine_version(self._target, self._toolchain.packages, self._toolchain.tools),
             float_bytes=float_model.stat().st_size,
             compiled_bytes=path.stat().st_size,
-            wire_bytes=chunks.sent_bytes(path),
-            float_wire_bytes=self._float_wire_bytes(float_model),
+            wire_bytes=self._sent_bytes(path),
+            float_wire_bytes=self._sent_bytes(float_model),
             samples=self._version.holdout.count,
         )
 
-    def _float_wire_bytes(self, float_model: Path) -> int:
-        if self._float_sent is None:
-            self._float_sent = chunks.sent_bytes(float_model)
-        return self._float_sent
+    def _sent_bytes(self, path: Path) -> int:
+        """What is sent of a file; packing a float model to find out takes longer than measuring it."""
+
+        def fill(staged: Path) -> None:
+            (staged / "bytes").write_text(str(chunks.sent_bytes(path)))
+
+        key = content_key("sent", digest_file(path), chunks.LEVEL)
+        return int((self._steps.once("sent", key, fill) / "bytes").read_text())
 
     def _died(self, recipe: Recipe, path: Path, float_model: Path, how: str) -> Measured:
         missing = ("agreement", "latency", "memory")
