@@ -17,7 +17,7 @@ TIMED_RUNS = 40
 TIMED_RUNS_OF_SEVERAL = 15  # to rank candidates; the one that is chosen is timed again, alone with float
 UNDISTURBED = 0.02  # share of a run's time that threads may have waited for a processor in it
 MOST_ROUNDS = 5  # times as many rounds as are asked for, in search of such runs
-MOST_EXTRA_S = 20.0  # for those beyond what was asked for
+MOST_EXTRA_S = 10.0  # for those beyond what was asked for
 
 
 class Clocks(NamedTuple):
