@@ -19,9 +19,11 @@ import grpc
 import numpy as np
 import pytest
 import tritonclient.grpc as triton
+import tritonclient.http as triton_http
 import tritonclient.utils.shared_memory as triton_memory
 from edgefleet_agent.runtime.grpc_bounds import CALLS_AT_ONCE, MAX_CALLS, MESSAGE_LIMIT_S
 from edgefleet_agent.runtime.head import MAX_BODY_BYTES
+from edgefleet_agent.runtime.regions import MAX_OF_ONE_USER
 from support import artifacts
 from support.runtimes import Runtime, running, until
 from tritonclient.grpc import service_pb2
@@ -185,6 +187,26 @@ def test_tritonclient_infers_from_and_into_its_shared_memory(client: triton.Infe
         assert answers(client)
     finally:
         triton_memory.destroy_shared_memory_region(handle)
+
+
+def test_a_client_with_too_many_regions_is_told_that_trying_again_does_not_help(
+    runtime: Runtime, client: triton.InferenceServerClient, key: str
+) -> None:
+    region = triton_memory.create_shared_memory_region("one", f"/{key}", 64)
+    http = triton_http.InferenceServerClient("{}:{}".format(*runtime.address))
+    try:
+        for face, code in ((client, "StatusCode.RESOURCE_EXHAUSTED"), (http, "429")):
+            for number in range(MAX_OF_ONE_USER):
+                face.register_system_shared_memory(f"region-{number}", f"/{key}", 64)
+            with pytest.raises(InferenceServerException, match="too many regions") as refused:
+                face.register_system_shared_memory("one-more", f"/{key}", 64)
+            assert refused.value.status() == code
+            face.unregister_system_shared_memory("region-0")
+            face.register_system_shared_memory("one-more", f"/{key}", 64)
+            face.unregister_system_shared_memory()
+    finally:
+        http.close()
+        triton_memory.destroy_shared_memory_region(region)
 
 
 def test_where_nobody_tells_whose_a_connection_is_only_open_objects_are_taken(
