@@ -25,7 +25,7 @@ from edgefleet_agent.runtime.grpc_bounds import CALLS_AT_ONCE, MAX_CALLS, MESSAG
 from edgefleet_agent.runtime.head import MAX_BODY_BYTES
 from edgefleet_agent.runtime.regions import MAX_OF_ONE_USER
 from support import artifacts
-from support.runtimes import Runtime, running, until
+from support.runtimes import Runtime, running, start_holding, until
 from tritonclient.grpc import service_pb2
 from tritonclient.utils import InferenceServerException
 
@@ -41,8 +41,11 @@ def runtime(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runtime]:
 
 
 @contextmanager
-def gateway(runtime: Runtime, listen: str = "127.0.0.1:0") -> Iterator[tuple[str, subprocess.Popen[str]]]:
-    process = subprocess.Popen(
+def gateway(
+    runtime: Runtime, listen: str = "127.0.0.1:0", held: tuple[socket.socket, ...] = ()
+) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+    process = start_holding(
+        held,
         [sys.executable, "-m", "edgefleet_agent.runtime.grpc_gateway", "--state", str(runtime.state), "--listen", listen],
         stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
@@ -375,3 +378,55 @@ def test_many_large_messages_at_once_take_no_multiple_of_their_size_and_leave_no
         assert refused == ["RESOURCE_EXHAUSTED"] * clients
         assert kibibytes("VmHWM") * 1024 < 2 * clients * MAX_BODY_BYTES
         until(lambda: kibibytes("VmRSS") - before < MAX_BODY_BYTES >> 10, what="the memory being given back")
+
+
+def test_a_restart_of_the_gateway_ends_no_call_and_refuses_no_client(runtime: Runtime) -> None:
+    """As systemd restarts it, which holds the port: what is under way is answered, who comes meanwhile waits for the next one."""
+    worker = runtime.version("1").pid
+    with socket.create_server(("127.0.0.1", 0), backlog=16) as port:
+        here = "{}:{}".format(*port.getsockname())
+        listen = f"unix:{runtime.state}/run/grpc.sock"
+        answers: list[Any] = []
+        with gateway(runtime, listen, held=(port,)) as (_, process):
+            client = triton.InferenceServerClient(here)
+            assert client.is_server_ready()
+            os.kill(worker, signal.SIGSTOP)
+            try:
+                for _ in range(CALLS_AT_ONCE + 4):  # those above it wait in the gateway
+                    client.async_infer("toy", [tensor()], lambda result, error: answers.append(result or error))
+                until(lambda: runtime.version("1").in_flight >= CALLS_AT_ONCE, what="calls under way")
+                process.terminate()
+                until(lambda: not _answers(port.getsockname()), what="it takes no more")
+                late = triton.InferenceServerClient(here)
+                late.async_infer("toy", [tensor()], lambda result, error: answers.append(result or error))
+            finally:
+                os.kill(worker, signal.SIGCONT)
+            until(lambda: len(answers) == CALLS_AT_ONCE + 4, what="what was under way is answered")
+            assert process.wait(20) == 0
+        with gateway(runtime, listen, held=(port,)):
+            until(lambda: len(answers) == CALLS_AT_ONCE + 5, what="who came meanwhile is answered")
+            client.close()
+            late.close()
+    for answer in answers:
+        assert isinstance(answer, triton.InferResult), answer
+        assert np.allclose(answer.as_numpy("y"), artifacts.truth(1, X), atol=1e-3)
+
+
+def _answers(address: tuple[str, int]) -> bool:
+    """Whether somebody takes a new connection there and speaks first, as servers of HTTP/2 do."""
+    with socket.create_connection(address) as link:
+        link.settimeout(0.5)
+        link.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0]))
+        with suppress(TimeoutError):
+            return bool(link.recv(9))
+    return False
+
+
+def test_sockets_of_systemd_need_a_socket_to_carry_them_to(runtime: Runtime) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as port:
+        process = start_holding(
+            (port,), [sys.executable, "-m", "edgefleet_agent.runtime.grpc_gateway", "--state", str(runtime.state)],
+            stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        assert "--listen unix:PATH" in process.communicate(timeout=30)[1]
+        assert process.returncode != 0
