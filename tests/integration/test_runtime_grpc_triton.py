@@ -11,7 +11,7 @@ import sys
 import threading
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ import tritonclient.grpc as triton
 import tritonclient.http as triton_http
 import tritonclient.utils.shared_memory as triton_memory
 from edgefleet_agent.runtime.grpc_bounds import CALLS_AT_ONCE, MAX_CALLS, MESSAGE_LIMIT_S
+from edgefleet_agent.runtime.grpc_carrier import MAX_CONNECTIONS
 from edgefleet_agent.runtime.head import MAX_BODY_BYTES
 from edgefleet_agent.runtime.regions import MAX_OF_ONE_USER
 from support import artifacts
@@ -420,6 +421,24 @@ def _answers(address: tuple[str, int]) -> bool:
         with suppress(TimeoutError):
             return bool(link.recv(9))
     return False
+
+
+def test_programs_that_take_all_connections_that_are_carried_and_say_nothing_are_let_go(runtime: Runtime) -> None:
+    with socket.create_server(("127.0.0.1", 0), backlog=MAX_CONNECTIONS) as port:
+        address = port.getsockname()
+        with gateway(runtime, f"unix:{runtime.state}/run/grpc.sock", held=(port,)), ExitStack() as silent:
+            for _ in range(MAX_CONNECTIONS):
+                silent.enter_context(socket.create_connection(address))
+            client = triton.InferenceServerClient("{}:{}".format(*address))
+            until(lambda: _is_ready(client), MESSAGE_LIMIT_S + 40, "an honest client is answered")
+            client.close()
+
+
+def _is_ready(client: triton.InferenceServerClient) -> bool:
+    try:
+        return bool(client.is_server_ready(client_timeout=5.0))
+    except InferenceServerException:
+        return False
 
 
 def test_sockets_of_systemd_need_a_socket_to_carry_them_to(runtime: Runtime) -> None:

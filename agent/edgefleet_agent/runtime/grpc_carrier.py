@@ -19,6 +19,7 @@ from pathlib import Path
 from edgefleet_agent.runtime.control import short_path
 
 MAX_CONNECTIONS = 256  # as many as the socket unit lets wait; those above wait there
+LINGER_S = 2.0  # for a client to take the end of what was said, and hang up
 PIECE_BYTES = 64 * 1024  # at once, of each direction of each connection
 _FRAME_HEADER_BYTES = 9
 _GOAWAY = bytes([0, 0, 8, 7, 0, 0, 0, 0, 0]) + (2**31 - 1).to_bytes(4, "big") + bytes(4)
@@ -136,10 +137,13 @@ class Carrier(threading.Thread):
             leave = _Leave(self._loop, link)
             self._leaves.add(leave)
             try:
-                await asyncio.gather(
-                    self._pump(link, inner, lambda piece: self._loop.sock_sendall(inner, piece)),
-                    self._pump(inner, link, leave.send),
+                asked = asyncio.create_task(
+                    self._pump(link, inner, lambda piece: self._loop.sock_sendall(inner, piece))
                 )
+                await self._pump(inner, link, leave.send)
+                # The gateway is done with it; the client may not be, or may have forgotten it.
+                await asyncio.wait({asked}, timeout=LINGER_S)
+                asked.cancel()
             finally:
                 self._leaves.discard(leave)
 
