@@ -49,7 +49,7 @@ UNITS = (
     "fleet-power.timer",
 )
 GRPC_PROGRAMS = {"fleet-runtime-grpc": "edgefleet_agent.runtime.grpc_gateway"}
-GRPC_UNITS = ("fleet-runtime-grpc.socket", "fleet-runtime-grpc-proxy.service", "fleet-runtime-grpc.service")
+GRPC_UNITS = ("fleet-runtime-grpc.socket", "fleet-runtime-grpc.service")
 SCRIPTS = ("postinst", "prerm", "postrm")
 
 

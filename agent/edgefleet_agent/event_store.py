@@ -6,9 +6,9 @@
     <state>/spool/00000018-other.seg    the same for everything else, so that health can be given up first
     <state>/spool/dropped.json          what was given up so far, by kind, and in which segments it was
 
-A segment is only ever appended to, by the start of the agent that began it: a header record (sequence 0, the boot), then one record per
-event: crc32, length, sequence, content. An append is one write and one fsync; what a cut leaves of one that had not come through fails
-its checksum, and ends the segment. Segments go whole: when all of it is acknowledged, or the oldest health, then the oldest of the rest,
+A segment is only ever appended to, by the start of the agent that began it (:mod:`edgefleet_agent.event_records`). An append is one write
+and one fsync; what a cut leaves of one that had not come through fails its checksum. What rotted costs itself: what stands behind it is found, and what is
+missing is counted once the controller has come that far. Segments go whole: when all of it is acknowledged, or the oldest health, then the oldest of the rest,
 when there would be more than ``limit_bytes``. Counting comes before removing, and names what is removed, so that a cut between the two
 neither forgets nor counts twice. Sending and numbering: :mod:`edgefleet_agent.spool`.
 """
@@ -17,11 +17,9 @@ from __future__ import annotations
 
 import logging
 import re
-import struct
-import zlib
 from array import array
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -29,6 +27,8 @@ import msgspec
 from edgefleet_shared import atomic
 from edgefleet_shared.errors import EnvironmentProblem
 from edgefleet_shared.files import FileSystem
+
+from edgefleet_agent.event_records import RECORD, Hole, find, header, record, record_at
 
 log = logging.getLogger(__name__)
 
@@ -41,19 +41,15 @@ OTHER_SHARE = 0.75  # of the bound, for what is not health: so that health never
 BLOCK_BYTES = 4096  # what the smallest file takes of a disk
 MAX_HEADER_BYTES = 128
 
-_RECORD = struct.Struct("<IIQ")  # crc32 of the rest, length of the content, sequence
 _NAME = re.compile(r"(\d{8})-(health|other)\.seg")
 
 
-class _Header(msgspec.Struct, frozen=True):
-    boot: str
-
-
 class GivenUp(msgspec.Struct, frozen=True, kw_only=True):
-    """``dropped.json``: events by kind, and the numbers of the segments that went last."""
+    """``dropped.json``: events by kind, the numbers of the segments that went last, and by boot up to which number what is missing is counted."""
 
     kinds: dict[str, int] = {}
     segments: tuple[int, ...] = ()
+    missing: dict[str, int] = {}
 
 
 class _Kind(msgspec.Struct):
@@ -72,18 +68,24 @@ def kind_of(content: bytes) -> str:
 
 
 class Segment:
-    """A file of one boot and lane: where each sequence number's record begins."""
+    """A file of one boot and lane: where each sequence number's record begins, and where some are missing."""
 
-    __slots__ = ("boot", "lane", "number", "offsets", "path", "sequences", "size_bytes")
+    __slots__ = ("boot", "holes", "lane", "number", "offsets", "path", "sequences", "size_bytes")
 
     def __init__(self, path: Path, number: int, lane: Lane, boot: str) -> None:
         self.path, self.number, self.lane, self.boot = path, number, lane, boot
-        self.sequences, self.offsets = array("Q"), array("I")
+        self.sequences, self.offsets, self.holes = array("Q"), array("I"), list[Hole]()
         self.size_bytes = 0
 
     @property
     def disk_bytes(self) -> int:
         return _blocks(self.size_bytes)
+
+    def keep(self, indices: Iterable[int]) -> None:
+        """Only these of its events are still wanted from here."""
+        kept = list(indices)
+        self.sequences = array("Q", (self.sequences[index] for index in kept))
+        self.offsets = array("I", (self.offsets[index] for index in kept))
 
 
 class EventStore:
@@ -147,7 +149,7 @@ class EventStore:
         self._segments = [segment for segment in segments if segment.sequences]
         self._waste = waste + [segment.path for segment in segments if not segment.sequences]
         self._next = max(numbers, default=0) + 1
-        self._given_up = GivenUp(kinds=_sum(before.kinds, self._given_up.kinds), segments=before.segments)
+        self._given_up = msgspec.structs.replace(before, kinds=_sum(before.kinds, self._given_up.kinds))
         self.loaded = True
         self.collect()
 
@@ -158,14 +160,12 @@ class EventStore:
             EnvironmentProblem: none of them counts as kept.
         """
         self.collect()
-        self._make_room(lane, sum(_RECORD.size + len(content) for _, content in events))
+        self._make_room(lane, sum(RECORD.size + len(content) for _, content in events))
         segment = self._segment(lane)
-        piece, offsets = b"", list[int]()
-        if not segment.size_bytes:
-            piece = _record(0, msgspec.json.encode(_Header(self._boot)))
+        piece, offsets = header(self._boot), list[int]()
         for sequence, content in events:
             offsets.append(segment.size_bytes + len(piece))
-            piece += _record(sequence, content)
+            piece += record(sequence, content)
         if not self._counted:
             self._write_given_up(self._given_up)
         self._open.pop(lane, None)  # a failed append ends it: see atomic.append
@@ -214,10 +214,10 @@ class EventStore:
             except FileNotFoundError as exc:
                 raise EnvironmentProblem(f"{segment.path} is gone") from exc
             self._held[segment.lane] = held
-        record = next(_records(held[1], segment.offsets[index]), None)
-        if record is None or record[0] != sequence:
+        whole = record_at(held[1], segment.offsets[index])
+        if whole is None or whole[0] != sequence:
             raise EnvironmentProblem(f"event {sequence} in {segment.path} is damaged")
-        return record[1]
+        return whole[1]
 
     def give_up_unreadable(self, boot: str, sequence: int) -> None:
         """Count what can't be read any more of the segment of that event, and pass over it. What can be read of it stays.
@@ -232,10 +232,11 @@ class EventStore:
             del self._open[segment.lane]  # what follows goes to a file that is sound
         kept = [i for i, number in enumerate(segment.sequences) if self._readable(boot, number)]
         waited = len(segment.sequences) - bisect_right(segment.sequences, self.floor(boot))
-        segment.offsets = array("I", (segment.offsets[i] for i in kept))
-        segment.sequences = array("Q", (segment.sequences[i] for i in kept))
+        numbers = {*segment.sequences, sequence}
+        segment.keep(kept)
+        numbers -= {*segment.sequences}
         left = len(segment.sequences) - bisect_right(segment.sequences, self.floor(boot))
-        self.count_dropped("unreadable", waited - left)
+        self.count_dropped("unreadable", waited - left, (boot, max(numbers)))
         log.error("events unreadable", extra={"count": waited - left, "reason": str(segment.path)})
         if not segment.sequences:
             self._segments.remove(segment)
@@ -251,10 +252,12 @@ class EventStore:
         """Everything of ``boot`` up to ``sequence`` is with the controller: segments that hold nothing else go."""
         self._floors[boot] = max(sequence, self._floors.get(boot, 0))
         for segment in [s for s in self._segments if s.boot == boot]:
+            self._count_missing(segment, self._floors[boot])
             if segment.sequences[-1] <= self._floors[boot]:
                 self._take_out(segment)
         if boot != self._boot and boot not in self.boots():
             del self._floors[boot]
+            self._given_up.missing.pop(boot, None)
         self.collect()
 
     def collect(self) -> None:
@@ -267,9 +270,12 @@ class EventStore:
                 return
             self._waste.remove(path)
 
-    def count_dropped(self, kind: str, count: int = 1) -> None:
-        """Events were given up, and no file with them; the count comes to the disk with the next append."""
-        self._given_up = msgspec.structs.replace(self._given_up, kinds=_sum(self.dropped, {kind: count}))
+    def count_dropped(self, kind: str, count: int = 1, missing: tuple[str, int] | None = None) -> None:
+        """Events were given up, and no file with them; the count comes to the disk with the next append. With ``missing``, a boot and a number
+        up to which that counts what its segments lack."""
+        before = self._given_up
+        lacked = before.missing | dict([missing] if missing else [])
+        self._given_up = msgspec.structs.replace(before, kinds=_sum(before.kinds, {kind: count}), missing=lacked)
         self._counted = False
 
     # -- inside --------------------------------------------------------------------------------------------------------
@@ -313,6 +319,7 @@ class EventStore:
         return oldest is not None
 
     def _give_up(self, segment: Segment) -> None:
+        self._count_missing(segment, segment.sequences[-1])
         kinds: dict[str, int] = {}
         first = bisect_right(segment.sequences, self._floors.get(segment.boot, 0))
         if segment.lane == "health":
@@ -324,12 +331,28 @@ class EventStore:
                 except EnvironmentProblem:
                     kind = "unreadable"
                 kinds = _sum(kinds, {kind: 1})
-        self._write_given_up(GivenUp(kinds=_sum(self.dropped, kinds), segments=(segment.number,)))
+        given_up = msgspec.structs.replace(self._given_up, kinds=_sum(self.dropped, kinds), segments=(segment.number,))
+        self._write_given_up(given_up)
         log.warning(
             "events given up", extra={"count": sum(kinds.values()), "reason": f"the spool holds {self._limit} bytes"}
         )
         self._take_out(segment)
         self.collect()
+
+    def _count_missing(self, segment: Segment, up_to: int) -> None:
+        """Count what is missing of a segment, and of which the controller has not come beyond ``up_to``, the number before it. What a cut left of
+        its last append had never been safe."""
+        boot = segment.boot
+        for hole in [hole for hole in segment.holes if hole.after <= up_to]:
+            segment.holes.remove(hole)
+            first = max(hole.after, self.floor(boot), self._given_up.missing.get(boot, 0)) + 1
+            others = [s for s in self._segments if s.boot == boot]
+            if not hole.sure and not any(s.lane == segment.lane and s.number > segment.number for s in others):
+                continue
+            lost = set(range(first, hole.before)).difference(*(s.sequences for s in others))
+            if lost:
+                self.count_dropped("unreadable", len(lost), (boot, hole.before - 1))
+                log.error("events unreadable", extra={"count": len(lost), "reason": str(segment.path)})
 
     def _take_out(self, segment: Segment) -> None:
         self._segments.remove(segment)
@@ -357,54 +380,29 @@ class EventStore:
         self._given_up, self._counted = given_up, True
 
     def _read_segment(self, path: Path, number: int, lane: Lane) -> Segment | None:
-        """A segment's records up to the first that is not whole; None when it holds none."""
+        """What is whole of a segment; None when nothing is."""
         content = atomic.read(path, files=self._files)
-        found: Segment | None = None
-        offset = 0
-        for sequence, body in _records(content, 0):
-            if found is None:
-                if sequence:
-                    break
-                found = Segment(path, number, lane, msgspec.json.decode(body, type=_Header).boot)
-            else:
-                found.sequences.append(sequence)
-                found.offsets.append(offset)
-            offset += _RECORD.size + len(body)
-        if found is not None:
-            found.size_bytes = len(content)
-        return found if found is not None and found.sequences else None
+        found = find(content)
+        if found is None:
+            return None
+        segment = Segment(path, number, lane, found.boot)
+        segment.sequences, segment.offsets = array("Q", found.sequences), array("I", found.offsets)
+        segment.holes, segment.size_bytes = found.holes, len(content)
+        return segment
 
 
 def _blocks(size_bytes: int) -> int:
     return -(-size_bytes // BLOCK_BYTES) * BLOCK_BYTES
 
 
-def _record(sequence: int, content: bytes) -> bytes:
-    rest = _RECORD.pack(0, len(content), sequence)[4:] + content
-    return struct.pack("<I", zlib.crc32(rest)) + rest
-
-
-def _records(content: bytes, offset: int) -> Iterator[tuple[int, bytes]]:
-    """(sequence, content) from ``offset`` on, up to the first record that is not whole."""
-    while offset + _RECORD.size <= len(content):
-        checksum, length, sequence = _RECORD.unpack_from(content, offset)
-        end = offset + _RECORD.size + length
-        # A run of zeros is no record: its checksum would be that of twelve zeros, which is not zero.
-        if end > len(content) or zlib.crc32(content[offset + 4 : end]) != checksum:
-            return
-        yield sequence, content[offset + _RECORD.size : end]
-        offset = end
-
-
 def _without_repetitions(segments: list[Segment]) -> None:
     """An append whose fsync failed was made again in the next segment: what is there twice counts once."""
-    last: dict[tuple[str, str], int] = {}
+    seen: dict[str, set[int]] = {}
     for segment in segments:
-        key = segment.boot, segment.lane
-        first = bisect_right(segment.sequences, last.get(key, 0))
-        segment.sequences, segment.offsets = segment.sequences[first:], segment.offsets[first:]
-        if segment.sequences:
-            last[key] = segment.sequences[-1]
+        had = seen.setdefault(segment.boot, set())
+        fresh = [index for index, sequence in enumerate(segment.sequences) if sequence not in had]
+        had.update(segment.sequences)
+        segment.keep(fresh)
 
 
 def _sum(one: dict[str, int], other: dict[str, int]) -> dict[str, int]:

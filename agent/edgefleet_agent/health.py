@@ -13,10 +13,10 @@ from edgefleet_shared.messages import Health
 from edgefleet_agent import power_profile, sensors
 from edgefleet_agent.ports import ModelServer
 from edgefleet_agent.power import PowerMeter, Scope, used_joules, watts
-from edgefleet_agent.runtime.control import StatusReport
+from edgefleet_agent.runtime.control import StatusReport, VersionState
 
 # After commit: this many crashes of the engine's process over this many looks at its health mean that it regressed. Over several looks,
-# because one that dies at each request may take longer to load than passes between two of them.
+# because one that dies at each request may take longer to load than passes between two of them; those at which it only loads do not count.
 REGRESSION_CRASHES = 3
 REGRESSION_LOOKS = 12
 
@@ -64,6 +64,8 @@ class CrashWatch:
         elif self._seen and serving.crashes < self._seen[-1]:  # the runtime started again, and counts from nothing
             self._seen.clear()
             self._seen.append(0)
+        elif self._seen and serving.state == VersionState.RESTARTING and serving.crashes == self._seen[-1]:
+            return None
         self._seen.append(serving.crashes)
         crashed = self._seen[-1] - self._seen[0]
         if crashed < REGRESSION_CRASHES:

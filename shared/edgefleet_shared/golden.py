@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from edgefleet_shared.contract import AcceptanceContract, PictureEncoding
-from edgefleet_shared.drift import MIN_GOLDEN_PER_CLASS, Statistics, TensorStatistics
+from edgefleet_shared.drift import MIN_GOLDEN_PER_CLASS, ChannelStatistics, Statistics, TensorStatistics
 from edgefleet_shared.errors import ArtifactError
 
 MIN_BINS, MAX_BINS = 2, 10  # of a histogram, between its outermost edges
@@ -28,6 +28,7 @@ ANSWER_LEVELS, QUESTION_LEVELS = 256, 1 << 20
 MAX_VALUES = (
     16384  # of one sample's tensor, by chance and always the same ones: enough for a histogram, and no gigabytes
 )
+CHANNELS = range(2, 5)  # of a picture
 MAX_TENSORS = 8  # of each kind, in name order: a status line is no place for hundreds
 
 Array = npt.NDArray[Any]
@@ -136,23 +137,50 @@ def _normal(tensors: dict[str, Array], levels: int) -> tuple[TensorStatistics, .
 
 
 def _tensor(name: str, values: Array, levels: int) -> TensorStatistics:
+    shape = values.shape[1:]
     rows = values.reshape(len(values), -1)
-    if rows.shape[1] > MAX_VALUES:
-        rows = rows[:, np.sort(np.random.default_rng(0).choice(rows.shape[1], MAX_VALUES, replace=False))]
-    rows = rows.astype(np.float64)
+    places = np.arange(rows.shape[1])
+    if len(places) > MAX_VALUES:
+        places = np.sort(np.random.default_rng(0).choice(len(places), MAX_VALUES, replace=False))
+    rows = rows[:, places].astype(np.float64)
     finite = rows[np.isfinite(rows)]
+    non_finite = _short(1 - finite.size / rows.size) if rows.size else 0.0
     if finite.size < VALUES_PER_BIN:
-        return TensorStatistics(name=name, edges=(), shares=(1.0,), mean=0.0, spread=0.0)
+        return TensorStatistics(name=name, edges=(), shares=(1.0,), mean=0.0, spread=0.0, non_finite=non_finite)
     low, high = np.percentile(finite, (OUTSIDE_PERCENT, 100 - OUTSIDE_PERCENT))
     edges = _edges(float(low), float(high), finite.size, levels)
-    counts = np.bincount(np.searchsorted(edges, finite, side="right"), minlength=len(edges) + 1)
-    means = np.array([row[np.isfinite(row)].mean() for row in rows if np.isfinite(row).any()])
     # Means that differ by less than half a step (a softmax's all are one over its classes) differ by chance, and measure nothing.
-    spread = means.std() if means.std() > _step(float(low), float(high), levels) / 2 else 0.0
+    step = _step(float(low), float(high), levels)
+    whole = _part(rows, edges, step)
+    axis = _channel_axis(shape)
+    channels: tuple[ChannelStatistics, ...] = ()
+    if axis and finite.size >= VALUES_PER_BIN * (len(edges) + 1) * shape[axis - 1]:
+        of = np.unravel_index(places, shape)[axis - 1]
+        channels = tuple(_part(rows[:, of == channel], edges, step) for channel in range(shape[axis - 1]))
     return TensorStatistics(
-        name=name, edges=edges, shares=tuple(_short(count / finite.size) for count in counts),
+        name=name, edges=edges, shares=whole.shares, mean=whole.mean, spread=whole.spread, non_finite=non_finite,
+        axis=axis if channels else 0, channels=channels,
+    )  # fmt: skip
+
+
+def _part(rows: Array, edges: tuple[float, ...], step: float) -> ChannelStatistics:
+    """What is normal for a tensor or for one channel of it: a row for each sample."""
+    finite = rows[np.isfinite(rows)]
+    counts = np.bincount(np.searchsorted(edges, finite, side="right"), minlength=len(edges) + 1)
+    means = np.array([row[np.isfinite(row)].mean() for row in rows if np.isfinite(row).any()] or [0.0])
+    spread = means.std() if means.std() > step / 2 else 0.0
+    return ChannelStatistics(
+        shares=tuple(_short(count / max(1, finite.size)) for count in counts),
         mean=_short(means.mean()), spread=_short(spread),
     )  # fmt: skip
+
+
+def _channel_axis(shape: tuple[int, ...]) -> int:
+    """Along which axis of the whole tensor a picture's channels lie, by how many there are; 0 where it is no picture, or could be either."""
+    if len(shape) != 3:
+        return 0
+    first, last = shape[0] in CHANNELS, shape[-1] in CHANNELS
+    return 0 if first == last else 1 if first else 3
 
 
 def _step(low: float, high: float, levels: int) -> float:

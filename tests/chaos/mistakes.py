@@ -15,6 +15,7 @@ from edgefleet_agent import (
     admission,
     effects,
     enroll,
+    event_records,
     event_store,
     journal,
     plans,
@@ -268,16 +269,14 @@ def append_without_folder_sync(path: Path, piece: bytes, offset: int, *, files: 
     files.close(fd)
 
 
-def records_without_checksum(content: bytes, offset: int) -> Iterator[tuple[int, bytes]]:
+def record_without_checksum(content: bytes, offset: int) -> tuple[int, bytes] | None:
     """Whatever has a length is taken for a record."""
-    header = event_store._RECORD
-    while offset + header.size <= len(content):
-        _, length, sequence = header.unpack_from(content, offset)
-        end = offset + header.size + length
-        if end > len(content):
-            return
-        yield sequence, content[offset + header.size : end]
-        offset = end
+    header = event_records.RECORD
+    if offset + header.size > len(content):
+        return None
+    _, length, sequence = header.unpack_from(content, offset)
+    end = offset + header.size + length
+    return (sequence, content[offset + header.size : end]) if end <= len(content) else None
 
 
 def remove_before_counting(self: event_store.EventStore, segment: event_store.Segment) -> None:
@@ -372,7 +371,7 @@ SPOOL_MISTAKES = (
     Mistake("spool: no fsync of folders", "spool", make_disk=NoFolderSync),
     Mistake("spool: append without fsync", "spool", _patched(atomic, "append", append_without_sync)),
     Mistake("spool: a segment's name is not synced", "spool", _patched(atomic, "append", append_without_folder_sync)),
-    Mistake("spool: no checksum", "spool", _patched(event_store, "_records", records_without_checksum)),
+    Mistake("spool: no checksum", "spool", _patched(event_records, "record_at", record_without_checksum)),
     Mistake("spool: removed before it is counted", "spool", _patched(event_store.EventStore, "_give_up", remove_before_counting)),
     Mistake("spool: counted, and not said what", "spool", _patched(event_store.EventStore, "_write_given_up", count_without_naming)),
     Mistake("spool: sent is taken for stored", "spool", _patched(spool.Spool, "_send", remove_what_was_sent)),

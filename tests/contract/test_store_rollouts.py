@@ -111,7 +111,15 @@ def test_an_assignment_about_the_agent_is_in_force_beside_the_one_about_a_model(
         assert [(row.id, row.subject) for row in sorted(rollouts.unpublished(session), key=lambda row: row.version)] == [
             ("r1.b1.1", "model"), ("agents.b1.1", "agent"),
         ]  # fmt: skip
-        assert {row.id for row in rollouts.signed_before(session, 1e12)} == {"r1.b1.1", "agents.b1.1"}
+        found = rollouts.signed_before(session, 1e12, heard_since=0.0, beyond=(0.0, ""))
+        first, second = (row for row, _ in found)
+        assert {first.id, second.id} == {"r1.b1.1", "agents.b1.1"}
+        beyond = first.created_at, first.id
+        assert [row.id for row, _ in rollouts.signed_before(session, 1e12, 0.0, beyond)] == [second.id]
+        assert rollouts.signed_before(session, 1e12, 0.0, (second.created_at, second.id)) == []
+        assert rollouts.signed_before(session, 1e12, board.reported_at + 1, (0.0, "")) == [], "not heard of since"
+        assert rollouts.is_known(session, "agents.b1.1")
+        assert not rollouts.is_known(session, "r9.b1.1")
     with database.write() as session:
         rollouts.mark_published(session, [("r1.b1.1", 1), ("agents.b1.1", 2)])
         assert rollouts.unpublished(session) == []

@@ -154,6 +154,34 @@ def test_the_grpc_gateway_starts_with_its_first_client_and_comes_back_after_a_ki
     until(ready, "and answers", 60)
 
 
+def test_a_restart_of_the_grpc_gateway_fails_no_call(machine, port, grpc_port):
+    ended, answered = threading.Event(), list[bool]()
+
+    def ask_on() -> None:
+        client = InferenceServerClient(f"127.0.0.1:{grpc_port}")
+        while not ended.is_set():
+            try:
+                answered.append(bool(client.is_model_ready("toy")))
+            except InferenceServerException as exc:
+                answered.append(False)
+                print(exc)
+        client.close()
+
+    threads = [threading.Thread(target=ask_on) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    try:
+        for _ in range(3):
+            count = len(answered)
+            until(lambda count=count: len(answered) > count + 100, "calls are answered", 60)
+            machine.run("systemctl", "restart", GATEWAY)
+    finally:
+        ended.set()
+        for thread in threads:
+            thread.join(60)
+    assert answered.count(False) == 0, f"of {len(answered)}"
+
+
 @pytest.mark.parametrize("service", SERVICES)
 def test_a_killed_service_comes_back(machine, port, service):
     before = machine.main_pid(service)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -100,6 +101,7 @@ class Site:
         self.url = f"sqlite:///{folder}/fleet.db"
         self.bad_versions = bad_versions
         self.given: dict[str, list[tuple[str, int]]] = {name: [] for name in boards}
+        self.restored = False
         self.reports: dict[str, Reported] = {}
         self.kills = 0
         database = Database(self.url)
@@ -155,6 +157,32 @@ class Site:
         self.intake = Intake(self.database, self.clock, ResultVerifier(self.ca.certificate))
         self.service = RolloutService(self.database, self.director, self.broker, self.intake, self.clock)
 
+    def hear(self) -> None:
+        """What the broker retains comes again to a controller that connects."""
+        for name, report in self.reports.items():
+            self.intake.presence(name, Presence(online=True, boot="boot1"))
+            self.intake.reported(name, report)
+
+    def backup(self) -> Path:
+        """What an operator copies while the controller is stopped."""
+        self.database.close()
+        source = Path(self.url.removeprefix("sqlite:///"))
+        copy = Path(shutil.copy(source, source.with_name("backup.db")))
+        self.start()
+        self.hear()
+        return copy
+
+    def restore(self, copy: Path) -> None:
+        """The backup runs, and has heard nothing yet."""
+        self.database.close()
+        source = Path(self.url.removeprefix("sqlite:///"))
+        for left in source.parent.glob(f"{source.name}-*"):
+            left.unlink()
+        shutil.copy(copy, source)
+        self.restored = True
+        self.clock.advance(600)  # versions are numbered by the minute
+        self.start()
+
     def tick(self) -> None:
         try:
             self.service.tick()
@@ -163,10 +191,7 @@ class Site:
             self.kills += 1
             self.database.close()
             self.start()
-            # What the broker retains comes again to a controller that connects.
-            for name, report in self.reports.items():
-                self.intake.presence(name, Presence(online=True, boot="boot1"))
-                self.intake.reported(name, report)
+            self.hear()
 
     def work(self) -> None:
         """Every board looks at what is retained for it, and does it."""
@@ -177,8 +202,17 @@ class Site:
             wanted, version = read_unsigned(payload)
             known = self.given[name]
             assert wanted.device == name
-            assert not known or version > known[-1][1], "an assignment's version must rise"
+            if known and version <= known[-1][1]:
+                assert self.restored, "an assignment's version must rise"
+                self.reports[name] = self.saying(report, desired_seen=digest_of(payload), refusal="older than the last")
+                self.intake.reported(name, self.reports[name])
+                continue
             known.append((wanted.id, version))
+            told = self.said(report).ended
+            if told is not None and told.assignment == wanted.id:
+                self.reports[name] = self.saying(report, desired_seen=digest_of(payload), refusal="")
+                self.intake.reported(name, self.reports[name])
+                continue
             good = wanted.version not in self.bad_versions
             active = self.slot(device_class, wanted.version) if good else self.said(report).active
             ended = Ended(
@@ -216,7 +250,12 @@ BOARDS = {"a1": "x86", "a2": "x86", "a3": "x86", "b1": "arm", "b2": "arm"}
 
 
 def standings(rollout: Rollout) -> dict[str, tuple[Standing, Outcome | None, str]]:
-    return {d: (p.standing, p.outcome, p.assignment) for d, p in rollout.boards.items()}
+    return {d: (p.standing, p.outcome, numbered(p.assignment)) for d, p in rollout.boards.items()}
+
+
+def numbered(assignment: str) -> str:
+    """Its rollout, board and number; when it was given, which its name ends with, differs with what went wrong on the way."""
+    return assignment.rpartition(".")[0]
 
 
 def test_boards_whose_state_has_no_name_here_take_part_and_are_waited_for_before_they_count_as_back(
@@ -258,8 +297,8 @@ def test_killed_between_any_two_steps_it_goes_on_and_ends_the_same(
         assert standings(rollout) == standings(expected), kill_at
         assert [g.verdict for g in rollout.gates] == [g.verdict for g in expected.gates]
         assert site.versions() == calm.versions()
-        assert {d: [name for name, _ in given] for d, given in site.given.items()} == {
-            d: [name for name, _ in given] for d, given in calm.given.items()
+        assert {d: [numbered(name) for name, _ in given] for d, given in site.given.items()} == {
+            d: [numbered(name) for name, _ in given] for d, given in calm.given.items()
         }, "no board is told anything twice, or anything else"
         site.database.close()
 
@@ -438,6 +477,48 @@ def test_a_board_in_flight_ends_by_the_assignment_that_was_signed_anew_meanwhile
     assert site.service.renew_assignments(100.0) == 1
     assert site.run("r2").phase is Phase.SUCCEEDED
     assert site.versions() == {"a1": "2"}
+
+
+@pytest.mark.parametrize("heard_first", [True, False])
+@pytest.mark.parametrize("subject", Subject)
+def test_a_controller_from_a_backup_orders_no_board_back_to_what_it_remembers(
+    tmp_path: Path, subject: Subject, heard_first: bool
+) -> None:
+    """Assignments in force are signed anew before they expire, with a new number: a board would follow it."""
+    site = Site(tmp_path, BOARDS, subject=subject)
+    site.create()
+    assert site.run("r2").phase is Phase.SUCCEEDED
+    copy = site.backup()
+    site.create("r3", version="3")
+    assert site.run("r3").phase is Phase.SUCCEEDED
+    site.restore(copy)
+    site.clock.advance(200)
+    if not heard_first:
+        site.service.renew_assignments(100.0)
+    site.hear()
+    site.service.publish_all_again()
+    for _ in range(3):
+        site.tick()
+        site.work()
+        site.service.renew_assignments(100.0)
+    assert set(site.versions().values()) == {"3"}
+    site.create("r4", version="1")
+    assert site.run("r4").phase is Phase.SUCCEEDED
+    site.clock.advance(200)
+    assert site.service.renew_assignments(100.0) == len(BOARDS), "it knows them again"
+
+
+@pytest.mark.parametrize("lost", ["2", "3"])
+def test_a_rollout_called_as_one_that_a_backup_lacks_is_followed_by_every_board(tmp_path: Path, lost: str) -> None:
+    site = Site(tmp_path, BOARDS)
+    copy = site.backup()
+    site.create("again", version=lost)
+    assert site.run("again").phase is Phase.SUCCEEDED
+    site.restore(copy)
+    site.hear()
+    site.create("again", version="3")
+    assert site.run("again").phase is Phase.SUCCEEDED
+    assert set(site.versions().values()) == {"3"}
 
 
 def claimed(site: Site, report: Reported, wanted: Assignment, forge: str) -> Reported:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
+import re
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +36,28 @@ def test_a_model_is_served_on_several_threads_and_its_worker_is_wholly_confined(
         assert runtime.version("1").unconfined == ()
         if engine == "iree":
             assert runtime.version("1").providers == ("local-task",)
+
+
+def test_weights_of_an_openvino_model_are_held_once_while_it_is_loaded(tmp_path: Path) -> None:
+    """Twice would decide which boards can load it at all."""
+    ballast_bytes = 200 << 20
+    with zipfile.ZipFile(io.BytesIO(artifacts.openvino_model(1))) as archive:
+        xml, weights = archive.read("model.xml"), archive.read("model.bin")
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w") as archive:
+        archive.writestr("model.xml", xml)
+        archive.writestr("model.bin", weights + np.random.default_rng(0).bytes(ballast_bytes))
+    with running(tmp_path) as runtime:
+        runtime.install(runtime.add("1", engine="openvino", content=stream.getvalue()))
+        runtime.start()
+        x = np.random.default_rng(1).random((1, 8, 8, 3), np.float32)
+        status, answer = runtime.infer(x)
+        assert status == 200
+        np.testing.assert_allclose(answer["outputs"][0]["data"], artifacts.truth(1, x).ravel(), atol=1e-3)
+        told = Path(f"/proc/{runtime.version('1').pid}/status").read_text()
+        now, most = (int(re.search(rf"^{key}:\s+(\d+) kB", told, re.M)[1]) << 10 for key in ("VmRSS", "VmHWM"))
+        assert now > ballast_bytes
+        assert most < now + ballast_bytes // 4
 
 
 WEIGHTS = np.random.default_rng(0).random((3, 2)).astype(np.float32)

@@ -11,7 +11,7 @@ import sys
 import threading
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,14 @@ import grpc
 import numpy as np
 import pytest
 import tritonclient.grpc as triton
+import tritonclient.http as triton_http
 import tritonclient.utils.shared_memory as triton_memory
 from edgefleet_agent.runtime.grpc_bounds import CALLS_AT_ONCE, MAX_CALLS, MESSAGE_LIMIT_S
+from edgefleet_agent.runtime.grpc_carrier import MAX_CONNECTIONS
 from edgefleet_agent.runtime.head import MAX_BODY_BYTES
+from edgefleet_agent.runtime.regions import MAX_OF_ONE_USER
 from support import artifacts
-from support.runtimes import Runtime, running, until
+from support.runtimes import Runtime, running, start_holding, until
 from tritonclient.grpc import service_pb2
 from tritonclient.utils import InferenceServerException
 
@@ -39,8 +42,11 @@ def runtime(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runtime]:
 
 
 @contextmanager
-def gateway(runtime: Runtime, listen: str = "127.0.0.1:0") -> Iterator[tuple[str, subprocess.Popen[str]]]:
-    process = subprocess.Popen(
+def gateway(
+    runtime: Runtime, listen: str = "127.0.0.1:0", held: tuple[socket.socket, ...] = ()
+) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+    process = start_holding(
+        held,
         [sys.executable, "-m", "edgefleet_agent.runtime.grpc_gateway", "--state", str(runtime.state), "--listen", listen],
         stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
@@ -185,6 +191,26 @@ def test_tritonclient_infers_from_and_into_its_shared_memory(client: triton.Infe
         assert answers(client)
     finally:
         triton_memory.destroy_shared_memory_region(handle)
+
+
+def test_a_client_with_too_many_regions_is_told_that_trying_again_does_not_help(
+    runtime: Runtime, client: triton.InferenceServerClient, key: str
+) -> None:
+    region = triton_memory.create_shared_memory_region("one", f"/{key}", 64)
+    http = triton_http.InferenceServerClient("{}:{}".format(*runtime.address))
+    try:
+        for face, code in ((client, "StatusCode.RESOURCE_EXHAUSTED"), (http, "429")):
+            for number in range(MAX_OF_ONE_USER):
+                face.register_system_shared_memory(f"region-{number}", f"/{key}", 64)
+            with pytest.raises(InferenceServerException, match="too many regions") as refused:
+                face.register_system_shared_memory("one-more", f"/{key}", 64)
+            assert refused.value.status() == code
+            face.unregister_system_shared_memory("region-0")
+            face.register_system_shared_memory("one-more", f"/{key}", 64)
+            face.unregister_system_shared_memory()
+    finally:
+        http.close()
+        triton_memory.destroy_shared_memory_region(region)
 
 
 def test_where_nobody_tells_whose_a_connection_is_only_open_objects_are_taken(
@@ -353,3 +379,73 @@ def test_many_large_messages_at_once_take_no_multiple_of_their_size_and_leave_no
         assert refused == ["RESOURCE_EXHAUSTED"] * clients
         assert kibibytes("VmHWM") * 1024 < 2 * clients * MAX_BODY_BYTES
         until(lambda: kibibytes("VmRSS") - before < MAX_BODY_BYTES >> 10, what="the memory being given back")
+
+
+def test_a_restart_of_the_gateway_ends_no_call_and_refuses_no_client(runtime: Runtime) -> None:
+    """As systemd restarts it, which holds the port: what is under way is answered, who comes meanwhile waits for the next one."""
+    worker = runtime.version("1").pid
+    with socket.create_server(("127.0.0.1", 0), backlog=16) as port:
+        here = "{}:{}".format(*port.getsockname())
+        listen = f"unix:{runtime.state}/run/grpc.sock"
+        answers: list[Any] = []
+        with gateway(runtime, listen, held=(port,)) as (_, process):
+            client = triton.InferenceServerClient(here)
+            assert client.is_server_ready()
+            os.kill(worker, signal.SIGSTOP)
+            try:
+                for _ in range(CALLS_AT_ONCE + 4):  # those above it wait in the gateway
+                    client.async_infer("toy", [tensor()], lambda result, error: answers.append(result or error))
+                until(lambda: runtime.version("1").in_flight >= CALLS_AT_ONCE, what="calls under way")
+                process.terminate()
+                until(lambda: not _answers(port.getsockname()), what="it takes no more")
+                late = triton.InferenceServerClient(here)
+                late.async_infer("toy", [tensor()], lambda result, error: answers.append(result or error))
+            finally:
+                os.kill(worker, signal.SIGCONT)
+            until(lambda: len(answers) == CALLS_AT_ONCE + 4, what="what was under way is answered")
+            assert process.wait(20) == 0
+        with gateway(runtime, listen, held=(port,)):
+            until(lambda: len(answers) == CALLS_AT_ONCE + 5, what="who came meanwhile is answered")
+            client.close()
+            late.close()
+    for answer in answers:
+        assert isinstance(answer, triton.InferResult), answer
+        assert np.allclose(answer.as_numpy("y"), artifacts.truth(1, X), atol=1e-3)
+
+
+def _answers(address: tuple[str, int]) -> bool:
+    """Whether somebody takes a new connection there and speaks first, as servers of HTTP/2 do."""
+    with socket.create_connection(address) as link:
+        link.settimeout(0.5)
+        link.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0]))
+        with suppress(TimeoutError):
+            return bool(link.recv(9))
+    return False
+
+
+def test_programs_that_take_all_connections_that_are_carried_and_say_nothing_are_let_go(runtime: Runtime) -> None:
+    with socket.create_server(("127.0.0.1", 0), backlog=MAX_CONNECTIONS) as port:
+        address = port.getsockname()
+        with gateway(runtime, f"unix:{runtime.state}/run/grpc.sock", held=(port,)), ExitStack() as silent:
+            for _ in range(MAX_CONNECTIONS):
+                silent.enter_context(socket.create_connection(address))
+            client = triton.InferenceServerClient("{}:{}".format(*address))
+            until(lambda: _is_ready(client), MESSAGE_LIMIT_S + 40, "an honest client is answered")
+            client.close()
+
+
+def _is_ready(client: triton.InferenceServerClient) -> bool:
+    try:
+        return bool(client.is_server_ready(client_timeout=5.0))
+    except InferenceServerException:
+        return False
+
+
+def test_sockets_of_systemd_need_a_socket_to_carry_them_to(runtime: Runtime) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as port:
+        process = start_holding(
+            (port,), [sys.executable, "-m", "edgefleet_agent.runtime.grpc_gateway", "--state", str(runtime.state)],
+            stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        assert "--listen unix:PATH" in process.communicate(timeout=30)[1]
+        assert process.returncode != 0

@@ -15,7 +15,7 @@ UNITS = sorted(ROOT.glob("*/edgefleet_*/systemd/*.service"))
 EXPOSURE = {
     "fleet-agent.service": 1.5, "fleet-runtime.service": 0.6, "fleet-power.service": 1.5, "fleet-controller.service": 1.5,
     "fleet-worker.service": 1.5,
-    "fleet-runtime-grpc.service": 0.6, "fleet-runtime-grpc-proxy.service": 0.6,
+    "fleet-runtime-grpc.service": 0.6,
 }  # fmt: skip
 
 pytestmark = pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd-analyze is not installed")

@@ -99,7 +99,8 @@ def _link() -> socket.socket:
 def _observe(config: ModelConfig, _caller: dict[str, Any]) -> None:
     normal = config.statistics
     assert normal is not None
-    said = [([0] * len(tensor.shares), 0, None) for tensor in (*normal.inputs, *normal.outputs)]
+    tensors = (*normal.inputs, *normal.outputs)
+    said = [([0] * len(part.shares), 0, None) for tensor in tensors for part in (tensor, *tensor.channels)]
     _for_ever(channel.encode(Observed(said, -1, 0)))
 
 

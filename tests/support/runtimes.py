@@ -47,6 +47,19 @@ os.execv(sys.argv[2], sys.argv[2:])
 """
 
 
+def start_holding(held: tuple[socket.socket, ...], command: list[str], **options: Any) -> subprocess.Popen[Any]:
+    """Start a process with listening sockets as systemd would: descriptors from 3 on, and the pid that only the new process knows."""
+    # Out of the way of 3 and up, where the new process will have them.
+    copies = [fcntl.fcntl(s.fileno(), fcntl.F_DUPFD, 64) for s in held]
+    if held:
+        command = [sys.executable, "-c", _HAND_OVER, ",".join(map(str, copies)), *command]
+    try:
+        return subprocess.Popen(command, pass_fds=copies, **options)
+    finally:
+        for copy in copies:
+            os.close(copy)
+
+
 class Runtime:
     """A state folder and the ``fleet-runtime`` process on it.
 
@@ -87,19 +100,11 @@ class Runtime:
             held: listening sockets to hand over as systemd would.
         """
         command = [sys.executable, "-m", "edgefleet_agent.runtime.app"]
-        # Out of the way of 3 and up, where the new process will have them.
-        copies = [fcntl.fcntl(s.fileno(), fcntl.F_DUPFD, 64) for s in held]
-        if held:
-            # What systemd does: descriptors from 3 on, and the pid that only the new process knows.
-            command = [sys.executable, "-c", _HAND_OVER, ",".join(map(str, copies)), *command]
-        log = (self.state / "runtime.log").open("ab")
-        self.process = subprocess.Popen(
-            [*command, "--state", str(self.state), "--http", "127.0.0.1:0", *options],
-            stdout=log, stderr=log, env=os.environ | (env or {}), pass_fds=copies,
-        )  # fmt: skip
-        log.close()
-        for copy in copies:
-            os.close(copy)
+        with (self.state / "runtime.log").open("ab") as log:
+            self.process = start_holding(
+                held, [*command, "--state", str(self.state), "--http", "127.0.0.1:0", *options],
+                stdout=log, stderr=log, env=os.environ | (env or {}),
+            )  # fmt: skip
         until(self._listens, what="the runtime listening")
         if ready:
             until(lambda: self.get("/v2/health/ready")[0] == 200, what="the runtime ready")

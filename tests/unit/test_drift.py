@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -214,6 +215,77 @@ def test_a_model_that_always_answers_the_same_has_moved_much(normal: Statistics)
     assert found.psi > 2 * MUCH
 
 
+def test_a_model_that_masks_by_infinity_has_not_moved_when_it_goes_on_to() -> None:
+    def masked(x: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        return np.concatenate([x[:, :4], np.full((len(x), 4), -np.inf)], axis=1)
+
+    shown = RANDOM.normal(size=(24, 40))
+    normal = golden.statistics({"x": shown}, {"y": masked(shown)}, classification=False)
+
+    def figures(answers: Callable[[npt.NDArray[np.float64]], npt.NDArray[np.float64]]) -> Drift:
+        observer, meter = Observer(normal), DriftMeter(normal)
+        for _ in range(120):
+            x = RANDOM.normal(size=(1, 40))
+            observer.look({"x": x}, {"y": answers(x)})
+            meter.add(observer.observed())
+        return meter.figures()
+
+    assert 0 < (figures(masked).psi or 0) < LITTLE
+    for other in (lambda x: np.full((1, 8), -np.inf), lambda x: RANDOM.normal(size=(1, 8))):
+        moved = figures(other)
+        assert moved.psi is not None
+        assert moved.psi > MUCH
+
+
+def brick_wall() -> npt.NDArray[np.uint8]:
+    """A scene that has a colour: its red is its brightest, its blue its darkest channel."""
+    return np.clip(scene() * np.array([1.0, 0.75, 0.5]), 0, 255).astype(np.uint8)
+
+
+@pytest.mark.parametrize("first", [False, True], ids=["NHWC", "NCHW"])
+def test_a_camera_that_swaps_red_and_blue_has_moved_much_and_says_which_channels(first: bool) -> None:
+    def taken(swapped: bool = False) -> Array:
+        x = prepared(brick_wall()[..., ::-1] if swapped else brick_wall())
+        return np.ascontiguousarray(x.transpose(0, 3, 1, 2)) if first else x
+
+    shown = np.concatenate([taken() for _ in range(24)])
+    wall = golden.statistics({"x": shown}, {"y": np.concatenate([answer(x[None]) for x in shown])}, classification=True)
+    same, swapped = (seen(wall, lambda swapped=swapped: taken(swapped)) for swapped in (False, True))
+    for found in (same, swapped):
+        assert found.tensors[0].psi < LITTLE, "all channels together hold what they always held"
+    assert same.psi is not None
+    assert max(channel.psi for channel in same.tensors[0].channels) < LITTLE
+    red, green, blue = swapped.tensors[0].channels
+    assert min(red.psi, blue.psi) > MUCH > LITTLE > green.psi
+    assert min(red.shift or 0, blue.shift or 0) > 1
+    assert swapped.psi is not None
+    assert swapped.psi >= max(red.psi, blue.psi)
+
+
+def test_channels_are_told_of_pictures_alone() -> None:
+    shapes = {"picture": (8, 8, 3), "row": (3, 64), "either": (3, 8, 3), "film": (4, 8, 8, 3), "grey": (8, 8, 1)}
+    tensors = {name: RANDOM.normal(size=(16, *shape)) for name, shape in shapes.items()}
+    found = golden.statistics(tensors, {}, classification=False)
+    assert {t.name: len(t.channels) for t in found.inputs if t.channels} == {"picture": 3}
+
+
+def test_a_board_reads_the_statistics_of_an_artifact_from_before_channels() -> None:
+    normal = golden.statistics(
+        {"x": RANDOM.normal(size=(16, 8, 8, 3))}, {"y": RANDOM.normal(size=(16, 8))}, classification=False
+    )
+    told = msgspec.to_builtins(normal)
+    for tensor in (*told["inputs"], *told["outputs"]):
+        for field in ("axis", "channels", "non_finite"):
+            del tensor[field]
+    before = msgspec.convert(told, Statistics, strict=False)
+    meter, observer = DriftMeter(before), Observer(before)
+    for _ in range(MIN_SAMPLES):
+        observer.look({"x": RANDOM.normal(size=(1, 8, 8, 3))}, {"y": RANDOM.normal(size=(1, 8))})
+        meter.add(observer.observed())
+    assert meter.figures().psi is not None
+    assert meter.figures().tensors[0].channels == ()
+
+
 def test_what_was_never_a_number_in_the_golden_set_is_no_drift() -> None:
     shown = RANDOM.normal(size=(8, 10))
     normal = golden.statistics({"x": shown}, {"y": np.full((8, 2), np.inf)}, classification=False)
@@ -276,10 +348,10 @@ def test_it_recovers_once_the_world_is_as_it_was(normal: Statistics) -> None:
     "told",
     [
         Observed([], -1, 0),
-        Observed([([1], 0, 0.0)] * 2, -1, 0),
-        Observed([([-1] * 12, 0, 0.0)] * 2, -1, 0),
-        Observed([([1] * 12, -5, 0.0)] * 2, -1, 0),
-        Observed([([1] * 12, 0, float("nan"))] * 2, -1, 0),
+        Observed([([1], 0, 0.0)] * 5, -1, 0),
+        Observed([([-1] * 12, 0, 0.0)] * 5, -1, 0),
+        Observed([([1] * 12, -5, 0.0)] * 5, -1, 0),
+        Observed([([1] * 12, 0, float("nan"))] * 5, -1, 0),
     ],
     ids=["no tensors", "few bins", "negative", "negative count of none", "no number"],
 )
@@ -292,7 +364,7 @@ def test_a_worker_that_tells_nonsense_is_not_believed(normal: Statistics, told: 
 
 def test_a_class_that_is_none_is_passed_over(normal: Statistics) -> None:
     meter = DriftMeter(normal)
-    bins = [len(t.shares) for t in (*normal.inputs, *normal.outputs)]
+    bins = [len(part.shares) for t in (*normal.inputs, *normal.outputs) for part in (t, *t.channels)]
     for _ in range(MIN_SAMPLES):
         meter.add(Observed([([1] * count, 0, 0.0) for count in bins], 10**9, 0))
     assert meter.figures().classes is None

@@ -7,7 +7,7 @@ from typing import Any, cast
 
 import pytest
 from edgefleet_agent import swap
-from edgefleet_agent.health import REGRESSION_CRASHES, CrashWatch
+from edgefleet_agent.health import REGRESSION_CRASHES, REGRESSION_LOOKS, CrashWatch
 from edgefleet_agent.ports import Ports
 from edgefleet_agent.runtime.control import StatusReport, VersionStatus
 from edgefleet_shared.assignment import Assignment
@@ -23,10 +23,11 @@ ASSIGNMENT = Assignment(
 
 
 def status(
-    requests: int = 0, failed: int = 0, crashes: int = 0, serving: bool = True, manifest: str = MANIFEST
-) -> StatusReport:
+    requests: int = 0, failed: int = 0, crashes: int = 0, serving: bool = True, manifest: str = MANIFEST,
+    state: str = "ready",
+) -> StatusReport:  # fmt: skip
     version = VersionStatus(
-        manifest=manifest, model="m", version="2", engine="onnxruntime", state="ready", serving=serving, standby=False,
+        manifest=manifest, model="m", version="2", engine="onnxruntime", state=state, serving=serving, standby=False,
         requests=requests, failed=failed, crashes=crashes, retried=0, p50_ms=None, p95_ms=None, in_flight=0, pid=2,
         memory_bytes=0, providers=(), unconfined=(), last_problem="killed by SIGSEGV",
     )  # fmt: skip
@@ -98,6 +99,17 @@ def test_an_engine_that_dies_at_each_request_is_a_regression_however_long_it_tak
     assert seen[:-1] == [None] * REGRESSION_CRASHES
     assert seen[-1] is not None
     assert seen[-1][0] == MANIFEST
+
+
+def test_an_engine_that_dies_soon_after_each_start_is_a_regression_though_a_start_takes_minutes() -> None:
+    """Gigabytes on a slow card: what is between two deaths is mostly the start."""
+    watch = CrashWatch()
+    seen = [watch.look(status())]
+    for crashes in range(1, REGRESSION_CRASHES + 1):
+        seen += [watch.look(status(crashes=crashes, state="restarting")) for _ in range(2 * REGRESSION_LOOKS)]
+        seen += [watch.look(status(crashes=crashes))]
+    assert seen[0] is None
+    assert any(seen)
 
 
 def test_crashes_that_are_far_apart_are_no_regression() -> None:

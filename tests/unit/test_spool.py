@@ -362,3 +362,66 @@ def test_an_event_of_this_start_that_can_not_be_read_any_more_does_not_silence_t
     assert len(set(range(1, 6)) - had) == lost
     assert had >= set(range(6, 10))
     assert board.receiver.floors["boot-1"] == max(had)
+
+
+def _offline_for_three_appends(files: MemoryDisk) -> Board:
+    board = Board(files, Receiver(), "boot-1", limit_bytes=4 << 20)
+    for _ in range(3):
+        board.outcome()
+        board.health(4)
+        board.wait()
+    board.spool.close()
+    return board
+
+
+def _overwrite(files: MemoryDisk, name: str, content: bytes, offset: int) -> None:
+    fd = files.open(FOLDER / name, os.O_WRONLY)
+    files.pwrite(fd, content, offset)
+    files.close(fd)
+
+
+@pytest.mark.parametrize(
+    ("content", "offset", "lost"),
+    [
+        (b"\xff", 700, 1),  # within an event's text
+        (b"\xff\xff", 37, 1),  # an event's length: nobody knows where the next one begins
+        (b"\xff", 20, 0),  # which boot it is of, which each event says too
+        (bytes(1500), 100, 4),
+    ],
+)
+def test_what_rots_in_the_middle_of_a_segment_is_counted_once_and_what_lies_behind_it_comes(
+    content: bytes, offset: int, lost: int
+) -> None:
+    files = disk()
+    before = _offline_for_three_appends(files)
+    _overwrite(files, "00000002-health.seg", content, offset)
+    for boot in ("boot-2", "boot-3"):
+        board = Board(files, before.receiver, boot, limit_bytes=4 << 20)
+        board.spool.came_up()
+        assert board.receiver is before.receiver
+        if boot == "boot-2":  # it hears what is missing, and ends before the controller does
+            sent = list(board.line)
+            board.line.clear()
+            for ack in board.receiver.take(sent):
+                board.spool.acknowledge(ack)
+            board.outcome()  # what is counted comes to the disk with an append
+            board.line.clear()
+            board.spool.close()
+    board.exchange()
+    had = {number for boot, number in board.receiver.have if boot == "boot-1"}
+    assert len(set(range(1, 16)) - had) == lost
+    assert sum(board.spool.dropped.values()) == board.spool.dropped.get("unreadable", 0) == lost
+    assert board.receiver.floors["boot-1"] == 15
+
+
+def test_what_rotted_and_was_stored_by_the_controller_before_is_not_counted() -> None:
+    files = disk()
+    before = _offline_for_three_appends(files)
+    before.spool.came_up()
+    first = list(before.line)[:9]
+    before.receiver.take(first)  # the line broke before its acknowledgement came
+    _overwrite(files, "00000002-health.seg", b"\xff", 700)
+    board = Board(files, before.receiver, "boot-2", limit_bytes=4 << 20)
+    board.exchange()
+    assert board.spool.dropped == {}
+    assert board.receiver.floors["boot-1"] == 15

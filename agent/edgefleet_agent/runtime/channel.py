@@ -77,7 +77,7 @@ class Refused(msgspec.Struct, tag=6, array_like=True):
 
 
 class Observed(msgspec.Struct, tag=7, array_like=True):
-    """worker -> front: what one request was like, by the artifact's statistics: for each of their inputs and outputs how many of the values
+    """worker -> front: what one request was like, by the artifact's statistics: for each of their inputs and outputs, and after it for each of its channels, how many of the values
     that were looked at fell into each bin, how many are no number, and the mean of the others (None where there are none); the
     answer's class, -1 without one; a checksum of the inputs' values."""
 

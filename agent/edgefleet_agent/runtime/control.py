@@ -13,6 +13,7 @@ import os
 import socket
 import time
 from collections.abc import Iterator
+from enum import Enum
 from pathlib import Path
 from typing import Literal, TypeVar
 
@@ -23,6 +24,14 @@ from edgefleet_shared.errors import EnvironmentProblem, TransportError, from_dic
 
 MAX_LINE_BYTES = 1 << 20
 SwapMode = Literal["auto", "blue-green", "in-place"]
+
+
+class VersionState(str, Enum):
+    PREPARED = "prepared"  # bytes checked, no process: waits for an in-place switch
+    STARTING = "starting"
+    READY = "ready"
+    RESTARTING = "restarting"  # its worker died; a new one comes
+    STOPPED = "stopped"
 
 
 class Load(msgspec.Struct, frozen=True, tag="load", tag_field="op"):

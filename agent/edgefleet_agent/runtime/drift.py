@@ -7,27 +7,48 @@ one another, so that the figure is about the last minutes and never about nothin
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Literal
 
 from edgefleet_shared import drift
-from edgefleet_shared.drift import MIN_SAMPLES, Drift, Statistics, TensorDrift, TensorStatistics
+from edgefleet_shared.drift import (
+    MIN_SAMPLES,
+    ChannelDrift,
+    ChannelStatistics,
+    Drift,
+    Statistics,
+    TensorDrift,
+    TensorStatistics,
+)
 
 from edgefleet_agent.runtime.channel import Observed
 
 WINDOW_SAMPLES = 300  # five minutes at a sample a second
 
 
+@dataclass
+class _Sums:
+    """What was counted of a tensor, or of one channel of it. ``measured`` are the samples that have a mean."""
+
+    bins: list[int]
+    non_finite: int = 0
+    mean: float = 0.0
+    measured: int = 0
+
+    def add(self, other: _Sums) -> None:
+        self.bins = [one + more for one, more in zip(self.bins, other.bins, strict=True)]
+        self.non_finite += other.non_finite
+        self.mean += other.mean
+        self.measured += other.measured
+
+
 class _Tally:
     """One window."""
 
-    def __init__(self, normal: Statistics) -> None:
-        tensors = (*normal.inputs, *normal.outputs)
+    def __init__(self, parts: list[TensorStatistics | ChannelStatistics], classes: int) -> None:
         self.samples = self.repeated = 0
-        self.bins = [[0] * len(tensor.shares) for tensor in tensors]
-        self.non_finite = [0] * len(tensors)
-        self.means = [0.0] * len(tensors)
-        self.measured = [0] * len(tensors)  # samples that have a mean
-        self.classes = [0] * len(normal.classes)
+        self.sums = [_Sums([0] * len(part.shares)) for part in parts]
+        self.classes = [0] * classes
 
 
 class DriftMeter:
@@ -39,8 +60,14 @@ class DriftMeter:
 
     def __init__(self, normal: Statistics | None) -> None:
         self._normal = normal
-        self._windows = [_Tally(normal)] if normal is not None else []
+        self._parts = list[TensorStatistics | ChannelStatistics]()
+        for _, tensor in _kinds(normal) if normal is not None else ():
+            self._parts += [tensor, *tensor.channels]
+        self._windows = [self._window()]
         self._checksum: int | None = None
+
+    def _window(self) -> _Tally:
+        return _Tally(self._parts, len(self._normal.classes) if self._normal else 0)
 
     def add(self, seen: Observed) -> None:
         """One request.
@@ -48,30 +75,23 @@ class DriftMeter:
         Raises:
             ValueError: it makes no sense for this artifact.
         """
-        normal = self._normal
-        if normal is None or len(seen.tensors) != len(normal.inputs) + len(normal.outputs):
+        if self._normal is None or len(seen.tensors) != len(self._parts):
             raise ValueError("an observation of other tensors than the artifact's")
-        now = self._windows[-1]
-        for counts, non_finite, mean in seen.tensors:
+        for part, (counts, non_finite, mean) in zip(self._parts, seen.tensors, strict=True):
             if non_finite < 0 or any(count < 0 for count in counts) or (mean is not None and not math.isfinite(mean)):
                 raise ValueError("an observation with impossible counts")
-        for place, (counts, non_finite, mean) in enumerate(seen.tensors):
-            bins = now.bins[place]
-            if len(counts) != len(bins):
+            if len(counts) != len(part.shares):
                 raise ValueError("an observation with other bins than the artifact's")
-            for number, count in enumerate(counts):
-                bins[number] += count
-            now.non_finite[place] += non_finite
-            if mean is not None:
-                now.means[place] += mean
-                now.measured[place] += 1
+        now = self._windows[-1]
+        for sums, (counts, non_finite, mean) in zip(now.sums, seen.tensors, strict=True):
+            sums.add(_Sums(counts, non_finite, mean or 0.0, int(mean is not None)))
         if 0 <= seen.answer < len(now.classes):
             now.classes[seen.answer] += 1
         now.repeated += seen.checksum == self._checksum
         self._checksum = seen.checksum
         now.samples += 1
         if now.samples >= WINDOW_SAMPLES:
-            self._windows = [now, _Tally(normal)]
+            self._windows = [now, self._window()]
 
     def figures(self) -> Drift:
         """How far it has moved by now."""
@@ -82,11 +102,14 @@ class DriftMeter:
         if samples < MIN_SAMPLES:
             return Drift(samples=samples, note=f"not enough: {samples} of {MIN_SAMPLES} requests looked at")
         tensors, moved = list[TensorDrift](), list[float]()
-        for place, (kind, tensor) in enumerate(_kinds(normal)):
-            found = self._tensor(place, kind, tensor)
+        sums = iter(self._sums())
+        for kind, tensor in _kinds(normal):
+            whole, channels = next(sums), [next(sums) for _ in tensor.channels]
+            found = _tensor(kind, tensor, whole, channels)
             if found is not None:
                 tensors.append(found)
-                moved.append(max(found.psi, drift.psi_of_non_finite(found.non_finite)))
+                moved += [found.psi, drift.psi_of_non_finite(tensor.non_finite, found.non_finite)]
+                moved += [channel.psi for channel in found.channels]
         if not tensors:
             few = not any(tensor.edges for _, tensor in _kinds(normal))
             return Drift(
@@ -101,24 +124,40 @@ class DriftMeter:
             tensors=tuple(tensors),
         )
 
-    def _tensor(self, place: int, kind: Literal["input", "output"], normal: TensorStatistics) -> TensorDrift | None:
-        if not normal.edges:
-            return None
-        windows = self._windows
-        counts = [sum(bins) for bins in zip(*(window.bins[place] for window in windows), strict=True)]
-        finite, non_finite = sum(counts), sum(window.non_finite[place] for window in windows)
-        measured = sum(window.measured[place] for window in windows)
-        if non_finite and not finite:
-            return TensorDrift(
-                name=normal.name, kind=kind, psi=drift.psi_of_non_finite(1.0), shift=None, non_finite=1.0
-            )
-        if not finite or not measured:
-            return None
-        mean = sum(window.means[place] for window in windows) / measured
-        return TensorDrift(
-            name=normal.name, kind=kind, psi=drift.psi(normal.shares, counts), shift=drift.shift(normal, mean),
-            non_finite=non_finite / (finite + non_finite),
-        )  # fmt: skip
+    def _sums(self) -> list[_Sums]:
+        """Of both windows, for each part."""
+        found = self._window().sums
+        for window in self._windows:
+            for total, sums in zip(found, window.sums, strict=True):
+                total.add(sums)
+        return found
+
+
+def _tensor(
+    kind: Literal["input", "output"], normal: TensorStatistics, sums: _Sums, channels: list[_Sums]
+) -> TensorDrift | None:
+    """How far a tensor has moved; None where nothing can be said."""
+    if not normal.edges:
+        return None
+    finite = sum(sums.bins)
+    if sums.non_finite and not finite:
+        psi = drift.psi_of_non_finite(normal.non_finite, 1.0)
+        return TensorDrift(name=normal.name, kind=kind, psi=psi, shift=None, non_finite=1.0)
+    moved = _moved(normal, sums)
+    if moved is None:
+        return None
+    parts = [_moved(part, counted) for part, counted in zip(normal.channels, channels, strict=True)]
+    return TensorDrift(
+        name=normal.name, kind=kind, psi=moved.psi, shift=moved.shift,
+        non_finite=sums.non_finite / (finite + sums.non_finite),
+        channels=tuple(part for part in parts if part is not None) if None not in parts else (),
+    )  # fmt: skip
+
+
+def _moved(normal: TensorStatistics | ChannelStatistics, sums: _Sums) -> ChannelDrift | None:
+    if not sum(sums.bins) or not sums.measured:
+        return None
+    return ChannelDrift(psi=drift.psi(normal.shares, sums.bins), shift=drift.shift(normal, sums.mean / sums.measured))
 
 
 def _kinds(normal: Statistics) -> list[tuple[Literal["input", "output"], TensorStatistics]]:

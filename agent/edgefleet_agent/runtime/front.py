@@ -20,6 +20,7 @@ from edgefleet_shared import __version__
 
 from edgefleet_agent.runtime import answer as answers
 from edgefleet_agent.runtime import content_encoding, metrics, protocol, turns
+from edgefleet_agent.runtime.control import VersionState
 from edgefleet_agent.runtime.head import Head, Refused
 from edgefleet_agent.runtime.http import BINARY, JSON, TEXT, Place, Reply, Request
 from edgefleet_agent.runtime.job import NO_MEMORY, Job, Lease
@@ -28,7 +29,7 @@ from edgefleet_agent.runtime.peer import Peer
 from edgefleet_agent.runtime.protocol import Form, InferRequest, InputTensor, OutputTensor, RequestError
 from edgefleet_agent.runtime.regions import Regions
 from edgefleet_agent.runtime.switchboard import Switchboard
-from edgefleet_agent.runtime.version import Version, VersionState
+from edgefleet_agent.runtime.version import Version
 
 SERVER_NAME = "edgefleet-runtime"
 EXTENSIONS = ("binary_tensor_data", "statistics", "system_shared_memory", "model_configuration")

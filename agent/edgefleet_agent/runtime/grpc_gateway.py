@@ -31,9 +31,11 @@ from edgefleet_shared.errors import EdgefleetError, EnvironmentProblem
 from google.protobuf.message import DecodeError, Message
 
 from edgefleet_agent import notify
+from edgefleet_agent.runtime import activation
 from edgefleet_agent.runtime import grpc_messages as messages
 from edgefleet_agent.runtime.control import short_path
 from edgefleet_agent.runtime.grpc_bounds import CALLS_AT_ONCE, IDLE_LIMIT_S, LARGE_BYTES, MAX_CALLS, MESSAGE_LIMIT_S
+from edgefleet_agent.runtime.grpc_carrier import Carrier
 from edgefleet_agent.runtime.grpc_messages import Bytes, CallError, pb
 from edgefleet_agent.runtime.head import MAX_BODY_BYTES
 from edgefleet_agent.runtime.heap import Heap
@@ -459,7 +461,7 @@ def _host_and_port(listen: str) -> str:
     "--listen",
     default="127.0.0.1:8001",
     show_default=True,
-    help="Loopback HOST:PORT, port 0 picks a free one; or unix:PATH.",
+    help="Loopback HOST:PORT, port 0 picks a free one; or unix:PATH, where connections of sockets go that systemd holds.",
 )
 def main(state: Path, socket_path: Path | None, listen: str) -> None:
     """Serve the board's model over the Open Inference Protocol's gRPC face. The runtime must run beside it."""
@@ -468,6 +470,12 @@ def main(state: Path, socket_path: Path | None, listen: str) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
     try:
+        held = activation.inherited()
+        if held and not listen.startswith("unix:"):
+            raise EnvironmentProblem(
+                "systemd hands over sockets, and there is none of our own to carry their connections to",
+                hint="--listen unix:PATH",
+            )
         runtime = Runtime(socket_path or state.resolve() / "run" / "infer.sock")
         if listen.startswith("unix:"):
             server, shown = serve(runtime, listen)[0], listen
@@ -478,10 +486,16 @@ def main(state: Path, socket_path: Path | None, listen: str) -> None:
     except EdgefleetError as exc:
         click.echo(f"fleet-runtime-grpc: {exc}", err=True)
         sys.exit(exc.exit_status)
+    carrier = Carrier(held, Path(listen.removeprefix("unix:"))) if held else None
+    if carrier is not None:
+        carrier.start()
     click.echo(f"listening at {shown}")
     notify.ready(f"listening at {shown}")
     stop.wait()
     notify.stopping()
+    if carrier is not None:
+        carrier.stop()
+        carrier.join(GRACE_S)
     server.stop(GRACE_S).wait()
 
 

@@ -22,7 +22,10 @@ from edgefleet_agent.runtime.tensors import NUMPY, element_count
 
 pb: Any = open_inference_pb2  # its messages are made from a descriptor when it is imported
 
-CODES = {400: "INVALID_ARGUMENT", 404: "NOT_FOUND", 413: "RESOURCE_EXHAUSTED", 503: "UNAVAILABLE"}
+# As google.rpc.Code has them.
+CODES = {
+    400: "INVALID_ARGUMENT", 404: "NOT_FOUND", 413: "RESOURCE_EXHAUSTED", 429: "RESOURCE_EXHAUSTED", 503: "UNAVAILABLE",
+}  # fmt: skip
 # Which field of InferTensorContents holds a datatype's values.
 _CONTENTS = {
     "BOOL": "bool_contents",

@@ -9,9 +9,10 @@ from __future__ import annotations
 import math
 import time
 import zlib
+from collections.abc import Iterator
 
 import numpy as np
-from edgefleet_shared.drift import MIN_SAMPLES, Statistics
+from edgefleet_shared.drift import MIN_SAMPLES, Statistics, TensorStatistics
 
 from edgefleet_agent.runtime.channel import Observed
 from edgefleet_agent.runtime.tensors import Array
@@ -30,9 +31,10 @@ class Observer:
 
     def __init__(self, normal: Statistics | None) -> None:
         self._normal = normal
-        self._edges = [np.asarray(t.edges) for t in (*normal.inputs, *normal.outputs)] if normal else []
-        self._places: dict[int, Array] = {}
-        self._picked: list[Array] = []
+        self._tensors = [*normal.inputs, *normal.outputs] if normal else []
+        self._edges = [np.asarray(t.edges) for t in self._tensors]
+        self._places: dict[tuple[int, ...], tuple[Array, Array]] = {}
+        self._picked: list[tuple[Array, Array]] = []
         self._answer = -1
         self._looks = 0
         self._due_at = 0.0
@@ -51,7 +53,7 @@ class Observer:
         self._looks += 1
         self._due_at = time.monotonic() + (FIRST_PERIOD_S if self._looks <= MIN_SAMPLES else PERIOD_S)
         self._picked = [
-            self._pick(tensors.get(normal.name))
+            self._pick(tensors.get(normal.name), normal.axis)
             for normals, tensors in ((self._normal.inputs, inputs), (self._normal.outputs, outputs))
             for normal in normals
         ]
@@ -61,20 +63,23 @@ class Observer:
             # The largest of scores among which one is no number is none.
             self._answer = int(scores.argmax()) if scores.size and np.isfinite(scores).all() else -1
 
-    def _pick(self, tensor: Array | None) -> Array:
+    def _pick(self, tensor: Array | None, axis: int) -> tuple[Array, Array]:
+        """Values of the first sample, and the channel of each where the tensor's lie along ``axis``."""
         if tensor is None or not tensor.size:
-            return np.empty(0)
-        values = (tensor[0] if tensor.ndim else tensor).reshape(-1)
-        if values.size <= MAX_VALUES:
-            return values.astype(np.float64)
-        places = self._places.get(values.size)
-        if places is None:
-            # By chance, but always the same ones: a step would see one channel, or one column.
-            places = np.sort(np.random.default_rng(values.size).choice(values.size, MAX_VALUES, replace=False))
+            return np.empty(0), np.empty(0)
+        sample = tensor[0] if tensor.ndim else tensor
+        key = (axis, *sample.shape)
+        if key not in self._places:
+            places = np.arange(sample.size)
+            if sample.size > MAX_VALUES:
+                # By chance, but always the same ones: a step would see one channel, or one column.
+                places = np.sort(np.random.default_rng(sample.size).choice(sample.size, MAX_VALUES, replace=False))
             if len(self._places) >= KEPT_PLACES:
                 self._places.clear()
-            self._places[values.size] = places
-        return values[places].astype(np.float64)
+            channels = np.unravel_index(places, sample.shape)[axis - 1] if 0 < axis <= sample.ndim else np.empty(0)
+            self._places[key] = places, channels
+        places, channels = self._places[key]
+        return sample.reshape(-1)[places].astype(np.float64), channels
 
     def observed(self) -> Observed:
         """What was picked, counted; once for each look."""
@@ -82,10 +87,23 @@ class Observer:
         picked, self._picked = self._picked, []
         inputs = len(self._normal.inputs)
         return Observed(
-            [_counted(values, edges) for values, edges in zip(picked, self._edges, strict=True)],
+            [
+                part
+                for tensor, edges, (values, channels) in zip(self._tensors, self._edges, picked, strict=True)
+                for part in _parts(tensor, edges, values, channels)
+            ],
             self._answer,
-            zlib.crc32(b"".join(values.tobytes() for values in picked[:inputs])),
+            zlib.crc32(b"".join(values.tobytes() for values, _ in picked[:inputs])),
         )
+
+
+def _parts(
+    normal: TensorStatistics, edges: Array, values: Array, channels: Array
+) -> Iterator[tuple[list[int], int, float | None]]:
+    """The whole tensor, then each of its channels."""
+    yield _counted(values, edges)
+    for channel in range(len(normal.channels)):
+        yield _counted(values[channels == channel] if channels.size else channels, edges)
 
 
 def _counted(values: Array, edges: Array) -> tuple[list[int], int, float | None]:

@@ -18,11 +18,11 @@ from edgefleet_shared.artifact import MODEL_LAYER, Layout, Manifest, ModelConfig
 from edgefleet_shared.errors import ConflictError, EdgefleetError, NotFoundError
 
 from edgefleet_agent.runtime import swap_mode
-from edgefleet_agent.runtime.control import Loaded, Retired, Shadowing, StatusReport, SwapMode, Switched
+from edgefleet_agent.runtime.control import Loaded, Retired, Shadowing, StatusReport, SwapMode, Switched, VersionState
 from edgefleet_agent.runtime.nursery import Nursery
 from edgefleet_agent.runtime.shadow import Shadow
 from edgefleet_agent.runtime.switchboard import Switchboard
-from edgefleet_agent.runtime.version import Version, VersionState
+from edgefleet_agent.runtime.version import Version
 from edgefleet_agent.sandbox import resident_bytes
 
 log = logging.getLogger("edgefleet.runtime")

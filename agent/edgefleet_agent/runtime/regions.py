@@ -118,7 +118,7 @@ class Regions:
         """Take a registration. Registering the same again is done already.
 
         Raises:
-            RequestError: 400, with what is wrong; 503, there are too many.
+            RequestError: 400, with what is wrong; 429, there are too many.
         """
         try:
             request = msgspec.json.decode(body, type=Register)
@@ -134,7 +134,8 @@ class Regions:
             raise RequestError(400, f"shared memory region {name!r} is registered already; unregister it first")
         if len(self._regions) >= MAX_REGIONS or sum(uid == user for uid, _ in self._regions) >= MAX_OF_ONE_USER:
             raise RequestError(
-                503, f"too many regions: one user may have {MAX_OF_ONE_USER}, all together {MAX_REGIONS}"
+                429,  # not 503, which clients try again: they have to give one back first
+                f"too many regions: one user may have {MAX_OF_ONE_USER}, all together {MAX_REGIONS}",
             )
         self._regions[user, name] = Region(name, request, _open(user, request))
 

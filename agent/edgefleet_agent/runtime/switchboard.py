@@ -12,9 +12,10 @@ import time
 from collections import deque
 
 from edgefleet_agent.runtime import protocol
+from edgefleet_agent.runtime.control import VersionState
 from edgefleet_agent.runtime.job import Job, Lease
 from edgefleet_agent.runtime.protocol import RequestError
-from edgefleet_agent.runtime.version import Version, VersionState
+from edgefleet_agent.runtime.version import Version
 
 MAX_WAITING = 1024  # requests without a worker; their bodies are bounded by the front
 STOPPING = "the runtime is stopping"

@@ -7,7 +7,6 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable
-from enum import Enum
 
 import msgspec
 from edgefleet_shared.artifact import GOLDEN_LAYER, MODEL_LAYER, Layout, Manifest, ModelConfig
@@ -16,7 +15,7 @@ from edgefleet_shared.errors import EdgefleetError, EngineError, NotFoundError
 
 from edgefleet_agent.runtime import protocol
 from edgefleet_agent.runtime.channel import Ready, Start
-from edgefleet_agent.runtime.control import VersionStatus
+from edgefleet_agent.runtime.control import VersionState, VersionStatus
 from edgefleet_agent.runtime.job import Job, Lease
 from edgefleet_agent.runtime.metrics import Figures
 from edgefleet_agent.runtime.nursery import Nursery
@@ -38,14 +37,6 @@ HEALTHY_AFTER_S = 30.0  # a worker that lived this long starts the back-off anew
 # A version may need more to serve than its acceptance saw: batches, and what the engine keeps of them.
 MEMORY_SLACK, MEMORY_SLACK_BYTES = 2.0, 64 * 1024 * 1024
 MAX_ATTEMPTS = 3  # a request that killed this many workers is not given to another
-
-
-class VersionState(str, Enum):
-    PREPARED = "prepared"  # bytes checked, no process: waits for an in-place switch
-    STARTING = "starting"
-    READY = "ready"
-    RESTARTING = "restarting"  # its worker died; a new one comes
-    STOPPED = "stopped"
 
 
 class Version:

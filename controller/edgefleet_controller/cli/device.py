@@ -154,7 +154,9 @@ def _drift(drift: dict[str, Any]) -> list[tuple[str, str]]:
     for tensor in drift["tensors"]:
         moved = "" if tensor["shift"] is None else f", mean moved by {tensor['shift']:.1f} sd"
         broken = f", {tensor['non_finite']:.1%} not finite" if tensor["non_finite"] else ""
-        rows.append((f"drift {tensor['kind']} {tensor['name']}", f"psi {tensor['psi']:.2f}{moved}{broken}"))
+        channels = " ".join(f"{channel['psi']:.2f}" for channel in tensor["channels"])
+        by_channel = f", by channel {channels}" if channels else ""
+        rows.append((f"drift {tensor['kind']} {tensor['name']}", f"psi {tensor['psi']:.2f}{by_channel}{moved}{broken}"))
     return rows
 
 

@@ -62,7 +62,7 @@ def to_in_flight(rollout: str, progress: Progress, board: BoardView, now: float)
         standing=S.IN_FLIGHT,
         tries=progress.tries + 1,
         attempt=progress.attempt + 1,
-        assignment=_assignment(rollout, progress),
+        assignment=_assignment(rollout, progress, now),
         since=now,
         previous=board.good if first else progress.previous,
         before_p95_ms=board.figures.p95_ms if first and board.figures is not None else progress.before_p95_ms,
@@ -72,9 +72,10 @@ def to_in_flight(rollout: str, progress: Progress, board: BoardView, now: float)
     )
 
 
-def _assignment(rollout: str, progress: Progress) -> str:
-    # Made of what is persisted, so that a controller that is killed and decides again gives the same name.
-    return f"{rollout}.{progress.device}.{progress.tries + 1}"
+def _assignment(rollout: str, progress: Progress, now: float) -> str:
+    # A name is given to one assignment, ever: a board does nothing about one that it has ended. Rollout and number alone come again
+    # when a controller is restored from a backup that lacks what was assigned since.
+    return f"{rollout}.{progress.device}.{progress.tries + 1}.{int(now)}"
 
 
 def deadline(rollout: Rollout, progress: Progress) -> float:
@@ -367,7 +368,7 @@ def go_back(rollout: Rollout, fleet: Fleet, todo: Sequence[Progress], now: float
                 progress,
                 standing=S.RETURNING,
                 tries=progress.tries + 1,
-                assignment=_assignment(rollout.name, progress),
+                assignment=_assignment(rollout.name, progress, now),
                 since=now,
             )
             back.append(Assign(progress=returning, manifest=progress.previous.manifest, back=True))

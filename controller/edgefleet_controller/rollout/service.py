@@ -52,6 +52,21 @@ MAX_ASSIGNMENTS_PER_COMMIT = 500
 _FORWARD = frozenset({Phase.PLANNED, Phase.RUNNING, Phase.CATCHING_UP})
 
 
+class _Follows(msgspec.Struct):
+    """As much of a board's report as says which assignment it follows."""
+
+    assignment: str = ""
+    agent: _Follows | None = None
+
+
+def _followed(reported: str, subject: Subject) -> str:
+    """The assignment about ``subject`` that the board is at or ended last; empty for none."""
+    report: _Follows | None = msgspec.json.decode(reported, type=_Follows)
+    if report is not None and subject is Subject.AGENT:
+        report = report.agent
+    return report.assignment if report is not None else ""
+
+
 class RolloutService:
     """Creates rollouts and carries them on.
 
@@ -67,6 +82,7 @@ class RolloutService:
         self._fleet = FleetReader(figures)
         self._wake = threading.Event()
         self._ticking = threading.Lock()
+        self._started_at = clock.now()
 
     # -- for the operator's faces
 
@@ -182,22 +198,32 @@ class RolloutService:
     def renew_assignments(self, older_than_s: float) -> int:
         """Sign assignments in force anew that are older than that, so that none expires while its board is away.
 
+        Not those of boards that follow one which this controller never gave, or that it has not heard of since it started: it may have been restored
+        from a backup, and what is in force by that is what boards have left behind. Signed anew, they would go back to it.
+
         Returns:
             how many. The loop publishes them.
         """
-        count, now = 0, self._clock.now()
+        self._figures.flush()
+        count, now, beyond = 0, self._clock.now(), (0.0, "")
         while True:
             with self._database.write() as session:
                 self._database.serialise(session)
+                old = rollouts.signed_before(session, now - older_than_s, self._started_at, beyond)
                 renewed = []
-                for row in rollouts.signed_before(session, now - older_than_s):
+                for row, reported in old:
+                    beyond = (row.created_at, row.id)
+                    followed = _followed(reported, Subject(row.subject))
+                    if followed and not rollouts.is_known(session, followed):
+                        log.warning("assignment not renewed", extra={"device": row.device, "assignment": followed})
+                        continue
                     version = rollouts.next_version(session, row.device, now)
                     payload = self._director.renew(row.payload, version)
                     fields = {"version": version, "payload": payload, "payload_digest": digest_of(payload)}
                     renewed.append(Assignment(**(row.model_dump() | fields | {"created_at": now, "published": False})))
                 rollouts.put_assignments(session, renewed)
             count += len(renewed)
-            if not renewed:
+            if not old:
                 break
         if count:
             self.wake()

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import msgspec
 from edgefleet_shared.assignment import Subject, subject_of
 from edgefleet_shared.errors import ConflictError, NotFoundError
-from sqlalchemy import text
+from sqlalchemy import text, tuple_
 from sqlmodel import Session, col, select
 
 from edgefleet_controller import versions
@@ -262,16 +262,30 @@ def _waiting(session: Session, statement: str, limit: int) -> list[Assignment]:
     return [by_name[name] for name in names]
 
 
-def signed_before(session: Session, before: float, limit: int = 500) -> list[Assignment]:
-    """Assignments in force that were signed before then (seconds since 1970), oldest first."""
+def signed_before(
+    session: Session, before: float, heard_since: float, beyond: tuple[float, str], limit: int = 500
+) -> list[tuple[Assignment, str]]:
+    """Assignments in force that were signed before then (seconds since 1970), of boards that were heard of since ``heard_since``; each with the
+    board's last report.
+
+    Args:
+        beyond: signed when and named how the last one was that is known already; oldest first.
+    """
+    signed, name = col(Assignment.created_at), col(Assignment.id)
     query = (
-        select(Assignment)
-        .join(Device, col(Assignment.id).in_([col(Device.assignment), col(Device.agent_assignment)]))
-        .where(col(Assignment.created_at) < before, col(Device.revoked).is_(False))
-        .order_by(col(Assignment.created_at), col(Assignment.id))
+        select(Assignment, Device.reported)
+        .join(Device, name.in_([col(Device.assignment), col(Device.agent_assignment)]))
+        .where(signed < before, tuple_(signed, name) > tuple_(*beyond), col(Device.revoked).is_(False))
+        .where(col(Device.reported_at) >= heard_since)
+        .order_by(signed, name)
         .limit(limit)
     )
-    return list(session.exec(query))
+    return [(assignment, reported) for assignment, reported in session.exec(query)]
+
+
+def is_known(session: Session, assignment: str) -> bool:
+    """Whether it was ever given by this controller."""
+    return session.get(Assignment, assignment) is not None
 
 
 def mark_published(session: Session, assignments: Iterable[tuple[str, int]]) -> None:

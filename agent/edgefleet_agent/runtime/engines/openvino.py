@@ -25,6 +25,7 @@ from edgefleet_agent.runtime.engines.port import installed_version, row_by_row
 from edgefleet_agent.runtime.tensors import NUMPY, Array
 
 MEMBERS = ("model.xml", "model.bin")
+PIECE_BYTES = 1 << 20
 MAX_XML_BYTES = 64 * 1024 * 1024  # a network of a thousand layers has one
 
 
@@ -57,11 +58,12 @@ class OpenvinoEngine:
         # Else its thread stays on one processor, whoever else wants that one and whichever is free.
         options["ENABLE_CPU_PINNING"] = False
         try:
-            model = core.read_model(model=xml, weights=openvino.Tensor(weights))
+            # Not copied: of a large model that is the memory that decides whether a board can load it.
+            model = core.read_model(model=xml, weights=openvino.Tensor(weights, shared_memory=True))
             compiled = core.compile_model(model, "CPU", options)
         except RuntimeError as exc:
             raise EngineError(f"openvino can't load the model: {_last_line(exc)}") from exc
-        return OpenvinoSession(compiled, config)
+        return OpenvinoSession(compiled, weights, config)
 
 
 @contextlib.contextmanager
@@ -86,6 +88,10 @@ def _members(path: Path) -> tuple[bytes, Array]:
             # No archive bomb gets through: a member that is stored can't be larger than the file, and none is read further than it says.
             if weights.compress_type != zipfile.ZIP_STORED:
                 raise EngineError(f"{MEMBERS[1]} in the OpenVINO blob is compressed; it must be stored")
+            if weights.file_size != weights.compress_size or weights.file_size > path.stat().st_size:
+                raise EngineError(
+                    f"{MEMBERS[1]} in the OpenVINO blob says of itself that it has {weights.file_size} bytes"
+                )
             if xml.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
                 raise EngineError(
                     f"{MEMBERS[0]} in the OpenVINO blob is compressed by method {xml.compress_type}; deflate is known"
@@ -94,14 +100,29 @@ def _members(path: Path) -> tuple[bytes, Array]:
                 raise EngineError(
                     f"{MEMBERS[0]} in the OpenVINO blob has {xml.file_size} bytes, {MAX_XML_BYTES} are allowed"
                 )
-            return archive.read(xml), np.frombuffer(archive.read(weights), np.uint8)
-    except (zipfile.BadZipFile, zlib.error, KeyError, OSError) as exc:
+            return archive.read(xml), _read(archive, weights)
+    except (zipfile.BadZipFile, zlib.error, KeyError, EOFError, OSError) as exc:
         raise EngineError(f"not an OpenVINO blob (a ZIP of {' and '.join(MEMBERS)}): {exc}") from exc
 
 
+def _read(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> Array:
+    """A stored member's bytes, held once: ``ZipFile.read`` holds what is beyond two gigabytes twice."""
+    content = np.empty(member.file_size, np.uint8)
+    done = 0
+    with archive.open(member) as stream:
+        while piece := stream.read(PIECE_BYTES):
+            content[done : done + len(piece)] = np.frombuffer(piece, np.uint8)
+            done += len(piece)
+    return content
+
+
 class OpenvinoSession:
-    def __init__(self, compiled: Any, config: ModelConfig) -> None:
-        self._compiled = compiled
+    """Args:
+    weights: what the compiled model may read for as long as it is there; OpenVINO does not hold it.
+    """
+
+    def __init__(self, compiled: Any, weights: Array, config: ModelConfig) -> None:
+        self._compiled, self._weights = compiled, weights
         self._request = compiled.create_infer_request()
         inputs = {name: port for port in compiled.inputs for name in port.names}
         outputs = {name: port for port in compiled.outputs for name in port.names}
