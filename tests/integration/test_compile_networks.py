@@ -139,6 +139,22 @@ def test_a_linear_resize_of_onnxs_early_days_keeps_its_places(bench: Bench, opse
         assert result.figures.agreement == 1.0
 
 
+def of_early_days(net: Net, shape: Any, ir_version: int) -> onnx.ModelProto:
+    """As operator set 8 has it: every constant an input too, and the limits of a Clip attributes."""
+    limits = {c.name: float(onnx.numpy_helper.to_array(c)) for c in net.constants if not c.dims}
+    for node in net.nodes:
+        if node.op_type == "Clip":
+            low, high = (limits[name] for name in node.input[1:])
+            del node.input[1:]
+            node.attribute.extend([onnx.helper.make_attribute("min", low), onnx.helper.make_attribute("max", high)])
+    net.constants = [c for c in net.constants if c.name not in limits]
+    model = net.model(shape, opset=8, ir_version=ir_version)
+    model.graph.input.extend(
+        onnx.helper.make_tensor_value_info(i.name, i.data_type, list(i.dims)) for i in model.graph.initializer
+    )
+    return model
+
+
 def test_a_network_of_onnxs_early_days_whose_bias_is_a_row_is_quantized(bench: Bench) -> None:
     net = Net(3)
     net.conv(3, 16, stride=4)
@@ -146,15 +162,38 @@ def test_a_network_of_onnxs_early_days_whose_bias_is_a_row_is_quantized(bench: B
     net.add("Flatten")
     net.add("MatMul", net.constant(net.rng.normal(size=(1024, 10)).astype(np.float32)))
     net.add("Add", net.constant(net.rng.normal(size=(1, 10)).astype(np.float32)))
-    model = net.model([1, 10], opset=8, ir_version=3)
-    model.graph.input.extend(
-        onnx.helper.make_tensor_value_info(i.name, i.data_type, list(i.dims)) for i in model.graph.initializer
-    )
-    result = bench.compile(
-        bench.version(project(bench.folder, model)), class_here(search={"effort": "full", "prefer": "size"})
-    )
+    version = bench.version(project(bench.folder, of_early_days(net, [1, 10], 3)))
+    result = bench.compile(version, class_here(search={"effort": "full", "prefer": "size"}))
     assert result.precision == "int8"
     assert result.candidates > 3
+
+
+def test_a_network_of_onnxs_early_days_whose_activations_have_limits_is_quantized(bench: Bench) -> None:
+    net = Net(3)
+    for inputs in (3, 32):
+        net.conv(inputs, 32, stride=2)
+        net.relu6()
+    net.add("Flatten")
+    net.dense(2048, 10)
+    version = bench.version(project(bench.folder, of_early_days(net, [1, 10], 3)))
+    result = bench.compile(version, class_here(search={"effort": "fixed", "prefer": "size"}))
+    assert result.precision == "int8"
+
+
+def test_a_normalisation_whose_constants_are_inputs_is_part_of_the_convolution_before_it(bench: Bench) -> None:
+    net = Net(3)
+    net.conv(3, 16, stride=2)
+    rows = [net.constant(net.rng.uniform(0.5, 1.5, 16).astype(np.float32)) for _ in range(4)]
+    net.add("BatchNormalization", *rows)
+    net.add("Relu")
+    net.add("Flatten")
+    net.dense(4096, 10)
+    version = bench.version(project(bench.folder, of_early_days(net, [1, 10], 4)))
+    result = bench.compile(version, class_here(precision="fp32"))
+    shipped = onnx.load(
+        bench.layout.path(bench.layout.manifest(result.artifact.digest).layer(artifact.MODEL_LAYER).digest)
+    )
+    assert "BatchNormalization" not in [node.op_type for node in shipped.graph.node]
 
 
 def unlike_channels(octaves: float) -> onnx.ModelProto:

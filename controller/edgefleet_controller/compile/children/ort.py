@@ -5,7 +5,9 @@ What it writes in int8 is compiled further by every target whose engine reads QD
 
 from __future__ import annotations
 
+import os
 import re
+import tempfile
 from typing import Any
 
 import numpy as np
@@ -54,8 +56,10 @@ def prepare(request: job.Request, progress: job.Progress) -> dict[str, Any]:
         run = load(request["network"])
     except Exception as exc:  # onnxruntime's own classes share no base but this
         raise _refusal(exc, request["network"]) from exc
-    source = opset.at_least_per_channel(request["network"], request["simplified"])
-    quant_pre_process(source, request["simplified"], skip_symbolic_shape=True)
+    with tempfile.TemporaryDirectory(dir=".") as folder:
+        source = os.path.join(folder, "network.onnx")
+        onnx.save(opset.of_today(onnx.load(request["network"])), source)
+        quant_pre_process(source, request["simplified"], skip_symbolic_shape=True)
     tidy(request["simplified"])
     progress("simplifying", 1, 1)
     _repeats(run, request["network"], SampleFile(request["samples"][0], LOOKED_AT), progress)
