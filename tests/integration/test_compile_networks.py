@@ -168,6 +168,21 @@ def test_a_network_of_onnxs_early_days_whose_bias_is_a_row_is_quantized(bench: B
     assert result.candidates > 3
 
 
+def test_what_comes_behind_an_operator_that_is_not_onnxs_own_is_quantized_too(bench: Bench) -> None:
+    """Exporters and onnxruntime's own optimizer write such; ONNX tells nothing of what they make."""
+    net = Net(3)
+    net.conv(3, 32, stride=2)
+    net.add("QuickGelu", domain="com.microsoft", alpha=1.702)
+    net.conv(32, 64, stride=2)
+    net.add("Relu")
+    net.add("Flatten")
+    net.dense(4096, 10)
+    model = net.model([1, 10], extra=[helper.make_opsetid("com.microsoft", 1)])
+    version = bench.version(project(bench.folder, model))
+    figures = bench.compile(version, class_here(search={"effort": "fixed", "prefer": "size"})).figures
+    assert figures.compiled_bytes < 0.3 * figures.float_bytes, "of what is in int8 most lies behind it"
+
+
 def test_a_network_of_onnxs_early_days_whose_activations_have_limits_is_quantized(bench: Bench) -> None:
     net = Net(3)
     for inputs in (3, 32):

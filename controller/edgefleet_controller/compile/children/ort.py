@@ -21,6 +21,7 @@ from .int8_weights import Settling
 from .measure import Array, Run, SampleFile, measure, run_all
 from .readings import pools_first
 from .tidy import tidy
+from .typed import write_types
 
 onnxruntime.disable_telemetry_events()
 
@@ -61,6 +62,7 @@ def prepare(request: job.Request, progress: job.Progress) -> dict[str, Any]:
         onnx.save(opset.of_today(onnx.load(request["network"])), source)
         quant_pre_process(source, request["simplified"], skip_symbolic_shape=True)
     tidy(request["simplified"])
+    write_types(request["simplified"])
     progress("simplifying", 1, 1)
     _repeats(run, request["network"], SampleFile(request["samples"][0], LOOKED_AT), progress)
     for samples, references in zip(request["samples"], request["references"], strict=True):
