@@ -168,6 +168,35 @@ def test_a_network_of_onnxs_early_days_whose_bias_is_a_row_is_quantized(bench: B
     assert result.candidates > 3
 
 
+@pytest.mark.parametrize(
+    ("move", "more", "shape"),
+    [("Reshape", {"shape": [2, 5]}, [2, 5]), ("Transpose", {"perm": [1, 0]}, [10, 1])],
+    ids=["reshaped", "turned"],
+)
+def test_an_output_that_comes_out_a_second_time_in_another_shape_is_the_same_twice(
+    bench: Bench, move: str, more: dict[str, list[int]], shape: list[int]
+) -> None:
+    net = Net(6)
+    net.conv(3, 16, stride=4)
+    net.add("Relu")
+    net.add("Flatten")
+    net.dense(1024, 10)
+    model = net.model([1, 10])
+    if move == "Reshape":
+        model.graph.initializer.append(onnx.numpy_helper.from_array(np.array(more["shape"]), "shape"))
+        again = helper.make_node("Reshape", ["scores", "shape"], ["again"], name="again")
+    else:
+        again = helper.make_node(move, ["scores"], ["again"], name="again", **more)
+    model.graph.node.append(again)
+    model.graph.output.append(helper.make_tensor_value_info("again", onnx.TensorProto.FLOAT, shape))
+    raw = {"output": {"kind": "raw"}, "acceptance": {"min_agreement": 0.9, "tolerance_abs": 2.0}}
+    small = class_here("tflite", search={"effort": "fixed", "prefer": "size"})
+    result = bench.compile(bench.version(project(bench.folder, model, **raw)), small)
+    assert result.precision == "int8"
+    noise = result.figures.sqnr_db_by_output
+    assert noise["again"] == pytest.approx(noise["scores"])
+
+
 def test_what_comes_behind_an_operator_that_is_not_onnxs_own_is_quantized_too(bench: Bench) -> None:
     """Exporters and onnxruntime's own optimizer write such; ONNX tells nothing of what they make."""
     net = Net(3)
