@@ -102,7 +102,14 @@ def read_folder(
     files = [f for f in shown if f.suffix.lower() in SUFFIXES]
     wanted = len(files) if count is None else count
     if len(files) < max(wanted, MIN_COUNT):
-        raise DataError(f"{split}: {folder} has {len(files)} pictures, {max(wanted, MIN_COUNT)} are needed")
+        below = [f.name for f in shown if f.is_dir() and any(g.suffix.lower() in SUFFIXES for g in f.iterdir())]
+        beside = f", beside those in folders of its own, such as {below[0]}, which are not looked into" if below else ""
+        raise DataError(
+            f"{split}: {folder} has {len(files)} pictures, {max(wanted, MIN_COUNT)} are needed{beside}",
+            hint="move them into one folder; where a folder's name is their label, write it into the file that truth names"
+            if below
+            else "",
+        )
     arrays = []
     for done, file in enumerate(files[:wanted]):
         progress(done, wanted)
@@ -227,9 +234,9 @@ def _read(split: str, file: Path, height: int, width: int, grey: bool, fit: Fit)
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(file, formats=FORMATS) as opened:
-                if opened.mode.startswith(("I", "F")):
+                if deep := _deep(opened):
                     raise DataError(
-                        f"{split}: {file} has 16 or more bits per value ({opened.mode}), which would all become white",
+                        f"{split}: {file} has 16 or more bits per value ({deep}), which would become white, or black where few of them are used",
                         hint="save it, scaled as the application does, as pictures of 8 bits, or give a .safetensors file",
                     )
                 picture = ImageOps.exif_transpose(opened).convert("L" if grey else "RGB")
@@ -246,6 +253,16 @@ def _read(split: str, file: Path, height: int, width: int, grey: bool, fit: Fit)
     if array.min() == array.max():
         raise DataError(f"{split}: {file} is blank: every pixel is {int(array.flat[0])}")
     return array[..., None] if grey else array
+
+
+def _deep(opened: Image.Image) -> str:
+    """The form of values of more than 8 bits; nothing where they have no more. Colours of 16 bits open as if they had 8, cut down to their upper halves."""
+    if opened.mode.startswith(("I", "F")):
+        return opened.mode
+    forms = [
+        tile.args if isinstance(tile.args, str) else tile.args[0] for tile in getattr(opened, "tile", []) if tile.args
+    ]
+    return next((str(form) for form in forms if ";16" in str(form)), "")
 
 
 def _fitted(picture: Image.Image, height: int, width: int, fit: Fit, where: str) -> Image.Image:

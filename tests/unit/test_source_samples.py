@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import struct
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +90,24 @@ def spoil_deep(folder: Path) -> None:
     Image.fromarray(deep).save(folder / "p003.png")
 
 
+def spoil_deep_colours(folder: Path) -> None:
+    """Twelve bits in sixteen, as cameras for industry write them: Pillow opens these as pictures of 8 bits that are nearly black."""
+    values = np.random.default_rng(0).integers(0, 4096, (48, 48, 3)).astype(">u2")
+    rows = b"".join(b"\0" + row.tobytes() for row in values)
+    parts = {b"IHDR": struct.pack(">IIBBBBB", 48, 48, 16, 2, 0, 0, 0), b"IDAT": zlib.compress(rows), b"IEND": b""}
+    chunks = [
+        struct.pack(">I", len(part)) + kind + part + struct.pack(">I", zlib.crc32(kind + part))
+        for kind, part in parts.items()
+    ]
+    (folder / "p003.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(chunks))
+
+
+def spoil_sorted(folder: Path) -> None:
+    for file in sorted(folder.iterdir())[3:]:
+        (folder / "faulty").mkdir(exist_ok=True)
+        file.rename(folder / "faulty" / file.name)
+
+
 def spoil_unread(folder: Path) -> None:
     (folder / "p003.png").rename(folder / "p003.HEIC")
 
@@ -98,6 +118,11 @@ def spoil_unread(folder: Path) -> None:
         (spoil_unread, r"has 1 pictures of a kind that is not read here, such as p003\.HEIC"),
         (spoil_nearly_alike, "16 samples in .*, of which 4 are different ones; 8 are needed"),
         (spoil_deep, r"p003\.png has 16 or more bits per value .*I;16"),
+        (spoil_deep_colours, r"p003\.png has 16 or more bits per value .*RGB;16B"),
+        (
+            spoil_sorted,
+            "has 3 pictures, 8 are needed, beside those in folders of its own, such as faulty, which are not looked into",
+        ),
         (spoil_missing, "calibration: no folder"),
         (spoil_unreadable, r"calibration: can't read the picture .*p003\.png"),
         (spoil_cut, r"calibration: can't read the picture .*p003\.png"),
