@@ -21,6 +21,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
+from edgefleet_controller import lookalikes
+
 Array = npt.NDArray[Any]
 SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff"}
 # Pictures too, as cameras, telephones and programs write them, that nothing here reads: to pass them by would shift the labels of those behind.
@@ -33,6 +35,8 @@ NEARLY_WHOLE = 0.02  # of a grey level: what rounding leaves of one that was enc
 TYPES = {
     "FP32": "float32", "FP16": "float16", "FP64": "float64", "UINT8": "uint8", "INT8": "int8", "INT32": "int32", "INT64": "int64", "BOOL": "bool",
 }  # fmt: skip
+SAMPLE = {False: "picture", True: "sample"}  # by whether inputs are plain tensors
+ONE_SPLIT = "each may be in one of calibration, holdout and golden only, and of training in calibration only"
 MIN_COUNT = 8  # fewer pictures than this can't calibrate, nor tell a damaged model from a sound one
 
 
@@ -67,6 +71,11 @@ class Samples:
 
     def __len__(self) -> int:
         return len(self.names)
+
+    @property
+    def are_pictures(self) -> bool:
+        """Whether they are pictures as they were taken, uint8, N x H x W x C, not what is made of them for the network."""
+        return [(array.dtype, array.ndim) for array in self.inputs.values()] == [(np.uint8, 4)]
 
 
 def read_folder(
@@ -203,9 +212,17 @@ def keep_apart(splits: Sequence[Samples], encoding: PictureEncoding | None = Non
             first, first_name = owner.setdefault(digest, (samples, name))
             if first is not samples:
                 raise DataError(
-                    f"{name} ({samples.split}) is the same picture as {first_name} ({first.split})",
-                    hint="a picture may be in one of calibration, holdout and golden only, and of training in calibration only",
+                    f"{name} ({samples.split}) is the same {SAMPLE[encoding is None]} as {first_name} ({first.split})",
+                    hint=ONE_SPLIT,
                 )
+    shown = [samples for samples in splits if samples.are_pictures]
+    if len(shown) > 1 and (found := lookalikes.across([next(iter(samples.inputs.values())) for samples in shown])):
+        own, other = shown[found.later], shown[found.earlier]
+        raise DataError(
+            f"{found.count} of {len(own)} pictures of {own.split} are in {other.split} too but for their encoding or size: "
+            f"{own.names[found.one]} is {other.names[found.like]}",
+            hint=ONE_SPLIT,
+        )
 
 
 def _hashes_as_pictures(samples: Samples, encoding: PictureEncoding) -> list[bytes]:

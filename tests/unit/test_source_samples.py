@@ -151,6 +151,38 @@ def test_a_picture_in_two_splits_is_refused(tmp_path: Path) -> None:
         run(tmp_path, manifest)
 
 
+@pytest.mark.parametrize("ending", [".jpg", ".webp"])
+def test_a_picture_that_was_saved_again_is_the_same_picture(tmp_path: Path, ending: str) -> None:
+    manifest = project(tmp_path, classifier())
+    with Image.open(tmp_path / "calibration" / "p004.png") as picture:
+        picture.resize((96, 80), Image.Resampling.BICUBIC).save(tmp_path / "golden" / f"z{ending}", quality=60)
+    words = rf"1 of 9 pictures of golden are in calibration too but for their encoding or size: z\{ending} is p004\.png"
+    with pytest.raises(DataError, match=words):
+        run(tmp_path, manifest)
+
+
+def test_frames_of_a_camera_that_stands_still_are_different_pictures(tmp_path: Path) -> None:
+    """All of them are as near each other as one that was saved again is to itself."""
+    manifest = project(tmp_path, classifier())
+    with Image.open(tmp_path / "calibration" / "p000.png") as picture:
+        scene = np.asarray(picture.convert("RGB")).astype(float)
+    chance = np.random.default_rng(0)
+    for file in sorted(tmp_path.glob("*/p*.png")):
+        frame = scene + chance.normal(0, 3, scene.shape)
+        row, column = chance.integers(8, 32, 2)
+        frame[row : row + 3, column : column + 3] = 255  # what passes by
+        Image.fromarray(np.clip(frame, 0, 255).astype(np.uint8)).save(file)
+    assert run(tmp_path, manifest).golden.count == 8
+
+
+def test_one_pair_among_many_pictures_is_chance(tmp_path: Path) -> None:
+    """Of 10,000 test pictures of a public set one is nearly a training picture."""
+    manifest = project(tmp_path, classifier(), counts=(16, 59, 8))
+    with Image.open(tmp_path / "calibration" / "p004.png") as picture:
+        picture.save(tmp_path / "holdout" / "z.jpg", quality=60)
+    assert run(tmp_path, manifest).holdout.count == 60
+
+
 def test_pictures_are_cropped_around_their_centre(tmp_path: Path) -> None:
     manifest = project(tmp_path, classifier(), inputs=[{"name": "image", "resize": SIDE}])
     array = np.zeros((SIDE, 3 * SIDE, 3), np.uint8)
