@@ -24,11 +24,11 @@ ROWS = 512  # compared at a time: 10,000 pictures by 10,000 are 400 MB
 
 
 class Overlap(NamedTuple):
-    """``count`` pictures of split ``later`` that are in split ``earlier`` too, and one of them with its like, by number."""
+    """``shared`` pictures of split ``later`` that are in split ``earlier`` too, and one of them with its like, by number."""
 
     earlier: int
     later: int
-    count: int
+    shared: int
     one: int
     like: int
 

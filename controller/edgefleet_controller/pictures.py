@@ -75,7 +75,9 @@ class Samples:
     @property
     def are_pictures(self) -> bool:
         """Whether they are pictures as they were taken, uint8, N x H x W x C, not what is made of them for the network."""
-        return [(array.dtype, array.ndim) for array in self.inputs.values()] == [(np.uint8, 4)]
+        return (
+            all(array.dtype == np.uint8 and array.ndim == 4 for array in self.inputs.values()) and len(self.inputs) == 1
+        )
 
 
 def read_folder(
@@ -219,7 +221,7 @@ def keep_apart(splits: Sequence[Samples], encoding: PictureEncoding | None = Non
     if len(shown) > 1 and (found := lookalikes.across([next(iter(samples.inputs.values())) for samples in shown])):
         own, other = shown[found.later], shown[found.earlier]
         raise DataError(
-            f"{found.count} of {len(own)} pictures of {own.split} are in {other.split} too but for their encoding or size: "
+            f"{found.shared} of {len(own)} pictures of {own.split} are in {other.split} too but for their encoding or size: "
             f"{own.names[found.one]} is {other.names[found.like]}",
             hint=ONE_SPLIT,
         )
