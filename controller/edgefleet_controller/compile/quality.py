@@ -23,6 +23,7 @@ Array = npt.NDArray[Any]
 NOISE = 1.02  # two medians of 40 interleaved runs of one model differ by less on a quiet machine
 Z95 = 1.959963984540054  # two-sided 95 % of the normal distribution
 EXACT_DB = 200.0  # stands for no noise at all; float32 itself holds about 150 dB
+AS_FLOAT_DB = 100.0  # from which only the order of sums is another one: engines' float leaves 120 and more, weights rounded to float16 40 to 75
 ENOUGH = 32  # labelled samples that tell chance from skill
 NEAR_CHANCE = 1.5  # times what guessing gets
 SMALL_FIRST = ("size", "transfer")  # what a class may prefer over speed
