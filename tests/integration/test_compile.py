@@ -224,6 +224,23 @@ def test_an_operator_that_openvino_lacks_is_named_with_its_node_whatever_int8_ad
         bench.compile(version, class_here("openvino"))
 
 
+def test_an_operator_of_onnx_that_openvino_lacks_or_can_not_place_is_named_with_its_node(bench: Bench) -> None:
+    for pair, opset, words in (
+        (("Optional", "OptionalGetElement"), 16, r"openvino has no operator Optional \(node 'n1'\)"),
+        (("SplitToSequence", "ConcatFromSequence"), 13, r"openvino can't read operator Conv \(node 'n3'\): .*rank"),
+    ):
+        net = Net()
+        net.conv(3, 8)
+        net.add(pair[0])
+        net.add(pair[1], **({"axis": 0} if opset == 13 else {}))
+        net.conv(8, 8)
+        net.add("GlobalAveragePool")
+        net.add("Flatten")
+        version = bench.version(project(bench.folder, net.model([1, 8], opset=opset)))
+        with pytest.raises(ModelError, match=words):
+            bench.compile(version, class_here("openvino", precision="fp32"))
+
+
 def test_a_network_that_names_an_operator_set_twice_can_be_made_int8(bench: Bench) -> None:
     """Converters of trees and such write it so, and onnxruntime's QDQ writer looks for exactly one."""
     model = classifier()
