@@ -118,6 +118,8 @@ def vacuous(references: dict[str, Array], version: ModelVersion) -> str:
     if len(said) == 1:
         return f"the float model gives all {n} held-out samples one and the same answer"
     if version.truth and version.output_kind == "classification":
+        if counted := _counted_otherwise(answers.classes(references[name])[:, 0], version.truth):
+            return counted
         right = _accuracy(references, references, version)["float_accuracy"]
         chance = 1 / references[name].shape[-1]
         if right.of >= ENOUGH and right.value <= NEAR_CHANCE * chance:
@@ -126,6 +128,26 @@ def vacuous(references: dict[str, Array], version: ModelVersion) -> str:
                 "order, the layout, the normalisation or the order of the labels another one?"
             )
     return ""
+
+
+def _counted_otherwise(said: Array, truth: tuple[str, ...]) -> str:
+    """Whether the labels count from another number than the network's classes; of many classes neighbours are often alike, which is more than chance."""
+    labels = np.asarray(truth, int)
+    of = len(labels)
+    right = {by: int(np.sum(said[:of] == labels + by)) for by in (0, -1, 1)}
+    best = max(right, key=lambda by: right[by])
+    if (
+        of < ENOUGH
+        or len(set(truth)) < 3
+        or right[best] * 2 < of
+        or wilson(right[best], of)[0] <= wilson(right[0], of)[1]
+    ):
+        return ""
+    way = "more" if best > 0 else "less"
+    return (
+        f"the float model answers {right[0]} of {of} labelled samples right, and {right[best]} if each label counts one {way}: do they begin with another "
+        "number than its classes, of which the first is 0, or has it a class for the background?"
+    )
 
 
 def _misread(boxes: list[answers.Box], n: int, version: ModelVersion) -> str:
