@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from edgefleet_controller.compile.packing import contract
 from edgefleet_controller.compile.port import Figures, chosen_options, engine_version, target_named
-from edgefleet_controller.compile.quality import EXACT_DB, compare, inaccuracies, misses, refusals, vacuous, wilson
+from edgefleet_controller.compile.quality import EXACT_DB, compare, inaccuracies, misses, refusals, wilson
 from edgefleet_controller.compile.recipe import Recipe
+from edgefleet_controller.compile.telling import vacuous
 from edgefleet_controller.detection import BoxDecoding
 from edgefleet_controller.manifests.device_class import Accuracy
 from edgefleet_controller.source import AcceptanceLimits, ModelVersion, Split
