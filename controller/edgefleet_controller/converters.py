@@ -15,7 +15,7 @@ from edgefleet_shared.errors import ModelError
 
 from edgefleet_controller.compile.environments import Progress
 from edgefleet_controller.compile.toolchains import Toolchains
-from edgefleet_controller.compile.watching import ChildDied
+from edgefleet_controller.compile.watching import ChildDied, ChildKilled
 from edgefleet_controller.formats import Format
 
 TOOLCHAIN, MODULE = "keras", "tensorflow_source"
@@ -37,7 +37,7 @@ def to_onnx(path: Path, kind: Format, cache: Path, progress: Progress) -> Conver
 
     Raises:
         ModelError: it would run code, can't be loaded, or can't be written as ONNX.
-        ToolchainError: TensorFlow's toolchain can't be installed, or broke.
+        ToolchainError: TensorFlow's toolchain can't be installed, or broke; ChildKilled: this machine ended it.
     """
     toolchains = Toolchains(cache)
     toolchain = toolchains.ensure(TOOLCHAIN, progress)
@@ -49,6 +49,8 @@ def to_onnx(path: Path, kind: Format, cache: Path, progress: Progress) -> Conver
                 toolchain, MODULE, request, Path(temporary), cache / "logs" / "convert.log", limit_s=LIMIT_S, memory_bytes=MEMORY_BYTES,
                 progress=progress,
             )  # fmt: skip
+        except ChildKilled:  # for want of memory or of an instruction: that tells nothing of the file
+            raise
         except ChildDied as exc:
             raise ModelError(
                 f"TensorFlow broke over this file: {exc.how}", hint="it is damaged, or made to break what reads it"

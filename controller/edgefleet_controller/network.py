@@ -57,8 +57,9 @@ def load(content: bytes, origin: str) -> onnx.ModelProto:
             hint="save the network as one file: torch.onnx.export(..., external_data=False) where it is made, or beside its other file "
             "onnx.save(onnx.load(path), new_path)",
         )
+    _tell_outputs(model, origin)
     try:
-        onnx.checker.check_model(content)
+        onnx.checker.check_model(model.SerializeToString())
     except (onnx.checker.ValidationError, ValueError, RuntimeError) as exc:
         raise ModelError(f"{origin} is not valid ONNX: {str(exc).strip().splitlines()[0]}") from exc
     fed = {value.name for value in model.graph.input}
@@ -72,6 +73,35 @@ def load(content: bytes, origin: str) -> onnx.ModelProto:
     if 0 < opset < MIN_OPSET:
         raise ModelError(f"{origin} has operator set {opset}; at least {MIN_OPSET} is needed")
     return model
+
+
+def _tell_outputs(model: onnx.ModelProto, origin: str) -> None:
+    """Give outputs of which only the name stands there, as where somebody cut a network short or asked for a value inside it, type and shape.
+
+    Raises:
+        ModelError: ONNX can't tell them.
+    """
+
+    def untold() -> list[str]:
+        return [value.name for value in model.graph.output if _shapeless(value)]
+
+    if not untold():
+        return
+    try:
+        inferred = onnx.shape_inference.infer_shapes(model)
+    except (onnx.shape_inference.InferenceError, RuntimeError, ValueError) as exc:
+        raise ModelError(f"{origin} is not valid ONNX: {str(exc).strip().splitlines()[0]}") from exc
+    model.CopyFrom(inferred)
+    if left := untold():
+        raise ModelError(
+            f"{origin}: nothing tells type and shape of the output {left[0]!r}",
+            hint="write them to the output: onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape)",
+        )
+
+
+def _shapeless(value: onnx.ValueInfoProto) -> bool:
+    kind = value.type.WhichOneof("value")
+    return kind is None or (kind == "tensor_type" and not value.type.tensor_type.HasField("shape"))
 
 
 def _bytes(tensor: onnx.TensorProto) -> int:
@@ -174,9 +204,16 @@ def specs(values: Iterable[onnx.ValueInfoProto], origin: str) -> tuple[TensorSpe
     """
     found = []
     for value in values:
-        tensor = value.type.tensor_type
+        kind, tensor = value.type.WhichOneof("value"), value.type.tensor_type
+        if kind != "tensor_type":
+            told = str(kind).removesuffix("_type").replace("_", " ")
+            raise ModelError(
+                f"{origin}: {value.name!r} is a {told}, which can't be served",
+                hint="take its tensors in or out one by one",
+            )
         if tensor.elem_type not in _DATATYPES:
-            raise ModelError(f"{origin}: {value.name!r} has element type {tensor.elem_type}, which can't be served")
+            name = onnx.TensorProto.DataType.Name(tensor.elem_type).lower()
+            raise ModelError(f"{origin}: {value.name!r} is a tensor of {name}, which can't be served")
         shape = tuple(d.dim_value if d.HasField("dim_value") and d.dim_value > 0 else -1 for d in tensor.shape.dim)
         found.append(TensorSpec(value.name, _DATATYPES[tensor.elem_type], shape))
     return tuple(found)

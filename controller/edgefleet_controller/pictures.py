@@ -21,6 +21,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
+from edgefleet_controller import lookalikes
+
 Array = npt.NDArray[Any]
 SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff"}
 # Pictures too, as cameras, telephones and programs write them, that nothing here reads: to pass them by would shift the labels of those behind.
@@ -33,6 +35,8 @@ NEARLY_WHOLE = 0.02  # of a grey level: what rounding leaves of one that was enc
 TYPES = {
     "FP32": "float32", "FP16": "float16", "FP64": "float64", "UINT8": "uint8", "INT8": "int8", "INT32": "int32", "INT64": "int64", "BOOL": "bool",
 }  # fmt: skip
+SAMPLE = {False: "picture", True: "sample"}  # by whether inputs are plain tensors
+ONE_SPLIT = "each may be in one of calibration, holdout and golden only, and of training in calibration only"
 MIN_COUNT = 8  # fewer pictures than this can't calibrate, nor tell a damaged model from a sound one
 
 
@@ -68,6 +72,13 @@ class Samples:
     def __len__(self) -> int:
         return len(self.names)
 
+    @property
+    def are_pictures(self) -> bool:
+        """Whether they are pictures as they were taken, uint8, N x H x W x C, not what is made of them for the network."""
+        return (
+            all(array.dtype == np.uint8 and array.ndim == 4 for array in self.inputs.values()) and len(self.inputs) == 1
+        )
+
 
 def read_folder(
     split: str,
@@ -102,7 +113,14 @@ def read_folder(
     files = [f for f in shown if f.suffix.lower() in SUFFIXES]
     wanted = len(files) if count is None else count
     if len(files) < max(wanted, MIN_COUNT):
-        raise DataError(f"{split}: {folder} has {len(files)} pictures, {max(wanted, MIN_COUNT)} are needed")
+        below = [f.name for f in shown if f.is_dir() and any(g.suffix.lower() in SUFFIXES for g in f.iterdir())]
+        beside = f", beside those in folders of its own, such as {below[0]}, which are not looked into" if below else ""
+        raise DataError(
+            f"{split}: {folder} has {len(files)} pictures, {max(wanted, MIN_COUNT)} are needed{beside}",
+            hint="move them into one folder; where a folder's name is their label, write it into the file that truth names"
+            if below
+            else "",
+        )
     arrays = []
     for done, file in enumerate(files[:wanted]):
         progress(done, wanted)
@@ -196,9 +214,17 @@ def keep_apart(splits: Sequence[Samples], encoding: PictureEncoding | None = Non
             first, first_name = owner.setdefault(digest, (samples, name))
             if first is not samples:
                 raise DataError(
-                    f"{name} ({samples.split}) is the same picture as {first_name} ({first.split})",
-                    hint="a picture may be in one of calibration, holdout and golden only, and of training in calibration only",
+                    f"{name} ({samples.split}) is the same {SAMPLE[encoding is None]} as {first_name} ({first.split})",
+                    hint=ONE_SPLIT,
                 )
+    shown = [samples for samples in splits if samples.are_pictures]
+    if len(shown) > 1 and (found := lookalikes.across([next(iter(samples.inputs.values())) for samples in shown])):
+        own, other = shown[found.later], shown[found.earlier]
+        raise DataError(
+            f"{found.shared} of {len(own)} pictures of {own.split} are in {other.split} too but for their encoding or size: "
+            f"{own.names[found.one]} is {other.names[found.like]}",
+            hint=ONE_SPLIT,
+        )
 
 
 def _hashes_as_pictures(samples: Samples, encoding: PictureEncoding) -> list[bytes]:
@@ -227,9 +253,9 @@ def _read(split: str, file: Path, height: int, width: int, grey: bool, fit: Fit)
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(file, formats=FORMATS) as opened:
-                if opened.mode.startswith(("I", "F")):
+                if deep := _deep(opened):
                     raise DataError(
-                        f"{split}: {file} has 16 or more bits per value ({opened.mode}), which would all become white",
+                        f"{split}: {file} has 16 or more bits per value ({deep}), which would become white, or black where few of them are used",
                         hint="save it, scaled as the application does, as pictures of 8 bits, or give a .safetensors file",
                     )
                 picture = ImageOps.exif_transpose(opened).convert("L" if grey else "RGB")
@@ -246,6 +272,16 @@ def _read(split: str, file: Path, height: int, width: int, grey: bool, fit: Fit)
     if array.min() == array.max():
         raise DataError(f"{split}: {file} is blank: every pixel is {int(array.flat[0])}")
     return array[..., None] if grey else array
+
+
+def _deep(opened: Image.Image) -> str:
+    """The form of values of more than 8 bits; nothing where they have no more. Colours of 16 bits open as if they had 8, cut down to their upper halves."""
+    if opened.mode.startswith(("I", "F")):
+        return opened.mode
+    forms = [
+        tile.args if isinstance(tile.args, str) else tile.args[0] for tile in getattr(opened, "tile", []) if tile.args
+    ]
+    return next((str(form) for form in forms if ";16" in str(form)), "")
 
 
 def _fitted(picture: Image.Image, height: int, width: int, fit: Fit, where: str) -> Image.Image:

@@ -173,7 +173,8 @@ def import_model(
         if not tensor.shape or tensor.shape[0] != 1:
             raise ModelError(
                 f"{origin}: input {tensor.name!r} has shape {tensor.shape}; its first dimension must be a batch of 1",
-                hint="give the batch dimension the size 1 under spec.sizes, or export with batch 1",
+                hint="give the batch dimension the size 1 under spec.sizes, or export with batch 1; what has its batch elsewhere, as a recurrent "
+                "network's state, wants a Transpose behind the input, and what is the same in every call is better a constant of the network",
             )
     picture = _picture_input(spec.inputs, inputs, origin)
     size = _picture_size(inputs[0], sample_sets.encoding(picture)) if len(inputs[0].shape) == 4 else None

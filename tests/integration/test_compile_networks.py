@@ -139,6 +139,22 @@ def test_a_linear_resize_of_onnxs_early_days_keeps_its_places(bench: Bench, opse
         assert result.figures.agreement == 1.0
 
 
+def of_early_days(net: Net, shape: Any, ir_version: int) -> onnx.ModelProto:
+    """As operator set 8 has it: every constant an input too, and the limits of a Clip attributes."""
+    limits = {c.name: float(onnx.numpy_helper.to_array(c)) for c in net.constants if not c.dims}
+    for node in net.nodes:
+        if node.op_type == "Clip":
+            low, high = (limits[name] for name in node.input[1:])
+            del node.input[1:]
+            node.attribute.extend([onnx.helper.make_attribute("min", low), onnx.helper.make_attribute("max", high)])
+    net.constants = [c for c in net.constants if c.name not in limits]
+    model = net.model(shape, opset=8, ir_version=ir_version)
+    model.graph.input.extend(
+        onnx.helper.make_tensor_value_info(i.name, i.data_type, list(i.dims)) for i in model.graph.initializer
+    )
+    return model
+
+
 def test_a_network_of_onnxs_early_days_whose_bias_is_a_row_is_quantized(bench: Bench) -> None:
     net = Net(3)
     net.conv(3, 16, stride=4)
@@ -146,15 +162,82 @@ def test_a_network_of_onnxs_early_days_whose_bias_is_a_row_is_quantized(bench: B
     net.add("Flatten")
     net.add("MatMul", net.constant(net.rng.normal(size=(1024, 10)).astype(np.float32)))
     net.add("Add", net.constant(net.rng.normal(size=(1, 10)).astype(np.float32)))
-    model = net.model([1, 10], opset=8, ir_version=3)
-    model.graph.input.extend(
-        onnx.helper.make_tensor_value_info(i.name, i.data_type, list(i.dims)) for i in model.graph.initializer
-    )
-    result = bench.compile(
-        bench.version(project(bench.folder, model)), class_here(search={"effort": "full", "prefer": "size"})
-    )
+    version = bench.version(project(bench.folder, of_early_days(net, [1, 10], 3)))
+    result = bench.compile(version, class_here(search={"effort": "full", "prefer": "size"}))
     assert result.precision == "int8"
     assert result.candidates > 3
+
+
+@pytest.mark.parametrize(
+    ("move", "more", "shape"),
+    [("Reshape", {"shape": [2, 5]}, [2, 5]), ("Transpose", {"perm": [1, 0]}, [10, 1])],
+    ids=["reshaped", "turned"],
+)
+def test_an_output_that_comes_out_a_second_time_in_another_shape_is_the_same_twice(
+    bench: Bench, move: str, more: dict[str, list[int]], shape: list[int]
+) -> None:
+    net = Net(6)
+    net.conv(3, 16, stride=4)
+    net.add("Relu")
+    net.add("Flatten")
+    net.dense(1024, 10)
+    model = net.model([1, 10])
+    if move == "Reshape":
+        model.graph.initializer.append(onnx.numpy_helper.from_array(np.array(more["shape"]), "shape"))
+        again = helper.make_node("Reshape", ["scores", "shape"], ["again"], name="again")
+    else:
+        again = helper.make_node(move, ["scores"], ["again"], name="again", **more)
+    model.graph.node.append(again)
+    model.graph.output.append(helper.make_tensor_value_info("again", onnx.TensorProto.FLOAT, shape))
+    raw = {"output": {"kind": "raw"}, "acceptance": {"min_agreement": 0.9, "tolerance_abs": 2.0}}
+    small = class_here("tflite", search={"effort": "fixed", "prefer": "size"})
+    result = bench.compile(bench.version(project(bench.folder, model, **raw)), small)
+    assert result.precision == "int8"
+    noise = result.figures.sqnr_db_by_output
+    assert noise["again"] == pytest.approx(noise["scores"])
+
+
+def test_what_comes_behind_an_operator_that_is_not_onnxs_own_is_quantized_too(bench: Bench) -> None:
+    """Exporters and onnxruntime's own optimizer write such; ONNX tells nothing of what they make."""
+    net = Net(3)
+    net.conv(3, 32, stride=2)
+    net.add("QuickGelu", domain="com.microsoft", alpha=1.702)
+    net.conv(32, 64, stride=2)
+    net.add("Relu")
+    net.add("Flatten")
+    net.dense(4096, 10)
+    model = net.model([1, 10], extra=[helper.make_opsetid("com.microsoft", 1)])
+    version = bench.version(project(bench.folder, model))
+    figures = bench.compile(version, class_here(search={"effort": "fixed", "prefer": "size"})).figures
+    assert figures.compiled_bytes < 0.3 * figures.float_bytes, "of what is in int8 most lies behind it"
+
+
+def test_a_network_of_onnxs_early_days_whose_activations_have_limits_is_quantized(bench: Bench) -> None:
+    net = Net(3)
+    for inputs in (3, 32):
+        net.conv(inputs, 32, stride=2)
+        net.relu6()
+    net.add("Flatten")
+    net.dense(2048, 10)
+    version = bench.version(project(bench.folder, of_early_days(net, [1, 10], 3)))
+    result = bench.compile(version, class_here(search={"effort": "fixed", "prefer": "size"}))
+    assert result.precision == "int8"
+
+
+def test_a_normalisation_whose_constants_are_inputs_is_part_of_the_convolution_before_it(bench: Bench) -> None:
+    net = Net(3)
+    net.conv(3, 16, stride=2)
+    rows = [net.constant(net.rng.uniform(0.5, 1.5, 16).astype(np.float32)) for _ in range(4)]
+    net.add("BatchNormalization", *rows)
+    net.add("Relu")
+    net.add("Flatten")
+    net.dense(4096, 10)
+    version = bench.version(project(bench.folder, of_early_days(net, [1, 10], 4)))
+    result = bench.compile(version, class_here(precision="fp32"))
+    shipped = onnx.load(
+        bench.layout.path(bench.layout.manifest(result.artifact.digest).layer(artifact.MODEL_LAYER).digest)
+    )
+    assert "BatchNormalization" not in [node.op_type for node in shipped.graph.node]
 
 
 def unlike_channels(octaves: float) -> onnx.ModelProto:

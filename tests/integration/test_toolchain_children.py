@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from edgefleet_controller.compile import watching
 from edgefleet_controller.compile.toolchains import Toolchains
-from edgefleet_controller.compile.watching import Cancelled, ChildDied
+from edgefleet_controller.compile.watching import Cancelled, ChildDied, ChildKilled
 from edgefleet_shared.errors import EnvironmentProblem, ModelError, ToolchainError
 from support.processes import alive, assert_ends
 from support.toolchains import TINY
@@ -77,14 +77,16 @@ def test_a_child_answers_reports_and_its_noise_goes_to_the_log(pristine: Path, t
         ("raise ValueError('odd')", ToolchainError, r"tiny try failed: ValueError: odd \(see .*child.log\)"),
         ("import numpy_that_is_gone", ToolchainError, r"No module named 'numpy_that_is_gone'; its environment seems damaged \(fleet toolchain check tiny"),
         ("os.kill(os.getpid(), 11)", ChildDied, "the tiny try process died: SIGSEGV"),
-        ("os.kill(os.getpid(), 9)", ChildDied, "SIGKILL, as when this machine runs out of memory"),
+        ("os.kill(os.getpid(), 9)", ChildKilled, "SIGKILL, as when this machine runs out of memory"),
+        ("os.kill(os.getpid(), 4)", ChildKilled, "SIGILL, as when this machine's processor lacks an instruction"),
+        ("os.kill(os.getpid(), 7)", ChildKilled, "SIGBUS, as when this machine's disk can't give back"),
         ("os._exit(0)", ToolchainError, "tiny try failed: no output"),
         ("for fd in range(3, 20):\n    try: os.write(fd, b'\\xff\\x00 rubbish\\n')\n    except OSError: pass\nreturn {}", ToolchainError, "answered what is no answer: '.*rubbish"),
         ("for fd in range(3, 20):\n    try: os.write(fd, b'[1, 2]\\n')\n    except OSError: pass\nreturn {}", ToolchainError, r"answered what is no answer: '\[1, 2\]'"),
         ("time.sleep(60)", ToolchainError, "ran past its limit of 2 s and was stopped"),
         ("held = bytearray(400_000_000)\nheld[::4096] = b'x' * len(held[::4096])\ntime.sleep(60)", ChildDied, r"over its memory limit of 200000000 bytes"),
     ],
-    ids=["memory", "disk", "refused", "exception", "module gone", "segfault", "killed", "silent", "rubbish", "no object", "too long", "too large"],
+    ids=["memory", "disk", "refused", "exception", "module gone", "segfault", "killed", "illegal instruction", "bus error", "silent", "rubbish", "no object", "too long", "too large"],
 )  # fmt: skip
 def test_a_child_that_misbehaves_is_told_as_what_it_did(
     pristine: Path, tmp_path: Path, body: str, error: Any, told: str

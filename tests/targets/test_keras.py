@@ -13,9 +13,11 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+import flatbuffers
 import numpy as np
 import onnx
 import pytest
+from ai_edge_litert import schema_py_generated as schema
 from edgefleet_controller.compile import search
 from edgefleet_controller.compile.pipeline import compile_version
 from edgefleet_controller.compile.port import CompileResult
@@ -304,6 +306,24 @@ def test_a_tflite_that_remembers_what_it_was_asked_before_is_refused(made: Path,
     with pytest.raises(ModelError, match=r"keeps values from one call to the next \(.*VAR_HANDLE") as caught:
         imported(made, Layout(tmp_path / "layout"), "stateful.tflite")
     assert "as inputs and outputs" in caught.value.hint
+
+
+def test_custom_operators_of_a_tflite_are_named_with_what_to_do(made: Path, tmp_path: Path) -> None:
+    content = (made / "net.tflite").read_bytes()
+    model = schema.ModelT.InitFromPackedBuf(content, 0)
+    codes = {code.builtinCode: code for code in model.operatorCodes}
+    for known, name in ((schema.BuiltinOperator.CONV_2D, "Warp"), (schema.BuiltinOperator.ADD, "Blend")):
+        codes[known].builtinCode = codes[known].deprecatedBuiltinCode = schema.BuiltinOperator.CUSTOM
+        codes[known].customCode = name
+    for operator in model.subgraphs[0].operators:
+        if model.operatorCodes[operator.opcodeIndex].customCode:
+            operator.builtinOptions, operator.builtinOptionsType = None, 0
+    builder = flatbuffers.Builder(1024)
+    builder.Finish(model.Pack(builder), b"TFL3")
+    (made / "custom.tflite").write_bytes(builder.Output())
+    with pytest.raises(ModelError, match=r"custom operators, .*: Warp \(3 times\), Blend \(convert") as caught:
+        imported(made, Layout(tmp_path / "layout"), "custom.tflite")
+    assert "built-in operators alone" in caught.value.hint
 
 
 def test_a_recurrent_layer_is_refused_with_what_makes_it_one_that_can_be_served(made: Path, tmp_path: Path) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
+from edgefleet_controller.compile.children import rknn_settled
 from edgefleet_controller.source import ModelVersion, import_model
 from edgefleet_shared.errors import ManifestError, ModelError
 from support import trained
@@ -36,6 +38,22 @@ def test_each_chip_has_a_file_of_its_own(workshop) -> None:
         for chip in ("rk3566", "rk3588")
     }
     assert len(files) == 2
+
+
+def test_the_first_file_after_an_update_and_under_another_home_is_the_same(
+    workshop, tmp_path: Path, monkeypatch
+) -> None:
+    """The toolkit writes what lay in memory before; compiling modules leaves other things there, and so do longer paths."""
+    version = workshop.version(trained.digits)
+    before = workshop.shipped(workshop.compile(version, "rknn", arch="aarch64")).read_bytes()
+    shutil.rmtree(Path(rknn_settled.__file__).parent / "__pycache__", ignore_errors=True)
+    shutil.rmtree(workshop.folder / "cache" / "compiled")
+    home = tmp_path / "somebody" / "elses" / "home"
+    home.mkdir(parents=True)
+    monkeypatch.setenv("HOME", str(home))
+    again = workshop.compile(version, "rknn", arch="aarch64")
+    assert not again.cached
+    assert workshop.shipped(again).read_bytes() == before
 
 
 def test_a_chip_of_the_older_toolkit_is_refused_with_where_to_go(workshop) -> None:

@@ -8,7 +8,8 @@ import msgspec
 import numpy as np
 import pytest
 from edgefleet_controller.compile import answers
-from edgefleet_controller.compile.quality import compare, unlike, vacuous
+from edgefleet_controller.compile.quality import compare, unlike
+from edgefleet_controller.compile.telling import vacuous
 from edgefleet_controller.detection import BoxDecoding
 from edgefleet_controller.segmentation import MaskReading
 from edgefleet_controller.source import AcceptanceLimits, ModelVersion, Split

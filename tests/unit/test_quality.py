@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from edgefleet_controller.compile.packing import contract
 from edgefleet_controller.compile.port import Figures, chosen_options, engine_version, target_named
-from edgefleet_controller.compile.quality import EXACT_DB, compare, inaccuracies, misses, refusals, vacuous, wilson
+from edgefleet_controller.compile.quality import EXACT_DB, compare, inaccuracies, misses, refusals, wilson
 from edgefleet_controller.compile.recipe import Recipe
+from edgefleet_controller.compile.telling import vacuous
 from edgefleet_controller.detection import BoxDecoding
 from edgefleet_controller.manifests.device_class import Accuracy
 from edgefleet_controller.source import AcceptanceLimits, ModelVersion, Split
@@ -248,6 +249,20 @@ def test_a_tolerance_that_any_answer_is_within_tells_nothing() -> None:
     assert "output 'score'" in vacuous(wanted, relative)
     never_changes = {"place": PLACES, "score": np.ones((4, 1), np.float32)}
     assert vacuous(never_changes, two_scales()) == "", "a grid may be held against its tolerance"
+
+
+@pytest.mark.parametrize(("by", "way"), [(1, "less"), (-1, "more")])
+def test_labels_that_count_from_another_number_are_told(by: int, way: str) -> None:
+    """Of a thousand classes neighbours are alike: a label beside the right one is right more often than by chance."""
+    classes = np.arange(64) % 9 + 1
+    scores = np.eye(11, dtype=np.float32)[classes]
+    shifted = [str(c + by) if place % 4 else str(c) for place, c in enumerate(classes)]
+    said = vacuous(
+        {"y": scores}, version("classification", truth=tuple(shifted), outputs=(TensorSpec("y", "FP32", (1, 11)),))
+    )
+    assert f"answers 16 of 64 labelled samples right, and 48 if each label counts one {way}" in said
+    rightly = version("classification", truth=tuple(map(str, classes)), outputs=(TensorSpec("y", "FP32", (1, 11)),))
+    assert vacuous({"y": scores}, rightly) == ""
 
 
 def detector(**told: Any) -> ModelVersion:

@@ -12,7 +12,7 @@ import pytest
 from edgefleet_controller.compile import quality, search
 from edgefleet_controller.compile.finder import Finder
 from edgefleet_controller.compile.port import Figures, target_named
-from edgefleet_controller.compile.recipe import AS_IS, FLOAT, Recipe
+from edgefleet_controller.compile.recipe import AS_IS, FLOAT, HALF, Recipe
 from edgefleet_controller.compile.search import Trial, Unit
 from edgefleet_controller.compile.trials import Measured
 from edgefleet_controller.compile.watching import Cancelled
@@ -184,6 +184,36 @@ def test_a_quick_search_ends_in_float_where_the_plain_recipe_fits_and_gains_noth
         )
         assert choice.chosen is not None
         assert choice.chosen.recipe == Recipe(), prefer
+
+
+class Halved(Fixed):
+    """Steps of a network whose weights came in half precision: int8 fits and gains nothing; as fp16 it is float but for the order of sums."""
+
+    def measure(self, made: Sequence[tuple[Recipe, Path]]) -> list[Measured]:
+        self.figures = {"p50_ms": 2.0, "float_p50_ms": 2.0}
+        if made[0][0].precision == "fp16":
+            self.figures |= {"p50_ms": 2.01, "sqnr_db": 121.0, "agreement": 1.0}
+        return super().measure(made)
+
+
+def test_where_int8_gains_nothing_half_precision_that_answers_as_float_is_shipped() -> None:
+    kind = device_class("tflite", search={"effort": "quick"})
+    version: Any = SimpleNamespace(holdout=SimpleNamespace(count=SAMPLES))
+    steps: Any = Halved(kind.spec)
+    choice = Finder(steps, steps, version, kind, target_named("tflite"), {})._unpruned(Recipe())
+    assert choice.chosen is not None
+    assert (choice.chosen.recipe.precision, choice.chosen.figures.compiled_bytes) == ("fp16", 1_000_000)
+
+
+def test_half_precision_that_can_not_be_made_leaves_float_and_is_told() -> None:
+    kind = device_class("tflite", search={"effort": "quick"})
+    version: Any = SimpleNamespace(holdout=SimpleNamespace(count=SAMPLES))
+    steps: Any = Halved(kind.spec)
+    steps.refuses = lambda recipe: ModelError("no half here") if recipe == HALF else None
+    choice = Finder(steps, steps, version, kind, target_named("tflite"), {})._unpruned(Recipe())
+    assert choice.chosen is not None
+    assert choice.chosen.recipe == FLOAT
+    assert [(one.recipe, one.reason) for one in choice.left_out] == [(HALF, "no half here")]
 
 
 NOTHING_TO_QUANTIZE = ModelError(

@@ -149,6 +149,52 @@ def test_an_output_that_is_an_input_is_refused(tmp_path: Path) -> None:
         imported(tmp_path, model, **raw)
 
 
+@pytest.mark.parametrize("typed", [False, True], ids=["a name alone", "a type without a shape"])
+def test_an_output_of_which_only_the_name_stands_there_gets_its_shape(tmp_path: Path, typed: bool) -> None:
+    """As who asks for a value inside a network writes it; engines take it so."""
+    model = classifier(batch="frames")
+    inside = model.graph.output.add(name="n5")
+    if typed:
+        inside.type.tensor_type.elem_type = TensorProto.FLOAT
+    raw = {"output": {"kind": "raw"}, "acceptance": {"tolerance_abs": 0.1}}
+    version = imported(tmp_path, model, sizes={"frames": 1}, **raw)
+    assert [(o.name, o.datatype, o.shape) for o in version.outputs] == [
+        ("scores", "FP32", (1, 10)), ("n5", "FP32", (1, 16, 16, 16)),
+    ]  # fmt: skip
+
+
+def test_an_output_of_which_nothing_tells_the_shape_is_named(tmp_path: Path) -> None:
+    model = classifier()
+    model.opset_import.append(helper.make_opsetid("own", 1))
+    model.graph.node.append(helper.make_node("Mystery", ["n5"], ["riddle"], domain="own"))
+    model.graph.output.add(name="riddle")
+    raw = {"output": {"kind": "raw"}, "acceptance": {"tolerance_abs": 0.1}}
+    with pytest.raises(ModelError, match=r"nothing tells type and shape of the output 'riddle'"):
+        imported(tmp_path, model, **raw)
+
+
+def test_outputs_that_can_not_be_served_are_told_as_what_they_are(tmp_path: Path) -> None:
+    raw = {"output": {"kind": "raw"}, "acceptance": {"tolerance_abs": 0.1}}
+    model = classifier()
+    model.graph.node.append(helper.make_node("SequenceConstruct", ["scores"], ["listed"]))
+    model.graph.output.append(helper.make_tensor_sequence_value_info("listed", TensorProto.FLOAT, None))
+    with pytest.raises(ModelError, match="'listed' is a sequence, which can't be served"):
+        imported(tmp_path, model, **raw)
+    model = classifier()
+    model.graph.node.append(helper.make_node("Cast", ["scores"], ["brief"], to=TensorProto.BFLOAT16))
+    model.graph.output.append(helper.make_tensor_value_info("brief", TensorProto.BFLOAT16, [1, 10]))
+    with pytest.raises(ModelError, match="'brief' is a tensor of bfloat16, which can't be served"):
+        imported(tmp_path, model, **raw)
+
+
+def test_an_input_whose_batch_lies_elsewhere_is_told_what_to_do(tmp_path: Path) -> None:
+    model = classifier()
+    model.graph.input.append(helper.make_tensor_value_info("state", TensorProto.FLOAT, [2, 1, 64]))
+    with pytest.raises(ModelError, match=r"input 'state' has shape \(2, 1, 64\)") as caught:
+        imported(tmp_path, model)
+    assert "a recurrent network's state, wants a Transpose" in caught.value.hint
+
+
 def test_an_open_dimension_without_a_size_is_named(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"dimension 'frames' \(axis 0 of input 'image'\) has no fixed size"):
         imported(tmp_path, classifier(batch="frames"))

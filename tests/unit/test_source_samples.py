@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import struct
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +90,24 @@ def spoil_deep(folder: Path) -> None:
     Image.fromarray(deep).save(folder / "p003.png")
 
 
+def spoil_deep_colours(folder: Path) -> None:
+    """Twelve bits in sixteen, as cameras for industry write them: Pillow opens these as pictures of 8 bits that are nearly black."""
+    values = np.random.default_rng(0).integers(0, 4096, (48, 48, 3)).astype(">u2")
+    rows = b"".join(b"\0" + row.tobytes() for row in values)
+    parts = {b"IHDR": struct.pack(">IIBBBBB", 48, 48, 16, 2, 0, 0, 0), b"IDAT": zlib.compress(rows), b"IEND": b""}
+    chunks = [
+        struct.pack(">I", len(part)) + kind + part + struct.pack(">I", zlib.crc32(kind + part))
+        for kind, part in parts.items()
+    ]
+    (folder / "p003.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(chunks))
+
+
+def spoil_sorted(folder: Path) -> None:
+    for file in sorted(folder.iterdir())[3:]:
+        (folder / "faulty").mkdir(exist_ok=True)
+        file.rename(folder / "faulty" / file.name)
+
+
 def spoil_unread(folder: Path) -> None:
     (folder / "p003.png").rename(folder / "p003.HEIC")
 
@@ -98,6 +118,11 @@ def spoil_unread(folder: Path) -> None:
         (spoil_unread, r"has 1 pictures of a kind that is not read here, such as p003\.HEIC"),
         (spoil_nearly_alike, "16 samples in .*, of which 4 are different ones; 8 are needed"),
         (spoil_deep, r"p003\.png has 16 or more bits per value .*I;16"),
+        (spoil_deep_colours, r"p003\.png has 16 or more bits per value .*RGB;16B"),
+        (
+            spoil_sorted,
+            "has 3 pictures, 8 are needed, beside those in folders of its own, such as faulty, which are not looked into",
+        ),
         (spoil_missing, "calibration: no folder"),
         (spoil_unreadable, r"calibration: can't read the picture .*p003\.png"),
         (spoil_cut, r"calibration: can't read the picture .*p003\.png"),
@@ -124,6 +149,38 @@ def test_a_picture_in_two_splits_is_refused(tmp_path: Path) -> None:
     (tmp_path / "holdout" / "p001.png").write_bytes((tmp_path / "calibration" / "p005.png").read_bytes())
     with pytest.raises(DataError, match=r"p001\.png \(holdout\) is the same picture as p005\.png \(calibration\)"):
         run(tmp_path, manifest)
+
+
+@pytest.mark.parametrize("ending", [".jpg", ".webp"])
+def test_a_picture_that_was_saved_again_is_the_same_picture(tmp_path: Path, ending: str) -> None:
+    manifest = project(tmp_path, classifier())
+    with Image.open(tmp_path / "calibration" / "p004.png") as picture:
+        picture.resize((96, 80), Image.Resampling.BICUBIC).save(tmp_path / "golden" / f"z{ending}", quality=60)
+    words = rf"1 of 9 pictures of golden are in calibration too but for their encoding or size: z\{ending} is p004\.png"
+    with pytest.raises(DataError, match=words):
+        run(tmp_path, manifest)
+
+
+def test_frames_of_a_camera_that_stands_still_are_different_pictures(tmp_path: Path) -> None:
+    """All of them are as near each other as one that was saved again is to itself."""
+    manifest = project(tmp_path, classifier())
+    with Image.open(tmp_path / "calibration" / "p000.png") as picture:
+        scene = np.asarray(picture.convert("RGB")).astype(float)
+    chance = np.random.default_rng(0)
+    for file in sorted(tmp_path.glob("*/p*.png")):
+        frame = scene + chance.normal(0, 3, scene.shape)
+        row, column = chance.integers(8, 32, 2)
+        frame[row : row + 3, column : column + 3] = 255  # what passes by
+        Image.fromarray(np.clip(frame, 0, 255).astype(np.uint8)).save(file)
+    assert run(tmp_path, manifest).golden.count == 8
+
+
+def test_one_pair_among_many_pictures_is_chance(tmp_path: Path) -> None:
+    """Of 10,000 test pictures of a public set one is nearly a training picture."""
+    manifest = project(tmp_path, classifier(), counts=(16, 59, 8))
+    with Image.open(tmp_path / "calibration" / "p004.png") as picture:
+        picture.save(tmp_path / "holdout" / "z.jpg", quality=60)
+    assert run(tmp_path, manifest).holdout.count == 60
 
 
 def test_pictures_are_cropped_around_their_centre(tmp_path: Path) -> None:

@@ -201,7 +201,8 @@ class Finder:
             # Candidates that can't be told apart are not made: a builder board tells those in float from the plain one; else boards' acceptance judges that.
             effort = "quick" if self._trials.has_builder else "fixed"
         trials, left_out = self._first(plain, effort)
-        return msgspec.structs.replace(self._better_than(trials, plain, effort), left_out=left_out)
+        choice = self._better_than(trials, plain, effort)
+        return msgspec.structs.replace(choice, left_out=(*left_out, *choice.left_out))
 
     def _first(self, plain: Recipe, effort: str) -> tuple[list[Trial], tuple[LeftOut, ...]]:
         """The first round, and what of it could not be made: another quantizer, or int8 at all, which leaves the float model."""
@@ -236,7 +237,7 @@ class Finder:
             return search.choose(trials + self._try(more), spec)
         # Nothing else can be made of what came quantized; and what fits may still be no better than float, which was measured beside it.
         if plain.quantizer == AS_IS or (effort == "quick" and not trials[0].misses):
-            return search.choose(trials + self._in_float(trials), spec)
+            return self._or_in_half(trials + self._in_float(trials))
         if not any(search.accurate(trial, spec) for trial in trials):
             reason = self._unlike()
             if reason:  # layers in float would hide it
@@ -255,8 +256,15 @@ class Finder:
                 self._holds(trials)
         if HALF.precision in self._target.precisions and (effort == "full" or all(trial.misses for trial in trials)):
             trials += self._try([HALF])
-        trials += self._in_float(trials)
-        return search.choose(trials, spec, units)
+        return self._or_in_half(trials + self._in_float(trials), units)
+
+    def _or_in_half(self, trials: list[Trial], units: Sequence[Unit] = ()) -> Choice:
+        """The choice among these; where that is the float model, also among half precision, in which a network may answer the same in half the bytes."""
+        choice = search.choose(trials, self._class.spec, units)
+        known = HALF in {trial.recipe for trial in trials} or HALF.precision not in self._target.precisions
+        if choice.chosen is None or choice.chosen.recipe != FLOAT or known:
+            return choice
+        return _sparing(choice, HALF, lambda: search.choose([*trials, *self._try([HALF])], self._class.spec, units))
 
     def _try(self, recipes: Sequence[Recipe], known: Sequence[Trial] = ()) -> list[Trial]:
         """Compile and measure one round."""

@@ -22,7 +22,7 @@ import msgspec
 from edgefleet_shared.artifact import Layout
 from edgefleet_shared.errors import ManifestError, QualityError
 
-from edgefleet_controller.compile import quality, report, search
+from edgefleet_controller.compile import quality, report, search, telling
 from edgefleet_controller.compile.boards import Measure
 from edgefleet_controller.compile.finder import Finder
 from edgefleet_controller.compile.input_check import better_description
@@ -72,7 +72,7 @@ def compile_version(
             version, device_class, target, options, toolchain, layout, toolchains, cache, work, progress, limits
         )
         trials = Trials(steps, version, device_class, target, toolchain, layout, measure)
-        blind = quality.vacuous(steps.references(), version)
+        blind = telling.vacuous(steps.references(), version)
         blind = "; ".join(told for told in (blind, better_description(steps, version)) if told)
         if blind and not ship_despite_quality:
             raise QualityError(

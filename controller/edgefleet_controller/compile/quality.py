@@ -16,19 +16,14 @@ from edgefleet_controller.compile.port import HOST, Figures, Share
 from edgefleet_controller.compile.recipe import Recipe
 from edgefleet_controller.detection import HEADS, Part
 from edgefleet_controller.manifests import Accuracy, DeviceClassSpec
-from edgefleet_controller.segmentation import pixels
 from edgefleet_controller.source import ModelVersion
 
 Array = npt.NDArray[Any]
 NOISE = 1.02  # two medians of 40 interleaved runs of one model differ by less on a quiet machine
 Z95 = 1.959963984540054  # two-sided 95 % of the normal distribution
 EXACT_DB = 200.0  # stands for no noise at all; float32 itself holds about 150 dB
-ENOUGH = 32  # labelled samples that tell chance from skill
-NEAR_CHANCE = 1.5  # times what guessing gets
+AS_FLOAT_DB = 100.0  # from which only the order of sums is another one: engines' float leaves 120 and more, weights rounded to float16 40 to 75
 SMALL_FIRST = ("size", "transfer")  # what a class may prefer over speed
-MOST_SCORE = 1.01  # of a box; a sigmoid's rounding apart, no share is more than the whole
-CROWDED = 100  # boxes in a picture, overlaps included, from which half of all places being boxes is no chance
-IN_A_CORNER = 2.0  # pixels, which coordinates that are shares of a picture reach at most
 MOST_LABELS = 3  # told one by one in a miss; the report has more
 WITHIN = "values within tolerance, "  # and the output's name, among the shares of a raw network
 UNLIKE = 3.0  # times: spreads of calibration and held-out inputs that differ by more are not of one kind
@@ -80,82 +75,13 @@ def compare(outputs: dict[str, Array], references: dict[str, Array], version: Mo
     telling = [db for title, db in noise.items() if told[title].of(references).any()]
     figures = {
         "agreement": agreement.value, "agreement_low": agreement.low, "agreement_high": agreement.high,
-        "shares": shares | _accuracy(outputs, references, version),
+        "shares": shares | accuracy(outputs, references, version),
         "by_label": by_label.kept(outputs, references, version),
         "cosine": round(_cosine(outputs, references, names), 9),
         "sqnr_db": round(min(telling or noise.values()), 6),
         "sqnr_db_by_output": {title: round(db, 6) for title, db in noise.items()},
     }  # fmt: skip
     return Compared(figures, changed)
-
-
-def vacuous(references: dict[str, Array], version: ModelVersion) -> str:
-    """Why the held-out samples can't tell a sound model from a damaged one, or nothing: agreement would be high whatever came out.
-
-    Args:
-        references: the float model's outputs for them.
-    """
-    n = len(next(iter(references.values())))
-    name = version.outputs[0].name
-    if version.output_kind != "detection":
-        for spec in version.outputs:
-            broken = n - int(np.isfinite(references[spec.name]).reshape(n, -1).all(axis=1).sum())
-            if 2 * broken > n:
-                return f"the float model's own output {spec.name!r} holds NaN or infinity for {broken} of {n} held-out samples, which nothing agrees with"
-    if version.output_kind == "detection":
-        above, places = answers.above_threshold(references, version)
-        if above > max(CROWDED * n, places / 2):
-            return (
-                f"the float model finds a box at {above // n} of {places // n} places of a held-out picture: is one of its classes the background "
-                "(output.detection.background), are scores still to be made shares (output.detection.scores), or is the decoder another one?"
-            )
-        return _misread([box for found in answers.boxes(references, version) for box in found], n, version)
-    if version.output_kind == "classification":
-        said = {row.tobytes() for row in answers.classes(references[name])}
-    elif version.output_kind == "text":
-        said = {line.encode() for line in answers.lines(references[name], version.characters)}
-    elif version.output_kind == "segmentation":
-        classes = [np.unique(pixels(references[spec.name], spec, version.masks)) for spec in version.outputs]
-        if all(len(one) == 1 for one in classes):
-            return f"the float model gives every pixel of all {n} held-out samples one and the same class"
-        return ""
-    else:
-        return _told_apart(references, version)
-    if len(said) == 1:
-        return f"the float model gives all {n} held-out samples one and the same answer"
-    if version.truth and version.output_kind == "classification":
-        right = _accuracy(references, references, version)["float_accuracy"]
-        chance = 1 / references[name].shape[-1]
-        if right.of >= ENOUGH and right.value <= NEAR_CHANCE * chance:
-            return (
-                f"the float model itself answers {right.count} of {right.of} labelled samples right, which is chance: is the colour "
-                "order, the layout, the normalisation or the order of the labels another one?"
-            )
-    return ""
-
-
-def _misread(boxes: list[answers.Box], n: int, version: ModelVersion) -> str:
-    """Why a detector's boxes can't be what it means, or nothing: overlaps are the same in any unit, so that agreement would not tell."""
-    assert version.detection is not None
-    told, (height, width) = version.detection, version.input_size
-    if not boxes:
-        return f"the float model finds no box in any of {n} held-out pictures at the threshold {told.threshold}"
-    best = max(box.score for box in boxes)
-    if best > MOST_SCORE and told.decoder != "boxes":  # whose scores are the network's own, in whatever unit
-        return f"the float model's boxes have scores up to {best:.4g}, which are shares: is the decoder, or the order of the output's axes, another one?"
-    if not told.relative and max(max(box.right, box.bottom) for box in boxes) <= IN_A_CORNER:
-        return (
-            f"all {len(boxes)} boxes of the float model lie within {IN_A_CORNER:.0f} pixels of the upper left corner: are they in shares of the "
-            "picture (output.detection.relative)?"
-        )
-    centres = [((box.left + box.right) / 2, (box.top + box.bottom) / 2) for box in boxes]
-    outside = sum(not (0 <= x <= width and 0 <= y <= height) for x, y in centres)
-    if told.relative and 2 * outside > len(boxes):
-        return (
-            f"{outside} of {len(boxes)} boxes of the float model lie outside the picture: are they in pixels, not in shares of it "
-            "(output.detection.relative)?"
-        )
-    return ""
 
 
 def _agreement(
@@ -196,11 +122,11 @@ def _within(outputs: dict[str, Array], references: dict[str, Array], version: Mo
     n, found = len(next(iter(references.values()))), dict[str, Array]()
     for spec in version.outputs:
         have, want = outputs[spec.name].reshape(n, -1), references[spec.name].reshape(n, -1)
-        found[spec.name] = np.abs(have - want) <= _room(want, spec.name, version)
+        found[spec.name] = np.abs(have - want) <= room(want, spec.name, version)
     return found
 
 
-def _room(values: Array, output: str, version: ModelVersion) -> Array:
+def room(values: Array, output: str, version: ModelVersion) -> Array:
     """How far other values of an output may lie from these."""
     most, relative = version.acceptance.tolerance(output)
     with np.errstate(invalid="ignore"):  # beside infinity there is no number, which nothing is within
@@ -208,21 +134,7 @@ def _room(values: Array, output: str, version: ModelVersion) -> Array:
     return found
 
 
-def _told_apart(references: dict[str, Array], version: ModelVersion) -> str:
-    """Why a tolerance says nothing, or nothing: that of an output in which the float model's answer to any sample passes for any other's."""
-    for spec in version.outputs:
-        values = references[spec.name].reshape(len(references[spec.name]), -1)
-        spread = values.max(axis=0) - values.min(axis=0)
-        # What never changes may still be held against its tolerance: corners of a grid, say.
-        if spread.any() and (spread <= _room(values, spec.name, version).min(axis=0)).all():
-            return (
-                f"the tolerance of output {spec.name!r} is wider than all that it answers: over {len(values)} held-out samples its values differ by at "
-                f"most {spread.max():.4g}, so that the answer to any of them would pass for that to any other; give it one of its own under acceptance.outputs"
-            )
-    return ""
-
-
-def _accuracy(outputs: dict[str, Array], references: dict[str, Array], version: ModelVersion) -> dict[str, Share]:
+def accuracy(outputs: dict[str, Array], references: dict[str, Array], version: ModelVersion) -> dict[str, Share]:
     """Share of right answers, of both models, where the samples are labelled."""
     if not version.truth:
         return {}

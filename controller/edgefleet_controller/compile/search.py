@@ -212,6 +212,11 @@ def accurate(trial: Trial, spec: DeviceClassSpec) -> bool:
     return not trial.died and not quality.inaccuracies(trial.figures, spec.accuracy)
 
 
+def answers_as_float(trial: Trial) -> bool:
+    """Whether it gives the float model's answers, but for what engines differ by in float."""
+    return trial.recipe.exact or (trial.figures.sqnr_db or 0.0) >= quality.AS_FLOAT_DB
+
+
 def base_of_ladder(trials: Sequence[Trial]) -> Trial:
     """The int8 trial with the least noise on the outputs, among those whose layers can be left in float; of several with about as little, the one that
     changes fewest answers."""
@@ -269,8 +274,7 @@ def gainless(alone: Trial, choice: Choice, spec: DeviceClassSpec) -> tuple[str, 
     """Why a candidate that was chosen for its speed gives way when it is measured alone, or nothing. Of several that are timed side by side the luckiest
     wins; where in truth it takes as long as float, which fits too, other answers were bought for nothing."""
     time, figures = alone.figures.relative_time, alone.figures
-    answers_alike = alone.recipe.exact or figures.sqnr_db == quality.EXACT_DB
-    if spec.search.prefer != "latency" or answers_alike or time is None or time <= 1:
+    if spec.search.prefer != "latency" or answers_as_float(alone) or time is None or time <= 1:
         return ()
     if not any(trial.recipe.exact and not trial.misses for trial in choice.trials):
         return ()
@@ -312,7 +316,7 @@ def _best(fitting: Sequence[Trial], prefer: str) -> Trial:
             if not known:  # a class that can't run here: fewest bytes stand for speed, and the board decides
                 return _best(fitting, "size")
             fast = [t for t in fitting if (timed[t.recipe] or math.inf) <= min(known) * ALIKE]
-            exact = [t for t in fast if t.recipe.exact or t.figures.sqnr_db == quality.EXACT_DB]
+            exact = [t for t in fast if answers_as_float(t)]
             if exact:  # nothing gained in time is worth no other answer
                 return min(exact, key=lambda t: t.figures.compiled_bytes)
             small = min(t.figures.compiled_bytes for t in fast)

@@ -357,11 +357,8 @@ class Steps:
         )  # fmt: skip
 
     def _log(self, action: str) -> Path:
-        return (
-            self._cache.folder
-            / "logs"
-            / f"{self._version.model}-{self._version.version}-{self._class_name}-{action}.log"
-        )
+        name = f"{self._version.model}-{self._version.version}-{self._class_name}-{action}.log"
+        return self._cache.folder / "logs" / name
 
 
 def _has_float_weights(recipe: Recipe) -> bool:

@@ -12,7 +12,6 @@ import fcntl
 import hashlib
 import json
 import os
-import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,10 +28,8 @@ from edgefleet_controller.compile.port import Target, lock_of
 from edgefleet_controller.compile.watching import (
     Cancelled,
     Child,
-    ChildDied,
-    ChildKilled,
+    died,
     last_line,
-    signal_name,
     watch,
 )
 
@@ -142,7 +139,7 @@ class Toolchains:
 
         Raises:
             EdgefleetError: what the child refused, as it said it.
-            ChildDied: it crashed or outgrew ``memory_bytes``. ChildKilled: something else on this machine killed it.
+            ChildDied: it crashed or outgrew ``memory_bytes``. ChildKilled: this machine ended it, for want of memory or of an instruction.
             Cancelled: by the event given to this object.
             ToolchainError: it broke, answered rubbish, or ran past its limit; the message ends with the log's last line.
         """
@@ -177,8 +174,7 @@ class Toolchains:
         )
         code = watch(child, line, self._cancel)
         if code < 0:
-            kind = ChildKilled if -code == signal.SIGKILL else ChildDied
-            raise kind(name, signal_name(-code), f"see {log_file}")
+            raise died(name, -code, f"see {log_file}")
         if code != 0 or not answers:
             raise self._failure(name, toolchain, log_file)
         last = answers[-1]

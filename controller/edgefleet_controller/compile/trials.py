@@ -99,7 +99,7 @@ class Trials:
         except (ChildDied, EngineFailed) as exc:
             if not alone:
                 return [self.measure([one])[0] for one in tried]
-            if isinstance(exc, ChildKilled):  # by this machine, for want of memory: that tells nothing of the candidate
+            if isinstance(exc, ChildKilled):  # by this machine: that tells nothing of the candidate
                 raise
             return [self._died(*tried[0], float_model, f"{exc.ended}: {exc.how}")]
         times = found.get("times", [None] * len(tried))

@@ -27,6 +27,12 @@ POLL_S = 0.05  # how often cancel, time and memory are looked at
 MAX_LINE_BYTES = 16 * 1024 * 1024  # of an answer; what is longer is none
 MAX_LOG_BYTES = 256 * 1024 * 1024  # of one child: what prints more is in a loop, and would fill the disk
 LAST_WORDS_BYTES = 256 * 1024
+# What ends a process through no doing of what it was given, and what that says of the machine.
+OF_THE_MACHINE = {
+    signal.SIGKILL: "as when this machine runs out of memory",
+    signal.SIGILL: "as when this machine's processor lacks an instruction that the program was built with",
+    signal.SIGBUS: "as when this machine's disk can't give back, or has no room for, what the program mapped",
+}
 
 
 class Cancelled(ToolchainError):
@@ -47,7 +53,7 @@ class ChildDied(ToolchainError):
 
 
 class ChildKilled(ChildDied):
-    """The kernel, or a person, killed a child: that tells of the machine, not of what the child did."""
+    """The kernel, or a person, ended a child (:data:`OF_THE_MACHINE`): that tells of the machine, not of what the child was given."""
 
     code = "child_killed"
 
@@ -122,13 +128,19 @@ def watch(child: Child, line: Callable[[bytes], None], cancel: threading.Event) 
         process.stdout.close()
 
 
+def died(name: str, number: int, log: str) -> ChildDied:
+    """How a child of that name was ended by a signal."""
+    kind = ChildKilled if number in OF_THE_MACHINE else ChildDied
+    return kind(name, signal_name(number), log)
+
+
 def signal_name(number: int) -> str:
-    """A signal in words; SIGKILL without a cause of ours is what the kernel sends when memory runs out."""
+    """A signal in words, with what it is the usual sign of where that is this machine."""
     try:
-        name = signal.Signals(number).name
+        found = signal.Signals(number)
     except ValueError:
         return f"signal {number}"
-    return f"{name}, as when this machine runs out of memory" if number == signal.SIGKILL else name
+    return f"{found.name}, {OF_THE_MACHINE[found]}" if found in OF_THE_MACHINE else found.name
 
 
 def last_words(log: Path) -> str:

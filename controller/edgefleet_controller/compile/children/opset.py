@@ -1,4 +1,5 @@
-"""Stage 2, compile: operator sets. Receives a network of any, hands on one of at least that which int8 per channel needs, with the same answers."""
+"""Stage 2, compile: how old a network is. Receives one of any age, hands on one whose constants are no inputs and whose operator set is at least that which
+int8 per channel needs, with the same answers."""
 
 from __future__ import annotations
 
@@ -10,22 +11,23 @@ from onnx import helper
 
 from . import job
 
+MIN_IR_VERSION = 4  # of ONNX, from which constants need not be inputs too
 PER_CHANNEL_OPSET = 13
 RESIZES_SAY_WHERE = 11  # from which a Resize says how places in its output are places in its input
 
 
-def at_least_per_channel(path: str, beside: str) -> str:
-    """The network's file, or where its operator set is too old, one written ``beside``.
+def of_today(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The network as one of today says the same.
 
     Raises:
         Refused: no way from there to here.
     """
-    model = onnx.load(path)
+    _constants_apart(model)
     before = max(entry.version for entry in model.opset_import if entry.domain in {"", "ai.onnx"})
     if before >= PER_CHANNEL_OPSET:
-        return path
+        return model
     try:
-        after = onnx.version_converter.convert_version(model, PER_CHANNEL_OPSET)
+        after: onnx.ModelProto = onnx.version_converter.convert_version(model, PER_CHANNEL_OPSET)
     except (onnx.version_converter.ConvertError, RuntimeError, ValueError) as exc:
         raise job.Refused(
             "bad_model",
@@ -34,9 +36,17 @@ def at_least_per_channel(path: str, beside: str) -> str:
         ) from exc
     if before < RESIZES_SAY_WHERE:
         _as_before(after.graph)
-    raised = beside + ".opset.onnx"
-    onnx.save(after, raised)
-    return raised
+    return after
+
+
+def _constants_apart(model: onnx.ModelProto) -> None:
+    """Leave no constant an input, as each was in ONNX's early days and some exporters still have it. onnxruntime takes such a constant for what a caller may
+    replace and folds nothing into it, a normalisation into a convolution's weights neither."""
+    model.ir_version = max(model.ir_version, MIN_IR_VERSION)
+    constants = {tensor.name for tensor in model.graph.initializer}
+    given = [value for value in model.graph.input if value.name not in constants]
+    del model.graph.input[:]
+    model.graph.input.extend(given)
 
 
 def _as_before(graph: onnx.GraphProto) -> None:

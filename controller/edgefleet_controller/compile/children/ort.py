@@ -5,7 +5,9 @@ What it writes in int8 is compiled further by every target whose engine reads QD
 
 from __future__ import annotations
 
+import os
 import re
+import tempfile
 from typing import Any
 
 import numpy as np
@@ -19,6 +21,7 @@ from .int8_weights import Settling
 from .measure import Array, Run, SampleFile, measure, run_all
 from .readings import pools_first
 from .tidy import tidy
+from .typed import write_types
 
 onnxruntime.disable_telemetry_events()
 
@@ -54,9 +57,12 @@ def prepare(request: job.Request, progress: job.Progress) -> dict[str, Any]:
         run = load(request["network"])
     except Exception as exc:  # onnxruntime's own classes share no base but this
         raise _refusal(exc, request["network"]) from exc
-    source = opset.at_least_per_channel(request["network"], request["simplified"])
-    quant_pre_process(source, request["simplified"], skip_symbolic_shape=True)
+    with tempfile.TemporaryDirectory(dir=".") as folder:
+        source = os.path.join(folder, "network.onnx")
+        onnx.save(opset.of_today(onnx.load(request["network"])), source)
+        quant_pre_process(source, request["simplified"], skip_symbolic_shape=True)
     tidy(request["simplified"])
+    write_types(request["simplified"])
     progress("simplifying", 1, 1)
     _repeats(run, request["network"], SampleFile(request["samples"][0], LOOKED_AT), progress)
     for samples, references in zip(request["samples"], request["references"], strict=True):

@@ -128,10 +128,16 @@ def _refusal(exc: Exception, path: str) -> job.Refused:
     text = str(exc)
     found = re.search(r"No conversion rule found for operations: ([^\s,]+)", text)
     if found:
-        domain, _, op = found[1].rpartition(".")
+        domain, _, op = re.sub(r"-\d+$", "", found[1]).rpartition(".")  # ONNX's own are told with their version
         nodes = [n for n in onnx.load(path).graph.node if (n.domain or domain, n.op_type) == (domain, op)]
         where = f" (node {nodes[0].name or nodes[0].output[0]!r})" if nodes else ""
-        return job.Refused("bad_model", f"openvino has no operator {found[1]}{where}")
+        return job.Refused("bad_model", f"openvino has no operator {f'{domain}.' if domain else ''}{op}{where}")
+    broken = re.search(r"ONNX node '<Node\((\w+)\): (.*?)>'(.+?)(?:\n\n|\n-- |$)", text, re.S)
+    if broken:
+        op, node, told = broken.groups()
+        return job.Refused(
+            "bad_model", f"openvino can't read operator {op} (node {node!r}): {told.strip().splitlines()[-1].strip()}"
+        )
     reason = next((line for line in reversed(text.splitlines()) if line.strip()), "unknown")
     return job.Refused("bad_model", f"openvino can't read this network: {reason.strip()}")
 

@@ -1,12 +1,14 @@
 """Stage 2, compile: RKNN-Toolkit2, started so that it writes the same file twice. Hands on to :mod:`.rknn`.
 
 The toolkit writes structures whole, padding and fields that nobody set among them, and so what lay in memory before: addresses of this process, mostly.
-Without address space randomization and with memory that is zero when it is had these are the same each time, on machines
-that are set up alike. Source: personality(2), mallopt(3).
+Without address space randomization, with memory that is zero when it is had, and with nothing different done before, these are the same each time: the modules
+are found compiled, and no folder but the work folder, whose name has one length, is told of. So they are on machines
+that keep temporary files in the same place. Source: personality(2), mallopt(3).
 """
 
 from __future__ import annotations
 
+import compileall
 import ctypes
 import os
 import sys
@@ -19,12 +21,15 @@ _ZEROED = (
 
 def main() -> None:
     if os.environ.get("GLIBC_TUNABLES") != _ZEROED:  # both take effect when a program starts
-        os.environ["GLIBC_TUNABLES"] = _ZEROED
+        # Compiling a module leaves other memory than loading it compiled: the first file after an update would differ from all later ones.
+        compileall.compile_dir(os.path.dirname(__file__), quiet=2)
         if ctypes.CDLL(None).personality(ADDR_NO_RANDOMIZE) == -1:
             sys.stderr.write(
                 "this system lets no process go without address randomization: an .rknn made again will have another digest\n"
             )
-        os.execv(sys.executable, sys.orig_argv)  # noqa: S606 - this very program, by the arguments that it has
+        *command, request = sys.orig_argv
+        os.environ |= {"GLIBC_TUNABLES": _ZEROED, "HOME": ".", "TMPDIR": "."}
+        os.execv(sys.executable, [*command, os.path.basename(request)])  # noqa: S606 - this very program, in its work folder
     from . import rknn
 
     rknn.main()

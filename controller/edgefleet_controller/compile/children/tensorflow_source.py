@@ -11,6 +11,7 @@ import itertools
 import os
 import re
 import sys
+from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -171,6 +172,7 @@ def _from_tflite(request: job.Request, progress: job.Progress) -> dict[str, Any]
 
     try:
         interpreter = tf.lite.Interpreter(request["path"])
+        _of_tflite_alone([operator["op_name"] for operator in interpreter._get_ops_details()])
         interpreter.allocate_tensors()
     except (RuntimeError, ValueError) as exc:
         raise job.Refused("bad_model", f"this .tflite can't be loaded: {str(exc).splitlines()[0]}") from exc
@@ -207,6 +209,21 @@ def _from_tflite(request: job.Request, progress: job.Progress) -> dict[str, Any]
         _check(model, fed, [interpreter.get_tensor(d["index"]) for d in interpreter.get_output_details()])
     onnx.save(model, request["onnx"])
     return {"quantized": quantized}
+
+
+def _of_tflite_alone(operators: list[str]) -> None:
+    """Refuse operators that are not TFLite's: what they compute stands in their maker's program, not in the file."""
+    from tensorflow.lite.python import schema_py_generated as schema
+
+    foreign = Counter(name for name in operators if not hasattr(schema.BuiltinOperator, name))
+    if foreign:
+        told = ", ".join(f"{name} ({count} times)" if count > 1 else name for name, count in foreign.items())
+        raise job.Refused(
+            "bad_model",
+            f"this .tflite has custom operators, which TFLite itself does not know: {told}",
+            "convert the network again with TFLite's built-in operators alone, or export it as ONNX; what picks boxes out at its end "
+            "(TFLite_Detection_PostProcess), leave to the application",
+        )
 
 
 def _made_dense(path: str, dense: str) -> str:

@@ -6,21 +6,15 @@ import numpy as np
 import onnx
 from onnx import numpy_helper
 
-MIN_IR_VERSION = 4  # of ONNX, from which constants need not be inputs too
 ROUNDINGS = ("QuantizeLinear", "DequantizeLinear")
 LOWEST = np.float32(-1e4)  # of what masks add; scores differ by hundreds at most, and float32 holds no e^-104
 
 
 def tidy(path: str) -> None:
-    """Change a simplified network's file, in place: every node has a name, by what it makes (recipes speak of nodes by name), no constant is an input, as
-    it was in ONNX's early days, weights are float32, no product adds a matrix, and each operator set is named once."""
+    """Change a simplified network's file, in place: every node has a name, by what it makes (recipes speak of nodes by name), weights are float32, no product
+    adds a matrix, and each operator set is named once."""
     model = onnx.load(path)
-    model.ir_version = max(model.ir_version, MIN_IR_VERSION)
     _named_once(model)
-    constants = {i.name for i in model.graph.initializer}
-    given = [value for value in model.graph.input if value.name not in constants]
-    del model.graph.input[:]
-    model.graph.input.extend(given)
     seen: set[str] = set()
     for node in model.graph.node:
         if not node.name or node.name in seen:

@@ -1,6 +1,6 @@
 """Stage 2, compile: float islands in an int8 .tflite. Receives a quantized file's bytes, hands on the same without needless islands.
 
-Outputs that lie on the shore of one are put right too. ai-edge-quantizer 0.10 leaves some operators in float between a DEQUANTIZE and a QUANTIZE although TFLite's kernels compute them
+Outputs that lie on the shore of one are put right too, and what reads them. ai-edge-quantizer 0.10 leaves some operators in float between a DEQUANTIZE and a QUANTIZE although TFLite's kernels compute them
 in int8 with any two scales. Those are joined: the operator takes what the one reads and makes what the other writes.
 """
 
@@ -24,6 +24,7 @@ def joined(content: bytes) -> bytes:
     served = {int(output.tensorIndex) for signature in model.signatureDefs or [] for output in signature.outputs}
     for subgraph in model.subgraphs:
         _serve(subgraph, codes, served)
+        _read_in_int8(subgraph, codes)
         _join(subgraph, codes)
     return packed(model)
 
@@ -38,6 +39,22 @@ def _serve(subgraph: Any, codes: list[int], served: set[int]) -> None:
         if maker is not None and codes[maker.opcodeIndex] == _CODES.QUANTIZE and int(maker.inputs[0]) in served:
             outputs[place] = int(maker.inputs[0])
     subgraph.outputs = outputs
+
+
+def _read_in_int8(subgraph: Any, codes: list[int]) -> None:
+    """Have what makes int8 read int8. Of a value that comes out and whose RESHAPE or TRANSPOSE comes out too, ai-edge-quantizer 0.10 hands that operator the
+    float form, though it only moves numbers: it would make bytes of floats."""
+    makers = {int(tensor): operator for operator in subgraph.operators for tensor in operator.outputs}
+    for operator in subgraph.operators:
+        read, made = (subgraph.tensors[tensors[0]] for tensors in (operator.inputs, operator.outputs))
+        before = makers.get(int(operator.inputs[0]))
+        if (
+            codes[operator.opcodeIndex] != _CODES.QUANTIZE
+            and (read.type, made.type) == (schema.TensorType.FLOAT32, schema.TensorType.INT8)
+            and before is not None
+            and codes[before.opcodeIndex] == _CODES.DEQUANTIZE
+        ):
+            operator.inputs = [int(before.inputs[0]), *(int(tensor) for tensor in operator.inputs[1:])]
 
 
 def _join(subgraph: Any, codes: list[int]) -> None:
