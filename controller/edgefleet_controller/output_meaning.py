@@ -31,10 +31,7 @@ def labels(output: Output, base: Path, outputs: tuple[TensorSpec, ...], origin: 
     if output.labels is None:
         return ()
     path = base / output.labels
-    try:
-        found = tuple(line.strip() for line in path.read_text(encoding=sample_sets.TEXT).splitlines() if line.strip())
-    except (OSError, UnicodeDecodeError) as exc:
-        raise DataError(f"can't read the labels {path}: {exc}") from exc
+    found = tuple(line.strip() for line in sample_sets.text("labels", path).splitlines() if line.strip())
     if output.kind == "classification" and len(found) != outputs[0].shape[-1]:
         raise DataError(f"{path} has {len(found)} labels, {origin} has {outputs[0].shape[-1]} classes")
     return found
@@ -70,10 +67,10 @@ def _priors(given: Priors | None, base: Path) -> PriorBoxes | None:
     if given is None:
         return None
     path = base / given.path
+    lines = [line.split() for line in sample_sets.text("priors", path).replace(",", " ").splitlines()]
     try:
-        lines = [line.split() for line in path.read_text(encoding=sample_sets.TEXT).replace(",", " ").splitlines()]
         rows = [[float(word) for word in line] for line in lines if line]
-    except (OSError, UnicodeDecodeError, ValueError) as exc:
+    except ValueError as exc:
         raise DataError(f"can't read the priors {path}: {exc}", hint=_ONE_PRIOR) from exc
     other = next((number for number, row in enumerate(rows) if len(row) != 4), None)
     if not rows or other is not None:
@@ -90,9 +87,7 @@ def _priors(given: Priors | None, base: Path) -> PriorBoxes | None:
     )
 
 
-def masks(
-    output: Output, size: tuple[int, int] | None, outputs: tuple[TensorSpec, ...], origin: str
-) -> MaskReading:  # fmt: skip
+def masks(output: Output, size: tuple[int, int] | None, outputs: tuple[TensorSpec, ...], origin: str) -> MaskReading:
     """How masks are read, checked against inputs and outputs."""
     told = MaskReading() if output.segmentation is None else MaskReading(**output.segmentation.model_dump())
     if output.kind == "segmentation" and (unfit := segmentation.misfit(outputs, told, size or (-1, -1))):
@@ -108,11 +103,8 @@ def characters(output: Output, base: Path, outputs: tuple[TensorSpec, ...], orig
     if text is None:
         return ()
     path = base / text.characters
-    try:
-        # Not splitlines: it also splits at characters that an alphabet may hold.
-        found = [line.rstrip("\r") for line in path.read_text(encoding=sample_sets.TEXT).rstrip("\n").split("\n")]
-    except (OSError, UnicodeDecodeError) as exc:
-        raise DataError(f"can't read the characters {path}: {exc}") from exc
+    # Not splitlines: it also splits at characters that an alphabet may hold.
+    found = [line.rstrip("\r") for line in sample_sets.text("characters", path).rstrip("\n").split("\n")]
     found += [" "] if text.space else []
     classes = outputs[0].shape[-1]
     if len(outputs) != 1 or len(outputs[0].shape) != 3 or len(found) + 1 != classes:

@@ -22,6 +22,18 @@ MIN_TRAINING = 64  # samples below which a pruned network is tuned to them and t
 Progress = Callable[[str, int, int], None]  # (what is being done, how many done, of how many)
 
 
+def text(what: str, path: Path) -> str:
+    """A text file that a manifest names.
+
+    Raises:
+        DataError: it can't be read.
+    """
+    try:
+        return path.read_text(encoding=TEXT)
+    except (OSError, UnicodeDecodeError) as exc:
+        raise DataError(f"can't read the {what} {path}: {exc}") from exc
+
+
 def read(
     split: str,
     source: Pictures,
@@ -75,10 +87,7 @@ def truth(
     if samples.truth is None:
         return ()
     path = base / samples.truth
-    try:
-        lines = [line.rstrip("\r") for line in path.read_text(encoding=TEXT).rstrip("\n").split("\n")]
-    except (OSError, UnicodeDecodeError) as exc:
-        raise DataError(f"can't read the truth {path}: {exc}") from exc
+    lines = [line.rstrip("\r") for line in text("truth", path).rstrip("\n").split("\n")]
     if len(lines) < count or (samples.count is None and len(lines) != count):
         raise DataError(f"{path} has {len(lines)} lines, there are {count} samples")
     if kind == "text":

@@ -72,7 +72,8 @@ class Detection(Strict):
     ``yolov3``: one output per scale, batch x anchors * (5 + classes) x rows x columns, before any sigmoid, with ``anchors`` (width, height in
     pixels) and ``masks`` (their numbers) per output. ``yolov5`` (also v6, v7): one output, batch x N x (5 + classes): centre, sides, objectness,
     scores. ``yolov8`` (and later): one output, batch x (4 + classes) x N: centre, sides, scores. ``yolox``: as yolov5, in cells of grids of these
-    ``strides``. ``boxes``: two outputs, in any order: boxes (batch x N x 4: left, top, right, bottom) and scores (batch x N x classes).
+    ``strides``. ``boxes``: two outputs, boxes (batch x N x 4: left, top, right, bottom) and scores (batch x N x classes), in
+    any order unless both have four columns.
     ``ssd``: the same (batch x N x 4 or more, of which the first 4 count), relative to ``priors``."""
 
     decoder: Decoder
