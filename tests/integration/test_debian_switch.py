@@ -124,6 +124,21 @@ def test_a_copy_that_runs_is_not_removed_under_it(board: Board) -> None:
     assert first not in board.copies()
 
 
+def test_a_copy_of_that_name_that_runs_elsewhere_keeps_nothing(board: Board, tmp_path: Path) -> None:
+    """A container, or a second board in a folder of its own, whose copies have the same numbers."""
+    elsewhere = tmp_path / "elsewhere/in-use/agent.1/sleep"
+    elsewhere.parent.mkdir(parents=True)
+    shutil.copy(shutil.which("sleep") or "", elsewhere)
+    sleeper = subprocess.Popen([elsewhere, "60"])
+    try:
+        board.switch("agent")
+        board.switch("--tidy")
+        assert board.copies() == ["agent.2"]
+    finally:
+        sleeper.kill()
+        sleeper.wait()
+
+
 def test_nothing_is_left_of_what_is_dropped(board: Board) -> None:
     board.switch("--drop", "agent")
     assert board.copies() == []
