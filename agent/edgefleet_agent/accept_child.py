@@ -85,7 +85,7 @@ def measure(
 
     stage(f"loading the engine {config.engine}")
     engine = _engine(config)
-    from edgefleet_shared import golden
+    from edgefleet_shared import answers, golden
 
     inputs, references = golden.unpack(
         layout.read(manifest.layer(GOLDEN_LAYER).digest, MAX_GOLDEN_BYTES), config.encoding
@@ -105,11 +105,12 @@ def measure(
     session.run(samples[0])
     first_ms = (time.perf_counter() - began) * 1e3
 
-    answers = []
+    given = []
     for number, sample in enumerate(samples):
         stage(f"running golden picture {number}")
-        answers.append(session.run(sample))
-    agreement, cosine = golden.compare(config.contract, answers, references)
+        given.append(session.run(sample))
+    reading = answers.reading_of(config.contract, config.inputs, config.outputs, config.encoding)
+    agreement, cosine = golden.compare(config.contract, reading, given, references)
 
     stage("timing inferences")
     timed = _time(session, samples, config.contract)

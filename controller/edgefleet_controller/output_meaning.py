@@ -5,13 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+from edgefleet_shared import segmentation
 from edgefleet_shared.contract import TensorSpec
+from edgefleet_shared.detection import misfit
 from edgefleet_shared.errors import DataError, ModelError
+from edgefleet_shared.reading import BoxDecoding, MaskReading, PriorBoxes
 
-from edgefleet_controller import sample_sets, segmentation
-from edgefleet_controller.detection import BoxDecoding, PriorBoxes, misfit
+from edgefleet_controller import sample_sets
 from edgefleet_controller.manifests import Output, Priors
-from edgefleet_controller.segmentation import MaskReading
 
 _ONE_PRIOR = "one prior a line: x and y of its centre, width, height, in shares of the input's sides"
 

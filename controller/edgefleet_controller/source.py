@@ -11,18 +11,19 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import msgspec
+from edgefleet_shared import answers
+from edgefleet_shared.answers import Array, Reading
 from edgefleet_shared.artifact import Descriptor, Layout, digest_of
-from edgefleet_shared.contract import OutputTolerance, PictureEncoding, TensorSpec
+from edgefleet_shared.contract import OutputTolerance, PictureEncoding, TensorSpec, picture_size
 from edgefleet_shared.errors import ArtifactError, DataError, ModelError
+from edgefleet_shared.reading import AnswerKind, BoxDecoding, MaskReading, TextReading
 from safetensors.numpy import save
 
 from edgefleet_controller import network, output_meaning, pictures, sample_sets
-from edgefleet_controller.detection import BoxDecoding
 from edgefleet_controller.formats import format_of
 from edgefleet_controller.importers import importer
 from edgefleet_controller.manifests import Model, ModelAcceptance, PictureInput, Pruning
 from edgefleet_controller.sample_sets import Progress as Progress
-from edgefleet_controller.segmentation import MaskReading
 
 SCHEMA = 1
 VERSION_TYPE = "application/vnd.edgefleet.version.v1+json"
@@ -80,7 +81,7 @@ class ModelVersion(msgspec.Struct, frozen=True, kw_only=True):
     network: str  # digest of the ONNX with fixed shapes
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
-    output_kind: Literal["classification", "detection", "text", "segmentation", "raw"]
+    output_kind: AnswerKind
     encoding: PictureEncoding | None
     labels: tuple[str, ...]
     calibration: Split
@@ -108,14 +109,16 @@ class ModelVersion(msgspec.Struct, frozen=True, kw_only=True):
         return digest_of(self.encode())
 
     @property
-    def input_size(self) -> tuple[int, int]:
-        """Rows and columns of the first input, which is a picture."""
-        return _picture_size(self.inputs[0], self.encoding)
+    def reading(self) -> Reading:
+        """How outputs become answers."""
+        size = picture_size(self.inputs[0], self.encoding) if len(self.inputs[0].shape) == 4 else (-1, -1)
+        spaces = tuple(number for number, character in enumerate(self.characters, 1) if character.isspace())
+        return Reading(self.output_kind, self.outputs, size, self.detection, self.masks, TextReading(spaces=spaces))
 
-
-def _picture_size(tensor: TensorSpec, encoding: PictureEncoding | None) -> tuple[int, int]:
-    shape = tensor.shape
-    return (shape[2], shape[3]) if encoding is None or encoding.layout == "NCHW" else (shape[1], shape[2])
+    def lines(self, outputs: Array) -> list[str]:
+        """The lines of text that outputs (N x steps x classes) are."""
+        found = answers.lines(outputs, self.reading.text)
+        return ["".join(self.characters[kind - 1] for kind in kinds) for kinds in found]
 
 
 def decode(content: bytes) -> ModelVersion:
@@ -177,7 +180,7 @@ def import_model(
                 "network's state, wants a Transpose behind the input, and what is the same in every call is better a constant of the network",
             )
     picture = _picture_input(spec.inputs, inputs, origin)
-    size = _picture_size(inputs[0], sample_sets.encoding(picture)) if len(inputs[0].shape) == 4 else None
+    size = picture_size(inputs[0], sample_sets.encoding(picture)) if len(inputs[0].shape) == 4 else None
     labels = output_meaning.labels(spec.output, base, outputs, origin)
     characters = output_meaning.characters(spec.output, base, outputs, origin)
     detection = output_meaning.detection(spec.output, base, inputs[0], size, outputs, origin)

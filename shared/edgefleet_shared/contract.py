@@ -17,6 +17,7 @@ from typing import Literal
 import msgspec
 
 from edgefleet_shared.errors import ArtifactError
+from edgefleet_shared.reading import AnswerKind, BoxDecoding, MaskReading, TextReading
 
 
 class Verdict(str, Enum):
@@ -57,6 +58,12 @@ class PictureEncoding(msgspec.Struct, frozen=True):
     std: tuple[float, ...]
     layout: Literal["NCHW", "NHWC"] = "NCHW"
     colour: Literal["RGB", "BGR", "GREY"] = "RGB"
+
+
+def picture_size(tensor: TensorSpec, encoding: PictureEncoding | None) -> tuple[int, int]:
+    """Rows and columns of an input of four axes, which is a picture."""
+    shape = tensor.shape
+    return (shape[2], shape[3]) if encoding is None or encoding.layout == "NCHW" else (shape[1], shape[2])
 
 
 class ShadowPlan(msgspec.Struct, frozen=True, kw_only=True):
@@ -104,15 +111,16 @@ class OutputTolerance(msgspec.Struct, frozen=True):
 class AcceptanceContract(msgspec.Struct, frozen=True, kw_only=True):
     """What a candidate must show on the board.
 
-    ``agreement`` is the share of golden pictures with the same top-1 class as the float reference, at every place of one (``kind``
-    classification) or the share of values within ``tolerance_abs + tolerance_rel * |reference|`` (``kind`` raw), of the output
-    that has the smallest; ``tolerances`` are those of single outputs, where one does not suit all.
+    ``agreement`` is, by ``kind``, the share of golden samples with the float reference's answer: the same top-1 class at every place (``classification``),
+    the same line (``text``), the same masks (``segmentation``); the lower of recall and precision of the boxes in all of them (``detection``); or the share of
+    values within ``tolerance_abs + tolerance_rel * |reference|`` (``raw``), of the output that has the smallest; ``tolerances`` are those of single
+    outputs, where one does not suit all. ``detection``, ``masks`` and ``text`` say how outputs are read for that.
     ``min_cosine`` is the smallest allowed mean cosine between outputs and reference. Times in ms, memory in bytes (the peak
     of the child that holds engine and model), temperature in degrees Celsius. ``max_watts`` is the mean power of the whole board while
     it infers without a pause; a board that does not measure its power says so in the report and is not held against it.
     """
 
-    kind: Literal["classification", "raw"]
+    kind: AnswerKind
     min_agreement: float
     latency_p95_ms: float
     peak_memory_bytes: int
@@ -121,6 +129,9 @@ class AcceptanceContract(msgspec.Struct, frozen=True, kw_only=True):
     tolerance_abs: float = 0.0
     tolerance_rel: float = 0.0
     tolerances: tuple[OutputTolerance, ...] = ()
+    detection: BoxDecoding | None = None
+    masks: MaskReading = MaskReading()
+    text: TextReading = TextReading()
     max_celsius: float | None = None
     max_watts: float | None = None
     min_golden: int = 8
@@ -154,6 +165,8 @@ class AcceptanceContract(msgspec.Struct, frozen=True, kw_only=True):
             problems.append("at least 1 golden picture, 10 timed runs and 1 warm-up run")
         if self.kind == "raw" and self.tolerance_abs <= 0 and self.tolerance_rel <= 0:
             problems.append("kind raw needs a tolerance")
+        if (self.kind == "detection") != (self.detection is not None):
+            problems.append("kind detection and how boxes are read go together")
         if any(
             one.tolerance_abs < 0 or one.tolerance_rel < 0 or not (one.tolerance_abs or one.tolerance_rel)
             for one in self.tolerances

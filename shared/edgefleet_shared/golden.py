@@ -15,6 +15,8 @@ import numpy.typing as npt
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
+from edgefleet_shared import answers
+from edgefleet_shared.answers import Reading
 from edgefleet_shared.contract import AcceptanceContract, PictureEncoding
 from edgefleet_shared.drift import MIN_GOLDEN_PER_CLASS, ChannelStatistics, Statistics, TensorStatistics
 from edgefleet_shared.errors import ArtifactError
@@ -72,45 +74,66 @@ def unpack(content: bytes, encoding: PictureEncoding | None) -> tuple[dict[str, 
 
 
 def compare(
-    contract: AcceptanceContract, answers: list[dict[str, Array]], references: dict[str, Array]
+    contract: AcceptanceContract, reading: Reading, given: list[dict[str, Array]], references: dict[str, Array]
 ) -> tuple[float, float]:
-    """(agreement, mean cosine) of answers with the float model's references, as the contract counts them.
+    """(agreement, mean cosine) of a model's answers with the float model's references, as the contract counts them.
 
     Args:
-        answers: one per golden picture; each output has first axis 1.
-        references: float32, first axis the golden pictures.
+        reading: how outputs become answers.
+        given: one per golden sample; each output has first axis 1.
+        references: float32, first axis the golden samples.
 
     Raises:
-        ArtifactError: an output is missing, is empty, or differs in size from its reference.
+        ArtifactError: an output is missing, is empty, or differs in size from its reference; or there is no box to be found.
     """
     same, cosines = [], []
     within: dict[str, list[float]] = {name: [] for name in references}
-    for number, answer in enumerate(answers):
-        top = True
-        for name, reference in references.items():
-            if name not in answer:
-                raise ArtifactError(f"the model gave no output {name}")
-            wanted = reference[number].astype(np.float64).ravel()
-            got = answer[name].astype(np.float64).ravel()
-            if got.size != wanted.size:
-                raise ArtifactError(f"output {name} has {got.size} values, its reference has {wanted.size}")
-            if not wanted.size:
-                raise ArtifactError(f"output {name} has no values: nothing could be compared")
+    boxes: list[answers.Boxes] = []
+    for number, sample in enumerate(given):
+        wanted_outputs = {name: reference[number : number + 1] for name, reference in references.items()}
+        outputs = {name: _as_reference(name, sample, wanted) for name, wanted in wanted_outputs.items()}
+        finite = True
+        for name, output in outputs.items():
+            got, wanted = (values.astype(np.float64).ravel() for values in (output, wanted_outputs[name]))
             # NaN and infinity agree with nothing.
-            finite = bool(np.isfinite(got).all())
-            places = (-1, reference.shape[-1] if reference.ndim > 1 else 1)  # each with one answer among so many
-            top = top and finite and np.array_equal(got.reshape(places).argmax(-1), wanted.reshape(places).argmax(-1))
+            numbers = bool(np.isfinite(got).all())
+            finite = finite and numbers
             most, relative = contract.tolerance(name)
             within[name].append(float((np.abs(got - wanted) <= most + relative * np.abs(wanted)).mean()))
             length = float(np.linalg.norm(got) * np.linalg.norm(wanted))
             alike = float(np.array_equal(got, wanted)) if length == 0.0 else float(got @ wanted / length)
-            cosines.append(alike if finite else float("nan"))
-        same.append(float(top))
-    # Each output counts by itself: a score is one value beside thousands of a map.
-    agreement = (
-        np.mean(same) if contract.kind == "classification" else min(np.mean(shares) for shares in within.values())
-    )
-    return float(agreement), float(np.mean(cosines))
+            cosines.append(alike if numbers else float("nan"))
+        if contract.kind == "detection":
+            boxes += answers.found_boxes(outputs, wanted_outputs, reading)
+        elif contract.kind != "raw":
+            same.append(finite and bool(answers.alike(outputs, wanted_outputs, reading).all()))
+    match contract.kind:
+        case "raw":  # each output counts by itself: a score is one value beside thousands of a map
+            agreement = min(float(np.mean(shares)) for shares in within.values())
+        case "detection":
+            agreement = _of_boxes(boxes)
+        case _:
+            agreement = float(np.mean(same))
+    return agreement, float(np.mean(cosines))
+
+
+def _as_reference(name: str, sample: dict[str, Array], wanted: Array) -> Array:
+    """An output in the shape of its reference, both with first axis 1."""
+    if name not in sample:
+        raise ArtifactError(f"the model gave no output {name}")
+    if sample[name].size != wanted.size:
+        raise ArtifactError(f"output {name} has {sample[name].size} values, its reference has {wanted.size}")
+    if not wanted.size:
+        raise ArtifactError(f"output {name} has no values: nothing could be compared")
+    return sample[name].reshape(wanted.shape)
+
+
+def _of_boxes(boxes: list[answers.Boxes]) -> float:
+    """The lower of recall and precision."""
+    both, have, want = (sum(counts) for counts in zip(*boxes, strict=True))
+    if not want:
+        raise ArtifactError("the float model finds no box in any golden picture: nothing could be compared")
+    return float(min(both / want, both / have if have else 0.0))
 
 
 def statistics(inputs: dict[str, Array], references: dict[str, Array], *, classification: bool) -> Statistics:

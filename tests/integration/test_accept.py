@@ -7,13 +7,17 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 from edgefleet_agent import slots
 from edgefleet_agent.accept import accept
+from edgefleet_shared import answers, golden
 from edgefleet_shared.artifact import GOLDEN_LAYER, MODEL_LAYER
 from edgefleet_shared.contract import TensorSpec, Verdict
+from edgefleet_shared.reading import BoxDecoding
 from support import artifacts
 
 ENGINES = ("onnxruntime", "tflite", "openvino", "ncnn", "iree")
@@ -168,12 +172,74 @@ def test_golden_pictures_of_another_size_fail(tmp_path: Path) -> None:
 
 
 def test_answers_that_are_not_numbers_agree_with_nothing() -> None:
-    from edgefleet_shared.golden import compare
-
-    reference = {"y": np.array([[1.0, 2.0]], np.float32)}
-    agreement, cosine = compare(artifacts.make_contract(), [{"y": np.array([[np.nan, np.inf]], np.float32)}], reference)
+    reading = answers.Reading("classification", (TensorSpec("y", "FP32", (1, 2)),))
+    given, reference = np.array([[np.nan, np.inf]], np.float32), {"y": np.array([[1.0, 2.0]], np.float32)}
+    agreement, cosine = golden.compare(artifacts.make_contract(), reading, [{"y": given}], reference)
     assert agreement == 0.0
     assert np.isnan(cosine)
+
+
+SEEN = np.array(
+    [[1, 1, 3, 3, 0.9, 0], [4, 4, 7, 7, 0.8, 2], [5, 1, 7, 2, 0.1, 0]], np.float32
+)  # the last below the threshold
+END_TO_END = BoxDecoding(decoder="end_to_end", threshold=0.5, nms_iou=0.45, match_iou=0.5)
+
+
+def detector(tmp_path: Path, rows: np.ndarray, wanted: np.ndarray = SEEN, **contract: Any) -> str:
+    """An artifact whose model sees ``rows`` in every picture, where the float one sees ``wanted``."""
+    made = artifacts.make_artifact(
+        slots.artifacts(tmp_path), content=artifacts.detector_model(rows), references=np.stack([wanted] * 16), statistics=None,
+        outputs=(TensorSpec("y", "FP32", (-1, *rows.shape)),),
+        contract=artifacts.make_contract(**({"kind": "detection", "min_cosine": 0.0, "detection": END_TO_END} | contract)),
+    )  # fmt: skip
+    return made.digest
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [SEEN, SEEN[[1, 0, 2]], SEEN + np.array([0.2, 0, 0.2, 0, -0.05, 0]), SEEN * np.array([[1], [1], [-1]])],
+    ids=["the same", "in another order", "nearly there", "another box below the threshold"],
+)
+def test_a_detector_that_reports_the_same_boxes_passes(tmp_path: Path, rows: np.ndarray) -> None:
+    report = accept(tmp_path, detector(tmp_path, rows))
+    assert report.verdict is Verdict.PASSED, report.reason
+    assert report.figures is not None
+    assert report.figures.agreement == 1.0
+
+
+@pytest.mark.parametrize(
+    ("rows", "agreement"),
+    [
+        (SEEN * np.array([1, 1, 1, 1, 0.6, 1]), 0.5),
+        (SEEN + np.array([0, 0, 0, 0, 0.5, 0]), 2 / 3),
+        (SEEN + np.array([2, 2, 2, 2, 0, 0]), 0.0),
+        (SEEN + np.array([0, 0, 0, 0, 0, 1]), 0.0),
+        (SEEN * np.array([1, 1, 1, 1, 0, 1]), 0.0),
+    ],
+    ids=["a box is gone", "a box is new", "elsewhere", "other classes", "blind"],
+)
+def test_a_detector_that_reports_other_boxes_fails(tmp_path: Path, rows: np.ndarray, agreement: float) -> None:
+    report = accept(tmp_path, detector(tmp_path, rows))
+    assert report.verdict is Verdict.FAILED
+    assert report.reason.startswith("agreement")
+    assert report.figures is not None
+    assert report.figures.agreement == pytest.approx(agreement)
+
+
+@pytest.mark.parametrize(
+    ("contract", "wanted", "words"),
+    [
+        ({"detection": msgspec.structs.replace(END_TO_END, decoder="yolov3", anchors=((1, 1),), masks=((0,),))}, SEEN, "yolov3 takes"),
+        ({}, SEEN * np.array([1, 1, 1, 1, 0, 1]), "finds no box in any golden picture"),
+    ],
+    ids=["another decoder", "nothing to find"],
+)  # fmt: skip
+def test_a_detector_that_nothing_could_be_compared_of_does_not_pass(
+    tmp_path: Path, contract: dict[str, Any], wanted: np.ndarray, words: str
+) -> None:
+    report = accept(tmp_path, detector(tmp_path, SEEN, wanted, **contract))
+    assert report.verdict is Verdict.FAILED
+    assert words in report.reason
 
 
 def test_the_resident_half_imports_nothing_heavy() -> None:

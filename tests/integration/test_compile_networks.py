@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 import pytest
+from edgefleet_agent import slots
+from edgefleet_agent.accept import accept
 from edgefleet_controller.manifests import Model
 from edgefleet_shared import artifact, golden
+from edgefleet_shared.contract import Verdict
 from edgefleet_shared.errors import ModelError, QualityError
 from onnx import helper
+from PIL import Image
 from safetensors.numpy import save_file
 from support.compiling import ENGINES, Bench, class_here
 from support.networks import Net, classifier, project
@@ -297,22 +302,40 @@ def test_what_is_no_faster_in_int8_is_shipped_in_float_and_the_result_says_why(b
     assert config.precision == "fp32"
 
 
-def test_a_detector_compiles_and_is_judged_by_its_boxes(bench: Bench) -> None:
+def detector(folder: Path, threshold: float = 0.4) -> Model:
+    """A network with a head of YOLOv3's, and its manifest."""
     net = Net(2)
     net.conv(3, 32, stride=4)
     net.add("Relu")
     net.conv(32, 14, stride=2)
     model = net.model([1, 14, 4, 4])
-    detection = {"decoder": "yolov3", "anchors": [[8, 8], [16, 16]], "masks": [[0, 1]], "threshold": 0.4}
-    manifest = project(
-        bench.folder, model, output={"kind": "detection", "detection": detection}, acceptance={"tolerance_abs": 0.5}
-    )
+    detection = {"decoder": "yolov3", "anchors": [[8, 8], [16, 16]], "masks": [[0, 1]], "threshold": threshold}
+    return project(folder, model, output={"kind": "detection", "detection": detection})
+
+
+def test_a_detector_compiles_and_is_judged_by_its_boxes(bench: Bench) -> None:
+    manifest = detector(bench.folder)
     result = bench.compile(bench.version(manifest), class_here(search={"effort": "fixed", "prefer": "size"}))
     shares = result.figures.shares
     assert shares["box_recall"].of > 20
     assert result.figures.agreement == min(shares["box_recall"].value, shares["box_precision"].value)
     config = bench.layout.config(bench.layout.manifest(result.artifact.digest))
-    assert config.contract.kind == "raw"
+    assert config.contract.kind == "detection"
+    shutil.copytree(bench.layout.root, slots.artifacts(bench.folder / "board").root, dirs_exist_ok=True)
+    report = accept(bench.folder / "board", result.artifact.digest)
+    assert report.verdict is Verdict.PASSED, report.reason
+    assert report.figures is not None
+    assert 0.7 < report.figures.agreement < 1.0, "int8 moves some boxes"
+
+
+def test_golden_pictures_with_nothing_to_find_are_refused(bench: Bench) -> None:
+    manifest = detector(bench.folder, threshold=0.5)
+    for number, file in enumerate((bench.folder / "golden").iterdir()):
+        picture = Image.new("RGB", (32, 32), (128, 128, 128))  # a grey that the network takes for nothing
+        picture.paste((136, 128, 128), (10, 10, 12 + number, 12))
+        picture.save(file)
+    with pytest.raises(QualityError, match="finds no box in any of the 8 golden samples"):
+        bench.compile(bench.version(manifest), class_here(search={"effort": "fixed", "prefer": "size"}))
 
 
 @pytest.mark.parametrize("engine", ["onnxruntime", "tflite", "openvino"])

@@ -15,6 +15,7 @@ import pytest
 from edgefleet_agent.runtime.control import VersionStatus
 from edgefleet_shared.contract import ShadowFigures, TensorSpec
 from edgefleet_shared.errors import ConflictError, NotFoundError
+from edgefleet_shared.reading import BoxDecoding
 from support import artifacts
 from support.runtimes import Load, Runtime, UnixConnection, running, until
 
@@ -61,6 +62,35 @@ def test_another_network_disagrees_and_what_serves_is_not_disturbed(runtime: Run
     assert load.failed == []
     assert load.wrong == 0
     assert seen.agreed < seen.compared
+
+
+SEEN = np.array([[1, 1, 3, 3, 0.9, 0], [4, 4, 7, 7, 0.8, 2], [5, 1, 7, 2, 0.1, 0]], np.float32)
+
+
+def detector(rows: np.ndarray) -> dict[str, Any]:
+    """A network that sees ``rows`` in every picture."""
+    told = BoxDecoding(decoder="end_to_end", threshold=0.5, nms_iou=0.45, match_iou=0.5)
+    return {
+        "content": artifacts.detector_model(rows), "statistics": None, "model": "detector",
+        "contract": artifacts.make_contract(kind="detection", detection=told),
+        "outputs": (TensorSpec("y", "FP32", (-1, *rows.shape)),),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("rows", "agreed"), [(SEEN[[1, 0, 2]], 10), (SEEN * 1.01, 10), (SEEN[[0, 0, 2]], 0), (SEEN[[0, 2, 2]], 0)],
+    ids=["in another order", "nearly there", "one instead of the other", "one less"],
+)  # fmt: skip
+def test_a_detector_agrees_that_reports_the_same_boxes(runtime: Runtime, rows: np.ndarray, agreed: int) -> None:
+    serving, candidate = runtime.add("3", **detector(SEEN)), runtime.add("4", **detector(rows))
+    for digest in (serving, candidate):
+        runtime.client.load(digest)
+    runtime.client.switch(serving)
+    runtime.client.shadow(candidate)
+    for count in range(1, 11):
+        assert runtime.infer(np.full((1, 8, 8, 3), 0.5, np.float32), "/v2/models/detector/infer")[0] == 200
+        compared(runtime, count)
+    assert (figures(runtime).agreed, figures(runtime).failed) == (agreed, 0)
 
 
 def test_a_candidate_whose_process_dies_costs_no_live_request(runtime: Runtime) -> None:

@@ -178,6 +178,30 @@ def table_model(values: list[float]) -> bytes:
     return bytes(h.make_model(graph, opset_imports=[h.make_opsetid("", 17)], ir_version=9).SerializeToString())
 
 
+def detector_model(rows: np.ndarray) -> bytes:
+    """A detector as ONNX that sees the same in every picture ``x`` FP32 [-1, SIDE, SIDE, CHANNELS]: ``rows`` (boxes x 6), as ``y`` FP32 [-1, boxes, 6]."""
+    from onnx import TensorProto as T
+    from onnx import helper as h
+    from onnx import numpy_helper as nh
+
+    graph = h.make_graph(
+        [
+            h.make_node("ReduceSum", ["x", "places"], ["sums"], keepdims=0),
+            h.make_node("Mul", ["sums", "nothing"], ["zeros"]),
+            h.make_node("Reshape", ["zeros", "each"], ["column"]),
+            h.make_node("Add", ["column", "rows"], ["y"]),
+        ],
+        "detector",
+        [h.make_tensor_value_info("x", T.FLOAT, ["n", SIDE, SIDE, CHANNELS])],
+        [h.make_tensor_value_info("y", T.FLOAT, ["n", *rows.shape])],
+        [
+            nh.from_array(np.array([1, 2, 3]), "places"), nh.from_array(np.array(0, np.float32), "nothing"),
+            nh.from_array(np.array([-1, 1, 1]), "each"), nh.from_array(rows.astype(np.float32)[None], "rows"),
+        ],
+    )  # fmt: skip
+    return bytes(h.make_model(graph, opset_imports=[h.make_opsetid("", 17)], ir_version=9).SerializeToString())
+
+
 def echo_model(elem_type: int, width: int) -> bytes:
     """Another network as ONNX: ``y`` is ``x``, [-1, width] of the ONNX type ``elem_type``."""
     from onnx import helper as h
@@ -348,6 +372,7 @@ def make_artifact(
     contract: AcceptanceContract | None = None,
     content: bytes | None = None,
     golden_pictures: np.ndarray | None = None,
+    references: np.ndarray | None = None,
     **config: Any,
 ) -> Descriptor:
     """Write one artifact into ``layout``; its manifest's descriptor comes back.
@@ -356,11 +381,12 @@ def make_artifact(
         seed: which model; ``truth(seed, x)`` is what a good one answers.
         behaviour: how the compiled model differs from a good one, if it does.
         content: the compiled model itself, in place of the classifier.
+        references: what it should answer to the golden pictures, in place of the classifier's classes.
         config: overrides of :class:`ModelConfig` fields.
     """
     shown = pictures(seed) if golden_pictures is None else golden_pictures
     encoded = golden.encode_pictures(shown, ENCODING)
-    references = truth(seed, encoded)
+    references = truth(seed, encoded) if references is None else references
     config.setdefault("statistics", golden.statistics({"x": encoded}, {"y": references}, classification=True))
     labels = msgspec.json.encode([f"class {i}" for i in range(CLASSES)])
     return artifact.build(

@@ -11,6 +11,8 @@ from edgefleet_agent.accept import Broke, Stage, report_on
 from edgefleet_agent.runtime.protocol import OutputTensor
 from edgefleet_agent.runtime.shadow import agree
 from edgefleet_agent.sandbox import Ended
+from edgefleet_shared import golden
+from edgefleet_shared.answers import Reading
 from edgefleet_shared.contract import (
     AcceptanceContract,
     AcceptanceFigures,
@@ -19,12 +21,13 @@ from edgefleet_shared.contract import (
     OutputTolerance,
     ShadowFigures,
     ShadowPlan,
+    TensorSpec,
     Verdict,
     judge,
     judge_shadow,
 )
 from edgefleet_shared.errors import ArtifactError
-from edgefleet_shared.golden import compare
+from edgefleet_shared.reading import MaskReading, TextReading
 from edgefleet_shared.results import MAX_REASON
 
 
@@ -199,6 +202,13 @@ def test_a_child_that_says_too_much_is_heard_as_far_as_anybody_reads(said: Broke
     assert 1000 < len(report.reason) <= MAX_REASON
 
 
+def compare(
+    contract: AcceptanceContract, answers: list[dict[str, np.ndarray]], wanted: dict[str, np.ndarray]
+) -> tuple[float, float]:
+    outputs = tuple(TensorSpec(name, "FP32", values.shape) for name, values in wanted.items())
+    return golden.compare(contract, Reading(contract.kind, outputs), answers, wanted)
+
+
 RAW = msgspec.structs.replace(CONTRACT, kind="raw", tolerance_abs=5.0)
 
 
@@ -226,6 +236,32 @@ def test_each_output_is_held_against_its_own_tolerance() -> None:
     assert (own.tolerance("score"), own.tolerance("pixels")) == ((0.05, 0.0), (5.0, 0.0))
     near = [{"pixels": np.full((1, 2), 104.0), "score": np.full((1, 1), 0.87)} for _ in range(4)]
     assert compare(own, near, wanted)[0] == 1.0
+
+
+def test_boxes_can_not_be_compared_without_a_word_on_how_they_are_read() -> None:
+    with pytest.raises(ArtifactError, match="how boxes are read"):
+        msgspec.structs.replace(CONTRACT, kind="detection").check()
+
+
+LINE = np.eye(4, dtype=np.float32)[[1, 0, 1, 2, 3]]  # a a b, then a space
+MASK = np.kron(np.eye(2, dtype=np.float32), np.ones((10, 10), np.float32))
+
+
+@pytest.mark.parametrize(
+    ("reading", "wanted", "alike", "other"),
+    [
+        (Reading("text", (), text=TextReading(spaces=(3,))), LINE, LINE[[0, 1, 2, 3, 1]], LINE[[0, 1, 3, 3, 4]]),
+        (Reading("segmentation", (), masks=MaskReading(threshold=0.5)), MASK[None], MASK[None] * 0.6, MASK[None] * 0.4),
+    ],
+    ids=["a line of text, but for a space at its end", "a mask, but for how sure it is"],
+)
+def test_an_answer_is_what_the_application_reads(
+    reading: Reading, wanted: np.ndarray, alike: np.ndarray, other: np.ndarray
+) -> None:
+    contract = msgspec.structs.replace(CONTRACT, kind=reading.kind)
+    reading = reading._replace(outputs=(TensorSpec("y", "FP32", (1, *wanted.shape)),))
+    given = [{"y": alike[None]}, {"y": other[None]}, {"y": wanted[None]}, {"y": np.full_like(wanted, np.nan)[None]}]
+    assert golden.compare(contract, reading, given, {"y": np.stack([wanted] * 4)})[0] == 0.5
 
 
 def agreed(contract: AcceptanceContract, given: list[OutputTensor], wanted: list[OutputTensor]) -> bool:

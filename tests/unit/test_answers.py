@@ -7,13 +7,15 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
-from edgefleet_controller.compile import answers
+from edgefleet_controller.compile.packing import contract
+from edgefleet_controller.compile.port import target_named
 from edgefleet_controller.compile.quality import compare, unlike
-from edgefleet_controller.compile.telling import vacuous
-from edgefleet_controller.detection import BoxDecoding
-from edgefleet_controller.segmentation import MaskReading
+from edgefleet_controller.compile.telling import untold_on_boards, vacuous
 from edgefleet_controller.source import AcceptanceLimits, ModelVersion, Split
-from edgefleet_shared.contract import TensorSpec
+from edgefleet_shared import answers
+from edgefleet_shared.contract import AcceptanceContract, TensorSpec
+from edgefleet_shared.reading import BoxDecoding, MaskReading, TextReading
+from support.networks import device_class
 
 SPLIT = Split("sha256:" + "0" * 64, 2)
 ALPHABET = ("a", "b", " ")
@@ -43,14 +45,14 @@ def head(*cells: tuple[int, int, int, float], count: int = 1) -> Any:
 
 
 def test_a_yolo_head_decodes_to_corners_in_the_inputs_pixels() -> None:
-    ((box,),) = answers.boxes({"head": head((1, 2, 1, 20.0))}, HEAD)
+    ((box,),) = answers.boxes({"head": head((1, 2, 1, 20.0))}, HEAD.reading)
     assert box[:4] == pytest.approx((40 - 8, 24 - 4, 40 + 8, 24 + 4))
     assert (round(box.score, 3), box.kind) == (1.0, 1)
 
 
 def test_boxes_below_the_applications_threshold_are_not_there() -> None:
-    assert answers.boxes({"head": head((1, 2, 1, -0.1))}, HEAD) == [[]]
-    assert len(answers.boxes({"head": head((1, 2, 1, 0.1))}, HEAD)[0]) == 1
+    assert answers.boxes({"head": head((1, 2, 1, -0.1))}, HEAD.reading) == [[]]
+    assert len(answers.boxes({"head": head((1, 2, 1, 0.1))}, HEAD.reading)[0]) == 1
 
 
 def test_of_two_boxes_on_one_thing_the_better_stays() -> None:
@@ -60,7 +62,7 @@ def test_of_two_boxes_on_one_thing_the_better_stays() -> None:
         "scores": np.array([[[0.7, 0.1], [0.9, 0.1], [0.8, 0.1]]], np.float32),
     }
     specs = (TensorSpec("boxes", "FP32", (1, 3, 4)), TensorSpec("scores", "FP32", (1, 3, 2)))
-    (found,) = answers.boxes(outputs, version("detection", *specs, detection=told))
+    (found,) = answers.boxes(outputs, version("detection", *specs, detection=told).reading)
     assert [(b.left, round(b.score, 2)) for b in found] == [(1.0, 0.9), (30.0, 0.8)]
 
 
@@ -91,7 +93,9 @@ def steps(*numbers: int) -> Any:
 
 def test_lines_keep_their_spaces_and_lose_repeats_and_blanks() -> None:
     # a a blank a space b b -> "aa b"
-    assert answers.lines(steps(1, 1, 0, 1, 3, 2, 2), ALPHABET) == ["aa b"]
+    assert version("text", TensorSpec("y", "FP32", (1, 7, 4)), characters=ALPHABET).lines(
+        steps(1, 1, 0, 1, 3, 2, 2)
+    ) == ["aa b"]
 
 
 def test_a_lost_space_is_another_line() -> None:
@@ -195,6 +199,40 @@ def test_held_out_samples_that_could_not_tell_damage_are_named() -> None:
     assert vacuous({"y": np.array([[1, 0], [0, 1]], np.float32)}, plain) == ""
     assert "no box in any of 3" in vacuous({"head": head(count=3)}, HEAD)
     assert vacuous({"head": head((0, 0, 0, 5.0))}, HEAD) == ""
+
+
+def test_golden_samples_that_could_tell_boards_nothing_are_named() -> None:
+    def told(answered: Any, judged: ModelVersion, **changes: Any) -> str:
+        limits = msgspec.structs.replace(judged.acceptance, tolerance_abs=0.0, **changes)
+        judged = msgspec.structs.replace(judged, acceptance=limits)
+        asked = contract(judged, device_class(), target_named("onnxruntime"))
+        return untold_on_boards({judged.outputs[0].name: answered}, judged, asked)
+
+    assert "finds no box in any of the 3 golden" in told(head(count=3), HEAD)
+    assert told(head((0, 0, 0, 5.0)), HEAD) == ""
+    assert told(head(count=3), HEAD, tolerance_rel=0.1) == "", "a board then compares values"
+    text = version("text", TensorSpec("y", "FP32", (1, 3, 4)), characters=ALPHABET)
+    assert "reads nothing in any" in told(steps(0, 3, 0), text)
+    assert told(steps(0, 1, 0), text) == ""
+    mask = masks(TensorSpec("y", "FP32", (1, 1, 10, 10)), threshold=0.5)
+    assert "one and the same class to every pixel" in told(np.zeros((4, 1, 10, 10), np.float32), mask)
+
+
+def test_boards_read_answers_unless_a_tolerance_has_them_compare_values() -> None:
+    def asked(judged: ModelVersion, **limits: float) -> AcceptanceContract:
+        limits = {"tolerance_abs": 0.0} | limits
+        judged = msgspec.structs.replace(judged, acceptance=msgspec.structs.replace(judged.acceptance, **limits))
+        found = contract(judged, device_class(), target_named("onnxruntime"))
+        found.check()
+        return found
+
+    assert (asked(HEAD).kind, asked(HEAD).detection, asked(HEAD).min_cosine) == ("detection", YOLO, 0.8)
+    assert (asked(HEAD, tolerance_abs=0.1).kind, asked(HEAD, tolerance_abs=0.1).detection) == ("raw", None)
+    spaced = version("text", TensorSpec("y", "FP32", (1, 3, 4)), characters=ALPHABET)
+    assert (asked(spaced).kind, asked(spaced).text) == ("text", TextReading(spaces=(3,)))
+    rows = msgspec.structs.replace(YOLO, decoder="end_to_end")
+    unordered = version("detection", TensorSpec("y", "FP32", (1, 5, 6)), detection=rows)
+    assert asked(unordered).min_cosine == 0.0, "rows that change places have another cosine"
 
 
 def test_a_float_model_that_answers_with_no_numbers_is_not_int8s_fault() -> None:

@@ -7,15 +7,14 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
-from edgefleet_controller.compile import answers
 from edgefleet_controller.compile.by_label import ENOUGH
 from edgefleet_controller.compile.port import Figures
 from edgefleet_controller.compile.quality import compare, inaccuracies
-from edgefleet_controller.detection import BoxDecoding
 from edgefleet_controller.manifests.device_class import Accuracy
-from edgefleet_controller.segmentation import MaskReading
 from edgefleet_controller.source import ModelVersion
+from edgefleet_shared import answers
 from edgefleet_shared.contract import TensorSpec
+from edgefleet_shared.reading import BoxDecoding, MaskReading
 from unit.test_answers import version
 
 LABELS = ("sound", "scratched", "broken")

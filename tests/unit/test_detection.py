@@ -6,9 +6,8 @@ from typing import Any, get_args
 
 import numpy as np
 import pytest
-from edgefleet_controller import detection
-from edgefleet_controller.detection import BoxDecoding, PriorBoxes
-from edgefleet_controller.manifests import Decoder
+from edgefleet_shared import detection
+from edgefleet_shared.reading import BoxDecoding, Decoder, PriorBoxes
 
 SIZE = (64, 32)  # rows, columns
 CORNERS = [10.0, 20.0, 16.0, 28.0]

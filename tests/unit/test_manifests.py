@@ -181,22 +181,7 @@ def test_every_kind_has_a_json_schema_that_forbids_unknown_fields() -> None:
     assert all(s["additionalProperties"] is False for s in schemas.values())
 
 
-@pytest.mark.parametrize(
-    ("output", "words"),
-    [
-        ("{kind: detection}", "output kind detection and output.detection go together"),
-        ("{kind: detection, detection: {decoder: yolov3}}", "decoder yolov3 needs anchors and masks"),
-        ("{kind: detection, detection: {decoder: yolov3, anchors: [[1, 2]], masks: [[1]]}}", "by their place, from 0"),
-        ("{kind: detection, detection: {decoder: ssd}}", "decoder ssd and priors go together"),
-        ("{kind: detection, detection: {decoder: boxes, priors: {path: p.txt}}}", "decoder ssd and priors go together"),
-        ("{kind: detection, detection: {decoder: yolov8, scores: sigmoid}}", "yolov8 has no scores and no background"),
-        ("{kind: text}", "output kind text and output.text go together"),
-        ("{kind: segmentation}", "needs acceptance.tolerance_abs"),
-        ("{kind: raw, segmentation: {threshold: 0.5}}", "goes with output kind segmentation"),
-    ],
-)
-def test_an_output_contract_that_could_not_be_judged_is_refused(tmp_path: Path, output: str, words: str) -> None:
-    text = f"""\
+MODEL_WITH = """\
 apiVersion: edgefleet/v1
 kind: Model
 metadata: {{name: m}}
@@ -207,5 +192,40 @@ spec:
   calibration: {{path: c}}
   holdout: {{path: h}}
   golden: {{path: g}}
+  acceptance: {acceptance}
 """
-    assert words in refusal(tmp_path, text)
+
+
+@pytest.mark.parametrize(
+    ("output", "words"),
+    [
+        ("{kind: detection}", "output kind detection and output.detection go together"),
+        ("{kind: detection, detection: {decoder: yolov3}}", "decoder yolov3 needs anchors and masks"),
+        ("{kind: detection, detection: {decoder: yolov3, anchors: [[1, 2]], masks: [[1]]}}", "by their place, from 0"),
+        ("{kind: detection, detection: {decoder: ssd}}", "decoder ssd and priors go together"),
+        ("{kind: detection, detection: {decoder: boxes, priors: {path: p.txt}}}", "decoder ssd and priors go together"),
+        ("{kind: detection, detection: {decoder: yolov8, scores: sigmoid}}", "yolov8 has no scores and no background"),
+        ("{kind: text}", "output kind text and output.text go together"),
+        ("{kind: raw}", "needs acceptance.tolerance_abs"),
+        ("{kind: raw, segmentation: {threshold: 0.5}}", "goes with output kind segmentation"),
+    ],
+)
+def test_an_output_contract_that_could_not_be_judged_is_refused(tmp_path: Path, output: str, words: str) -> None:
+    assert words in refusal(tmp_path, MODEL_WITH.format(output=output, acceptance="{}"))
+
+
+@pytest.mark.parametrize(
+    ("output", "acceptance", "words"),
+    [
+        ("{kind: segmentation}", "{outputs: {y: {tolerance_abs: 1}}}", "a tolerance for the other outputs"),
+        ("{kind: detection, detection: {decoder: end_to_end}}", "{tolerance_abs: 1}", "boxes in no fixed order"),
+    ],
+)
+def test_a_tolerance_that_says_nothing_is_refused(tmp_path: Path, output: str, acceptance: str, words: str) -> None:
+    assert words in refusal(tmp_path, MODEL_WITH.format(output=output, acceptance=acceptance))
+
+
+@pytest.mark.parametrize("output", ["{kind: segmentation}", "{kind: detection, detection: {decoder: end_to_end}}"])
+def test_answers_need_no_tolerance(tmp_path: Path, output: str) -> None:
+    (model,) = load_text(tmp_path, MODEL_WITH.format(output=output, acceptance="{}"))
+    assert model.spec.acceptance.min_agreement == 0.9

@@ -10,11 +10,11 @@ from edgefleet_controller.compile.port import Figures, chosen_options, engine_ve
 from edgefleet_controller.compile.quality import EXACT_DB, compare, inaccuracies, misses, refusals, wilson
 from edgefleet_controller.compile.recipe import Recipe
 from edgefleet_controller.compile.telling import vacuous
-from edgefleet_controller.detection import BoxDecoding
 from edgefleet_controller.manifests.device_class import Accuracy
 from edgefleet_controller.source import AcceptanceLimits, ModelVersion, Split
 from edgefleet_shared.contract import BuildBudget, OutputTolerance, TensorSpec
 from edgefleet_shared.errors import ManifestError, ToolchainError
+from edgefleet_shared.reading import BoxDecoding
 from support.networks import device_class
 
 SPLIT = Split("sha256:" + "0" * 64, 4)
@@ -96,8 +96,9 @@ def test_how_many_values_of_a_raw_output_are_within_its_tolerance_is_told_beside
     ],
 )
 def test_what_boards_would_refuse_is_told_by_their_own_rule(kind: str, answers: Any, words: list[str]) -> None:
-    asked = contract(version(kind), device_class(), target_named("onnxruntime"))
-    found = refusals({"y": np.asarray(answers, np.float32)}, {"y": ROWS}, asked)
+    judged = version(kind)
+    asked = contract(judged, device_class(), target_named("onnxruntime"))
+    found = refusals({"y": np.asarray(answers, np.float32)}, {"y": ROWS}, asked, judged.reading)
     assert len(found) == len(words)
     for told, wanted in zip(found, words, strict=True):
         assert re.search(wanted, told), told

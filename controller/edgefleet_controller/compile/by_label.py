@@ -11,9 +11,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+from edgefleet_shared import answers, segmentation
 
-from edgefleet_controller import segmentation
-from edgefleet_controller.compile import answers
 from edgefleet_controller.compile.port import Share
 from edgefleet_controller.source import ModelVersion
 
@@ -71,7 +70,7 @@ def _of_boxes(
     outputs: dict[str, Array], references: dict[str, Array], version: ModelVersion
 ) -> Iterator[tuple[str, Kept]]:
     assert version.detection is not None
-    least, sides = version.detection.match_iou, [answers.boxes(side, version) for side in (outputs, references)]
+    least, sides = version.detection.match_iou, [answers.boxes(side, version.reading) for side in (outputs, references)]
     for kind in sorted({box.kind for side in sides for found in side for box in found}):
         have, want = ([[box for box in found if box.kind == kind] for found in side] for side in sides)
         both = sum(answers.matched(a, b, least) for a, b in zip(have, want, strict=True))

@@ -10,12 +10,11 @@ from pathlib import Path
 
 import msgspec
 import onnx
-from edgefleet_shared import atomic
+from edgefleet_shared import answers, atomic, detection, segmentation
 from edgefleet_shared.errors import EnvironmentProblem, ModelError, ToolchainError
 from safetensors.numpy import load_file
 
-from edgefleet_controller import detection, segmentation
-from edgefleet_controller.compile import answers, by_label, originals, pruning, quality, search
+from edgefleet_controller.compile import by_label, originals, pruning, quality, search
 from edgefleet_controller.compile.cache import content_key
 from edgefleet_controller.compile.environments import lock_named
 from edgefleet_controller.compile.host import host
@@ -106,7 +105,8 @@ class Finder:
             return measured, cached
         ((path, _),) = self._steps.compile([recipe])
         try:
-            refusals = quality.refusals(*self._trials.golden(path), contract(self._version, self._class, self._target))
+            held_to = contract(self._version, self._class, self._target)
+            refusals = quality.refusals(*self._trials.golden(path), held_to, self._version.reading)
         except ChildKilled:
             raise  # by this machine, for want of memory
         except (ChildDied, EngineFailed) as exc:

@@ -13,11 +13,11 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import numpy.typing as npt
-from edgefleet_shared import golden
+from edgefleet_shared import answers, golden
 from edgefleet_shared.contract import PictureEncoding
 from safetensors.numpy import load, load_file
 
-from edgefleet_controller.compile import answers, quality, writing
+from edgefleet_controller.compile import quality, writing
 from edgefleet_controller.compile.cache import content_key
 from edgefleet_controller.compile.port import MAX_BLOB_BYTES
 from edgefleet_controller.compile.steps import Steps

@@ -27,7 +27,9 @@ from edgefleet_shared.artifact import (
     digest_file,
 )
 from edgefleet_shared.contract import AcceptanceContract, BuildBudget, ShadowPlan
+from edgefleet_shared.detection import HEADS
 from edgefleet_shared.fingerprint import Requirement
+from edgefleet_shared.reading import AnswerKind
 from safetensors.numpy import load, load_file
 
 from edgefleet_controller.compile import provenance
@@ -124,14 +126,19 @@ def config(version: ModelVersion, device_class: DeviceClass, target: Target, pre
 def contract(version: ModelVersion, device_class: DeviceClass, target: Target) -> AcceptanceContract:
     """What a board must show: from the manifests alone, never from what was measured of this very model."""
     limits, own, budgets = version.acceptance, device_class.spec.acceptance, device_class.spec.budgets
+    reading = version.reading
+    by_value = reading.kind != "classification" and bool(limits.tolerance_abs or limits.tolerance_rel)
+    kind: AnswerKind = "raw" if by_value else reading.kind
     return AcceptanceContract(
-        # A board compares values; it decodes no boxes, lines or pixels.
-        kind="classification" if version.output_kind == "classification" else "raw",
+        kind=kind,
         min_agreement=limits.min_agreement if own.min_agreement is None else own.min_agreement,
-        min_cosine=limits.min_cosine if own.min_cosine is None else own.min_cosine,
+        min_cosine=0.0 if _in_no_order(version) else limits.min_cosine if own.min_cosine is None else own.min_cosine,
         tolerance_abs=limits.tolerance_abs,
         tolerance_rel=limits.tolerance_rel,
         tolerances=limits.outputs,
+        detection=reading.detection if kind == "detection" else None,
+        masks=reading.masks,
+        text=reading.text,
         latency_p95_ms=budgets.latency_p95_ms,
         peak_memory_bytes=budgets.memory_bytes,
         allowed_providers=tuple(own.allowed_providers or target.providers),
@@ -144,6 +151,11 @@ def contract(version: ModelVersion, device_class: DeviceClass, target: Target) -
         build=_build_budget(device_class),
         shadow=_shadow(device_class),
     )
+
+
+def _in_no_order(version: ModelVersion) -> bool:
+    """Whether an output's rows may change places, which says nothing and leaves no cosine."""
+    return version.detection is not None and HEADS[version.detection.decoder].suppressed
 
 
 def _build_budget(device_class: DeviceClass) -> BuildBudget:

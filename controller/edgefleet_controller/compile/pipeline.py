@@ -21,12 +21,13 @@ from pathlib import Path
 import msgspec
 from edgefleet_shared.artifact import Layout
 from edgefleet_shared.errors import ManifestError, QualityError
+from safetensors.numpy import load_file
 
 from edgefleet_controller.compile import quality, report, search, telling
 from edgefleet_controller.compile.boards import Measure
 from edgefleet_controller.compile.finder import Finder
 from edgefleet_controller.compile.input_check import better_description
-from edgefleet_controller.compile.packing import pack
+from edgefleet_controller.compile.packing import contract, pack
 from edgefleet_controller.compile.port import CompileResult, Options, Target, check_class, target_named
 from edgefleet_controller.compile.search import Choice, Trial
 from edgefleet_controller.compile.steps import Limits, Progress, Steps
@@ -73,7 +74,10 @@ def compile_version(
         )
         trials = Trials(steps, version, device_class, target, toolchain, layout, measure)
         blind = telling.vacuous(steps.references(), version)
-        blind = "; ".join(told for told in (blind, better_description(steps, version)) if told)
+        untold = telling.untold_on_boards(
+            load_file(steps.prepare() / "golden.safetensors"), version, contract(version, device_class, target)
+        )
+        blind = "; ".join(told for told in (blind, untold, better_description(steps, version)) if told)
         if blind and not ship_despite_quality:
             raise QualityError(
                 f"{version.model} {version.version} for {device_class.name}: {blind}",

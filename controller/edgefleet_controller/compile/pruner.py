@@ -14,6 +14,7 @@ from typing import Any
 import msgspec
 import numpy as np
 from edgefleet_shared import golden
+from edgefleet_shared.segmentation import class_axis
 from safetensors.numpy import load, load_file
 
 from edgefleet_controller.compile import pruning, quality, writing
@@ -22,7 +23,6 @@ from edgefleet_controller.compile.port import MAX_BLOB_BYTES, Figures
 from edgefleet_controller.compile.pruning import Pruned, Step, Tried
 from edgefleet_controller.compile.steps import PREPARE, Steps
 from edgefleet_controller.manifests import Accuracy, DeviceClass
-from edgefleet_controller.segmentation import class_axis
 from edgefleet_controller.source import ModelVersion
 
 TOOLCHAIN, MODULE = "pruning", "prune"

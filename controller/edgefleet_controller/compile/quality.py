@@ -7,14 +7,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from edgefleet_shared import golden
+from edgefleet_shared import answers, golden
 from edgefleet_shared.contract import AcceptanceContract
+from edgefleet_shared.detection import HEADS, Part
 from edgefleet_shared.errors import ToolchainError
 
-from edgefleet_controller.compile import answers, by_label
+from edgefleet_controller.compile import by_label
 from edgefleet_controller.compile.port import HOST, Figures, Share
 from edgefleet_controller.compile.recipe import Recipe
-from edgefleet_controller.detection import HEADS, Part
 from edgefleet_controller.manifests import Accuracy, DeviceClassSpec
 from edgefleet_controller.source import ModelVersion
 
@@ -90,30 +90,22 @@ def _agreement(
     """(the share that is held against the budget, all shares by name, samples that got another answer)."""
     n = len(next(iter(references.values())))
     if version.output_kind == "detection":
-        have, want = answers.boxes(outputs, version), answers.boxes(references, version)
-        assert version.detection is not None
-        found = [answers.matched(a, b, version.detection.match_iou) for a, b in zip(have, want, strict=True)]
-        recall = share(sum(found), sum(len(b) for b in want))
-        precision = share(sum(found), sum(len(a) for a in have))
-        changed = tuple(i for i in range(n) if not found[i] == len(have[i]) == len(want[i]))
+        found = answers.found_boxes(outputs, references, version.reading)
+        both, have, want = (sum(counts) for counts in zip(*found, strict=True))
+        recall, precision = share(both, want), share(both, have)
+        changed = tuple(i for i, one in enumerate(found) if not one.both == one.have == one.want)
         shares = {"box_recall": recall, "box_precision": precision}
         return min(recall, precision, key=lambda s: s.value), shares, changed
-    name, shares = version.outputs[0].name, dict[str, Share]()
-    match version.output_kind:
-        case "classification":
-            same = (answers.classes(outputs[name]) == answers.classes(references[name])).all(axis=1)
-        case "text":
-            lines = [answers.lines(side[name], version.characters) for side in (outputs, references)]
-            same = np.array([a == b for a, b in zip(*lines, strict=True)])
-        case "segmentation":
-            same = answers.masks_alike(outputs, references, version)
-        case _:
-            within = _within(outputs, references, version)
-            same = np.logical_and.reduce([one.all(axis=1) for one in within.values()])
-            for name, one in within.items():
-                # Values of one sample hang together: it is samples that the interval counts.
-                value = float(one.mean())
-                shares[f"{WITHIN}{name}"] = Share(value, *wilson(value * n, n), int(one.sum()), one.size)
+    shares = dict[str, Share]()
+    if version.output_kind == "raw":
+        within = _within(outputs, references, version)
+        same = np.logical_and.reduce([one.all(axis=1) for one in within.values()])
+        for name, one in within.items():
+            # Values of one sample hang together: it is samples that the interval counts.
+            value = float(one.mean())
+            shares[f"{WITHIN}{name}"] = Share(value, *wilson(value * n, n), int(one.sum()), one.size)
+    else:
+        same = answers.alike(outputs, references, version.reading)
     return share(int(same.sum()), n), shares, tuple(int(i) for i in np.flatnonzero(~same))
 
 
@@ -141,7 +133,7 @@ def accuracy(outputs: dict[str, Array], references: dict[str, Array], version: M
     name, found = version.outputs[0].name, {}
     for title, side in (("accuracy", outputs), ("float_accuracy", references)):
         if version.output_kind == "text":
-            said = answers.lines(side[name], version.characters)
+            said = version.lines(side[name])
         else:
             said = [str(c) for c in answers.classes(side[name])[:, 0]]
         right = sum(a == b for a, b in zip(said, version.truth, strict=False))  # a round may hold the first few only
@@ -270,7 +262,9 @@ def misses(figures: Figures, device_class: DeviceClassSpec, recipe: Recipe) -> l
     return found
 
 
-def refusals(outputs: dict[str, Array], references: dict[str, Array], contract: AcceptanceContract) -> list[str]:
+def refusals(
+    outputs: dict[str, Array], references: dict[str, Array], contract: AcceptanceContract, reading: answers.Reading
+) -> list[str]:
     """What boards would refuse a model for, whatever it has shown otherwise; empty where they would not.
 
     Args:
@@ -278,12 +272,16 @@ def refusals(outputs: dict[str, Array], references: dict[str, Array], contract: 
     """
     count = len(next(iter(references.values())))
     each = [{name: values[row : row + 1] for name, values in outputs.items()} for row in range(count)]
-    agreement, cosine = golden.compare(contract, each, references)
+    agreement, cosine = golden.compare(contract, reading, each, references)
     found = []
     if not agreement >= contract.min_agreement:
-        what = (
-            "answers are the float model's" if contract.kind == "classification" else "values are within the tolerance"
-        )
+        match contract.kind:
+            case "raw":
+                what = "values are within the tolerance"
+            case "detection":
+                what = "boxes are the float model's"
+            case _:
+                what = "answers are the float model's"
         found.append(
             f"boards would refuse it: {agreement:.3f} of {count} golden samples' {what}, acceptance.min_agreement {contract.min_agreement:.3f}"
         )

@@ -12,10 +12,11 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import msgspec
+from edgefleet_shared import answers
 from edgefleet_shared.artifact import Layout
 from safetensors.numpy import load
 
-from edgefleet_controller.compile import answers, report_page
+from edgefleet_controller.compile import report_page
 from edgefleet_controller.compile.port import MAX_BLOB_BYTES, Figures
 from edgefleet_controller.compile.search import Choice, Trial
 from edgefleet_controller.compile.trials import Measured
@@ -153,9 +154,9 @@ def _said(outputs: dict[str, Any], version: ModelVersion) -> list[str]:
         case "classification":
             return [" ".join(_label(version, int(c)) for c in row[:16]) for row in answers.classes(outputs[name])]
         case "text":
-            return answers.lines(outputs[name], version.characters)
+            return version.lines(outputs[name])
         case "detection":
-            found = answers.boxes(outputs, version)
+            found = answers.boxes(outputs, version.reading)
             return [", ".join(f"{_label(version, b.kind)} {b.score:.2f}" for b in one) or "nothing" for one in found]
         case _:
             return ["another" for _ in range(len(outputs[name]))]

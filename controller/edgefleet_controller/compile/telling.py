@@ -7,9 +7,11 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from edgefleet_shared import answers
+from edgefleet_shared.contract import AcceptanceContract
+from edgefleet_shared.segmentation import pixels
 
-from edgefleet_controller.compile import answers, quality
-from edgefleet_controller.segmentation import pixels
+from edgefleet_controller.compile import quality
 from edgefleet_controller.source import ModelVersion
 
 Array = npt.NDArray[Any]
@@ -34,20 +36,19 @@ def vacuous(references: dict[str, Array], version: ModelVersion) -> str:
             if 2 * broken > n:
                 return f"the float model's own output {spec.name!r} holds NaN or infinity for {broken} of {n} held-out samples, which nothing agrees with"
     if version.output_kind == "detection":
-        above, places = answers.above_threshold(references, version)
+        above, places = answers.above_threshold(references, version.reading)
         if above > max(CROWDED * n, places / 2):
             return (
                 f"the float model finds a box at {above // n} of {places // n} places of a held-out picture: is one of its classes the background "
                 "(output.detection.background), are scores still to be made shares (output.detection.scores), or is the decoder another one?"
             )
-        return _misread([box for found in answers.boxes(references, version) for box in found], n, version)
+        return _misread([box for found in answers.boxes(references, version.reading) for box in found], n, version)
     if version.output_kind == "classification":
         said = {row.tobytes() for row in answers.classes(references[name])}
     elif version.output_kind == "text":
-        said = {line.encode() for line in answers.lines(references[name], version.characters)}
+        said = {line.encode() for line in version.lines(references[name])}
     elif version.output_kind == "segmentation":
-        classes = [np.unique(pixels(references[spec.name], spec, version.masks)) for spec in version.outputs]
-        if all(len(one) == 1 for one in classes):
+        if _one_class(references, version):
             return f"the float model gives every pixel of all {n} held-out samples one and the same class"
         return ""
     else:
@@ -65,6 +66,30 @@ def vacuous(references: dict[str, Array], version: ModelVersion) -> str:
                 "order, the layout, the normalisation or the order of the labels another one?"
             )
     return ""
+
+
+def untold_on_boards(references: dict[str, Array], version: ModelVersion, contract: AcceptanceContract) -> str:
+    """Why the golden samples can't tell a board a sound model from a damaged one, or nothing.
+
+    Args:
+        references: the float model's outputs for them.
+    """
+    n = len(next(iter(references.values())))
+    match contract.kind:
+        case "detection" if not any(answers.boxes(references, version.reading)):
+            what = "finds no box in any"
+        case "text" if not any(version.lines(references[version.outputs[0].name])):
+            what = "reads nothing in any"
+        case "segmentation" if _one_class(references, version):
+            what = "gives one and the same class to every pixel"
+        case _:
+            return ""
+    return f"the float model {what} of the {n} golden samples: boards could tell it from no damaged one; give others (golden)"
+
+
+def _one_class(references: dict[str, Array], version: ModelVersion) -> bool:
+    classes = [np.unique(pixels(references[spec.name], spec, version.masks)) for spec in version.outputs]
+    return all(len(one) == 1 for one in classes)
 
 
 def _counted_otherwise(said: Array, truth: tuple[str, ...]) -> str:
@@ -90,7 +115,7 @@ def _counted_otherwise(said: Array, truth: tuple[str, ...]) -> str:
 def _misread(boxes: list[answers.Box], n: int, version: ModelVersion) -> str:
     """Why a detector's boxes can't be what it means, or nothing: overlaps are the same in any unit, so that agreement would not tell."""
     assert version.detection is not None
-    told, (height, width) = version.detection, version.input_size
+    told, (height, width) = version.detection, version.reading.size
     if not boxes:
         return f"the float model finds no box in any of {n} held-out pictures at the threshold {told.threshold}"
     best = max(box.score for box in boxes)

@@ -13,7 +13,6 @@ from typing import Any
 from edgefleet_controller.manifests.base import API_VERSION, ManifestBase
 from edgefleet_controller.manifests.device_class import Accuracy, DeviceClass, DeviceClassSpec
 from edgefleet_controller.manifests.model import (
-    Decoder,
     Holdout,
     Model,
     ModelAcceptance,
@@ -31,7 +30,6 @@ __all__ = [
     "API_VERSION",
     "KINDS",
     "Accuracy",
-    "Decoder",
     "DeviceClass",
     "DeviceClassSpec",
     "Holdout",

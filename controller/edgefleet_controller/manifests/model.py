@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
+from edgefleet_shared.reading import AnswerKind, Decoder
 from pydantic import Field, model_validator
 
 from edgefleet_controller.manifests.base import Count, ManifestBase, Name, Share, Strict, Version
-
-Decoder = Literal["yolov3", "yolov5", "yolov8", "yolox", "ssd", "boxes"]
 
 
 class Source(Strict):
@@ -74,7 +73,8 @@ class Detection(Strict):
     scores. ``yolov8`` (and later): one output, batch x (4 + classes) x N: centre, sides, scores. ``yolox``: as yolov5, in cells of grids of these
     ``strides``. ``boxes``: two outputs, boxes (batch x N x 4: left, top, right, bottom) and scores (batch x N x classes), in
     any order unless both have four columns.
-    ``ssd``: the same (batch x N x 4 or more, of which the first 4 count), relative to ``priors``."""
+    ``ssd``: the same (batch x N x 4 or more, of which the first 4 count), relative to ``priors``. ``end_to_end`` (YOLOv10 and exports that drop
+    overlaps themselves): one output, batch x N x 6: left, top, right, bottom, score, class, in any order of rows; ``nms_iou`` does nothing."""
 
     decoder: Decoder
     anchors: list[Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=2, max_length=2)]] = []
@@ -88,7 +88,8 @@ class Detection(Strict):
     )
     priors: Priors | None = Field(default=None, description="ssd only")
     relative: bool = Field(
-        default=False, description="yolov5, yolov8 and boxes: in shares of the input's sides, as TFLite exports have it"
+        default=False,
+        description="yolov5, yolov8, boxes and end_to_end: in shares of the input's sides, as TFLite exports have it",
     )
     threshold: Share = Field(default=0.25, description="least score of a box that the application reports")
     nms_iou: Share = Field(
@@ -131,7 +132,7 @@ class Output(Strict):
     """``classification``: the largest of the last axis is the answer; ``detection``: boxes; ``text``: a line, spaces included;
     ``segmentation``: a class for each pixel; ``raw``: values are compared within a tolerance."""
 
-    kind: Literal["classification", "detection", "text", "segmentation", "raw"] = "classification"
+    kind: AnswerKind = "classification"
     labels: str | None = Field(default=None, description="text file, one label a line, in the order of the outputs")
     detection: Detection | None = None
     text: Text | None = None
@@ -227,8 +228,9 @@ class OutputTolerance(Strict):
 
 
 class ModelAcceptance(Strict):
-    """What every board must show on the golden pictures. ``tolerance_*`` are for all output kinds but ``classification``: a board
-    compares values, it decodes no boxes and no text."""
+    """What every board must show on the golden pictures: as much agreement in the answers that ``output`` tells of, which for a detector is the lower of
+    recall and precision of its boxes. ``tolerance_*`` are for kind ``raw``, whose answers are values; with ``detection``, ``text`` and ``segmentation`` they
+    have the board compare values in place of boxes, lines and pixels."""
 
     min_agreement: Share = 0.9
     min_cosine: Annotated[float, Field(ge=0, le=1)] = 0.9
@@ -261,10 +263,17 @@ class ModelSpec(Strict):
     def _tolerance(self) -> ModelSpec:
         limits = self.acceptance
         kind = self.output.kind
-        if kind != "classification" and not (limits.tolerance_abs or limits.tolerance_rel):
-            raise ValueError(f"output kind {kind} needs acceptance.tolerance_abs or acceptance.tolerance_rel")
-        if limits.outputs and kind == "classification":
-            raise ValueError("acceptance.outputs goes with output kinds that are compared by their values")
+        by_value = bool(limits.tolerance_abs or limits.tolerance_rel)
+        if kind == "raw" and not by_value:
+            raise ValueError("output kind raw needs acceptance.tolerance_abs or acceptance.tolerance_rel")
+        if limits.outputs and (kind == "classification" or not by_value):
+            raise ValueError(
+                "acceptance.outputs goes with output kinds that are compared by their values, and with a tolerance for the other outputs"
+            )
+        if by_value and self.output.detection is not None and self.output.detection.decoder == "end_to_end":
+            raise ValueError(
+                "decoder end_to_end has its boxes in no fixed order: leave acceptance.tolerance_* away, which compare place by place"
+            )
         if self.holdout.truth is not None and kind not in ("classification", "text"):
             raise ValueError(f"holdout.truth has no form for output kind {kind}")
         training = self.prune.training if self.prune is not None else None

@@ -7,23 +7,17 @@ and classes as whole numbers, where the network ends in an ArgMax. Reading one a
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
-import msgspec
 import numpy as np
 import numpy.typing as npt
+
 from edgefleet_shared.contract import TensorSpec
+from edgefleet_shared.reading import MaskReading
 
 Array = npt.NDArray[Any]
 NO_CLASS = -1
 WHOLE = ("UINT8", "INT8", "INT32", "INT64", "BOOL")
-
-
-class MaskReading(msgspec.Struct, frozen=True, kw_only=True):
-    """``layout`` of outputs with four axes; ``threshold`` above which a pixel is in a mask of one channel, None where there is none."""
-
-    layout: Literal["NCHW", "NHWC"] = "NCHW"
-    threshold: float | None = None
 
 
 def class_axis(output: TensorSpec, reading: MaskReading) -> int | None:

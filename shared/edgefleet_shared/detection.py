@@ -1,55 +1,25 @@
 """Heads of detectors: receives a detector's raw outputs, hands on boxes and scores as the application reads them. Pure.
 
 One entry of :data:`HEADS` per decoder: what outputs it takes, and how they become corners and scores. Sources: YOLOv3, Redmon 2018, section 2;
-YOLOX, Ge 2021, and its demo's ``demo_postprocess``; YOLOv5 and YOLOv8, the outputs that Ultralytics' export writes; SSD, Liu 2016, section 2.2,
+YOLOX, Ge 2021, and its demo's ``demo_postprocess``; YOLOv5, YOLOv8 and end to end (YOLOv10), the outputs that Ultralytics' export writes; SSD, Liu 2016, section 2.2,
 with the variances of its Caffe code; linear sides: MediaPipe's ``TensorsToDetectionsCalculator``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
-import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from edgefleet_controller.manifests import Decoder
+from edgefleet_shared.reading import BoxDecoding, Decoder
 
 _T = TypeVar("_T")
 Array = npt.NDArray[Any]
 Size = tuple[int, int]
 """Rows and columns of the input."""
-
-
-class PriorBoxes(msgspec.Struct, frozen=True, kw_only=True):
-    """What an SSD's outputs are relative to. ``boxes``: N x 4 of little-endian float32, centre and sides in shares of the input; ``variances``: of
-    x, y, width, height."""
-
-    boxes: bytes
-    variances: tuple[float, ...]
-    order: Literal["xy", "yx"]
-    sides: Literal["exponential", "linear"]
-
-    @property
-    def count(self) -> int:
-        return len(self.boxes) // 16
-
-
-class BoxDecoding(msgspec.Struct, frozen=True, kw_only=True):
-    """How the outputs become boxes (see the Model manifest's ``output.detection``)."""
-
-    decoder: Decoder
-    anchors: tuple[tuple[float, float], ...] = ()
-    masks: tuple[tuple[int, ...], ...] = ()
-    strides: tuple[int, ...] = ()
-    scores: Literal["as_is", "sigmoid", "softmax"] = "as_is"
-    background: int | None = None
-    priors: PriorBoxes | None = None
-    relative: bool = False
-    threshold: float
-    nms_iou: float
-    match_iou: float
+MOST_CLASSES = 10_000  # that a number in an output can name; beyond it, it names none
 
 
 class Part(NamedTuple):
@@ -69,12 +39,14 @@ class Head(NamedTuple):
         fits: whether outputs of these shapes, for an input of this size, are such.
         decode: (N x 4 corners in pixels of the input, N x classes scores) of one picture's outputs, batch axis gone.
         parts: where one output holds values of several scales: hundreds of pixels would drown the noise of scores below 1.
+        suppressed: whether the network itself drops the lesser of boxes that overlap.
     """
 
     expected: Callable[[BoxDecoding], str]
     fits: Callable[[list[tuple[int, ...]], BoxDecoding, Size], bool]
     decode: Callable[[Sequence[Array], BoxDecoding, Size], tuple[Array, Array]]
     parts: tuple[Part, ...] = ()
+    suppressed: bool = False
 
 
 def decoded(outputs: Sequence[Array], told: BoxDecoding, size: Size) -> tuple[Array, Array]:
@@ -161,6 +133,21 @@ def _yolox(outputs: Sequence[Array], told: BoxDecoding, size: Size) -> tuple[Arr
     return _corners(np.concatenate([middle, sides], axis=1)), rows[:, 4:5] * rows[:, 5:]
 
 
+# --- one output, a row per box that the application reports, the best first
+
+
+def _end_to_end_fits(shapes: list[tuple[int, ...]], told: BoxDecoding, size: Size) -> bool:
+    return len(shapes) == 1 and len(shapes[0]) == 3 and shapes[0][2] == 6
+
+
+def _end_to_end(outputs: Sequence[Array], told: BoxDecoding, size: Size) -> tuple[Array, Array]:
+    corners, score, kinds = outputs[0][:, :4], outputs[0][:, 4], np.rint(outputs[0][:, 5])
+    real = (kinds >= 0) & (kinds < MOST_CLASSES)
+    scores = np.full((len(corners), int(kinds[real].max(initial=0)) + 1), -np.inf)
+    scores[real, kinds[real].astype(int)] = score[real]
+    return corners, scores
+
+
 # --- two outputs: boxes, decoded already or relative to priors, and scores
 
 
@@ -240,6 +227,13 @@ HEADS: dict[Decoder, Head] = {
         _yolox_fits,
         _yolox,
         _ROWS,
+    ),
+    "end_to_end": Head(
+        lambda told: "one output, batch x N x 6",
+        _end_to_end_fits,
+        _end_to_end,
+        (Part("boxes", 2, 0, 4), Part("scores", 2, 4, 5), Part("classes", 2, 5, 6)),
+        suppressed=True,
     ),
     "ssd": Head(
         lambda told: (
