@@ -23,6 +23,7 @@ from edgefleet_shared.reading import AnswerKind, BoxDecoding, MaskReading, TextR
 Array = npt.NDArray[Any]
 SAME_PIXELS = 0.95  # of a segmented picture that must agree for the picture to
 SAME_PLACE = 0.5  # of the pixels that either side gives a class, which both must: intersection over union, as of boxes
+MOST_PLACES = 3000  # above the threshold that are looked at, the best: a damaged detector sees boxes everywhere, which would take minutes to sort out
 SPECK_PIXELS, SPECK_SHARE = 16, 1e-3  # pixels, or share of a picture: a class that is nowhere seen on more is chance
 
 
@@ -185,10 +186,11 @@ def _reported(corners: Array, scores: Array, told: BoxDecoding) -> list[Box]:
     """Boxes above the threshold; of those of a class that overlap, the best (non-maximum suppression), where the network hasn't seen to that."""
     most = np.inf if HEADS[told.decoder].suppressed else told.nms_iou
     kinds, best = scores.argmax(axis=1), scores.max(axis=1)
+    above = np.flatnonzero(best >= told.threshold)
+    above = above[np.argsort(-best[above], kind="stable")][:MOST_PLACES]
     kept: list[Box] = []
-    for kind in np.unique(kinds[best >= told.threshold]):
-        left = np.flatnonzero((best >= told.threshold) & (kinds == kind))
-        left = left[np.argsort(-best[left], kind="stable")]
+    for kind in np.unique(kinds[above]):
+        left = above[kinds[above] == kind]
         while left.size:
             first, left = left[0], left[1:]
             x0, y0, x1, y1 = (float(v) for v in corners[first])

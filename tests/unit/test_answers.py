@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import msgspec
@@ -80,6 +81,22 @@ def test_a_detector_is_judged_by_recall_and_precision_of_boxes() -> None:
     assert more["box_precision"].low < 0.5 < more["box_precision"].high
     other = compare({"head": head((0, 0, 1, 5.0))}, {"head": head((0, 0, 0, 5.0))}, HEAD)
     assert other.figures["agreement"] == 0.0, "the same box of another class is no match"
+
+
+def test_a_detector_that_sees_boxes_everywhere_is_soon_judged() -> None:
+    rng = np.random.default_rng(0)
+    corners = np.tile(rng.uniform(0, 600, (80_000, 2)), 2) + np.array([0, 0, 4, 4])
+    outputs = {
+        "boxes": corners[None].astype(np.float32),
+        "scores": rng.uniform(0.6, 1, (1, 80_000, 2)).astype(np.float32),
+    }
+    specs = (TensorSpec("boxes", "FP32", (1, 80_000, 4)), TensorSpec("scores", "FP32", (1, 80_000, 2)))
+    told = BoxDecoding(decoder="boxes", threshold=0.5, nms_iou=0.45, match_iou=0.5)
+    began = time.process_time()
+    (found,) = answers.boxes(outputs, version("detection", *specs, detection=told).reading)
+    assert time.process_time() - began < 10
+    assert 1000 < len(found) <= answers.MOST_PLACES
+    assert found[0].score == pytest.approx(outputs["scores"].max())
 
 
 def test_a_box_can_stand_for_one_other_only() -> None:
