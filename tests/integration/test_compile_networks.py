@@ -16,7 +16,7 @@ from edgefleet_controller.manifests import Model
 from edgefleet_shared import artifact, golden
 from edgefleet_shared.contract import Verdict
 from edgefleet_shared.errors import ModelError, QualityError
-from onnx import helper
+from onnx import TensorProto, helper
 from PIL import Image
 from safetensors.numpy import save_file
 from support.compiling import ENGINES, Bench, class_here
@@ -326,6 +326,60 @@ def test_a_detector_compiles_and_is_judged_by_its_boxes(bench: Bench) -> None:
     assert report.verdict is Verdict.PASSED, report.reason
     assert report.figures is not None
     assert 0.7 < report.figures.agreement < 1.0, "int8 moves some boxes"
+
+
+def end_to_end(folder: Path) -> Model:
+    """A detector that hands on the best 20 of its 64 boxes itself, as YOLOv10's export does, and its manifest."""
+    net = Net(5)
+
+    def part(of: str, begin: int, end: int) -> str:
+        bounds = [net.constant(np.array([n], np.int64)) for n in (begin, end, 2)]
+        return net.add("Slice", *bounds, first=of)
+
+    def by_place(channels: int, outputs: int) -> str:
+        net.conv(channels, outputs, 1, pads=[0, 0, 0, 0])
+        net.add("Sigmoid")
+        net.add("Reshape", net.constant(np.array([1, outputs, 64], np.int64)))
+        return net.add("Transpose", perm=[0, 2, 1])
+
+    net.conv(3, 32, stride=2)
+    net.add("Relu")
+    net.conv(32, 32, stride=2)
+    trunk = net.add("Relu")
+    by_place(32, 4)
+    sides = net.add("Mul", net.constant(np.array(3, np.float32)))
+    y, x = np.mgrid[:8, :8]
+    centres = net.constant(np.stack([x.ravel() * 4 + 2, y.ravel() * 4 + 2], axis=1)[None].astype(np.float32))
+    first = net.add("Sub", part(sides, 0, 2), first=centres)
+    last = net.add("Add", part(sides, 2, 4), first=centres)
+    boxes = net.add("Concat", last, first=first, axis=2)
+    net.last = trunk
+    scores = by_place(32, 3)
+    best = net.add("ReduceMax", first=scores, axes=[2], keepdims=0)
+    net.add("ArgMax", first=scores, axis=2, keepdims=1)
+    kinds = net.add("Cast", to=TensorProto.FLOAT)
+    count = net.constant(np.array([20], np.int64))
+    net.nodes.append(helper.make_node("TopK", [best, count], ["values", "places"], name="top", axis=1))
+    end = net.constant(np.array([2], np.int64))
+    values, places = (net.add("Unsqueeze", end, first=name) for name in ("values", "places"))
+    four = net.add("Expand", net.constant(np.array([1, 20, 4], np.int64)), first=places)
+    rows = net.add("GatherElements", four, first=boxes, axis=1)
+    classes = net.add("GatherElements", places, first=kinds, axis=1)
+    net.add("Concat", values, classes, first=rows, axis=2)
+    told = {"decoder": "end_to_end", "threshold": 0.5}
+    return project(folder, net.model([1, 20, 6]), output={"kind": "detection", "detection": told})
+
+
+@pytest.mark.parametrize("engine", ["onnxruntime", "tflite", "openvino"])
+def test_a_detector_that_drops_boxes_itself_is_judged_by_those_it_hands_on(bench: Bench, engine: str) -> None:
+    manifest = end_to_end(bench.folder)
+    wanted = class_here(engine, search={"effort": "fixed", "prefer": "size"}, accuracy={"min_agreement": 0.9})
+    result = bench.compile(bench.version(manifest), wanted)
+    assert result.precision == "int8"
+    assert result.figures.shares["box_recall"].of > 300
+    shutil.copytree(bench.layout.root, slots.artifacts(bench.folder / "board").root, dirs_exist_ok=True)
+    report = accept(bench.folder / "board", result.artifact.digest)
+    assert report.verdict is Verdict.PASSED, report.reason
 
 
 def test_golden_pictures_with_nothing_to_find_are_refused(bench: Bench) -> None:

@@ -454,6 +454,30 @@ def gather(d: Draw) -> Case:
     return Case("Gather", d.opset(), [d.numbers(shape), places], {"axis": axis}, {1} if fixed else set())
 
 
+def gather_elements(d: Draw) -> Case:
+    shape = d.shape(1, 4)
+    axis = d.axis(len(shape))
+    fixed, n = d.flag(), shape[axis]
+    wanted = [d.int(1, 5) if a == axis % len(shape) else d.int(1, size) for a, size in enumerate(shape)]
+    places = d.ints(wanted, -n if fixed else 0, n - 1).astype(np.int64)
+    return Case("GatherElements", d.opset(), [d.numbers(shape), places], {"axis": axis}, {1} if fixed else set())
+
+
+def gather_nd(d: Draw) -> Case:
+    shape = d.shape(2, 4)
+    batch = d.int(0, min(2, len(shape) - 1))
+    told = shape[batch : d.int(batch + 1, len(shape))]
+    fixed, before = d.flag(), [*shape[:batch], *d.shape(0 if batch else 1, 2, 3)]
+    places = [d.ints(before, -n if fixed else 0, n - 1).astype(np.int64) for n in told]
+    return Case(
+        "GatherND",
+        d.opset(12),
+        [d.numbers(shape), np.stack(places, axis=-1)],
+        {"batch_dims": batch},
+        {1} if fixed else set(),
+    )
+
+
 def pad(d: Draw) -> Case:
     shape, opset = d.shape(1, 4), d.opset()
     mode = d.pick(["constant", "constant", "reflect", "edge"])
@@ -531,6 +555,6 @@ CASES: dict[str, Callable[[Draw], Case]] = {
     "LayerNormalization": layer_norm, "GroupNormalization": group_norm, "LpNormalization": lp_norm, "LRN": lrn,
     "Resize": resize, "Upsample": upsample,
     "Reshape": reshape, "Flatten": flatten, "Squeeze": squeeze, "Unsqueeze": unsqueeze, "Transpose": transpose, "Concat": concat,
-    "Split": split, "Slice": slices, "Gather": gather, "Pad": pad, "Expand": expand, "Tile": tile,
+    "Split": split, "Slice": slices, "Gather": gather, "GatherElements": gather_elements, "GatherND": gather_nd, "Pad": pad, "Expand": expand, "Tile": tile,
     "DepthToSpace": depth_to_space, "SpaceToDepth": space_to_depth,
 }  # fmt: skip

@@ -6,7 +6,8 @@ from typing import Any, get_args
 
 import numpy as np
 import pytest
-from edgefleet_shared import detection
+from edgefleet_shared import answers, detection
+from edgefleet_shared.contract import TensorSpec
 from edgefleet_shared.reading import BoxDecoding, Decoder, PriorBoxes
 
 SIZE = (64, 32)  # rows, columns
@@ -122,3 +123,18 @@ def test_other_outputs_are_told_from_those_that_a_head_takes(head: BoxDecoding, 
     found = detection.misfit(shapes, head, SIZE)
     assert words in found
     assert bool(words) == bool(found)
+
+
+def test_rows_end_to_end_hold_their_class_as_a_number() -> None:
+    rows = [[*CORNERS, 0.5, 2.2], [*CORNERS, 0.9, 0], [*CORNERS, 0.8, -1], [*CORNERS, 0.7, 1e9]]
+    corners, scores = detection.decoded([np.array(rows)], told("end_to_end"), SIZE)
+    assert corners.tolist() == [CORNERS] * 4
+    assert scores.argmax(axis=1)[:2].tolist() == [2, 0]
+    assert scores.max(axis=1).tolist() == [0.5, 0.9, -np.inf, -np.inf], "there are no such classes"
+    assert detection.misfit([(1, 300, 7)], told("end_to_end"), SIZE) == "one output, batch x N x 6"
+
+
+def test_boxes_end_to_end_are_not_dropped_a_second_time() -> None:
+    rows = np.array([[[*CORNERS, 0.9, 0], [*CORNERS, 0.8, 0]]], np.float32)
+    reading = answers.Reading("detection", (TensorSpec("y", "FP32", (1, 2, 6)),), SIZE, told("end_to_end"))
+    assert len(answers.boxes({"y": rows}, reading)[0]) == 2

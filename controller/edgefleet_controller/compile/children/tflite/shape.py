@@ -161,6 +161,64 @@ def _gather(writer: Writer, node: Node) -> None:
     )
 
 
+def _gather_elements(writer: Writer, node: Node) -> None:
+    """ONNX names a place on one axis for each element; TFLite wants it on all."""
+    x = writer.plain(node.inputs[0])
+    axis = node.get("axis", 0) % len(x.shape)
+    stay = np.indices(node.shape, np.int32)
+    _gather_places(
+        writer,
+        node,
+        x,
+        [*stay[:axis, ..., None]],
+        [*stay[axis + 1 :, ..., None]],
+        (*node.shape, 1),
+        x.shape[axis : axis + 1],
+    )
+
+
+def _gather_nd(writer: Writer, node: Node) -> None:
+    x = writer.plain(node.inputs[0])
+    batch, places = node.get("batch_dims", 0), writer.plain(node.inputs[1]).shape
+    stay = np.indices(places[:-1], np.int32)
+    _gather_places(writer, node, x, [*stay[:batch, ..., None]], [], places, x.shape[batch : batch + places[-1]])
+
+
+def _gather_places(
+    writer: Writer,
+    node: Node,
+    x: Value,
+    before: list[Any],
+    after: list[Any],
+    shape: tuple[int, ...],
+    sizes: tuple[int, ...],
+) -> None:
+    """GATHER_ND of elements, or slices, whose place on some axes is told by the second input and stays on others.
+
+    Args:
+        before, after: places on the axes that come before and after those that are told, each with last axis 1.
+        shape: of what tells the others, in last axis.
+        sizes: of the axes that are told.
+    """
+    places = node.values[1]
+    if places is not None:
+        told = places.reshape(shape)
+        if told.size and ((told < -np.array(sizes)) | (told >= np.array(sizes))).any():
+            raise node.refused(f"with places outside of {' x '.join(map(str, sizes))} elements")
+        told = np.where(told < 0, told + np.array(sizes), told).astype(np.int32)
+        index = writer.constant(f"{node.output}/places", np.concatenate([*before, told, *after], axis=-1))
+    else:
+        index = writer.reshape(f"{node.output}/told", writer.plain(node.inputs[1]), shape)
+        parts = [writer.constant(f"{node.output}/axis{n}", part) for n, part in enumerate((*before, *after))]
+        if parts:
+            parts.insert(len(before), index)
+            index = writer.emit(
+                f"{node.output}/places", "CONCATENATION", parts, (*shape[:-1], shape[-1] + len(parts) - 1), "ConcatenationOptions",
+                dtype=np.int32, axis=len(shape) - 1, fusedActivationFunction=ACTIVATION.NONE,
+            )  # fmt: skip
+    writer.emit(node.output, "GATHER_ND", [x, index], node.shape, "GatherNdOptions", dtype=x.dtype)
+
+
 def _pad(writer: Writer, node: Node) -> None:
     x, mode = writer.value(node.inputs[0]), node.get("mode", "constant")
     rank = len(x.shape)
@@ -260,6 +318,8 @@ TABLE = {
     "Split": Operator(_split, ("SPLIT", "SLICE"), NUMBER, "computed sizes"),
     "Slice": Operator(_slice, ("SLICE", "STRIDED_SLICE"), _ALL, f"computed bounds; more than {MAX_RANK} dimensions"),
     "Gather": Operator(_gather, ("GATHER",), NUMBER),
+    "GatherElements": Operator(_gather_elements, ("GATHER_ND", "CONCATENATION"), NUMBER),
+    "GatherND": Operator(_gather_nd, ("GATHER_ND", "CONCATENATION"), NUMBER),
     "Pad": Operator(
         _pad, ("PAD", "PADV2", "MIRROR_PAD", "SLICE"), NUMBER,
         f"mode wrap; mode edge by more than {MAX_EDGE}; more than {MAX_RANK} dimensions; computed pads",
