@@ -5,9 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from edgefleet_controller.rollout.views import (
-    Phase,
-)
+from edgefleet_controller.rollout.views import Phase
 from edgefleet_shared.assignment import Subject
 from support.rollout_sites import BOARDS, Site
 

@@ -9,13 +9,7 @@ from pathlib import Path
 import msgspec
 import pytest
 from edgefleet_controller.rollout.fakes import read_unsigned
-from edgefleet_controller.rollout.views import (
-    GateSpec,
-    IntentKind,
-    Phase,
-    Rollout,
-    Selector,
-)
+from edgefleet_controller.rollout.views import GateSpec, IntentKind, Phase, Rollout, Selector
 from edgefleet_controller.store import devices
 from edgefleet_shared.errors import ConflictError, InputError, NotFoundError
 from edgefleet_shared.lifecycle import State

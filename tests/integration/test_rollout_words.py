@@ -6,10 +6,7 @@ from pathlib import Path
 
 import pytest
 from edgefleet_controller.rollout.fakes import read_unsigned
-from edgefleet_controller.rollout.views import (
-    Phase,
-    Standing,
-)
+from edgefleet_controller.rollout.views import Phase, Standing
 from edgefleet_controller.store import devices
 from edgefleet_shared.assignment import Subject
 from edgefleet_shared.contract import Verdict
