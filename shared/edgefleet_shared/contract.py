@@ -32,6 +32,7 @@ MAX_ACCEPTANCE_S = 6 * 3600.0
 # Nor while it makes the plans of what serves anew, which no deployment bounds.
 MAX_BUILD_S = 6 * 3600.0
 
+CHANNELS = (1, 3, 4)  # of a picture: grey, three colours, these and how opaque it is
 MAX_WAITED_SHARE = 0.25  # of the time, for a core; beyond that, what time was measured says little of the model
 
 # When several checks disagree the first in this order wins: a proven fault outweighs a doubt.
@@ -61,9 +62,12 @@ class PictureEncoding(msgspec.Struct, frozen=True):
 
 
 def picture_size(tensor: TensorSpec, encoding: PictureEncoding | None) -> tuple[int, int]:
-    """Rows and columns of an input of four axes, which is a picture."""
-    shape = tensor.shape
-    return (shape[2], shape[3]) if encoding is None or encoding.layout == "NCHW" else (shape[1], shape[2])
+    """Rows and columns of an input of four axes, which is a picture; without an encoding, its channels are where there are few."""
+    _, second, third, last = tensor.shape
+    last_are_channels = (
+        encoding.layout == "NHWC" if encoding is not None else last in CHANNELS and second not in CHANNELS
+    )
+    return (second, third) if last_are_channels else (third, last)
 
 
 class ShadowPlan(msgspec.Struct, frozen=True, kw_only=True):

@@ -56,6 +56,16 @@ def test_boxes_below_the_applications_threshold_are_not_there() -> None:
     assert len(answers.boxes({"head": head((1, 2, 1, 0.1))}, HEAD.reading)[0]) == 1
 
 
+@pytest.mark.parametrize(
+    ("shape", "size"), [((1, 3, 96, 64), (96, 64)), ((1, 96, 64, 3), (96, 64)), ((1, 1, 96, 3), (96, 3))]
+)
+def test_a_picture_that_comes_as_a_tensor_has_its_channels_where_there_are_few(
+    shape: tuple[int, ...], size: tuple[int, int]
+) -> None:
+    taken = msgspec.structs.replace(HEAD, inputs=(TensorSpec("x", "FP32", shape),))
+    assert taken.reading.size == size
+
+
 def test_of_two_boxes_on_one_thing_the_better_stays() -> None:
     told = BoxDecoding(decoder="boxes", anchors=(), masks=(), threshold=0.5, nms_iou=0.45, match_iou=0.5)
     outputs = {
