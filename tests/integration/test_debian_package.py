@@ -287,11 +287,11 @@ def under_load(port: int) -> Iterator[list[int]]:
         thread.join()
 
 
-def roll_out_agent(fleet: Fleet, name: str, wheels: list[Path]) -> dict:
+def roll_out_agent(fleet: Fleet, name: str, wheels: list[Path], timeout_s: float = 240.0) -> dict:
     """Add a version of the agent, roll it out, and wait for the end."""
     version = fleet.json("agent", "add", *map(str, wheels))["version"]
     spec = {
-        "model": AGENT, "version": version, "soak_s": 0.0, "timeout_s": 240.0, "reach_window_s": 60.0,
+        "model": AGENT, "version": version, "soak_s": 0.0, "timeout_s": timeout_s, "reach_window_s": 60.0,
         "selector": {"devices": ["packaged"]}, "waves": [{"name": "all", "percent": 100}],
     }  # fmt: skip
     fleet.json("rollout", "create", "-f", str(write(fleet.folder / f"{name}.yaml", "Rollout", name, spec)))
@@ -317,7 +317,7 @@ def test_an_agent_that_hangs_is_ended_and_the_one_before_runs_again_under_load(m
     planted = "        import time\n        time.sleep(3600)\n"
     wheels = agents.changed(agents.wheels(tmp_path), tmp_path / "v", "0.3.0", "edgefleet_agent/app.py", anchor, planted)
     with under_load(port) as statuses:
-        done = roll_out_agent(fleet, "agent-0.3.0", wheels)
+        done = roll_out_agent(fleet, "agent-0.3.0", wheels, timeout_s=150.0)  # three alarms of a quarter of it each
         (board,) = done["boards"]
         assert board["outcome"] == "failed_rolled_back", board
     assert "started 3 times" in board["reason"]
