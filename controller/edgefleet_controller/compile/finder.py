@@ -311,9 +311,8 @@ class Finder:
         return [search.float_trial(next(t for t in trials if not t.died), self._class.spec)]
 
     def _unlike(self) -> str:
-        calibration, holdout = (
-            load_file(self._steps.samples(split)) for split in (self._version.calibration, self._version.holdout)
-        )
+        calibration = load_file(self._steps.calibration())
+        holdout = load_file(self._steps.samples(self._version.holdout))
         return quality.unlike(calibration, holdout)
 
 

@@ -68,6 +68,7 @@ def _figures(report: dict[str, Any]) -> str:
             f"{figures['compiled_bytes']:,} (float {figures['float_bytes']:,}, {figures['float_bytes'] / figures['compiled_bytes']:.2f} times)",
         ),
         ("latency p50 / p95", _times(figures)),
+        *([("calibrated on", _calibrated(report["calibration"]))] if report["recipe"]["precision"] == "int8" else []),
         *([("answers above are those of", figures["stand_in"])] if figures["stand_in"] else []),
         ("peak memory", _or(figures["peak_memory_bytes"], lambda v: f"{v / 1e6:.0f} MB")),
     ]
@@ -80,6 +81,11 @@ def _figures(report: dict[str, Any]) -> str:
     cells = (f"<tr><td>{escape(n)}<td class=n>{escape(v)}<td class=n>{escape(allowed.get(n, ''))}" for n, v in rows)
     head = f"<tr><th>{'what is shipped' if report['shipped'] else 'what came closest'}<th class=n><th class=n>budget"
     return f"<table>{head}{''.join(cells)}</table>"
+
+
+def _calibrated(told: dict[str, int]) -> str:
+    spread = f", evenly spread over {told['of']:,}" if told["of"] > told["samples"] else ""
+    return f"{told['samples']} samples{spread}"
 
 
 def _times(figures: dict[str, Any]) -> str:
