@@ -208,7 +208,8 @@ def _layers(report: dict[str, Any]) -> str:
     layers = report["layers"][:MOST_LAYERS]
     if not layers:
         return (
-            "<p class=mute>Not measured: the plain candidate was good enough, or the search was told not to look.</p>"
+            "<p class=mute>Not measured: int8 was accurate enough as it was, was not asked for or could not be made or run here, or the search was told not "
+            "to look.</p>"
         )
     kept = set(report["in_float"])
     db = [10 * math.log10(max(unit["noise"], 1e-12)) for unit in layers]
@@ -237,7 +238,10 @@ def _right(sample: dict[str, Any]) -> str:
 def _changed(report: dict[str, Any], pictures: dict[int, Any]) -> str:
     changed = report["changed"]
     if changed["count"] is None:
-        return "<p class=bad>The engine died; there are no answers.</p>"
+        died = any(one["died"] for one in report["candidates"] if one["chosen"])
+        if died:
+            return "<p class=bad>The engine died; there are no answers.</p>"
+        return "<p class=mute>Unmeasured: this host can't run it, and has no answers of it.</p>"
     if not changed["count"]:
         return "<p class=good>None.</p>"
     rows = "".join(
