@@ -137,9 +137,9 @@ def compare_versions(home: Path, model: str, before: str, after: str) -> list[Ro
         found = client.models(model, version)
         if not found:
             raise NotFoundError(f"no model {model} {version}", hint="fleet model list shows them")
-        sides.append(found[0]["artifacts"])
+        sides.append(found[0])
     client.close()
-    return compare(sides[0], sides[1])
+    return compare(sides[0]["artifacts"], sides[1]["artifacts"], (sides[0]["output_kind"], sides[1]["output_kind"]))
 
 
 def fetch_report(home: Path, model: str, version: str, device_class: str, *, page: bool) -> bytes:

@@ -8,6 +8,7 @@ meaningless without anybody noticing is an error here: too few, unreadable, too 
 from __future__ import annotations
 
 import hashlib
+import os
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 from edgefleet_shared.contract import PictureEncoding, TensorSpec
 from edgefleet_shared.errors import DataError
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, TiffImagePlugin, UnidentifiedImageError
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
@@ -30,6 +31,7 @@ UNREAD = {".gif", ".heic", ".heif", ".avif", ".jp2", ".jxl", ".svg", ".psd", ".d
 # What a file with one of these suffixes may hold. Nothing else is tried: Pillow hands PostScript on to a program, and knows dozens of kinds that no
 # camera writes, each a parser that a hostile file could break.
 FORMATS = ("JPEG", "PNG", "BMP", "DIB", "WEBP", "PPM", "TIFF", "GIF")
+TIFF_KIND = 254  # the tag NewSubfileType, whose lowest bit is set on a smaller copy of another page
 NEARLY_WHOLE = 0.02  # of a grey level: what rounding leaves of one that was encoded
 # numpy's names of what inputs are made of.
 TYPES = {
@@ -111,13 +113,15 @@ def read_folder(
             hint=f"save them as one of {', '.join(sorted(SUFFIXES))}, or move them away",
         )
     files = [f for f in shown if f.suffix.lower() in SUFFIXES]
+    below = [f.name for f in shown if f.is_dir() and _holds_pictures(f)]
     wanted = len(files) if count is None else count
-    if len(files) < max(wanted, MIN_COUNT):
-        below = [f.name for f in shown if f.is_dir() and any(g.suffix.lower() in SUFFIXES for g in f.iterdir())]
+    too_few = len(files) < max(wanted, MIN_COUNT)
+    if too_few or below:
+        needed = f", {max(wanted, MIN_COUNT)} are needed" if too_few else ""
         beside = f", beside those in folders of its own, such as {below[0]}, which are not looked into" if below else ""
         raise DataError(
-            f"{split}: {folder} has {len(files)} pictures, {max(wanted, MIN_COUNT)} are needed{beside}",
-            hint="move them into one folder; where a folder's name is their label, write it into the file that truth names"
+            f"{split}: {folder} has {len(files)} pictures{needed}{beside}",
+            hint="move them into one folder, or away; where a folder's name is their label, write it into the file that truth names"
             if below
             else "",
         )
@@ -246,6 +250,13 @@ def _hashes_as_pictures(samples: Samples, encoding: PictureEncoding) -> list[byt
     return found
 
 
+def _holds_pictures(folder: Path) -> bool:
+    """Whether a folder holds pictures itself; one that can't be looked into, as ``lost+found``, holds none of the operator's."""
+    if not os.access(folder, os.R_OK | os.X_OK):
+        return False
+    return any(f.suffix.lower() in SUFFIXES and not f.name.startswith(".") and f.is_file() for f in folder.iterdir())
+
+
 def _read(split: str, file: Path, height: int, width: int, grey: bool, fit: Fit) -> Array:
     if not file.is_file():
         raise DataError(f"{split}: can't read the picture {file}: {file.name} is no file, nor a link to one")
@@ -258,12 +269,18 @@ def _read(split: str, file: Path, height: int, width: int, grey: bool, fit: Fit)
                         f"{split}: {file} has 16 or more bits per value ({deep}), which would become white, or black where few of them are used",
                         hint="save it, scaled as the application does, as pictures of 8 bits, or give a .safetensors file",
                     )
+                if (held := _pictures_in(opened)) > 1:
+                    raise DataError(
+                        f"{split}: {file} holds {held} pictures (frames or pages), of which only the first would be read",
+                        hint="save each that the application sees as a file of its own",
+                    )
                 picture = ImageOps.exif_transpose(opened).convert("L" if grey else "RGB")
     except (
         UnidentifiedImageError,
         OSError,
         ValueError,
         SyntaxError,
+        TypeError,  # of pages behind the first, such as one without a size
         Image.DecompressionBombError,
         Image.DecompressionBombWarning,
     ) as exc:
@@ -272,6 +289,22 @@ def _read(split: str, file: Path, height: int, width: int, grey: bool, fit: Fit)
     if array.min() == array.max():
         raise DataError(f"{split}: {file} is blank: every pixel is {int(array.flat[0])}")
     return array[..., None] if grey else array
+
+
+def _pictures_in(opened: Image.Image) -> int:
+    """How many pictures a file holds: frames of an animation, pages of a TIFF but for smaller copies of others. What stands behind a JPEG (MPO) is
+    a telephone's preview of it, its other eye or its map of brightness."""
+    count: int = getattr(opened, "n_frames", 1)
+    if count == 1 or opened.format == "MPO":
+        return 1
+    if not isinstance(opened, TiffImagePlugin.TiffImageFile):
+        return count
+    own = 0
+    for page in range(count):
+        opened.seek(page)
+        own += not opened.tag_v2.get(TIFF_KIND, 0) & 1
+    opened.seek(0)
+    return own
 
 
 def _deep(opened: Image.Image) -> str:

@@ -19,7 +19,7 @@ from edgefleet_shared.errors import ArtifactError, DataError, ModelError
 from edgefleet_shared.reading import AnswerKind, BoxDecoding, MaskReading, TextReading
 from safetensors.numpy import save
 
-from edgefleet_controller import network, output_meaning, pictures, sample_sets
+from edgefleet_controller import dequantized, network, output_meaning, pictures, sample_sets
 from edgefleet_controller.formats import format_of
 from edgefleet_controller.importers import importer
 from edgefleet_controller.manifests import Model, ModelAcceptance, PictureInput, Pruning
@@ -170,6 +170,8 @@ def import_model(
     progress("reading the network", 0, 1)
     content, origin, as_is, original = _network(manifest, base, cache, progress)
     model = network.fix_shapes(network.load(content, origin), spec.sizes, origin)
+    if dequantized.in_floats(model):
+        model = network.fix_shapes(model, {}, origin)
     inputs = network.specs(network.graph_inputs(model), origin)
     outputs = network.specs(model.graph.output, origin)
     for tensor in inputs:

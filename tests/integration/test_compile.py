@@ -14,6 +14,7 @@ from pathlib import Path
 import msgspec
 import onnx
 import pytest
+from edgefleet_controller.compile import steps
 from edgefleet_controller.compile.environments import Lock, lock_named
 from edgefleet_controller.compile.port import installed_targets
 from edgefleet_controller.compile.steps import Limits
@@ -195,9 +196,33 @@ def test_a_compile_can_be_cancelled_and_leaves_no_process_and_no_half_result(ben
 def test_a_compile_that_takes_too_long_is_stopped(bench: Bench) -> None:
     others = children()
     version = bench.version(project(bench.folder, classifier()))
-    with pytest.raises(ToolchainError, match="ran past its limit"):
+    with pytest.raises(ToolchainError, match="ran past its limit") as told:
         bench.compile(version, class_here(), limits=Limits(prepare_s=0.05))
+    assert told.value.hint.endswith("fewer samples take less time: it has 16 to calibrate with, 32 are held out")
     assert children() <= others
+
+
+def test_who_has_many_samples_has_as_much_more_time(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    version = bench.version(project(bench.folder, classifier()))
+    monkeypatch.setattr(steps, "LIMITED_SAMPLES", 1)
+    bench.compile(version, class_here(precision="fp32"), limits=Limits(prepare_s=1.0, measure_s=1.0))
+
+
+def test_ranges_are_taken_from_samples_that_are_spread_over_all(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(steps, "MOST_CALIBRATION", 10)
+    assert steps.calibrating(28) == list(range(0, 28, 3))
+    assert steps.calibrating(7) == list(range(7))
+    version = bench.version(project(bench.folder, classifier(), counts=(28, 32, 8)))
+    seen: list[tuple[str, int]] = []
+    result = bench.compile(
+        version,
+        class_here(search={"effort": "fixed", "prefer": "size"}),
+        progress=lambda what, _, of: seen.append((what, of)),
+    )
+    assert {of for what, of in seen if what == "ranges of activations"} == {10}
+    report = json.loads(bench.layout.read(result.report, 10**7))
+    assert report["calibration"] == {"samples": 10, "of": 28}
+    assert b"10 samples, evenly spread over 28" in bench.layout.read(result.page, 10**7)
 
 
 def test_an_operator_that_tflite_lacks_is_named_with_its_node(bench: Bench) -> None:

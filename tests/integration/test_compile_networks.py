@@ -670,6 +670,22 @@ def test_what_boards_would_refuse_over_the_golden_samples_is_not_shipped(bench: 
     assert (shipped.quality, shipped.precision) == ("passed", "int8")
 
 
+def test_half_precision_is_tried_where_int8_falls_only_over_the_golden_samples(bench: Bench) -> None:
+    net = Net(10)
+    net.conv(3, 32, stride=2)
+    net.add("Relu")
+    net.conv(32, 4)
+    exact = {"output": {"kind": "segmentation"}, "acceptance": {"tolerance_abs": 0.02, "min_agreement": 0.98}}
+    version = bench.version(project(bench.folder, net.model([1, 4, 16, 16]), **exact))
+    quick = class_here(
+        search={"effort": "quick", "prefer": "size"}, budgets={"latency_p95_ms": 1e4, "memory_bytes": 1 << 30}
+    )
+    result = bench.compile(version, quick)
+    assert "boards would refuse it" in result.why
+    assert (result.quality, result.precision) == ("passed", "fp16")
+    assert result.figures.compiled_bytes < 0.6 * result.figures.float_bytes
+
+
 def test_a_weight_that_only_the_body_of_a_loop_reads_is_there_in_int8_too(bench: Bench) -> None:
     net = Net(9)
     picture = net.conv(3, 8, stride=2)

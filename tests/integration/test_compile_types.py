@@ -91,9 +91,9 @@ def test_openvino_finds_an_output_behind_a_cast_that_it_folds(bench: Bench) -> N
     assert bench.compile(version, class_here("openvino", precision="fp32")).figures.agreement == 1.0
 
 
-@pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
-def test_a_network_that_comes_with_roundings_of_its_own_keeps_them(bench: Bench, engine: str) -> None:
-    """As onnxruntime's quantizer leaves them; the names of ours are made likewise."""
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_network_that_came_quantized_is_compiled_for_every_engine(bench: Bench, engine: str) -> None:
+    """As onnxruntime's quantizer leaves it; the names of ours are made likewise."""
     net = Net(9)
 
     def rounded(name: str, array: Any = None) -> None:
@@ -116,7 +116,26 @@ def test_a_network_that_comes_with_roundings_of_its_own_keeps_them(bench: Bench,
     net.add("GlobalAveragePool")
     version = bench.version(project(bench.folder, net.model([1, 8, 1, 1]), **RAW))
     result = bench.compile(version, class_here(engine, search={"effort": "fixed", "prefer": "size"}))
+    assert result.precision == "int8"
+    assert result.figures.agreement >= 0.9
+    in_float = bench.compile(version, class_here(engine, precision="fp32"))
+    assert in_float.figures.agreement == 1.0
+
+
+def test_roundings_that_can_not_be_read_as_floats_are_kept(bench: Bench) -> None:
+    net = Net(9)
+    scale, zero = net.constant(np.float32(0.02)), net.constant(np.uint8(128))
+    net.add("QuantizeLinear", scale, zero)
+    net.nodes[-1].name = "image_QuantizeLinear"
+    net.add("BitwiseNot")
+    net.add("DequantizeLinear", scale, zero)
+    net.conv(3, 8)
+    net.add("GlobalAveragePool")
+    version = bench.version(project(bench.folder, net.model([1, 8, 1, 1], opset=18), **RAW))
+    result = bench.compile(version, class_here(search={"effort": "fixed", "prefer": "size"}))
     assert result.figures.agreement == 1.0
+    with pytest.raises(ModelError, match=r"tflite has no operator QuantizeLinear \(node 'image_QuantizeLinear'\)"):
+        bench.compile(version, class_here("tflite"))
 
 
 def test_an_output_of_another_size_for_each_sample_is_told(bench: Bench) -> None:

@@ -102,6 +102,15 @@ def test_a_child_that_runs_out_of_a_real_disk_says_so(pristine: Path, tmp_path: 
         child(pristine, tmp_path, body)
 
 
+def test_a_disk_that_is_too_small_for_what_a_library_will_write_is_told_before(
+    pristine: Path, tmp_path: Path, small_disk: Path
+) -> None:
+    body = f"from children import job\njob.need_room({str(small_disk)!r}, {{}})\nreturn {{{{}}}}"
+    assert child(pristine, tmp_path, body.format(1000)) == {}
+    with pytest.raises(EnvironmentProblem, match=f"the disk is full: {small_disk} can't be written"):
+        child(pristine, tmp_path, body.format(20_000_000))
+
+
 # What a vendor's compiler does: a shell script that starts others, and one that leaves the child's group and session behind it.
 STARTS = """
 import subprocess

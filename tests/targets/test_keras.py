@@ -302,6 +302,21 @@ def test_a_lambda_layer_is_refused_unloaded(made: Path, tmp_path: Path, name: st
         imported(made, Layout(tmp_path / "layout"), name)
 
 
+def test_a_layer_of_a_class_that_keras_does_not_have_is_named(made: Path, tmp_path: Path) -> None:
+    with zipfile.ZipFile(made / "net.keras") as source, zipfile.ZipFile(made / "custom.keras", "w") as copy:
+        for entry in source.namelist():
+            content = source.read(entry)
+            if entry == "config.json":
+                config = json.loads(content)
+                layer = next(one for one in config["config"]["layers"] if one["class_name"] == "Conv2D")
+                layer |= {"class_name": "Scale", "module": None, "registered_name": "mine>Scale"}
+                where, content = layer["config"]["name"], json.dumps(config).encode()
+            copy.writestr(entry, content)
+    with pytest.raises(ModelError, match=rf"a class of its own, mine>Scale \(layer '{where}'\)") as caught:
+        imported(made, Layout(tmp_path / "layout"), "custom.keras")
+    assert "model.export(folder)" in caught.value.hint
+
+
 def test_a_tflite_that_remembers_what_it_was_asked_before_is_refused(made: Path, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"keeps values from one call to the next \(.*VAR_HANDLE") as caught:
         imported(made, Layout(tmp_path / "layout"), "stateful.tflite")

@@ -84,6 +84,20 @@ def test_gates_in_pieces_answer_as_gates_in_float_do(tmp_path: Path, alpha: floa
     assert db(answers(quantized), wanted) > in_float - 2
 
 
+def test_a_gate_behind_which_an_activation_ends_it_again_answers_as_in_float(tmp_path: Path) -> None:
+    """Whoever writes QDQ takes such an activation away, and calls what is before it by its name."""
+    net = Net(3)
+    features = net.conv(3, 16)
+    net.add("HardSigmoid", alpha=0.2, beta=0.5)
+    net.add("Clip", net.constant(np.float32(0)), net.constant(np.float32(0.9)))
+    net.add("Mul", net.last, first=features)
+    net.conv(16, 8)
+    model = onnx.shape_inference.infer_shapes(net.model([1, 8, 32, 32], opset=14))
+    known, wanted = known_of(model, tmp_path), answers(model)
+    in_float = db(answers(qdq.quantize(model, known, RECIPE | {"gates_in_int8": False})), wanted)
+    assert db(answers(qdq.quantize(model, known, RECIPE)), wanted) > in_float - 2
+
+
 @pytest.mark.parametrize("pieces", [True, False])
 def test_the_engine_computes_all_of_them_in_int8(tmp_path: Path, pieces: bool) -> None:
     model = mobile(pieces=pieces)

@@ -133,7 +133,21 @@ def test_an_engine_that_died_has_a_report_too(tmp_path: Path) -> None:
         engine="e", engine_version="1", float_bytes=4, compiled_bytes=1, samples=3))  # fmt: skip
     choice = Choice(trials=(dead,), chosen=None, nearest=dead, why="nothing fits")
     written = report.write(version, device_class(), choice, Measured(dead, {}, ()), references, layout)
-    assert "engine died: SIGSEGV" in layout.read(written.page, 10**7).decode()
+    page = layout.read(written.page, 10**7).decode()
+    assert "engine died: SIGSEGV" in page
+    assert "The engine died; there are no answers." in page
+
+
+def test_what_can_not_be_run_here_is_not_told_as_dead_nor_its_layers_as_good(tmp_path: Path) -> None:
+    version, choice, final, references, layout = made(tmp_path)
+    unheard = msgspec.structs.replace(final.trial, figures=Figures(
+        engine="e", engine_version="1", float_bytes=4, compiled_bytes=1, samples=3, unmeasured=("agreement", "latency", "memory")))  # fmt: skip
+    choice = Choice(trials=(unheard,), chosen=unheard, nearest=unheard, why="the only one tried")
+    written = report.write(version, device_class(), choice, Measured(unheard, {}, ()), references, layout)
+    page = layout.read(written.page, 10**7).decode()
+    assert "died" not in page
+    assert "Unmeasured: this host can't run it" in page
+    assert "good enough" not in page
 
 
 def test_a_compile_that_ships_nothing_tells_how_far_its_candidates_were_from_the_budgets(tmp_path: Path) -> None:
@@ -152,6 +166,9 @@ def test_a_compile_that_ships_nothing_tells_how_far_its_candidates_were_from_the
     assert "stroke-dasharray" in page, "the budget is a line in the plot"
 
 
+ALIKE = ("classification", "classification")
+
+
 def artifact(name: str, **changes: Any) -> dict[str, Any]:
     quality = msgspec.to_builtins(figures(**changes)) | {"verdict": "passed", "misses": [], "recipe": "int8"}
     return {"class": name, "quality": quality, "timings": {"p50_ms": quality["p50_ms"], "float_p50_ms": 10.0}}
@@ -160,24 +177,33 @@ def artifact(name: str, **changes: Any) -> dict[str, Any]:
 def test_versions_are_compared_class_by_class_and_overlapping_intervals_are_alike() -> None:
     old = artifact("a", agreement=0.9, agreement_low=0.85, agreement_high=0.94)
     rows = {
-        r.figure: r for r in compare([old], [artifact("a", agreement=0.92, agreement_low=0.88, agreement_high=0.95)])
+        r.figure: r
+        for r in compare([old], [artifact("a", agreement=0.92, agreement_low=0.88, agreement_high=0.95)], ALIKE)
     }
     assert rows["agreement"].meaning == "alike"
     worse = artifact("a", agreement=0.5, agreement_low=0.4, agreement_high=0.6, compiled_bytes=90, p50_ms=20.0)
-    rows = {r.figure: r for r in compare([old], [worse])}
+    rows = {r.figure: r for r in compare([old], [worse], ALIKE)}
     assert rows["agreement"].meaning == "worse"
     assert rows["bytes"].meaning == "-10.0%, better"
     assert rows["times as fast as float"].meaning == "-75.0%, worse"
 
 
+def test_shares_of_unlike_tasks_are_shown_and_not_compared() -> None:
+    old, new = artifact("a", agreement=0.5, agreement_low=0.4, agreement_high=0.6), artifact("a", agreement=0.9)
+    rows = {r.figure: r for r in compare([old], [new], kinds=("classification", "detection"))}
+    assert rows["judged as"][2:] == ("classification", "detection", "")
+    assert (rows["agreement"].after[:3], rows["agreement"].meaning) == ("0.9", "")
+    assert "judged as" not in {r.figure for r in compare([old], [new], kinds=("detection", "detection"))}
+
+
 def test_a_class_that_only_one_version_has_is_told() -> None:
-    (row,) = compare([], [artifact("a")])
+    (row,) = compare([], [artifact("a")], ALIKE)
     assert (row.device_class, row.before, row.after) == ("a", "not compiled", "compiled")
 
 
 def test_shares_that_one_side_lacks_are_unmeasured() -> None:
     new = artifact("a", shares={"box_recall": Share(0.9, 0.8, 0.95, 9, 10)})
-    rows = {r.figure: r for r in compare([artifact("a")], [new])}
+    rows = {r.figure: r for r in compare([artifact("a")], [new], ALIKE)}
     assert (rows["box recall"].before, rows["box recall"].meaning) == ("unmeasured", "")
 
 

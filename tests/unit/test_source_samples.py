@@ -19,7 +19,7 @@ from edgefleet_controller.source import ModelVersion, import_model
 from edgefleet_shared.artifact import Layout
 from edgefleet_shared.errors import DataError
 from onnx import TensorProto, helper, numpy_helper
-from PIL import Image
+from PIL import Image, TiffImagePlugin
 from safetensors.numpy import load_file, save_file
 from support.networks import SIDE, classifier, project, write_pictures
 from support.processes import assert_ends
@@ -108,6 +108,35 @@ def spoil_sorted(folder: Path) -> None:
         file.rename(folder / "faulty" / file.name)
 
 
+def spoil_sorted_in_part(folder: Path) -> None:
+    write_pictures(folder / "faulty", 2, 77)
+
+
+def frames(count: int) -> list[Image.Image]:
+    rng = np.random.default_rng(9)
+    return [Image.fromarray(rng.integers(0, 256, (48, 48, 3)).astype(np.uint8)) for _ in range(count)]
+
+
+def spoil_animated(folder: Path) -> None:
+    first, *others = frames(3)
+    first.save(folder / "p003.png", save_all=True, append_images=others)
+
+
+def spoil_paged(folder: Path) -> None:
+    first, *others = frames(4)
+    first.save(folder / "p0031.tiff", save_all=True, append_images=others)
+
+
+def spoil_second_page(folder: Path) -> None:
+    spoil_paged(folder)
+    content = bytearray((folder / "p0031.tiff").read_bytes())
+    (first,) = struct.unpack_from("<I", content, 4)
+    (tags,) = struct.unpack_from("<H", content, first)
+    (second,) = struct.unpack_from("<I", content, first + 2 + 12 * tags)
+    struct.pack_into("<H", content, second + 2, 255)  # where ImageWidth stood
+    (folder / "p0031.tiff").write_bytes(content)
+
+
 def spoil_unread(folder: Path) -> None:
     (folder / "p003.png").rename(folder / "p003.HEIC")
 
@@ -123,6 +152,13 @@ def spoil_unread(folder: Path) -> None:
             spoil_sorted,
             "has 3 pictures, 8 are needed, beside those in folders of its own, such as faulty, which are not looked into",
         ),
+        (
+            spoil_sorted_in_part,
+            "has 16 pictures, beside those in folders of its own, such as faulty, which are not looked into",
+        ),
+        (spoil_animated, r"p003\.png holds 3 pictures \(frames or pages\), of which only the first would be read"),
+        (spoil_paged, r"p0031\.tiff holds 4 pictures \(frames or pages\), of which only the first would be read"),
+        (spoil_second_page, r"calibration: can't read the picture .*p0031\.tiff: Missing dimensions"),
         (spoil_missing, "calibration: no folder"),
         (spoil_unreadable, r"calibration: can't read the picture .*p003\.png"),
         (spoil_cut, r"calibration: can't read the picture .*p003\.png"),
@@ -137,6 +173,20 @@ def test_calibration_pictures_that_mean_nothing_are_refused(tmp_path: Path, spoi
     spoil(tmp_path / "calibration")
     with pytest.raises(DataError, match=words):
         run(tmp_path, manifest)
+
+
+def test_a_smaller_copy_inside_a_pictures_file_is_no_second_picture(tmp_path: Path) -> None:
+    """Telephones put previews and maps of brightness behind a JPEG, scanners a thumbnail behind a page."""
+    manifest = project(tmp_path, classifier())
+    first, second = frames(2)
+    first.save(tmp_path / "calibration" / "p003.jpg", "MPO", save_all=True, append_images=[second])
+    reduced = TiffImagePlugin.ImageFileDirectory_v2()
+    reduced[254] = 1  # NewSubfileType: of another picture in this file, in lower resolution
+    with TiffImagePlugin.AppendingTiffWriter(tmp_path / "calibration" / "p004.tiff", True) as file:
+        first.save(file, "TIFF")
+        file.newFrame()
+        second.resize((16, 16)).save(file, "TIFF", tiffinfo=reduced)
+    run(tmp_path, manifest)
 
 
 def test_more_pictures_wanted_than_there_are_is_refused(tmp_path: Path) -> None:

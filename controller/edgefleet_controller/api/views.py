@@ -128,6 +128,7 @@ def models(controller: Controller, model: str, version: str) -> list[dict[str, A
                     "created_at": row.created_at,
                     "inputs": msgspec.to_builtins(spec.inputs),
                     "outputs": msgspec.to_builtins(spec.outputs),
+                    "output_kind": spec.output_kind,
                     "artifacts": [artifact(a, classes) for a in mine],
                     "compiling": [
                         job(controller, session, j) for j in jobs if (j.model, j.version) == (row.model, row.version)

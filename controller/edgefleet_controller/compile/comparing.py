@@ -17,9 +17,13 @@ class Row(NamedTuple):
     meaning: str
 
 
-def compare(before: list[Artifact], after: list[Artifact]) -> list[Row]:
+def compare(before: list[Artifact], after: list[Artifact], kinds: tuple[str, str]) -> list[Row]:
     """Figures of both for every class that either has. Shares whose 95 % intervals overlap are called alike: so few samples can't tell
-    them apart."""
+    them apart.
+
+    Args:
+        kinds: of the versions' outputs: shares of two kinds are of unlike things, and neither is the better one.
+    """
     sides = [{artifact["class"]: artifact for artifact in side} for side in (before, after)]
     rows: list[Row] = []
     for name in sorted({*sides[0], *sides[1]}):
@@ -28,18 +32,20 @@ def compare(before: list[Artifact], after: list[Artifact]) -> list[Row]:
             before_state, after_state = ("compiled" if one else "not compiled" for one in pair)
             rows.append(Row(name, "artifact", before_state, after_state, ""))
             continue
-        rows += _figures(name, pair[0], pair[1])
+        if kinds[0] != kinds[1]:
+            rows.append(Row(name, "judged as", *kinds, ""))
+        rows += _figures(name, pair[0], pair[1], of_one_kind=kinds[0] == kinds[1])
     return rows
 
 
-def _figures(name: str, before: Artifact, after: Artifact) -> list[Row]:
+def _figures(name: str, before: Artifact, after: Artifact, *, of_one_kind: bool) -> list[Row]:
     old, new = before["quality"], after["quality"]
     rows = [Row(name, "verdict", _verdict(old), _verdict(new), "")]
     rows.append(Row(name, "recipe", old.get("recipe", ""), new.get("recipe", ""), ""))
-    rows.append(_share(name, "agreement", _agreement(old), _agreement(new)))
+    rows.append(_share(name, "agreement", _agreement(old), _agreement(new), judged=of_one_kind))
     shares = [one.get("shares") or {} for one in (old, new)]
     rows += [
-        _share(name, figure.replace("_", " "), shares[0].get(figure), shares[1].get(figure))
+        _share(name, figure.replace("_", " "), shares[0].get(figure), shares[1].get(figure), judged=of_one_kind)
         for figure in sorted({*shares[0], *shares[1]})
     ]
     rows.append(
@@ -68,10 +74,11 @@ def _speed(timings: dict[str, Any]) -> float | None:
     return of_float / compiled if compiled and of_float else None
 
 
-def _share(name: str, figure: str, old: dict[str, Any] | None, new: dict[str, Any] | None) -> Row:
+def _share(name: str, figure: str, old: dict[str, Any] | None, new: dict[str, Any] | None, *, judged: bool) -> Row:
+    """Args: ``judged``: whether one can be better than the other."""
     told = ["unmeasured" if s is None else f"{s['value']:.4f} [{s['low']:.3f}, {s['high']:.3f}]" for s in (old, new)]
     meaning = ""
-    if old is not None and new is not None:
+    if judged and old is not None and new is not None:
         if new["low"] > old["high"]:
             meaning = "better"
         elif new["high"] < old["low"]:

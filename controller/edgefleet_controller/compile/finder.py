@@ -94,6 +94,9 @@ class Finder:
             if len(fallen) == len(choice.trials):
                 break
             left = search.without(choice, list(fallen), self._class.spec)
+            if _in_float(left):
+                choice = self._with_half(choice)
+                left = search.without(choice, list(fallen), self._class.spec)
         measured, cached = self._at_last(choice.nearest.recipe)
         why = search.NOTHING if fallen else choice.why
         return msgspec.structs.replace(choice, chosen=None, why=why), measured, cached
@@ -261,10 +264,19 @@ class Finder:
     def _or_in_half(self, trials: list[Trial], units: Sequence[Unit] = ()) -> Choice:
         """The choice among these; where that is the float model, also among half precision, in which a network may answer the same in half the bytes."""
         choice = search.choose(trials, self._class.spec, units)
-        known = HALF in {trial.recipe for trial in trials} or HALF.precision not in self._target.precisions
-        if choice.chosen is None or choice.chosen.recipe != FLOAT or known:
+        return self._with_half(choice) if _in_float(choice) else choice
+
+    def _with_half(self, choice: Choice) -> Choice:
+        """The choice with half precision tried, where the target makes it."""
+        known = {trial.recipe for trial in choice.trials} | {one.recipe for one in choice.left_out}
+        if HALF in known or HALF.precision not in self._target.precisions:
             return choice
-        return _sparing(choice, HALF, lambda: search.choose([*trials, *self._try([HALF])], self._class.spec, units))
+
+        def more() -> Choice:
+            trials = (*choice.trials, *self._try([HALF]))
+            return search.without(msgspec.structs.replace(choice, trials=trials), (), self._class.spec)
+
+        return _sparing(choice, HALF, more)
 
     def _try(self, recipes: Sequence[Recipe], known: Sequence[Trial] = ()) -> list[Trial]:
         """Compile and measure one round."""
@@ -299,9 +311,8 @@ class Finder:
         return [search.float_trial(next(t for t in trials if not t.died), self._class.spec)]
 
     def _unlike(self) -> str:
-        calibration, holdout = (
-            load_file(self._steps.samples(split)) for split in (self._version.calibration, self._version.holdout)
-        )
+        calibration = load_file(self._steps.calibration())
+        holdout = load_file(self._steps.samples(self._version.holdout))
         return quality.unlike(calibration, holdout)
 
 
@@ -311,6 +322,11 @@ def _known(file: Path) -> Choice | None:
         return msgspec.json.decode(file.read_bytes(), type=Choice)
     except (FileNotFoundError, msgspec.DecodeError):
         return None
+
+
+def _in_float(choice: Choice) -> bool:
+    """Whether what was chosen is the float model."""
+    return choice.chosen is not None and choice.chosen.recipe == FLOAT
 
 
 def _sparing(found: Choice, recipe: Recipe, more: Callable[[], Choice]) -> Choice:

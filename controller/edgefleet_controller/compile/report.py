@@ -19,6 +19,7 @@ from safetensors.numpy import load
 from edgefleet_controller.compile import report_page
 from edgefleet_controller.compile.port import MAX_BLOB_BYTES, Figures
 from edgefleet_controller.compile.search import Choice, Trial
+from edgefleet_controller.compile.steps import calibrating
 from edgefleet_controller.compile.trials import Measured
 from edgefleet_controller.manifests import DeviceClass
 from edgefleet_controller.source import ModelVersion
@@ -89,6 +90,7 @@ def build(
         ],
         "left_out": [{"told": one.recipe.told(), **msgspec.to_builtins(one)} for one in choice.left_out],
         "layers": [msgspec.to_builtins(unit) for unit in sorted(choice.sensitivity, key=lambda u: -u.noise)],
+        "calibration": {"samples": len(calibrating(version.calibration.count)), "of": version.calibration.count},
         "in_float": list(trial.recipe.in_float),
         "pruning": None if choice.pruning is None else msgspec.to_builtins(choice.pruning),
         "tfmot": None if choice.tfmot is None else msgspec.to_builtins(choice.tfmot),

@@ -68,6 +68,7 @@ def _figures(report: dict[str, Any]) -> str:
             f"{figures['compiled_bytes']:,} (float {figures['float_bytes']:,}, {figures['float_bytes'] / figures['compiled_bytes']:.2f} times)",
         ),
         ("latency p50 / p95", _times(figures)),
+        *([("calibrated on", _calibrated(report["calibration"]))] if report["recipe"]["precision"] == "int8" else []),
         *([("answers above are those of", figures["stand_in"])] if figures["stand_in"] else []),
         ("peak memory", _or(figures["peak_memory_bytes"], lambda v: f"{v / 1e6:.0f} MB")),
     ]
@@ -80,6 +81,11 @@ def _figures(report: dict[str, Any]) -> str:
     cells = (f"<tr><td>{escape(n)}<td class=n>{escape(v)}<td class=n>{escape(allowed.get(n, ''))}" for n, v in rows)
     head = f"<tr><th>{'what is shipped' if report['shipped'] else 'what came closest'}<th class=n><th class=n>budget"
     return f"<table>{head}{''.join(cells)}</table>"
+
+
+def _calibrated(told: dict[str, int]) -> str:
+    spread = f", evenly spread over {told['of']:,}" if told["of"] > told["samples"] else ""
+    return f"{told['samples']} samples{spread}"
 
 
 def _times(figures: dict[str, Any]) -> str:
@@ -202,7 +208,8 @@ def _layers(report: dict[str, Any]) -> str:
     layers = report["layers"][:MOST_LAYERS]
     if not layers:
         return (
-            "<p class=mute>Not measured: the plain candidate was good enough, or the search was told not to look.</p>"
+            "<p class=mute>Not measured: int8 was accurate enough as it was, was not asked for or could not be made or run here, or the search was told not "
+            "to look.</p>"
         )
     kept = set(report["in_float"])
     db = [10 * math.log10(max(unit["noise"], 1e-12)) for unit in layers]
@@ -231,7 +238,10 @@ def _right(sample: dict[str, Any]) -> str:
 def _changed(report: dict[str, Any], pictures: dict[int, Any]) -> str:
     changed = report["changed"]
     if changed["count"] is None:
-        return "<p class=bad>The engine died; there are no answers.</p>"
+        died = any(one["died"] for one in report["candidates"] if one["chosen"])
+        if died:
+            return "<p class=bad>The engine died; there are no answers.</p>"
+        return "<p class=mute>Unmeasured: this host can't run it, and has no answers of it.</p>"
     if not changed["count"]:
         return "<p class=good>None.</p>"
     rows = "".join(

@@ -38,22 +38,25 @@ from edgefleet_controller.compile.port import (
 from edgefleet_controller.compile.recipe import AS_IS, FLOAT, HALF, OWN, TENSORFLOW, Recipe
 from edgefleet_controller.compile.search import Unit
 from edgefleet_controller.compile.toolchains import Toolchain, Toolchains
+from edgefleet_controller.compile.watching import TimeUp
 from edgefleet_controller.manifests import DeviceClass
 from edgefleet_controller.source import ModelVersion, Split
 
 Progress = Callable[[str, int, int], None]
 
 PREPARE = ("onnxruntime", "ort")  # toolchain and module that simplify, answer in float, gather statistics and write QDQ
-HOST_OVERHEAD_BYTES = 128 * 1024 * 1024  # samples, outputs and the float model beside the compiled one while timing
-MOST_FOR_SEVERAL = 100  # held-out samples that candidates of one round are told apart by; the chosen one answers all
 COMPILED = "compiled"  # file of a compiled model in the cache
 STAND_IN = "stand-in"  # beside it, what this host runs in its place
+MOST_CALIBRATION = (
+    512  # samples that ranges are taken from: more move these by less than a rounding step, and cost minutes
+)
+LIMITED_SAMPLES = 1000  # that a time limit is for; more get more
 RANKED_SAMPLES = 6  # of the calibration set; a layer's noise differs between samples much less than between layers
 _CHILDREN = Path(__file__).parent / "children"
 
 
 class Limits(msgspec.Struct, frozen=True, kw_only=True):
-    """How long each child may take, in seconds."""
+    """How long each child may take, in seconds; where it answers more than :data:`LIMITED_SAMPLES` samples, in proportion longer."""
 
     prepare_s: float = 600.0
     prune_s: float = 4 * 3600.0  # each step; it trains
@@ -85,7 +88,7 @@ class Steps:
         code = _code()
         own = (version.network, self._preparing.lock_hash, code, _json(version.encoding))
         self._prepared_key = content_key("prepare", *own, version.holdout.digest, version.golden.digest)
-        self._gathered_key = content_key("statistics", *own, version.calibration.digest)
+        self._gathered_key = content_key("statistics", *own, version.calibration.digest, MOST_CALIBRATION)
         # A target from elsewhere has its child in a file of its own.
         own_code = hashlib.sha256(Path(target.module).read_bytes()).hexdigest() if target.module.endswith(".py") else ""
         self._target_key = (target.name, toolchain.lock_hash, code + own_code, self._options)
@@ -125,7 +128,7 @@ class Steps:
 
     def answer(self, network: Path, samples: Path, count: int, outputs: Path) -> None:
         """Write what a float network answers to the first ``count`` samples (encoded, safetensors)."""
-        self._child(self._preparing, PREPARE[1], self._limits.measure_s, {
+        self._child(self._preparing, PREPARE[1], _in_proportion(self._limits.measure_s, count), {
             "action": "measure", "models": [{"model": str(network), "outputs": str(outputs)}], "float_model": None,
             "samples": str(samples), "count": count,
         })  # fmt: skip
@@ -144,7 +147,8 @@ class Steps:
         version = self._version
 
         def fill(staged: Path) -> None:
-            self._child(self._preparing, PREPARE[1], self._limits.prepare_s, {
+            limit_s = _in_proportion(self._limits.prepare_s, version.holdout.count + version.golden.count)
+            self._child(self._preparing, PREPARE[1], limit_s, {
                 "action": "prepare",
                 "network": str(self._layout.checked_path(version.network)),
                 "simplified": str(staged / "simplified.onnx"),
@@ -178,7 +182,7 @@ class Steps:
                 "action": "rank",
                 "simplified": str(self.prepare() / "simplified.onnx"),
                 "statistics": self._statistics("", [recipe]),
-                "samples": self.samples(self._version.calibration),
+                "samples": self.calibration(),
                 "count": RANKED_SAMPLES,
                 "recipe": asked,
                 "parts": parts,
@@ -206,7 +210,8 @@ class Steps:
         Raises:
             ChildDied: the process did; EngineFailed: the engine refused a model, or failed over it.
         """
-        return self._child(self._toolchain, self._target.module, self._limits.measure_s, {
+        limit_s = _in_proportion(self._limits.measure_s, count)
+        return self._child(self._toolchain, self._target.module, limit_s, {
             "action": "measure",
             "models": [{"model": str(_runnable(path)), "outputs": str(file)} for path, file in models.items()],
             "float_model": None if float_model is None else str(_runnable(float_model)),
@@ -226,11 +231,19 @@ class Steps:
         ((path, _),) = self.compile([recipe])
         return recipe, path
 
-    def samples(self, split: Split) -> str:
-        """A split as the network takes it (float32, encoded), as a file in the work folder."""
-        path = self._work / f"{split.digest.rpartition(':')[2]}.safetensors"
+    def calibration(self) -> str:
+        """As :meth:`samples`, those of the calibration samples that ranges are taken from."""
+        split = self._version.calibration
+        return self.samples(split, calibrating(split.count))
+
+    def samples(self, split: Split, rows: Sequence[int] | None = None) -> str:
+        """A split, or some rows of it, as the network takes it (float32, encoded), as a file in the work folder."""
+        some = rows is not None and len(rows) < split.count
+        path = self._work / f"{split.digest.rpartition(':')[2]}{'-some' if some else ''}.safetensors"
         if not path.exists():
             tensors = load(self._layout.read(split.digest, MAX_BLOB_BYTES))
+            if some:
+                tensors = {name: array[list(rows or ())] for name, array in tensors.items()}
             encoding = self._version.encoding
             if encoding is not None:
                 # Tensors that came encoded (float) stay as they are; stored pictures are uint8.
@@ -255,7 +268,7 @@ class Steps:
             self._child(self._preparing, PREPARE[1], self._limits.compile_s, {
                 "action": "gather",
                 "simplified": str(self.simplified(pruned)),
-                "calibration": self.samples(self._version.calibration),
+                "calibration": self.calibration(),
                 "statistics": str(staged / "statistics.json"),
                 "histograms": histograms,
             })  # fmt: skip
@@ -309,7 +322,7 @@ class Steps:
             jobs = {staged / COMPILED: recipe for staged, recipe in by_tensorflow.items()}
             self._child(self.toolchain(originals.TOOLCHAIN), originals.MODULE, self._limits.compile_s, {
                 **originals.request(self._version, self._layout, folder, jobs),
-                "calibration": self.samples(self._version.calibration),
+                "calibration": self.calibration(),
             }, originals.MEMORY_BYTES)  # fmt: skip
         wanted = {staged: recipe for staged, recipe in wanted.items() if staged not in by_tensorflow}
         if not wanted:
@@ -330,7 +343,7 @@ class Steps:
         self._child(self._toolchain, self._target.module, self._limits.compile_s, {
             "action": "compile",
             "simplified": str(simplified),
-            "calibration": self.samples(self._version.calibration),
+            "calibration": self.calibration(),
             "statistics": self._statistics(pruned, int8) if int8 and not self._target.reads_qdq else None,
             **self._told,
             "jobs": [
@@ -352,13 +365,29 @@ class Steps:
         if log not in self._logged:  # an earlier compile's; this one's own jobs follow each other in it
             self._logged.add(log)
             log.unlink(missing_ok=True)
-        return self._toolchains.run(
-            toolchain, module, request, self._work, log, limit_s=limit_s, memory_bytes=memory_bytes, progress=self._progress
-        )  # fmt: skip
+        try:
+            return self._toolchains.run(
+                toolchain, module, request, self._work, log, limit_s=limit_s, memory_bytes=memory_bytes, progress=self._progress
+            )  # fmt: skip
+        except TimeUp as exc:
+            samples = len(calibrating(self._version.calibration.count)), self._version.holdout.count
+            fewer = f"fewer samples take less time: it has {samples[0]} to calibrate with, {samples[1]} are held out"
+            raise TimeUp(exc.message, hint=f"{exc.hint}; {fewer}") from exc
 
     def _log(self, action: str) -> Path:
         name = f"{self._version.model}-{self._version.version}-{self._class_name}-{action}.log"
         return self._cache.folder / "logs" / name
+
+
+def calibrating(count: int) -> list[int]:
+    """Which of so many calibration samples ranges are taken from: all, or :data:`MOST_CALIBRATION` from the first to the last, evenly spread, as they may
+    lie in order of their classes."""
+    taken = min(count, MOST_CALIBRATION)
+    return [round(place * (count - 1) / max(taken - 1, 1)) for place in range(taken)]
+
+
+def _in_proportion(limit_s: float, count: int) -> float:
+    return limit_s * max(1.0, count / LIMITED_SAMPLES)
 
 
 def _has_float_weights(recipe: Recipe) -> bool:

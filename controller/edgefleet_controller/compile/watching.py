@@ -41,6 +41,10 @@ class Cancelled(ToolchainError):
     code = "cancelled"
 
 
+class TimeUp(ToolchainError):
+    """A child ran past its time limit."""
+
+
 class ChildDied(ToolchainError):
     """A child crashed, or was killed because it outgrew its memory limit; ``how`` is for people."""
 
@@ -91,8 +95,8 @@ def watch(child: Child, line: Callable[[bytes], None], cancel: threading.Event) 
         line: gets each line of its standard output, without the newline. What it raises ends the child.
 
     Raises:
-        Cancelled: the event was set. ChildDied: over its memory. ToolchainUnusable: can't be started. ToolchainError: ran past its limit, or
-            floods its log.
+        Cancelled: the event was set. ChildDied: over its memory. ToolchainUnusable: can't be started. TimeUp: ran past its limit. ToolchainError: floods
+            its log.
     """
     deadline = time.monotonic() + child.limit_s
     child.log.parent.mkdir(parents=True, exist_ok=True)
@@ -176,7 +180,7 @@ def _check(child: Child, pid: int, deadline: float, longest_log: int, cancel: th
     if cancel.is_set():
         raise Cancelled(f"{child.name} was cancelled")
     if time.monotonic() > deadline:
-        raise ToolchainError(
+        raise TimeUp(
             f"{child.name} ran past its limit of {child.limit_s:.0f} s and was stopped", hint=f"see {child.log}"
         )
     if child.log.stat().st_size > longest_log:

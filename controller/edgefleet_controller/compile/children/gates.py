@@ -14,6 +14,7 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
+from .in_float import ACTIVATIONS
 from .tidy import read_by
 
 PIECES = ("Add", "Mul")  # operators that gates become, and that multiply by them
@@ -41,12 +42,14 @@ def in_pieces(model: onnx.ModelProto, in_float: Collection[str], ranges: dict[st
     float_reads = {name for node in graph.node if node.name in in_float for name in node.input}
     # A branch of an If reads what is there, not what is rounded.
     float_reads |= {name for node in graph.node for name in read_by(node) - {*node.input}}
+    # The QDQ writer takes an activation away where a range stands for it, and its name for what is before it: the factor would be lost.
+    active = {node.input[0] for node in graph.node if node.op_type in ACTIVATIONS}
     nodes = [onnx.NodeProto.FromString(node.SerializeToString()) for node in graph.node]
     graph.ClearField("node")
     for node in nodes:
         alpha, beta = _factors(node)
         whole = node.op_type not in GATES or node.name in in_float or node.input[0] not in ranges or alpha <= 0
-        if whole or node.output[0] in served | float_reads:
+        if whole or node.output[0] in served | float_reads | active:
             graph.node.append(node)
             continue
         x, y = node.input[0], node.output[0]

@@ -66,14 +66,26 @@ def check(path: str, kind: str) -> None:
         name, module = part.get("class_name"), part.get("module")
         if not isinstance(name, str) or "config" not in part:
             continue
-        ours = module is None or (module == "keras" and name in TOP) or (isinstance(module, str) and _inside(module))
-        if name in REFUSED or ">" in name or not (ours or name in VALUES):
-            where = part.get("config", {}).get("name", "") if isinstance(part.get("config"), dict) else ""
+        if (
+            "module" in part and module is None and part.get("registered_name")
+        ):  # how Keras writes classes that are not its own
             raise job.Refused(
                 "bad_model",
-                f"this model names {f'{module}.' if module else ''}{name}{f' (layer {where!r})' if where else ''}, which would run code of the file's choice",
+                f"this model has a class of its own, {part['registered_name']}{_where(part)}, which Keras does not have and nothing here may load",
+                "export it where that class is: model.export(folder) writes a SavedModel, which has its operators in the class's place",
+            )
+        ours = module is None or (module == "keras" and name in TOP) or (isinstance(module, str) and _inside(module))
+        if name in REFUSED or ">" in name or not (ours or name in VALUES):
+            raise job.Refused(
+                "bad_model",
+                f"this model names {f'{module}.' if module else ''}{name}{_where(part)}, which would run code of the file's choice",
                 "build it of Keras' own layers, or export it to ONNX where it was made",
             )
+
+
+def _where(part: dict[str, Any]) -> str:
+    name = part["config"].get("name", "") if isinstance(part["config"], dict) else ""
+    return f" (layer {name!r})" if name else ""
 
 
 def _inside(module: str) -> bool:

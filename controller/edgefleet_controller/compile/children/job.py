@@ -30,6 +30,17 @@ class Refused(Exception):
         self.fields = {"code": code, "message": message, "hint": hint}
 
 
+def need_room(folder: str, wanted_bytes: int) -> None:
+    """Before a library writes that does not look whether it could: what it cut off would be read as a broken file.
+
+    Raises:
+        OSError: there is not that much.
+    """
+    found = os.statvfs(folder)
+    if found.f_bavail * found.f_frsize < wanted_bytes:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), folder)
+
+
 def serve(actions: dict[str, Action]) -> None:
     """Run the one action of the request whose path is the last argument."""
     lines = os.fdopen(os.dup(1), "w", buffering=1)

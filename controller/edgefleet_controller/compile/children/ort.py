@@ -25,6 +25,7 @@ from .typed import write_types
 
 onnxruntime.disable_telemetry_events()
 
+COPIES = 4  # of a network that its simplifier has on the disk at most, in whole or in part
 LOOKED_AT = 4  # samples that tell a network from one that computes something else
 DRAWING = ("Dropout", "Bernoulli", "Multinomial")  # beside those whose names say so
 SAME_DB = 40.0  # signal to noise, from which two ways of computing one network are one; float32's own rounding leaves 80 and more
@@ -60,6 +61,7 @@ def prepare(request: job.Request, progress: job.Progress) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(dir=".") as folder:
         source = os.path.join(folder, "network.onnx")
         onnx.save(opset.of_today(onnx.load(request["network"])), source)
+        job.need_room(tempfile.gettempdir(), COPIES * os.path.getsize(source))
         quant_pre_process(source, request["simplified"], skip_symbolic_shape=True)
     tidy(request["simplified"])
     write_types(request["simplified"])

@@ -7,9 +7,7 @@ says what. What comes out is held against the network that went in, on one rando
 
 from __future__ import annotations
 
-import itertools
 import os
-import re
 import sys
 from collections import Counter
 from typing import Any
@@ -19,6 +17,7 @@ import onnx
 import onnx.reference
 
 from . import hostile_keras, job, tensorflow_operators
+from .canonical import canonical, copied
 
 # KERAS_HOME: what somebody set up in their own ~/.keras decides nothing here.
 os.environ |= {
@@ -48,7 +47,7 @@ def convert(request: job.Request, progress: job.Progress) -> dict[str, Any]:
     model = _told(
         lambda: _kept(tf2onnx.convert.from_function(function, input_signature=specs, opset=OPSET)[0], function, specs)
     )
-    _canonical(model, [spec.name for spec in specs], outputs)
+    canonical(model, [spec.name for spec in specs], outputs)
     fed = drawn(specs)
     answered = function(*fed)
     _check(model, dict(zip([spec.name for spec in specs], fed, strict=True)), [a.numpy() for a in listed(answered)])
@@ -198,7 +197,7 @@ def _from_tflite(request: job.Request, progress: job.Progress) -> dict[str, Any]
     model = _told(lambda: _by_command(path, request["onnx"], quantized))
     if quantized:
         _float_ends(model)
-    _canonical(model, [v.name for v in model.graph.input], [v.name for v in model.graph.output])
+    canonical(model, [v.name for v in model.graph.input], [v.name for v in model.graph.output])
     if not quantized:
         fed = {
             d["name"]: np.random.default_rng(0).random(d["shape"], np.float32) for d in interpreter.get_input_details()
@@ -321,7 +320,7 @@ def _float_ends(model: onnx.ModelProto) -> None:
             node.input[:] = [value.name if name == exact else name for name in node.input]
             node.output[:] = [value.name if name == exact else name for name in node.output]
         value.type.tensor_type.elem_type = onnx.TensorProto.FLOAT
-    kept = [_copied(node) for node in graph.node if not any(node is other for other in gone)]
+    kept = [copied(node) for node in graph.node if not any(node is other for other in gone)]
     del graph.node[:]
     graph.node.extend(kept)
     onnx.checker.check_model(model)
@@ -358,69 +357,6 @@ def _check(model: onnx.ModelProto, fed: dict[str, Any], wanted: list[Any]) -> No
                 "bad_model",
                 f"as ONNX this network answers otherwise (by {off:.2g} of its largest output): tf2onnx got it wrong",
             )
-
-
-def _canonical(model: onnx.ModelProto, inputs: list[str], outputs: list[str]) -> None:
-    """Give inputs and outputs the names that Keras has for them, and all else an order and names that follow from the graph alone: tf2onnx numbers
-    what it adds in an order that differs from run to run."""
-    graph = model.graph
-    if any(attribute.HasField("g") or attribute.graphs for node in graph.node for attribute in node.attribute):
-        raise job.Refused(
-            "bad_model", "this network has branches or loops that depend on values, which can't be served",
-            "a recurrent layer (LSTM, GRU) over a fixed number of steps is none with unroll=True: set it, and save the model again",
-        )  # fmt: skip
-    made = {name: node for node in graph.node for name in node.output}
-    constants = {i.name: i for i in graph.initializer}
-    new: dict[str, str] = dict(zip([v.name for v in graph.input], inputs, strict=True)) | dict(
-        zip([v.name for v in graph.output], outputs, strict=True)
-    )
-    taken = set(new.values())
-
-    def name_for(old: str) -> str:
-        if old and old not in new:
-            stem = re.sub(r"__\d+|:\d+$", "", old) or "value"
-            numbers = (f"{stem}_{n}" for n in itertools.count(1))
-            chosen: str = next(name for name in itertools.chain([stem], numbers) if name not in taken)
-            new[old] = chosen
-            taken.add(chosen)
-        return new.get(old, "")
-
-    ordered: list[Any] = []
-    used: list[Any] = []
-    done: set[int] = set()
-    todo = [(made[value.name], False) for value in reversed(graph.output)]
-    while todo:  # depth first, inputs in their order
-        node, ready = todo.pop()
-        if id(node) in done:
-            continue
-        if not ready:
-            todo.append((node, True))
-            todo += [
-                (made[name], False) for name in reversed(node.input) if name in made and id(made[name]) not in done
-            ]
-            continue
-        done.add(id(node))
-        ordered.append(node)
-        used += [constants.pop(name) for name in node.input if name in constants]
-    for node in ordered:
-        node.input[:] = [name_for(name) for name in node.input]
-        node.output[:] = [name_for(name) for name in node.output]
-        node.name = f"{node.op_type}/{node.output[0]}"
-    for tensor in used:
-        tensor.name = name_for(tensor.name)
-    for value in (*graph.input, *graph.output):
-        value.name = new[value.name]
-    kept, weights = [_copied(node) for node in ordered], [_copied(tensor) for tensor in used]
-    del graph.node[:], graph.initializer[:], graph.value_info[:]
-    graph.node.extend(kept)
-    graph.initializer.extend(weights)
-    graph.name = "network"
-
-
-def _copied(message: Any) -> Any:
-    own = type(message)()
-    own.CopyFrom(message)
-    return own
 
 
 def _plain(name: str) -> str:

@@ -7,6 +7,7 @@ import onnx
 from onnx import numpy_helper
 
 ROUNDINGS = ("QuantizeLinear", "DequantizeLinear")
+GIVEN = "given/"  # before the names of roundings that a network came with
 LOWEST = np.float32(-1e4)  # of what masks add; scores differ by hundreds at most, and float32 holds no e^-104
 
 
@@ -132,8 +133,8 @@ def _stand_aside(graph: onnx.GraphProto) -> None:
     renamed: dict[str, str] = {}
     for node in graph.node:
         if node.op_type in ROUNDINGS:
-            node.name = f"given/{node.name}"
-            renamed |= {name: f"given/{name}" for name in node.output if name not in outputs}
+            node.name = f"{GIVEN}{node.name}"
+            renamed |= {name: f"{GIVEN}{name}" for name in node.output if name not in outputs}
     _rename(graph, renamed)
 
 

@@ -21,6 +21,7 @@ import onnx.shape_inference
 from onnx import TensorProto, helper, numpy_helper
 
 from .. import job
+from ..tidy import GIVEN
 from .folding import FOLDED, folded
 from .graph import Array
 from .node import Node, Type
@@ -273,8 +274,8 @@ def _small(found: Type, where: str) -> Type:
 
 
 def _name(node: onnx.NodeProto) -> str:
-    """A node's name, or by custom its first output's."""
-    return str(node.name or next(iter(node.output), ""))
+    """A node's name as the network came with it, or by custom its first output's."""
+    return str(node.name or next(iter(node.output), "")).removeprefix(GIVEN)
 
 
 def malformed(what: str) -> job.Refused:
