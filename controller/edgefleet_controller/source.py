@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import msgspec
+import onnx
 from edgefleet_shared import answers
 from edgefleet_shared.answers import Array, Reading
 from edgefleet_shared.artifact import Descriptor, Layout, digest_of
@@ -94,7 +95,8 @@ class ModelVersion(msgspec.Struct, frozen=True, kw_only=True):
     masks: MaskReading = MaskReading()  # of a segmentation
     characters: tuple[str, ...] = ()  # of text output, by class less one: class 0 is the blank
     truth: tuple[str, ...] = ()  # of the held-out samples: class numbers, or lines of text
-    as_is: str = ""  # digest of the .tflite that it came as, where that is quantized already; the network is then what it means in floats
+    as_is: str = ""  # digest of the file that it came as, where that is quantized already; the network is then what it means in floats
+    as_is_engine: Literal["tflite", "onnxruntime"] = "tflite"  # that runs this file
     pruning: PruningPlan | None = None
     training: Split | None = None  # what a pruned network is tuned on, in place of the calibration samples
     training_truth: tuple[str, ...] = ()  # class numbers
@@ -170,10 +172,14 @@ def import_model(
     progress("reading the network", 0, 1)
     content, origin, as_is, original = _network(manifest, base, cache, progress)
     model = network.fix_shapes(network.load(content, origin), spec.sizes, origin)
-    if dequantized.in_floats(model):
+    came, ends = model.SerializeToString(deterministic=True), _ends(model, origin)
+    is_read = dequantized.in_floats(model)
+    if is_read:
         model = network.fix_shapes(model, {}, origin)
-    inputs = network.specs(network.graph_inputs(model), origin)
-    outputs = network.specs(model.graph.output, origin)
+    inputs, outputs = _ends(model, origin)
+    as_is_engine: Literal["tflite", "onnxruntime"] = "tflite"
+    if is_read and (inputs, outputs) == ends:
+        as_is, as_is_engine = came, "onnxruntime"
     for tensor in inputs:
         if not tensor.shape or tensor.shape[0] != 1:
             raise ModelError(
@@ -223,6 +229,7 @@ def import_model(
         characters=characters,
         truth=truth,
         as_is="" if as_is is None else layout.put(as_is).digest,
+        as_is_engine=as_is_engine,
         pruning=_plan(spec.prune),
         training=Split(layout.put(bytes(save(trained[0].inputs))).digest, len(trained[0])) if trained else None,
         training_truth=trained[1] if trained else (),
@@ -231,6 +238,11 @@ def import_model(
     store(version, layout)
     progress("storing", 1, 1)
     return version
+
+
+def _ends(model: onnx.ModelProto, origin: str) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
+    """(inputs, outputs)."""
+    return network.specs(network.graph_inputs(model), origin), network.specs(model.graph.output, origin)
 
 
 class _Network(NamedTuple):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -91,9 +92,8 @@ def test_openvino_finds_an_output_behind_a_cast_that_it_folds(bench: Bench) -> N
     assert bench.compile(version, class_here("openvino", precision="fp32")).figures.agreement == 1.0
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-def test_a_network_that_came_quantized_is_compiled_for_every_engine(bench: Bench, engine: str) -> None:
-    """As onnxruntime's quantizer leaves it; the names of ours are made likewise."""
+def quantized() -> Net:
+    """As onnxruntime's quantizer leaves a network; the names of ours are made likewise."""
     net = Net(9)
 
     def rounded(name: str, array: Any = None) -> None:
@@ -114,12 +114,30 @@ def test_a_network_that_came_quantized_is_compiled_for_every_engine(bench: Bench
         net.add("Conv", net.last, first=read, kernel_shape=[3, 3])
         net.add("Relu")
     net.add("GlobalAveragePool")
-    version = bench.version(project(bench.folder, net.model([1, 8, 1, 1]), **RAW))
+    return net
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_network_that_came_quantized_is_compiled_for_every_engine(bench: Bench, engine: str) -> None:
+    version = bench.version(project(bench.folder, quantized().model([1, 8, 1, 1]), **RAW))
     result = bench.compile(version, class_here(engine, search={"effort": "fixed", "prefer": "size"}))
     assert result.precision == "int8"
     assert result.figures.agreement >= 0.9
     in_float = bench.compile(version, class_here(engine, precision="fp32"))
     assert in_float.figures.agreement == 1.0
+
+
+def test_what_came_quantized_is_itself_a_candidate_of_the_engine_that_reads_it(bench: Bench) -> None:
+    """Who trained it with roundings has trained it for these, and no calibration finds them again."""
+    model = quantized().model([1, 8, 1, 1])
+    version = bench.version(project(bench.folder, model, **RAW))
+    result = bench.compile(version, class_here("onnxruntime", search={"effort": "quick", "prefer": "size"}))
+    tried = {c["recipe"]["quantizer"]: c for c in json.loads(bench.layout.read(result.report, 10**7))["candidates"]}
+    assert tried["its own"]["figures"]["agreement"] > 0.9
+    assert tried["its own"]["figures"]["p50_ms"] is not None
+    elsewhere = bench.compile(version, class_here("openvino", search={"effort": "quick", "prefer": "size"}))
+    tried = {c["recipe"]["quantizer"] for c in json.loads(bench.layout.read(elsewhere.report, 10**7))["candidates"]}
+    assert "its own" not in tried
 
 
 def test_roundings_that_can_not_be_read_as_floats_are_kept(bench: Bench) -> None:

@@ -24,7 +24,7 @@ from edgefleet_controller.compile.port import HOST, Options, Target
 from edgefleet_controller.compile.pruner import TOOLCHAIN as PRUNING_TOOLCHAIN
 from edgefleet_controller.compile.pruner import Pruner
 from edgefleet_controller.compile.pruning import Pruned
-from edgefleet_controller.compile.recipe import AS_IS, FLOAT, HALF, OWN, PLAIN_TENSORFLOW, TENSORFLOW, Recipe
+from edgefleet_controller.compile.recipe import AS_IS, CAME, FLOAT, HALF, OWN, PLAIN_TENSORFLOW, TENSORFLOW, Recipe
 from edgefleet_controller.compile.search import Choice, LeftOut, Trial, Unit
 from edgefleet_controller.compile.steps import Steps
 from edgefleet_controller.compile.trials import Measured, Trials
@@ -126,14 +126,19 @@ class Finder:
         return self._trials.measure([(recipe, path)])[0], cached
 
     def _plain(self) -> Recipe:
-        if self._version.as_is and self._target.engine == "tflite" and self._class.spec.precision == "int8":
-            return Recipe(quantizer=AS_IS, correct_bias=False)
+        if self._version.as_is_engine == "tflite" and self._comes_as_wanted():
+            return CAME
         wanted = int(self._options.get("float_first", 0))
         names = _convolutions(self._steps.prepare() / "simplified.onnx")[:wanted] if wanted else []
         return search.plain(self._target, self._class.spec, self._version.calibration_method, self._options, names)
 
+    def _comes_as_wanted(self) -> bool:
+        """Whether the file that it came as is one for the class."""
+        is_its_own = bool(self._version.as_is) and self._version.as_is_engine == self._target.engine
+        return is_its_own and self._class.spec.precision == "int8"
+
     def _search(self, plain: Recipe) -> Choice:
-        found, spec = self._with_tensorflows(self._unpruned(plain)), self._class.spec
+        found, spec = self._with_tensorflows(self._with_what_came(self._unpruned(plain))), self._class.spec
         if not any(trial.recipe.precision == spec.precision for trial in found.trials):
             return msgspec.structs.replace(found, why=f"{found.why}: {found.left_out[0].reason}")
         if self._version.pruning is None or not spec.search.pruned or not self._target.runs_here:
@@ -170,16 +175,23 @@ class Finder:
             choice, pruning=found.pruning, left_out=found.left_out, why="; ".join(one for one in told if one)
         )
 
+    def _with_what_came(self, found: Choice) -> Choice:
+        """The search with the file that it came as: who trained it with roundings has trained it for these. A .tflite is the plain candidate already."""
+        wanted = self._comes_as_wanted() and self._target.runs_here and self._class.spec.search.effort != "fixed"
+        return self._with(found, CAME) if wanted and found.trials[0].recipe != CAME else found
+
     def _with_tensorflows(self, found: Choice) -> Choice:
         """The search with the candidate of TensorFlow's own converter."""
         if not originals.offered(self._target, self._version) or not self._target.runs_here:
             return found
-        recipe, spec = search.by_tensorflow(found, self._class.spec), self._class.spec
-        if recipe is None:
-            return found
+        recipe = search.by_tensorflow(found, self._class.spec)
+        return found if recipe is None else self._with(found, recipe)
+
+    def _with(self, found: Choice, recipe: Recipe) -> Choice:
+        """The search with one candidate more."""
 
         def more() -> Choice:
-            chosen = search.choose([*found.trials, *self._try([recipe])], spec, found.sensitivity)
+            chosen = search.choose([*found.trials, *self._try([recipe])], self._class.spec, found.sensitivity)
             return msgspec.structs.replace(chosen, left_out=found.left_out)
 
         return _sparing(found, recipe, more)

@@ -82,3 +82,4 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True):
 PLAIN_TENSORFLOW = Recipe(quantizer=TENSORFLOW, correct_bias=False)
 FLOAT = Recipe(precision="fp32", correct_bias=False)
 HALF = Recipe(precision="fp16", correct_bias=False)
+CAME = Recipe(quantizer=AS_IS, correct_bias=False)

@@ -140,6 +140,7 @@ class Steps:
             self._gathered_key if recipe.precision == "int8" else self._version.network
         )  # a pruned network's key is in its recipe
         own = originals.key(self._version) if recipe.quantizer == TENSORFLOW else ()
+        own = (self._version.as_is,) if recipe.quantizer == AS_IS else own
         return content_key("compile", data, self._preparing.lock_hash, recipe.as_dict(), *self._target_key, *own)
 
     def prepare(self) -> Path:
