@@ -194,3 +194,31 @@ def test_a_worker_whose_memory_grows_is_relieved_before_a_request_has_to_wait_fo
     assert version.memory_bytes < 0.5 * limit
     assert "was relieved" in version.last_problem
     until(lambda: not Path(f"/proc/{first}").exists(), what="the end of the one before")
+
+
+def test_a_worker_that_says_it_is_ready_and_ends_while_nobody_listens_is_no_version_that_serves(
+    runtime: Runtime, tmp_path: Path
+) -> None:
+    """Of both the front hears in one turn, after a busy second. It believed the first and forgot the second: nothing ever served again."""
+    runtime.install(runtime.add("1"))
+    runtime.start(env=hostile.install(tmp_path / "engine"))
+    bad = runtime.add("2", engine="hostile", contract=artifacts.make_contract(), content=hostile.model(2, "leave"))
+    front, worker = runtime.status().pid, Path(f"/proc/{runtime.version('1').pid}")
+    siblings = Path(f"/proc/{parent_of(worker)}/task/{parent_of(worker)}/children")
+    before = set(siblings.read_text().split())
+    with ThreadPoolExecutor(1) as pool:
+        loading = pool.submit(runtime.client.load, bad)
+        (pid,) = until(lambda: set(siblings.read_text().split()) - before, what="its worker")
+        until(lambda: len(os.listdir(f"/proc/{pid}/task")) > 1, what="its library")
+        os.kill(front, signal.SIGSTOP)
+        try:
+            until(lambda: pid not in siblings.read_text().split(), what="its end")
+        finally:
+            os.kill(front, signal.SIGCONT)
+        with pytest.raises(EngineError, match="ended as soon as it was loaded"):
+            loading.result(30)
+    assert [v.version for v in runtime.status().versions] == ["1"]
+
+
+def parent_of(process: Path) -> str:
+    return next(line.split()[1] for line in (process / "status").read_text().splitlines() if line.startswith("PPid:"))

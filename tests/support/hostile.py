@@ -48,7 +48,7 @@ Deed = Literal[
 ]  # fmt: skip
 LEAK_BYTES = 16 << 20
 LEAKER_LOADS_S = 3.0
-LEAVES_AFTER_S = 1.0
+LEAVES_AFTER_S = 4.0
 _LEAKED: list[bytearray] = []
 
 

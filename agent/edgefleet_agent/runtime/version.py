@@ -302,6 +302,9 @@ class Version:
 
     async def _loaded(self, worker: WorkerProcess, aside: bool) -> Ready:
         ready = await worker.start(self.config.contract.time_limit_s, aside=aside)
+        if not worker.has_room:  # both were read in one turn; nobody would be told of its end any more
+            worker.kill("ended as soon as it was loaded")
+            raise EngineError("the worker ended as soon as it was loaded")
         if problem := self._overgrown(worker.pid):
             worker.kill(problem)
             raise EngineError(f"the worker {problem} once it was loaded")
