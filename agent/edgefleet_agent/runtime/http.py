@@ -10,6 +10,7 @@ Not handled here: what a head means (:mod:`head`). Source: RFC 9112.
 from __future__ import annotations
 
 import asyncio
+import mmap
 import time
 from collections import deque
 from functools import lru_cache
@@ -308,10 +309,7 @@ class Connection(asyncio.BufferedProtocol):
         self._head = head
         # A place is for one body at a time, and the one that is being answered has it.
         self._place = None if self._answered is not None else self._server.handler.place(head, data, self._peer)
-        try:
-            self._target = memoryview(bytearray(length)) if self._place is None else self._place.view
-        except MemoryError:
-            raise Refused(503, NO_MEMORY) from None
+        self._target = _announced(length) if self._place is None else self._place.view
         self._target[: len(data)] = data
         if self._place is None:
             self._hold(len(data))
@@ -487,6 +485,18 @@ class Connection(asyncio.BufferedProtocol):
         self._forget()
         if self._transport is not None:
             self._transport.abort()
+
+
+def _announced(length: int) -> memoryview:
+    """Where a body that is to come may go. Its pages exist once something is in them: of the heap they would at once, for a mere head.
+
+    Raises:
+        Refused: there is no room for so many.
+    """
+    try:
+        return memoryview(mmap.mmap(-1, length, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
+    except OSError:
+        raise Refused(503, NO_MEMORY) from None
 
 
 @lru_cache(64)
