@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import tritonclient.http as triton
 from edgefleet_agent.runtime.control import short_path
-from edgefleet_agent.runtime.http import MAX_CONNECTIONS
+from edgefleet_agent.runtime.http import MAX_CONNECTIONS, ROOM_BYTES
 from support import artifacts
 from support.runtimes import Runtime, UnixConnection, infer_body, running, until
 from tritonclient.utils import InferenceServerException
@@ -300,6 +300,23 @@ def test_bodies_that_are_only_announced_take_no_memory(runtime: Runtime) -> None
     finally:
         for link in links:
             link.close()
+
+
+def test_clients_that_send_what_is_large_by_the_dozen_keep_nobody_out_who_asks_for_little(runtime: Runtime) -> None:
+    room = ROOM_BYTES
+    links = [runtime.connect() for _ in range(5)]
+    try:
+        for link, total in zip(links, (room // 5,) * 4 + (room - room // 5 * 4,), strict=True):
+            link.sendall(b"POST /v2/models/toy/infer HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % (total + 1))
+            for begin in range(0, total, 1 << 20):
+                link.sendall(b"x" * min(1 << 20, total - begin))
+        until(lambda: runtime.gauge("held_body_bytes") == room, what="all room being taken")
+        assert runtime.infer(X)[0] == 200
+        assert talk(runtime, post(b"x" * (1 << 20))).startswith(b"HTTP/1.1 503")
+    finally:
+        for link in links:
+            link.close()
+    until(lambda: runtime.gauge("held_body_bytes") == 0, what="the memory given back")
 
 
 def test_a_small_body_that_unpacks_to_gigabytes_is_refused(runtime: Runtime) -> None:

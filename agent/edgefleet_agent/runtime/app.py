@@ -21,7 +21,8 @@ from edgefleet_agent import notify, slots
 from edgefleet_agent.runtime import activation, control
 from edgefleet_agent.runtime.control_server import bind_unix, serve_control
 from edgefleet_agent.runtime.front import Front
-from edgefleet_agent.runtime.http import MAX_CONNECTIONS, Server
+from edgefleet_agent.runtime.http import MAX_CONNECTIONS, Server, room
+from edgefleet_agent.runtime.memory import available_memory_bytes
 from edgefleet_agent.runtime.nursery import Nursery
 from edgefleet_agent.runtime.orders import Orders
 from edgefleet_agent.runtime.regions import Regions
@@ -101,7 +102,7 @@ async def serve(state: Path, address: tuple[str, int] | None, socket_path: Path,
     server: Server
     regions = Regions()
     front = Front(switchboard, regions, lambda: _gauges(switchboard, orders, server, regions))
-    server = Server(front)
+    server = Server(front, room(available_memory_bytes()))
 
     orders.expect(_serving(state))
     servers: list[asyncio.AbstractServer] = []

@@ -22,9 +22,11 @@ from edgefleet_agent.runtime.answer import error_body
 from edgefleet_agent.runtime.head import Head, Refused
 from edgefleet_agent.runtime.job import NO_MEMORY
 from edgefleet_agent.runtime.peer import Peer
-from edgefleet_agent.runtime.untaken import Untaken
+from edgefleet_agent.runtime.untaken import SMALL_BYTES, Untaken
 
-MAX_HELD_BYTES = 256 * 1024 * 1024  # all bodies of all connections
+# For all bodies of all connections, and as much for answers that nobody reads, on a board that has it.
+ROOM_BYTES = 256 * 1024 * 1024
+ROOM_SHARE = 4  # of the memory that is free when the runtime starts: bodies and answers together leave half of it
 MAX_PIPELINED = 16
 MAX_CONNECTIONS = 1024
 SILENT_S = 10.0  # a connection that has been silent for so long may be closed to make room for another
@@ -70,7 +72,7 @@ class Request:
         """
         more = len(body) - self.held_bytes
         if self._server is not None:
-            if self._server.held_bytes + more > MAX_HELD_BYTES:
+            if self._server.held_bytes + more > self._server.room_bytes:
                 raise Refused(503, "too many large requests at once")
             self._server.held_bytes += more
         self.body, self.held_bytes = body, len(body)
@@ -104,14 +106,23 @@ class Handler(Protocol):
         ...
 
 
-class Server:
-    """What all connections share."""
+def room(available_bytes: int) -> int:
+    """Bytes that bodies may take, and answers as many, on a board that has so many free; one body of the largest size in any case."""
+    return max(heads.MAX_BODY_BYTES, min(ROOM_BYTES, available_bytes // ROOM_SHARE))
 
-    def __init__(self, handler: Handler) -> None:
-        self.handler = handler
+
+class Server:
+    """What all connections share.
+
+    Args:
+        room_bytes: see :func:`room`.
+    """
+
+    def __init__(self, handler: Handler, room_bytes: int = ROOM_BYTES) -> None:
+        self.handler, self.room_bytes = handler, room_bytes
         self.connections: set[Connection] = set()
         self.held_bytes = 0
-        self.untaken = Untaken[Connection]()
+        self.untaken = Untaken[Connection](room_bytes)
         self.refused = 0
         self.ending = False  # every answer is its connection's last
         # The loop asks for a buffer and says how much it put there without anything in between, so one serves them all.
@@ -340,7 +351,9 @@ class Connection(asyncio.BufferedProtocol):
     def _hold(self, count: int) -> None:
         self._server.held_bytes += count
         self._coming_bytes += count
-        if self._server.held_bytes > MAX_HELD_BYTES:
+        # Who sends what is large by the dozen must not keep those out who ask for little.
+        is_small = self._coming_bytes <= SMALL_BYTES and self._answered is None and not self._waiting
+        if self._server.held_bytes > self._server.room_bytes and not is_small:
             raise Refused(503, "too many large requests at once")
 
     def _complete(self, head: Head, body: bytes | bytearray | memoryview, place: Place | None) -> None:

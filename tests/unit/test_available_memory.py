@@ -1,11 +1,12 @@
-"""What memory there is for a second version beside the one that serves, on fake trees of the kernel's."""
+"""What memory there is for a second version beside the one that serves, and for what clients send, on fake trees of the kernel's."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
-from edgefleet_agent.runtime.swap_mode import available_memory_bytes
+from edgefleet_agent.runtime.http import ROOM_BYTES, room
+from edgefleet_agent.runtime.memory import available_memory_bytes
 
 MIB = 1 << 20
 NO_LIMIT_1 = 9223372036854771712  # as version 1 writes it
@@ -70,3 +71,9 @@ def test_under_version_1_no_limit_is_a_number_too(tmp_path: Path) -> None:
 
 def test_more_used_than_the_limit_allows_is_nothing_free(tmp_path: Path) -> None:
     assert tree(tmp_path, "0::/a", a=version_2(100, 120)) == 0
+
+
+def test_what_clients_send_leaves_a_small_board_its_memory_and_takes_no_more_than_a_bound_of_a_large_one() -> None:
+    assert room(600 * MIB) == 150 * MIB
+    assert room(100 * MIB) == 64 * MIB  # the largest body that is taken at all
+    assert room(64_000 * MIB) == ROOM_BYTES
