@@ -319,6 +319,28 @@ def test_clients_that_send_what_is_large_by_the_dozen_keep_nobody_out_who_asks_f
     until(lambda: runtime.gauge("held_body_bytes") == 0, what="the memory given back")
 
 
+def test_packed_bodies_that_come_all_at_once_take_little_while_they_wait_for_their_turn(tmp_path: Path) -> None:
+    packed = post(gzip.compress(bytes(5 << 18))[:-8], "Content-Encoding: gzip")  # cut off: each is refused at its turn
+    with running(tmp_path) as runtime:
+        runtime.install(runtime.add("1"))
+        runtime.start()
+        front = runtime.status().pid
+        status = Path(f"/proc/{front}/status")
+        links = [runtime.connect() for _ in range(150)]
+        before = runtime.status().memory_bytes
+        os.kill(front, signal.SIGSTOP)
+        try:
+            for link in links:
+                link.sendall(packed)
+        finally:
+            os.kill(front, signal.SIGCONT)
+        assert {link.recv(65536)[:12] for link in links} == {b"HTTP/1.1 400"}
+        highest = int(next(line for line in status.read_text().splitlines() if line.startswith("VmHWM")).split()[1])
+        assert highest * 1024 - before < 60 << 20  # a megabyte of each was unpacked at once
+        for link in links:
+            link.close()
+
+
 def test_a_small_body_that_unpacks_to_gigabytes_is_refused(runtime: Runtime) -> None:
     machine = zlib.compressobj(9)
     bomb = b"".join(machine.compress(bytes(1 << 20)) for _ in range(100)) + machine.flush()
