@@ -8,7 +8,7 @@ from collections.abc import Generator
 from edgefleet_agent.runtime.head import MAX_BODY_BYTES, Refused
 
 PIECE_BYTES = 1 << 20  # of the plain body: a millisecond's work
-FIRST_BYTES = 64 * 1024  # and of it before the first turn of others: so much is there of each of those that wait for theirs
+FIRST_BYTES = 64 * 1024  # before others have their turn: what each of those that wait for theirs has in memory
 
 
 def decompress(
