@@ -302,6 +302,22 @@ def test_bodies_that_are_only_announced_take_no_memory(runtime: Runtime) -> None
             link.close()
 
 
+def test_bodies_of_a_megabyte_count_once_they_are_announced(runtime: Runtime) -> None:
+    before = runtime.status().memory_bytes
+    links = [runtime.connect() for _ in range(400)]
+    try:
+        for link in links:
+            link.sendall(b"POST /v2/models/toy/infer HTTP/1.1\r\nHost: x\r\nContent-Length: 1048576\r\n\r\nx")
+        until(lambda: runtime.gauge("held_body_bytes") > ROOM_BYTES - (2 << 20), what="all room being announced")
+        assert runtime.gauge("held_body_bytes") <= ROOM_BYTES
+        assert runtime.status().memory_bytes < before + ROOM_BYTES * 1.2
+        assert links[-1].recv(4096).startswith(b"HTTP/1.1 503")
+    finally:
+        for link in links:
+            link.close()
+    until(lambda: runtime.gauge("held_body_bytes") == 0, what="the memory given back")
+
+
 def test_clients_that_send_what_is_large_by_the_dozen_keep_nobody_out_who_asks_for_little(runtime: Runtime) -> None:
     room = ROOM_BYTES
     links = [runtime.connect() for _ in range(5)]

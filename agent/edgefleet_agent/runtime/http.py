@@ -35,6 +35,7 @@ LINGER_S = 2.0  # how long a client that was hung up on may go on sending: a res
 LAST_CALL_S = 0.3  # how long a client that was let in may stay silent when the server ends
 LOOK_S = 0.01  # how often a server that ends looks whether its clients are gone
 JOINED_BYTES = 64 * 1024  # an answer up to this is written in one piece; a larger one is not copied for it
+HEAP_BYTES = 1 << 20  # a body up to this comes into memory that is there already, and counts once it is announced
 FIRST_READ_BYTES = 2 * 1024  # enough for a head and a small body; what is beyond goes where the body belongs
 
 JSON = b"application/json"
@@ -240,7 +241,7 @@ class Connection(asyncio.BufferedProtocol):
         try:
             if self._filled < len(self._target):
                 self._filled += nbytes
-                if self._place is None:
+                if self._place is None and len(self._target) > HEAP_BYTES:
                     self._hold(nbytes)
                 if self._filled == len(self._target):
                     self._body_complete()
@@ -320,10 +321,10 @@ class Connection(asyncio.BufferedProtocol):
         self._head = head
         # A place is for one body at a time, and the one that is being answered has it.
         self._place = None if self._answered is not None else self._server.handler.place(head, data, self._peer)
+        if self._place is None:
+            self._hold(len(data) if length > HEAP_BYTES else length)
         self._target = _announced(length) if self._place is None else self._place.view
         self._target[: len(data)] = data
-        if self._place is None:
-            self._hold(len(data))
         self._filled = len(data)
         return b""
 
@@ -501,14 +502,16 @@ class Connection(asyncio.BufferedProtocol):
 
 
 def _announced(length: int) -> memoryview:
-    """Where a body that is to come may go. Its pages exist once something is in them: of the heap they would at once, for a mere head.
+    """Where a body that is to come may go. Pages of a large one exist once something is in them; of the heap they would at once, for a mere head.
 
     Raises:
         Refused: there is no room for so many.
     """
     try:
+        if length <= HEAP_BYTES:
+            return memoryview(bytearray(length))
         return memoryview(mmap.mmap(-1, length, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
-    except OSError:
+    except (MemoryError, OSError):
         raise Refused(503, NO_MEMORY) from None
 
 
