@@ -66,11 +66,13 @@ def _enrolled(state: Path) -> Settings | None:
     """What an enrolment left here; None when there is none, or a damaged one, whose place another may take.
 
     Raises:
-        EnvironmentProblem: it can't be read.
+        EnvironmentProblem: it can't be read, or was changed by hand to what it can't be.
     """
     try:
         return board_settings.read(state)
     except EnvironmentProblem as exc:
+        if isinstance(exc.__cause__, msgspec.ValidationError):
+            raise
         if isinstance(exc.__cause__, FileNotFoundError | msgspec.DecodeError):
             return None
         raise

@@ -1,7 +1,8 @@
 """Stage 9, health: how events lie in a segment. Pure: receives a file's bytes, hands on what of them is whole, and where something was.
 
-A record is crc32, length, sequence, content. Each append begins with a header record (sequence 0, the boot), so that it can be told what a
-cut left of the last append from what rotted of an earlier one: that had been safe, and is missing.
+A record is crc32, length, sequence, content. A segment begins with a header record (sequence 0, the boot). The first event of each later append
+is marked, so that it can be told what a cut left of the last append from what rotted of an earlier one: that had been safe, and is missing.
+The mark is a space behind the event's JSON: an agent of before, which may come back, knows of no other records than these (ADR 0010).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import NamedTuple
 import msgspec
 
 RECORD = struct.Struct("<IIQ")  # crc32 of the rest, length of the content, sequence
+_MARK = b" "
 
 
 class _Header(msgspec.Struct, frozen=True):
@@ -43,14 +45,20 @@ class Found(NamedTuple):
     holes: list[Hole]
 
 
-def record(sequence: int, content: bytes) -> bytes:
-    """An event's bytes in a segment."""
+def record(sequence: int, content: bytes, *, marked: bool = False) -> bytes:
+    """An event's bytes in a segment; ``marked`` when an append to it begins with them."""
+    content = content + _MARK if marked else content
     rest = RECORD.pack(0, len(content), sequence)[4:] + content
     return struct.pack("<I", zlib.crc32(rest)) + rest
 
 
+def unmarked(body: bytes) -> bytes:
+    """An event as it was given."""
+    return body.removesuffix(_MARK)
+
+
 def header(boot: str) -> bytes:
-    """What an append begins with."""
+    """What a segment begins with."""
     return record(0, msgspec.json.encode(_Header(boot)))
 
 
@@ -76,12 +84,13 @@ def find(content: bytes) -> Found | None:
         after = offset + RECORD.size + len(body)
         if not sequence:
             boot = boot or msgspec.json.decode(body, type=_Header).boot
-            holes = [hole._replace(sure=True) for hole in holes]
             continue
         boot = boot or msgspec.json.decode(body, type=_Booted).boot
         if torn:
             holes.append(Hole(sequences[-1] if sequences else 0, sequence, sure=False))
             torn = False
+        if body.endswith(_MARK):
+            holes = [hole._replace(sure=True) for hole in holes]
         sequences.append(sequence)
         offsets.append(offset)
     return Found(boot, sequences, offsets, holes) if sequences else None

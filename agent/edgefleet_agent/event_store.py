@@ -28,7 +28,7 @@ from edgefleet_shared import atomic
 from edgefleet_shared.errors import EnvironmentProblem
 from edgefleet_shared.files import FileSystem
 
-from edgefleet_agent.event_records import RECORD, Hole, find, header, record, record_at
+from edgefleet_agent.event_records import RECORD, Hole, find, header, record, record_at, unmarked
 
 log = logging.getLogger(__name__)
 
@@ -162,10 +162,10 @@ class EventStore:
         self.collect()
         self._make_room(lane, sum(RECORD.size + len(content) for _, content in events))
         segment = self._segment(lane)
-        piece, offsets = header(self._boot), list[int]()
+        piece, offsets = b"" if segment.size_bytes else header(self._boot), list[int]()
         for sequence, content in events:
             offsets.append(segment.size_bytes + len(piece))
-            piece += record(sequence, content)
+            piece += record(sequence, content, marked=not piece)
         if not self._counted:
             self._write_given_up(self._given_up)
         self._open.pop(lane, None)  # a failed append ends it: see atomic.append
@@ -217,7 +217,7 @@ class EventStore:
         whole = record_at(held[1], segment.offsets[index])
         if whole is None or whole[0] != sequence:
             raise EnvironmentProblem(f"event {sequence} in {segment.path} is damaged")
-        return whole[1]
+        return unmarked(whole[1])
 
     def give_up_unreadable(self, boot: str, sequence: int) -> None:
         """Count what can't be read any more of the segment of that event, and pass over it. What can be read of it stays.

@@ -4,7 +4,7 @@ What is asked, and the first that answers is taken; looked at again every minute
 
 1. a hardware monitor that measures the board's supply (INA226, INA3221 and the like, ``hwmon``): the channel labelled as the input where
    there is one on any chip (most Jetsons: ``VDD_IN``), else the sum of the channels of all chips of one kind (AGX Orin, AGX Xavier). Scope *board*.
-2. a battery that is being discharged (``power_supply``). Scope *board*.
+2. the batteries that are being discharged, together (``power_supply``). Scope *board*.
 3. RAPL's counter of the platform (``psys``, scope *board*) or of the packages (scope *package*: the processor alone, so no measure
    of a board's budget). Readable by root only on most kernels.
 
@@ -224,22 +224,31 @@ def _channels(chip: Path, name: str) -> list[_Channel]:
 
 
 def _battery(sys_root: Path, now_s: float) -> Source | None:
-    for supply in sysfs.found(sys_root, "class/power_supply/*"):
-        if sysfs.text(supply / "type") != "Battery" or sysfs.text(supply / "status") != "Discharging":
-            continue
+    supplies = sysfs.found(sys_root, "class/power_supply/*")
+    # A mouse has a battery too, and tells of it here.
+    batteries = [
+        s for s in supplies if sysfs.text(s / "type") == "Battery" and sysfs.text(s / "scope").lower() != "device"
+    ]
+    gauge = partial(_discharged, batteries)
+    if gauge() is None:
+        return None
+    return _Gauge(f"battery {'+'.join(battery.name for battery in batteries)}", gauge, now_s)
 
-        def gauge(supply: Path = supply) -> float | None:
-            if sysfs.text(supply / "status") != "Discharging":
-                return None  # what flows now charges the battery
-            direct = _scaled(supply / "power_now", 1e-6)
-            if direct is not None:
-                return abs(direct)
-            product = _product(supply / "voltage_now", supply / "current_now", 1e-6)
-            return None if product is None else abs(product)
 
-        if gauge() is not None:
-            return _Gauge(f"battery {supply.name}", gauge, now_s)
-    return None
+def _discharged(batteries: list[Path]) -> float | None:
+    """What flows out of them together; None while one is charged, which is by a cable that feeds the board too, or does not tell."""
+    statuses = {battery: sysfs.text(battery / "status") for battery in batteries}
+    if "Charging" in statuses.values():
+        return None
+    flows = [_flow(battery) for battery, status in statuses.items() if status == "Discharging"]
+    known = [abs(flow) for flow in flows if flow is not None]
+    return sum(known) if known and len(known) == len(flows) else None
+
+
+def _flow(battery: Path) -> float | None:
+    """Watts, below zero for what flows out where the driver says it so."""
+    direct = _scaled(battery / "power_now", 1e-6)
+    return direct if direct is not None else _product(battery / "voltage_now", battery / "current_now", 1e-6)
 
 
 def _rapl(sys_root: Path, now_s: float) -> Source | None:

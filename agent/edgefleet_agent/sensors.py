@@ -1,27 +1,46 @@
 """Stage 9, health: receives what Linux shows of this board's temperature and clock, hands on figures, or None where it shows nothing.
 
-Source: kernel ``Documentation/driver-api/thermal/sysfs-api.rst`` and ``admin-guide/pm/cpufreq.rst``.
+Source: kernel ``Documentation/driver-api/thermal/sysfs-api.rst``, ``hwmon/k10temp.rst``, ``hwmon/coretemp.rst`` and
+``admin-guide/pm/cpufreq.rst``.
 """
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from edgefleet_agent import sysfs
 
 MOST_CELSIUS = 200.0  # no processor lives there: what reads more is a sensor that is broken, or not there
+# Drivers of processors that need not have a thermal zone; AMD's have none.
+_PROCESSORS = re.compile(r"^(coretemp|k8temp|k10temp|zenpower|via_cputemp)$")
 THROTTLED_BELOW = 0.8  # of the maximum clock, right after a load that wants all of it
 
 
 def hottest_celsius(sys_root: Path = Path("/sys")) -> float | None:
-    """The highest reading of all thermal zones in degrees Celsius; None when the board has no readable zone."""
+    """The highest reading of all thermal zones and of the processor's own sensors in degrees Celsius; None when the board has none that can be
+    read."""
     readings = []
-    for zone in sysfs.found(sys_root, "class/thermal/thermal_zone*/temp"):
-        value = sysfs.number(zone)
+    for sensor in (*sysfs.found(sys_root, "class/thermal/thermal_zone*/temp"), *_of_processors(sys_root)):
+        value = sysfs.number(sensor)
         # Sensors that are switched off read 0 or far below zero, or all ones.
         if value is not None and 0 < value <= MOST_CELSIUS * 1000:
             readings.append(value / 1000.0)
     return max(readings, default=None)
+
+
+def _of_processors(sys_root: Path) -> list[Path]:
+    found = []
+    for chip in sysfs.found(sys_root, "class/hwmon/hwmon*"):
+        if _PROCESSORS.match(sysfs.text(chip / "name")):
+            sensors = {
+                path: sysfs.text(path.with_name(path.name.replace("input", "label")))
+                for path in sysfs.found(chip, "temp*_input")
+            }
+            # Tctl is what the fan is driven by, on some up to 27 degrees above the die; those tell that too.
+            has_die = "Tdie" in sensors.values()
+            found += [path for path, label in sensors.items() if not (has_die and label == "Tctl")]
+    return found
 
 
 def throttled(sys_root: Path = Path("/sys"), most_mhz: int = 0) -> bool | None:

@@ -17,6 +17,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated
 
 import msgspec
 from edgefleet_shared import atomic
@@ -37,10 +38,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     broker_port: int
     api_host: str = ""
     api_port: int = 0
-    health_period_s: float = 10.0
-    spool_bytes: int = 4 << 20
-    spool_flush_s: float = 60.0
-    threads: int = 1
+    health_period_s: Annotated[float, msgspec.Meta(gt=0)] = 10.0
+    spool_bytes: Annotated[int, msgspec.Meta(gt=0)] = 4 << 20
+    spool_flush_s: Annotated[float, msgspec.Meta(ge=0)] = 60.0
+    threads: Annotated[int, msgspec.Meta(ge=1)] = 1
     signing_key: str = ""
 
 
@@ -48,7 +49,7 @@ def read(state: Path, *, files: FileSystem = DISK) -> Settings:
     """The record in a state folder.
 
     Raises:
-        EnvironmentProblem: the board is not enrolled, or the record is damaged.
+        EnvironmentProblem: the board is not enrolled, or the record is damaged, or was changed by hand to what it can't be.
     """
     path = state / "agent.json"
     try:
@@ -57,6 +58,8 @@ def read(state: Path, *, files: FileSystem = DISK) -> Settings:
         raise EnvironmentProblem(
             f"{state} is not enrolled", hint="run fleet-agent enroll with a token from the controller"
         ) from exc
+    except msgspec.ValidationError as exc:
+        raise EnvironmentProblem(f"{path} can't be followed: {exc}", hint="correct it there") from exc
     except msgspec.DecodeError as exc:
         raise EnvironmentProblem(
             f"{path} is damaged: {exc}", hint="fleet device revoke, then fleet-agent enroll with a new token"

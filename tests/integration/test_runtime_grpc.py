@@ -68,6 +68,28 @@ def test_tritonclient_finds_the_server_live_ready_and_described(client: triton.I
     assert [(i.name, i.datatype, list(i.shape)) for i in metadata.inputs] == [("x", "FP32", [-1, 8, 8, 3])]
 
 
+def health(channel: grpc.Channel, service: bytes) -> bytes:
+    """What is asked and answered by grpc.health.v1: field 1, the service's name; field 1, 1 for serving and 2 for not."""
+    return channel.unary_unary("/grpc.health.v1.Health/Check")(b"\n%c%b" % (len(service), service), timeout=20)
+
+
+@pytest.mark.parametrize("service", [b"", b"inference.GRPCInferenceService", b"grpc.health.v1.Health"])
+def test_a_probe_of_kubernetes_finds_it_serving(address: str, service: bytes) -> None:
+    with grpc.insecure_channel(address) as channel:
+        assert health(channel, service) == b"\x08\x01"
+
+
+def test_a_probe_asks_for_a_service_that_is_not_here_or_for_a_stream_and_is_told_so(address: str) -> None:
+    with grpc.insecure_channel(address) as channel:
+        with pytest.raises(grpc.RpcError) as told:
+            health(channel, b"another.Service")
+        assert told.value.code() is grpc.StatusCode.NOT_FOUND
+        with pytest.raises(grpc.RpcError) as told:
+            next(channel.unary_stream("/grpc.health.v1.Health/Watch")(b"", timeout=20))
+        assert told.value.code() is grpc.StatusCode.UNIMPLEMENTED
+        assert "streams" in told.value.details()
+
+
 def test_it_can_listen_on_a_unix_socket_and_says_so(runtime: Runtime, tmp_path: Path) -> None:
     path = tmp_path / "grpc.sock"
     process = subprocess.Popen(
@@ -209,12 +231,14 @@ def test_typed_contents_without_measure_are_not_made_a_tensor_of(address: str, s
 
 
 def test_a_runtime_that_was_started_again_is_found_again(
-    client: triton.InferenceServerClient, runtime: Runtime
+    client: triton.InferenceServerClient, runtime: Runtime, address: str
 ) -> None:
     client.infer("toy", [tensor()])
     runtime.stop(signal.SIGKILL)
     with pytest.raises(InferenceServerException, match="does not answer"):
         client.infer("toy", [tensor()])
+    with grpc.insecure_channel(address) as channel:
+        assert health(channel, b"") == b"\x08\x02"
     runtime.start()
     until(client.is_server_ready, what="the runtime being ready again")
     np.testing.assert_allclose(client.infer("toy", [tensor()]).as_numpy("y"), artifacts.truth(1, X), atol=1e-4)

@@ -170,3 +170,55 @@ def test_a_board_that_was_paused_takes_no_worker_for_a_hanging_one(runtime: Runt
         os.kill(processes[1], signal.SIGCONT)
         assert asked.result(20)[0] == 200
     assert runtime.version("1").crashes == 0
+
+
+def test_a_worker_whose_memory_grows_is_relieved_before_a_request_has_to_wait_for_the_next_one(
+    runtime: Runtime, tmp_path: Path
+) -> None:
+    """It loads for three seconds; killed at its limit, it kept all that came meanwhile waiting for so long."""
+    contract = artifacts.make_contract(peak_memory_bytes=100 << 20)
+    runtime.install(runtime.add("1", engine="hostile", contract=contract, content=hostile.model(1, "leak")))
+    runtime.start(env=hostile.install(tmp_path / "engine"))
+    limit = 2 * (100 << 20) + (64 << 20)  # and the memory that it shares with the front
+    first = runtime.version("1").pid
+    with Load(runtime) as load:
+        while runtime.version("1").memory_bytes < 0.85 * limit:
+            assert runtime.infer(TRIGGER)[0] == 200
+        until(lambda: runtime.version("1").pid != first, 90, what="a fresh worker")
+        load.seen("1")
+    assert load.failed == []
+    assert load.wrong == 0
+    assert load.longest_s < hostile.LEAKER_LOADS_S / 2
+    version = runtime.version("1")
+    assert (version.crashes, version.retried) == (0, 0)
+    assert version.memory_bytes < 0.5 * limit
+    assert "was relieved" in version.last_problem
+    until(lambda: not Path(f"/proc/{first}").exists(), what="the end of the one before")
+
+
+def test_a_worker_that_says_it_is_ready_and_ends_while_nobody_listens_is_no_version_that_serves(
+    runtime: Runtime, tmp_path: Path
+) -> None:
+    """Of both the front hears in one turn, after a busy second. It believed the first and forgot the second: nothing ever served again."""
+    runtime.install(runtime.add("1"))
+    runtime.start(env=hostile.install(tmp_path / "engine"))
+    bad = runtime.add("2", engine="hostile", contract=artifacts.make_contract(), content=hostile.model(2, "leave"))
+    front, worker = runtime.status().pid, Path(f"/proc/{runtime.version('1').pid}")
+    siblings = Path(f"/proc/{parent_of(worker)}/task/{parent_of(worker)}/children")
+    before = set(siblings.read_text().split())
+    with ThreadPoolExecutor(1) as pool:
+        loading = pool.submit(runtime.client.load, bad)
+        (pid,) = until(lambda: set(siblings.read_text().split()) - before, what="its worker")
+        until(lambda: len(os.listdir(f"/proc/{pid}/task")) > 1, what="its library")
+        os.kill(front, signal.SIGSTOP)
+        try:
+            until(lambda: pid not in siblings.read_text().split(), what="its end")
+        finally:
+            os.kill(front, signal.SIGCONT)
+        with pytest.raises(EngineError, match="ended as soon as it was loaded"):
+            loading.result(30)
+    assert [v.version for v in runtime.status().versions] == ["1"]
+
+
+def parent_of(process: Path) -> str:
+    return next(line.split()[1] for line in (process / "status").read_text().splitlines() if line.startswith("PPid:"))

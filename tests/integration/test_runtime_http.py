@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import tritonclient.http as triton
 from edgefleet_agent.runtime.control import short_path
-from edgefleet_agent.runtime.http import MAX_CONNECTIONS
+from edgefleet_agent.runtime.http import MAX_CONNECTIONS, ROOM_BYTES
 from support import artifacts
 from support.runtimes import Runtime, UnixConnection, infer_body, running, until
 from tritonclient.utils import InferenceServerException
@@ -284,6 +284,75 @@ def test_bodies_that_are_small_only_while_they_are_packed_do_not_fill_the_memory
         assert set(answers[6:]) <= {b"HTTP/1.1 413", b"HTTP/1.1 503"}
         until(lambda: runtime.gauge("held_body_bytes") == 0, what="the memory given back")
         still_serves(runtime)
+        for link in links:
+            link.close()
+
+
+def test_bodies_that_are_only_announced_take_no_memory(runtime: Runtime) -> None:
+    """Twenty heads of a hundred bytes took 1.1 GB."""
+    before = runtime.status().memory_bytes
+    links = [runtime.connect() for _ in range(20)]
+    try:
+        for link in links:
+            link.sendall(b"POST /v2/models/toy/infer HTTP/1.1\r\nHost: x\r\nContent-Length: 60000000\r\n\r\nx")
+        until(lambda: runtime.gauge("held_body_bytes") == len(links), what="their beginnings being there")
+        assert runtime.status().memory_bytes < before + (16 << 20)
+    finally:
+        for link in links:
+            link.close()
+
+
+def test_bodies_of_a_megabyte_count_once_they_are_announced(runtime: Runtime) -> None:
+    before = runtime.status().memory_bytes
+    links = [runtime.connect() for _ in range(400)]
+    try:
+        for link in links:
+            link.sendall(b"POST /v2/models/toy/infer HTTP/1.1\r\nHost: x\r\nContent-Length: 1048576\r\n\r\nx")
+        until(lambda: runtime.gauge("held_body_bytes") > ROOM_BYTES - (2 << 20), what="all room being announced")
+        assert runtime.gauge("held_body_bytes") <= ROOM_BYTES
+        assert runtime.status().memory_bytes < before + ROOM_BYTES * 1.2
+        assert links[-1].recv(4096).startswith(b"HTTP/1.1 503")
+    finally:
+        for link in links:
+            link.close()
+    until(lambda: runtime.gauge("held_body_bytes") == 0, what="the memory given back")
+
+
+def test_clients_that_send_what_is_large_by_the_dozen_keep_nobody_out_who_asks_for_little(runtime: Runtime) -> None:
+    room = ROOM_BYTES
+    links = [runtime.connect() for _ in range(5)]
+    try:
+        for link, total in zip(links, (room // 5,) * 4 + (room - room // 5 * 4,), strict=True):
+            link.sendall(b"POST /v2/models/toy/infer HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % (total + 1))
+            for begin in range(0, total, 1 << 20):
+                link.sendall(b"x" * min(1 << 20, total - begin))
+        until(lambda: runtime.gauge("held_body_bytes") == room, what="all room being taken")
+        assert runtime.infer(X)[0] == 200
+        assert talk(runtime, post(b"x" * (1 << 20))).startswith(b"HTTP/1.1 503")
+    finally:
+        for link in links:
+            link.close()
+    until(lambda: runtime.gauge("held_body_bytes") == 0, what="the memory given back")
+
+
+def test_packed_bodies_that_come_all_at_once_take_little_while_they_wait_for_their_turn(tmp_path: Path) -> None:
+    packed = post(gzip.compress(bytes(5 << 18))[:-8], "Content-Encoding: gzip")  # cut off: each is refused at its turn
+    with running(tmp_path) as runtime:
+        runtime.install(runtime.add("1"))
+        runtime.start()
+        front = runtime.status().pid
+        status = Path(f"/proc/{front}/status")
+        links = [runtime.connect() for _ in range(150)]
+        before = runtime.status().memory_bytes
+        os.kill(front, signal.SIGSTOP)
+        try:
+            for link in links:
+                link.sendall(packed)
+        finally:
+            os.kill(front, signal.SIGCONT)
+        assert {link.recv(65536)[:12] for link in links} == {b"HTTP/1.1 400"}
+        highest = int(next(line for line in status.read_text().splitlines() if line.startswith("VmHWM")).split()[1])
+        assert highest * 1024 - before < 60 << 20  # a megabyte of each was unpacked at once
         for link in links:
             link.close()
 

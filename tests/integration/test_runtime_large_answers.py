@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from edgefleet_agent.runtime.untaken import MAX_UNTAKEN_BYTES
+from edgefleet_agent.runtime.http import ROOM_BYTES
 from edgefleet_shared.contract import TensorSpec
 from support import artifacts
 from support.runtimes import Runtime, UnixConnection, running, until
@@ -70,25 +70,25 @@ def address_space_bytes(pid: int) -> int:
 
 def test_clients_that_never_read_their_answers_do_not_fill_the_memory_nor_keep_others_out(runtime: Runtime) -> None:
     before = resident_bytes(runtime)
-    deaf = [narrow(runtime) for _ in range(2 * MAX_UNTAKEN_BYTES // ANSWER_BYTES)]
+    deaf = [narrow(runtime) for _ in range(2 * ROOM_BYTES // ANSWER_BYTES)]
     try:
         for link in deaf:
             link.sendall(request(body()))
         until(lambda: runtime.status().requests >= len(deaf), what="all of them being computed")
         until(lambda: runtime.ask("POST", PATH, body())[0] == 200, what="another client's large answer")
-        assert resident_bytes(runtime) - before < MAX_UNTAKEN_BYTES * 1.3
+        assert resident_bytes(runtime) - before < ROOM_BYTES * 1.3
         # Each was told that there was no room, which is counted, or hung up on; this question's own connection is one more.
         assert runtime.status().failed or runtime.gauge("connections") <= len(deaf)
     finally:
         for link in deaf:
             link.close()
-    until(lambda: resident_bytes(runtime) - before < MAX_UNTAKEN_BYTES / 4, what="the memory being given back")
+    until(lambda: resident_bytes(runtime) - before < ROOM_BYTES / 4, what="the memory being given back")
 
 
 def test_others_have_their_turn_between_large_answers_that_come_faster_than_they_are_handed_on(
     runtime: Runtime,
 ) -> None:
-    deaf = [narrow(runtime) for _ in range(MAX_UNTAKEN_BYTES // ANSWER_BYTES - 10)]
+    deaf = [narrow(runtime) for _ in range(ROOM_BYTES // ANSWER_BYTES - 10)]
     try:
         for link in deaf:
             link.sendall(request(body()))

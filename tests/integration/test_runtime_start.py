@@ -1,18 +1,25 @@
-"""Orders that come while the runtime tries what its slots name, one after the other."""
+"""The start of the runtime: orders that come while it tries what its slots name, one after the other, and a disk that takes nothing."""
 
 from __future__ import annotations
 
 import asyncio
+import shutil
+import subprocess
+import sys
 from collections.abc import Awaitable, Callable
+from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
 
 import pytest
+from edgefleet_agent.runtime import control
 from edgefleet_agent.runtime.nursery import Nursery
 from edgefleet_agent.runtime.orders import Orders
 from edgefleet_agent.runtime.switchboard import Switchboard
 from edgefleet_shared.artifact import Layout
 from support import artifacts
+from support.broker import free_port
+from support.runtimes import Runtime, until
 
 
 class Board:
@@ -90,3 +97,39 @@ def test_what_was_loaded_in_place_meanwhile_is_started(tmp_path: Path) -> None:
         assert board.workers() == 1
 
     told(story, tmp_path)
+
+
+def test_a_disk_that_takes_nothing_keeps_no_client_from_being_served_and_orders_are_taken_once_it_does(
+    tmp_path: Path,
+) -> None:
+    """It was full, or had gone read-only, when the board started: the model that is on it did not serve any more."""
+    runtime = Runtime(tmp_path / "state")
+    runtime.install(runtime.add("1"))
+    # What is in the way refuses a file and a socket their names, to root too.
+    refusing = [runtime.state / "run" / name for name in ("http.addr", "control.sock")]
+    for name in refusing:
+        (name / "in the way").mkdir(parents=True)
+    port = free_port()
+    command = [sys.executable, "-m", "edgefleet_agent.runtime.app", "--state", str(runtime.state)]
+    with subprocess.Popen([*command, "--http", f"127.0.0.1:{port}"]) as process:
+        try:
+            until(lambda: asked(port, "/v2/health/ready") == 200, what="it serving")
+            for name in refusing:
+                shutil.rmtree(name)
+            until(lambda: control.socket_path(runtime.state).exists(), what="orders being taken")
+            assert runtime.client.ping().pid == process.pid
+        finally:
+            process.terminate()
+        assert process.wait(20) == 0
+
+
+def asked(port: int, path: str) -> int:
+    """The status of the answer, 0 for none."""
+    connection = HTTPConnection("127.0.0.1", port, timeout=10)
+    try:
+        connection.request("GET", path)
+        return connection.getresponse().status
+    except OSError:
+        return 0
+    finally:
+        connection.close()

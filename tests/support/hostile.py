@@ -11,6 +11,7 @@ import os
 import socket
 import stat
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -35,13 +36,20 @@ TESTS = Path(__file__).resolve().parents[1]
 # mistime   says that it computed for longer than the universe is old
 # linger    takes three seconds
 # hang up   closes its channel, and stays
+# leak      keeps some memory, of which it never has enough
+# leave     ends soon after it was loaded
 # print     prints what looks like the runtime's own log, more than anybody wants to read, and aborts
 # give up   prints why and aborts, when it is loaded
 # complain  has an error longer than any message
 # refuse    has one when it is loaded
 Deed = Literal[
-    "observe", "start", "misplace", "misshape", "mistime", "linger", "hang up", "print", "give up", "complain", "refuse"
-]
+    "observe", "start", "misplace", "misshape", "mistime", "linger", "hang up", "leak", "leave", "print", "give up",
+    "complain", "refuse",
+]  # fmt: skip
+LEAK_BYTES = 16 << 20
+LEAKER_LOADS_S = 3.0
+LEAVES_AFTER_S = 4.0
+_LEAKED: list[bytearray] = []
 
 
 class Does(msgspec.Struct, frozen=True):
@@ -70,6 +78,11 @@ class HostileEngine:
         if does.deed == "give up":
             os.write(2, b"a word before\n\x1b[2Jno such device\n")
             os.abort()
+        if does.deed == "leak":
+            time.sleep(LEAKER_LOADS_S)  # as long as a large model takes
+        if does.deed == "leave":
+            threading.Timer(LEAVES_AFTER_S, os._exit, (0,)).start()
+            time.sleep(LEAVES_AFTER_S / 2)
         if does.deed == "refuse":
             _complain(config, {})
         return HostileSession(does, config)
@@ -146,6 +159,7 @@ _DEEDS: dict[str, Callable[[ModelConfig, dict[str, Any]], None]] = {
     "misshape": lambda _config, caller: _say_done(caller, shape=(-1, -artifacts.CLASSES)),
     "mistime": lambda _config, caller: _say_done(caller, compute_ns=2**64 - 1),
     "hang up": _hang_up,
+    "leak": lambda _config, _caller: _LEAKED.append(bytearray(b"x") * LEAK_BYTES),
     "print": _print,
     "complain": _complain,
     "linger": lambda _config, _caller: time.sleep(3.2),

@@ -122,3 +122,25 @@ def test_a_watchdog_for_another_process_is_not_ours(monkeypatch: pytest.MonkeyPa
     assert notify.watchdog_period_s() == 2.0
     monkeypatch.setenv("WATCHDOG_PID", "1")
     assert notify.watchdog_period_s() is None
+
+
+def test_a_processor_without_a_thermal_zone_is_as_hot_as_its_own_sensor_says(tmp_path: Path) -> None:
+    """AMD: the only zone is the firmware's, which says the same all day. Tctl is for the fan, and 27 degrees above the die on some."""
+    for name, text in (
+        ("thermal/thermal_zone0/temp", "16800"),
+        ("hwmon/hwmon0/name", "nvme"),
+        ("hwmon/hwmon0/temp1_input", "91000"),
+        ("hwmon/hwmon1/name", "k10temp"),
+        ("hwmon/hwmon1/temp1_input", "98250"),
+        ("hwmon/hwmon1/temp1_label", "Tctl"),
+        ("hwmon/hwmon1/temp2_input", "71250"),
+        ("hwmon/hwmon1/temp2_label", "Tdie"),
+    ):
+        path = tmp_path / "class" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    assert sensors.hottest_celsius(tmp_path) == 71.25
+    (tmp_path / "class/hwmon/hwmon1/temp2_label").write_text("Tccd1")
+    assert sensors.hottest_celsius(tmp_path) == 98.25
+    (tmp_path / "class/hwmon/hwmon1/name").unlink()
+    assert sensors.hottest_celsius(tmp_path) == 16.8

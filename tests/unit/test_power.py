@@ -132,6 +132,24 @@ def test_a_battery_tells_only_while_it_is_discharged(board: Board) -> None:
     assert meter.look() is None
 
 
+def test_two_batteries_feed_the_board_together_and_one_that_is_empty_leaves_it_to_the_other(board: Board) -> None:
+    board.put("power_supply/BAT0", type="Battery", status="Discharging", power_now=4_000_000)
+    board.put("power_supply/BAT1", type="Battery", status="Discharging", voltage_now=12_000_000, current_now=-250_000)
+    meter = board.meter()
+    assert mean(board, meter, 1.0) == pytest.approx(7.0)
+    board.put("power_supply/BAT0", status="Not charging", power_now=0)
+    board.put("power_supply/BAT1", current_now=-600_000)
+    meter.look()
+    assert mean(board, meter, 1.0) == pytest.approx(7.2)
+    board.put("power_supply/BAT0", status="Charging", power_now=9_000_000)
+    assert meter.look() is None
+
+
+def test_the_battery_of_a_mouse_does_not_feed_the_board(board: Board) -> None:
+    board.put("power_supply/hid-1", type="Battery", scope="Device", status="Discharging", power_now=10_000)
+    assert board.meter().look() is None
+
+
 def test_a_battery_by_voltage_and_a_current_that_is_negative_while_it_flows_out(board: Board) -> None:
     board.put("power_supply/bat", type="Battery", status="Discharging", voltage_now=12_000_000, current_now=-250_000)
     assert mean(board, board.meter(), 1.0) == pytest.approx(3.0)

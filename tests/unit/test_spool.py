@@ -11,9 +11,11 @@ from pathlib import Path
 
 import pytest
 from chaos.spooling import FOLDER, LIMIT_BYTES, Board, Receiver, given_up_on_disk, kinds
+from edgefleet_agent.event_records import RECORD, record_at
 from edgefleet_agent.spool import AGAIN_S, MEMORY_BYTES, READ_AGAIN_S, RESEND_LAST_S, RESEND_S, WINDOW, Spool
 from edgefleet_controller.store import events
 from edgefleet_controller.store.database import Database
+from edgefleet_shared import atomic
 from edgefleet_shared.clock import ManualClock
 from edgefleet_shared.messages import Ack, Ended, Event, Health, OutcomeTold, decode
 from edgefleet_shared.outcomes import Outcome
@@ -386,7 +388,7 @@ def _overwrite(files: MemoryDisk, name: str, content: bytes, offset: int) -> Non
         (b"\xff", 700, 1),  # within an event's text
         (b"\xff\xff", 37, 1),  # an event's length: nobody knows where the next one begins
         (b"\xff", 20, 0),  # which boot it is of, which each event says too
-        (bytes(1500), 100, 4),
+        (bytes(1500), 100, 5),
     ],
 )
 def test_what_rots_in_the_middle_of_a_segment_is_counted_once_and_what_lies_behind_it_comes(
@@ -425,3 +427,18 @@ def test_what_rotted_and_was_stored_by_the_controller_before_is_not_counted() ->
     board.exchange()
     assert board.spool.dropped == {}
     assert board.receiver.floors["boot-1"] == 15
+
+
+def test_an_agent_of_before_that_comes_back_reads_what_the_later_one_wrote() -> None:
+    """It knows one header, at the beginning, and takes everything behind it for an event (ADR 0010)."""
+    files = disk()
+    _offline_for_three_appends(files)
+    segment = atomic.read(FOLDER / "00000002-health.seg", files=files)
+    offset, found = 0, list[tuple[int, bytes]]()
+    while (whole := record_at(segment, offset)) is not None:
+        found.append(whole)
+        offset += RECORD.size + len(whole[1])
+    assert offset == len(segment)
+    (first, _), *rest = found
+    assert first == 0
+    assert [decode(content, Event).sequence for _, content in rest] == [sequence for sequence, _ in rest]

@@ -21,7 +21,8 @@ from edgefleet_agent import notify, slots
 from edgefleet_agent.runtime import activation, control
 from edgefleet_agent.runtime.control_server import bind_unix, serve_control
 from edgefleet_agent.runtime.front import Front
-from edgefleet_agent.runtime.http import MAX_CONNECTIONS, Server
+from edgefleet_agent.runtime.http import MAX_CONNECTIONS, Server, room
+from edgefleet_agent.runtime.memory import available_memory_bytes
 from edgefleet_agent.runtime.nursery import Nursery
 from edgefleet_agent.runtime.orders import Orders
 from edgefleet_agent.runtime.regions import Regions
@@ -32,6 +33,7 @@ log = logging.getLogger("edgefleet.runtime")
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 TICK_S = 0.25
 DRAIN_LIMIT_S = 10.0
+AGAIN_S = 5.0  # between two tries of what the disk refused
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -101,7 +103,7 @@ async def serve(state: Path, address: tuple[str, int] | None, socket_path: Path,
     server: Server
     regions = Regions()
     front = Front(switchboard, regions, lambda: _gauges(switchboard, orders, server, regions))
-    server = Server(front)
+    server = Server(front, room(available_memory_bytes()))
 
     orders.expect(_serving(state))
     servers: list[asyncio.AbstractServer] = []
@@ -115,10 +117,12 @@ async def serve(state: Path, address: tuple[str, int] | None, socket_path: Path,
             continue
         servers.append(await loop.create_server(server.connection, sock=listener, backlog=MAX_CONNECTIONS))
         host, port = listener.getsockname()[:2]
-        atomic.write(state / "run" / "http.addr", f"{host}:{port}\n".encode())
+        _tell_address(state, f"{host}:{port}")
         where.append(f"http://{host}:{port}")
     # Last, so that whoever reaches the runtime there knows that its clients do.
-    servers.append(await serve_control(bind_unix(control.socket_path(state), 0o600), orders))
+    refused = await _take_orders(state, orders, servers)
+    if refused:
+        log.error("takes_no_orders", extra={"problem": refused})
     # What is here now stays; the collector need not look at it again in the middle of a request.
     gc.collect()
     gc.freeze()
@@ -127,11 +131,14 @@ async def serve(state: Path, address: tuple[str, int] | None, socket_path: Path,
 
     starting = loop.create_task(orders.serve_at_start())
     ticking = loop.create_task(_tick(switchboard, orders, nursery, server, regions))
+    retrying = loop.create_task(_take_orders_later(state, orders, servers)) if refused else None
     await stop.wait()
 
     log.info("stopping")
     notify.stopping()
     starting.cancel()
+    if retrying is not None:
+        retrying.cancel()
     for listening in servers:
         listening.close()
     if not switchboard.ready:  # nothing that waits would be answered in time: tell it so
@@ -140,6 +147,30 @@ async def serve(state: Path, address: tuple[str, int] | None, socket_path: Path,
     ticking.cancel()
     await _close(orders)
     nursery.close()
+
+
+def _tell_address(state: Path, address: str) -> None:
+    """Where it listens, for whoever has to find that out. A disk that is full or read-only keeps no client from being served."""
+    try:
+        atomic.write(state / "run" / "http.addr", f"{address}\n".encode())
+    except EnvironmentProblem as exc:
+        log.error("address_not_written", extra={"problem": exc.message})
+
+
+async def _take_orders(state: Path, orders: Orders, servers: list[asyncio.AbstractServer]) -> str:
+    """Open the control socket; why that is refused, empty when it is not. What serves needs no orders to go on."""
+    try:
+        listener = bind_unix(control.socket_path(state), 0o600)
+    except OSError as exc:
+        return exc.strerror or str(exc)
+    servers.append(await serve_control(listener, orders))
+    return ""
+
+
+async def _take_orders_later(state: Path, orders: Orders, servers: list[asyncio.AbstractServer]) -> None:
+    while await _take_orders(state, orders, servers):
+        await asyncio.sleep(AGAIN_S)
+    log.info("takes_orders")
 
 
 async def _close(orders: Orders) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Generator
 from edgefleet_agent.runtime.head import MAX_BODY_BYTES, Refused
 
 PIECE_BYTES = 1 << 20  # of the plain body: a millisecond's work
+FIRST_BYTES = 64 * 1024  # before others have their turn: what each of those that wait for theirs has in memory
 
 
 def decompress(
@@ -24,18 +25,19 @@ def decompress(
         raise Refused(415, "Content-Encoding must be gzip or deflate")
     machine = zlib.decompressobj(wbits=31 if encoding == "gzip" else 15)
     plain = bytearray()
-    rest = body
+    rest, most = body, FIRST_BYTES
     while True:
         try:
-            piece = machine.decompress(rest, PIECE_BYTES)
+            piece = machine.decompress(rest, most)
         except zlib.error as exc:
             raise Refused(400, f"the body is not {encoding}: {exc}") from exc
         plain += piece
         rest = machine.unconsumed_tail
         if len(plain) > MAX_BODY_BYTES:
             raise Refused(413, f"the body unpacks to more than {MAX_BODY_BYTES} bytes")
-        if machine.eof or (not rest and len(piece) < PIECE_BYTES):
+        if machine.eof or (not rest and len(piece) < most):
             break
+        most = PIECE_BYTES
         yield
     if not machine.eof:
         raise Refused(400, f"the {encoding} body is cut off")

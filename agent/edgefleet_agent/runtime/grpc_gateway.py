@@ -31,7 +31,7 @@ from edgefleet_shared.errors import EdgefleetError, EnvironmentProblem
 from google.protobuf.message import DecodeError, Message
 
 from edgefleet_agent import notify
-from edgefleet_agent.runtime import activation
+from edgefleet_agent.runtime import activation, grpc_health
 from edgefleet_agent.runtime import grpc_messages as messages
 from edgefleet_agent.runtime.control import short_path
 from edgefleet_agent.runtime.grpc_bounds import CALLS_AT_ONCE, IDLE_LIMIT_S, LARGE_BYTES, MAX_CALLS, MESSAGE_LIMIT_S
@@ -223,6 +223,9 @@ class Gateway:
     def server_ready(self, request: Any, call: Call) -> Message:
         return pb.ServerReadyResponse(ready=self._is("/v2/health/ready", call))
 
+    def health(self, request: Any, call: Call) -> Message:
+        return grpc_health.check(request, (SERVICE, grpc_health.SERVICE), lambda: self._is("/v2/health/ready", call))
+
     def model_ready(self, request: Any, call: Call) -> Message:
         return pb.ModelReadyResponse(ready=self._is(_path(request.name, request.version) + "/ready", call))
 
@@ -366,15 +369,19 @@ def serve(runtime: Runtime, address: str) -> tuple[grpc.Server, int]:
     ours = None if address.startswith("unix:") else (address.rpartition(":")[0].strip("[]"), port)
     # Taken as streams that are read once: a call that sends one message looks the same, and one that sends none can be ended.
     large = threading.Lock()
-    handlers = {
-        name: grpc.stream_unary_rpc_method_handler(
-            _answering(call, getattr(pb, f"{name}Request").FromString, large, silence, heap, ours),
-            response_serializer=lambda m: m.SerializeToString(),
+
+    def handler(call: Callable[[Any, Call], Message], parse: Callable[[bytes], Any]) -> grpc.RpcMethodHandler:
+        return grpc.stream_unary_rpc_method_handler(
+            _answering(call, parse, large, silence, heap, ours), response_serializer=lambda m: m.SerializeToString()
         )
-        for name, call in calls.items()
-    }
-    handlers |= {name: grpc.stream_unary_rpc_method_handler(_refusing(why)) for name, why in REFUSED.items()}
-    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
+
+    inference = {name: handler(call, getattr(pb, f"{name}Request").FromString) for name, call in calls.items()}
+    for service, handlers, refused in (
+        (SERVICE, inference, REFUSED),
+        (grpc_health.SERVICE, {"Check": handler(gateway.health, grpc_health.parse)}, grpc_health.REFUSED),
+    ):
+        handlers |= {name: grpc.stream_unary_rpc_method_handler(_refusing(why)) for name, why in refused.items()}
+        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, handlers),))
     silence.start()
     server.start()
     return server, port

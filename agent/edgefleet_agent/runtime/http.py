@@ -10,6 +10,7 @@ Not handled here: what a head means (:mod:`head`). Source: RFC 9112.
 from __future__ import annotations
 
 import asyncio
+import mmap
 import time
 from collections import deque
 from functools import lru_cache
@@ -21,9 +22,11 @@ from edgefleet_agent.runtime.answer import error_body
 from edgefleet_agent.runtime.head import Head, Refused
 from edgefleet_agent.runtime.job import NO_MEMORY
 from edgefleet_agent.runtime.peer import Peer
-from edgefleet_agent.runtime.untaken import Untaken
+from edgefleet_agent.runtime.untaken import SMALL_BYTES, Untaken
 
-MAX_HELD_BYTES = 256 * 1024 * 1024  # all bodies of all connections
+# For all bodies of all connections, and as much for answers that nobody reads, on a board that has it.
+ROOM_BYTES = 256 * 1024 * 1024
+ROOM_SHARE = 4  # of the memory that is free when the runtime starts: bodies and answers together leave half of it
 MAX_PIPELINED = 16
 MAX_CONNECTIONS = 1024
 SILENT_S = 10.0  # a connection that has been silent for so long may be closed to make room for another
@@ -32,6 +35,7 @@ LINGER_S = 2.0  # how long a client that was hung up on may go on sending: a res
 LAST_CALL_S = 0.3  # how long a client that was let in may stay silent when the server ends
 LOOK_S = 0.01  # how often a server that ends looks whether its clients are gone
 JOINED_BYTES = 64 * 1024  # an answer up to this is written in one piece; a larger one is not copied for it
+HEAP_BYTES = 1 << 20  # a body up to this comes into memory that is there already, and counts once it is announced
 FIRST_READ_BYTES = 2 * 1024  # enough for a head and a small body; what is beyond goes where the body belongs
 
 JSON = b"application/json"
@@ -69,7 +73,7 @@ class Request:
         """
         more = len(body) - self.held_bytes
         if self._server is not None:
-            if self._server.held_bytes + more > MAX_HELD_BYTES:
+            if self._server.held_bytes + more > self._server.room_bytes:
                 raise Refused(503, "too many large requests at once")
             self._server.held_bytes += more
         self.body, self.held_bytes = body, len(body)
@@ -103,14 +107,23 @@ class Handler(Protocol):
         ...
 
 
-class Server:
-    """What all connections share."""
+def room(available_bytes: int) -> int:
+    """Bytes that bodies may take, and answers as many, on a board that has so many free; one body of the largest size in any case."""
+    return max(heads.MAX_BODY_BYTES, min(ROOM_BYTES, available_bytes // ROOM_SHARE))
 
-    def __init__(self, handler: Handler) -> None:
-        self.handler = handler
+
+class Server:
+    """What all connections share.
+
+    Args:
+        room_bytes: see :func:`room`.
+    """
+
+    def __init__(self, handler: Handler, room_bytes: int = ROOM_BYTES) -> None:
+        self.handler, self.room_bytes = handler, room_bytes
         self.connections: set[Connection] = set()
         self.held_bytes = 0
-        self.untaken = Untaken[Connection]()
+        self.untaken = Untaken[Connection](room_bytes)
         self.refused = 0
         self.ending = False  # every answer is its connection's last
         # The loop asks for a buffer and says how much it put there without anything in between, so one serves them all.
@@ -228,7 +241,7 @@ class Connection(asyncio.BufferedProtocol):
         try:
             if self._filled < len(self._target):
                 self._filled += nbytes
-                if self._place is None:
+                if self._place is None and len(self._target) > HEAP_BYTES:
                     self._hold(nbytes)
                 if self._filled == len(self._target):
                     self._body_complete()
@@ -308,13 +321,10 @@ class Connection(asyncio.BufferedProtocol):
         self._head = head
         # A place is for one body at a time, and the one that is being answered has it.
         self._place = None if self._answered is not None else self._server.handler.place(head, data, self._peer)
-        try:
-            self._target = memoryview(bytearray(length)) if self._place is None else self._place.view
-        except MemoryError:
-            raise Refused(503, NO_MEMORY) from None
-        self._target[: len(data)] = data
         if self._place is None:
-            self._hold(len(data))
+            self._hold(len(data) if length > HEAP_BYTES else length)
+        self._target = _announced(length) if self._place is None else self._place.view
+        self._target[: len(data)] = data
         self._filled = len(data)
         return b""
 
@@ -342,7 +352,9 @@ class Connection(asyncio.BufferedProtocol):
     def _hold(self, count: int) -> None:
         self._server.held_bytes += count
         self._coming_bytes += count
-        if self._server.held_bytes > MAX_HELD_BYTES:
+        # Who sends what is large by the dozen must not keep those out who ask for little.
+        is_small = self._coming_bytes <= SMALL_BYTES and self._answered is None and not self._waiting
+        if self._server.held_bytes > self._server.room_bytes and not is_small:
             raise Refused(503, "too many large requests at once")
 
     def _complete(self, head: Head, body: bytes | bytearray | memoryview, place: Place | None) -> None:
@@ -487,6 +499,20 @@ class Connection(asyncio.BufferedProtocol):
         self._forget()
         if self._transport is not None:
             self._transport.abort()
+
+
+def _announced(length: int) -> memoryview:
+    """Where a body that is to come may go. Pages of a large one exist once something is in them; of the heap they would at once, for a mere head.
+
+    Raises:
+        Refused: there is no room for so many.
+    """
+    try:
+        if length <= HEAP_BYTES:
+            return memoryview(bytearray(length))
+        return memoryview(mmap.mmap(-1, length, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
+    except (MemoryError, OSError):
+        raise Refused(503, NO_MEMORY) from None
 
 
 @lru_cache(64)

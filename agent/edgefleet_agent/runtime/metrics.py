@@ -30,6 +30,7 @@ class Figures:
         self.failed = 0
         self.pictures = 0  # answered; a request may be a batch of them
         self.crashes = 0
+        self.relieved = 0
         self.retried = 0
         self.compute_ns = 0
         self.queue_ns = 0
@@ -84,6 +85,7 @@ def exposition(versions: Iterable[tuple[str, str, bool, Figures]], gauges: dict[
         ("requests_total", "Requests that ended, answered or failed", lambda f: f.requests),
         ("failed_total", "Requests that ended without an answer", lambda f: f.failed),
         ("crashes_total", "Worker processes that ended by themselves", lambda f: f.crashes),
+        ("relieved_total", "Worker processes replaced before they outgrew their memory", lambda f: f.relieved),
         ("retried_total", "Requests computed again after their worker died", lambda f: f.retried),
         ("compute_seconds_total", "Time inside the engine", lambda f: f.compute_ns / 1e9),
         ("queue_seconds_total", "Time waiting for the worker", lambda f: f.queue_ns / 1e9),

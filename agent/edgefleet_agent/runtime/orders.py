@@ -46,6 +46,7 @@ class Orders:
         self._expected: list[Version] = []
         self._candidate: Version | None = None  # being loaded
         self._order = asyncio.Lock()  # one load, switch or retire at a time
+        self._relieving: asyncio.Task[None] | None = None
         self._began = time.monotonic()
         self.swaps = 0
 
@@ -200,6 +201,8 @@ class Orders:
         self._board.closed = True
         for version in list(self._board.loaded.values()):
             await version.stop()
+        if self._relieving is not None:
+            await self._relieving
         self._board.close()
 
     async def _switch_in_place(self, version: Version, old: Version | None) -> float:
@@ -262,9 +265,26 @@ class Orders:
         )
 
     def tick(self) -> None:
-        """Kill a candidate that outgrew its memory. Call a few times a second."""
+        """Kill a candidate that outgrew its memory; relieve a worker that comes near that. Call a few times a second."""
         if self._candidate is not None:
             self._candidate.check_memory()
+        serving = self._board.serving
+        # While there is a standby it answers until a worker is back; and what is on trial must not have its growth hidden.
+        if serving is None or self._board.standby is not None or self._order.locked() or self._board.closed:
+            return
+        if serving.is_to_be_relieved(time.monotonic()):
+            self._relieving = asyncio.get_running_loop().create_task(self._relieve(serving))
+
+    async def _relieve(self, version: Version) -> None:
+        async with self._order:
+            if not version.is_to_be_relieved(time.monotonic()):
+                return
+            chosen, why = swap_mode.choose(version.config, "auto", True)
+            if chosen == "in-place":
+                version.put_relief_off()
+                log.info("worker_not_relieved", extra={"digest": version.manifest, "problem": why})
+                return
+            await version.relieve()
 
     def status(self) -> StatusReport:
         rows = (

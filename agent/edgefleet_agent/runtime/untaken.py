@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from typing import Generic, TypeVar
 
-MAX_UNTAKEN_BYTES = 256 * 1024 * 1024  # of all connections
-SMALL_BYTES = 64 * 1024  # an answer up to this always has room: one for each connection does not fill the memory
+SMALL_BYTES = 64 * 1024  # what is no larger always has room, a body too: one for each connection fills no memory
 STALLED_S = 1.0  # a client that has read nothing for so long makes room for the answer to another
 TAKE_LIMIT_S = 30.0  # and after that its connection is closed in any case
 
@@ -24,9 +23,14 @@ class _Rest:
 
 
 class Untaken(Generic[_Who]):
-    """The answers that are not wholly with the kernel yet, one for each connection."""
+    """The answers that are not wholly with the kernel yet, one for each connection.
 
-    def __init__(self) -> None:
+    Args:
+        room_bytes: for all of them.
+    """
+
+    def __init__(self, room_bytes: int) -> None:
+        self._room_bytes = room_bytes
         self._rest: dict[_Who, _Rest] = {}
         self.held_bytes = 0
 
@@ -54,7 +58,7 @@ class Untaken(Generic[_Who]):
 
     def fits(self, size: int) -> bool:
         """Whether there is room for another answer."""
-        return size <= SMALL_BYTES or not self._rest or self.held_bytes + size <= MAX_UNTAKEN_BYTES
+        return size <= SMALL_BYTES or not self._rest or self.held_bytes + size <= self._room_bytes
 
     def stalled(self, now: float) -> list[_Who]:
         """Whose clients have read nothing for a while, the longest first."""

@@ -34,6 +34,9 @@ MAX_HEAD_BYTES = 1024  # of the JSON before a tensor that is read from the socke
 MIN_SLOT_BYTES, MAX_SLOT_BYTES = 256 * 1024, 64 * 1024 * 1024
 BACKOFF_FIRST_S, BACKOFF_LAST_S = 0.05, 10.0
 HEALTHY_AFTER_S = 30.0  # a worker that lived this long starts the back-off anew
+# A worker whose memory grows is relieved before it is at its limit, so that no request waits for the next one's load: at this share of the
+# limit, once it has served for so long, and for ten times as long as it loaded. What grows faster is a regression, which must be heard of.
+RELIEVED_AT, RELIEVED_AFTER_S, RELIEVED_AFTER_LOADS = 0.8, 60.0, 10
 # A version may need more to serve than its acceptance saw: batches, and what the engine keeps of them.
 MEMORY_SLACK, MEMORY_SLACK_BYTES = 2.0, 64 * 1024 * 1024
 MAX_ATTEMPTS = 3  # a request that killed this many workers is not given to another
@@ -71,6 +74,8 @@ class Version:
         self._nursery = nursery
         self._on_room, self._on_orphans, self._on_refused = on_room, on_orphans, on_refused
         self._worker: WorkerProcess | None = None
+        self._relief: WorkerProcess | None = None  # loads, and will take over from it
+        self._relief_at = 0.0
         self._shadow: Shadow | None = None
         self.on_computed: Callable[[int], None] | None = None
         self._restart: asyncio.Task[None] | None = None
@@ -184,8 +189,49 @@ class Version:
 
     def check_memory(self) -> None:
         """Kill the worker when it holds more memory than its artifact's contract leaves it; its jobs are placed again."""
-        if self._worker is not None and self.pid and (problem := self._overgrown(self.pid)):
-            self._worker.kill(problem)
+        for worker in (self._worker, self._relief):
+            if worker is not None and worker.pid and (problem := self._overgrown(worker.pid)):
+                worker.kill(problem)
+
+    def is_to_be_relieved(self, now: float) -> bool:
+        """Whether its worker comes near its memory limit, and the next one should be loaded before it is there."""
+        if self.state is not VersionState.READY or not self.pid or now < self._relief_at:
+            return False
+        try:
+            return resident_bytes(self.pid) > RELIEVED_AT * self.memory_limit_bytes
+        except OSError:  # no descriptor is left to look with; the next look comes soon
+            return False
+
+    def put_relief_off(self) -> None:
+        """Not now: what loads takes time from what serves."""
+        load_s = self.ready.load_ms / 1000 if self.ready is not None else 0.0
+        self._relief_at = time.monotonic() + max(RELIEVED_AFTER_S, RELIEVED_AFTER_LOADS * load_s)
+
+    async def relieve(self) -> None:
+        """Let a fresh worker take over; the one before answers what it has. When the fresh one does not load, all stays as it is."""
+        held, self._relief = resident_bytes(self.pid) >> 20, self._process()
+        worker = self._relief
+        self.put_relief_off()
+        try:
+            ready = await self._loaded(worker, aside=True)
+        except EdgefleetError as exc:
+            log.error("worker_not_relieved", extra={"digest": self.manifest, "problem": exc.message})
+            if self.state is VersionState.RESTARTING:  # the one before died meanwhile, and waited for this one
+                self.restart_soon()
+            return
+        finally:
+            self._relief = None
+        if self.state not in (VersionState.READY, VersionState.RESTARTING):
+            worker.kill("was not wanted any more")
+            return
+        before, self._worker, self.ready = self._worker, worker, ready
+        worker.shadow = self._shadow
+        self.figures.relieved += 1
+        self.last_problem = f"its worker held {held} of {self.memory_limit_bytes >> 20} MiB, and was relieved"
+        log.warning("worker_relieved", extra={"digest": self.manifest, "problem": self.last_problem})
+        self._up()
+        if before is not None:
+            await before.stop()
 
     def give_memory_back(self, now: float) -> None:
         """See :meth:`.WorkerProcess.give_memory_back`."""
@@ -218,6 +264,8 @@ class Version:
         if self._restart is not None:
             self._restart.cancel()
             self._restart = None
+        if self._relief is not None:
+            self._relief.kill("was not wanted any more")
         worker, self._worker = self._worker, None
         if worker is not None:
             await worker.stop()
@@ -230,7 +278,7 @@ class Version:
                 RequestError(404, f"{self.config.model} version {self.config.version} is not loaded any more")
             )
 
-    async def _launch(self, aside: bool = False) -> Ready:
+    def _process(self) -> WorkerProcess:
         worker = WorkerProcess(
             self.config,
             self._start,
@@ -242,19 +290,29 @@ class Version:
             on_end=lambda problem, jobs: self._ended(worker, problem, jobs),
         )
         worker.shadow = self._shadow
-        self._worker = worker
+        return worker
+
+    async def _launch(self, aside: bool = False) -> Ready:
+        self._worker = self._process()
         try:
-            ready = await worker.start(self.config.contract.time_limit_s, aside=aside)
-            if problem := self._overgrown(worker.pid):
-                worker.kill(problem)
-                raise EngineError(f"the worker {problem} once it was loaded")
-            return ready
+            return await self._loaded(self._worker, aside)
         except BaseException:
             self._worker = None
             raise
 
+    async def _loaded(self, worker: WorkerProcess, aside: bool) -> Ready:
+        ready = await worker.start(self.config.contract.time_limit_s, aside=aside)
+        if not worker.has_room:  # both were read in one turn; nobody would be told of its end any more
+            worker.kill("ended as soon as it was loaded")
+            raise EngineError("the worker ended as soon as it was loaded")
+        if problem := self._overgrown(worker.pid):
+            worker.kill(problem)
+            raise EngineError(f"the worker {problem} once it was loaded")
+        return ready
+
     def _up(self) -> None:
         self.state, self._started_at = VersionState.READY, time.monotonic()
+        self.put_relief_off()
         if self.ready is not None and self.ready.unconfined:
             log.warning("worker_not_confined", extra={"digest": self.manifest, "missing": self.ready.unconfined})
         if self._worker is not None and self._worker.output:
@@ -311,7 +369,10 @@ class Version:
                 self.last_problem = problem
                 if time.monotonic() - self._started_at > HEALTHY_AFTER_S:
                     self._crashes_in_row = 0
-                self.restart_soon()
+                if self._relief is not None:
+                    self.state = VersionState.RESTARTING
+                else:
+                    self.restart_soon()
         self._on_orphans(unanswered)
 
     async def _restart_with_backoff(self) -> None:
