@@ -125,15 +125,19 @@ def found_boxes(outputs: Mapping[str, Array], references: Mapping[str, Array], r
     return [Boxes(matched(have, want, least), len(have), len(want)) for have, want in zip(*sides, strict=True)]
 
 
+def share_of_boxes(found: Sequence[Boxes]) -> float:
+    """The lower of recall and precision of the boxes in all pictures; 1 where neither has any."""
+    both, have, want = (sum(counts) for counts in zip(*found, strict=True))
+    return float(both / max(have, want)) if have or want else 1.0
+
+
 def alike(outputs: Mapping[str, Array], references: Mapping[str, Array], reading: Reading) -> Array:
-    """Which samples have the same answer; of kinds that have one, which ``raw`` hasn't. Shape N; bool.
+    """Which samples have the same answer, of kinds that have one: ``raw`` has values, ``detection`` boxes, of which some may be the same. Shape N; bool.
 
     Args:
         outputs, references: by output name, first axis N.
     """
     match reading.kind:
-        case "detection":
-            return np.array([one.both == one.have == one.want for one in found_boxes(outputs, references, reading)])
         case "segmentation":
             return _masks_alike(outputs, references, reading)
         case "text":

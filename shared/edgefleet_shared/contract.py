@@ -93,12 +93,12 @@ class BuildBudget(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ShadowFigures(msgspec.Struct, frozen=True, kw_only=True):
-    """What the runtime counted while a candidate answered unseen. ``compared`` requests were answered by both, ``agreed`` of them alike;
-    ``failed`` by what serves alone. Times are the engine's, medians in ms, None before the first."""
+    """What the runtime counted while a candidate answered unseen. ``compared`` requests were answered by both, ``agreed`` of them alike, to which a
+    detector's adds the lower of recall and precision of its boxes; ``failed`` by what serves alone. Times are the engine's, medians in ms, None before the first."""
 
     manifest: str
     compared: int = 0
-    agreed: int = 0
+    agreed: float = 0
     failed: int = 0
     p50_ms: float | None = None
     serving_p50_ms: float | None = None

@@ -111,7 +111,9 @@ def compare(
         case "raw":  # each output counts by itself: a score is one value beside thousands of a map
             agreement = min(float(np.mean(shares)) for shares in within.values())
         case "detection":
-            agreement = _of_boxes(boxes)
+            if not any(one.want for one in boxes):
+                raise ArtifactError("the float model finds no box in any golden picture: nothing could be compared")
+            agreement = answers.share_of_boxes(boxes)
         case _:
             agreement = float(np.mean(same))
     return agreement, float(np.mean(cosines))
@@ -126,14 +128,6 @@ def _as_reference(name: str, sample: dict[str, Array], wanted: Array) -> Array:
     if not wanted.size:
         raise ArtifactError(f"output {name} has no values: nothing could be compared")
     return sample[name].reshape(wanted.shape)
-
-
-def _of_boxes(boxes: list[answers.Boxes]) -> float:
-    """The lower of recall and precision."""
-    both, have, want = (sum(counts) for counts in zip(*boxes, strict=True))
-    if not want:
-        raise ArtifactError("the float model finds no box in any golden picture: nothing could be compared")
-    return float(min(both / want, both / have if have else 0.0))
 
 
 def statistics(inputs: dict[str, Array], references: dict[str, Array], *, classification: bool) -> Statistics:

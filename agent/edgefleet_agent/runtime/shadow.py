@@ -44,7 +44,8 @@ class Shadow:
         self._inputs: list[InputTensor] = []
         self._busy = False  # computing, or being compared
         self._comparing: asyncio.Task[None] | None = None
-        self._compared = self._agreed = self._failed = 0
+        self._compared = self._failed = 0
+        self._agreed = 0.0
         self._times_ms: deque[float] = deque(maxlen=RECENT)
         self._serving_ms: deque[float] = deque(maxlen=RECENT)
 
@@ -84,12 +85,12 @@ class Shadow:
         """The candidate has answered; ``wanted`` is what serves gave, after ``compute_ns``."""
         config = self.candidate.config
         if config.contract.kind in IN_PIECES:
-            comparison: Awaitable[bool] = turns.through(agree(config.contract, given, wanted))
+            comparison: Awaitable[float] = turns.through(agree(config.contract, given, wanted))
         else:  # boxes and lines are not found piece by piece
             comparison = asyncio.to_thread(alike, config, given, wanted)
         self._comparing = asyncio.get_running_loop().create_task(self._compare(comparison, compute_ns))
 
-    async def _compare(self, comparison: Awaitable[bool], compute_ns: int) -> None:
+    async def _compare(self, comparison: Awaitable[float], compute_ns: int) -> None:
         try:
             agreed = await comparison
         except MemoryError:
@@ -135,18 +136,21 @@ class _Followed(Job):
         self._shadow.fail()
 
 
-def alike(config: ModelConfig, given: list[OutputTensor], wanted: list[OutputTensor]) -> bool:
-    """Whether an application would read the same from what two versions gave: boxes, lines, the class of each pixel. Takes its time."""
+def alike(config: ModelConfig, given: list[OutputTensor], wanted: list[OutputTensor]) -> float:
+    """Whether an application would read the same from what two versions gave, 1 or 0: lines, the class of each pixel; the share of boxes that both
+    found. Takes its time."""
     if [(tensor.name, tensor.shape) for tensor in given] != [(tensor.name, tensor.shape) for tensor in wanted]:
-        return False
+        return 0.0
     outputs, references = (
         {one.name: np.frombuffer(one.data, NUMPY[one.datatype]).reshape(one.shape) for one in side}
         for side in (given, wanted)
     )
     if not all(np.isfinite(values).all() for values in outputs.values()):
-        return False
+        return 0.0
     reading = answers.reading_of(config.contract, config.inputs, config.outputs, config.encoding)
-    return bool(answers.alike(outputs, references, reading).all())
+    if reading.kind == "detection":
+        return answers.share_of_boxes(answers.found_boxes(outputs, references, reading))
+    return float(answers.alike(outputs, references, reading).all())
 
 
 def agree(
