@@ -45,7 +45,9 @@ def main() -> None:
 @main.command()
 @click.option("--url", envvar="EDGEFLEET_URL", required=True, help="The controller, https://host:port.")
 @click.option("--token", envvar="EDGEFLEET_TOKEN", help="The one-time enrolment token.")
-@click.option("--token-file", type=click.Path(path_type=Path, dir_okay=False), help="A file that holds the token.")
+@click.option(
+    "--token-file", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="A file that holds the token."
+)
 @click.option("--name", default="", help="The board's name; not needed when the token fixes it.")
 @click.option(
     "--threads",
@@ -80,7 +82,7 @@ def enroll(
     from edgefleet_agent.enroll import enroll as enrol_board
 
     if token_file is not None:
-        token = token_file.read_text() if token_file.is_file() else None
+        token = token_file.read_text(errors="replace")
     if not token:
         raise click.UsageError("give the enrolment token by --token, --token-file or EDGEFLEET_TOKEN")
     _become_owner(state)
