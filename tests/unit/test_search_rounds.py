@@ -56,7 +56,7 @@ class Lucky:
 
 def searched(steps: Lucky, monkeypatch: Any) -> search.Choice:
     monkeypatch.setattr(Finder, "_unlike", lambda self: "")
-    version: Any = SimpleNamespace(holdout=SimpleNamespace(count=SAMPLES))
+    version: Any = SimpleNamespace(as_is="", holdout=SimpleNamespace(count=SAMPLES))
     own = Finder(cast(Any, steps), cast(Any, steps), version, CLASS, target_named("onnxruntime"), {})
     return own._unpruned(Recipe())
 
@@ -127,7 +127,7 @@ class Noisy(Fixed):
 @pytest.mark.parametrize(("alone_ms", "shipped"), [(1.6, "int8"), (1.99, "int8"), (2.02, "fp32")])
 def test_what_is_no_faster_than_float_when_it_is_measured_alone_gives_way_to_it(alone_ms: float, shipped: str) -> None:
     kind = device_class("tflite", search={"effort": "full"})
-    version: Any = SimpleNamespace(holdout=SimpleNamespace(count=SAMPLES))
+    version: Any = SimpleNamespace(as_is="", holdout=SimpleNamespace(count=SAMPLES))
     noisy: Any = Noisy(kind.spec, alone_ms)
     own = Finder(noisy, noisy, version, kind, target_named("tflite"), {})
     first = own._unpruned(Recipe())
@@ -143,7 +143,7 @@ def test_what_is_no_faster_than_float_when_it_is_measured_alone_gives_way_to_it(
 
 def found(kind: DeviceClass, plain: Recipe, **figures: Any) -> tuple[search.Choice, bool]:
     """(what the search ends in, whether it looked at single layers)."""
-    version: Any = SimpleNamespace(holdout=SimpleNamespace(count=SAMPLES))
+    version: Any = SimpleNamespace(as_is="", holdout=SimpleNamespace(count=SAMPLES))
     steps = Fixed(kind.spec, **figures)
     choice = Finder(cast(Any, steps), cast(Any, steps), version, kind, target_named("tflite"), {})._unpruned(plain)
     return choice, steps.ranked
@@ -198,7 +198,7 @@ class Halved(Fixed):
 
 def test_where_int8_gains_nothing_half_precision_that_answers_as_float_is_shipped() -> None:
     kind = device_class("tflite", search={"effort": "quick"})
-    version: Any = SimpleNamespace(holdout=SimpleNamespace(count=SAMPLES))
+    version: Any = SimpleNamespace(as_is="", holdout=SimpleNamespace(count=SAMPLES))
     steps: Any = Halved(kind.spec)
     choice = Finder(steps, steps, version, kind, target_named("tflite"), {})._unpruned(Recipe())
     assert choice.chosen is not None
@@ -207,7 +207,7 @@ def test_where_int8_gains_nothing_half_precision_that_answers_as_float_is_shippe
 
 def test_half_precision_that_can_not_be_made_leaves_float_and_is_told() -> None:
     kind = device_class("tflite", search={"effort": "quick"})
-    version: Any = SimpleNamespace(holdout=SimpleNamespace(count=SAMPLES))
+    version: Any = SimpleNamespace(as_is="", holdout=SimpleNamespace(count=SAMPLES))
     steps: Any = Halved(kind.spec)
     steps.refuses = lambda recipe: ModelError("no half here") if recipe == HALF else None
     choice = Finder(steps, steps, version, kind, target_named("tflite"), {})._unpruned(Recipe())
@@ -226,7 +226,7 @@ def after(refuses: Callable[[Recipe], Exception | None], target: str = "tflite",
     kind = device_class(target, **spec)
     steps = Fixed(kind.spec)
     steps.refuses = refuses  # type: ignore[method-assign]
-    version: Any = SimpleNamespace(holdout=SimpleNamespace(count=SAMPLES), original=None, pruning=None)
+    version: Any = SimpleNamespace(as_is="", holdout=SimpleNamespace(count=SAMPLES), original=None, pruning=None)
     return Finder(cast(Any, steps), cast(Any, steps), version, kind, target_named(target), {})._search(Recipe())
 
 
@@ -262,7 +262,7 @@ def test_where_the_engine_breaks_over_int8_the_float_model_is_tried(effort: str)
                 for one in super().measure(made)
             ]
 
-    version: Any = SimpleNamespace(holdout=SimpleNamespace(count=SAMPLES), original=None, pruning=None)
+    version: Any = SimpleNamespace(as_is="", holdout=SimpleNamespace(count=SAMPLES), original=None, pruning=None)
     breaking: Any = Breaking(kind.spec, p50_ms=2.0)
     choice = Finder(breaking, breaking, version, kind, target_named("tflite"), {})._search(Recipe())
     assert choice.chosen is not None
