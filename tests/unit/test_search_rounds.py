@@ -68,6 +68,21 @@ def test_a_rung_that_was_lucky_on_a_rounds_samples_does_not_end_the_ladder(monke
     assert len(chosen.recipe.in_float) >= 9
 
 
+def test_samples_that_are_to_blame_are_told_also_where_the_network_came_quantized(monkeypatch: Any) -> None:
+    monkeypatch.setattr(Finder, "_unlike", lambda self: "the calibration samples are not like the held-out ones")
+    version: Any = SimpleNamespace(
+        as_is="a digest",
+        as_is_engine="onnxruntime",
+        holdout=SimpleNamespace(count=SAMPLES),
+        original=None,
+        pruning=None,
+    )
+    steps: Any = Lucky(needed=99)
+    choice = Finder(steps, steps, version, CLASS, target_named("onnxruntime"), {})._search(Recipe())
+    assert choice.chosen is None
+    assert choice.why == "the calibration samples are not like the held-out ones"
+
+
 def test_where_no_rung_holds_on_all_samples_half_precision_is_tried(monkeypatch: Any) -> None:
     chosen = searched(Lucky(needed=17), monkeypatch).chosen
     assert chosen is not None

@@ -209,8 +209,7 @@ class Version:
 
     async def relieve(self) -> None:
         """Let a fresh worker take over; the one before answers what it has. When the fresh one does not load, all stays as it is."""
-        held, self._relief = resident_bytes(self.pid) >> 20, self._process()
-        worker = self._relief
+        worker = self._relief = self._process()
         self.put_relief_off()
         try:
             ready = await self._loaded(worker, aside=True)
@@ -227,7 +226,7 @@ class Version:
         before, self._worker, self.ready = self._worker, worker, ready
         worker.shadow = self._shadow
         self.figures.relieved += 1
-        self.last_problem = f"its worker held {held} of {self.memory_limit_bytes >> 20} MiB, and was relieved"
+        self.last_problem = f"its worker came near its limit of {self.memory_limit_bytes >> 20} MiB, and was relieved"
         log.warning("worker_relieved", extra={"digest": self.manifest, "problem": self.last_problem})
         self._up()
         if before is not None:

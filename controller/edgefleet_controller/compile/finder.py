@@ -178,7 +178,8 @@ class Finder:
     def _with_what_came(self, found: Choice) -> Choice:
         """The search with the file that it came as: who trained it with roundings has trained it for these. A .tflite is the plain candidate already."""
         wanted = self._comes_as_wanted() and self._target.runs_here and self._class.spec.search.effort != "fixed"
-        return self._with(found, CAME) if wanted and found.trials[0].recipe != CAME else found
+        known = found.trials[0].recipe == CAME or search.blames_samples(found)
+        return self._with(found, CAME) if wanted and not known else found
 
     def _with_tensorflows(self, found: Choice) -> Choice:
         """The search with the candidate of TensorFlow's own converter."""

@@ -101,13 +101,17 @@ def first(plain: Recipe, target: Target, effort: str) -> list[Recipe]:
     return [plain, *others]
 
 
+def blames_samples(found: Choice) -> bool:
+    """Whether nothing was chosen for a fault of the samples, which no other candidate mends."""
+    return found.chosen is None and found.why != NOTHING
+
+
 def by_tensorflow(found: Choice, spec: DeviceClassSpec) -> Recipe | None:
     """What TensorFlow's own converter is asked for after the other candidates: the class's precision, at full effort or where the plain recipe missed
     something; None where that is not worth its minute, or not possible."""
     plain = found.trials[0]
     wanted = spec.search.effort == "full" or (spec.search.effort == "quick" and plain.misses)
-    blamed = found.chosen is None and found.why != NOTHING  # a fault of the samples, which no converter mends
-    if not wanted or blamed or plain.recipe.quantizer == AS_IS or spec.precision not in ("int8", "fp32"):
+    if not wanted or blames_samples(found) or plain.recipe.quantizer == AS_IS or spec.precision not in ("int8", "fp32"):
         return None
     return msgspec.structs.replace(PLAIN_TENSORFLOW, precision=spec.precision)
 

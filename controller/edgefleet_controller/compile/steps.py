@@ -47,9 +47,7 @@ Progress = Callable[[str, int, int], None]
 PREPARE = ("onnxruntime", "ort")  # toolchain and module that simplify, answer in float, gather statistics and write QDQ
 COMPILED = "compiled"  # file of a compiled model in the cache
 STAND_IN = "stand-in"  # beside it, what this host runs in its place
-MOST_CALIBRATION = (
-    512  # samples that ranges are taken from: more move these by less than a rounding step, and cost minutes
-)
+MOST_CALIBRATION = 512  # samples that ranges are taken from: each costs time in every gathering and compiling
 LIMITED_SAMPLES = 1000  # that a time limit is for; more get more
 RANKED_SAMPLES = 6  # of the calibration set; a layer's noise differs between samples much less than between layers
 _CHILDREN = Path(__file__).parent / "children"
