@@ -12,7 +12,7 @@ from edgefleet_shared.artifact import Layout
 from edgefleet_shared.clock import SystemClock
 from edgefleet_shared.errors import EdgefleetError, InputError, NotFoundError, TransportError, from_dict
 
-from edgefleet_controller import release, source
+from edgefleet_controller import model_version, release, source
 from edgefleet_controller.client import FleetClient
 from edgefleet_controller.compile.comparing import Row, compare
 from edgefleet_controller.manifest_files import load_manifests, of_kind
@@ -47,7 +47,7 @@ def add_model(home: Path, path: Path, version: str, progress: source.Progress) -
         imported = source.import_model(
             manifest, (manifest.file or path).parent, layout, cache=default_cache(), progress=progress
         )
-        client.upload(layout, [*source.blobs(imported), imported.digest], progress)
+        client.upload(layout, [*model_version.blobs(imported), imported.digest], progress)
     added: dict[str, Any] = client.add_model(imported.digest)
     client.close()
     return added

@@ -15,7 +15,8 @@ import onnx
 import pytest
 from edgefleet_controller import samples_entry
 from edgefleet_controller.manifests import Model
-from edgefleet_controller.source import ModelVersion, import_model
+from edgefleet_controller.model_version import ModelVersion
+from edgefleet_controller.source import import_model
 from edgefleet_shared.artifact import Layout
 from edgefleet_shared.errors import DataError
 from onnx import TensorProto, helper, numpy_helper
