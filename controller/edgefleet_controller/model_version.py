@@ -1,4 +1,4 @@
-"""A model version: all that compiling and judging one network needs. Stage 1 (:mod:`.source`) makes it, every later stage reads it."""
+"""A model version: all that compiling and judging one network needs. Stage 1 (:mod:`.source.importing`) makes it, every later stage reads it."""
 
 from __future__ import annotations
 

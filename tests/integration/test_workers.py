@@ -17,8 +17,8 @@ from edgefleet_controller import model_version
 from edgefleet_controller.compile.pipeline import compile_version
 from edgefleet_controller.compile.port import CompileResult, Share
 from edgefleet_controller.compile.toolchains import Toolchains
-from edgefleet_controller.manifest_files import parse_value
 from edgefleet_controller.manifests import DeviceClass
+from edgefleet_controller.manifests.files import parse_value
 from edgefleet_shared import artifact, golden
 from edgefleet_shared.artifact import GOLDEN_LAYER, Layout, digest_of
 from edgefleet_shared.contract import AcceptanceContract, AcceptanceFigures, AcceptanceReport, Verdict, judge

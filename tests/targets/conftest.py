@@ -13,7 +13,7 @@ from edgefleet_controller.compile.port import CompileResult
 from edgefleet_controller.compile.toolchains import Toolchains
 from edgefleet_controller.manifests import DeviceClass, Model
 from edgefleet_controller.model_version import ModelVersion
-from edgefleet_controller.source import import_model
+from edgefleet_controller.source.importing import import_model
 from edgefleet_shared.artifact import MODEL_LAYER, Layout
 from support import trained
 

@@ -28,8 +28,8 @@ from edgefleet_controller import __version__, agent_catalog, model_version
 from edgefleet_controller.api import blobs, views, work
 from edgefleet_controller.api.wire import Wire
 from edgefleet_controller.controller import Controller
-from edgefleet_controller.manifest_files import parse_value
 from edgefleet_controller.manifests import DeviceClass, Rollout
+from edgefleet_controller.manifests.files import parse_value
 from edgefleet_controller.rollout.views import IntentKind
 from edgefleet_controller.store import catalog, devices, jobs, rollouts, workers
 

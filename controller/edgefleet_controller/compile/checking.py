@@ -18,8 +18,8 @@ from safetensors.numpy import load
 
 from edgefleet_controller.compile import packing, quality
 from edgefleet_controller.compile.port import MAX_BLOB_BYTES, CompileResult, target_named
-from edgefleet_controller.manifest_files import parse_value
 from edgefleet_controller.manifests import DeviceClass
+from edgefleet_controller.manifests.files import parse_value
 from edgefleet_controller.model_version import ModelVersion
 from edgefleet_controller.store.tables import Artifact
 

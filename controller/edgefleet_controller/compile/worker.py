@@ -28,8 +28,8 @@ from edgefleet_controller.compile.pipeline import compile_version
 from edgefleet_controller.compile.port import CompileResult
 from edgefleet_controller.compile.toolchains import Toolchains
 from edgefleet_controller.compile.watching import Cancelled, last_words
-from edgefleet_controller.manifest_files import parse_value
 from edgefleet_controller.manifests import DeviceClass
+from edgefleet_controller.manifests.files import parse_value
 
 MAX_VERSION_BYTES = 16 * 1024 * 1024
 CANCEL_POLL_S = 0.2

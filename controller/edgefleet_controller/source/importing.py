@@ -16,10 +16,6 @@ from edgefleet_shared.contract import OutputTolerance, TensorSpec, picture_size
 from edgefleet_shared.errors import DataError, ModelError
 from safetensors.numpy import save
 
-from edgefleet_controller import dequantized, network, output_meaning, pictures, sample_sets
-from edgefleet_controller.converters import original_of, to_onnx
-from edgefleet_controller.formats import format_of
-from edgefleet_controller.importers import importer
 from edgefleet_controller.manifests import Model, ModelAcceptance, PictureInput, Pruning
 from edgefleet_controller.model_version import (
     SCHEMA,
@@ -30,7 +26,11 @@ from edgefleet_controller.model_version import (
     Split,
     store,
 )
-from edgefleet_controller.sample_sets import Progress as Progress
+from edgefleet_controller.source import dequantized, network, output_meaning, pictures, sample_sets
+from edgefleet_controller.source.converters import original_of, to_onnx
+from edgefleet_controller.source.formats import format_of
+from edgefleet_controller.source.importers import importer
+from edgefleet_controller.source.sample_sets import Progress as Progress
 
 
 def import_model(
