@@ -142,7 +142,9 @@ def _report_on(contract: AcceptanceContract, ended: Ended, throttled: bool | Non
         return AcceptanceReport(verdict=verdict, reason=f"{broke.message} (while {doing})", unconfined=missing)
     if ended.problem:
         verdict = _blame(ended, doing, throttled)
-        busy = ": the board was busy or throttling" if verdict is Verdict.INCONCLUSIVE else ""
+        busy = ""
+        if verdict is Verdict.INCONCLUSIVE:
+            busy = ": the board is out of memory" if ended.starved else ": the board was busy or throttling"
         return AcceptanceReport(
             verdict=verdict,
             reason=f"{ended.problem} while {doing}{busy}{ended.last_words()}",
@@ -159,12 +161,15 @@ def _report_on(contract: AcceptanceContract, ended: Ended, throttled: bool | Non
 
 
 def _blame(ended: Ended, doing: str, throttled: bool | None) -> Verdict:
-    """Whose fault an early end is. Before the model was touched, killed from outside, or too late on a busy board: not the model's."""
+    """Whose fault an early end is. Before the model was touched, killed from outside, out of the board's memory within its own limit, or too late
+    on a busy board: not the model's."""
+    if ended.starved:
+        return Verdict.INCONCLUSIVE
     if doing == "starting":
         return Verdict.ERROR
     if ended.out_of_time and is_busy(throttled, ended.waited_share):
         return Verdict.INCONCLUSIVE
     if ended.over_limit or ended.signal not in (0, signal.SIGKILL, signal.SIGTERM):
         return Verdict.FAILED
-    # SIGKILL that this parent did not send is the kernel's out-of-memory killer or a person; a plain exit status is our bug.
+    # SIGKILL that this parent did not send is a person's, or where the kernel does not tell its own; a plain exit status is our bug.
     return Verdict.ERROR

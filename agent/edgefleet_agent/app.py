@@ -131,6 +131,13 @@ class Agent:
                 launcher.settle(self._state, self._manifest)
 
 
+def _end(broken: threading.ExceptHookArgs) -> None:
+    """A thread of ours has broken: a bug, or memory that was not there. Without it the agent would look alive and, as a rule, hear nothing any more.
+    The next start counts against what it was at (lifecycle.py)."""
+    sys.excepthook(broken.exc_type, broken.exc_value or broken.exc_type(), broken.exc_traceback)
+    os._exit(1)
+
+
 def _disarm() -> None:
     """The launcher's alarm: this version has proven itself."""
     signal.setitimer(signal.ITIMER_REAL, 0)
@@ -156,6 +163,7 @@ def run(state: Path) -> None:
         )
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: agent.stop())
+        threading.excepthook = _end
         agent.run()
 
 

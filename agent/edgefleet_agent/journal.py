@@ -12,8 +12,9 @@ from edgefleet_shared.assignment import Assignment
 from edgefleet_shared.contract import AcceptanceReport
 from edgefleet_shared.errors import ArtifactError
 from edgefleet_shared.files import DISK, FileSystem
-from edgefleet_shared.lifecycle import Life, is_known
+from edgefleet_shared.lifecycle import Life
 from edgefleet_shared.messages import Ended, SignedResult
+from edgefleet_shared.open_enum import is_known
 
 log = logging.getLogger(__name__)
 
@@ -52,27 +53,41 @@ class Journal(msgspec.Struct, frozen=True, kw_only=True):
     soaked_s: float = 0.0
 
 
+# Where the board stands, and goes next: without these it would miss something.
+NEEDED = ("life", "assignment", "pending")
+
+
 def read(state: Path, *, files: FileSystem = DISK, given_up: bool = False) -> Journal:
-    """The journal on disk; an absent one is a board that never did anything.
+    """The journal on disk; an absent one is a board that never did anything. It may be of a newer agent, which was left for this one: what is
+    not understood of it is as if it had not been said.
 
     Args:
         given_up: what can't be read is as good as damaged by now.
 
     Raises:
-        ArtifactError: it is damaged, which our own writing can't cause. EnvironmentProblem: it can't be read.
+        ArtifactError: it is damaged, which our own writing can't cause, or a newer agent's words say where the board stands.
+        EnvironmentProblem: it can't be read.
     """
     path = state / "journal.json"
+    hint = "the agent begins a new one when it starts"
     try:
-        found = msgspec.json.decode(atomic.read_or_damaged(path, given_up, files=files), type=Journal)
+        told = msgspec.json.decode(atomic.read_or_damaged(path, given_up, files=files), type=dict[str, msgspec.Raw])
     except FileNotFoundError:
         return Journal()
     except msgspec.DecodeError as exc:
-        raise ArtifactError(f"{path} is damaged: {exc}", hint="the agent begins a new one when it starts") from exc
+        raise ArtifactError(f"{path} is damaged: {exc}", hint=hint) from exc
+    understood: dict[str, Any] = {}
+    for field in msgspec.structs.fields(Journal):
+        try:
+            if field.name in told:
+                understood[field.name] = msgspec.json.decode(told[field.name], type=field.type)
+        except msgspec.DecodeError as exc:
+            if field.name in NEEDED:
+                raise ArtifactError(f"{path} is damaged, or of a newer agent: {field.name}: {exc}", hint=hint) from exc
+            log.warning("journal not understood", extra={"field": field.name, "reason": str(exc)})
+    found = Journal(**understood)
     if not is_known(found.life.state):
-        raise ArtifactError(
-            f"{path} is of a newer agent: it stands in {found.life.state.value}",
-            hint="the agent begins a new one when it starts",
-        )
+        raise ArtifactError(f"{path} is of a newer agent: it stands in {found.life.state.value}", hint=hint)
     return found
 
 

@@ -1,19 +1,22 @@
-"""Who is ended first when the board is out of memory: receives a process, hands it on with another place in the kernel's choice.
+"""When the board is out of memory: receives a process, hands it on with another place in the kernel's choice, and tells whom the kernel has ended.
 
 The kernel ends the process with the highest score: the memory that it holds, plus its ``oom_score_adj`` in thousandths of all there is.
 What is only tried, or loads, must go before what serves, which as a rule holds more. To raise the adjustment needs no right, and neither does
 to lower it again to what a process was started with.
-Source: proc(5), ``/proc/pid/oom_score_adj``.
+What had kept to its own limit was ended for others' sake, and that says nothing against it.
+Source: proc(5), ``/proc/pid/oom_score_adj``, and ``oom_kill`` in ``/proc/vmstat`` (Linux 4.13).
 """
 
 from __future__ import annotations
 
 import contextlib
+import signal
 from functools import cache
 from pathlib import Path
 
 from edgefleet_agent import sysfs
 
+VMSTAT = Path("/proc/vmstat")
 _BEFORE_ALL_OTHERS = 1000
 
 
@@ -26,6 +29,25 @@ def end_first(pid: int) -> None:
 def end_as_us(pid: int) -> None:
     """Give a process the place that this one was started with."""
     _adjust(pid, _own())
+
+
+def kills() -> int:
+    """How many processes the kernel has ended for want of memory since it started; 0 where it does not tell."""
+    for line in sysfs.text(VMSTAT).splitlines():
+        if line.startswith("oom_kill "):
+            return int(line.split()[1])
+    return 0
+
+
+def is_starved(code: int, peak_bytes: int, limit_bytes: int, kills_before: int) -> bool:
+    """Whether the kernel ended a process although that had never held more than it may.
+
+    Args:
+        code: how it ended, not by our doing; a signal's number below 0.
+        peak_bytes: the most that it ever held, 0 where nobody knows.
+        kills_before: :func:`kills` when it was started.
+    """
+    return code == -signal.SIGKILL and 0 < peak_bytes <= limit_bytes and kills() > kills_before
 
 
 @cache

@@ -90,6 +90,7 @@ class Renewal:
         self._answers: queue.SimpleQueue[Exception | None] = queue.SimpleQueue()
         self._asking = False
         self._look_at, self._pause_s = 0.0, LOOK_S
+        self._told = ""
 
     def turn(self) -> None:
         """Do what is due. For the loop's thread alone; does not wait.
@@ -106,11 +107,17 @@ class Renewal:
         try:
             due = self._is_due()
         except EnvironmentProblem as exc:
-            self._problem(str(exc))
+            self._tell(str(exc))
             return
         if due:
             self._asking = True
             self._spawn("renew", self._ask)
+        elif self._told:  # it could not be read, or the clock was wrong, until now
+            self._tell("")
+
+    def _tell(self, problem: str) -> None:
+        self._told = problem
+        self._problem(problem)
 
     def _is_due(self) -> bool:
         now = self._clock.now()
@@ -133,11 +140,11 @@ class Renewal:
             # If it is due at once again, it is the clock that is wrong.
             self._look_at, self._pause_s = self._clock.monotonic() + AGAIN_LAST_S, LOOK_S
             log.info("certificate renewed", extra={"reason": f"the new one ends at {self._ends()}"})
-            self._problem("")
+            self._tell("")
         elif isinstance(error, EdgefleetError):
             self._look_at = self._clock.monotonic() + self._pause_s
             self._pause_s = min(2 * self._pause_s, AGAIN_LAST_S)
-            self._problem(f"the certificate, which ends at {self._ends()}, could not be renewed: {error}")
+            self._tell(f"the certificate, which ends at {self._ends()}, could not be renewed: {error}")
         else:
             raise error
 

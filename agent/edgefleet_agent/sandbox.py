@@ -49,6 +49,7 @@ class Ended(msgspec.Struct, frozen=True, kw_only=True):
         reports: the lines that it wrote to its report pipe, in order.
         output: the end of what it wrote to stdout and stderr.
         peak_memory_bytes: highest resident memory that was seen.
+        starved: the kernel ended it for want of memory, of which it had taken no more than it may.
     """
 
     problem: str
@@ -60,6 +61,7 @@ class Ended(msgspec.Struct, frozen=True, kw_only=True):
     seconds: float
     out_of_time: bool = False
     waited_share: float | None = None
+    starved: bool = False
 
     def last_words(self) -> str:
         """See :func:`last_line`."""
@@ -215,7 +217,7 @@ class _Watch:
         self._piece_bytes = 0
         self._pending, self._reports, self._report_bytes = b"", list[bytes](), 0
         self._output = b""
-        self._peak = 0
+        self._peak, self._kills_before = 0, out_of_memory.kills()
         self._selector = selectors.DefaultSelector()
         for fd in pipes:
             os.set_blocking(fd, False)
@@ -245,9 +247,11 @@ class _Watch:
             if not self._read(0.0):
                 break
         broken = broken or self._broken_limit()
-        code = self._child.returncode
+        code, limit_bytes = self._child.returncode, self._limits.memory_bytes
+        starved = not broken and out_of_memory.is_starved(code, self._peak, limit_bytes, self._kills_before)
         return Ended(
             problem=broken or describe_exit(code),
+            starved=starved,
             signal=-code if code < 0 and not broken else 0,
             over_limit=bool(broken),
             out_of_time=out_of_time,

@@ -71,7 +71,7 @@ def shadow(
         if figures.compared + figures.failed >= plan.requests or late:
             judged = judge_shadow(plan, figures, report)
             if judged.verdict is Verdict.PASSED:
-                return Event.AGREED, f"{figures.agreed:.4g} of {figures.compared} live requests answered alike", judged
+                return Event.AGREED, f"{figures.alike:.4g} of {figures.compared} live requests answered alike", judged
             return Event.DISAGREED, f"shadow {judged.verdict.value}: {judged.reason}", judged
         if stop.wait(LOOK_S):
             return Event.DISAGREED, "superseded", report

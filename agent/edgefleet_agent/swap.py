@@ -30,6 +30,9 @@ log = logging.getLogger(__name__)
 RUNTIME_WAIT_S = 60.0  # the runtime may be restarting; systemd brings it back within seconds
 LOOK_S = 0.25
 MAX_FAILED_SHARE = 0.01  # of the requests during the soak
+# A process that the kernel ends for want of memory, within its own limit, had to go for what else is on the board. When it has to so often, the
+# board does not hold it.
+MAX_STARVED = 2
 
 
 def _patiently(ports: Ports, stop: threading.Event) -> StatusReport:
@@ -70,7 +73,7 @@ def swap(state: Path, ports: Ports, assignment: Assignment, stop: threading.Even
 def soak(ports: Ports, assignment: Assignment, stop: threading.Event, soaked_s: float = 0.0) -> tuple[Event, str]:
     """Watch the new model serve for what is left of ``soak_s`` when it has soaked for ``soaked_s``.
 
-    Unhealthy: its worker crashed, it does not serve any more, the runtime is gone, or more than a hundredth of the
+    Unhealthy: its worker crashed, or found no memory too often; it does not serve any more, the runtime is gone, or more than a hundredth of the
     requests failed.
     """
     end = ports.clock.monotonic() + assignment.soak_s - soaked_s
@@ -90,6 +93,11 @@ def soak(ports: Ports, assignment: Assignment, stop: threading.Event, soaked_s: 
             at_start = msgspec.structs.replace(version, requests=0, failed=0)
         if version.crashes:
             return Event.UNHEALTHY, f"the engine's process ended {version.crashes} times: {version.last_problem}"
+        if version.starved > MAX_STARVED:
+            return (
+                Event.UNHEALTHY,
+                f"the board had no memory for the engine's process {version.starved} times: {version.last_problem}",
+            )
         requests, failed = version.requests - at_start.requests, version.failed - at_start.failed
         if failed > requests * MAX_FAILED_SHARE:
             return Event.UNHEALTHY, f"{failed} of {requests} requests failed: {version.last_problem}"

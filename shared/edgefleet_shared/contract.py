@@ -93,15 +93,22 @@ class BuildBudget(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ShadowFigures(msgspec.Struct, frozen=True, kw_only=True):
-    """What the runtime counted while a candidate answered unseen. ``compared`` requests were answered by both, ``agreed`` of them alike, to which a
-    detector's adds the lower of recall and precision of its boxes; ``failed`` by what serves alone. Times are the engine's, medians in ms, None before the first."""
+    """What the runtime counted while a candidate answered unseen. ``compared`` requests were answered by both, ``agreed`` of them alike, ``failed`` by
+    what serves alone. ``partly`` is what a detector's other answers have in common, in all: of each the lower of recall and precision of its
+    boxes. Times are the engine's, medians in ms, None before the first."""
 
     manifest: str
     compared: int = 0
-    agreed: float = 0
+    agreed: int = 0  # an agent of before reads this from its journal: it stays a whole number
     failed: int = 0
     p50_ms: float | None = None
     serving_p50_ms: float | None = None
+    partly: float = 0.0
+
+    @property
+    def alike(self) -> float:
+        """How many requests' worth of answers were alike."""
+        return self.agreed + self.partly
 
 
 class OutputTolerance(msgspec.Struct, frozen=True):
@@ -309,7 +316,7 @@ def judge_shadow(plan: ShadowPlan, figures: ShadowFigures, report: AcceptanceRep
     """
     seen = figures.compared + figures.failed
     enough = seen >= plan.requests
-    share = figures.agreed / seen if seen else None
+    share = figures.alike / seen if seen else None
     rows = [
         _row("shadow_requests", enough, seen, plan.requests, "requests", "live requests answered beside what serves",
              otherwise=Verdict.INCONCLUSIVE),

@@ -14,10 +14,11 @@ from enum import Enum
 
 import msgspec
 
+from edgefleet_shared.open_enum import OpenEnum
 from edgefleet_shared.outcomes import Outcome
 
 
-class State(str, Enum):
+class State(OpenEnum):
     IDLE = "idle"
     FETCHING = "fetching"
     VERIFYING = "verifying"
@@ -29,23 +30,6 @@ class State(str, Enum):
     COMMITTING = "committing"
     ROLLING_BACK = "rolling_back"
     REBUILDING = "rebuilding"  # no deployment: the engine changed under what serves, its plan is made anew
-
-    @classmethod
-    def _missing_(cls, value: object) -> State | None:
-        """What a newer board calls a state that is not in this table: kept in its words, equal to none of the states here.
-
-        A controller that is older than its boards must go on hearing them. Where a life is acted upon, :func:`is_known` is asked.
-        """
-        if not isinstance(value, str):
-            return None
-        told = str.__new__(cls, value)
-        told._name_, told._value_ = "UNKNOWN", value
-        return told
-
-
-def is_known(state: State) -> bool:
-    """Whether the state is one of this table."""
-    return state._name_ in State.__members__
 
 
 class Event(str, Enum):

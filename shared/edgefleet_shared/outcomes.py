@@ -5,10 +5,10 @@ The agent reports all but ``lost``, which only the controller can know.
 
 from __future__ import annotations
 
-from enum import Enum
+from edgefleet_shared.open_enum import OpenEnum
 
 
-class Outcome(str, Enum):
+class Outcome(OpenEnum):
     SUCCEEDED = "succeeded"  # committed: accepted, swapped, soaked
     FAILED_NO_CHANGE = "failed_no_change"  # stopped before the swap; the old artifact never stopped serving
     FAILED_ROLLED_BACK = "failed_rolled_back"  # swapped, did not hold, the old artifact serves again

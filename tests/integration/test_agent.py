@@ -329,6 +329,29 @@ def test_an_agent_that_is_killed_in_any_state_ends_where_it_should(
     assert served(board) == version
 
 
+DEAF = """
+import sys
+from pathlib import Path
+from edgefleet_agent import app, transport
+def parse(topic):
+    raise MemoryError
+transport.topics.parse = parse
+app.run(Path(sys.argv[1]))
+"""
+
+
+def test_an_agent_whose_connection_breaks_within_ends_and_is_not_left_deaf(
+    controller: Controller, tmp_path: Path
+) -> None:
+    """Whoever keeps it running starts it again; it would have looked alive to him for ever."""
+    deaf = Board(controller, "deaf", tmp_path / "deaf")
+    ended = subprocess.run(
+        [sys.executable, "-c", DEAF, str(deaf.state)], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert ended.returncode == 1
+    assert "MemoryError" in ended.stderr
+
+
 def test_a_second_agent_on_one_state_folder_is_refused(board: Board) -> None:
     second = subprocess.run(
         [sys.executable, "-m", "edgefleet_agent.cli", "run", "--state", str(board.state)],

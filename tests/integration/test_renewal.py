@@ -132,12 +132,21 @@ def test_attack_nobody_but_a_board_has_a_certificate_renewed(fleet: Fleet) -> No
         assert http.post("/v1/renew").status_code == 403
 
 
+class SetClock(ManualClock):
+    """One that somebody sets, ``set_s`` ahead, while time passes as ever."""
+
+    set_s = 0.0
+
+    def now(self) -> float:
+        return super().now() + self.set_s
+
+
 class Looked:
     """A board's renewal, looked at by hand."""
 
     def __init__(self, board: Board, settings: board_settings.Settings | None = None) -> None:
         self.problems: list[str] = []
-        self.clock = ManualClock(NOW)
+        self.clock = SetClock(NOW)
         ports = Ports(
             uplink=None, runtime=None, examiner=None, signer=None, clock=self.clock, files=DISK,
             spawn=lambda name, work: work(),
@@ -184,6 +193,20 @@ def test_a_board_whose_clock_runs_ahead_does_not_renew_all_the_time(fleet: Fleet
         looked.renewal.turn()
         looked.clock.advance(renewal.LOOK_S)
     assert board.certificate.read_bytes() == renewed
+
+
+def test_what_stood_in_the_way_is_told_no_longer_once_the_clock_is_right_again(fleet: Fleet, tmp_path: Path) -> None:
+    board = Board(fleet, tmp_path, "back-1", age_s=0.0)
+    looked = Looked(board, msgspec.structs.replace(board.settings, api_port=1))
+    looked.clock.set_s = 3 * DEVICE_LIFE.total_seconds()
+    for _ in range(2):
+        looked.renewal.turn()
+    assert len(looked.problems) == 1
+    looked.clock.set_s = 0.0
+    for _ in range(3):
+        looked.clock.advance(renewal.LOOK_S)
+        looked.renewal.turn()
+    assert looked.problems[1:] == [""]
 
 
 def test_a_board_whose_certificate_has_ended_is_enrolled_again_and_keeps_what_it_has(

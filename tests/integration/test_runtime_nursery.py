@@ -45,7 +45,7 @@ def test_a_worker_is_killed_when_what_started_it_has_died_and_nobody_has_heard_o
             os.kill(spawner, signal.SIGKILL)
             until(lambda: " Z " in Path(f"/proc/{spawner}/stat").read_text(), what="its end")
             child.kill()
-            code = await child.ended
+            code = (await child.ended).code
         nursery.close()
         return code
 
@@ -64,7 +64,7 @@ def test_what_starts_workers_is_replaced_when_it_stands_still() -> None:
             os.kill(spawner, signal.SIGSTOP)
             with pytest.raises(EngineError, match="could not be started"):
                 await asyncio.wait_for(nursery.spawn(fds, aside=False), 60)
-            assert await child.ended == -signal.SIGKILL
+            assert (await child.ended).code == -signal.SIGKILL
             child = await nursery.spawn(fds, aside=False)
             assert spawner_of(child.pid) != spawner
         nursery.close()

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 from edgefleet_agent.runtime.control import VersionStatus
@@ -53,6 +54,26 @@ def test_a_build_of_the_same_network_agrees_and_no_client_sees_it(runtime: Runti
     assert seen.serving_p50_ms is not None
 
 
+class Before(msgspec.Struct):
+    """What counts were to versions of the agent that knew no detectors; one may be returned to, and meet this runtime."""
+
+    compared: int
+    agreed: int
+
+
+def as_before(runtime: Runtime) -> Before:
+    return msgspec.json.decode(msgspec.json.encode(figures(runtime)), type=Before)
+
+
+def test_an_agent_of_before_can_read_what_is_counted(runtime: Runtime) -> None:
+    twin = runtime.add("2", seed=1)
+    runtime.client.load(twin)
+    runtime.client.shadow(twin)
+    assert runtime.infer(np.full((1, 8, 8, 3), 0.5, np.float32))[0] == 200
+    compared(runtime, 1)
+    assert as_before(runtime) == Before(compared=1, agreed=1)
+
+
 def test_another_network_disagrees_and_what_serves_is_not_disturbed(runtime: Runtime) -> None:
     other = runtime.add("2", seed=77)
     runtime.client.load(other)
@@ -78,11 +99,11 @@ def detector(rows: np.ndarray) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("rows", "agreed"), [(SEEN[[1, 0, 2]], 10), (SEEN * 1.01, 10), (SEEN[[0, 0, 2]], 5), (SEEN[[0, 2, 2]], 5), (SEEN[[2, 2, 2]], 0)],
+    ("rows", "alike"), [(SEEN[[1, 0, 2]], 10), (SEEN * 1.01, 10), (SEEN[[0, 0, 2]], 5), (SEEN[[0, 2, 2]], 5), (SEEN[[2, 2, 2]], 0)],
     ids=["in another order", "nearly there", "one instead of the other", "one less", "blind"],
 )  # fmt: skip
 def test_a_detector_agrees_by_the_share_of_boxes_that_both_report(
-    runtime: Runtime, rows: np.ndarray, agreed: int
+    runtime: Runtime, rows: np.ndarray, alike: int
 ) -> None:
     serving, candidate = runtime.add("3", **detector(SEEN)), runtime.add("4", **detector(rows))
     for digest in (serving, candidate):
@@ -92,7 +113,8 @@ def test_a_detector_agrees_by_the_share_of_boxes_that_both_report(
     for count in range(1, 11):
         assert runtime.infer(np.full((1, 8, 8, 3), 0.5, np.float32), "/v2/models/detector/infer")[0] == 200
         compared(runtime, count)
-    assert (figures(runtime).agreed, figures(runtime).failed) == (agreed, 0)
+    assert (figures(runtime).alike, figures(runtime).failed) == (alike, 0)
+    assert as_before(runtime).agreed in (0, 10), "only what was alike as a whole counts there"
 
 
 def test_a_candidate_whose_process_dies_costs_no_live_request(runtime: Runtime) -> None:

@@ -190,6 +190,18 @@ def test_time_that_ran_out_on_a_busy_board_is_no_fault_of_the_model(
     assert report.reason.startswith("over its limit while timing inferences")
 
 
+@pytest.mark.parametrize("doing", ["starting", "loading"])
+@pytest.mark.parametrize(("starved", "verdict"), [(True, Verdict.INCONCLUSIVE), (False, Verdict.ERROR)])
+def test_a_board_that_is_out_of_memory_says_nothing_of_the_model(doing: str, starved: bool, verdict: Verdict) -> None:
+    ended = Ended(
+        problem="killed by SIGKILL", signal=9, over_limit=False, reports=(msgspec.json.encode(Stage(doing)),), output="",
+        peak_memory_bytes=1, seconds=2.0, starved=starved,
+    )  # fmt: skip
+    report = report_on(CONTRACT, ended, throttled=False)
+    assert report.verdict is verdict
+    assert ("the board is out of memory" in report.reason) is starved
+
+
 @pytest.mark.parametrize("said", [Broke("model", "x" * 1_000_000), Stage("x" * 1_000_000)])
 def test_a_child_that_says_too_much_is_heard_as_far_as_anybody_reads(said: Broke | Stage) -> None:
     """It would be written to the board's disk with each state, and to its log."""

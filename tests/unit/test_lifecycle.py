@@ -11,9 +11,9 @@ from edgefleet_shared.lifecycle import (
     IllegalTransition,
     Life,
     State,
-    is_known,
     step,
 )
+from edgefleet_shared.open_enum import is_known
 from edgefleet_shared.outcomes import Outcome
 from hypothesis import given
 from hypothesis import strategies as st

@@ -24,12 +24,12 @@ ASSIGNMENT = Assignment(
 
 def status(
     requests: int = 0, failed: int = 0, crashes: int = 0, serving: bool = True, manifest: str = MANIFEST,
-    state: str = "ready",
+    state: str = "ready", starved: int = 0,
 ) -> StatusReport:  # fmt: skip
     version = VersionStatus(
         manifest=manifest, model="m", version="2", engine="onnxruntime", state=state, serving=serving, standby=False,
         requests=requests, failed=failed, crashes=crashes, retried=0, p50_ms=None, p95_ms=None, in_flight=0, pid=2,
-        memory_bytes=0, providers=(), unconfined=(), last_problem="killed by SIGSEGV",
+        memory_bytes=0, providers=(), unconfined=(), last_problem="killed by SIGSEGV", starved=starved,
     )  # fmt: skip
     return StatusReport(
         serving=manifest if serving else None, standby=None, versions=(version,), waiting=0, requests=requests,
@@ -66,6 +66,15 @@ def soak(*says: StatusReport) -> tuple[Event, str]:
         clock=clock, files=DISK, spawn=lambda name, work: None,
     )  # fmt: skip
     return swap.soak(ports, ASSIGNMENT, Stop(clock))
+
+
+@pytest.mark.parametrize(("starved", "ends"), [(1, Event.HEALTHY), (2, Event.HEALTHY), (3, Event.UNHEALTHY)])
+def test_what_has_to_go_for_others_now_and_then_is_healthy_and_what_the_board_does_not_hold_is_not(
+    starved: int, ends: Event
+) -> None:
+    event, why = soak(status(), status(requests=50, starved=starved))
+    assert event is ends
+    assert ("the board had no memory" in why) is (ends is Event.UNHEALTHY)
 
 
 def test_a_model_that_serves_well_until_the_end_is_healthy() -> None:

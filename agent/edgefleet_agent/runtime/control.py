@@ -102,8 +102,8 @@ class Retired(msgspec.Struct, frozen=True, tag="retired", tag_field="op"):
 
 
 class VersionStatus(msgspec.Struct, frozen=True, kw_only=True):
-    """One loaded version. ``requests`` includes ``failed``; ``crashes`` counts workers that ended by themselves; latencies in ms over
-    the last 1024 answers, None before the first; memory in bytes, 0 without a process."""
+    """One loaded version. ``requests`` includes ``failed``; ``crashes`` counts workers that ended by themselves, but for the ``starved``, which the
+    kernel ended for want of memory though they had taken no more than they may; latencies in ms over the last 1024 answers, None before the first; memory in bytes, 0 without a process."""
 
     manifest: str
     model: str
@@ -125,6 +125,7 @@ class VersionStatus(msgspec.Struct, frozen=True, kw_only=True):
     unconfined: tuple[str, ...]
     last_problem: str
     drift: Drift | None = None
+    starved: int = 0
 
 
 class StatusReport(msgspec.Struct, frozen=True, kw_only=True, tag="status", tag_field="op"):

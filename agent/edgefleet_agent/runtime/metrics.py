@@ -30,6 +30,7 @@ class Figures:
         self.failed = 0
         self.pictures = 0  # answered; a request may be a batch of them
         self.crashes = 0
+        self.starved = 0
         self.relieved = 0
         self.retried = 0
         self.compute_ns = 0
@@ -85,6 +86,11 @@ def exposition(versions: Iterable[tuple[str, str, bool, Figures]], gauges: dict[
         ("requests_total", "Requests that ended, answered or failed", lambda f: f.requests),
         ("failed_total", "Requests that ended without an answer", lambda f: f.failed),
         ("crashes_total", "Worker processes that ended by themselves", lambda f: f.crashes),
+        (
+            "starved_total",
+            "Worker processes that the kernel ended for want of memory, within their own limit",
+            lambda f: f.starved,
+        ),
         ("relieved_total", "Worker processes replaced before they outgrew their memory", lambda f: f.relieved),
         ("retried_total", "Requests computed again after their worker died", lambda f: f.retried),
         ("compute_seconds_total", "Time inside the engine", lambda f: f.compute_ns / 1e9),

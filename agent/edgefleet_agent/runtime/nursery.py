@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable
+from typing import NamedTuple
 
 from edgefleet_shared.errors import EngineError
 
@@ -25,14 +26,22 @@ log = logging.getLogger("edgefleet.runtime")
 FORK_LOOKS, FORK_LOOK_S = 15, 1.0
 
 
+class Exit(NamedTuple):
+    """How a worker ended: its exit status as :func:`subprocess.Popen.returncode` has it, and the most memory that it ever held, 0 where nobody
+    knows."""
+
+    code: int
+    peak_bytes: int = 0
+
+
 class Child:
-    """A worker process. ``ended`` is its exit status as :func:`subprocess.Popen.returncode` has it, ``output`` what it printed."""
+    """A worker process. ``ended`` is how, ``output`` what it printed."""
 
     def __init__(
         self,
         number: int,
         pid: int,
-        ended: asyncio.Future[int],
+        ended: asyncio.Future[Exit],
         output: Output,
         kill: Callable[[], None],
         precedence: Precedence,
@@ -70,7 +79,7 @@ class Nursery:
         self._process: subprocess.Popen[bytes] | None = None
         self._number = 0
         self._awaited: dict[int, asyncio.Future[int]] = {}
-        self._ended: dict[int, asyncio.Future[int]] = {}
+        self._ended: dict[int, asyncio.Future[Exit]] = {}
         self._outputs: set[Output] = set()  # of those that live
 
     def open(self) -> None:
@@ -206,10 +215,10 @@ class Nursery:
                             awaited.set_exception(EngineError(f"the worker could not be started: {problem}"))
                     elif not awaited.cancelled():
                         awaited.set_result(pid)
-                case Ended(number, code):
+                case Ended(number, code, peak_bytes):
                     ended = self._ended.pop(number)
                     if not ended.done():
-                        ended.set_result(code)
+                        ended.set_result(Exit(code, peak_bytes))
 
     def _lost(self) -> None:
         """The spawner died, and the kernel killed its workers after it."""
@@ -224,7 +233,7 @@ class Nursery:
                 pid.set_exception(EngineError("the worker could not be started: the spawner died"))
         for ended in self._ended.values():
             if not ended.done():
-                ended.set_result(-signal.SIGKILL)
+                ended.set_result(Exit(-signal.SIGKILL))
         self._awaited.clear()
         self._ended.clear()
 

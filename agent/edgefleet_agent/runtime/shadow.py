@@ -53,8 +53,8 @@ class Shadow:
         self._inputs: list[InputTensor] = []
         self._busy = False  # computing, or being compared
         self._comparing: asyncio.Task[None] | None = None
-        self._compared = self._failed = 0
-        self._agreed = 0.0
+        self._compared = self._agreed = self._failed = 0
+        self._partly = 0.0
         self._times_ms: deque[float] = deque(maxlen=RECENT)
         self._serving_ms: deque[float] = deque(maxlen=RECENT)
 
@@ -63,7 +63,7 @@ class Shadow:
         return ShadowFigures(
             manifest=self.candidate.manifest, compared=self._compared, agreed=self._agreed, failed=self._failed,
             p50_ms=median(self._times_ms) if self._times_ms else None,
-            serving_p50_ms=median(self._serving_ms) if self._serving_ms else None,
+            serving_p50_ms=median(self._serving_ms) if self._serving_ms else None, partly=self._partly,
         )  # fmt: skip
 
     def sent(self, job: Job, slot: memoryview, placed: Placed) -> None:
@@ -101,13 +101,16 @@ class Shadow:
 
     async def _compare(self, comparison: Awaitable[float], compute_ns: int) -> None:
         try:
-            agreed = await comparison
+            share = await comparison
         except MemoryError:
             return  # that says nothing of the candidate
         finally:
             self._busy = False
         self._compared += 1
-        self._agreed += agreed
+        if share >= 1:
+            self._agreed += 1
+        else:
+            self._partly += share
         self._serving_ms.append(compute_ns / 1e6)
 
     def fail(self) -> None:

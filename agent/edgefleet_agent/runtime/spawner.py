@@ -45,10 +45,11 @@ class Spawned(msgspec.Struct, tag=3, array_like=True):
 
 
 class Ended(msgspec.Struct, tag=4, array_like=True):
-    """spawner -> front: it ended; ``code`` is its exit status, or a signal's number below 0."""
+    """spawner -> front: it ended; ``code`` is its exit status, or a signal's number below 0, ``peak_bytes`` the most memory that it ever held."""
 
     number: int
     code: int
+    peak_bytes: int
 
 
 encode = msgspec.msgpack.Encoder().encode
@@ -107,10 +108,10 @@ def _obey(link: socket.socket, children: dict[int, int], own: tuple[int, ...]) -
 
 def _reap(link: socket.socket, children: dict[int, int]) -> None:
     while children:
-        pid, status = os.waitpid(-1, os.WNOHANG)
+        pid, status, used = os.wait4(-1, os.WNOHANG)
         if not pid:
             return
-        link.send(encode(Ended(children.pop(pid), os.waitstatus_to_exitcode(status))))
+        link.send(encode(Ended(children.pop(pid), os.waitstatus_to_exitcode(status), used.ru_maxrss * 1024)))
 
 
 def _be_worker(link: socket.socket, fds: list[int], own: tuple[int, ...]) -> None:

@@ -125,6 +125,7 @@ class Version:
             requests=self.figures.requests,
             failed=self.figures.failed,
             crashes=self.figures.crashes,
+            starved=self.figures.starved,
             retried=self.figures.retried,
             p50_ms=p50,
             p95_ms=p95,
@@ -154,7 +155,7 @@ class Version:
         """
         self.state = VersionState.STARTING
         try:
-            self.ready = await self._launch(aside)
+            self.ready = await self._launch(self._process(), aside)
         except EdgefleetError as exc:
             self.state, self.last_problem = VersionState.STOPPED, exc.message
             raise
@@ -291,10 +292,10 @@ class Version:
         worker.shadow = self._shadow
         return worker
 
-    async def _launch(self, aside: bool = False) -> Ready:
-        self._worker = self._process()
+    async def _launch(self, worker: WorkerProcess, aside: bool = False) -> Ready:
+        self._worker = worker
         try:
-            return await self._loaded(self._worker, aside)
+            return await self._loaded(worker, aside)
         except BaseException:
             self._worker = None
             raise
@@ -364,7 +365,7 @@ class Version:
         if worker is self._worker:
             self._worker = None
             if self.state is VersionState.READY:
-                self.figures.crashes += 1
+                self._count(worker)
                 self.last_problem = problem
                 if time.monotonic() - self._started_at > HEALTHY_AFTER_S:
                     self._crashes_in_row = 0
@@ -374,16 +375,25 @@ class Version:
                     self.restart_soon()
         self._on_orphans(unanswered)
 
+    def _count(self, ended: WorkerProcess) -> None:
+        """A worker that ended by itself says something of the model, unless it had to go for others."""
+        if ended.starved:
+            self.figures.starved += 1
+        else:
+            self.figures.crashes += 1
+
     async def _restart_with_backoff(self) -> None:
         while True:
             delay = min(BACKOFF_FIRST_S * 2**self._crashes_in_row, BACKOFF_LAST_S)
             self._crashes_in_row = min(self._crashes_in_row + 1, 16)
             await asyncio.sleep(delay)
+            worker = self._process()
             try:
-                self.ready = await self._launch()
+                self.ready = await self._launch(worker)
             except EdgefleetError as exc:
                 # A plan that the agent is still building is nothing that died.
-                self.figures.crashes += 0 if isinstance(exc, NotFoundError) else 1
+                if not isinstance(exc, NotFoundError):
+                    self._count(worker)
                 self.last_problem = exc.message
                 log.error("worker_restart_failed", extra={"digest": self.manifest, "problem": exc.message})
                 continue

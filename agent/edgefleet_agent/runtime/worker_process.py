@@ -13,10 +13,11 @@ from edgefleet_shared.artifact import ModelConfig
 from edgefleet_shared.contract import TensorSpec
 from edgefleet_shared.errors import EngineError, from_dict
 
+from edgefleet_agent import out_of_memory
 from edgefleet_agent.runtime import channel, protocol, shm
 from edgefleet_agent.runtime.channel import Done, Failed, Observed, Ready, Refused, Run, Start
 from edgefleet_agent.runtime.job import NO_MEMORY, Job, Lease
-from edgefleet_agent.runtime.nursery import Child, Nursery
+from edgefleet_agent.runtime.nursery import Child, Exit, Nursery
 from edgefleet_agent.runtime.protocol import InputTensor, OutputTensor, RequestError
 from edgefleet_agent.runtime.shadow import Shadow
 from edgefleet_agent.runtime.tensors import NUMPY, element_count
@@ -78,6 +79,8 @@ class WorkerProcess:
         self._buffer = memoryview(bytearray(channel.MAX_MESSAGE_BYTES))  # recv() would map as much for every message
         self._stopping = False
         self._verdict = ""  # why this side killed it, if it did
+        self._kills_before = 0
+        self.starved = False  # the kernel ended it for want of memory, of which it had taken no more than it may
         self.shadow: Shadow | None = None  # follows what this worker is asked
 
     @property
@@ -117,6 +120,7 @@ class WorkerProcess:
         except OSError as exc:
             raise EngineError(f"no channel to a worker: {exc}") from exc
         given = [theirs.fileno()]
+        self._kills_before = out_of_memory.kills()
         try:
             given += self._share()
             self._child = await self._nursery.spawn(given, aside=aside)
@@ -419,11 +423,17 @@ class WorkerProcess:
             begin = shm.aligned(end)
         return places
 
-    def _exited(self, code: int) -> None:
+    def _exited(self, ended: Exit) -> None:
         if self._link is not None:
             self._readable(ended=True)  # answers that it gave before it died
         self._close_link()
-        problem = self._verdict or describe_exit(code)
+        problem = self._verdict or describe_exit(ended.code)
+        limit_bytes = self._start.memory_bytes
+        if not self._verdict and out_of_memory.is_starved(
+            ended.code, ended.peak_bytes, limit_bytes, self._kills_before
+        ):
+            self.starved = True
+            problem += f": the board is out of memory; it held {ended.peak_bytes >> 20} of the {limit_bytes >> 20} MiB that it may"
         if not self._ready.done():
             said = self._child.output.last_words() if self._child is not None else ""
             self._ready.set_exception(EngineError(f"the worker {problem or 'ended'} while loading the model{said}"))
