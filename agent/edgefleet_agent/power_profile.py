@@ -1,17 +1,21 @@
-"""Stage 8, swap: the class's power profile. Receives what serves, hands on the processor's governor and highest clock to the kernel.
+"""Stage 8, swap: the class's power profile. Receives what serves, hands on to the kernel the processor's governor, its highest clock, and how long
+it may take to wake up.
 
 Writing there is root's, and the agent is not: a service of its own (``fleet-power.service``, started whenever the slots change) does
 this and nothing else. What it reads was written by the agent, so it is held against what the kernel itself offers: a governor
 of the kernel's list, a clock within the processor's own limits. What was there before is kept until the next boot, and put
 back when no profile is asked for.
 
-Source: kernel ``Documentation/admin-guide/pm/cpufreq.rst``, ``driver-api/thermal/sysfs-api.rst``.
+Source: kernel ``Documentation/admin-guide/pm/cpufreq.rst``, ``driver-api/thermal/sysfs-api.rst``, ``power/pm_qos_interface.rst`` with
+``ABI/testing/sysfs-devices-power``.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
+from typing import TypeVar
 
 import msgspec
 from edgefleet_shared import atomic
@@ -21,10 +25,17 @@ from edgefleet_shared.errors import EdgefleetError, EnvironmentProblem
 from edgefleet_agent import slots, sysfs
 
 KEPT = Path("/run/fleet-power/before.json")
-_POLICIES = "devices/system/cpu/cpufreq"
+_WAKES_KEPT = "wakes.json"  # beside it
+_CPUS = "devices/system/cpu"
+_POLICIES = f"{_CPUS}/cpufreq"
 _MOST = "cpuinfo_max_freq"
 _COOLING = re.compile(r"cpufreq|^Processor$")  # what slows processors down, by the names of Arm's driver and of ACPI's
 _GOVERNOR, _CLOCK, _LEAST = "scaling_governor", "scaling_max_freq", "scaling_min_freq"
+_WAKE = "pm_qos_resume_latency_us"
+_ANY_WAKE, _NO_WAKE = "0", "n/a"  # how the kernel writes that there is no limit, and that a processor may not sleep
+
+
+_BeforeT = TypeVar("_BeforeT")
 
 
 class Before(msgspec.Struct, frozen=True):
@@ -57,34 +68,64 @@ def asked_mhz(state: Path) -> int:
 
 
 def apply(profile: PowerProfile, sys_root: Path = Path("/sys"), kept: Path = KEPT) -> list[str]:
-    """Set every cpufreq policy as the profile says; what it leaves open goes back to what it was before any profile.
+    """Set every cpufreq policy and every processor as the profile says; what it leaves open goes back to what it was before any profile.
 
     Returns:
         what was changed, for people; empty when all is as it should be.
 
     Raises:
-        EnvironmentProblem: the kernel offers no such governor or clock (then nothing was changed), or refuses to be written.
+        EnvironmentProblem: the kernel offers no such governor, clock or limit (then nothing was changed), or refuses to be written.
     """
+    # All is held against the kernel's limits before the first is written: never half a profile.
+    plan = [*_clocks(profile, sys_root, kept), *_wakes(profile, sys_root, kept.with_name(_WAKES_KEPT))]
+    changed = []
+    for owner, path, value in plan:
+        if sysfs.text(path) != value:
+            _set(path, value)
+            changed.append(f"{owner}: {path.name} {value}")
+    return changed
+
+
+def _clocks(profile: PowerProfile, sys_root: Path, kept: Path) -> list[tuple[str, Path, str]]:
+    """(policy, file, value) of all that clocks need."""
     # A cluster whose cores are switched off answers nothing (EBUSY), and has no clock to be set.
     policies = [
         p for p in sorted((sys_root / _POLICIES).glob("policy*")) if sysfs.text(p / _GOVERNOR) and _khz(p / _CLOCK)
     ]
     if not policies:
-        if profile != PowerProfile():
+        if profile.governor or profile.max_clock_mhz:
             raise EnvironmentProblem(
                 "this board's kernel does not scale clocks", hint="the class's power profile has no effect"
             )
         return []
     before = _before(policies, kept, is_cooled=_is_cooled(sys_root))
-    # All are held against the kernel's limits before the first is written: never half a profile.
-    plan = [(policy, _target(policy, profile, before[policy.name])) for policy in policies]
-    changed = []
-    for policy, target in plan:
-        for name, value in _writes(policy, target):
-            if sysfs.text(policy / name) != value:
-                _set(policy / name, value)
-                changed.append(f"{policy.name}: {name} {value}")
-    return changed
+    targets = [(policy, _target(policy, profile, before[policy.name])) for policy in policies]
+    return [
+        (policy.name, policy / name, value) for policy, target in targets for name, value in _writes(policy, target)
+    ]
+
+
+def _wakes(profile: PowerProfile, sys_root: Path, kept: Path) -> list[tuple[str, Path, str]]:
+    """(processor, file, value) of all that keeps processors from deep sleep."""
+    files = {p.parts[-3]: p for p in sysfs.found(sys_root / _CPUS, f"cpu[0-9]*/power/{_WAKE}") if sysfs.text(p)}
+    if not files and profile.max_wake_us is not None:
+        raise EnvironmentProblem(
+            "this board's kernel takes no limit for how long its processors may take to wake up",
+            hint="the class's power profile has no effect",
+        )
+    before = _kept(kept, dict[str, str])
+    if profile.max_wake_us is None and not before:
+        return []  # nobody ever asked
+    fresh = {name: sysfs.text(path) for name, path in files.items() if name not in before}
+    before = _keep(kept, before | fresh) if fresh else before
+    asked = _ANY_WAKE if profile.max_wake_us is None else str(profile.max_wake_us or _NO_WAKE)
+    # What somebody else has made stricter is nobody's to loosen.
+    return [(name, path, min(asked, before[name], key=_wake_us)) for name, path in files.items()]
+
+
+def _wake_us(limit: str) -> float:
+    """What the kernel's word for a limit allows, in µs."""
+    return 0 if limit == _NO_WAKE else (int(limit) if limit.isdecimal() else 0) or math.inf
 
 
 def _writes(policy: Path, target: Before) -> list[tuple[str, str]]:
@@ -108,20 +149,26 @@ def _before(policies: list[Path], kept: Path, *, is_cooled: bool) -> dict[str, B
     """What was set before any profile. On a board that is being cooled the highest clock reads as the kernel's own limit of the moment: put back
     later, it would keep the board slow that has long been cool."""
     highest = _MOST if is_cooled else _CLOCK
-    try:
-        known = msgspec.json.decode(kept.read_bytes(), type=dict[str, Before])
-    except (OSError, msgspec.DecodeError):
-        known = {}
+    known = _kept(kept, dict[str, Before])
     fresh = {
         p.name: Before(sysfs.text(p / _GOVERNOR), _khz(p / highest) or _khz(p / _CLOCK), _khz(p / _LEAST))
         for p in policies
         if p.name not in known
     }
-    if fresh:
-        known = known | fresh
-        atomic.make_folder(kept.parent)
-        atomic.write(kept, msgspec.json.encode(known))
-    return known
+    return _keep(kept, known | fresh) if fresh else known
+
+
+def _kept(kept: Path, kind: type[dict[str, _BeforeT]]) -> dict[str, _BeforeT]:
+    try:
+        return msgspec.json.decode(kept.read_bytes(), type=kind)
+    except (OSError, msgspec.DecodeError):
+        return {}
+
+
+def _keep(kept: Path, before: dict[str, _BeforeT]) -> dict[str, _BeforeT]:
+    atomic.make_folder(kept.parent)
+    atomic.write(kept, msgspec.json.encode(before))
+    return before
 
 
 def _target(policy: Path, profile: PowerProfile, before: Before) -> Before:

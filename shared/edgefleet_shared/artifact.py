@@ -86,10 +86,11 @@ class Manifest(msgspec.Struct, frozen=True, rename="camel", kw_only=True, omit_d
 
 
 class PowerProfile(msgspec.Struct, frozen=True, kw_only=True):
-    """How fast a board's processor may run while it serves. Empty and 0: as the board is."""
+    """How fast a board's processor may run, and how deep it may sleep, while it serves. Empty, 0 and None: as the board is."""
 
     governor: str = ""
     max_clock_mhz: int = 0
+    max_wake_us: int | None = None  # that a processor may take to wake up; 0: none sleeps
 
 
 class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -23,6 +25,15 @@ class Cpus:
                 ("cpuinfo_max_freq", most), ("scaling_available_governors", "performance powersave schedutil"),
             ):  # fmt: skip
                 (folder / name).write_text(f"{value}\n")
+        for cpu in ("cpu0", "cpu4"):
+            self.wake(cpu).parent.mkdir(parents=True)
+            self.wake(cpu).write_text("0\n")
+
+    def wake(self, cpu: str) -> Path:
+        return self.root / "devices/system/cpu" / cpu / "power/pm_qos_resume_latency_us"
+
+    def wakes(self) -> list[str]:
+        return [self.wake(cpu).read_text().strip() for cpu in ("cpu0", "cpu4")]
 
     def apply(self, **profile: object) -> list[str]:
         return power_profile.apply(PowerProfile(**profile), self.root, self.kept)  # type: ignore[arg-type]
@@ -141,6 +152,58 @@ def test_a_cluster_that_is_switched_off_keeps_no_other_from_its_profile(cpus: Cp
     cpus.apply(governor="powersave", max_clock_mhz=1200)  # it is on again
     cpus.apply()
     assert cpus.now() == AS_IT_WAS
+
+
+def test_processors_wake_up_in_time_while_a_profile_asks_for_it(cpus: Cpus) -> None:
+    cpus.apply(governor="powersave")
+    assert cpus.wakes() == ["0", "0"]
+    assert cpus.apply(max_wake_us=50) == [
+        "policy0: scaling_governor schedutil", "policy4: scaling_governor schedutil",
+        "cpu0: pm_qos_resume_latency_us 50", "cpu4: pm_qos_resume_latency_us 50",
+    ]  # fmt: skip
+    cpus.apply(max_wake_us=0)
+    assert cpus.wakes() == ["n/a", "n/a"]
+    assert cpus.apply(max_wake_us=0) == []
+    cpus.apply()
+    assert cpus.wakes() == ["0", "0"]
+    assert cpus.now() == AS_IT_WAS
+
+
+@pytest.mark.parametrize(("before", "asked", "then"), [("20", 50, "20"), ("100", 50, "50"), ("n/a", 50, "n/a")])
+def test_a_stricter_limit_of_somebody_else_stays(cpus: Cpus, before: str, asked: int, then: str) -> None:
+    cpus.wake("cpu4").write_text(f"{before}\n")
+    cpus.apply(max_wake_us=asked)
+    assert cpus.wakes() == [str(asked), then]
+    cpus.apply()
+    assert cpus.wakes() == ["0", before]
+
+
+def test_a_kernel_without_such_limits_gets_no_half_profile(cpus: Cpus) -> None:
+    for cpu in ("cpu0", "cpu4"):
+        cpus.wake(cpu).unlink()
+    with pytest.raises(EnvironmentProblem, match="takes no limit"):
+        cpus.apply(governor="powersave", max_wake_us=50)
+    assert cpus.now() == AS_IT_WAS
+
+
+def test_limits_for_waking_up_need_no_clocks_that_scale(cpus: Cpus) -> None:
+    shutil.rmtree(cpus.root / "devices/system/cpu/cpufreq")
+    assert len(cpus.apply(max_wake_us=50)) == 2
+    assert len(cpus.apply()) == 2
+
+
+def test_this_machines_own_kernel_takes_and_gives_back_a_limit(tmp_path: Path) -> None:
+    files = sorted(Path("/sys/devices/system/cpu").glob("cpu[0-9]*/power/pm_qos_resume_latency_us"))
+    before = [file.read_text() for file in files]
+    if not files or not os.access(files[0], os.W_OK):
+        pytest.skip("this kernel has no such files, or this user may not write them")
+    profile = PowerProfile(max_wake_us=1_000_000)
+    try:
+        power_profile.apply(profile, kept=tmp_path / "before.json")
+        assert {file.read_text().strip() for file in files} == {"1000000"}
+    finally:
+        power_profile.apply(PowerProfile(), kept=tmp_path / "before.json")
+    assert [file.read_text() for file in files] == before
 
 
 def test_a_board_that_does_not_scale_says_so_only_when_it_is_asked_to(tmp_path: Path) -> None:

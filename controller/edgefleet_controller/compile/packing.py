@@ -119,7 +119,11 @@ def config(version: ModelVersion, device_class: DeviceClass, target: Target, pre
         contract=contract(version, device_class, target),
         encoding=version.encoding,
         swap=spec.swap,
-        power=PowerProfile(governor=spec.power.governor or "", max_clock_mhz=spec.power.max_clock_mhz or 0),
+        power=PowerProfile(
+            governor=spec.power.governor or "",
+            max_clock_mhz=spec.power.max_clock_mhz or 0,
+            max_wake_us=spec.power.max_wake_us,
+        ),
     )
 
 

@@ -77,10 +77,15 @@ class BuildBudget(Strict):
 
 
 class Power(Strict):
-    """How fast the processor may run while a board of the class serves; applied on the board, undone when nothing asks for it."""
+    """How fast the processor may run, and how deep it may sleep, while a board of the class serves; applied on the board, undone when nothing
+    asks for it."""
 
     governor: str | None = Field(default=None, pattern=r"^[a-z_]{1,32}$", description="cpufreq's, such as powersave")
     max_clock_mhz: Annotated[int, Field(ge=1, le=100_000)] | None = None
+    max_wake_us: Annotated[int, Field(ge=0, le=1_000_000)] | None = Field(
+        default=None,
+        description="that an idle processor may take to wake up: a request wakes three, one after the other; 0: none sleeps, which is warm",
+    )
 
 
 class DeviceClassSpec(Strict):
