@@ -4,6 +4,8 @@ The raw call is made in this process, where the picture lies; a served answer co
 in turn. Beside the p50 of a hundred raw calls in a row stands the p50 of raw calls that alternate with served ones: a
 processor that does something else in between is slower at either, and so is every application that looks at a picture now and then.
 Beside ours stands the floor: two processes that only pass the picture on (:mod:`bare`).
+All of it is measured as the machine is, and by turns with processors that don't sleep (the power profile ``max_wake_us: 0``), which needs
+root: a request wakes three processes one after the other.
 ``--swaps 40`` makes the swaps' part short, ``--no-peers`` leaves KServe and MLServer out.
 """
 
@@ -14,8 +16,10 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
+from typing import NamedTuple
 
 import bare
 import grpc
@@ -23,10 +27,16 @@ import networks
 import peers
 import swap
 from board import PICTURE, Client, Model, Runtime, build, raw_session
+from edgefleet_agent import power_profile
+from edgefleet_shared.artifact import PowerProfile
+from edgefleet_shared.errors import EnvironmentProblem
 from frame import Row, finish, interleave, quantile
 
 ROUNDS, CALLS = 20, 100
 GOALS_MS = {"unix": 0.12, "shm": 0.08}
+BLOCK = 4  # rounds in one state of the machine, before the other has its turn
+AS_IT_IS, AWAKE = "", ", processors kept awake"
+BETWEEN = "raw in between"
 SHOWN = {"unix": "Unix socket", "shm": "shared memory", "grpc": "gRPC"}
 
 
@@ -93,37 +103,77 @@ class Ways:
             close()
 
 
+class Times(NamedTuple):
+    """p50 of every way, and of raw calls that alternate with served ones; ms."""
+
+    p50: dict[str, float]
+    alternating: float
+
+
+@contextmanager
+def kept_awake(folder: Path) -> Iterator[None]:
+    """Processors that don't sleep meanwhile.
+
+    Raises:
+        EnvironmentProblem: this kernel can't, or may not by this user.
+    """
+    kept = folder / "before.json"
+    try:
+        power_profile.apply(PowerProfile(max_wake_us=0), kept=kept)
+        yield
+    finally:
+        power_profile.apply(PowerProfile(), kept=kept)
+
+
 def measure(
     kind: str, content: bytes, rounds: int, calls: int, *, with_peers: bool
-) -> tuple[dict[str, float], float, dict[str, str]]:
-    """(p50 of every way, p50 of raw calls that alternate with served ones, why a peer is missing), ms."""
+) -> tuple[dict[str, Times], dict[str, str]]:
+    """(times by what rows call that state of the machine, why a peer or a state is missing)."""
     with tempfile.TemporaryDirectory() as folder:
+        states: dict[str, Callable[[], AbstractContextManager[None]]] = {AS_IT_IS: nullcontext}
         ways = Ways(Path(folder), kind, content, with_peers=with_peers)
         try:
-            times = interleave(ways.calls, rounds, calls)
-            alternating = interleave({name: ways.calls[name] for name in ("raw", "unix")}, rounds * calls // 2, 1)
+            with kept_awake(Path(folder)):
+                states[AWAKE] = lambda: kept_awake(Path(folder))
+        except EnvironmentProblem as exc:
+            ways.missing[AWAKE.strip(", ")] = str(exc)
+        times: dict[str, dict[str, list[float]]] = {state: {} for state in states}
+        try:
+            for _ in range(rounds // BLOCK):
+                for state, begin in states.items():
+                    with begin():
+                        found = interleave(ways.calls, BLOCK, calls)
+                        found[BETWEEN] = interleave({n: ways.calls[n] for n in ("raw", "unix")}, BLOCK * calls // 2, 1)[
+                            "raw"
+                        ]
+                    for name, taken in found.items():
+                        times[state].setdefault(name, []).extend(taken)
         finally:
             ways.close()
-    return (
-        {name: quantile(t, 0.5) * 1e3 for name, t in times.items()},
-        quantile(alternating["raw"], 0.5) * 1e3,
-        ways.missing,
-    )
+    p50 = {state: {name: quantile(t, 0.5) * 1e3 for name, t in found.items()} for state, found in times.items()}
+    return {state: Times(found, found.pop(BETWEEN)) for state, found in p50.items()}, ways.missing
 
 
 def null_rows(*, with_peers: bool) -> list[Row]:
     """The overhead, on a network that does nothing."""
-    p50, alternating, missing = measure("null", networks.null(1), ROUNDS, CALLS, with_peers=with_peers)
+    found, missing = measure("null", networks.null(1), ROUNDS, CALLS, with_peers=with_peers)
+    for name, why in missing.items():
+        print(f"{name} was not measured: {why}")
+    return [row for state, times in found.items() for row in _null_rows(times, state)]
+
+
+def _null_rows(times: Times, state: str) -> list[Row]:
+    p50, alternating = times
     raw = p50["raw"]
     over = {name: value - raw for name, value in p50.items()}
     rows = [
-        Row(f"overhead over the raw call, p50, 150 KB picture, {SHOWN[way]}", over[way], "ms", GOALS_MS.get(way), "raw onnxruntime call", raw)
+        Row(f"overhead over the raw call, p50, 150 KB picture, {SHOWN[way]}{state}", over[way], "ms", GOALS_MS.get(way), "raw onnxruntime call", raw)
         for way in ("unix", "shm", "grpc")
     ]  # fmt: skip
-    rows.append(Row("overhead of two processes that only pass it on, p50", over["bare"], "ms"))
+    rows.append(Row(f"overhead of two processes that only pass it on, p50{state}", over["bare"], "ms"))
     rows.append(
         Row(
-            "overhead over a raw call made in between, p50, Unix socket",
+            f"overhead over a raw call made in between, p50, Unix socket{state}",
             p50["unix"] - alternating,
             "ms",
             None,
@@ -138,24 +188,28 @@ def null_rows(*, with_peers: bool) -> list[Row]:
                 ("shm", "shared memory", share),
                 ("grpc", "gRPC", None),
             ):
-                what = f"overhead over {name} gRPC's, {shown}"
+                what = f"overhead over {name} gRPC's, {shown}{state}"
                 rows.append(Row(what, over[way] / over[name], "x", goal, f"{name} gRPC, ms", over[name]))
-    for name, why in missing.items():
-        print(f"{name} gRPC was not measured: {why}")
     return rows
 
 
 def real_rows(*, with_peers: bool) -> list[Row]:
     """The ratio to the raw call, on a real network."""
-    p50, _, _ = measure("lite0", networks.lite0(), 8, 25, with_peers=with_peers)
+    found, _ = measure("lite0", networks.lite0(), 8, 25, with_peers=with_peers)
+    return [row for state, times in found.items() for row in _real_rows(times.p50, state)]
+
+
+def _real_rows(p50: dict[str, float], state: str) -> list[Row]:
     best = {name: p50[name] / p50["raw"] for name in ("kserve", "mlserver") if name in p50}
     rows = []
     for way in ("unix", "shm", "grpc"):
-        rows.append(Row(f"EfficientNet-Lite0 int8, ratio to the raw call, p50, {SHOWN[way]}", p50[way] / p50["raw"], "x", 1.08 if way != "grpc" else None,
+        rows.append(Row(f"EfficientNet-Lite0 int8, ratio to the raw call, p50, {SHOWN[way]}{state}", p50[way] / p50["raw"], "x", 1.08 if way != "grpc" else None,
                         "kserve gRPC" if "kserve" in best else None, best.get("kserve")))  # fmt: skip
-    rows.append(Row("EfficientNet-Lite0 int8, raw call, p50", p50["raw"], "ms"))
+    rows.append(Row(f"EfficientNet-Lite0 int8, raw call, p50{state}", p50["raw"], "ms"))
     if "mlserver" in best:
-        rows.append(Row("EfficientNet-Lite0 int8, ratio to the raw call, p50, mlserver gRPC", best["mlserver"], "x"))
+        rows.append(
+            Row(f"EfficientNet-Lite0 int8, ratio to the raw call, p50, mlserver gRPC{state}", best["mlserver"], "x")
+        )
     return rows
 
 
