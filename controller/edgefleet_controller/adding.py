@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +14,7 @@ from edgefleet_shared.errors import EdgefleetError, InputError, NotFoundError, T
 from edgefleet_controller import release, source
 from edgefleet_controller.client import FleetClient
 from edgefleet_controller.compile.comparing import Row, compare
+from edgefleet_controller.compile.workplace import work_folder
 from edgefleet_controller.manifest_files import load_manifests, of_kind
 from edgefleet_controller.manifests import Model
 from edgefleet_controller.settings import default_cache
@@ -42,8 +42,8 @@ def add_model(home: Path, path: Path, version: str, progress: source.Progress) -
     if version:
         manifest = manifest.model_copy(update={"spec": manifest.spec.model_copy(update={"version": version})})
     client = FleetClient(home)
-    with tempfile.TemporaryDirectory(prefix="edgefleet-add-") as staging:
-        layout = Layout(Path(staging))
+    with work_folder("add") as staging:
+        layout = Layout(staging)
         imported = source.import_model(
             manifest, (manifest.file or path).parent, layout, cache=default_cache(), progress=progress
         )

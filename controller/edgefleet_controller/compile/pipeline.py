@@ -68,7 +68,7 @@ def compile_version(
     target = target_named(device_class.target)
     options = _check(target, device_class, version)
     toolchain = toolchains.for_target(target, device_class.spec.precision, progress)
-    with work_folder() as work:
+    with work_folder("compile") as work:
         steps = Steps(
             version, device_class, target, options, toolchain, layout, toolchains, cache, work, progress, limits
         )
