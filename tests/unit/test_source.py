@@ -141,6 +141,14 @@ def test_a_file_that_is_larger_than_onnx_can_be_is_told_with_its_size(tmp_path: 
         import_model(manifest, tmp_path, Layout(tmp_path / "layout"), cache=tmp_path / "cache")
 
 
+@pytest.mark.parametrize(("opset", "told"), [(5, "at least 7"), (99, "no tool here knows")])
+def test_an_operator_set_that_is_too_old_or_of_the_future_is_told(tmp_path: Path, opset: int, told: str) -> None:
+    model = classifier()
+    model.opset_import[0].version = opset
+    with pytest.raises(ModelError, match=rf"operator set {opset}.*{told}"):
+        imported(tmp_path, model)
+
+
 def test_an_output_that_is_an_input_is_refused(tmp_path: Path) -> None:
     model = classifier()
     model.graph.output.append(model.graph.input[0])
