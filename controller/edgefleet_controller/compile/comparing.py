@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+from edgefleet_controller.compile.port import share_title
+
 Artifact = dict[str, Any]  # as the API shows it
 
 
@@ -45,7 +47,7 @@ def _figures(name: str, before: Artifact, after: Artifact, *, of_one_kind: bool)
     rows.append(_share(name, "agreement", _agreement(old), _agreement(new), judged=of_one_kind))
     shares = [one.get("shares") or {} for one in (old, new)]
     rows += [
-        _share(name, figure.replace("_", " "), shares[0].get(figure), shares[1].get(figure), judged=of_one_kind)
+        _share(name, share_title(figure), shares[0].get(figure), shares[1].get(figure), judged=of_one_kind)
         for figure in sorted({*shares[0], *shares[1]})
     ]
     rows.append(

@@ -13,7 +13,7 @@ from edgefleet_shared.detection import HEADS, Part
 from edgefleet_shared.errors import ToolchainError
 
 from edgefleet_controller.compile import by_label
-from edgefleet_controller.compile.port import HOST, Figures, Share
+from edgefleet_controller.compile.port import HOST, WITHIN, Figures, Share
 from edgefleet_controller.compile.recipe import Recipe
 from edgefleet_controller.manifests import Accuracy, DeviceClassSpec
 from edgefleet_controller.source import ModelVersion
@@ -25,7 +25,6 @@ EXACT_DB = 200.0  # stands for no noise at all; float32 itself holds about 150 d
 AS_FLOAT_DB = 100.0  # from which only the order of sums is another one: engines' float leaves 120 and more, weights rounded to float16 40 to 75
 SMALL_FIRST = ("size", "transfer")  # what a class may prefer over speed
 MOST_LABELS = 3  # told one by one in a miss; the report has more
-WITHIN = "values within tolerance, "  # and the output's name, among the shares of a raw network
 UNLIKE = 3.0  # times: spreads of calibration and held-out inputs that differ by more are not of one kind
 
 
