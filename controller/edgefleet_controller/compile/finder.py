@@ -95,6 +95,8 @@ class Finder:
             if refusals and self._unclimbed(choice, left.chosen.recipe):
                 choice = self._with_layers(choice)
             if len(fallen) == len(choice.trials):
+                choice = self._with_float(choice)
+            if len(fallen) == len(choice.trials):
                 break
             left = search.without(choice, list(fallen), self._class.spec)
             if _in_float(left):
@@ -267,7 +269,8 @@ class Finder:
         spec = self._class.spec
         made = trials[0].recipe.precision == plain.precision
         if plain.precision != "int8" or effort == "fixed" or not made:
-            return search.choose(trials, spec)
+            choice = search.choose(trials, spec)
+            return choice if choice.chosen else self._with_float(choice)
         if all(trial.died for trial in trials):  # and nothing was measured of the float model beside them
             more = [FLOAT] if FLOAT.precision in self._target.precisions else []
             return search.choose(trials + self._try(more), spec)
@@ -297,6 +300,14 @@ class Finder:
         """The choice among these; where that is the float model, also among half precision, in which a network may answer the same in half the bytes."""
         choice = search.choose(trials, self._class.spec, units)
         return self._with_half(choice) if _in_float(choice) else choice
+
+    def _with_float(self, choice: Choice) -> Choice:
+        """The choice with the float model, where that was no candidate yet: a class of half precision falls back to it as one of int8 does."""
+        spec, tried = self._class.spec, {trial.recipe for trial in choice.trials}
+        if spec.search.effort == "fixed" or FLOAT in tried or all(trial.died for trial in choice.trials):
+            return choice
+        more = msgspec.structs.replace(choice, trials=(*choice.trials, *self._in_float(choice.trials)))
+        return search.without(more, (), spec)
 
     def _with_half(self, choice: Choice) -> Choice:
         """The choice with half precision tried, where the target makes it."""
