@@ -139,7 +139,8 @@ def compare_versions(home: Path, model: str, before: str, after: str) -> list[Ro
             raise NotFoundError(f"no model {model} {version}", hint="fleet model list shows them")
         sides.append(found[0])
     client.close()
-    return compare(sides[0]["artifacts"], sides[1]["artifacts"], (sides[0]["output_kind"], sides[1]["output_kind"]))
+    artifacts, kinds, failed = ([side[what] for side in sides] for what in ("artifacts", "output_kind", "failed"))
+    return compare(artifacts[0], artifacts[1], (kinds[0], kinds[1]), (failed[0], failed[1]))
 
 
 def fetch_report(home: Path, model: str, version: str, device_class: str, *, page: bool) -> bytes:

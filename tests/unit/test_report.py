@@ -242,6 +242,23 @@ def test_a_class_that_only_one_version_has_is_told() -> None:
     assert (row.device_class, row.before, row.after) == ("a", "not compiled", "compiled")
 
 
+def test_a_class_whose_last_compile_failed_is_told_with_why() -> None:
+    failed = [{"class": name, "error": {"message": "size 9 bytes, budget 1"}} for name in ("a", "b")]
+    rows = compare([artifact("a")], [artifact("a")], ALIKE, ([], failed))
+    told = "failed: size 9 bytes, budget 1"
+    assert [row[:4] for row in rows if row.device_class == "b"] == [("b", "artifact", "not compiled", told)]
+    assert ("a", "last compile", "done", told, "") in rows
+    assert "last compile" not in {row.figure for row in compare([artifact("a")], [artifact("a")], ALIKE)}
+
+
+def test_the_float_model_is_as_fast_as_itself() -> None:
+    sides = [artifact("a", p50_ms=p50_ms) for p50_ms in (9.0, 11.0)]
+    for side in sides:
+        side["quality"]["recipe"] = "fp32"
+    (row,) = (r for r in compare(sides[:1], sides[1:], ALIKE) if r.figure == "times as fast as float")
+    assert row[2:] == ("1.00", "1.00", "")
+
+
 def test_shares_that_one_side_lacks_are_unmeasured() -> None:
     new = artifact("a", shares={"box_recall": Share(0.9, 0.8, 0.95, 9, 10)})
     rows = {r.figure: r for r in compare([artifact("a")], [new], ALIKE)}
