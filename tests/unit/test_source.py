@@ -13,6 +13,7 @@ import numpy as np
 import onnx
 import pytest
 from edgefleet_controller.converters import original_of
+from edgefleet_controller.formats import format_of
 from edgefleet_controller.manifests import Model, Pruning
 from edgefleet_controller.source import ModelVersion, blobs, decode, import_model
 from edgefleet_shared.artifact import Layout
@@ -52,12 +53,21 @@ def test_another_picture_gives_another_version(tmp_path: Path) -> None:
     assert run(tmp_path, manifest).digest != first.digest
 
 
-@pytest.mark.parametrize("content", [b"", b"no network at all", b"\x89PNG\r\n\x1a\n", b"\x08\x08"])
+@pytest.mark.parametrize("content", [b"no network at all", b"\x89PNG\r\n\x1a\n", b"\x08\x08"])
 def test_a_file_that_is_no_onnx_is_refused(tmp_path: Path, content: bytes) -> None:
     manifest = project(tmp_path, classifier())
     (tmp_path / "net.onnx").write_bytes(content)
     with pytest.raises(ModelError, match="not an ONNX model"):
         run(tmp_path, manifest)
+
+
+def test_a_file_with_nothing_in_it_and_what_is_no_file_are_told_as_that(tmp_path: Path) -> None:
+    """As a download that came to nothing leaves it; a pipe would be waited for."""
+    (tmp_path / "empty.tflite").touch()
+    os.mkfifo(tmp_path / "pipe.onnx")
+    for name, told in (("empty.tflite", "empty.tflite is empty"), ("pipe.onnx", "pipe.onnx is no file")):
+        with pytest.raises(ModelError, match=told):
+            format_of(tmp_path / name)
 
 
 def test_a_missing_network_is_named(tmp_path: Path) -> None:
