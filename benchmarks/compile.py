@@ -24,8 +24,9 @@ from edgefleet_controller.compile.steps import Limits, Steps
 from edgefleet_controller.compile.toolchains import Toolchains
 from edgefleet_controller.compile.trials import Trials
 from edgefleet_controller.manifests import DeviceClass, Model
+from edgefleet_controller.model_version import ModelVersion
 from edgefleet_controller.settings import default_cache
-from edgefleet_controller.source import ModelVersion, import_model
+from edgefleet_controller.source.importing import import_model
 from edgefleet_shared import chunks
 from edgefleet_shared.artifact import MODEL_LAYER, Layout
 from frame import Row, finish

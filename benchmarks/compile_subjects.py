@@ -20,8 +20,8 @@ import numpy as np
 import onnx
 from edgefleet_controller import packages, photos
 from edgefleet_controller.compile.toolchains import Toolchains
-from edgefleet_controller.importers import importer
 from edgefleet_controller.manifests import Model
+from edgefleet_controller.source.importers import importer
 from edgefleet_shared.errors import EnvironmentProblem
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image, ImageDraw, ImageFont, ImageOps

@@ -67,7 +67,7 @@ def lite0(seed: int = 0) -> bytes:
     Args:
         seed: which of its classes is told first: versions with the same work and other answers.
     """
-    from edgefleet_controller.importers import efficientnet_lite
+    from edgefleet_controller.source.importers import efficientnet_lite
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 
     class Pictures(CalibrationDataReader):  # type: ignore[misc]

@@ -11,21 +11,22 @@ from edgefleet_shared.artifact import Layout
 from edgefleet_shared.clock import SystemClock
 from edgefleet_shared.errors import EdgefleetError, InputError, NotFoundError, TransportError, from_dict
 
-from edgefleet_controller import release, source
+from edgefleet_controller import model_version, release
 from edgefleet_controller.client import FleetClient
 from edgefleet_controller.compile.comparing import Row, compare
 from edgefleet_controller.compile.workplace import work_folder
-from edgefleet_controller.manifest_files import load_manifests, of_kind
 from edgefleet_controller.manifests import Model
+from edgefleet_controller.manifests.files import load_manifests, of_kind
 from edgefleet_controller.settings import default_cache
 from edgefleet_controller.sign import ReleaseSigner
+from edgefleet_controller.source.importing import Progress, import_model
 
 POLL_S = 0.3
 OUT_OF_REACH_S = 120.0  # a controller that starts again goes on with its jobs
 Show = Callable[[str, str, float], None]
 
 
-def add_model(home: Path, path: Path, version: str, progress: source.Progress) -> dict[str, Any]:
+def add_model(home: Path, path: Path, version: str, progress: Progress) -> dict[str, Any]:
     """Import a model on this machine, upload what the controller lacks, register the version.
 
     Args:
@@ -44,10 +45,10 @@ def add_model(home: Path, path: Path, version: str, progress: source.Progress) -
     client = FleetClient(home)
     with work_folder("add") as staging:
         layout = Layout(staging)
-        imported = source.import_model(
+        imported = import_model(
             manifest, (manifest.file or path).parent, layout, cache=default_cache(), progress=progress
         )
-        client.upload(layout, [*source.blobs(imported), imported.digest], progress)
+        client.upload(layout, [*model_version.blobs(imported), imported.digest], progress)
     added: dict[str, Any] = client.add_model(imported.digest)
     client.close()
     return added

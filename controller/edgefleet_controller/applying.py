@@ -9,8 +9,8 @@ from edgefleet_shared.clock import SystemClock
 from edgefleet_controller import release
 from edgefleet_controller.client import FleetClient
 from edgefleet_controller.compile.port import check_class, installed_targets
-from edgefleet_controller.manifest_files import load_manifests, of_kind
 from edgefleet_controller.manifests import DeviceClass
+from edgefleet_controller.manifests.files import load_manifests, of_kind
 from edgefleet_controller.sign import ReleaseSigner
 
 

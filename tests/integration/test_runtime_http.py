@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 import pytest
 import tritonclient.http as triton
+from edgefleet_agent.runtime.body_room import ROOM_BYTES
 from edgefleet_agent.runtime.control import short_path
-from edgefleet_agent.runtime.http import MAX_CONNECTIONS, ROOM_BYTES
+from edgefleet_agent.runtime.http import MAX_CONNECTIONS
 from support import artifacts
 from support.runtimes import Runtime, UnixConnection, infer_body, running, until
 from tritonclient.utils import InferenceServerException

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from edgefleet_agent.runtime.http import ROOM_BYTES
+from edgefleet_agent.runtime.body_room import ROOM_BYTES
 from edgefleet_shared.contract import TensorSpec
 from support import artifacts
 from support.runtimes import Runtime, UnixConnection, running, until

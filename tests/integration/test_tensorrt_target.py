@@ -12,7 +12,7 @@ import pytest
 from edgefleet_controller.compile.pipeline import compile_version
 from edgefleet_controller.compile.port import CompileResult
 from edgefleet_controller.compile.toolchains import Toolchains
-from edgefleet_controller.source import import_model
+from edgefleet_controller.source.importing import import_model
 from edgefleet_shared import artifact
 from edgefleet_shared.artifact import Layout
 from edgefleet_shared.errors import ModelError

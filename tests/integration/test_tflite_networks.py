@@ -19,7 +19,7 @@ import skimage.data
 from edgefleet_controller import packages
 from edgefleet_controller.compile.children.tflite.onnx_to_tflite import convert
 from edgefleet_controller.compile.toolchains import Toolchains
-from edgefleet_controller.importers import efficientnet_lite
+from edgefleet_controller.source.importers import efficientnet_lite
 from PIL import Image
 from safetensors.numpy import save_file
 from support.engines import assert_alike, misaligned, onnx_answers, operators_of, tflite_answers, types_by_operator
@@ -133,7 +133,7 @@ def yolov3_tiny() -> bytes:
     return content
 
 
-DARKNET = "edgefleet_controller.importers.darknet"
+DARKNET = "edgefleet_controller.source.importers.darknet"
 OCR = ("rapidocr-onnxruntime", "1.4.4")
 TRAINED = {
     "efficientnet-lite0": Trained(lambda: efficientnet_lite.fetch(CACHE), (224, 224), 127.0, 128.0, 0.9),

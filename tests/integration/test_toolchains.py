@@ -22,7 +22,7 @@ from edgefleet_controller.compile.environments import Lock, examine, folder_of
 from edgefleet_controller.compile.toolchains import Toolchain, Toolchains
 from edgefleet_controller.compile.watching import Cancelled
 from edgefleet_controller.compile.worker import JobRequest
-from edgefleet_controller.source import import_model
+from edgefleet_controller.source.importing import import_model
 from edgefleet_shared.artifact import Layout
 from edgefleet_shared.errors import EnvironmentProblem, ToolchainError
 from edgefleet_shared.work import Answer, Progress

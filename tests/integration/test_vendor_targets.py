@@ -19,7 +19,7 @@ from edgefleet_controller.compile.toolchains import Toolchains
 from edgefleet_controller.compile.tools import MissingTool
 from edgefleet_controller.compile.watching import Cancelled
 from edgefleet_controller.manifests import DeviceClass
-from edgefleet_controller.source import import_model
+from edgefleet_controller.source.importing import import_model
 from edgefleet_shared import artifact
 from edgefleet_shared.artifact import Layout
 from edgefleet_shared.contract import AcceptanceFigures, judge

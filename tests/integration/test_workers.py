@@ -13,12 +13,12 @@ from typing import Any
 
 import msgspec
 import pytest
-from edgefleet_controller import source
+from edgefleet_controller import model_version
 from edgefleet_controller.compile.pipeline import compile_version
 from edgefleet_controller.compile.port import CompileResult, Share
 from edgefleet_controller.compile.toolchains import Toolchains
-from edgefleet_controller.manifest_files import parse_value
 from edgefleet_controller.manifests import DeviceClass
+from edgefleet_controller.manifests.files import parse_value
 from edgefleet_shared import artifact, golden
 from edgefleet_shared.artifact import GOLDEN_LAYER, Layout, digest_of
 from edgefleet_shared.contract import AcceptanceContract, AcceptanceFigures, AcceptanceReport, Verdict, judge
@@ -132,7 +132,7 @@ def compiled(layout: Layout, version: str, fleet: Fleet, cache: Path) -> Compile
     (shown,) = fleet.client().models("toy", version)
     manifest = parse_value(CLASS)
     assert isinstance(manifest, DeviceClass)
-    asked = source.decode(layout.read(shown["digest"], 1 << 24))
+    asked = model_version.decode(layout.read(shown["digest"], 1 << 24))
     return compile_version(asked, manifest, layout, Toolchains(cache), cache=cache)
 
 
@@ -364,7 +364,7 @@ def honest(fleet: Fleet, tmp_path_factory: pytest.TempPathFactory) -> Callable[[
             client.fetch(task.lease, digest, layout)
         manifest = parse_value(msgspec.json.decode(task.device_class))
         assert isinstance(manifest, DeviceClass)
-        asked = source.decode(layout.read(task.version, 1 << 24))
+        asked = model_version.decode(layout.read(task.version, 1 << 24))
         return Lie(layout, compile_version(asked, manifest, layout, Toolchains(cache), cache=cache))
 
     return make

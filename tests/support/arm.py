@@ -10,9 +10,10 @@ import msgspec
 from edgefleet_controller.compile.pipeline import compile_version
 from edgefleet_controller.compile.port import CompileResult
 from edgefleet_controller.compile.toolchains import Toolchains
-from edgefleet_controller.manifest_files import load_manifests, of_kind
 from edgefleet_controller.manifests import DeviceClass
-from edgefleet_controller.source import ModelVersion, import_model
+from edgefleet_controller.manifests.files import load_manifests, of_kind
+from edgefleet_controller.model_version import ModelVersion
+from edgefleet_controller.source.importing import import_model
 from edgefleet_shared.artifact import Layout
 from edgefleet_shared.contract import AcceptanceReport
 

@@ -12,7 +12,8 @@ from edgefleet_controller.compile.pipeline import compile_version
 from edgefleet_controller.compile.port import CompileResult
 from edgefleet_controller.compile.toolchains import Toolchains
 from edgefleet_controller.manifests import DeviceClass, Model
-from edgefleet_controller.source import ModelVersion, import_model
+from edgefleet_controller.model_version import ModelVersion
+from edgefleet_controller.source.importing import import_model
 from edgefleet_shared.artifact import Layout
 
 from support.networks import device_class

@@ -6,7 +6,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from edgefleet_controller.source import import_model
+from edgefleet_controller.source.importing import import_model
 from edgefleet_shared.errors import ModelError
 from support import trained
 from support.networks import Net, project

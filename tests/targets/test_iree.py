@@ -8,7 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from edgefleet_controller.source import ModelVersion, import_model
+from edgefleet_controller.model_version import ModelVersion
+from edgefleet_controller.source.importing import import_model
 from edgefleet_shared.errors import ModelError
 from support import trained
 from support.networks import Net, project

@@ -22,9 +22,10 @@ from edgefleet_controller.compile import search
 from edgefleet_controller.compile.pipeline import compile_version
 from edgefleet_controller.compile.port import CompileResult
 from edgefleet_controller.compile.toolchains import Toolchains
-from edgefleet_controller.converters import to_onnx
 from edgefleet_controller.manifests import Model
-from edgefleet_controller.source import ModelVersion, import_model
+from edgefleet_controller.model_version import ModelVersion
+from edgefleet_controller.source.converters import to_onnx
+from edgefleet_controller.source.importing import import_model
 from edgefleet_shared.artifact import MODEL_LAYER, Layout, digest_file
 from edgefleet_shared.errors import ModelError
 from onnx import numpy_helper

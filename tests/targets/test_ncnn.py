@@ -11,7 +11,8 @@ import pytest
 from edgefleet_agent.runtime import engines
 from edgefleet_controller.compile.port import CompileResult
 from edgefleet_controller.manifests import Model
-from edgefleet_controller.source import ModelVersion, import_model
+from edgefleet_controller.model_version import ModelVersion
+from edgefleet_controller.source.importing import import_model
 from edgefleet_shared import golden
 from edgefleet_shared.artifact import GOLDEN_LAYER
 from edgefleet_shared.errors import ModelError

@@ -18,7 +18,8 @@ from edgefleet_controller.compile.port import CompileResult
 from edgefleet_controller.compile.steps import Limits
 from edgefleet_controller.compile.toolchains import Cancelled, Toolchains
 from edgefleet_controller.manifests import Model
-from edgefleet_controller.source import ModelVersion, import_model
+from edgefleet_controller.model_version import ModelVersion
+from edgefleet_controller.source.importing import import_model
 from edgefleet_shared.artifact import MODEL_LAYER, Layout
 from edgefleet_shared.errors import QualityError, ToolchainError
 from safetensors.numpy import save_file

@@ -10,7 +10,8 @@ import numpy as np
 import onnx
 import pytest
 from edgefleet_controller.compile.children import rknn_settled
-from edgefleet_controller.source import ModelVersion, import_model
+from edgefleet_controller.model_version import ModelVersion
+from edgefleet_controller.source.importing import import_model
 from edgefleet_shared.errors import ManifestError, ModelError
 from support import trained
 from support.networks import Net, project, project_of_numbers, resize_input

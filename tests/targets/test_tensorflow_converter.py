@@ -21,7 +21,8 @@ from edgefleet_controller.compile.pipeline import compile_version
 from edgefleet_controller.compile.port import CompileResult
 from edgefleet_controller.compile.toolchains import Toolchains
 from edgefleet_controller.manifests import Model
-from edgefleet_controller.source import ModelVersion, Original, blobs, import_model
+from edgefleet_controller.model_version import ModelVersion, Original, blobs
+from edgefleet_controller.source.importing import import_model
 from edgefleet_shared.artifact import MODEL_LAYER, PROVENANCE_LAYER, Layout, digest_file
 from safetensors.numpy import save_file
 from support.networks import device_class

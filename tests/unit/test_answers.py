@@ -12,7 +12,7 @@ from edgefleet_controller.compile.packing import contract
 from edgefleet_controller.compile.port import target_named
 from edgefleet_controller.compile.quality import compare, unlike
 from edgefleet_controller.compile.telling import untold_on_boards, vacuous
-from edgefleet_controller.source import AcceptanceLimits, ModelVersion, Split
+from edgefleet_controller.model_version import AcceptanceLimits, ModelVersion, Split
 from edgefleet_shared import answers
 from edgefleet_shared.contract import AcceptanceContract, TensorSpec
 from edgefleet_shared.reading import BoxDecoding, MaskReading, TextReading

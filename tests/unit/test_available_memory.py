@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from edgefleet_agent.runtime.http import ROOM_BYTES, room
+from edgefleet_agent.runtime.body_room import ROOM_BYTES, room
 from edgefleet_agent.runtime.memory import available_memory_bytes
 
 MIB = 1 << 20

@@ -11,7 +11,7 @@ from edgefleet_controller.compile.by_label import ENOUGH
 from edgefleet_controller.compile.port import Figures
 from edgefleet_controller.compile.quality import compare, inaccuracies
 from edgefleet_controller.manifests.device_class import Accuracy
-from edgefleet_controller.source import ModelVersion
+from edgefleet_controller.model_version import ModelVersion
 from edgefleet_shared import answers
 from edgefleet_shared.contract import TensorSpec
 from edgefleet_shared.reading import BoxDecoding, MaskReading

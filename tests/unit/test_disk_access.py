@@ -28,7 +28,7 @@ ALLOWED = {
     "edgefleet_agent/power_profile.py": {".write_text"},  # sysfs, which is the kernel and no disk
     "edgefleet_agent/out_of_memory.py": {".write_text"},  # procfs, as well
     "edgefleet_agent/runtime/shm.py": {"import mmap", "os.ftruncate", "os.open"},  # memory, no file of the board
-    "edgefleet_agent/runtime/http.py": {"import mmap"},  # memory of no file
+    "edgefleet_agent/runtime/body_room.py": {"import mmap"},  # memory of no file
     "edgefleet_agent/confinement.py": {"os.open"},  # O_PATH
     "edgefleet_agent/runtime/regions.py": {"os.open"},  # a client's shared memory, which it has made
     "edgefleet_agent/runtime/serving.py": {".touch"},  # pages of shared memory

@@ -8,9 +8,10 @@ from typing import Any
 
 import msgspec
 import pytest
+from edgefleet_agent.runtime.body_room import BodyRoom
+from edgefleet_agent.runtime.exchange import Request
 from edgefleet_agent.runtime.front import Front
 from edgefleet_agent.runtime.head import Head
-from edgefleet_agent.runtime.http import Request
 from edgefleet_agent.runtime.job import Job, Lease
 from edgefleet_agent.runtime.peer import Peer
 from edgefleet_agent.runtime.protocol import OutputTensor
@@ -55,7 +56,7 @@ def test_a_slot_is_let_go_with_its_request(given_up: bool) -> None:
     assert place is not None
     if not given_up:
         place.view[: len(header)] = header
-        request = Request(head, place.view, place, peer)
+        request = Request(head, place.view, place, peer, BodyRoom(0))
         front.handle(request, lambda status, *_: answers.append(status) is None)
         assert answers == [200]
         del request

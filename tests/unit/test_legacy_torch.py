@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from edgefleet_controller.importers.legacy_torch import read_weights
+from edgefleet_controller.source.importers.legacy_torch import read_weights
 from edgefleet_shared.errors import ModelError
 
 HEADER = pickle.dumps(0x1950A86A20F9469CFC6C, 2) + pickle.dumps(1001, 2) + pickle.dumps({"little_endian": True}, 2)

@@ -3,8 +3,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from edgefleet_controller.manifest_files import load_manifests, of_kind, parse_value
 from edgefleet_controller.manifests import DeviceClass, Rollout, json_schemas
+from edgefleet_controller.manifests.files import load_manifests, of_kind, parse_value
 from edgefleet_shared.errors import ManifestError
 
 ROOT = Path(__file__).parents[2]

@@ -9,7 +9,7 @@ from edgefleet_controller.compile.port import Figures
 from edgefleet_controller.compile.pruning import Step, Tried
 from edgefleet_controller.compile.recipe import FLOAT, Recipe
 from edgefleet_controller.compile.search import Trial
-from edgefleet_controller.source import PruningPlan
+from edgefleet_controller.model_version import PruningPlan
 from support.networks import device_class
 
 PLAN = PruningPlan(structured=0.8, unstructured=0.0, steps=4, epochs=2, learning_rate=1e-3, batch=32, seed=0)

@@ -11,7 +11,7 @@ from edgefleet_controller.compile.quality import EXACT_DB, compare, inaccuracies
 from edgefleet_controller.compile.recipe import Recipe
 from edgefleet_controller.compile.telling import vacuous
 from edgefleet_controller.manifests.device_class import Accuracy
-from edgefleet_controller.source import AcceptanceLimits, ModelVersion, Split
+from edgefleet_controller.model_version import AcceptanceLimits, ModelVersion, Split
 from edgefleet_shared.contract import BuildBudget, OutputTolerance, TensorSpec
 from edgefleet_shared.errors import ManifestError, ToolchainError
 from edgefleet_shared.reading import BoxDecoding

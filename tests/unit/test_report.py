@@ -15,7 +15,7 @@ from edgefleet_controller.compile.quality import EXACT_DB
 from edgefleet_controller.compile.recipe import FLOAT, PLAIN_TENSORFLOW, Recipe
 from edgefleet_controller.compile.search import Choice, LeftOut, Trial, Unit
 from edgefleet_controller.compile.trials import Measured
-from edgefleet_controller.source import AcceptanceLimits, ModelVersion, Split
+from edgefleet_controller.model_version import AcceptanceLimits, ModelVersion, Split
 from edgefleet_shared.artifact import Layout
 from edgefleet_shared.contract import PictureEncoding, TensorSpec
 from edgefleet_shared.errors import ModelError, QualityError

@@ -12,10 +12,11 @@ import msgspec
 import numpy as np
 import onnx
 import pytest
-from edgefleet_controller.converters import original_of
-from edgefleet_controller.formats import format_of
 from edgefleet_controller.manifests import Model, Pruning
-from edgefleet_controller.source import ModelVersion, blobs, decode, import_model
+from edgefleet_controller.model_version import ModelVersion, blobs, decode
+from edgefleet_controller.source.converters import original_of
+from edgefleet_controller.source.formats import format_of
+from edgefleet_controller.source.importing import import_model
 from edgefleet_shared.artifact import Layout
 from edgefleet_shared.errors import DataError, ModelError
 from onnx import TensorProto, helper

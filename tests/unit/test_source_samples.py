@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from edgefleet_controller import samples_entry
 from edgefleet_controller.manifests import Model
-from edgefleet_controller.source import ModelVersion, import_model
+from edgefleet_controller.model_version import ModelVersion
+from edgefleet_controller.source import samples_entry
+from edgefleet_controller.source.importing import import_model
 from edgefleet_shared.artifact import Layout
 from edgefleet_shared.errors import DataError
 from onnx import TensorProto, helper, numpy_helper
@@ -37,7 +38,7 @@ def samples_in_a_process(manifest: Model, folder: Path) -> str:
     """How reading a manifest's samples ends, in a process of its own that has a minute."""
     source = (
         "import sys; from pathlib import Path; from edgefleet_controller.manifests import Model\n"
-        "from edgefleet_controller.source import import_model; from edgefleet_shared.artifact import Layout\n"
+        "from edgefleet_controller.source.importing import import_model; from edgefleet_shared.artifact import Layout\n"
         "folder = Path(sys.argv[1]); manifest = Model.model_validate_json(sys.argv[2])\n"
         "import_model(manifest, folder, Layout(folder / 'layout'), cache=folder / 'cache')\n"
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from edgefleet_agent.runtime.http import ROOM_BYTES
+from edgefleet_agent.runtime.body_room import ROOM_BYTES
 from edgefleet_agent.runtime.untaken import SMALL_BYTES, STALLED_S, TAKE_LIMIT_S, Untaken
 
 

@@ -19,9 +19,10 @@ from edgefleet_shared.errors import ArtifactError, EdgefleetError, EnvironmentPr
 
 from edgefleet_agent import notify, slots
 from edgefleet_agent.runtime import activation, control
+from edgefleet_agent.runtime.body_room import room
 from edgefleet_agent.runtime.control_server import bind_unix, serve_control
 from edgefleet_agent.runtime.front import Front
-from edgefleet_agent.runtime.http import MAX_CONNECTIONS, Server, room
+from edgefleet_agent.runtime.http import MAX_CONNECTIONS, Server
 from edgefleet_agent.runtime.memory import available_memory_bytes
 from edgefleet_agent.runtime.nursery import Nursery
 from edgefleet_agent.runtime.orders import Orders
@@ -211,7 +212,7 @@ def _gauges(switchboard: Switchboard, orders: Orders, server: Server, regions: R
         "waiting_requests": switchboard.waiting,
         "free_slots": sum(version.free_slots for version in switchboard.versions()),
         "connections": len(server.connections),
-        "held_body_bytes": server.held_bytes,
+        "held_body_bytes": server.bodies.held_bytes,
         "held_answer_bytes": server.untaken.held_bytes,
         "refused_connections": server.refused,
         "swaps": orders.swaps,

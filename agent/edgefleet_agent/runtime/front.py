@@ -21,8 +21,8 @@ from edgefleet_shared import __version__
 from edgefleet_agent.runtime import answer as answers
 from edgefleet_agent.runtime import content_encoding, metrics, protocol, turns
 from edgefleet_agent.runtime.control import VersionState
+from edgefleet_agent.runtime.exchange import BINARY, JSON, TEXT, Place, Reply, Request
 from edgefleet_agent.runtime.head import Head, Refused
-from edgefleet_agent.runtime.http import BINARY, JSON, TEXT, Place, Reply, Request
 from edgefleet_agent.runtime.job import NO_MEMORY, Job, Lease
 from edgefleet_agent.runtime.metrics import Figures
 from edgefleet_agent.runtime.peer import Peer

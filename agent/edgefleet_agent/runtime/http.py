@@ -10,23 +10,21 @@ Not handled here: what a head means (:mod:`head`). Source: RFC 9112.
 from __future__ import annotations
 
 import asyncio
-import mmap
 import time
 from collections import deque
 from functools import lru_cache
 from http import HTTPStatus
-from typing import Any, Protocol, cast
+from typing import cast
 
 from edgefleet_agent.runtime import head as heads
 from edgefleet_agent.runtime.answer import error_body
+from edgefleet_agent.runtime.body_room import HEAP_BYTES, BodyRoom, announced
+from edgefleet_agent.runtime.exchange import JSON, Handler, Place, Request
 from edgefleet_agent.runtime.head import Head, Refused
 from edgefleet_agent.runtime.job import NO_MEMORY
 from edgefleet_agent.runtime.peer import Peer
 from edgefleet_agent.runtime.untaken import SMALL_BYTES, Untaken
 
-# For all bodies of all connections, and as much for answers that nobody reads, on a board that has it.
-ROOM_BYTES = 256 * 1024 * 1024
-ROOM_SHARE = 4  # of the memory that is free when the runtime starts: bodies and answers together leave half of it
 MAX_PIPELINED = 16
 MAX_CONNECTIONS = 1024
 SILENT_S = 10.0  # a connection that has been silent for so long may be closed to make room for another
@@ -35,94 +33,21 @@ LINGER_S = 2.0  # how long a client that was hung up on may go on sending: a res
 LAST_CALL_S = 0.3  # how long a client that was let in may stay silent when the server ends
 LOOK_S = 0.01  # how often a server that ends looks whether its clients are gone
 JOINED_BYTES = 64 * 1024  # an answer up to this is written in one piece; a larger one is not copied for it
-HEAP_BYTES = 1 << 20  # a body up to this comes into memory that is there already, and counts once it is announced
 FIRST_READ_BYTES = 2 * 1024  # enough for a head and a small body; what is beyond goes where the body belongs
 
-JSON = b"application/json"
-BINARY = b"application/octet-stream"
-TEXT = b"text/plain; version=0.0.4; charset=utf-8"
 UNREAD = "too many large answers wait for clients that do not read them"
-
-
-class Place(Protocol):
-    """Where a body may be put as it comes. ``view`` is as long as the body."""
-
-    view: memoryview
-
-    def release(self) -> None:
-        """Nobody writes or reads it any more, unless whoever handles the request took it over. May be called again."""
-        ...
-
-
-class Request:
-    """A whole request. ``body`` is what came; it lies in ``place``, the handler's own :class:`Place`, when one was lent."""
-
-    __slots__ = ("_server", "body", "head", "held_bytes", "peer", "place")
-
-    def __init__(
-        self, head: Head, body: bytes | bytearray | memoryview, place: Any, peer: Peer, server: Server | None = None
-    ) -> None:
-        self.head, self.body, self.place, self.peer, self._server = head, body, place, peer, server
-        self.held_bytes = len(body) if place is None else 0  # of this server's memory
-
-    def unpack(self, body: bytes | bytearray | memoryview) -> None:
-        """Put the plain body in place of what came. It counts as what it is: it may have to wait for its worker too.
-
-        Raises:
-            Refused: all bodies together would be too large.
-        """
-        more = len(body) - self.held_bytes
-        if self._server is not None:
-            if self._server.held_bytes + more > self._server.room_bytes:
-                raise Refused(503, "too many large requests at once")
-            self._server.held_bytes += more
-        self.body, self.held_bytes = body, len(body)
-
-
-class Reply(Protocol):
-    def __call__(
-        self, status: int, body: bytes, content_type: bytes, header_length: int | None = None, allow: bytes = b""
-    ) -> bool:
-        """Answer.
-
-        Args:
-            header_length: of the inference header in ``body``, None when there is none.
-            allow: the methods that the resource takes, told with status 405.
-
-        Returns:
-            False when there is no room for that answer, and the client was told so instead.
-        """
-        ...
-
-
-class Handler(Protocol):
-    """What answers requests."""
-
-    def place(self, head: Head, begun: bytes, peer: Peer) -> Place | None:
-        """Where the body of a request with this head should go, of which ``begun`` is there; None for memory of the connection's own."""
-        ...
-
-    def handle(self, request: Request, reply: Reply) -> None:
-        """Answer through ``reply``, exactly once, now or later."""
-        ...
-
-
-def room(available_bytes: int) -> int:
-    """Bytes that bodies may take, and answers as many, on a board that has so many free; one body of the largest size in any case."""
-    return max(heads.MAX_BODY_BYTES, min(ROOM_BYTES, available_bytes // ROOM_SHARE))
 
 
 class Server:
     """What all connections share.
 
     Args:
-        room_bytes: see :func:`room`.
+        room_bytes: for bodies, and as much for answers that nobody reads.
     """
 
-    def __init__(self, handler: Handler, room_bytes: int = ROOM_BYTES) -> None:
-        self.handler, self.room_bytes = handler, room_bytes
+    def __init__(self, handler: Handler, room_bytes: int) -> None:
+        self.handler, self.bodies = handler, BodyRoom(room_bytes)
         self.connections: set[Connection] = set()
-        self.held_bytes = 0
         self.untaken = Untaken[Connection](room_bytes)
         self.refused = 0
         self.ending = False  # every answer is its connection's last
@@ -323,7 +248,7 @@ class Connection(asyncio.BufferedProtocol):
         self._place = None if self._answered is not None else self._server.handler.place(head, data, self._peer)
         if self._place is None:
             self._hold(len(data) if length > HEAP_BYTES else length)
-        self._target = _announced(length) if self._place is None else self._place.view
+        self._target = announced(length) if self._place is None else self._place.view
         self._target[: len(data)] = data
         self._filled = len(data)
         return b""
@@ -350,16 +275,15 @@ class Connection(asyncio.BufferedProtocol):
         self._complete(head, head.parser.body, None)
 
     def _hold(self, count: int) -> None:
-        self._server.held_bytes += count
-        self._coming_bytes += count
+        coming = self._coming_bytes + count
         # Who sends what is large by the dozen must not keep those out who ask for little.
-        is_small = self._coming_bytes <= SMALL_BYTES and self._answered is None and not self._waiting
-        if self._server.held_bytes > self._server.room_bytes and not is_small:
-            raise Refused(503, "too many large requests at once")
+        is_small = coming <= SMALL_BYTES and self._answered is None and not self._waiting
+        self._server.bodies.take(count, is_small=is_small)
+        self._coming_bytes = coming
 
     def _complete(self, head: Head, body: bytes | bytearray | memoryview, place: Place | None) -> None:
         self._coming_bytes = 0  # counted with its request from here on
-        request = Request(head, body, place, self._peer, self._server)
+        request = Request(head, body, place, self._peer, self._server.bodies)
         if self._answered is None and not self._waiting and not self._paused_writing:
             self._handle(request)
             return
@@ -391,9 +315,7 @@ class Connection(asyncio.BufferedProtocol):
         assert request is not None
         self._answered = None
         self._asked_last = time.monotonic()
-        self._server.held_bytes -= request.held_bytes
-        if request.place is not None:
-            request.place.release()
+        request.release()
         if self._transport is None or self._transport.is_closing():
             return True
         head = request.head
@@ -413,14 +335,12 @@ class Connection(asyncio.BufferedProtocol):
 
     def _forget_waiting(self) -> None:
         for request in self._waiting:
-            self._server.held_bytes -= request.held_bytes
-            if request.place is not None:
-                request.place.release()
+            request.release()
         self._waiting.clear()
 
     def _forget_body(self) -> None:
         """Give back what the body that is coming has taken."""
-        self._server.held_bytes -= self._coming_bytes
+        self._server.bodies.give_back(self._coming_bytes)
         place, self._place = self._place, None
         self._head, self._target, self._filled, self._coming_bytes = None, memoryview(b""), 0, 0
         self._pending, self._request_began = b"", 0.0
@@ -499,20 +419,6 @@ class Connection(asyncio.BufferedProtocol):
         self._forget()
         if self._transport is not None:
             self._transport.abort()
-
-
-def _announced(length: int) -> memoryview:
-    """Where a body that is to come may go. Pages of a large one exist once something is in them; of the heap they would at once, for a mere head.
-
-    Raises:
-        Refused: there is no room for so many.
-    """
-    try:
-        if length <= HEAP_BYTES:
-            return memoryview(bytearray(length))
-        return memoryview(mmap.mmap(-1, length, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
-    except (MemoryError, OSError):
-        raise Refused(503, NO_MEMORY) from None
 
 
 @lru_cache(64)

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Awaitable, Generator
+from collections.abc import Awaitable, Callable, Generator
 from statistics import median
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import numpy as np
 from edgefleet_shared import answers
@@ -22,13 +22,22 @@ from edgefleet_agent.runtime.job import Job
 from edgefleet_agent.runtime.protocol import Form, InferRequest, InputTensor, OutputTensor, RequestError
 from edgefleet_agent.runtime.tensors import NUMPY, Array
 
-if TYPE_CHECKING:
-    from edgefleet_agent.runtime.version import Version
-
 RECENT = 1024  # times that the medians look back on
 IN_PIECES = ("classification", "raw")  # kinds whose answers stand side by side
 PIECE_VALUES = 16 * 1024  # compared at once: a millisecond's work
 Placed = list[tuple[int, tuple[int, ...]]]  # offset and shape of each input in its slot
+
+
+class Candidate(Protocol):
+    """The version that is tried."""
+
+    manifest: str
+    config: ModelConfig
+    on_computed: Callable[[int], None] | None  # told how long its engine took, in ns
+
+    def submit(self, job: Job) -> bool:
+        """Give it a job; False when it takes none now."""
+        ...
 
 
 class Shadow:
@@ -38,7 +47,7 @@ class Shadow:
         candidate: loaded and warm; serves nobody.
     """
 
-    def __init__(self, candidate: Version) -> None:
+    def __init__(self, candidate: Candidate) -> None:
         self.candidate = candidate
         self._job: Job | None = None  # the live request that is followed
         self._inputs: list[InputTensor] = []

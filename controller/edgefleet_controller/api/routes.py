@@ -11,7 +11,7 @@ import binascii
 import hashlib
 import hmac
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import msgspec
 from edgefleet_shared import errors
@@ -24,16 +24,14 @@ from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
 from starlette.types import Scope
 
-from edgefleet_controller import __version__, agent_catalog, source
+from edgefleet_controller import __version__, agent_catalog, model_version
 from edgefleet_controller.api import blobs, views, work
 from edgefleet_controller.api.wire import Wire
-from edgefleet_controller.manifest_files import parse_value
+from edgefleet_controller.controller import Controller
 from edgefleet_controller.manifests import DeviceClass, Rollout
+from edgefleet_controller.manifests.files import parse_value
 from edgefleet_controller.rollout.views import IntentKind
 from edgefleet_controller.store import catalog, devices, jobs, rollouts, workers
-
-if TYPE_CHECKING:
-    from edgefleet_controller.app import Controller
 
 MAX_VERSION_BYTES = 16 * 1024 * 1024
 MAX_TOKEN_LIFE_S = 30 * 24 * 3600.0
@@ -217,10 +215,10 @@ def build_api(controller: Controller) -> FastAPI:
 
     @api.post("/v1/models", dependencies=by_operator)
     def add_model(wish: VersionWish) -> dict[str, str]:
-        version = source.decode(controller.layout.read(wish.digest, MAX_VERSION_BYTES))
+        version = model_version.decode(controller.layout.read(wish.digest, MAX_VERSION_BYTES))
         if version.model == AGENT:
             raise InputError(f"no model may be called {AGENT}", hint="versions of the agent come by fleet agent add")
-        missing = [digest for digest in source.blobs(version) if not controller.layout.has(digest)]
+        missing = [digest for digest in model_version.blobs(version) if not controller.layout.has(digest)]
         if missing:
             raise InputError(f"blobs are missing: {', '.join(missing)}", hint="upload them first")
         with controller.database.write() as session:

@@ -10,16 +10,14 @@ import contextlib
 import socket
 import ssl
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import uvicorn
 from edgefleet_shared.errors import EnvironmentProblem
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from edgefleet_controller.api.routes import build_api
-
-if TYPE_CHECKING:
-    from edgefleet_controller.app import Controller
+from edgefleet_controller.controller import Controller
 
 
 class _CertificateProtocol(HttpToolsProtocol):

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import msgspec
 from edgefleet_shared.assignment import AGENT
 from edgefleet_shared.messages import Reported
 from sqlmodel import Session
 
-from edgefleet_controller import __version__, results, source
+from edgefleet_controller import __version__, model_version, results
+from edgefleet_controller.controller import Controller
 from edgefleet_controller.manifests import Rollout as RolloutManifest
 from edgefleet_controller.results import Standing
 from edgefleet_controller.rollout.views import ENDED, GateSpec, Rollout, RolloutSpec, Selector, Wave
@@ -17,9 +18,6 @@ from edgefleet_controller.store import catalog, devices, rollouts
 from edgefleet_controller.store import jobs as compile_jobs
 from edgefleet_controller.store import workers as work
 from edgefleet_controller.store.tables import Artifact, CompileJob, Device, RolloutRow
-
-if TYPE_CHECKING:
-    from edgefleet_controller.app import Controller
 
 DOUBLE = "two machines show this board's identity: was its card copied? Enrol one of them under a name of its own"
 
@@ -118,7 +116,7 @@ def models(controller: Controller, model: str, version: str) -> list[dict[str, A
         classes = {c.name: msgspec.json.decode(c.spec)["spec"] for c in devices.list_classes(session)}
         out = []
         for row in versions:
-            spec = source.decode(row.spec.encode())
+            spec = model_version.decode(row.spec.encode())
             mine = [a for a in artifacts if (a.model, a.version) == (row.model, row.version)]
             out.append(
                 {

@@ -7,7 +7,7 @@ one ends at once. A worker reads the blobs of the task that it holds, and writes
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 from edgefleet_shared import work
@@ -20,10 +20,8 @@ from fastapi.responses import FileResponse, Response
 from edgefleet_controller.api import blobs
 from edgefleet_controller.compile.leases import Claimant
 from edgefleet_controller.compile.port import CompileResult
+from edgefleet_controller.controller import Controller
 from edgefleet_controller.store import workers
-
-if TYPE_CHECKING:
-    from edgefleet_controller.app import Controller
 
 SEEN_EVERY_S = 30.0  # a worker asks for work every other second; that it did is noted less often
 T = TypeVar("T")

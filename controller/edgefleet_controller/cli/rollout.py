@@ -17,8 +17,8 @@ from rich.text import Text
 
 from edgefleet_controller.cli.output import console, document, grid, home_option, json_option, say, table
 from edgefleet_controller.client import FleetClient
-from edgefleet_controller.manifest_files import load_manifests, of_kind
 from edgefleet_controller.manifests import Rollout
+from edgefleet_controller.manifests.files import load_manifests, of_kind
 
 F = TypeVar("F", bound=Callable[..., Any])
 

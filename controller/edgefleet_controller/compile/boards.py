@@ -22,7 +22,7 @@ from edgefleet_controller.compile.recipe import FLOAT
 from edgefleet_controller.compile.search import Trial
 from edgefleet_controller.compile.toolchains import Toolchain
 from edgefleet_controller.manifests import DeviceClass
-from edgefleet_controller.source import ModelVersion
+from edgefleet_controller.model_version import ModelVersion
 
 MOST_TRIES = 3
 Measure = Callable[[str], Answer]  # an artifact's manifest digest -> what became of it

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from edgefleet_shared import answers, segmentation
 
 from edgefleet_controller.compile.port import Share
-from edgefleet_controller.source import ModelVersion
+from edgefleet_controller.model_version import ModelVersion
 
 Array = npt.NDArray[Any]
 ENOUGH = 8  # answers, boxes, or pictures with more than a speck of it: of fewer, chance may take half

@@ -18,9 +18,9 @@ from safetensors.numpy import load
 
 from edgefleet_controller.compile import packing, quality
 from edgefleet_controller.compile.port import MAX_BLOB_BYTES, CompileResult, target_named
-from edgefleet_controller.manifest_files import parse_value
 from edgefleet_controller.manifests import DeviceClass
-from edgefleet_controller.source import ModelVersion
+from edgefleet_controller.manifests.files import parse_value
+from edgefleet_controller.model_version import ModelVersion
 from edgefleet_controller.store.tables import Artifact
 
 MAX_QUALITY_BYTES = 1024 * 1024

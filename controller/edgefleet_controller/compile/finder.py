@@ -30,7 +30,7 @@ from edgefleet_controller.compile.steps import Steps
 from edgefleet_controller.compile.trials import Measured, Trials
 from edgefleet_controller.compile.watching import Cancelled, ChildDied, ChildKilled, EngineFailed
 from edgefleet_controller.manifests import DeviceClass
-from edgefleet_controller.source import ModelVersion
+from edgefleet_controller.model_version import ModelVersion
 
 
 class Finder:

@@ -21,7 +21,7 @@ from edgefleet_controller.compile import quality, writing
 from edgefleet_controller.compile.cache import content_key
 from edgefleet_controller.compile.port import MAX_BLOB_BYTES
 from edgefleet_controller.compile.steps import Steps
-from edgefleet_controller.source import ModelVersion
+from edgefleet_controller.model_version import ModelVersion
 
 ENOUGH = 32  # labelled pictures that can tell two descriptions apart
 MOST = 64

@@ -29,7 +29,7 @@ from edgefleet_controller.compile.port import Target, installed_targets, lock_of
 from edgefleet_controller.compile.toolchains import Toolchains
 from edgefleet_controller.compile.tools import MissingTool
 from edgefleet_controller.manifests import DeviceClass, Model
-from edgefleet_controller.source import import_model
+from edgefleet_controller.source.importing import import_model
 
 LOWEST_FIRST = ("int8", "fp16", "fp32")
 LEAST_AGREEMENT = {"int8": 0.7, "fp16": 0.95, "fp32": 0.99}  # of the tiny network, whose weights are random

@@ -18,7 +18,7 @@ from edgefleet_controller.compile.pruner import Pruner
 from edgefleet_controller.compile.pruning import Pruned, Step, Tried
 from edgefleet_controller.compile.steps import Steps
 from edgefleet_controller.manifests import DeviceClass
-from edgefleet_controller.source import ModelVersion
+from edgefleet_controller.model_version import ModelVersion
 
 
 class KerasPruner(Pruner):

@@ -28,7 +28,7 @@ from edgefleet_shared.errors import (
 from edgefleet_shared.work import Answer, CompileTask, MeasureTask, Progress, Task
 from sqlmodel import Session
 
-from edgefleet_controller import source
+from edgefleet_controller import model_version
 from edgefleet_controller.compile import checking, rerouting
 from edgefleet_controller.compile.port import CompileResult
 from edgefleet_controller.store import catalog, devices, jobs, workers
@@ -149,7 +149,7 @@ class Leases:
         """
         with self._database.read() as session:
             row = self._running(session, lease, claimant, "compile")
-            version = source.decode(catalog.get_version(session, row.model, row.version).spec.encode())
+            version = model_version.decode(catalog.get_version(session, row.model, row.version).spec.encode())
             manifest = devices.get_class(session, row.device_class).spec
         try:
             artifact = checking.checked(
@@ -309,12 +309,12 @@ class Leases:
             blobs = (row.manifest, *(blob.digest for blob in found.blobs()))
             return MeasureTask(lease=row.lease, lease_s=self._lease_s, job=row.id, manifest=row.manifest, blobs=blobs)
         digest = catalog.get_version(session, row.model, row.version).source_digest
-        version = source.decode(self._layout.read(digest, MAX_VERSION_BYTES))
+        version = model_version.decode(self._layout.read(digest, MAX_VERSION_BYTES))
         return CompileTask(
             lease=row.lease, lease_s=self._lease_s, job=row.id, version=digest, device_class=devices.get_class(session, row.device_class).spec,
             ship_despite_quality=row.ship_despite_quality,
             builder=bool(workers.builders(session, row.device_class, self._clock.now() - rerouting.BUILDER_SEEN_S)),
-            blobs=(digest, *source.blobs(version)),
+            blobs=(digest, *model_version.blobs(version)),
         )  # fmt: skip
 
     def _with_its_report(self, error: EdgefleetError) -> EdgefleetError:

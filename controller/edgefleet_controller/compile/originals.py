@@ -12,7 +12,7 @@ from edgefleet_shared.artifact import Layout
 from edgefleet_controller.compile.environments import lock_named
 from edgefleet_controller.compile.port import Target
 from edgefleet_controller.compile.recipe import TENSORFLOW, Recipe
-from edgefleet_controller.source import ModelVersion
+from edgefleet_controller.model_version import ModelVersion
 
 TOOLCHAIN, MODULE = "keras", "tensorflow_converter"
 MEMORY_BYTES = 8 * 1024**3  # of the child: a file that makes TensorFlow eat more costs its candidate

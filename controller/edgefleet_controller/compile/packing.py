@@ -37,7 +37,7 @@ from edgefleet_controller.compile.port import MAX_BLOB_BYTES, Target
 from edgefleet_controller.compile.search import Trial
 from edgefleet_controller.compile.toolchains import Toolchain
 from edgefleet_controller.manifests import DeviceClass
-from edgefleet_controller.source import ModelVersion
+from edgefleet_controller.model_version import ModelVersion
 
 TIMED = ("latency", "memory")  # of what may be unmeasured
 

@@ -35,7 +35,7 @@ from edgefleet_controller.compile.toolchains import Toolchains
 from edgefleet_controller.compile.trials import Trials
 from edgefleet_controller.compile.workplace import work_folder
 from edgefleet_controller.manifests import DeviceClass
-from edgefleet_controller.source import ModelVersion
+from edgefleet_controller.model_version import ModelVersion
 
 
 def compile_version(

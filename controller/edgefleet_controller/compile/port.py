@@ -17,7 +17,7 @@ from edgefleet_shared.errors import ManifestError, ToolchainError, ToolchainUnus
 from edgefleet_controller.compile.environments import Lock, lock_named
 from edgefleet_controller.compile.tools import Tool
 from edgefleet_controller.manifests import DeviceClass, DeviceClassSpec
-from edgefleet_controller.source import AcceptanceLimits, ModelVersion, Split
+from edgefleet_controller.model_version import AcceptanceLimits, ModelVersion, Split
 
 ENTRY_POINTS = "edgefleet.targets"
 MAX_BLOB_BYTES = 4 * 1024**3

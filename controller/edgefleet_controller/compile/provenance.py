@@ -18,7 +18,7 @@ from edgefleet_controller.compile.port import Target
 from edgefleet_controller.compile.recipe import TENSORFLOW, Recipe
 from edgefleet_controller.compile.toolchains import Toolchain
 from edgefleet_controller.manifests import DeviceClass
-from edgefleet_controller.source import ModelVersion
+from edgefleet_controller.model_version import ModelVersion
 
 STATEMENT_TYPE = "https://in-toto.io/Statement/v1"
 PREDICATE_TYPE = "https://slsa.dev/provenance/v1"

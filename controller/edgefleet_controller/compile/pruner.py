@@ -23,7 +23,7 @@ from edgefleet_controller.compile.port import MAX_BLOB_BYTES, Figures
 from edgefleet_controller.compile.pruning import Pruned, Step, Tried
 from edgefleet_controller.compile.steps import PREPARE, Steps
 from edgefleet_controller.manifests import Accuracy, DeviceClass
-from edgefleet_controller.source import ModelVersion
+from edgefleet_controller.model_version import ModelVersion
 
 TOOLCHAIN, MODULE = "pruning", "prune"
 SET_ASIDE = 5  # one sample in so many judges and is not trained on

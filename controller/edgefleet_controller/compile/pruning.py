@@ -16,7 +16,7 @@ from collections.abc import Sequence
 
 import msgspec
 
-from edgefleet_controller.source import PruningPlan
+from edgefleet_controller.model_version import PruningPlan
 
 POWER = 3  # of the schedule
 

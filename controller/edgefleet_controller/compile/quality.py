@@ -16,7 +16,7 @@ from edgefleet_controller.compile import by_label
 from edgefleet_controller.compile.port import HOST, WITHIN, Figures, Share
 from edgefleet_controller.compile.recipe import Recipe
 from edgefleet_controller.manifests import Accuracy, DeviceClassSpec
-from edgefleet_controller.source import ModelVersion
+from edgefleet_controller.model_version import ModelVersion
 
 Array = npt.NDArray[Any]
 NOISE = 1.02  # two medians of 40 interleaved runs of one model differ by less on a quiet machine

@@ -22,7 +22,7 @@ from edgefleet_controller.compile.search import Choice, Trial
 from edgefleet_controller.compile.steps import calibrating
 from edgefleet_controller.compile.trials import Measured
 from edgefleet_controller.manifests import DeviceClass
-from edgefleet_controller.source import ModelVersion
+from edgefleet_controller.model_version import ModelVersion
 
 SCHEMA = 1
 MOST_CHANGED = 200  # samples told one by one; the counts are of all

@@ -40,7 +40,7 @@ from edgefleet_controller.compile.search import Unit
 from edgefleet_controller.compile.toolchains import Toolchain, Toolchains
 from edgefleet_controller.compile.watching import TimeUp
 from edgefleet_controller.manifests import DeviceClass
-from edgefleet_controller.source import ModelVersion, Split
+from edgefleet_controller.model_version import ModelVersion, Split
 
 Progress = Callable[[str, int, int], None]
 

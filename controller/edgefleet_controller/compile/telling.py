@@ -12,7 +12,7 @@ from edgefleet_shared.contract import AcceptanceContract
 from edgefleet_shared.segmentation import pixels
 
 from edgefleet_controller.compile import quality
-from edgefleet_controller.source import ModelVersion
+from edgefleet_controller.model_version import ModelVersion
 
 Array = npt.NDArray[Any]
 ENOUGH = 32  # labelled samples that tell chance from skill

@@ -27,7 +27,7 @@ from edgefleet_controller.compile.steps import Steps, stands_in
 from edgefleet_controller.compile.toolchains import Toolchain
 from edgefleet_controller.compile.watching import ChildDied, ChildKilled, EngineFailed
 from edgefleet_controller.manifests import DeviceClass
-from edgefleet_controller.source import ModelVersion
+from edgefleet_controller.model_version import ModelVersion
 
 HOST_OVERHEAD_BYTES = 128 * 1024 * 1024  # samples, outputs and the float model beside the compiled one while timing
 MOST_FOR_SEVERAL = 100  # held-out samples that candidates of one round are told apart by; the chosen one answers all

@@ -22,14 +22,14 @@ from edgefleet_shared.artifact import Layout
 from edgefleet_shared.errors import EdgefleetError, EnvironmentProblem
 from edgefleet_shared.work import Answer, Progress
 
-from edgefleet_controller import source
+from edgefleet_controller import model_version
 from edgefleet_controller.compile.cache_limit import keep_within
 from edgefleet_controller.compile.pipeline import compile_version
 from edgefleet_controller.compile.port import CompileResult
 from edgefleet_controller.compile.toolchains import Toolchains
 from edgefleet_controller.compile.watching import Cancelled, last_words
-from edgefleet_controller.manifest_files import parse_value
 from edgefleet_controller.manifests import DeviceClass
+from edgefleet_controller.manifests.files import parse_value
 
 MAX_VERSION_BYTES = 16 * 1024 * 1024
 CANCEL_POLL_S = 0.2
@@ -130,7 +130,7 @@ def main() -> int:
 
 def _log(request: JobRequest, began: float) -> str:
     """What the job's children printed, each one's end, in the order in which they ended."""
-    asked = source.decode(Layout(Path(request.layout)).read(request.version, MAX_VERSION_BYTES))
+    asked = model_version.decode(Layout(Path(request.layout)).read(request.version, MAX_VERSION_BYTES))
     name = msgspec.json.decode(request.device_class)["metadata"]["name"]
     job = f"{asked.model}-{asked.version}-{name}"
     files = (Path(request.cache) / "logs").glob(f"{job}-*.log")
@@ -161,7 +161,7 @@ def _compile(
     manifest = parse_value(msgspec.json.decode(request.device_class))
     assert isinstance(manifest, DeviceClass)
     return compile_version(
-        source.decode(layout.read(request.version, MAX_VERSION_BYTES)),
+        model_version.decode(layout.read(request.version, MAX_VERSION_BYTES)),
         manifest,
         layout,
         Toolchains(cache, cancel=cancel),

@@ -14,7 +14,7 @@ import yaml
 from edgefleet_shared.errors import DataError, EnvironmentProblem
 from PIL import Image
 
-from edgefleet_controller import source
+from edgefleet_controller import model_version
 from edgefleet_controller.client import FleetClient
 from edgefleet_controller.demo import models
 from edgefleet_controller.demo.traffic import Floats
@@ -82,9 +82,9 @@ class Versions:
         }
         return self._write("4", {"source": {"path": str(network)}, "sizes": {}} | few)
 
-    def _stored(self, client: FleetClient) -> tuple[source.ModelVersion, bytes]:
+    def _stored(self, client: FleetClient) -> tuple[model_version.ModelVersion, bytes]:
         (shown,) = client.models(MODEL, "1")
-        version = source.decode(client.blob(shown["digest"]))
+        version = model_version.decode(client.blob(shown["digest"]))
         return version, client.blob(version.calibration.digest)
 
     def _write(self, version: str, changes: dict[str, Any]) -> Path:

@@ -1,4 +1,4 @@
-"""Stage 1, source: what operators write, as validated values. Reading them from files is :mod:`edgefleet_controller.manifest_files`.
+"""Stage 1, source: what operators write, as validated values. Reading them from files is :mod:`edgefleet_controller.manifests.files`.
 
 A file holds one or several documents of the form ``apiVersion, kind, metadata, spec``. Kinds: :class:`DeviceClass` (what
 to compile for), :class:`Model` (one version of one network, with its pictures), :class:`Rollout` (who gets it, in which

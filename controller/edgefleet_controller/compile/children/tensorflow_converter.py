@@ -26,7 +26,7 @@ SUFFIXES = {"keras": ".keras", "keras-h5": ".h5"}
 
 
 def compile_model(request: job.Request, progress: job.Progress) -> dict[str, Any]:
-    """Request: ``original``, ``format`` (of :mod:`edgefleet_controller.formats`; a SavedModel as a ZIP archive), ``inputs`` and ``outputs`` (served
+    """Request: ``original``, ``format`` (of :mod:`edgefleet_controller.source.formats`; a SavedModel as a ZIP archive), ``inputs`` and ``outputs`` (served
     names, in order), ``calibration``, ``jobs`` (each ``recipe`` and ``compiled``, the file to write)."""
     progress("loading TensorFlow", 0, 1)
     function, specs, names = tensorflow_source.load(placed(request["original"], request["format"]), request["format"])

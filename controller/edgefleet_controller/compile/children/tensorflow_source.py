@@ -34,7 +34,7 @@ CLOSE = 1e-3  # of the largest output: what other orders of the same sums may di
 
 
 def convert(request: job.Request, progress: job.Progress) -> dict[str, Any]:
-    """Request: ``path``, ``format`` (of :mod:`edgefleet_controller.formats`), ``onnx`` (file to write). Result: ``quantized``, whether it came with int8 weights
+    """Request: ``path``, ``format`` (of :mod:`edgefleet_controller.source.formats`), ``onnx`` (file to write). Result: ``quantized``, whether it came with int8 weights
     and activations, which the ONNX has as floats."""
     progress("loading TensorFlow", 0, 2)
     if request["format"] == "tflite":

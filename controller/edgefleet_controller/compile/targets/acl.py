@@ -5,7 +5,7 @@ from __future__ import annotations
 from edgefleet_controller.compile.port import Options, chosen_options
 from edgefleet_controller.compile.tools import Tool
 from edgefleet_controller.manifests import DeviceClassSpec
-from edgefleet_controller.source import ModelVersion
+from edgefleet_controller.model_version import ModelVersion
 
 _CANN = "Huawei's CANN toolkit (hiascend.com); source its set_env.sh before this program starts"
 # What set_env.sh exports besides PATH and LD_LIBRARY_PATH: where operators and the compilers for them lie, in Python too.

@@ -6,7 +6,7 @@ from edgefleet_controller.compile.port import Options
 from edgefleet_controller.compile.targets.tflite import TfliteTarget
 from edgefleet_controller.compile.tools import Tool
 from edgefleet_controller.manifests import DeviceClassSpec
-from edgefleet_controller.source import ModelVersion
+from edgefleet_controller.model_version import ModelVersion
 
 COMPILER = Tool(
     name="edgetpu_compiler",

@@ -7,7 +7,7 @@ from edgefleet_shared.errors import ManifestError
 from edgefleet_controller.compile.port import Options, chosen_options
 from edgefleet_controller.compile.tools import Tool
 from edgefleet_controller.manifests import DeviceClassSpec
-from edgefleet_controller.source import ModelVersion
+from edgefleet_controller.model_version import ModelVersion
 
 CHIPS = ("rk1808", "rk3399pro")
 TOOLKIT = Tool(

@@ -10,7 +10,7 @@ from edgefleet_shared.errors import ManifestError
 
 from edgefleet_controller.compile.port import Options, chosen_options
 from edgefleet_controller.manifests import DeviceClassSpec
-from edgefleet_controller.source import ModelVersion
+from edgefleet_controller.model_version import ModelVersion
 
 CHIPS = ("rk3562", "rk3566", "rk3568", "rk3576", "rk3588", "rv1103", "rv1106", "rv1126b")
 

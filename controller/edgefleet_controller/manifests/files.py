@@ -10,7 +10,7 @@ from edgefleet_shared.errors import ManifestError
 from pydantic import BaseModel, ValidationError
 
 from edgefleet_controller.manifests import API_VERSION, KINDS, Manifest, ManifestBase, Model
-from edgefleet_controller.yaml_lines import Document, FieldPath, read_documents
+from edgefleet_controller.manifests.yaml_lines import Document, FieldPath, read_documents
 
 SUFFIXES = (".yaml", ".yml")
 M = TypeVar("M", bound=ManifestBase)

@@ -12,9 +12,9 @@ from pathlib import Path
 from edgefleet_shared.contract import PictureEncoding, TensorSpec
 from edgefleet_shared.errors import DataError
 
-from edgefleet_controller import pictures, samples_entry
 from edgefleet_controller.compile.workplace import work_folder
 from edgefleet_controller.manifests import Holdout, PictureInput, Pictures, Pruning, Training
+from edgefleet_controller.source import pictures, samples_entry
 
 TEXT = "utf-8-sig"  # of labels and characters: editors of Windows put a mark before the first one
 MIN_TRAINING = 64  # samples below which a pruned network is tuned to them and to nothing else

@@ -11,8 +11,8 @@ from edgefleet_shared.detection import misfit
 from edgefleet_shared.errors import DataError, ModelError
 from edgefleet_shared.reading import BoxDecoding, MaskReading, PriorBoxes
 
-from edgefleet_controller import sample_sets
 from edgefleet_controller.manifests import Output, Priors
+from edgefleet_controller.source import sample_sets
 
 _ONE_PRIOR = "one prior a line: x and y of its centre, width, height, in shares of the input's sides"
 

@@ -1,0 +1,1 @@
+"""Stage 1, source: from a network, its manifest and pictures to an immutable model version (:mod:`.importing`)."""
