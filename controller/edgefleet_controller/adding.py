@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +14,7 @@ from edgefleet_shared.errors import EdgefleetError, InputError, NotFoundError, T
 from edgefleet_controller import model_version, release
 from edgefleet_controller.client import FleetClient
 from edgefleet_controller.compile.comparing import Row, compare
+from edgefleet_controller.compile.workplace import work_folder
 from edgefleet_controller.manifests import Model
 from edgefleet_controller.manifests.files import load_manifests, of_kind
 from edgefleet_controller.settings import default_cache
@@ -43,8 +43,8 @@ def add_model(home: Path, path: Path, version: str, progress: Progress) -> dict[
     if version:
         manifest = manifest.model_copy(update={"spec": manifest.spec.model_copy(update={"version": version})})
     client = FleetClient(home)
-    with tempfile.TemporaryDirectory(prefix="edgefleet-add-") as staging:
-        layout = Layout(Path(staging))
+    with work_folder("add") as staging:
+        layout = Layout(staging)
         imported = import_model(
             manifest, (manifest.file or path).parent, layout, cache=default_cache(), progress=progress
         )
@@ -140,7 +140,8 @@ def compare_versions(home: Path, model: str, before: str, after: str) -> list[Ro
             raise NotFoundError(f"no model {model} {version}", hint="fleet model list shows them")
         sides.append(found[0])
     client.close()
-    return compare(sides[0]["artifacts"], sides[1]["artifacts"], (sides[0]["output_kind"], sides[1]["output_kind"]))
+    artifacts, kinds, failed = ([side[what] for side in sides] for what in ("artifacts", "output_kind", "failed"))
+    return compare(artifacts[0], artifacts[1], (kinds[0], kinds[1]), (failed[0], failed[1]))
 
 
 def fetch_report(home: Path, model: str, version: str, device_class: str, *, page: bool) -> bytes:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import email.parser
 import io
 import re
-import tempfile
 import zipfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -26,6 +25,7 @@ from edgefleet_shared.topics import check_name
 
 from edgefleet_controller import release
 from edgefleet_controller.client import FleetClient
+from edgefleet_controller.compile.workplace import work_folder
 from edgefleet_controller.sign import ReleaseSigner
 
 PACKAGES = {"edgefleet-agent": "edgefleet_agent", "edgefleet-shared": "edgefleet_shared"}
@@ -114,8 +114,8 @@ def add(home: Path, wheels: tuple[Path, ...], classes: tuple[str, ...], keys: Pa
     wanted = classes or tuple(c["metadata"]["name"] for c in client.classes())
     if not wanted:
         raise NotFoundError("no device class is registered", hint="fleet apply -f manifests/")
-    with tempfile.TemporaryDirectory(prefix="edgefleet-agent-") as staging:
-        layout = Layout(Path(staging))
+    with work_folder("agent") as staging:
+        layout = Layout(staging)
         manifests = build(wheels, wanted, layout)
         blobs = [blob.digest for manifest in manifests for blob in layout.manifest(manifest).blobs()]
         client.upload(layout, [*dict.fromkeys(blobs), *manifests])

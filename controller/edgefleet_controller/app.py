@@ -50,8 +50,10 @@ def _ready(settings: Settings) -> None:
 
 
 def _fatal(args: Any) -> None:
-    log.critical(
-        "thread died", exc_info=(args.exc_type, args.exc_value, args.exc_traceback),
-        extra={"thread": args.thread.name if args.thread else ""},
-    )  # fmt: skip
-    os._exit(70)
+    try:
+        log.critical(
+            "thread died", exc_info=(args.exc_type, args.exc_value, args.exc_traceback),
+            extra={"of": args.thread.name if args.thread else ""},
+        )  # fmt: skip
+    finally:
+        os._exit(70)

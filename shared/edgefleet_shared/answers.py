@@ -125,6 +125,22 @@ def found_boxes(outputs: Mapping[str, Array], references: Mapping[str, Array], r
     return [Boxes(matched(have, want, least), len(have), len(want)) for have, want in zip(*sides, strict=True)]
 
 
+def side_by_side(
+    outputs: Mapping[str, Array], references: Mapping[str, Array], reading: Reading
+) -> tuple[Array, Array]:
+    """Each picture's boxes as rows of corners, score and class: the reference's, and in the same places those in ``outputs`` that are the same, zeros where there
+    is none. Two arrays, N x most x 6; float64."""
+    assert reading.detection is not None
+    sides = boxes(outputs, reading), boxes(references, reading)
+    most = max(1, *(len(want) for want in sides[1]))
+    found, rows = np.zeros((len(sides[1]), most, 6)), np.zeros((len(sides[1]), most, 6))
+    for number, (have, want) in enumerate(zip(*sides, strict=True)):
+        rows[number, : len(want)] = np.array(want).reshape(-1, 6)
+        for mine, theirs in _pairs(have, want, reading.detection.match_iou):
+            found[number, theirs] = have[mine]
+    return found, rows
+
+
 def share_of_boxes(found: Sequence[Boxes]) -> float:
     """The lower of recall and precision of the boxes in all pictures; 1 where neither has any."""
     both, have, want = (sum(counts) for counts in zip(*found, strict=True))
@@ -150,9 +166,14 @@ def alike(outputs: Mapping[str, Array], references: Mapping[str, Array], reading
 
 def matched(have: list[Box], want: list[Box], least_iou: float) -> int:
     """How many boxes are in both: same class, overlap enough, each used once, best scores first."""
+    return len(_pairs(have, want, least_iou))
+
+
+def _pairs(have: list[Box], want: list[Box], least_iou: float) -> list[tuple[int, int]]:
+    """The boxes that are in both, by their numbers in each."""
     corners, kinds = np.array([box[:4] for box in want]).reshape(-1, 4), np.array([box.kind for box in want])
-    free, count = np.ones(len(want), bool), 0
-    for box in have:
+    free, found = np.ones(len(want), bool), []
+    for number, box in enumerate(have):
         near = np.flatnonzero(free & (kinds == box.kind))
         if not near.size:
             continue
@@ -160,8 +181,8 @@ def matched(have: list[Box], want: list[Box], least_iou: float) -> int:
         best = int(overlaps.argmax())
         if overlaps[best] >= least_iou:
             free[near[best]] = False
-            count += 1
-    return count
+            found.append((number, int(near[best])))
+    return found
 
 
 def _masks_alike(outputs: Mapping[str, Array], references: Mapping[str, Array], reading: Reading) -> Array:

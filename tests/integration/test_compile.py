@@ -332,8 +332,9 @@ def test_when_nothing_fits_the_budgets_are_told_with_by_how_much(bench: Bench) -
 def test_a_latency_budget_that_this_host_could_hold_for_no_candidate_fails_the_compile(bench: Bench) -> None:
     version = bench.version(project(bench.folder, classifier()))
     budgets = {"latency_p95_ms": 0.0005, "memory_bytes": 1 << 30}
-    with pytest.raises(QualityError, match=r"latency p50 \d+\.\d+ ms on this host, budget 0.0005 for p95"):
+    with pytest.raises(QualityError, match=r"latency p50 \d+\.\d+ ms on this host, budget 0.0005 for p95") as caught:
         bench.compile(version, class_here(budgets=budgets))
+    assert "precision fp32" not in caught.value.hint  # float is no faster: it was among the candidates
     result = bench.compile(version, class_here(budgets=budgets, measure_on="builder"))
     assert "latency" in result.figures.unmeasured
 

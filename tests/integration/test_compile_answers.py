@@ -271,6 +271,23 @@ def test_what_boards_would_refuse_over_the_golden_samples_is_not_shipped(bench: 
     assert (shipped.quality, shipped.precision) == ("passed", "int8")
 
 
+def test_a_quick_search_leaves_layers_in_float_where_boards_would_refuse_the_plain_recipe(bench: Bench) -> None:
+    net = Net(10)
+    net.conv(3, 32, stride=2)
+    net.add("Relu")
+    net.conv(32, 32)
+    net.add("Relu")
+    net.conv(32, 4)
+    within = {"output": {"kind": "segmentation"}, "acceptance": {"tolerance_abs": 0.018}}
+    version = bench.version(project(bench.folder, net.model([1, 4, 16, 16]), **within))
+    result = bench.compile(version, class_here(search={"effort": "quick", "prefer": "size"}))
+    assert "boards would refuse it: 0.7" in result.why
+    assert (result.quality, result.precision) == ("passed", "int8")
+    assert "nodes in float" in result.recipe
+    told = json.loads(bench.layout.read(result.report, 10**7))
+    assert told["layers"], "the report has what it looked at"
+
+
 def test_half_precision_is_tried_where_int8_falls_only_over_the_golden_samples(bench: Bench) -> None:
     net = Net(10)
     net.conv(3, 32, stride=2)

@@ -164,6 +164,15 @@ def test_what_cannot_be_written_is_refused_by_node_and_name(nodes: Any, constant
         convert(one(*nodes, constants=constants))
 
 
+def test_an_input_of_a_type_that_tflite_lacks_is_not_told_to_be_checked_for_damage() -> None:
+    model = one(node("Relu", "x", "y"))
+    for value in (*model.graph.input, *model.graph.output):
+        value.type.tensor_type.elem_type = onnx.TensorProto.FLOAT16
+    with pytest.raises(Refused, match="input 'x' is float16") as caught:
+        convert(model)
+    assert "inputs and outputs in one of these" in caught.value.fields["hint"]
+
+
 def test_control_flow_is_refused_by_node_and_name() -> None:
     branch = helper.make_graph(
         [node("Relu", "x", "inner")],

@@ -96,6 +96,13 @@ def test_a_child_that_misbehaves_is_told_as_what_it_did(
         child(pristine, tmp_path, body, limit_s=limit, memory_bytes=200_000_000)
 
 
+def test_temporary_files_of_a_child_that_is_killed_go_with_the_jobs_folder(pristine: Path, tmp_path: Path) -> None:
+    body = "import tempfile\nopen(tempfile.mkdtemp() + '/samples', 'w').close()\nos.kill(os.getpid(), 9)"
+    with pytest.raises(ChildKilled):
+        child(pristine, tmp_path, body)
+    assert len(list((tmp_path / "work").glob("*/samples"))) == 1
+
+
 def test_a_child_that_runs_out_of_a_real_disk_says_so(pristine: Path, tmp_path: Path, small_disk: Path) -> None:
     body = f"with open({str(small_disk / 'model')!r}, 'wb') as f: f.write(bytes(20_000_000))"
     with pytest.raises(EnvironmentProblem, match="the disk is full"):

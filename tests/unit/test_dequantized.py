@@ -177,3 +177,50 @@ def test_what_can_not_be_read_as_floats_stays_as_it_was() -> None:
     before = model.SerializeToString()
     assert not dequantized.in_floats(model)
     assert model.SerializeToString() == before
+
+
+def test_a_bias_that_is_rounded_as_the_network_runs_is_the_float_that_it_was() -> None:
+    net = Net()
+    chance = np.random.default_rng(3)
+    weight, bias = chance.integers(-127, 128, (8, 3, 3, 3)).astype(np.int8), chance.normal(size=8).astype(np.float32)
+    scale = net.constant(np.float32(0.01))
+    net.nodes.append(helper.make_node("DynamicQuantizeLinear", ["image"], ["whole", "step", "zero"]))
+    product = net.add("ConvInteger", net.constant(weight), "zero", first="whole", pads=[1, 1, 1, 1])
+    both = net.add("Mul", scale, first="step")
+    net.add("Div", both, first=net.constant(bias))  # as onnxruntime's first quantizer wrote it
+    net.add("Floor")
+    net.add("Cast", to=TensorProto.INT32)
+    rounded = net.add("Reshape", net.constant(np.array([1, 8, 1, 1])))
+    net.add("Add", rounded, first=product)
+    net.add("Transpose", perm=[0, 1, 3, 2])
+    net.add("Cast", to=TensorProto.FLOAT)
+    net.add("Mul", both)
+    model = net.model([1, 8, SIDE, SIDE])
+    samples = pictures(4)
+    rough = answers(model, samples)
+    assert dequantized.in_floats(model)
+    onnx.checker.check_model(model, full_check=True)
+    assert not {node.op_type for node in model.graph.node} & {
+        *dequantized.OF_INTEGERS,
+        "DynamicQuantizeLinear",
+        "Floor",
+    }
+    exact = Net()
+    exact.constant(weight * np.float32(0.01), "weight")
+    exact.constant(bias, "bias")
+    exact.add("Conv", "weight", "bias", pads=[1, 1, 1, 1])
+    exact.add("Transpose", perm=[0, 1, 3, 2])
+    want = answers(exact.model([1, 8, SIDE, SIDE]), samples)
+    assert noise(want, answers(model, samples)) < 1e-9 < noise(want, rough)
+
+
+def test_a_product_of_whole_numbers_that_is_read_as_these_stays_as_it_was() -> None:
+    net = Net()
+    net.nodes.append(helper.make_node("DynamicQuantizeLinear", ["image"], ["whole", "step", "zero"]))
+    net.add("ConvInteger", net.constant(np.ones((8, 3, 3, 3), np.int8)), "zero", first="whole", pads=[1, 1, 1, 1])
+    net.add("Mod", net.constant(np.int32(7)))
+    net.add("Cast", to=TensorProto.FLOAT)
+    model = net.model([1, 8, SIDE, SIDE])
+    before = model.SerializeToString()
+    assert not dequantized.in_floats(model)
+    assert model.SerializeToString() == before

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+import signal
 from collections import Counter
 
 import edgefleet_controller
+from edgefleet_controller.compile.watching import ChildKilled, died
 from edgefleet_shared.errors import EdgefleetError, EngineError, QualityError, from_dict
 
 
@@ -22,10 +24,30 @@ def test_a_missed_budget_keeps_its_report_on_its_way() -> None:
     assert QualityError("no sample tells").as_dict().keys() == {"code", "message", "hint"}
 
 
-def test_each_kind_of_error_has_a_code_of_its_own() -> None:
+def kinds_of_all_modules() -> set[type[EdgefleetError]]:
     for module in pkgutil.walk_packages(edgefleet_controller.__path__, "edgefleet_controller."):
         if ".children." not in module.name:  # those are programs of other environments
             importlib.import_module(module.name)
-    own = Counter(kind.code for kind in set(kinds()) if "code" in vars(kind))
+    return {kind for kind in kinds() if "code" in vars(kind)}
+
+
+def test_each_kind_of_error_is_found_again_by_its_code() -> None:
+    """One that can't be would end the thread that hears of it."""
+    for kind in kinds_of_all_modules():
+        again = from_dict({"code": kind.code, "message": "check: what", "hint": "do"})
+        assert type(again) is kind
+        assert again.as_dict() == {"code": kind.code, "message": "check: what", "hint": "do"}
+
+
+def test_how_a_child_ended_survives_its_way() -> None:
+    killed = died("tflite measure", signal.SIGKILL, "see the log")
+    again = from_dict(killed.as_dict())
+    assert isinstance(again, ChildKilled)
+    assert again.as_dict() == killed.as_dict()
+    assert again.how == killed.how == "SIGKILL, as when this machine runs out of memory"
+
+
+def test_each_kind_of_error_has_a_code_of_its_own() -> None:
+    own = Counter(kind.code for kind in kinds_of_all_modules())
     assert [code for code, count in own.items() if count > 1] == []
     assert type(from_dict({"code": EngineError.code, "message": "it does not load"})) is EngineError

@@ -212,6 +212,28 @@ def test_noise_of_scores_does_not_drown_in_pixels() -> None:
     assert found["sqnr_db"] == 0.0
 
 
+def test_noise_of_boxes_in_any_order_is_that_of_those_that_are_the_same() -> None:
+    told = BoxDecoding(decoder="end_to_end", threshold=0.25, nms_iou=0.45, match_iou=0.5)
+    inputs, outputs = (TensorSpec("x", "FP32", (1, 3, 64, 64)),), (TensorSpec("rows", "FP32", (1, 4, 6)),)
+    detector = version("detection", detection=told, inputs=inputs, outputs=outputs)
+    want = np.array(
+        [[[0, 0, 20, 20, 0.9, 1], [40, 40, 60, 60, 0.8, 2], [5, 30, 9, 50, 0.7, 1], [1, 1, 9, 9, 0.1, 7]]], np.float32
+    )
+    have = want[:, [1, 2, 0, 3]]  # scores that lie near each other change places
+    have[0, 3, :4] += 30  # below the threshold nobody sees it
+    found = compare({"rows": have}, {"rows": want}, detector).figures
+    assert set(found["sqnr_db_by_output"].values()) == {EXACT_DB}
+    assert found["cosine"] == 1.0
+    have[0, 0, 4] = 0.4
+    moved = compare({"rows": have}, {"rows": want}, detector).figures
+    expected = 10 * np.log10((0.9**2 + 0.8**2 + 0.7**2) / 0.4**2)
+    assert moved["sqnr_db_by_output"]["rows, scores"] == pytest.approx(expected, abs=1e-3)
+    assert moved["sqnr_db_by_output"]["rows, boxes"] == EXACT_DB
+    have[0, 1, :4] = 0  # one that is gone is as much noise as it was
+    gone = compare({"rows": have}, {"rows": want}, detector).figures
+    assert gone["sqnr_db_by_output"]["rows, boxes"] < 15
+
+
 def test_an_output_that_is_always_zero_does_not_hide_the_others_noise() -> None:
     both = version("raw", outputs=(TensorSpec("y", "FP32", (1, 3)), TensorSpec("z", "FP32", (1, 3))))
     want = {"y": np.ones((4, 3), np.float32), "z": np.zeros((4, 3), np.float32)}

@@ -11,7 +11,8 @@ from edgefleet_controller.compile import report
 from edgefleet_controller.compile.comparing import compare
 from edgefleet_controller.compile.port import Figures, Share
 from edgefleet_controller.compile.pruning import Step, Tried, ended
-from edgefleet_controller.compile.recipe import PLAIN_TENSORFLOW, Recipe
+from edgefleet_controller.compile.quality import EXACT_DB
+from edgefleet_controller.compile.recipe import FLOAT, PLAIN_TENSORFLOW, Recipe
 from edgefleet_controller.compile.search import Choice, LeftOut, Trial, Unit
 from edgefleet_controller.compile.trials import Measured
 from edgefleet_controller.model_version import AcceptanceLimits, ModelVersion, Split
@@ -93,6 +94,46 @@ def test_the_page_is_one_file_with_its_plots_and_pictures_and_runs_nothing(tmp_p
     assert "<script" not in page, "labels are escaped"
     assert not re.search(r"""(?:src|href)\s*=\s*['"](?!data:)""", page)
     assert "://" not in page
+
+
+def test_the_float_model_is_told_as_itself_and_no_noise_as_none(tmp_path: Path) -> None:
+    """What two runs of one network differ by is no gain, and 200 dB are no measurement."""
+    version, choice, _, references, layout = made(tmp_path)
+    own = figures(
+        agreement=1.0,
+        p50_ms=10.0,
+        float_p50_ms=11.5,
+        sqnr_db=EXACT_DB,
+        sqnr_db_by_output={"y": EXACT_DB, "z": -EXACT_DB},
+    )
+    exact = Trial(recipe=FLOAT, figures=own, misses=())
+    shipped = msgspec.structs.replace(choice, trials=(exact, *choice.trials), chosen=exact)
+    page = layout.read(
+        report.write(version, device_class(), shipped, Measured(exact, {}, ()), references, layout).page, 10**7
+    ).decode()
+    assert "(the float model itself)" in page
+    assert "times as fast" not in page
+    assert "<td class=n>10.00<td class=n>1.00" in page
+    assert "<td>noise of output y<td class=n>none<" in page
+    assert "<td>noise of output z<td class=n>answers that are no numbers<" in page
+    assert "200.0" not in page
+
+
+def test_answers_that_have_no_words_are_told_by_their_number(tmp_path: Path) -> None:
+    version, choice, final, references, layout = made(tmp_path)
+    raw = msgspec.structs.replace(version, output_kind="raw", outputs=(TensorSpec("left_eye", "FP32", (1, 2)),))
+    within = {"values within tolerance, left_eye": Share(0.5, 0.4, 0.6, 3, 6), "box_recall": Share(0.5, 0.4, 0.6, 3, 6)}
+    trial = msgspec.structs.replace(final.trial, figures=figures(shares=within))
+    sides = ({"left_eye": side["y"]} for side in (final.outputs, references))
+    measured = Measured(trial, next(sides), (1, 2))
+    written = report.write(raw, device_class(), choice, measured, next(sides), layout)
+    changed = msgspec.json.decode(layout.read(written.report, 10**7))["changed"]
+    assert (changed["count"], changed["confusion"], changed["samples"]) == (2, [], [{"sample": 1}, {"sample": 2}])
+    page = layout.read(written.page, 10**7).decode()
+    assert "<p>2 of 3 samples: no. 1, 2.</p>" in page
+    assert "another" not in page
+    assert "<td>values within tolerance, left_eye<" in page
+    assert "<td>box recall<" in page
 
 
 def test_pruning_is_told_step_by_step_with_where_it_stopped_and_why(tmp_path: Path) -> None:
@@ -199,6 +240,23 @@ def test_shares_of_unlike_tasks_are_shown_and_not_compared() -> None:
 def test_a_class_that_only_one_version_has_is_told() -> None:
     (row,) = compare([], [artifact("a")], ALIKE)
     assert (row.device_class, row.before, row.after) == ("a", "not compiled", "compiled")
+
+
+def test_a_class_whose_last_compile_failed_is_told_with_why() -> None:
+    failed = [{"class": name, "error": {"message": "size 9 bytes, budget 1"}} for name in ("a", "b")]
+    rows = compare([artifact("a")], [artifact("a")], ALIKE, ([], failed))
+    told = "failed: size 9 bytes, budget 1"
+    assert [row[:4] for row in rows if row.device_class == "b"] == [("b", "artifact", "not compiled", told)]
+    assert ("a", "last compile", "done", told, "") in rows
+    assert "last compile" not in {row.figure for row in compare([artifact("a")], [artifact("a")], ALIKE)}
+
+
+def test_the_float_model_is_as_fast_as_itself() -> None:
+    sides = [artifact("a", p50_ms=p50_ms) for p50_ms in (9.0, 11.0)]
+    for side in sides:
+        side["quality"]["recipe"] = "fp32"
+    (row,) = (r for r in compare(sides[:1], sides[1:], ALIKE) if r.figure == "times as fast as float")
+    assert row[2:] == ("1.00", "1.00", "")
 
 
 def test_shares_that_one_side_lacks_are_unmeasured() -> None:

@@ -111,6 +111,16 @@ def test_what_fell_when_it_was_measured_alone_is_told_with_why() -> None:
     assert [t.misses for t in told.trials] == [("boards would refuse it: 0.875",), ()]
 
 
+def test_what_fell_at_last_is_not_told_as_what_can_not_be_made() -> None:
+    spec = device_class().spec
+    int8 = trial()
+    exact = search.float_trial(int8, spec)
+    left = search.without(search.choose([int8, exact], spec), [int8.recipe], spec)
+    assert left.chosen == exact
+    assert left.why == "fp32 is shipped, because no int8 candidate held at last"
+    assert search.choose([exact], spec).why == "fp32 is shipped, because int8 can't be made"
+
+
 def test_rounds_timed_in_busy_and_quiet_moments_compare_by_their_share_of_float() -> None:
     busy = trial(p50_ms=10.0, float_p50_ms=30.0, sqnr_db=10.0)
     quiet = trial(mixed("a"), p50_ms=8.0, float_p50_ms=10.0, sqnr_db=30.0)

@@ -201,6 +201,33 @@ def test_a_quick_search_ends_in_float_where_the_plain_recipe_fits_and_gains_noth
         assert choice.chosen.recipe == Recipe(), prefer
 
 
+@pytest.mark.parametrize("effort", ["quick", "full"])
+def test_half_precision_that_is_no_faster_gives_way_to_float_as_int8_does(effort: str) -> None:
+    half = {"precision": "fp16", "search": {"effort": effort}}
+    choice, _ = found(device_class("tflite", **half), HALF, p50_ms=2.2)
+    assert choice.chosen is not None
+    assert choice.chosen.recipe == FLOAT
+    assert choice.why.startswith("fp32 is shipped, because no fp16 candidate is better here (fp16: slower than float")
+    fits, _ = found(device_class("tflite", **half), HALF, p50_ms=2.01)
+    assert fits.chosen is not None
+    assert fits.chosen.recipe == HALF, "half the bytes in as much time"
+    fixed, _ = found(device_class("tflite", precision="fp16", search={"effort": "fixed"}), HALF, p50_ms=2.2)
+    assert fixed.chosen is None, "fixed tries nothing else"
+
+
+def test_half_precision_that_is_slower_only_when_it_is_measured_alone_gives_way_to_float() -> None:
+    kind = device_class("tflite", precision="fp16", search={"effort": "quick"})
+    version: Any = SimpleNamespace(as_is="", holdout=SimpleNamespace(count=SAMPLES))
+    steps: Any = Fixed(kind.spec)
+    own = Finder(steps, steps, version, kind, target_named("tflite"), {})
+    first = own._unpruned(HALF)
+    steps.figures = {"p50_ms": 2.2, "sqnr_db": 75.0}
+    own._fresh.clear()
+    choice, final, _ = own.final(first)
+    assert final.trial.recipe == FLOAT
+    assert "not fp16, which fits but for this: slower than float" in choice.why
+
+
 class Halved(Fixed):
     """Steps of a network whose weights came in half precision: int8 fits and gains nothing; as fp16 it is float but for the order of sums."""
 

@@ -15,6 +15,7 @@ import pytest
 from edgefleet_controller.manifests import Model, Pruning
 from edgefleet_controller.model_version import ModelVersion, blobs, decode
 from edgefleet_controller.source.converters import original_of
+from edgefleet_controller.source.formats import format_of
 from edgefleet_controller.source.importing import import_model
 from edgefleet_shared.artifact import Layout
 from edgefleet_shared.errors import DataError, ModelError
@@ -53,12 +54,21 @@ def test_another_picture_gives_another_version(tmp_path: Path) -> None:
     assert run(tmp_path, manifest).digest != first.digest
 
 
-@pytest.mark.parametrize("content", [b"", b"no network at all", b"\x89PNG\r\n\x1a\n", b"\x08\x08"])
+@pytest.mark.parametrize("content", [b"no network at all", b"\x89PNG\r\n\x1a\n", b"\x08\x08"])
 def test_a_file_that_is_no_onnx_is_refused(tmp_path: Path, content: bytes) -> None:
     manifest = project(tmp_path, classifier())
     (tmp_path / "net.onnx").write_bytes(content)
     with pytest.raises(ModelError, match="not an ONNX model"):
         run(tmp_path, manifest)
+
+
+def test_a_file_with_nothing_in_it_and_what_is_no_file_are_told_as_that(tmp_path: Path) -> None:
+    """As a download that came to nothing leaves it; a pipe would be waited for."""
+    (tmp_path / "empty.tflite").touch()
+    os.mkfifo(tmp_path / "pipe.onnx")
+    for name, told in (("empty.tflite", "empty.tflite is empty"), ("pipe.onnx", "pipe.onnx is no file")):
+        with pytest.raises(ModelError, match=told):
+            format_of(tmp_path / name)
 
 
 def test_a_missing_network_is_named(tmp_path: Path) -> None:
@@ -140,6 +150,14 @@ def test_a_file_that_is_larger_than_onnx_can_be_is_told_with_its_size(tmp_path: 
         stream.truncate(2_300_000_000)
     with pytest.raises(ModelError, match=r"net.onnx is larger than an ONNX file can be: 2\.3 GB, at most 2\.1"):
         import_model(manifest, tmp_path, Layout(tmp_path / "layout"), cache=tmp_path / "cache")
+
+
+@pytest.mark.parametrize(("opset", "told"), [(5, "at least 7"), (99, "no tool here knows")])
+def test_an_operator_set_that_is_too_old_or_of_the_future_is_told(tmp_path: Path, opset: int, told: str) -> None:
+    model = classifier()
+    model.opset_import[0].version = opset
+    with pytest.raises(ModelError, match=rf"operator set {opset}.*{told}"):
+        imported(tmp_path, model)
 
 
 def test_an_output_that_is_an_input_is_refused(tmp_path: Path) -> None:

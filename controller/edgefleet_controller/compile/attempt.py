@@ -109,7 +109,10 @@ class Attempt:
         """Why there is no result. A process that was killed tells of this machine; one that ended by itself failed over its job."""
         status = self._child.wait()
         if status < 0:
-            return EnvironmentProblem(f"the compile worker's process died: {signal_name(-status)}")
+            return EnvironmentProblem(
+                f"the compile worker's process died: {signal_name(-status)}",
+                hint="compile it again; if memory is short, let fewer jobs run at once: compile_workers in controller.yaml, fleet worker run --jobs",
+            )
         return ToolchainError(f"the compile worker ended with status {status} and no result", hint="see the log")
 
     def _say(self, message: msgspec.Struct) -> None:

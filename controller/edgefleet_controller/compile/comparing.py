@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+from edgefleet_controller.compile.port import share_title
+from edgefleet_controller.compile.recipe import FLOAT
+
 Artifact = dict[str, Any]  # as the API shows it
+Failure = dict[str, Any]  # likewise: a class and an error
 
 
 class Row(NamedTuple):
@@ -17,21 +21,31 @@ class Row(NamedTuple):
     meaning: str
 
 
-def compare(before: list[Artifact], after: list[Artifact], kinds: tuple[str, str]) -> list[Row]:
+def compare(
+    before: list[Artifact],
+    after: list[Artifact],
+    kinds: tuple[str, str],
+    failed: tuple[list[Failure], list[Failure]] = ([], []),
+) -> list[Row]:
     """Figures of both for every class that either has. Shares whose 95 % intervals overlap are called alike: so few samples can't tell
     them apart.
 
     Args:
         kinds: of the versions' outputs: shares of two kinds are of unlike things, and neither is the better one.
+        failed: of both, the classes whose last compile failed.
     """
     sides = [{artifact["class"]: artifact for artifact in side} for side in (before, after)]
+    failures = [{one["class"]: f"failed: {one['error']['message']}" for one in side} for side in failed]
     rows: list[Row] = []
-    for name in sorted({*sides[0], *sides[1]}):
+    for name in sorted({*sides[0], *sides[1], *failures[0], *failures[1]}):
         pair = [side.get(name) for side in sides]
+        whys = [side.get(name) for side in failures]
         if pair[0] is None or pair[1] is None:
-            before_state, after_state = ("compiled" if one else "not compiled" for one in pair)
-            rows.append(Row(name, "artifact", before_state, after_state, ""))
+            states = ["compiled" if one else why or "not compiled" for one, why in zip(pair, whys, strict=True)]
+            rows.append(Row(name, "artifact", states[0], states[1], ""))
             continue
+        if any(whys):
+            rows.append(Row(name, "last compile", whys[0] or "done", whys[1] or "done", ""))
         if kinds[0] != kinds[1]:
             rows.append(Row(name, "judged as", *kinds, ""))
         rows += _figures(name, pair[0], pair[1], of_one_kind=kinds[0] == kinds[1])
@@ -45,7 +59,7 @@ def _figures(name: str, before: Artifact, after: Artifact, *, of_one_kind: bool)
     rows.append(_share(name, "agreement", _agreement(old), _agreement(new), judged=of_one_kind))
     shares = [one.get("shares") or {} for one in (old, new)]
     rows += [
-        _share(name, figure.replace("_", " "), shares[0].get(figure), shares[1].get(figure), judged=of_one_kind)
+        _share(name, share_title(figure), shares[0].get(figure), shares[1].get(figure), judged=of_one_kind)
         for figure in sorted({*shares[0], *shares[1]})
     ]
     rows.append(
@@ -53,7 +67,7 @@ def _figures(name: str, before: Artifact, after: Artifact, *, of_one_kind: bool)
     )
     rows.append(_number(name, "bytes", old["compiled_bytes"], new["compiled_bytes"], "{:,}", better="down"))
     rows.append(_number(name, "peak memory", old["peak_memory_bytes"], new["peak_memory_bytes"], "{:,}", better="down"))
-    times = [_speed(one["timings"]) for one in (before, after)]
+    times = [_speed(one) for one in (before, after)]
     rows.append(_number(name, "times as fast as float", times[0], times[1], "{:.2f}", better="up"))
     return rows
 
@@ -68,10 +82,12 @@ def _agreement(quality: dict[str, Any]) -> dict[str, Any] | None:
     return {"value": quality["agreement"], "low": quality["agreement_low"], "high": quality["agreement_high"]}
 
 
-def _speed(timings: dict[str, Any]) -> float | None:
-    """Each was timed against float in its own process, so this compares across runs where times alone do not."""
-    compiled, of_float = timings.get("p50_ms"), timings.get("float_p50_ms")
-    return of_float / compiled if compiled and of_float else None
+def _speed(artifact: Artifact) -> float | None:
+    """Each was timed against float in its own process, so this compares across runs where times alone do not; float itself needs no timing."""
+    compiled, of_float = (artifact["timings"].get(name) for name in ("p50_ms", "float_p50_ms"))
+    if not compiled or not of_float:
+        return None
+    return 1.0 if artifact["quality"].get("recipe") == FLOAT.told() else float(of_float / compiled)
 
 
 def _share(name: str, figure: str, old: dict[str, Any] | None, new: dict[str, Any] | None, *, judged: bool) -> Row:

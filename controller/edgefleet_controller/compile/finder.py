@@ -85,37 +85,59 @@ class Finder:
         """
         left, fallen = choice, dict[Recipe, Trial]()
         while left.chosen is not None:
-            measured, cached = self._at_last(left.chosen.recipe)
-            misses = measured.trial.misses or search.gainless(measured.trial, left, self._class.spec)
+            measured, cached = self._alone(left.chosen.recipe)
+            refusals = self._refusals(measured)
+            misses = (*measured.trial.misses, *refusals) or search.gainless(measured.trial, left, self._class.spec)
             if not misses:
                 last = msgspec.structs.replace(left, chosen=measured.trial)
                 return search.told_of(last, choice.trials, fallen), measured, cached
             fallen[left.chosen.recipe] = msgspec.structs.replace(measured.trial, misses=misses)
+            if refusals and self._unclimbed(choice, left.chosen.recipe):
+                choice = self._with_layers(choice)
+            if len(fallen) == len(choice.trials):
+                choice = self._with_float(choice)
             if len(fallen) == len(choice.trials):
                 break
             left = search.without(choice, list(fallen), self._class.spec)
             if _in_float(left):
                 choice = self._with_half(choice)
                 left = search.without(choice, list(fallen), self._class.spec)
-        measured, cached = self._at_last(choice.nearest.recipe)
+        measured, cached = self._alone(choice.nearest.recipe)
+        misses = (*measured.trial.misses, *self._refusals(measured))
+        measured = measured._replace(trial=msgspec.structs.replace(measured.trial, misses=misses))
         why = search.NOTHING if fallen else choice.why
         return msgspec.structs.replace(choice, chosen=None, why=why), measured, cached
 
-    def _at_last(self, recipe: Recipe) -> tuple[Measured, bool]:
-        """Measured alone, and what boards would refuse it for added to what it misses. A builder board has said so itself."""
-        measured, cached = self._alone(recipe)
+    def _refusals(self, measured: Measured) -> list[str]:
+        """What boards would refuse a candidate for. A builder board has said so itself."""
         if not measured.outputs or measured.trial.figures.timed_on not in ("", HOST):
-            return measured, cached
-        ((path, _),) = self._steps.compile([recipe])
+            return []
+        ((path, _),) = self._steps.compile([measured.trial.recipe])
         try:
             held_to = contract(self._version, self._class, self._target)
-            refusals = quality.refusals(*self._trials.golden(path), held_to, self._version.reading)
+            return quality.refusals(*self._trials.golden(path), held_to, self._version.reading)
         except ChildKilled:
             raise  # by this machine, for want of memory
         except (ChildDied, EngineFailed) as exc:
-            refusals = [f"{exc.ended} over the golden samples: {exc.how}"]
-        misses = (*measured.trial.misses, *refusals)
-        return measured._replace(trial=msgspec.structs.replace(measured.trial, misses=misses)), cached
+            return [f"{exc.ended} over the golden samples: {exc.how}"]
+
+    def _unclimbed(self, choice: Choice, refused: Recipe) -> bool:
+        """Whether layers in float, which a quick search did not look for, may keep boards from refusing it."""
+        ours = refused.precision == "int8" and refused.quantizer == OWN and not refused.pruned
+        quick = self._class.spec.search.effort == "quick" and not choice.sensitivity
+        return ours and quick and self._target.leaves_in_float and self._target.runs_here
+
+    def _with_layers(self, choice: Choice) -> Choice:
+        """The choice with the first ladder over its plain candidate tried."""
+        best = search.base_of_ladder(choice.trials)
+        units = self._steps.rank(best.recipe)
+        rungs = search.by_layers(best, units, search.MOST_BYTES, self._cost())
+        trials = (*choice.trials, *self._try(rungs, known=choice.trials))
+        return msgspec.structs.replace(choice, trials=trials, sensitivity=tuple(units))
+
+    def _cost(self) -> float:
+        """Of a weight that stays in float, as a share of its float32 bytes."""
+        return search.HALF_WEIGHT_COST if self._target.halves_weights else search.FLOAT_WEIGHT_COST
 
     def _alone(self, recipe: Recipe) -> tuple[Measured, bool]:
         ((path, cached),) = self._steps.compile([recipe])
@@ -247,7 +269,8 @@ class Finder:
         spec = self._class.spec
         made = trials[0].recipe.precision == plain.precision
         if plain.precision != "int8" or effort == "fixed" or not made:
-            return search.choose(trials, spec)
+            choice = search.choose(trials, spec)
+            return choice if choice.chosen else self._with_float(choice)
         if all(trial.died for trial in trials):  # and nothing was measured of the float model beside them
             more = [FLOAT] if FLOAT.precision in self._target.precisions else []
             return search.choose(trials + self._try(more), spec)
@@ -262,12 +285,11 @@ class Finder:
         if self._target.leaves_in_float and (effort == "full" or not search.accurate(trials[0], spec)):
             best = search.base_of_ladder(trials)
             units = self._steps.rank(best.recipe)
-            cost = search.HALF_WEIGHT_COST if self._target.halves_weights else search.FLOAT_WEIGHT_COST
-            rungs = search.by_layers(best, units, search.MOST_BYTES, cost)
+            rungs = search.by_layers(best, units, search.MOST_BYTES, self._cost())
             rungs += search.leading(best, units) if effort == "full" else []
             trials += self._try(rungs, known=trials)
             if not self._holds(trials):
-                rungs = search.by_layers(best, units, search.MOST_BYTES_AT_LAST, cost, search.RUNGS_AT_LAST)
+                rungs = search.by_layers(best, units, search.MOST_BYTES_AT_LAST, self._cost(), search.RUNGS_AT_LAST)
                 trials += self._try(rungs, known=trials)
                 self._holds(trials)
         if HALF.precision in self._target.precisions and (effort == "full" or all(trial.misses for trial in trials)):
@@ -278,6 +300,14 @@ class Finder:
         """The choice among these; where that is the float model, also among half precision, in which a network may answer the same in half the bytes."""
         choice = search.choose(trials, self._class.spec, units)
         return self._with_half(choice) if _in_float(choice) else choice
+
+    def _with_float(self, choice: Choice) -> Choice:
+        """The choice with the float model, where that was no candidate yet: a class of half precision falls back to it as one of int8 does."""
+        spec, tried = self._class.spec, {trial.recipe for trial in choice.trials}
+        if spec.search.effort == "fixed" or FLOAT in tried or all(trial.died for trial in choice.trials):
+            return choice
+        more = msgspec.structs.replace(choice, trials=(*choice.trials, *self._in_float(choice.trials)))
+        return search.without(more, (), spec)
 
     def _with_half(self, choice: Choice) -> Choice:
         """The choice with half precision tried, where the target makes it."""

@@ -68,7 +68,7 @@ def compile_version(
     target = target_named(device_class.target)
     options = _check(target, device_class, version)
     toolchain = toolchains.for_target(target, device_class.spec.precision, progress)
-    with work_folder() as work:
+    with work_folder("compile") as work:
         steps = Steps(
             version, device_class, target, options, toolchain, layout, toolchains, cache, work, progress, limits
         )
@@ -138,7 +138,7 @@ def _missed(
         nearest.figures, device_class.spec.accuracy
     )
     ways = ["other calibration pictures or method"] if inaccurate else ["another budget"]
-    ways += ["precision fp32"] if device_class.spec.precision != "fp32" else []
+    ways += ["precision fp32"] if inaccurate and device_class.spec.precision != "fp32" else []
     return QualityError(
         f"{name} for {device_class.name}: {_told(choice, nearest.misses)}",
         hint=f"every candidate and what it misses: fleet model report {name} {device_class.name}; {', or '.join(ways)}; "

@@ -89,6 +89,14 @@ class Share(msgspec.Struct, frozen=True):
     of: int
 
 
+WITHIN = "values within tolerance, "  # and the output's name, among the shares of a raw network
+
+
+def share_title(name: str) -> str:
+    """A share's name for people; an output's own name stays as it is."""
+    return name if name.startswith(WITHIN) else name.replace("_", " ")
+
+
 class Figures(msgspec.Struct, frozen=True, kw_only=True):
     """What was measured of one compiled model, on this host. ``None``: could not be measured here.
 

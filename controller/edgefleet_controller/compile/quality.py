@@ -13,7 +13,7 @@ from edgefleet_shared.detection import HEADS, Part
 from edgefleet_shared.errors import ToolchainError
 
 from edgefleet_controller.compile import by_label
-from edgefleet_controller.compile.port import HOST, Figures, Share
+from edgefleet_controller.compile.port import HOST, WITHIN, Figures, Share
 from edgefleet_controller.compile.recipe import Recipe
 from edgefleet_controller.manifests import Accuracy, DeviceClassSpec
 from edgefleet_controller.model_version import ModelVersion
@@ -25,7 +25,6 @@ EXACT_DB = 200.0  # stands for no noise at all; float32 itself holds about 150 d
 AS_FLOAT_DB = 100.0  # from which only the order of sums is another one: engines' float leaves 120 and more, weights rounded to float16 40 to 75
 SMALL_FIRST = ("size", "transfer")  # what a class may prefer over speed
 MOST_LABELS = 3  # told one by one in a miss; the report has more
-WITHIN = "values within tolerance, "  # and the output's name, among the shares of a raw network
 UNLIKE = 3.0  # times: spreads of calibration and held-out inputs that differ by more are not of one kind
 
 
@@ -69,15 +68,18 @@ def compare(outputs: dict[str, Array], references: dict[str, Array], version: Mo
             )
     agreement, shares, changed = _agreement(outputs, references, version)
     names = [spec.name for spec in version.outputs]
-    told = parts(version)
-    noise = {title: _sqnr_db(part.of(outputs), part.of(references)) for title, part in told.items()}
+    told, noisy, exact = parts(version), outputs, references
+    if version.detection is not None and HEADS[version.detection.decoder].suppressed:
+        # Boxes in the order of their scores: where two change places, no place holds what it held.
+        noisy, exact = ({names[0]: side} for side in answers.side_by_side(outputs, references, version.reading))
+    noise = {title: _sqnr_db(part.of(noisy), part.of(exact)) for title, part in told.items()}
     # Beside an output that is always zero any noise is infinite, and would hide how candidates differ in the others.
-    telling = [db for title, db in noise.items() if told[title].of(references).any()]
+    telling = [db for title, db in noise.items() if told[title].of(exact).any()]
     figures = {
         "agreement": agreement.value, "agreement_low": agreement.low, "agreement_high": agreement.high,
         "shares": shares | accuracy(outputs, references, version),
         "by_label": by_label.kept(outputs, references, version),
-        "cosine": round(_cosine(outputs, references, names), 9),
+        "cosine": round(_cosine(noisy, exact, names), 9),
         "sqnr_db": round(min(telling or noise.values()), 6),
         "sqnr_db_by_output": {title: round(db, 6) for title, db in noise.items()},
     }  # fmt: skip

@@ -130,9 +130,10 @@ def _changed(version: ModelVersion, final: Measured, references: dict[str, Any])
     have, want = ({name: array[rows] for name, array in side.items()} for side in (final.outputs, references))
     pairs = list(zip(_said(have, version), _said(want, version), strict=True)) if rows else []
     counts = Counter((was, now) for now, was in pairs)
+    words = [{"float": was, "compiled": now} for now, was in pairs] or [{} for _ in rows]
     samples = [
-        {"sample": row, "float": was, "compiled": now} | ({"truth": _right(version, row)} if version.truth else {})
-        for row, (now, was) in zip(rows[:MOST_CHANGED], pairs[:MOST_CHANGED], strict=True)
+        {"sample": row} | said | ({"truth": _right(version, row)} if version.truth else {})
+        for row, said in zip(rows[:MOST_CHANGED], words[:MOST_CHANGED], strict=True)
     ]
     confusion = [{"float": was, "compiled": now, "count": n} for (was, now), n in counts.most_common(50)]
     return {"count": len(rows), "samples": samples, "confusion": confusion}
@@ -149,7 +150,7 @@ def _label(version: ModelVersion, number: int) -> str:
 
 
 def _said(outputs: dict[str, Any], version: ModelVersion) -> list[str]:
-    """Each sample's answer in words."""
+    """Each sample's answer in words; nothing for kinds that have none."""
 
     name = version.outputs[0].name
     match version.output_kind:
@@ -161,7 +162,7 @@ def _said(outputs: dict[str, Any], version: ModelVersion) -> list[str]:
             found = answers.boxes(outputs, version.reading)
             return [", ".join(f"{_label(version, b.kind)} {b.score:.2f}" for b in one) or "nothing" for one in found]
         case _:
-            return ["another" for _ in range(len(outputs[name]))]
+            return []
 
 
 def _pictures(version: ModelVersion, layout: Layout, rows: list[int]) -> dict[int, Any]:

@@ -13,6 +13,9 @@ from typing import Any
 
 from PIL import Image
 
+from edgefleet_controller.compile.port import share_title
+from edgefleet_controller.compile.quality import EXACT_DB
+
 MOST_PICTURES = 24
 MOST_LAYERS = 40
 THUMBNAIL = 112  # pixels
@@ -58,16 +61,16 @@ def render(report: dict[str, Any], pictures: dict[int, Any]) -> str:
 def _figures(report: dict[str, Any]) -> str:
     figures, budgets = report["figures"], report["budgets"]
     rows = [("agreement with the float model", _share(figures, "agreement"))]
-    rows += [(name.replace("_", " "), _told_share(s)) for name, s in sorted(figures["shares"].items())]
+    rows += [(share_title(name), _told_share(s)) for name, s in sorted(figures["shares"].items())]
     rows += [(f"kept of {label!r}", _counted(one)) for label, one in figures["by_label"].items()]
-    rows += [(f"noise of output {name}", f"{db:.1f} dB below it") for name, db in figures["sqnr_db_by_output"].items()]
+    rows += [(f"noise of output {name}", _noise(db)) for name, db in figures["sqnr_db_by_output"].items()]
     rows += [
         ("bytes sent", f"{figures['wire_bytes']:,} (float {figures['float_wire_bytes']:,})"),
         (
             "bytes",
             f"{figures['compiled_bytes']:,} (float {figures['float_bytes']:,}, {figures['float_bytes'] / figures['compiled_bytes']:.2f} times)",
         ),
-        ("latency p50 / p95", _times(figures)),
+        ("latency p50 / p95", _times(figures, exact=_exact(report["recipe"]))),
         *([("calibrated on", _calibrated(report["calibration"]))] if report["recipe"]["precision"] == "int8" else []),
         *([("answers above are those of", figures["stand_in"])] if figures["stand_in"] else []),
         ("peak memory", _or(figures["peak_memory_bytes"], lambda v: f"{v / 1e6:.0f} MB")),
@@ -88,21 +91,36 @@ def _calibrated(told: dict[str, int]) -> str:
     return f"{told['samples']} samples{spread}"
 
 
-def _times(figures: dict[str, Any]) -> str:
+def _exact(recipe: dict[str, Any]) -> bool:
+    """As :attr:`Recipe.exact` has it."""
+    return recipe["precision"] == "fp32" and not recipe["pruned"]
+
+
+def _noise(db: float) -> str:
+    if abs(db) < EXACT_DB:
+        return f"{db:.1f} dB below it"
+    return "none" if db > 0 else "answers that are no numbers"
+
+
+def _times(figures: dict[str, Any], *, exact: bool) -> str:
+    """Args: ``exact``: it is the float model; what two runs of one network differ by is no gain."""
     if figures["p50_ms"] is None:
         return "unmeasured here; the board's acceptance decides"
     told = f"{figures['p50_ms']:.2f} / {figures['p95_ms']:.2f} ms, timed on {figures['timed_on']}"
+    if exact:
+        return f"{told} (the float model itself)"
     if figures["float_p50_ms"] is None:  # a board that holds the compiled model may be too small for the float one
         return f"{told} (float unmeasured)"
     times = figures["float_p50_ms"] / figures["p50_ms"]
     return f"{told} (float {figures['float_p50_ms']:.2f} / {figures['float_p95_ms']:.2f}, {times:.2f} times as fast)"
 
 
-def _relative(figures: dict[str, Any]) -> float | None:
-    """As :attr:`Figures.relative_time` has it."""
+def _relative(candidate: dict[str, Any]) -> float | None:
+    """As :attr:`Figures.relative_time` has it, and 1 for the float model itself."""
+    figures = candidate["figures"]
     if figures["p50_ms"] is None or not figures["float_p50_ms"]:
         return None
-    return float(figures["p50_ms"] / figures["float_p50_ms"])
+    return 1.0 if _exact(candidate["recipe"]) else float(figures["p50_ms"] / figures["float_p50_ms"])
 
 
 def _share(figures: dict[str, Any], name: str) -> str:
@@ -129,8 +147,8 @@ def _candidates(report: dict[str, Any]) -> str:
     for one in report["candidates"]:
         f = one["figures"]
         cells = [
-            _or(f["agreement"], lambda v: f"{v:.4f}"), _or(f["sqnr_db"], lambda v: f"{v:.1f}"), f"{f['compiled_bytes']:,}",
-            _or(f["p50_ms"], lambda v: f"{v:.2f}"), _or(_relative(f), lambda v: f"{v:.2f}"),
+            _or(f["agreement"], lambda v: f"{v:.4f}"), _or(f["sqnr_db"], lambda v: f"{v:.1f}" if abs(v) < EXACT_DB else "none" if v > 0 else "no numbers"), f"{f['compiled_bytes']:,}",
+            _or(f["p50_ms"], lambda v: f"{v:.2f}"), _or(_relative(one), lambda v: f"{v:.2f}"),
         ]  # fmt: skip
         numbers = "".join(f"<td class=n>{cell}" for cell in cells)
         rows.append(
@@ -165,7 +183,7 @@ def _front_plot(report: dict[str, Any]) -> str:
     shown = [c for c in report["candidates"] if c["figures"]["sqnr_db"] is not None]
     if len(shown) < 2:
         return "<p class=mute>One candidate only: nothing to draw.</p>"
-    times = [time for c in shown if (time := _relative(c["figures"])) is not None]
+    times = [time for c in shown if (time := _relative(c)) is not None]
     timed = len(times) == len(shown)
     across = times if timed else [c["figures"]["compiled_bytes"] / 1e6 for c in shown]
     up = [c["figures"]["agreement"] for c in shown]
@@ -230,6 +248,11 @@ def _layers(report: dict[str, Any]) -> str:
     )
 
 
+def _became(sample: dict[str, Any]) -> str:
+    """The two answers, where they have words."""
+    return f": {escape(sample['float'])} → {escape(sample['compiled'])}" if "float" in sample else ""
+
+
 def _right(sample: dict[str, Any]) -> str:
     """The right answer, where the sample is labelled."""
     return f"; right: {escape(sample['truth'])}" if "truth" in sample else ""
@@ -248,15 +271,15 @@ def _changed(report: dict[str, Any], pictures: dict[int, Any]) -> str:
         f"<tr><td>{escape(c['float'])}<td>{escape(c['compiled'])}<td class=n>{c['count']}" for c in changed["confusion"]
     )
     figures = "".join(
-        f"<figure><img alt='' width={THUMBNAIL} src='{_png(pictures[s['sample']])}'><figcaption>no. {s['sample']}: "
-        f"{escape(s['float'])} → {escape(s['compiled'])}{_right(s)}</figcaption></figure>"
+        f"<figure><img alt='' width={THUMBNAIL} src='{_png(pictures[s['sample']])}'><figcaption>no. {s['sample']}"
+        f"{_became(s)}{_right(s)}</figcaption></figure>"
         for s in changed["samples"]
         if s["sample"] in pictures
     )
-    return (
-        f"<p>{changed['count']} of {report['figures']['samples']} samples.</p><table><tr><th>float model<th>compiled<th class=n>times{rows}"
-        f"</table><div class=grid>{figures}</div>"
-    )
+    which = "" if rows else f": no. {', '.join(str(s['sample']) for s in changed['samples'])}"
+    which += ", ..." if which and len(changed["samples"]) < changed["count"] else ""
+    table = f"<table><tr><th>float model<th>compiled<th class=n>times{rows}</table>" if rows else ""
+    return f"<p>{changed['count']} of {report['figures']['samples']} samples{which}.</p>{table}<div class=grid>{figures}</div>"
 
 
 def _png(picture: Any) -> str:

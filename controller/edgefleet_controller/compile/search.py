@@ -244,8 +244,10 @@ def float_trial(measured: Trial, spec: DeviceClassSpec) -> Trial:
     return Trial(recipe=FLOAT, figures=figures, misses=tuple(quality.misses(figures, spec, FLOAT)))
 
 
-def choose(trials: Sequence[Trial], spec: DeviceClassSpec, units: Sequence[Unit] = ()) -> Choice:
-    """The best trial that misses no budget, by what the class prefers."""
+def choose(
+    trials: Sequence[Trial], spec: DeviceClassSpec, units: Sequence[Unit] = (), fallen: Sequence[Recipe] = ()
+) -> Choice:
+    """The best trial that misses no budget, by what the class prefers. Args: ``fallen``: what was tried besides, and is none any more."""
     fitting = [trial for trial in trials if not trial.misses]
     nearest = max(
         [t for t in trials if t.recipe.precision == spec.precision] or trials, key=lambda t: _nearness(t, spec)
@@ -254,7 +256,11 @@ def choose(trials: Sequence[Trial], spec: DeviceClassSpec, units: Sequence[Unit]
         return Choice(trials=tuple(trials), chosen=None, nearest=nearest, why=NOTHING, sensitivity=tuple(units))
     chosen = _best(fitting, spec.search.prefer)
     return Choice(
-        trials=tuple(trials), chosen=chosen, nearest=nearest, why=_why(chosen, trials, spec), sensitivity=tuple(units)
+        trials=tuple(trials),
+        chosen=chosen,
+        nearest=nearest,
+        why=_why(chosen, trials, spec, fallen),
+        sensitivity=tuple(units),
     )
 
 
@@ -270,7 +276,7 @@ def _nearness(trial: Trial, spec: DeviceClassSpec) -> tuple[bool, bool, float, f
 
 def without(choice: Choice, fallen: Sequence[Recipe], spec: DeviceClassSpec) -> Choice:
     """The choice when these, measured alone and on all samples, missed a budget after all."""
-    left = choose([t for t in choice.trials if t.recipe not in fallen], spec, choice.sensitivity)
+    left = choose([t for t in choice.trials if t.recipe not in fallen], spec, choice.sensitivity, fallen)
     return msgspec.structs.replace(left, pruning=choice.pruning, left_out=choice.left_out, tfmot=choice.tfmot)
 
 
@@ -331,10 +337,12 @@ def _best(fitting: Sequence[Trial], prefer: str) -> Trial:
 _LOSES = {"latency": "not faster", "size": "not smaller", "transfer": "no fewer bytes sent", "accuracy": "not as exact"}
 
 
-def _why(chosen: Trial, trials: Sequence[Trial], spec: DeviceClassSpec) -> str:
+def _why(chosen: Trial, trials: Sequence[Trial], spec: DeviceClassSpec, fallen: Sequence[Recipe]) -> str:
     if chosen.recipe.precision == spec.precision:
         return f"{chosen.recipe.told()}: best of {len(trials)} tried for {spec.search.prefer}"
     lost = [t for t in trials if t.recipe.precision == spec.precision]
+    if not lost and any(recipe.precision == spec.precision for recipe in fallen):
+        return f"{chosen.recipe.precision} is shipped, because no {spec.precision} candidate held at last"
     if not lost:
         return f"{chosen.recipe.precision} is shipped, because {spec.precision} can't be made"
     reasons = "; ".join(f"{t.recipe.told()}: {', '.join(t.misses) or _LOSES[spec.search.prefer]}" for t in lost[:4])

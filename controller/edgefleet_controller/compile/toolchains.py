@@ -41,7 +41,7 @@ _JOB_ENVIRONMENT = {
     "ORT_DISABLE_TELEMETRY": "1", "NNCF_CI": "1", "DO_NOT_TRACK": "1",
     "PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1",
 }  # fmt: skip
-_KEPT = ("PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "LD_LIBRARY_PATH")
+_KEPT = ("PATH", "HOME", "LANG", "LC_ALL", "LD_LIBRARY_PATH")
 
 
 class Toolchain(msgspec.Struct, frozen=True):
@@ -165,6 +165,8 @@ class Toolchains:
             command=[toolchain.python, "-s", str(_START), module, str(request_file)],
             environment={k: v for k, v in os.environ.items() if k in _KEPT}
             | _JOB_ENVIRONMENT
+            # What it and its libraries put aside goes with the job's folder, also where it was killed over it.
+            | {"TMPDIR": str(work.resolve())}
             # Not as they are: a vendor's PYTHONPATH would lead the toolchain's own Python astray.
             | {"EDGEFLEET_VENDORS_VARIABLES": json.dumps(toolchain.variables)},
             folder=work,

@@ -27,6 +27,7 @@ POLL_S = 0.05  # how often cancel, time and memory are looked at
 MAX_LINE_BYTES = 16 * 1024 * 1024  # of an answer; what is longer is none
 MAX_LOG_BYTES = 256 * 1024 * 1024  # of one child: what prints more is in a loop, and would fill the disk
 LAST_WORDS_BYTES = 256 * 1024
+DIED = " process died: "
 # What ends a process through no doing of what it was given, and what that says of the machine.
 OF_THE_MACHINE = {
     signal.SIGKILL: "as when this machine runs out of memory",
@@ -51,9 +52,9 @@ class ChildDied(ToolchainError):
     code = "child_died"
     ended = "engine died"  # where it ran one
 
-    def __init__(self, name: str, how: str, log: str) -> None:
-        self.how = how
-        super().__init__(f"the {name} process died: {how}", hint=log)
+    @property
+    def how(self) -> str:
+        return self.message.partition(DIED)[2]
 
 
 class ChildKilled(ChildDied):
@@ -135,7 +136,7 @@ def watch(child: Child, line: Callable[[bytes], None], cancel: threading.Event) 
 def died(name: str, number: int, log: str) -> ChildDied:
     """How a child of that name was ended by a signal."""
     kind = ChildKilled if number in OF_THE_MACHINE else ChildDied
-    return kind(name, signal_name(number), log)
+    return kind(f"the {name}{DIED}{signal_name(number)}", hint=log)
 
 
 def signal_name(number: int) -> str:
@@ -189,7 +190,7 @@ def _check(child: Child, pid: int, deadline: float, longest_log: int, cancel: th
         )
     if child.memory_bytes is not None and _resident_bytes(pid) > child.memory_bytes:
         how = f"over its memory limit of {child.memory_bytes} bytes (SIGKILL)"
-        raise ChildDied(child.name, how, f"see {child.log}")
+        raise ChildDied(f"the {child.name}{DIED}{how}", hint=f"see {child.log}")
 
 
 def _resident_bytes(guarding: int) -> int:

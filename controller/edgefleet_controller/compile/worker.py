@@ -75,7 +75,10 @@ Line = Progress | Wanted | Said | Finished | Failed
 
 
 def main() -> int:
-    request = msgspec.json.decode(sys.stdin.buffer.readline(), type=JobRequest)
+    asked = sys.stdin.buffer.readline()
+    if not asked.endswith(b"\n"):  # who asked died over it
+        return 0
+    request = msgspec.json.decode(asked, type=JobRequest)
     cancel = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: cancel.set())
     answers: SimpleQueue[bytes] = SimpleQueue()
@@ -85,7 +88,10 @@ def main() -> int:
     os.dup2(2, 1)
 
     def say(line: Line) -> None:
-        lines.write(msgspec.json.encode(line) + b"\n")
+        try:
+            lines.write(msgspec.json.encode(line) + b"\n")
+        except BrokenPipeError as exc:
+            raise Cancelled("nobody listens any more") from exc
 
     def measure(manifest: str) -> Answer:
         say(Wanted(manifest))
@@ -115,7 +121,8 @@ def main() -> int:
         last = Failed(problem.as_dict())
     with contextlib.suppress(EdgefleetError):  # where the version itself can't be read nothing ran
         say(Said(_log(request, began)))
-    say(last)
+    with contextlib.suppress(Cancelled):
+        say(last)
     with contextlib.suppress(OSError):  # the job is done; the next one tries again
         keep_within(Path(request.cache), request.cache_limit_bytes, time.time())
     return 0

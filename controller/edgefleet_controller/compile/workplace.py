@@ -1,7 +1,7 @@
-"""Stage 2, compile: the folder that a job works in. Receives nothing, hands on an empty folder that is gone when the job is over, however that ends.
+"""Stages 1 and 2: the folder that a job works in. Receives what it is for, hands on an empty folder that is gone when the job is over, however that ends.
 
 A job that was killed can't clear up behind itself: samples and answers in float, often gigabytes. Each folder is held by a lock that the kernel
-lets go with its process, and whoever begins a job clears away those that nobody holds.
+lets go with its process, and whoever begins a job, of any kind, clears away those that nobody holds.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-PREFIX = "edgefleet-compile-"
+PREFIX = "edgefleet-"
 HELD = ".held"
 
 
 @contextmanager
-def work_folder() -> Iterator[Path]:
-    """A folder for one job, where temporary files go on this machine.
+def work_folder(purpose: str) -> Iterator[Path]:
+    """A folder for one job, where temporary files go on this machine, with what it is for in its name.
 
     Raises:
         OSError: the disk is full, or fails.
     """
     clear_away(Path(tempfile.gettempdir()))
-    with tempfile.TemporaryDirectory(prefix=PREFIX) as folder:
+    with tempfile.TemporaryDirectory(prefix=f"{PREFIX}{purpose}-") as folder:
         fd = os.open(Path(folder) / HELD, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX)

@@ -6,7 +6,6 @@ TensorFlow lies in a toolchain of its own (``keras``), on the side where the ope
 from __future__ import annotations
 
 import io
-import tempfile
 import zipfile
 from pathlib import Path
 from typing import NamedTuple
@@ -16,6 +15,7 @@ from edgefleet_shared.errors import ModelError
 from edgefleet_controller.compile.environments import Progress
 from edgefleet_controller.compile.toolchains import Toolchains
 from edgefleet_controller.compile.watching import ChildDied, ChildKilled
+from edgefleet_controller.compile.workplace import work_folder
 from edgefleet_controller.source.formats import Format
 
 TOOLCHAIN, MODULE = "keras", "tensorflow_source"
@@ -41,12 +41,12 @@ def to_onnx(path: Path, kind: Format, cache: Path, progress: Progress) -> Conver
     """
     toolchains = Toolchains(cache)
     toolchain = toolchains.ensure(TOOLCHAIN, progress)
-    with tempfile.TemporaryDirectory(prefix="edgefleet-convert-") as temporary:
-        made = Path(temporary) / "network.onnx"
+    with work_folder("convert") as work:
+        made = work / "network.onnx"
         request = {"action": "convert", "path": str(path.resolve()), "format": kind, "onnx": str(made)}
         try:
             found = toolchains.run(
-                toolchain, MODULE, request, Path(temporary), cache / "logs" / "convert.log", limit_s=LIMIT_S, memory_bytes=MEMORY_BYTES,
+                toolchain, MODULE, request, work, cache / "logs" / "convert.log", limit_s=LIMIT_S, memory_bytes=MEMORY_BYTES,
                 progress=progress,
             )  # fmt: skip
         except ChildKilled:  # for want of memory or of an instruction: that tells nothing of the file

@@ -29,6 +29,7 @@ OF_INTEGERS = {*OF_ONE, *OF_TWO, *OF_WHOLE_NUMBERS, "QLinearConv", "QLinearConca
 MOVING = {
     "MaxPool", "Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze", "Slice", "Gather", "Identity", "Expand", "Tile", "DepthToSpace", "SpaceToDepth",
 }  # fmt: skip
+TO_WHOLE = {"Floor", "Round", "Ceil"}
 KEEPING = MOVING | {"AveragePool", "GlobalAveragePool", "Dropout"}  # what they make lies within what they read
 ENDS = {
     "Sigmoid": (0.0, 1.0),
@@ -84,6 +85,8 @@ class _Reader:
         self._inputs = {value.name for value in graph.input}
         self._served = {value.name for value in graph.output}
         self._integers: dict[str, Integers] = {}
+        self._products: set[str] = set()  # of whole numbers: floats now, of the same values
+        self._unrounded: dict[str, str] = {}  # floats that were made whole numbers, by these
         self._ends: dict[str, tuple[float, float]] = {}
         self._nodes: list[onnx.NodeProto] = []
         self._opset = max(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
@@ -126,6 +129,8 @@ class _Reader:
             self._integers[rounded] = Integers(inputs[0], None, np.uint8(0))
         elif op in OF_INTEGERS:
             self._compute(node)
+        elif self._products & _read_by(node):
+            self._follow(node)
         elif op in MOVING and inputs[0] in self._integers and not set(inputs[1:]) & self._integers.keys():
             self._move(node)
         else:
@@ -135,6 +140,7 @@ class _Reader:
         if _read_by(node) & self._integers.keys():
             raise Untold
         self._nodes.append(node)
+        self._note_unrounded(node)
         known = self._ends.get(node.input[0] if node.input else "")
         if node.op_type in ENDS:
             self._ends[node.output[0]] = ENDS[node.op_type]
@@ -263,6 +269,38 @@ class _Reader:
         self._constant(name, floats)
         attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
         self._add(OF_WHOLE_NUMBERS[node.op_type], [known.floats, name], node.output[0], node.name, attributes)
+
+        self._note_product(node.output[0])
+
+    def _note_product(self, name: str) -> None:
+        if name in self._served:
+            raise Untold
+        self._products.add(name)
+
+    def _follow(self, node: onnx.NodeProto) -> None:
+        """What a product of whole numbers goes through until a scale makes floats of it: a bias is added, which was rounded to that scale."""
+        added = [name if name in self._products else self._unrounded.get(name, "") for name in node.input]
+        if node.op_type == "Add" and all(added):
+            self._add("Add", added, node.output[0], node.name)
+        elif node.op_type in {"Cast", *MOVING} and not self._products & {*node.input[1:]}:
+            self._nodes.append(node)
+        else:
+            raise Untold
+        if node.op_type != "Cast":
+            self._note_product(node.output[0])
+
+    def _note_unrounded(self, node: onnx.NodeProto) -> None:
+        """Note of which floats a node makes whole numbers, or moves such."""
+        first = node.input[0] if node.input else ""
+        if node.op_type in TO_WHOLE or (node.op_type == "Cast" and first in self._unrounded):
+            self._unrounded[node.output[0]] = self._unrounded.get(first, first)
+        elif node.op_type in MOVING and first in self._unrounded and len(node.output) == 1:
+            moved = onnx.NodeProto()
+            moved.CopyFrom(node)
+            moved.name = moved.output[0] = f"{node.output[0]}/float"
+            moved.input[0] = self._unrounded[first]
+            self._nodes.append(moved)
+            self._unrounded[node.output[0]] = moved.output[0]
 
     def _result(self, node: onnx.NodeProto, made: str, scale: str, zero: str) -> None:
         self._rounded(made, node.output[0], *self._parameters(scale, zero, node), node)

@@ -23,12 +23,14 @@ def format_of(path: Path) -> Format:
     """The format of a network's file or folder. What has no other mark is taken for ONNX, whose own parser judges it.
 
     Raises:
-        ModelError: it can't be read, or is a format that can't be taken as it is (PyTorch's, a folder that is no SavedModel).
+        ModelError: it can't be read, is empty, or is a format that can't be taken as it is (PyTorch's, a folder that is no SavedModel).
     """
     if path.is_dir():
         if (path / "saved_model.pb").is_file():
             return "saved-model"
         raise ModelError(f"{path} is a folder, and no TensorFlow SavedModel: it has no saved_model.pb")
+    if path.exists() and not path.is_file():
+        raise ModelError(f"{path} is no file")
     try:
         with path.open("rb") as stream:
             head = stream.read(HEAD_BYTES)
@@ -36,6 +38,8 @@ def format_of(path: Path) -> Format:
         raise ModelError(
             f"can't read {path}: {exc.strerror}", hint="paths are relative to the manifest's file"
         ) from exc
+    if not head:
+        raise ModelError(f"{path} is empty", hint="download or export it again")
     if head[4:8] == b"TFL3":
         return "tflite"
     if head.startswith(b"\x89HDF\r\n\x1a\n"):

@@ -36,7 +36,7 @@ def load(content: bytes, origin: str) -> onnx.ModelProto:
         origin: what to call it in errors, usually its path.
 
     Raises:
-        ModelError: not ONNX, not valid ONNX, external data, or an operator set too old.
+        ModelError: not ONNX, not valid ONNX, external data, or an operator set too old or unknown.
     """
     try:
         model = onnx.load_model_from_string(content)
@@ -57,6 +57,14 @@ def load(content: bytes, origin: str) -> onnx.ModelProto:
             hint="save the network as one file: torch.onnx.export(..., external_data=False) where it is made, or beside its other file "
             "onnx.save(onnx.load(path), new_path)",
         )
+    opset = max((entry.version for entry in model.opset_import if entry.domain in {"", "ai.onnx"}), default=0)
+    if 0 < opset < MIN_OPSET:
+        raise ModelError(f"{origin} has operator set {opset}; at least {MIN_OPSET} is needed")
+    if opset > (newest := onnx.defs.onnx_opset_version()):
+        raise ModelError(
+            f"{origin} has operator set {opset}, which no tool here knows; the newest known is {newest}",
+            hint="export it with an older one: torch.onnx.export(..., opset_version=18)",
+        )
     _tell_outputs(model, origin)
     try:
         onnx.checker.check_model(model.SerializeToString())
@@ -69,9 +77,6 @@ def load(content: bytes, origin: str) -> onnx.ModelProto:
             f"{origin}: the output {passed_on[0]!r} is an input, passed on as it came",
             hint="leave it away: who asked has it",
         )
-    opset = max((entry.version for entry in model.opset_import if entry.domain in {"", "ai.onnx"}), default=0)
-    if 0 < opset < MIN_OPSET:
-        raise ModelError(f"{origin} has operator set {opset}; at least {MIN_OPSET} is needed")
     return model
 
 

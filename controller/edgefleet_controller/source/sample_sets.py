@@ -6,13 +6,13 @@ An entry is a folder of pictures, a safetensors file or a Python function; readi
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 from edgefleet_shared.contract import PictureEncoding, TensorSpec
 from edgefleet_shared.errors import DataError
 
+from edgefleet_controller.compile.workplace import work_folder
 from edgefleet_controller.manifests import Holdout, PictureInput, Pictures, Pruning, Training
 from edgefleet_controller.source import pictures, samples_entry
 
@@ -57,8 +57,8 @@ def read(
         size = (height, width, 1 if given.colour == "GREY" else 3)
     if source.entry is not None:
         progress(f"running {source.entry} for {split} samples", 0, 1)
-        with tempfile.TemporaryDirectory(prefix="edgefleet-samples-") as temporary:
-            written = Path(temporary) / "samples.safetensors"
+        with work_folder("samples") as work:
+            written = work / "samples.safetensors"
             samples_entry.write(split, base, source.entry, source.count, written)
             return pictures.read_tensors(split, written, inputs, source.count, pictures=size, origin=source.entry)
     path = base / (source.path or "")

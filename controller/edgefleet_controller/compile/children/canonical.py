@@ -18,9 +18,10 @@ def canonical(model: onnx.ModelProto, inputs: list[str], outputs: list[str]) -> 
     """Give inputs and outputs the names that Keras has for them, and all else an order and names that follow from the graph alone: tf2onnx numbers
     what it adds in an order that differs from run to run."""
     graph = model.graph
-    if any(attribute.HasField("g") or attribute.graphs for node in graph.node for attribute in node.attribute):
+    inside = [node.name for node in graph.node if any(a.HasField("g") or a.graphs for a in node.attribute)]
+    if inside:
         raise job.Refused(
-            "bad_model", "this network has branches or loops that depend on values, which can't be served",
+            "bad_model", f"this network has branches or loops that depend on values, which can't be served: {', '.join(inside)}",
             "a recurrent layer (LSTM, GRU) over a fixed number of steps is none with unroll=True: set it, and save the model again",
         )  # fmt: skip
     made = {name: node for node in graph.node for name in node.output}

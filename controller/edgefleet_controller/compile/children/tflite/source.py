@@ -269,7 +269,10 @@ def _small(found: Type, where: str) -> Type:
     if size > MAX_TENSOR_BYTES:
         raise malformed(f"{where} has a tensor of {size} bytes, {list(found.shape)}")
     if found.dtype not in TYPES:
-        raise malformed(f"{where} is {found.dtype}; TFLite here has float32, int32, int64, uint8, int8 and bool")
+        what = f"{where} is {found.dtype}; TFLite here has float32, int32, int64, uint8, int8 and bool"
+        raise malformed(
+            what, "export the network with inputs and outputs in one of these, or serve the class by onnxruntime"
+        )
     return found
 
 
@@ -278,6 +281,6 @@ def _name(node: onnx.NodeProto) -> str:
     return str(node.name or next(iter(node.output), "")).removeprefix(GIVEN)
 
 
-def malformed(what: str) -> job.Refused:
+def malformed(what: str, hint: str = _CHECK) -> job.Refused:
     """A graph that is broken, or holds what no .tflite can: ``what`` says where."""
-    return job.Refused("bad_model", f"tflite can't read this network: {what}", _CHECK)
+    return job.Refused("bad_model", f"tflite can't read this network: {what}", hint)
