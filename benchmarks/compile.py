@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import compile_subjects as subjects
+from edgefleet_controller.compile.evaluator import Evaluator
 from edgefleet_controller.compile.pipeline import compile_version
 from edgefleet_controller.compile.port import CompileResult, Figures, target_named
 from edgefleet_controller.compile.recipe import Recipe
 from edgefleet_controller.compile.steps import Limits, Steps
 from edgefleet_controller.compile.toolchains import Toolchains
-from edgefleet_controller.compile.trials import Trials
 from edgefleet_controller.manifests import DeviceClass, Model
 from edgefleet_controller.model_version import ModelVersion
 from edgefleet_controller.settings import default_cache
@@ -86,7 +86,7 @@ class Bench:
                 version, device_class, target, options, toolchain, self.layout, self._toolchains, cache, work,
                 lambda *_: None, Limits(),
             )  # fmt: skip
-            trials = Trials(steps, version, device_class, target, toolchain, self.layout, None)
+            evaluator = Evaluator(steps, version, device_class, target, toolchain, self.layout, None)
             peer = work / "peer"
             request = {
                 "network": str(steps.prepare() / "simplified.onnx"), "calibration": steps.samples(version.calibration),
@@ -97,14 +97,14 @@ class Bench:
                 [toolchain.python, str(HERE / "compile_peers.py"), PEERS[engine], str(work / "peer.json")],
                 check=True, cwd=work, capture_output=True, env={"ORT_DISABLE_TELEMETRY": "1", "NNCF_CI": "1", "DO_NOT_TRACK": "1"},
             )  # fmt: skip
-            ours, theirs = trials.measure([(Recipe(), self.layout.path(blob.digest)), (Recipe(ranges="peer"), peer)])
+            ours, theirs = evaluator.measure([(Recipe(), self.layout.path(blob.digest)), (Recipe(ranges="peer"), peer)])
         print(f"  {version.model} on {engine}: {result.why}", flush=True)
         for name, one in (("ours", ours), (PEER_NAMES[engine], theirs)):
-            f = one.trial.figures
+            f = one.candidate.figures
             print(
                 f"    {name}: agreement {f.agreement:.3f} {f.compiled_bytes:,} bytes {f.p50_ms:.2f} ms (float {f.float_p50_ms:.2f})"
             )
-        return Outcome(ours.trial.figures, theirs.trial.figures, result.precision, result.why)
+        return Outcome(ours.candidate.figures, theirs.candidate.figures, result.precision, result.why)
 
     def sent_bytes(self, artifact: str) -> int:
         """What is published of a whole artifact: manifest, config and every layer, as :mod:`edgefleet_shared.chunks` packs them."""

@@ -99,9 +99,9 @@ def test_what_the_guides_target_refuses_is_told_in_its_words(installed: DeviceCl
 def test_the_inventory_knows_the_guides_target_and_tries_it_out(installed: DeviceClass) -> None:
     assert "half-weights" in installed_targets().targets
     (target,) = [one for one in targets_of("onnxruntime") if one.name == "half-weights"]
-    trial = try_out(Toolchains(TOOLCHAINS), target, lambda *_: None)
-    assert trial.problem == ""
-    assert "fp16" in trial.told
+    tried = try_out(Toolchains(TOOLCHAINS), target, lambda *_: None)
+    assert tried.problem == ""
+    assert "fp16" in tried.told
 
 
 BROKEN = {

@@ -286,11 +286,11 @@ def test_check_compiles_by_every_target_and_a_damaged_one_fails_it() -> None:
     toolchains.ensure("onnxruntime")
     told = fleet(CACHE, "check", "onnxruntime", "--json")
     (found,) = json.loads(told.stdout)
-    trials = {trial["target"]: trial for trial in found["trials"]}
+    tried = {one["target"]: one for one in found["targets"]}
     assert told.exit_code == 0
-    assert "agreement" in trials["onnxruntime"]["told"]
-    assert "agreement" in trials["tensorrt"]["told"]
-    assert "not tried: atc is not on PATH" in trials["acl"]["told"]
+    assert "agreement" in tried["onnxruntime"]["told"]
+    assert "agreement" in tried["tensorrt"]["told"]
+    assert "not tried: atc is not on PATH" in tried["acl"]["told"]
 
 
 def test_check_finds_a_file_whose_bytes_changed_at_the_same_size(tmp_path: Path) -> None:
@@ -328,7 +328,7 @@ def test_a_target_that_fails_on_trial_keeps_its_log(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(type(target), "module", str(tmp_path / "broken.py"))
     (tmp_path / "broken.py").write_text("def main():\n    raise SystemError('the library is of another age')\n")
     (tmp_path / "toolchains").symlink_to(CACHE / "toolchains")
-    trial = inventory.try_out(Toolchains(tmp_path), target, lambda *_: None)
-    assert "the library is of another age" in trial.problem
+    tried = inventory.try_out(Toolchains(tmp_path), target, lambda *_: None)
+    assert "the library is of another age" in tried.problem
     (log,) = (tmp_path / "tried").glob("onnxruntime-*/logs/*-measure.log")
-    assert str(log) in trial.problem
+    assert str(log) in tried.problem

@@ -8,7 +8,7 @@ from edgefleet_controller.compile import pruning, search
 from edgefleet_controller.compile.port import Figures
 from edgefleet_controller.compile.pruning import Step, Tried
 from edgefleet_controller.compile.recipe import FLOAT, Recipe
-from edgefleet_controller.compile.search import Trial
+from edgefleet_controller.compile.search import Candidate
 from edgefleet_controller.model_version import PruningPlan
 from support.networks import device_class
 
@@ -76,29 +76,32 @@ def test_a_network_that_collapses_at_once_has_no_good_step() -> None:
     assert "no step was good" in found.stopped
 
 
-def trial(recipe: Recipe, agreement: float = 0.95, **changes: Any) -> Trial:
+def candidate(recipe: Recipe, agreement: float = 0.95, **changes: Any) -> Candidate:
     fields: dict[str, Any] = {
         "engine": "onnxruntime", "engine_version": "1", "float_bytes": 4_000_000, "compiled_bytes": 1_000_000, "samples": 100,
         "agreement": agreement, "agreement_low": 0.9, "agreement_high": 0.97, "sqnr_db": 20.0, "p50_ms": 5.0, "float_p50_ms": 10.0,
     }  # fmt: skip
-    return Trial(recipe=recipe, figures=Figures(**(fields | changes)), misses=())
+    return Candidate(recipe=recipe, figures=Figures(**(fields | changes)), misses=())
 
 
 def test_the_search_begins_at_the_sparsest_good_network_and_goes_back_until_one_holds_in_int8() -> None:
     spec = device_class(accuracy={"min_agreement": 0.9}).spec
     good = pruning.ended(taken(PLAN, lambda _: False)).good
-    best, trials = Recipe(ranges="mse", in_float=("head",)), [trial(FLOAT), trial(Recipe(), 0.91, p50_ms=9.0)]
-    trials.append(trial(best))
+    best, candidates = (
+        Recipe(ranges="mse", in_float=("head",)),
+        [candidate(FLOAT), candidate(Recipe(), 0.91, p50_ms=9.0)],
+    )
+    candidates.append(candidate(best))
     for expected in ("4", "3"):
-        recipe = search.pruned(trials, good, spec)
+        recipe = search.pruned(candidates, good, spec)
         assert recipe is not None
         assert (recipe.pruned, recipe.ranges, recipe.in_float) == (expected, "mse", ("head",))
-        trials.append(trial(recipe, 0.5 if expected == "4" else 0.93))
-    assert search.pruned(trials, good, spec) is None
+        candidates.append(candidate(recipe, 0.5 if expected == "4" else 0.93))
+    assert search.pruned(candidates, good, spec) is None
 
 
 def test_no_good_network_leaves_nothing_to_try() -> None:
-    assert search.pruned([trial(Recipe())], (), device_class().spec) is None
+    assert search.pruned([candidate(Recipe())], (), device_class().spec) is None
 
 
 def test_what_is_pruned_is_told_and_is_not_the_float_model() -> None:
@@ -111,16 +114,16 @@ def test_what_is_pruned_is_told_and_is_not_the_float_model() -> None:
 
 def test_a_faster_pruned_float_network_beats_the_float_model_and_a_slower_one_does_not() -> None:
     spec = device_class(precision="fp32", accuracy={"min_agreement": 0.9}).spec
-    exact = trial(FLOAT, 1.0, p50_ms=10.0)
+    exact = candidate(FLOAT, 1.0, p50_ms=10.0)
     for p50, expected in ((5.0, "4"), (9.9, "")):
-        faster = trial(msgspec.structs.replace(FLOAT, pruned="4", sparsity=0.8), p50_ms=p50)
+        faster = candidate(msgspec.structs.replace(FLOAT, pruned="4", sparsity=0.8), p50_ms=p50)
         chosen = search.choose([exact, faster], spec).chosen
         assert chosen is not None
         assert chosen.recipe.pruned == expected
 
 
 def test_a_class_that_asks_for_transfer_gets_what_is_sent_in_fewest_bytes() -> None:
-    dense = trial(Recipe(), wire_bytes=900_000)
-    sparse = trial(Recipe(pruned="4", sparsity=0.8), wire_bytes=300_000, p50_ms=11.0)
+    dense = candidate(Recipe(), wire_bytes=900_000)
+    sparse = candidate(Recipe(pruned="4", sparsity=0.8), wire_bytes=300_000, p50_ms=11.0)
     for prefer, expected in (("transfer", sparse), ("latency", dense)):
         assert search.choose([dense, sparse], device_class(search={"prefer": prefer}).spec).chosen == expected

@@ -9,12 +9,12 @@ import numpy as np
 from edgefleet_controller.adding import _together
 from edgefleet_controller.compile import report
 from edgefleet_controller.compile.comparing import compare
+from edgefleet_controller.compile.evaluator import Measured
 from edgefleet_controller.compile.port import Figures, Share
 from edgefleet_controller.compile.pruning import Step, Tried, ended
 from edgefleet_controller.compile.quality import EXACT_DB
 from edgefleet_controller.compile.recipe import FLOAT, PLAIN_TENSORFLOW, Recipe
-from edgefleet_controller.compile.search import Choice, LeftOut, Trial, Unit
-from edgefleet_controller.compile.trials import Measured
+from edgefleet_controller.compile.search import Candidate, Choice, LeftOut, Unit
 from edgefleet_controller.model_version import AcceptanceLimits, ModelVersion, Split
 from edgefleet_shared.artifact import Layout
 from edgefleet_shared.contract import PictureEncoding, TensorSpec
@@ -43,10 +43,12 @@ def made(folder: Path) -> tuple[ModelVersion, Choice, Measured, dict[str, Any], 
         encoding=PictureEncoding(mean=(0.0,), std=(1.0,)), labels=("cat", "<script>alert(1)</script>"), calibration=split,
         calibration_method="minmax", holdout=split, golden=split, acceptance=limits,
     )  # fmt: skip
-    chosen = Trial(recipe=Recipe(), figures=figures(), misses=())
-    beaten = Trial(recipe=Recipe(ranges="mse"), figures=figures(agreement=0.5, p50_ms=9.0, sqnr_db=10.0), misses=("x",))
+    chosen = Candidate(recipe=Recipe(), figures=figures(), misses=())
+    beaten = Candidate(
+        recipe=Recipe(ranges="mse"), figures=figures(agreement=0.5, p50_ms=9.0, sqnr_db=10.0), misses=("x",)
+    )
     units = (Unit(nodes=("stem",), kind="Conv", noise=0.01, weight_bytes=10),)
-    choice = Choice(trials=(chosen, beaten), chosen=chosen, nearest=chosen, why="best", sensitivity=units)
+    choice = Choice(candidates=(chosen, beaten), chosen=chosen, nearest=chosen, why="best", sensitivity=units)
     references = {"y": np.array([[1, 0], [1, 0], [0, 1]], np.float32)}
     outputs = {"y": np.array([[1, 0], [0, 1], [0, 1]], np.float32)}
     return version, choice, Measured(chosen, outputs, (1,)), references, layout
@@ -55,9 +57,11 @@ def made(folder: Path) -> tuple[ModelVersion, Choice, Measured, dict[str, Any], 
 def test_the_front_holds_times_against_the_float_models_of_the_same_round(tmp_path: Path) -> None:
     """Rounds fall into busy and quiet moments: 40 ms beside a float model of 80 is faster than 30 beside one of 31."""
     version, choice, final, references, layout = made(tmp_path)
-    busy = Trial(recipe=Recipe(), figures=figures(p50_ms=40.0, float_p50_ms=80.0), misses=())
-    quiet = Trial(recipe=Recipe(ranges="mse"), figures=figures(p50_ms=30.0, float_p50_ms=31.0, sqnr_db=10.0), misses=())
-    several = msgspec.structs.replace(choice, trials=(busy, quiet), chosen=busy)
+    busy = Candidate(recipe=Recipe(), figures=figures(p50_ms=40.0, float_p50_ms=80.0), misses=())
+    quiet = Candidate(
+        recipe=Recipe(ranges="mse"), figures=figures(p50_ms=30.0, float_p50_ms=31.0, sqnr_db=10.0), misses=()
+    )
+    several = msgspec.structs.replace(choice, candidates=(busy, quiet), chosen=busy)
     written = report.write(version, device_class(), several, Measured(busy, final.outputs, ()), references, layout)
     told = msgspec.json.decode(layout.read(written.report, 10**7))
     assert [c["on_front"] for c in told["candidates"]] == [True, False]
@@ -106,8 +110,8 @@ def test_the_float_model_is_told_as_itself_and_no_noise_as_none(tmp_path: Path) 
         sqnr_db=EXACT_DB,
         sqnr_db_by_output={"y": EXACT_DB, "z": -EXACT_DB},
     )
-    exact = Trial(recipe=FLOAT, figures=own, misses=())
-    shipped = msgspec.structs.replace(choice, trials=(exact, *choice.trials), chosen=exact)
+    exact = Candidate(recipe=FLOAT, figures=own, misses=())
+    shipped = msgspec.structs.replace(choice, candidates=(exact, *choice.candidates), chosen=exact)
     page = layout.read(
         report.write(version, device_class(), shipped, Measured(exact, {}, ()), references, layout).page, 10**7
     ).decode()
@@ -123,9 +127,9 @@ def test_answers_that_have_no_words_are_told_by_their_number(tmp_path: Path) -> 
     version, choice, final, references, layout = made(tmp_path)
     raw = msgspec.structs.replace(version, output_kind="raw", outputs=(TensorSpec("left_eye", "FP32", (1, 2)),))
     within = {"values within tolerance, left_eye": Share(0.5, 0.4, 0.6, 3, 6), "box_recall": Share(0.5, 0.4, 0.6, 3, 6)}
-    trial = msgspec.structs.replace(final.trial, figures=figures(shares=within))
+    candidate = msgspec.structs.replace(final.candidate, figures=figures(shares=within))
     sides = ({"left_eye": side["y"]} for side in (final.outputs, references))
-    measured = Measured(trial, next(sides), (1, 2))
+    measured = Measured(candidate, next(sides), (1, 2))
     written = report.write(raw, device_class(), choice, measured, next(sides), layout)
     changed = msgspec.json.decode(layout.read(written.report, 10**7))["changed"]
     assert (changed["count"], changed["confusion"], changed["samples"]) == (2, [], [{"sample": 1}, {"sample": 2}])
@@ -170,9 +174,9 @@ def test_a_candidate_that_could_not_be_made_is_told_with_its_reason(tmp_path: Pa
 
 def test_an_engine_that_died_has_a_report_too(tmp_path: Path) -> None:
     version, choice, final, references, layout = made(tmp_path)
-    dead = msgspec.structs.replace(final.trial, died=True, misses=("engine died: SIGSEGV",), figures=Figures(
+    dead = msgspec.structs.replace(final.candidate, died=True, misses=("engine died: SIGSEGV",), figures=Figures(
         engine="e", engine_version="1", float_bytes=4, compiled_bytes=1, samples=3))  # fmt: skip
-    choice = Choice(trials=(dead,), chosen=None, nearest=dead, why="nothing fits")
+    choice = Choice(candidates=(dead,), chosen=None, nearest=dead, why="nothing fits")
     written = report.write(version, device_class(), choice, Measured(dead, {}, ()), references, layout)
     page = layout.read(written.page, 10**7).decode()
     assert "engine died: SIGSEGV" in page
@@ -181,9 +185,9 @@ def test_an_engine_that_died_has_a_report_too(tmp_path: Path) -> None:
 
 def test_what_can_not_be_run_here_is_not_told_as_dead_nor_its_layers_as_good(tmp_path: Path) -> None:
     version, choice, final, references, layout = made(tmp_path)
-    unheard = msgspec.structs.replace(final.trial, figures=Figures(
+    unheard = msgspec.structs.replace(final.candidate, figures=Figures(
         engine="e", engine_version="1", float_bytes=4, compiled_bytes=1, samples=3, unmeasured=("agreement", "latency", "memory")))  # fmt: skip
-    choice = Choice(trials=(unheard,), chosen=unheard, nearest=unheard, why="the only one tried")
+    choice = Choice(candidates=(unheard,), chosen=unheard, nearest=unheard, why="the only one tried")
     written = report.write(version, device_class(), choice, Measured(unheard, {}, ()), references, layout)
     page = layout.read(written.page, 10**7).decode()
     assert "died" not in page
@@ -193,8 +197,8 @@ def test_what_can_not_be_run_here_is_not_told_as_dead_nor_its_layers_as_good(tmp
 
 def test_a_compile_that_ships_nothing_tells_how_far_its_candidates_were_from_the_budgets(tmp_path: Path) -> None:
     version, choice, final, references, layout = made(tmp_path)
-    missed = msgspec.structs.replace(final.trial, misses=("agreement 0.667, budget 0.700",))
-    none = Choice(trials=(missed, choice.trials[1]), chosen=None, nearest=missed, why="nothing fits")
+    missed = msgspec.structs.replace(final.candidate, misses=("agreement 0.667, budget 0.700",))
+    none = Choice(candidates=(missed, choice.candidates[1]), chosen=None, nearest=missed, why="nothing fits")
     written = report.write(
         version, device_class(), none, Measured(missed, final.outputs, (1,)), references, layout, shipped=False
     )

@@ -9,7 +9,7 @@ from edgefleet_controller.compile.port import Figures, target_named
 from edgefleet_controller.compile.pruning import Step, Tried
 from edgefleet_controller.compile.quality import misses
 from edgefleet_controller.compile.recipe import FLOAT, HALF, PLAIN_TENSORFLOW, TENSORFLOW, Recipe
-from edgefleet_controller.compile.search import LeftOut, Trial, Unit
+from edgefleet_controller.compile.search import Candidate, LeftOut, Unit
 from support.networks import device_class
 
 PLAIN = Recipe()
@@ -21,13 +21,13 @@ UNITS = [
 ]
 
 
-def trial(recipe: Recipe = PLAIN, spec: Any = None, **changes: Any) -> Trial:
+def candidate(recipe: Recipe = PLAIN, spec: Any = None, **changes: Any) -> Candidate:
     fields: dict[str, Any] = {
         "engine": "onnxruntime", "engine_version": "1", "float_bytes": 4_000_000, "compiled_bytes": 1_000_000, "samples": 100,
         "agreement": 0.95, "agreement_low": 0.9, "agreement_high": 0.97, "sqnr_db": 20.0, "p50_ms": 5.0, "float_p50_ms": 10.0,
     }  # fmt: skip
     figures = Figures(**(fields | changes))
-    return Trial(recipe=recipe, figures=figures, misses=tuple(misses(figures, spec or device_class().spec, recipe)))
+    return Candidate(recipe=recipe, figures=figures, misses=tuple(misses(figures, spec or device_class().spec, recipe)))
 
 
 def mixed(*nodes: str) -> Recipe:
@@ -35,10 +35,10 @@ def mixed(*nodes: str) -> Recipe:
 
 
 def test_the_fastest_that_misses_no_budget_is_chosen_and_near_ties_go_to_the_quieter() -> None:
-    fast = trial(p50_ms=5.0, sqnr_db=15.0)
-    near = trial(mixed("a"), p50_ms=5.2, sqnr_db=25.0)
-    slow = trial(mixed("a", "b"), p50_ms=8.0, sqnr_db=40.0)
-    broken = trial(mixed("c"), p50_ms=1.0, agreement=0.2)
+    fast = candidate(p50_ms=5.0, sqnr_db=15.0)
+    near = candidate(mixed("a"), p50_ms=5.2, sqnr_db=25.0)
+    slow = candidate(mixed("a", "b"), p50_ms=8.0, sqnr_db=40.0)
+    broken = candidate(mixed("c"), p50_ms=1.0, agreement=0.2)
     choice = search.choose([fast, near, slow, broken], device_class().spec)
     assert choice.chosen == near
 
@@ -46,21 +46,21 @@ def test_the_fastest_that_misses_no_budget_is_chosen_and_near_ties_go_to_the_qui
 def test_a_candidate_slower_than_float_is_never_chosen_unless_the_class_asks_for_size() -> None:
     for prefer in ("latency", "accuracy"):
         spec = device_class(search={"prefer": prefer}).spec
-        slow = trial(spec=spec, p50_ms=10.5)
-        choice = search.choose([slow, search.float_trial(slow, spec)], spec)
+        slow = candidate(spec=spec, p50_ms=10.5)
+        choice = search.choose([slow, search.float_candidate(slow, spec)], spec)
         assert choice.chosen is not None
         assert choice.chosen.recipe == FLOAT
         assert "slower than float" in choice.why
     spec = device_class(search={"prefer": "size"}).spec
-    slow = trial(spec=spec, p50_ms=10.5)
-    assert search.choose([slow, search.float_trial(slow, spec)], spec).chosen == slow
+    slow = candidate(spec=spec, p50_ms=10.5)
+    assert search.choose([slow, search.float_candidate(slow, spec)], spec).chosen == slow
 
 
 def test_int8_that_gains_no_time_gives_way_to_float_unless_the_class_asks_for_size() -> None:
     for prefer, precision in (("latency", "fp32"), ("size", "int8")):
         spec = device_class(search={"prefer": prefer}).spec
-        even = trial(spec=spec, p50_ms=9.8)
-        chosen = search.choose([even, search.float_trial(even, spec)], spec).chosen
+        even = candidate(spec=spec, p50_ms=9.8)
+        chosen = search.choose([even, search.float_candidate(even, spec)], spec).chosen
         assert chosen is not None
         assert chosen.recipe.precision == precision
 
@@ -68,53 +68,53 @@ def test_int8_that_gains_no_time_gives_way_to_float_unless_the_class_asks_for_si
 def test_of_candidates_that_answer_exactly_as_float_does_the_smaller_is_chosen() -> None:
     """Weights that came in half precision lose nothing in it."""
     alike = {"p50_ms": 10.0, "sqnr_db": 200.0}
-    whole = trial(FLOAT, compiled_bytes=4_000_000, **alike)
-    half = trial(HALF, compiled_bytes=2_000_000, **alike)
+    whole = candidate(FLOAT, compiled_bytes=4_000_000, **alike)
+    half = candidate(HALF, compiled_bytes=2_000_000, **alike)
     assert search.choose([whole, half], device_class().spec).chosen == half
-    assert search.choose([whole, trial(HALF, p50_ms=10.0, sqnr_db=70.0)], device_class().spec).chosen == whole
+    assert search.choose([whole, candidate(HALF, p50_ms=10.0, sqnr_db=70.0)], device_class().spec).chosen == whole
 
 
 def test_nothing_is_chosen_when_nothing_fits_and_the_nearest_is_named() -> None:
     spec = device_class(budgets={"latency_p95_ms": 1.0, "memory_bytes": 1 << 30, "size_bytes": 900_000}).spec
-    bad, nearer = trial(spec=spec, agreement=0.3), trial(mixed("a"), spec=spec, agreement=0.96)
-    choice = search.choose([bad, nearer, search.float_trial(bad, spec)], spec)
+    bad, nearer = candidate(spec=spec, agreement=0.3), candidate(mixed("a"), spec=spec, agreement=0.96)
+    choice = search.choose([bad, nearer, search.float_candidate(bad, spec)], spec)
     assert (choice.chosen, choice.nearest) == (None, nearer)
     assert nearer.misses == ("size 1000000 bytes, budget 900000",)
 
 
 def test_of_accurate_candidates_that_are_all_too_large_the_smallest_comes_closest() -> None:
     spec = device_class(budgets={"latency_p95_ms": 100.0, "memory_bytes": 1 << 30, "size_bytes": 500_000}).spec
-    large = trial(mixed("a"), spec=spec, compiled_bytes=900_000, agreement=0.99)
-    small = trial(spec=spec, compiled_bytes=600_000)
-    wrong = trial(mixed("b"), spec=spec, compiled_bytes=550_000, agreement=0.3)
+    large = candidate(mixed("a"), spec=spec, compiled_bytes=900_000, agreement=0.99)
+    small = candidate(spec=spec, compiled_bytes=600_000)
+    wrong = candidate(mixed("b"), spec=spec, compiled_bytes=550_000, agreement=0.3)
     assert search.choose([large, wrong, small], spec).nearest == small
 
 
 def test_of_accurate_candidates_that_are_all_too_slow_the_fastest_comes_closest() -> None:
     spec = device_class(budgets={"latency_p95_ms": 2.0, "memory_bytes": 1 << 30}).spec
-    fast = trial(spec=spec, timed_on="host", p50_ms=4.0)
-    quiet = trial(mixed("a"), spec=spec, timed_on="host", p50_ms=8.0, sqnr_db=40.0)
-    wrong = trial(mixed("b"), spec=spec, timed_on="host", p50_ms=1.0, agreement=0.3)
-    choice = search.choose([quiet, wrong, fast, search.float_trial(fast, spec)], spec)
+    fast = candidate(spec=spec, timed_on="host", p50_ms=4.0)
+    quiet = candidate(mixed("a"), spec=spec, timed_on="host", p50_ms=8.0, sqnr_db=40.0)
+    wrong = candidate(mixed("b"), spec=spec, timed_on="host", p50_ms=1.0, agreement=0.3)
+    choice = search.choose([quiet, wrong, fast, search.float_candidate(fast, spec)], spec)
     assert (choice.chosen, choice.nearest) == (None, fast)
     assert fast.misses == ("latency p50 4.00 ms on this host, budget 2 for p95",)
 
 
 def test_what_fell_when_it_was_measured_alone_is_told_with_why() -> None:
-    best, next_best = trial(compiled_bytes=500_000), trial(mixed("a"), compiled_bytes=900_000)
+    best, next_best = candidate(compiled_bytes=500_000), candidate(mixed("a"), compiled_bytes=900_000)
     spec = device_class(search={"prefer": "size"}).spec
     choice = search.choose([best, next_best], spec)
     fallen = {best.recipe: msgspec.structs.replace(best, misses=("boards would refuse it: 0.875",))}
-    told = search.told_of(search.without(choice, [best.recipe], spec), choice.trials, fallen)
+    told = search.told_of(search.without(choice, [best.recipe], spec), choice.candidates, fallen)
     assert told.chosen == next_best
     assert told.why.endswith("; not int8, minmax, which fits but for this: boards would refuse it: 0.875")
-    assert [t.misses for t in told.trials] == [("boards would refuse it: 0.875",), ()]
+    assert [t.misses for t in told.candidates] == [("boards would refuse it: 0.875",), ()]
 
 
 def test_what_fell_at_last_is_not_told_as_what_can_not_be_made() -> None:
     spec = device_class().spec
-    int8 = trial()
-    exact = search.float_trial(int8, spec)
+    int8 = candidate()
+    exact = search.float_candidate(int8, spec)
     left = search.without(search.choose([int8, exact], spec), [int8.recipe], spec)
     assert left.chosen == exact
     assert left.why == "fp32 is shipped, because no int8 candidate held at last"
@@ -122,39 +122,39 @@ def test_what_fell_at_last_is_not_told_as_what_can_not_be_made() -> None:
 
 
 def test_rounds_timed_in_busy_and_quiet_moments_compare_by_their_share_of_float() -> None:
-    busy = trial(p50_ms=10.0, float_p50_ms=30.0, sqnr_db=10.0)
-    quiet = trial(mixed("a"), p50_ms=8.0, float_p50_ms=10.0, sqnr_db=30.0)
+    busy = candidate(p50_ms=10.0, float_p50_ms=30.0, sqnr_db=10.0)
+    quiet = candidate(mixed("a"), p50_ms=8.0, float_p50_ms=10.0, sqnr_db=30.0)
     assert search.choose([busy, quiet], device_class().spec).chosen == busy
 
 
 def test_a_class_that_can_not_run_here_is_chosen_for_by_bytes() -> None:
     spec = device_class(arch="armv7l").spec
-    small = trial(spec=spec, p50_ms=None, float_p50_ms=None, sqnr_db=10.0)
-    large = trial(mixed("a"), spec=spec, p50_ms=None, float_p50_ms=None, compiled_bytes=1_200_000, sqnr_db=50.0)
+    small = candidate(spec=spec, p50_ms=None, float_p50_ms=None, sqnr_db=10.0)
+    large = candidate(mixed("a"), spec=spec, p50_ms=None, float_p50_ms=None, compiled_bytes=1_200_000, sqnr_db=50.0)
     assert search.choose([large, small], spec).chosen == small
 
 
 def test_the_ladder_leaves_the_noisiest_in_float_and_kinds_together_within_the_bytes() -> None:
-    rungs = search.by_layers(trial(), UNITS, search.MOST_BYTES)
+    rungs = search.by_layers(candidate(), UNITS, search.MOST_BYTES)
     # The head holds 2 MB: three quarters of that do not fit into 0.3 MB. Softmax goes as a kind, the stem first.
     assert rungs[0].in_float == ("soft1", "soft2", "stem") or rungs[0].in_float == ("stem",)
     assert all("head" not in rung.in_float for rung in rungs)
     assert set(rungs[-1].in_float) >= {"stem", "soft1", "soft2"}
-    assert any("head" in rung.in_float for rung in search.by_layers(trial(), UNITS, 10.0))
+    assert any("head" in rung.in_float for rung in search.by_layers(candidate(), UNITS, 10.0))
 
 
 def test_weights_that_stay_in_half_precision_cost_a_third_of_the_room() -> None:
     wide = Unit(nodes=("wide",), kind="Conv", noise=1.0, weight_bytes=1_000_000)
     units = [wide, Unit(nodes=("wider",), kind="Conv", noise=0.0, weight_bytes=9_000_000)]
-    assert search.by_layers(trial(), units, search.MOST_BYTES) == []
-    (rung,) = search.by_layers(trial(), units, search.MOST_BYTES, search.HALF_WEIGHT_COST)
+    assert search.by_layers(candidate(), units, search.MOST_BYTES) == []
+    (rung,) = search.by_layers(candidate(), units, search.MOST_BYTES, search.HALF_WEIGHT_COST)
     assert rung.in_float == ("wide",)
 
 
 def test_a_unit_that_drowns_the_others_does_not_end_the_ladder() -> None:
     loud = [Unit(nodes=("join",), kind="Concat", noise=1.0, weight_bytes=0)]
     quiet = [Unit(nodes=(f"conv{i}",), kind="Conv", noise=0.01 / 2**i, weight_bytes=1000) for i in range(8)]
-    rungs = search.by_layers(trial(), [*quiet, *loud], search.MOST_BYTES)
+    rungs = search.by_layers(candidate(), [*quiet, *loud], search.MOST_BYTES)
     assert rungs[0].in_float == ("join",)
     assert rungs[1].in_float == ("conv0", "join")
     assert len(rungs) == len({rung.in_float for rung in rungs}) >= 4
@@ -163,8 +163,8 @@ def test_a_unit_that_drowns_the_others_does_not_end_the_ladder() -> None:
 
 def test_the_last_rungs_leave_less_noise_than_any_before() -> None:
     units = [Unit(nodes=(f"conv{i}",), kind="Conv", noise=2.0**-i, weight_bytes=1000) for i in range(16)]
-    ladder = search.by_layers(trial(), units, search.MOST_BYTES)
-    at_last = search.by_layers(trial(), units, search.MOST_BYTES_AT_LAST, shares=search.RUNGS_AT_LAST)
+    ladder = search.by_layers(candidate(), units, search.MOST_BYTES)
+    at_last = search.by_layers(candidate(), units, search.MOST_BYTES_AT_LAST, shares=search.RUNGS_AT_LAST)
     assert at_last[: len(ladder)] == ladder
     assert len(at_last) > len(ladder)
 
@@ -174,18 +174,18 @@ def test_the_ladder_ends_before_nothing_is_left_in_int8(scope: Any) -> None:
     """It would be the float model, called int8."""
     units = [Unit(nodes=(f"conv{i}",), kind="Conv", noise=2.0**-i, weight_bytes=1000) for i in range(4)]
     units += [Unit(nodes=("sum",), kind="Add", noise=0.0, weight_bytes=0)] if scope == "weighted" else []
-    rungs = search.by_layers(trial(msgspec.structs.replace(PLAIN, scope=scope)), units, 10.0)
+    rungs = search.by_layers(candidate(msgspec.structs.replace(PLAIN, scope=scope)), units, 10.0)
     assert rungs
     assert all(len([node for node in rung.in_float if node != "sum"]) < 4 for rung in rungs)
 
 
 def test_a_ladder_with_nothing_to_leave_in_float_has_no_rungs() -> None:
-    assert search.by_layers(trial(), [], search.MOST_BYTES) == []
-    assert search.leading(trial(), []) == []
+    assert search.by_layers(candidate(), [], search.MOST_BYTES) == []
+    assert search.leading(candidate(), []) == []
 
 
 def test_leading_layers_are_taken_in_order_while_their_weights_are_few() -> None:
-    assert [rung.in_float for rung in search.leading(trial(), UNITS)] == [("stem",)]
+    assert [rung.in_float for rung in search.leading(candidate(), UNITS)] == [("stem",)]
 
 
 def test_the_first_layer_is_left_in_float_alone_too() -> None:
@@ -194,16 +194,16 @@ def test_the_first_layer_is_left_in_float_alone_too() -> None:
         Unit(nodes=(f"conv{i}",), kind="Conv", noise=0.1, weight_bytes=size)
         for i, size in enumerate((30, 40, 70, 5_000))
     ]
-    rungs = [rung.in_float for rung in search.leading(trial(), units)]
+    rungs = [rung.in_float for rung in search.leading(candidate(), units)]
     assert rungs == [("conv0",), ("conv0", "conv1", "conv2")]
     heavy = [Unit(nodes=(f"dense{i}",), kind="Gemm", noise=0.1, weight_bytes=1000) for i in range(2)]
-    assert search.leading(trial(), heavy) == []
+    assert search.leading(candidate(), heavy) == []
 
 
 def test_the_ladder_starts_where_fewest_answers_change_among_the_quietest() -> None:
-    quietest = trial(msgspec.structs.replace(PLAIN, ranges="percentile"), sqnr_db=27.5, agreement=0.91)
-    steadier = trial(msgspec.structs.replace(PLAIN, ranges="mse"), sqnr_db=27.3, agreement=0.94)
-    louder = trial(msgspec.structs.replace(PLAIN, ranges="entropy"), sqnr_db=24.0, agreement=0.96)
+    quietest = candidate(msgspec.structs.replace(PLAIN, ranges="percentile"), sqnr_db=27.5, agreement=0.91)
+    steadier = candidate(msgspec.structs.replace(PLAIN, ranges="mse"), sqnr_db=27.3, agreement=0.94)
+    louder = candidate(msgspec.structs.replace(PLAIN, ranges="entropy"), sqnr_db=24.0, agreement=0.96)
     assert search.base_of_ladder([quietest, steadier, louder]) == steadier
 
 
@@ -222,7 +222,7 @@ def test_full_effort_tries_methods_scope_and_the_toolchains_own_quantizer_and_qu
 
 def test_a_candidate_that_fell_when_measured_alone_gives_way_to_the_next() -> None:
     spec = device_class().spec
-    first, second = trial(p50_ms=4.0), trial(mixed("a"), p50_ms=6.0)
+    first, second = candidate(p50_ms=4.0), candidate(mixed("a"), p50_ms=6.0)
     choice = search.choose([first, second], spec)
     assert choice.chosen == first
     assert search.without(choice, [first.recipe], spec).chosen == second
@@ -231,19 +231,21 @@ def test_a_candidate_that_fell_when_measured_alone_gives_way_to_the_next() -> No
 @pytest.mark.parametrize("prefer", ["latency", "size", "accuracy"])
 def test_no_preference_ships_what_misses_its_accuracy_budget(prefer: str) -> None:
     spec = device_class(search={"prefer": prefer}).spec
-    wrong = trial(spec=spec, agreement=0.69, compiled_bytes=1, p50_ms=0.1)
+    wrong = candidate(spec=spec, agreement=0.69, compiled_bytes=1, p50_ms=0.1)
     assert search.choose([wrong], spec).chosen is None
     assert not search.accurate(wrong, spec)
 
 
 def test_tensorflows_converter_is_asked_at_full_effort_or_where_the_plain_recipe_misses() -> None:
-    def asked(first: Trial, effort: str, **spec: Any) -> Recipe | None:
+    def asked(first: Candidate, effort: str, **spec: Any) -> Recipe | None:
         wanted = device_class("tflite", search={"effort": effort}, **spec).spec
         return search.by_tensorflow(search.choose([first], wanted), wanted)
 
-    good, bad = trial(), trial(agreement=0.1)
+    good, bad = candidate(), candidate(agreement=0.1)
     assert asked(good, "full") == PLAIN_TENSORFLOW
-    assert asked(trial(FLOAT), "full", precision="fp32") == msgspec.structs.replace(PLAIN_TENSORFLOW, precision="fp32")
+    assert asked(candidate(FLOAT), "full", precision="fp32") == msgspec.structs.replace(
+        PLAIN_TENSORFLOW, precision="fp32"
+    )
     assert asked(bad, "quick") == PLAIN_TENSORFLOW
     assert asked(good, "quick") is asked(good, "fixed") is asked(bad, "fixed") is None
     spec = device_class("tflite", search={"effort": "full"}).spec
@@ -253,7 +255,7 @@ def test_tensorflows_converter_is_asked_at_full_effort_or_where_the_plain_recipe
 
 def test_what_tensorflow_made_has_no_layers_to_leave_in_float_and_no_onnx_to_prune() -> None:
     spec = device_class("tflite").spec
-    own, other = trial(sqnr_db=20.0), trial(PLAIN_TENSORFLOW, sqnr_db=30.0, p50_ms=2.0)
+    own, other = candidate(sqnr_db=20.0), candidate(PLAIN_TENSORFLOW, sqnr_db=30.0, p50_ms=2.0)
     assert search.choose([own, other], spec).chosen == other
     assert search.base_of_ladder([own, other]) == own
     step = Tried(
@@ -262,7 +264,7 @@ def test_what_tensorflow_made_has_no_layers_to_leave_in_float_and_no_onnx_to_pru
     pruned = search.pruned([own, other], [step], spec)
     assert pruned is not None
     assert (pruned.quantizer, pruned.pruned) == ("edgefleet", "k")
-    tried = trial(pruned, sqnr_db=20.0)
+    tried = candidate(pruned, sqnr_db=20.0)
     by_tfmot = search.pruned([own, other, tried], [msgspec.structs.replace(step, key="t")], spec, by=TENSORFLOW)
     assert by_tfmot is not None
     assert (by_tfmot.quantizer, by_tfmot.pruned) == ("tensorflow", "t")
@@ -271,7 +273,7 @@ def test_what_tensorflow_made_has_no_layers_to_leave_in_float_and_no_onnx_to_pru
 
 def test_networks_that_tfmot_pruned_are_tried_from_the_sparsest_back() -> None:
     spec = device_class("tflite").spec
-    whole = trial(PLAIN_TENSORFLOW)
+    whole = candidate(PLAIN_TENSORFLOW)
     steps = [
         Tried(
             step=Step(number=n, structured=0.0, unstructured=0.3 * n), key=f"k{n}", sparsity=0.3 * n, agreement=1.0, accuracy=None,
@@ -279,18 +281,18 @@ def test_networks_that_tfmot_pruned_are_tried_from_the_sparsest_back() -> None:
         )
         for n in (1, 2)
     ]  # fmt: skip
-    first = search.pruned([trial(), whole], steps, spec, by=TENSORFLOW)
+    first = search.pruned([candidate(), whole], steps, spec, by=TENSORFLOW)
     assert first is not None
     assert (first.pruned, first.sparsity) == ("k2", 0.6)
-    second = search.pruned([trial(), whole, trial(first, agreement=0.1)], steps, spec, by=TENSORFLOW)
+    second = search.pruned([candidate(), whole, candidate(first, agreement=0.1)], steps, spec, by=TENSORFLOW)
     assert second is not None
     assert second.pruned == "k1"
-    assert search.pruned([trial(), whole, trial(first)], steps, spec, by=TENSORFLOW) is None
+    assert search.pruned([candidate(), whole, candidate(first)], steps, spec, by=TENSORFLOW) is None
 
 
 def test_what_was_left_out_stays_told_when_the_chosen_one_falls() -> None:
     spec = device_class().spec
-    choice = search.choose([trial(), trial(mixed("a"), p50_ms=6.0)], spec)
+    choice = search.choose([candidate(), candidate(mixed("a"), p50_ms=6.0)], spec)
     left = LeftOut(recipe=PLAIN_TENSORFLOW, reason="why", lasting=True)
     choice = msgspec.structs.replace(choice, left_out=(left,))
     assert search.without(choice, [PLAIN], spec).left_out == (left,)

@@ -10,11 +10,11 @@ from typing import Any, cast
 import msgspec
 import pytest
 from edgefleet_controller.compile import quality, search
+from edgefleet_controller.compile.evaluator import Measured
 from edgefleet_controller.compile.finder import Finder
 from edgefleet_controller.compile.port import Figures, target_named
 from edgefleet_controller.compile.recipe import AS_IS, FLOAT, HALF, Recipe
-from edgefleet_controller.compile.search import Trial, Unit
-from edgefleet_controller.compile.trials import Measured
+from edgefleet_controller.compile.search import Candidate, Unit
 from edgefleet_controller.compile.watching import Cancelled
 from edgefleet_controller.manifests import DeviceClass
 from edgefleet_shared.errors import ModelError, ToolchainError
@@ -51,7 +51,7 @@ class Lucky:
             peak_memory_bytes=1 if samples == SAMPLES else None,
         )  # fmt: skip
         misses = tuple(quality.misses(figures, CLASS.spec, recipe))
-        return Measured(Trial(recipe=recipe, figures=figures, misses=misses), {}, ())
+        return Measured(Candidate(recipe=recipe, figures=figures, misses=misses), {}, ())
 
 
 def searched(steps: Lucky, monkeypatch: Any) -> search.Choice:
@@ -119,7 +119,7 @@ class Fixed:
         }  # fmt: skip
         figures = Figures(**(fields | self.figures))
         return [
-            Measured(Trial(recipe=r, figures=figures, misses=tuple(quality.misses(figures, self.spec, r))), {}, ())
+            Measured(Candidate(recipe=r, figures=figures, misses=tuple(quality.misses(figures, self.spec, r))), {}, ())
             for r, _ in made
         ]
 
@@ -149,9 +149,9 @@ def test_what_is_no_faster_than_float_when_it_is_measured_alone_gives_way_to_it(
     assert first.chosen is not None
     assert first.chosen.recipe.precision == "int8"
     choice, final, _ = own.final(first)
-    assert final.trial.recipe.precision == shipped
-    assert choice.chosen == final.trial, "the report tells of it what was measured last"
-    assert final.trial in choice.trials
+    assert final.candidate.recipe.precision == shipped
+    assert choice.chosen == final.candidate, "the report tells of it what was measured last"
+    assert final.candidate in choice.candidates
     if shipped == "fp32":
         assert "no faster than float when it is measured alone: p50 2.02 ms, float 2.00" in choice.why
 
@@ -224,7 +224,7 @@ def test_half_precision_that_is_slower_only_when_it_is_measured_alone_gives_way_
     steps.figures = {"p50_ms": 2.2, "sqnr_db": 75.0}
     own._fresh.clear()
     choice, final, _ = own.final(first)
-    assert final.trial.recipe == FLOAT
+    assert final.candidate.recipe == FLOAT
     assert "not fp16, which fits but for this: slower than float" in choice.why
 
 
@@ -298,8 +298,8 @@ def test_where_the_engine_breaks_over_int8_the_float_model_is_tried(effort: str)
         def measure(self, made: Sequence[tuple[Recipe, Path]]) -> list[Measured]:
             broke = {"died": True, "misses": ("engine failed: no such kernel",)}
             return [
-                one._replace(trial=msgspec.structs.replace(one.trial, **broke))
-                if one.trial.recipe.precision == "int8"
+                one._replace(candidate=msgspec.structs.replace(one.candidate, **broke))
+                if one.candidate.recipe.precision == "int8"
                 else one
                 for one in super().measure(made)
             ]

@@ -112,20 +112,20 @@ def check(home: Path, name: str | None, as_json: bool) -> None:
                 raise ToolchainError(f"the {name} toolchain is {state.problem}", hint=f"fleet toolchain install {name}")
             if not state.installed:
                 continue
-            trials = []
+            tried = []
             for target in inventory.targets_of(one) if not state.problem else ():
-                trials.append(
+                tried.append(
                     inventory.try_out(toolchains, target, lambda d, n, of, t=target: show(t.name, d, n / (of or 1)))  # type: ignore[misc]
                 )
             if not state.problem:
                 beside = inventory.try_out_beside(toolchains, one, lambda d, n, of, t=one: show(t, d, n / (of or 1)))  # type: ignore[misc]
-                trials += [] if beside is None else [beside]
-            found.append({"toolchain": msgspec.to_builtins(state), "trials": [msgspec.to_builtins(t) for t in trials]})
+                tried += [] if beside is None else [beside]
+            found.append({"toolchain": msgspec.to_builtins(state), "targets": [msgspec.to_builtins(t) for t in tried]})
     if as_json:
         document(found)
     else:
         _report(found)
-    if any(one["toolchain"]["problem"] or any(t["problem"] for t in one["trials"]) for one in found):
+    if any(one["toolchain"]["problem"] or any(t["problem"] for t in one["targets"]) for one in found):
         sys.exit(1)
 
 
@@ -136,9 +136,9 @@ def _report(found: list[dict[str, Any]]) -> None:
         state = one["toolchain"]
         mend = f"; mend it: fleet toolchain install {state['name']} --again" if state["problem"] else ""
         say(f"{'BAD ' if state['problem'] else 'ok  '} {state['name']}: {state['problem'] or 'whole'}{mend}")
-        for trial in one["trials"]:
+        for target in one["targets"]:
             say(
-                f"{'BAD ' if trial['problem'] else 'ok  '}   {trial['target']}: {trial['problem'] or trial['told']} ({trial['seconds']} s)"
+                f"{'BAD ' if target['problem'] else 'ok  '}   {target['target']}: {target['problem'] or target['told']} ({target['seconds']} s)"
             )
 
 

@@ -19,7 +19,7 @@ from edgefleet_controller.compile import quality
 from edgefleet_controller.compile.packing import pack
 from edgefleet_controller.compile.port import Figures, Target
 from edgefleet_controller.compile.recipe import FLOAT
-from edgefleet_controller.compile.search import Trial
+from edgefleet_controller.compile.search import Candidate
 from edgefleet_controller.compile.toolchains import Toolchain
 from edgefleet_controller.manifests import DeviceClass
 from edgefleet_controller.model_version import ModelVersion
@@ -44,44 +44,46 @@ class BuilderBoard:
         self._float: AcceptanceFigures | None = None
         self._float_told = False
 
-    def measured(self, trial: Trial, model: Path, float_model: Path, float_key: str, *, alone: bool) -> Trial:
-        """The trial with the board's figures in it.
+    def measured(
+        self, candidate: Candidate, model: Path, float_model: Path, float_key: str, *, alone: bool
+    ) -> Candidate:
+        """The candidate with the board's figures in it.
 
         Args:
             model, float_model: compiled for the class's engine.
             alone: whether its peak of memory is wanted, too.
         """
-        answer = self._ask(trial, model)
+        answer = self._ask(candidate, model)
         report = answer.report
         if report is None or report.verdict is Verdict.ERROR or _was_busy(report):
-            return trial
+            return candidate
         if report.figures is None:
-            return _failed(trial, answer.by, report)
+            return _failed(candidate, answer.by, report)
         found = report.figures
-        base = found if trial.key == float_key else self._of_float(trial, float_model, float_key)
+        base = found if candidate.key == float_key else self._of_float(candidate, float_model, float_key)
         figures = msgspec.structs.replace(
-            trial.figures, p50_ms=found.p50_ms, p95_ms=found.p95_ms, timed_on=answer.by,
-            unmeasured=() if trial.figures.agreement is not None else ("agreement",),  # on held-out samples; the board saw golden ones
+            candidate.figures, p50_ms=found.p50_ms, p95_ms=found.p95_ms, timed_on=answer.by,
+            unmeasured=() if candidate.figures.agreement is not None else ("agreement",),  # on held-out samples; the board saw golden ones
             float_p50_ms=base.p50_ms if base else None, float_p95_ms=base.p95_ms if base else None,
-            peak_memory_bytes=found.peak_memory_bytes if alone else trial.figures.peak_memory_bytes,
+            peak_memory_bytes=found.peak_memory_bytes if alone else candidate.figures.peak_memory_bytes,
         )  # fmt: skip
-        misses = tuple(quality.misses(figures, self._class.spec, trial.recipe))
-        measured = msgspec.structs.replace(trial, figures=figures, misses=misses)
+        misses = tuple(quality.misses(figures, self._class.spec, candidate.recipe))
+        measured = msgspec.structs.replace(candidate, figures=figures, misses=misses)
         return _failed(measured, answer.by, report) if report.verdict is Verdict.FAILED else measured
 
-    def _of_float(self, trial: Trial, float_model: Path, float_key: str) -> AcceptanceFigures | None:
+    def _of_float(self, candidate: Candidate, float_model: Path, float_key: str) -> AcceptanceFigures | None:
         """The float model on the board, measured once; None where it can't run there, or the board could not tell."""
         if not self._float_told:
-            figures = _bare(trial.figures, float_model)
-            report = self._ask(Trial(recipe=FLOAT, figures=figures, misses=(), key=float_key), float_model).report
+            figures = _bare(candidate.figures, float_model)
+            report = self._ask(Candidate(recipe=FLOAT, figures=figures, misses=(), key=float_key), float_model).report
             self._float_told = report is not None and report.verdict is not Verdict.ERROR and not _was_busy(report)
             self._float = report.figures if report is not None and self._float_told else None
         return self._float
 
-    def _ask(self, trial: Trial, model: Path) -> Answer:
+    def _ask(self, candidate: Candidate, model: Path) -> Answer:
         """The board's word; asked again where it had no core to itself."""
         packed = pack(
-            self._version, self._class, self._target, (self._toolchain,), self._layout, trial, model, self._answers
+            self._version, self._class, self._target, (self._toolchain,), self._layout, candidate, model, self._answers
         )
         answer = self._measure(packed.digest)
         for _ in range(MOST_TRIES - 1):
@@ -97,9 +99,9 @@ def _was_busy(report: AcceptanceReport) -> bool:
     return doubted and report.verdict is not Verdict.FAILED  # what else it proved against the model stands
 
 
-def _failed(trial: Trial, board: str, report: AcceptanceReport) -> Trial:
+def _failed(candidate: Candidate, board: str, report: AcceptanceReport) -> Candidate:
     return msgspec.structs.replace(
-        trial, misses=(*trial.misses, f"refused by the builder board {board}: {report.reason}")
+        candidate, misses=(*candidate.misses, f"refused by the builder board {board}: {report.reason}")
     )
 
 

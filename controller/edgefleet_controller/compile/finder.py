@@ -17,6 +17,7 @@ from safetensors.numpy import load_file
 from edgefleet_controller.compile import by_label, originals, pruning, quality, search
 from edgefleet_controller.compile.cache import content_key
 from edgefleet_controller.compile.environments import lock_named
+from edgefleet_controller.compile.evaluator import Evaluator, Measured
 from edgefleet_controller.compile.host import host
 from edgefleet_controller.compile.keras_pruner import KerasPruner
 from edgefleet_controller.compile.packing import contract
@@ -25,9 +26,8 @@ from edgefleet_controller.compile.pruner import TOOLCHAIN as PRUNING_TOOLCHAIN
 from edgefleet_controller.compile.pruner import Pruner
 from edgefleet_controller.compile.pruning import Pruned
 from edgefleet_controller.compile.recipe import AS_IS, CAME, FLOAT, HALF, OWN, PLAIN_TENSORFLOW, TENSORFLOW, Recipe
-from edgefleet_controller.compile.search import Choice, LeftOut, Trial, Unit
+from edgefleet_controller.compile.search import Candidate, Choice, LeftOut, Unit
 from edgefleet_controller.compile.steps import Steps
-from edgefleet_controller.compile.trials import Measured, Trials
 from edgefleet_controller.compile.watching import Cancelled, ChildDied, ChildKilled, EngineFailed
 from edgefleet_controller.manifests import DeviceClass
 from edgefleet_controller.model_version import ModelVersion
@@ -37,9 +37,9 @@ class Finder:
     """Carries out the search's rounds, and measures what it chose."""
 
     def __init__(
-        self, steps: Steps, trials: Trials, version: ModelVersion, device_class: DeviceClass, target: Target, options: Options
+        self, steps: Steps, evaluator: Evaluator, version: ModelVersion, device_class: DeviceClass, target: Target, options: Options
     ) -> None:  # fmt: skip
-        self._steps, self._trials = steps, trials
+        self._steps, self._evaluator = steps, evaluator
         self._version, self._class, self._target, self._options = version, device_class, target, options
         self._fresh: dict[Recipe, Measured] = {}
         self._made: set[Recipe] = set()  # compiled now, not found in the cache
@@ -50,7 +50,7 @@ class Finder:
         plain = self._plain()
         judged_by = (
             spec.arch, spec.precision, spec.accuracy.model_dump(), spec.budgets.model_dump(),
-            spec.search.model_dump(), spec.measure_on, self._trials.has_builder,
+            spec.search.model_dump(), spec.measure_on, self._evaluator.has_builder,
         )  # fmt: skip
         # Another rule for choosing, or another measure, is another search.
         files = (
@@ -66,12 +66,14 @@ class Finder:
         )
         file = cache / "searched" / f"{key}.json"
         known = _known(file)
-        if known and all(self._steps.simplified(trial.recipe.pruned).exists() for trial in known.trials):
+        if known and all(self._steps.simplified(candidate.recipe.pruned).exists() for candidate in known.candidates):
             return known
         found = self._search(plain)
         passing = any(not one.lasting for one in found.left_out)
-        died = any(trial.died for trial in found.trials)  # it may have been the machine's fault
-        unanswered = self._trials.has_builder and any("latency" in trial.figures.unmeasured for trial in found.trials)
+        died = any(candidate.died for candidate in found.candidates)  # it may have been the machine's fault
+        unanswered = self._evaluator.has_builder and any(
+            "latency" in candidate.figures.unmeasured for candidate in found.candidates
+        )
         if not (unanswered or passing or died):
             file.parent.mkdir(parents=True, exist_ok=True)
             atomic.write_shared(file, msgspec.json.encode(found))
@@ -83,39 +85,41 @@ class Finder:
         Measured alone, on all samples, a candidate at the edge may miss a budget after all, be no faster than float, or be one that boards would refuse:
         then the next best is taken.
         """
-        left, fallen = choice, dict[Recipe, Trial]()
+        left, fallen = choice, dict[Recipe, Candidate]()
         while left.chosen is not None:
             measured, cached = self._alone(left.chosen.recipe)
             refusals = self._refusals(measured)
-            misses = (*measured.trial.misses, *refusals) or search.gainless(measured.trial, left, self._class.spec)
+            misses = (*measured.candidate.misses, *refusals) or search.gainless(
+                measured.candidate, left, self._class.spec
+            )
             if not misses:
-                last = msgspec.structs.replace(left, chosen=measured.trial)
-                return search.told_of(last, choice.trials, fallen), measured, cached
-            fallen[left.chosen.recipe] = msgspec.structs.replace(measured.trial, misses=misses)
+                last = msgspec.structs.replace(left, chosen=measured.candidate)
+                return search.told_of(last, choice.candidates, fallen), measured, cached
+            fallen[left.chosen.recipe] = msgspec.structs.replace(measured.candidate, misses=misses)
             if refusals and self._unclimbed(choice, left.chosen.recipe):
                 choice = self._with_layers(choice)
-            if len(fallen) == len(choice.trials):
+            if len(fallen) == len(choice.candidates):
                 choice = self._with_float(choice)
-            if len(fallen) == len(choice.trials):
+            if len(fallen) == len(choice.candidates):
                 break
             left = search.without(choice, list(fallen), self._class.spec)
             if _in_float(left):
                 choice = self._with_half(choice)
                 left = search.without(choice, list(fallen), self._class.spec)
         measured, cached = self._alone(choice.nearest.recipe)
-        misses = (*measured.trial.misses, *self._refusals(measured))
-        measured = measured._replace(trial=msgspec.structs.replace(measured.trial, misses=misses))
+        misses = (*measured.candidate.misses, *self._refusals(measured))
+        measured = measured._replace(candidate=msgspec.structs.replace(measured.candidate, misses=misses))
         why = search.NOTHING if fallen else choice.why
         return msgspec.structs.replace(choice, chosen=None, why=why), measured, cached
 
     def _refusals(self, measured: Measured) -> list[str]:
         """What boards would refuse a candidate for. A builder board has said so itself."""
-        if not measured.outputs or measured.trial.figures.timed_on not in ("", HOST):
+        if not measured.outputs or measured.candidate.figures.timed_on not in ("", HOST):
             return []
-        ((path, _),) = self._steps.compile([measured.trial.recipe])
+        ((path, _),) = self._steps.compile([measured.candidate.recipe])
         try:
             held_to = contract(self._version, self._class, self._target)
-            return quality.refusals(*self._trials.golden(path), held_to, self._version.reading)
+            return quality.refusals(*self._evaluator.golden(path), held_to, self._version.reading)
         except ChildKilled:
             raise  # by this machine, for want of memory
         except (ChildDied, EngineFailed) as exc:
@@ -129,11 +133,11 @@ class Finder:
 
     def _with_layers(self, choice: Choice) -> Choice:
         """The choice with the first ladder over its plain candidate tried."""
-        best = search.base_of_ladder(choice.trials)
+        best = search.base_of_ladder(choice.candidates)
         units = self._steps.rank(best.recipe)
         rungs = search.by_layers(best, units, search.MOST_BYTES, self._cost())
-        trials = (*choice.trials, *self._try(rungs, known=choice.trials))
-        return msgspec.structs.replace(choice, trials=trials, sensitivity=tuple(units))
+        candidates = (*choice.candidates, *self._try(rungs, known=choice.candidates))
+        return msgspec.structs.replace(choice, candidates=candidates, sensitivity=tuple(units))
 
     def _cost(self) -> float:
         """Of a weight that stays in float, as a share of its float32 bytes."""
@@ -143,9 +147,9 @@ class Finder:
         ((path, cached),) = self._steps.compile([recipe])
         cached = cached and recipe not in self._made
         fresh = self._fresh.get(recipe)
-        if fresh is not None and (fresh.trial.figures.peak_memory_bytes is not None or fresh.trial.died):
+        if fresh is not None and (fresh.candidate.figures.peak_memory_bytes is not None or fresh.candidate.died):
             return fresh, cached
-        return self._trials.measure([(recipe, path)])[0], cached
+        return self._evaluator.measure([(recipe, path)])[0], cached
 
     def _plain(self) -> Recipe:
         if self._version.as_is_engine == "tflite" and self._comes_as_wanted():
@@ -161,11 +165,11 @@ class Finder:
 
     def _search(self, plain: Recipe) -> Choice:
         found, spec = self._with_tensorflows(self._with_what_came(self._unpruned(plain))), self._class.spec
-        if not any(trial.recipe.precision == spec.precision for trial in found.trials):
+        if not any(candidate.recipe.precision == spec.precision for candidate in found.candidates):
             return msgspec.structs.replace(found, why=f"{found.why}: {found.left_out[0].reason}")
         if self._version.pruning is None or not spec.search.pruned or not self._target.runs_here:
             return found
-        accurate = {t.recipe.quantizer == TENSORFLOW for t in found.trials if search.accurate(t, spec)}
+        accurate = {t.recipe.quantizer == TENSORFLOW for t in found.candidates if search.accurate(t, spec)}
         if False in accurate:
             found = self._with_pruned(found)
         return self._with_tfmots(found) if True in accurate else found
@@ -179,7 +183,7 @@ class Finder:
             plan = self._version.pruning
             assert plan is not None
             gone = 1 - (1 - plan.structured) * (1 - plan.unstructured)
-            asked = msgspec.structs.replace(found.trials[0].recipe, pruned="asked for", sparsity=gone)
+            asked = msgspec.structs.replace(found.candidates[0].recipe, pruned="asked for", sparsity=gone)
             left = LeftOut(recipe=asked, reason=str(exc), lasting=True)
             return msgspec.structs.replace(
                 found, left_out=(*found.left_out, left), why=f"{found.why}; nothing is pruned: {exc.message}"
@@ -188,10 +192,10 @@ class Finder:
 
     def _over(self, found: Choice, pruned: Pruned, by: str) -> Choice:
         """The choice with candidates over networks that were pruned for ``by``."""
-        spec, trials = self._class.spec, list(found.trials)
-        while (recipe := search.pruned(trials, pruned.good, spec, by=by)) is not None:
-            trials += self._try([recipe])
-        choice = search.choose(trials, spec, found.sensitivity)
+        spec, candidates = self._class.spec, list(found.candidates)
+        while (recipe := search.pruned(candidates, pruned.good, spec, by=by)) is not None:
+            candidates += self._try([recipe])
+        choice = search.choose(candidates, spec, found.sensitivity)
         told = (choice.why, found.pruning.stopped if found.pruning is not None else "", pruned.stopped)
         return msgspec.structs.replace(
             choice, pruning=found.pruning, left_out=found.left_out, why="; ".join(one for one in told if one)
@@ -200,7 +204,7 @@ class Finder:
     def _with_what_came(self, found: Choice) -> Choice:
         """The search with the file that it came as: who trained it with roundings has trained it for these. A .tflite is the plain candidate already."""
         wanted = self._comes_as_wanted() and self._target.runs_here and self._class.spec.search.effort != "fixed"
-        known = found.trials[0].recipe == CAME or search.blames_samples(found)
+        known = found.candidates[0].recipe == CAME or search.blames_samples(found)
         return self._with(found, CAME) if wanted and not known else found
 
     def _with_tensorflows(self, found: Choice) -> Choice:
@@ -214,7 +218,7 @@ class Finder:
         """The search with one candidate more."""
 
         def more() -> Choice:
-            chosen = search.choose([*found.trials, *self._try([recipe])], self._class.spec, found.sensitivity)
+            chosen = search.choose([*found.candidates, *self._try([recipe])], self._class.spec, found.sensitivity)
             return msgspec.structs.replace(chosen, left_out=found.left_out)
 
         return _sparing(found, recipe, more)
@@ -237,17 +241,17 @@ class Finder:
         effort = self._class.spec.search.effort
         if not self._target.runs_here and effort != "fixed":
             # Candidates that can't be told apart are not made: a builder board tells those in float from the plain one; else boards' acceptance judges that.
-            effort = "quick" if self._trials.has_builder else "fixed"
-        trials, left_out = self._first(plain, effort)
-        choice = self._better_than(trials, plain, effort)
+            effort = "quick" if self._evaluator.has_builder else "fixed"
+        candidates, left_out = self._first(plain, effort)
+        choice = self._better_than(candidates, plain, effort)
         return msgspec.structs.replace(choice, left_out=(*left_out, *choice.left_out))
 
-    def _first(self, plain: Recipe, effort: str) -> tuple[list[Trial], tuple[LeftOut, ...]]:
+    def _first(self, plain: Recipe, effort: str) -> tuple[list[Candidate], tuple[LeftOut, ...]]:
         """The first round, and what of it could not be made: another quantizer, or int8 at all, which leaves the float model."""
         recipes = search.first(plain, self._target, effort)
         left_out = []
         try:
-            trials = self._try([recipe for recipe in recipes if recipe.quantizer == plain.quantizer])
+            candidates = self._try([recipe for recipe in recipes if recipe.quantizer == plain.quantizer])
         except ModelError as exc:
             if plain.precision != "int8" or effort == "fixed" or FLOAT.precision not in self._target.precisions:
                 raise
@@ -257,101 +261,103 @@ class Finder:
             if recipe.quantizer == plain.quantizer:
                 continue
             try:
-                trials += self._try([recipe])
+                candidates += self._try([recipe])
             except Cancelled:
                 raise
             except (ModelError, ToolchainError) as exc:
                 left_out.append(LeftOut(recipe=recipe, reason=str(exc), lasting=isinstance(exc, ModelError)))
-        return trials, tuple(left_out)
+        return candidates, tuple(left_out)
 
-    def _better_than(self, trials: list[Trial], plain: Recipe, effort: str) -> Choice:
+    def _better_than(self, candidates: list[Candidate], plain: Recipe, effort: str) -> Choice:
         """The choice after the first round and those that follow from it."""
         spec = self._class.spec
-        made = trials[0].recipe.precision == plain.precision
+        made = candidates[0].recipe.precision == plain.precision
         if plain.precision != "int8" or effort == "fixed" or not made:
-            choice = search.choose(trials, spec)
+            choice = search.choose(candidates, spec)
             return choice if choice.chosen else self._with_float(choice)
-        if all(trial.died for trial in trials):  # and nothing was measured of the float model beside them
+        if all(candidate.died for candidate in candidates):  # and nothing was measured of the float model beside them
             more = [FLOAT] if FLOAT.precision in self._target.precisions else []
-            return search.choose(trials + self._try(more), spec)
+            return search.choose(candidates + self._try(more), spec)
         # Nothing else can be made of what came quantized; and what fits may still be no better than float, which was measured beside it.
-        if plain.quantizer == AS_IS or (effort == "quick" and not trials[0].misses):
-            return self._or_in_half(trials + self._in_float(trials))
-        if not any(search.accurate(trial, spec) for trial in trials):
+        if plain.quantizer == AS_IS or (effort == "quick" and not candidates[0].misses):
+            return self._or_in_half(candidates + self._in_float(candidates))
+        if not any(search.accurate(candidate, spec) for candidate in candidates):
             reason = self._unlike()
             if reason:  # layers in float would hide it
-                return msgspec.structs.replace(search.choose(trials, spec), chosen=None, why=reason)
+                return msgspec.structs.replace(search.choose(candidates, spec), chosen=None, why=reason)
         units: list[Unit] = []
-        if self._target.leaves_in_float and (effort == "full" or not search.accurate(trials[0], spec)):
-            best = search.base_of_ladder(trials)
+        if self._target.leaves_in_float and (effort == "full" or not search.accurate(candidates[0], spec)):
+            best = search.base_of_ladder(candidates)
             units = self._steps.rank(best.recipe)
             rungs = search.by_layers(best, units, search.MOST_BYTES, self._cost())
             rungs += search.leading(best, units) if effort == "full" else []
-            trials += self._try(rungs, known=trials)
-            if not self._holds(trials):
+            candidates += self._try(rungs, known=candidates)
+            if not self._holds(candidates):
                 rungs = search.by_layers(best, units, search.MOST_BYTES_AT_LAST, self._cost(), search.RUNGS_AT_LAST)
-                trials += self._try(rungs, known=trials)
-                self._holds(trials)
-        if HALF.precision in self._target.precisions and (effort == "full" or all(trial.misses for trial in trials)):
-            trials += self._try([HALF])
-        return self._or_in_half(trials + self._in_float(trials), units)
+                candidates += self._try(rungs, known=candidates)
+                self._holds(candidates)
+        if HALF.precision in self._target.precisions and (
+            effort == "full" or all(candidate.misses for candidate in candidates)
+        ):
+            candidates += self._try([HALF])
+        return self._or_in_half(candidates + self._in_float(candidates), units)
 
-    def _or_in_half(self, trials: list[Trial], units: Sequence[Unit] = ()) -> Choice:
+    def _or_in_half(self, candidates: list[Candidate], units: Sequence[Unit] = ()) -> Choice:
         """The choice among these; where that is the float model, also among half precision, in which a network may answer the same in half the bytes."""
-        choice = search.choose(trials, self._class.spec, units)
+        choice = search.choose(candidates, self._class.spec, units)
         return self._with_half(choice) if _in_float(choice) else choice
 
     def _with_float(self, choice: Choice) -> Choice:
         """The choice with the float model, where that was no candidate yet: a class of half precision falls back to it as one of int8 does."""
-        spec, tried = self._class.spec, {trial.recipe for trial in choice.trials}
-        if spec.search.effort == "fixed" or FLOAT in tried or all(trial.died for trial in choice.trials):
+        spec, tried = self._class.spec, {candidate.recipe for candidate in choice.candidates}
+        if spec.search.effort == "fixed" or FLOAT in tried or all(candidate.died for candidate in choice.candidates):
             return choice
-        more = msgspec.structs.replace(choice, trials=(*choice.trials, *self._in_float(choice.trials)))
+        more = msgspec.structs.replace(choice, candidates=(*choice.candidates, *self._in_float(choice.candidates)))
         return search.without(more, (), spec)
 
     def _with_half(self, choice: Choice) -> Choice:
         """The choice with half precision tried, where the target makes it."""
-        known = {trial.recipe for trial in choice.trials} | {one.recipe for one in choice.left_out}
+        known = {candidate.recipe for candidate in choice.candidates} | {one.recipe for one in choice.left_out}
         if HALF in known or HALF.precision not in self._target.precisions:
             return choice
 
         def more() -> Choice:
-            trials = (*choice.trials, *self._try([HALF]))
-            return search.without(msgspec.structs.replace(choice, trials=trials), (), self._class.spec)
+            candidates = (*choice.candidates, *self._try([HALF]))
+            return search.without(msgspec.structs.replace(choice, candidates=candidates), (), self._class.spec)
 
         return _sparing(choice, HALF, more)
 
-    def _try(self, recipes: Sequence[Recipe], known: Sequence[Trial] = ()) -> list[Trial]:
+    def _try(self, recipes: Sequence[Recipe], known: Sequence[Candidate] = ()) -> list[Candidate]:
         """Compile and measure one round."""
-        wanted = [r for r in dict.fromkeys(recipes) if r not in {trial.recipe for trial in known}]
+        wanted = [r for r in dict.fromkeys(recipes) if r not in {candidate.recipe for candidate in known}]
         if not wanted:
             return []
         made = self._steps.compile(wanted)
         self._made |= {recipe for recipe, (_, cached) in zip(wanted, made, strict=True) if not cached}
-        measured = self._trials.measure([(recipe, path) for recipe, (path, _) in zip(wanted, made, strict=True)])
-        self._fresh |= {one.trial.recipe: one for one in measured}
-        return [one.trial for one in measured]
+        measured = self._evaluator.measure([(recipe, path) for recipe, (path, _) in zip(wanted, made, strict=True)])
+        self._fresh |= {one.candidate.recipe: one for one in measured}
+        return [one.candidate for one in measured]
 
-    def _holds(self, trials: list[Trial]) -> bool:
+    def _holds(self, candidates: list[Candidate]) -> bool:
         """Whether one of these is accurate on all held-out samples. A round looks at some of them: who is so there is judged anew here, in place."""
         spec = self._class.spec
-        for trial in sorted(trials, key=lambda t: t.figures.sqnr_db or 0.0, reverse=True):
-            if not search.accurate(trial, spec):
+        for candidate in sorted(candidates, key=lambda t: t.figures.sqnr_db or 0.0, reverse=True):
+            if not search.accurate(candidate, spec):
                 continue
-            if trial.figures.samples < self._version.holdout.count:
-                alone, _ = self._alone(trial.recipe)
-                trials[trials.index(trial)] = alone.trial
-                self._fresh[trial.recipe] = alone
-                trial = alone.trial
-            if search.accurate(trial, spec):
+            if candidate.figures.samples < self._version.holdout.count:
+                alone, _ = self._alone(candidate.recipe)
+                candidates[candidates.index(candidate)] = alone.candidate
+                self._fresh[candidate.recipe] = alone
+                candidate = alone.candidate
+            if search.accurate(candidate, spec):
                 return True
         return False
 
-    def _in_float(self, trials: Sequence[Trial]) -> list[Trial]:
+    def _in_float(self, candidates: Sequence[Candidate]) -> list[Candidate]:
         """The float model as a candidate, where the target makes it."""
         if FLOAT.precision not in self._target.precisions:
             return []
-        return [search.float_trial(next(t for t in trials if not t.died), self._class.spec)]
+        return [search.float_candidate(next(t for t in candidates if not t.died), self._class.spec)]
 
     def _unlike(self) -> str:
         calibration = load_file(self._steps.calibration())

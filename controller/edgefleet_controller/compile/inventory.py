@@ -62,7 +62,7 @@ class Program(msgspec.Struct, frozen=True, kw_only=True):
     problem: str
 
 
-class Trial(msgspec.Struct, frozen=True, kw_only=True):
+class TriedTarget(msgspec.Struct, frozen=True, kw_only=True):
     """One target, tried out. ``problem`` is empty where it compiled and answered, or needs a program that is not here; ``told`` says how, or
     that, in words."""
 
@@ -125,7 +125,7 @@ def broken_targets() -> dict[str, str]:
     return installed_targets().broken
 
 
-def try_out(toolchains: Toolchains, target: Target, progress: Progress) -> Trial:
+def try_out(toolchains: Toolchains, target: Target, progress: Progress) -> TriedTarget:
     """Compile the tiny network by a target, in its lowest precision. Where that fails its logs stay in the cache."""
     began = time.monotonic()
     precision = next(p for p in LOWEST_FIRST if p in target.precisions)
@@ -141,9 +141,9 @@ def try_out(toolchains: Toolchains, target: Target, progress: Progress) -> Trial
         )
     except MissingTool as exc:
         shutil.rmtree(folder)
-        return Trial(target=target.name, problem="", told=f"not tried: {exc}", seconds=0.0)
+        return TriedTarget(target=target.name, problem="", told=f"not tried: {exc}", seconds=0.0)
     except EdgefleetError as exc:
-        return Trial(target=target.name, problem=str(exc), told="", seconds=round(time.monotonic() - began, 1))
+        return TriedTarget(target=target.name, problem=str(exc), told="", seconds=round(time.monotonic() - began, 1))
     shutil.rmtree(folder)
     figures = result.figures
     told = f"{result.precision}, {figures.compiled_bytes} bytes"
@@ -151,10 +151,10 @@ def try_out(toolchains: Toolchains, target: Target, progress: Progress) -> Trial
         told += ", compiled; only a board can run it"
     else:
         told += f", agreement {figures.agreement:.2f}" + (f" by {figures.stand_in}" if figures.stand_in else "")
-    return Trial(target=target.name, problem="", told=told, seconds=round(time.monotonic() - began, 1))
+    return TriedTarget(target=target.name, problem="", told=told, seconds=round(time.monotonic() - began, 1))
 
 
-def try_out_beside(toolchains: Toolchains, name: str, progress: Progress) -> Trial | None:
+def try_out_beside(toolchains: Toolchains, name: str, progress: Progress) -> TriedTarget | None:
     """As :func:`try_out`, for a toolchain that no target compiles in; None where looking at its files is all there is."""
     if name not in BESIDE or not BESIDE[name].module:
         return None
@@ -167,8 +167,10 @@ def try_out_beside(toolchains: Toolchains, name: str, progress: Progress) -> Tri
                 progress=progress,
             )  # fmt: skip
     except EdgefleetError as exc:
-        return Trial(target=BESIDE[name].use, problem=str(exc), told="", seconds=round(time.monotonic() - began, 1))
-    return Trial(
+        return TriedTarget(
+            target=BESIDE[name].use, problem=str(exc), told="", seconds=round(time.monotonic() - began, 1)
+        )
+    return TriedTarget(
         target=BESIDE[name].use, problem="", told=str(found["told"]), seconds=round(time.monotonic() - began, 1)
     )
 

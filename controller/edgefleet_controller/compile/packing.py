@@ -34,7 +34,7 @@ from safetensors.numpy import load, load_file
 
 from edgefleet_controller.compile import provenance
 from edgefleet_controller.compile.port import MAX_BLOB_BYTES, Target
-from edgefleet_controller.compile.search import Trial
+from edgefleet_controller.compile.search import Candidate
 from edgefleet_controller.compile.toolchains import Toolchain
 from edgefleet_controller.manifests import DeviceClass
 from edgefleet_controller.model_version import ModelVersion
@@ -44,7 +44,7 @@ TIMED = ("latency", "memory")  # of what may be unmeasured
 
 def pack(
     version: ModelVersion, device_class: DeviceClass, target: Target, toolchains: Sequence[Toolchain], layout: Layout,
-    trial: Trial, model: Path, answers: Path,
+    candidate: Candidate, model: Path, answers: Path,
 ) -> Descriptor:  # fmt: skip
     """Write the artifact.
 
@@ -62,19 +62,19 @@ def pack(
         (MODEL_LAYER, model),
         *labels,
         (GOLDEN_LAYER, vectors),
-        (QUALITY_LAYER, _quality(trial, device_class)),
-        (PROVENANCE_LAYER, provenance.statement(version, device_class, target, toolchains, trial.recipe, trial.key, digest)),
+        (QUALITY_LAYER, _quality(candidate, device_class)),
+        (PROVENANCE_LAYER, provenance.statement(version, device_class, target, toolchains, candidate.recipe, candidate.key, digest)),
         (MLBOM_LAYER, provenance.ml_bom(version, device_class, toolchains, digest)),
     ]  # fmt: skip
     normal = golden.statistics(
         *golden.unpack(vectors, version.encoding), classification=version.output_kind == "classification"
     )
-    said = config(version, device_class, target, trial.recipe.precision)
+    said = config(version, device_class, target, candidate.recipe.precision)
     return build(layout, msgspec.structs.replace(said, statistics=normal), layers)
 
 
-def _quality(trial: Trial, device_class: DeviceClass) -> bytes:
-    figures = trial.figures
+def _quality(candidate: Candidate, device_class: DeviceClass) -> bytes:
+    figures = candidate.figures
     report = {
         "samples": figures.samples,
         "agreement": figures.agreement,
@@ -91,7 +91,7 @@ def _quality(trial: Trial, device_class: DeviceClass) -> bytes:
         "stand_in": figures.stand_in,
         # What was timed, and where, is no part of the artifact (ADR 0004).
         "unmeasured": [what for what in figures.unmeasured if what not in TIMED],
-        "recipe": trial.recipe.as_dict(),
+        "recipe": candidate.recipe.as_dict(),
         "budget_agreement": device_class.spec.accuracy.min_agreement,
     }
     return json.dumps(report, sort_keys=True).encode()

@@ -9,7 +9,7 @@
             ──pack─────▶ OCI artifact, and the report beside it
 
 Each step is a child process in a toolchain's environment (:mod:`.steps`); which candidates are tried and which one is chosen is decided in
-:mod:`.search`, carried out in :mod:`.finder`, measured in :mod:`.trials`.
+:mod:`.search`, carried out in :mod:`.finder`, measured in :mod:`.evaluator`.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from safetensors.numpy import load_file
 
 from edgefleet_controller.compile import quality, report, search, telling
 from edgefleet_controller.compile.boards import Measure
+from edgefleet_controller.compile.evaluator import Evaluator
 from edgefleet_controller.compile.finder import Finder
 from edgefleet_controller.compile.input_check import better_description
 from edgefleet_controller.compile.packing import contract, pack
 from edgefleet_controller.compile.port import CompileResult, Options, Target, check_class, target_named
-from edgefleet_controller.compile.search import Choice, Trial
+from edgefleet_controller.compile.search import Candidate, Choice
 from edgefleet_controller.compile.steps import Limits, Progress, Steps
 from edgefleet_controller.compile.toolchains import Toolchains
-from edgefleet_controller.compile.trials import Trials
 from edgefleet_controller.compile.workplace import work_folder
 from edgefleet_controller.manifests import DeviceClass
 from edgefleet_controller.model_version import ModelVersion
@@ -72,7 +72,7 @@ def compile_version(
         steps = Steps(
             version, device_class, target, options, toolchain, layout, toolchains, cache, work, progress, limits
         )
-        trials = Trials(steps, version, device_class, target, toolchain, layout, measure)
+        evaluator = Evaluator(steps, version, device_class, target, toolchain, layout, measure)
         blind = telling.vacuous(steps.references(), version)
         untold = telling.untold_on_boards(
             load_file(steps.prepare() / "golden.safetensors"), version, contract(version, device_class, target)
@@ -83,19 +83,28 @@ def compile_version(
                 f"{version.model} {version.version} for {device_class.name}: {blind}",
                 hint="check the manifest's inputs and output against how the network was trained, or take other held-out samples",
             )
-        finder = Finder(steps, trials, version, device_class, target, options)
+        finder = Finder(steps, evaluator, version, device_class, target, options)
         choice = finder.choice(cache)
         choice, final, cached = finder.final(choice)
         if blind:
-            final = final._replace(trial=msgspec.structs.replace(final.trial, misses=(blind, *final.trial.misses)))
-        misses = final.trial.misses
+            final = final._replace(
+                candidate=msgspec.structs.replace(final.candidate, misses=(blind, *final.candidate.misses))
+            )
+        misses = final.candidate.misses
         shipped = ship_despite_quality or not misses
         written = report.write(version, device_class, choice, final, steps.references(), layout, shipped=shipped)
         if not shipped:
-            raise _missed(version, device_class, choice, final.trial, written)
-        model, answers = steps.compile([final.trial.recipe])[0][0], steps.prepare() / "golden.safetensors"
+            raise _missed(version, device_class, choice, final.candidate, written)
+        model, answers = steps.compile([final.candidate.recipe])[0][0], steps.prepare() / "golden.safetensors"
         artifact = pack(
-            version, device_class, target, steps.toolchains_of(final.trial.recipe), layout, final.trial, model, answers
+            version,
+            device_class,
+            target,
+            steps.toolchains_of(final.candidate.recipe),
+            layout,
+            final.candidate,
+            model,
+            answers,
         )
     return CompileResult(
         artifact=artifact,
@@ -103,16 +112,16 @@ def compile_version(
         version=version.version,
         device_class=device_class.name,
         arch=device_class.spec.arch,
-        key=final.trial.key,
+        key=final.candidate.key,
         cached=cached,
         quality="forced" if misses else "passed",
         misses=misses,
-        figures=final.trial.figures,
+        figures=final.candidate.figures,
         seconds=round(time.monotonic() - began, 3),
-        recipe=final.trial.recipe.told(),
-        precision=final.trial.recipe.precision,
+        recipe=final.candidate.recipe.told(),
+        precision=final.candidate.recipe.precision,
         why=choice.why,
-        candidates=len(choice.trials),
+        candidates=len(choice.candidates),
         report=written.report,
         page=written.page,
     )
@@ -130,7 +139,7 @@ def _check(target: Target, device_class: DeviceClass, version: ModelVersion) -> 
 
 
 def _missed(
-    version: ModelVersion, device_class: DeviceClass, choice: Choice, nearest: Trial, written: report.Written
+    version: ModelVersion, device_class: DeviceClass, choice: Choice, nearest: Candidate, written: report.Written
 ) -> QualityError:
     """What a compile ends in that ships nothing."""
     name = f"{version.model} {version.version}"
@@ -151,6 +160,6 @@ def _missed(
 def _told(choice: Choice, misses: Sequence[str]) -> str:
     """What is missed, and that nothing else fits either."""
     told = "; ".join(misses)
-    if choice.chosen is None and len(choice.trials) > 1:
-        told += f" ({choice.nearest.recipe.told()}, which came closest of {len(choice.trials)} candidates)"
+    if choice.chosen is None and len(choice.candidates) > 1:
+        told += f" ({choice.nearest.recipe.told()}, which came closest of {len(choice.candidates)} candidates)"
     return told if choice.why in ("", search.NOTHING) or choice.chosen is not None else f"{told}; {choice.why}"

@@ -17,10 +17,10 @@ from edgefleet_shared.artifact import Layout
 from safetensors.numpy import load
 
 from edgefleet_controller.compile import report_page
+from edgefleet_controller.compile.evaluator import Measured
 from edgefleet_controller.compile.port import MAX_BLOB_BYTES, Figures
-from edgefleet_controller.compile.search import Choice, Trial
+from edgefleet_controller.compile.search import Candidate, Choice
 from edgefleet_controller.compile.steps import calibrating
-from edgefleet_controller.compile.trials import Measured
 from edgefleet_controller.manifests import DeviceClass
 from edgefleet_controller.model_version import ModelVersion
 
@@ -59,23 +59,23 @@ def build(
     *, shipped: bool,
 ) -> dict[str, Any]:  # fmt: skip
     """The report as JSON holds it."""
-    trial = final.trial
-    front = _front([t.figures for t in choice.trials])
+    candidate = final.candidate
+    front = _front([t.figures for t in choice.candidates])
     return {
         "schema": SCHEMA,
         "model": version.model,
         "version": version.version,
         "class": device_class.name,
         "kind": version.output_kind,
-        "engine": trial.figures.engine,
-        "engine_version": trial.figures.engine_version,
-        "key": trial.key,
-        "recipe": trial.recipe.as_dict(),
-        "told": trial.recipe.told(),
+        "engine": candidate.figures.engine,
+        "engine_version": candidate.figures.engine_version,
+        "key": candidate.key,
+        "recipe": candidate.recipe.as_dict(),
+        "told": candidate.recipe.told(),
         "why": choice.why,
-        "fits": choice.chosen is not None and not trial.misses,
+        "fits": choice.chosen is not None and not candidate.misses,
         "shipped": shipped,
-        "misses": list(trial.misses),
+        "misses": list(candidate.misses),
         "budgets": {
             "min_agreement": device_class.spec.accuracy.min_agreement,
             "min_per_label": device_class.spec.accuracy.min_per_label,
@@ -83,26 +83,26 @@ def build(
             **device_class.spec.budgets.model_dump(),
             "prefer": device_class.spec.search.prefer,
         },
-        "figures": msgspec.to_builtins(trial.figures),
+        "figures": msgspec.to_builtins(candidate.figures),
         "candidates": [
-            _candidate(t, chosen=t.recipe == trial.recipe, on_front=on)
-            for t, on in zip(choice.trials, front, strict=True)
+            _candidate(t, chosen=t.recipe == candidate.recipe, on_front=on)
+            for t, on in zip(choice.candidates, front, strict=True)
         ],
         "left_out": [{"told": one.recipe.told(), **msgspec.to_builtins(one)} for one in choice.left_out],
         "layers": [msgspec.to_builtins(unit) for unit in sorted(choice.sensitivity, key=lambda u: -u.noise)],
         "calibration": {"samples": len(calibrating(version.calibration.count)), "of": version.calibration.count},
-        "in_float": list(trial.recipe.in_float),
+        "in_float": list(candidate.recipe.in_float),
         "pruning": None if choice.pruning is None else msgspec.to_builtins(choice.pruning),
         "tfmot": None if choice.tfmot is None else msgspec.to_builtins(choice.tfmot),
         "changed": _changed(version, final, references),
     }
 
 
-def _candidate(trial: Trial, *, chosen: bool, on_front: bool) -> dict[str, Any]:
-    figures = msgspec.to_builtins(trial.figures)
+def _candidate(candidate: Candidate, *, chosen: bool, on_front: bool) -> dict[str, Any]:
+    figures = msgspec.to_builtins(candidate.figures)
     return {
-        "recipe": trial.recipe.as_dict(), "told": trial.recipe.told(), "misses": list(trial.misses), "died": trial.died,
-        "chosen": chosen, "on_front": on_front, "key": trial.key, "figures": figures,
+        "recipe": candidate.recipe.as_dict(), "told": candidate.recipe.told(), "misses": list(candidate.misses), "died": candidate.died,
+        "chosen": chosen, "on_front": on_front, "key": candidate.key, "figures": figures,
     }  # fmt: skip
 
 

@@ -32,7 +32,7 @@ FLOAT_WEIGHT_COST, HALF_WEIGHT_COST = (
     0.25,
 )  # of a float weight's bytes is what keeping it costs, in full or in half precision: int8 keeps a quarter
 LEADING = (0.001, 0.01, 0.05)  # shares of the weights' bytes that leading layers in float may have
-AS_QUIET_DB = 1.0  # trials whose noise differs by less are told apart by how many answers they change
+AS_QUIET_DB = 1.0  # candidates whose noise differs by less are told apart by how many answers they change
 MOST_BYTES = 1.3  # a rung may grow to so many times the plain candidate
 ALIKE = 1.05  # times in time or bytes: candidates that differ by less are told apart by accuracy
 MOST_BYTES_AT_LAST = 2.0  # where nothing smaller is accurate enough
@@ -48,8 +48,8 @@ class Unit(msgspec.Struct, frozen=True, kw_only=True):
     weight_bytes: int
 
 
-class Trial(msgspec.Struct, frozen=True, kw_only=True):
-    """A candidate that was tried. ``misses``: the budgets that it misses, each with by how much."""
+class Candidate(msgspec.Struct, frozen=True, kw_only=True):
+    """A recipe that was tried, with what was measured of it. ``misses``: the budgets that it misses, each with by how much."""
 
     recipe: Recipe
     figures: Figures
@@ -69,9 +69,9 @@ class LeftOut(msgspec.Struct, frozen=True, kw_only=True):
 class Choice(msgspec.Struct, frozen=True, kw_only=True):
     """What the search ends in. ``chosen`` is None when nothing fits; ``nearest`` is then what came closest. ``why`` is for people."""
 
-    trials: tuple[Trial, ...]
-    chosen: Trial | None
-    nearest: Trial
+    candidates: tuple[Candidate, ...]
+    chosen: Candidate | None
+    nearest: Candidate
     why: str
     sensitivity: tuple[Unit, ...] = ()
     pruning: Pruned | None = None
@@ -109,7 +109,7 @@ def blames_samples(found: Choice) -> bool:
 def by_tensorflow(found: Choice, spec: DeviceClassSpec) -> Recipe | None:
     """What TensorFlow's own converter is asked for after the other candidates: the class's precision, at full effort or where the plain recipe missed
     something; None where that is not worth its minute, or not possible."""
-    plain = found.trials[0]
+    plain = found.candidates[0]
     wanted = spec.search.effort == "full" or (spec.search.effort == "quick" and plain.misses)
     if not wanted or blames_samples(found) or plain.recipe.quantizer == AS_IS or spec.precision not in ("int8", "fp32"):
         return None
@@ -117,7 +117,7 @@ def by_tensorflow(found: Choice, spec: DeviceClassSpec) -> Recipe | None:
 
 
 def by_layers(
-    best: Trial,
+    best: Candidate,
     units: Sequence[Unit],
     most_bytes: float,
     weight_cost: float = FLOAT_WEIGHT_COST,
@@ -169,7 +169,7 @@ def _rounds(recipe: Recipe, units: Sequence[Unit]) -> bool:
     return any(not set(unit.nodes) <= set(recipe.in_float) for unit in in_scope)
 
 
-def leading(best: Trial, units: Sequence[Unit]) -> list[Recipe]:
+def leading(best: Candidate, units: Sequence[Unit]) -> list[Recipe]:
     """The recipe of ``best`` with the leading layers in float, the first alone and then ever more: there pictures are large and weights few, so that they cost
     few bytes, and engines are often slower in int8 (a first layer reads three channels, where their int8 kernels want sixteen)."""
     weighted = [unit for unit in units if unit.weight_bytes]
@@ -190,7 +190,9 @@ def leading(best: Trial, units: Sequence[Unit]) -> list[Recipe]:
     return list(dict.fromkeys(rungs))
 
 
-def pruned(trials: Sequence[Trial], steps: Sequence[Tried], spec: DeviceClassSpec, *, by: str = OWN) -> Recipe | None:
+def pruned(
+    candidates: Sequence[Candidate], steps: Sequence[Tried], spec: DeviceClassSpec, *, by: str = OWN
+) -> Recipe | None:
     """The next recipe over a pruned network: the best recipe so far over the sparsest that is not yet tried; None when the last one was accurate
     enough, or none is left.
 
@@ -199,33 +201,37 @@ def pruned(trials: Sequence[Trial], steps: Sequence[Tried], spec: DeviceClassSpe
         by: TENSORFLOW for networks that tfmot pruned, which its converter alone compiles.
     """
     tfmot = by == TENSORFLOW
-    before = [trial for trial in trials if trial.recipe.pruned and (trial.recipe.quantizer == TENSORFLOW) == tfmot]
-    left = [step for step in steps if step.key not in {trial.recipe.pruned for trial in before}]
+    before = [
+        candidate
+        for candidate in candidates
+        if candidate.recipe.pruned and (candidate.recipe.quantizer == TENSORFLOW) == tfmot
+    ]
+    left = [step for step in steps if step.key not in {candidate.recipe.pruned for candidate in before}]
     if not left or (before and accurate(before[-1], spec)):
         return None
     whole = [
-        trial for trial in trials
-        if not trial.recipe.pruned and (trial.recipe.quantizer == TENSORFLOW) == tfmot and trial.recipe.precision == spec.precision
+        candidate for candidate in candidates
+        if not candidate.recipe.pruned and (candidate.recipe.quantizer == TENSORFLOW) == tfmot and candidate.recipe.precision == spec.precision
     ]  # fmt: skip
     base = choose(whole, spec).chosen or choose(whole, spec).nearest
     return msgspec.structs.replace(base.recipe, pruned=left[-1].key, sparsity=round(left[-1].sparsity, 4))
 
 
-def accurate(trial: Trial, spec: DeviceClassSpec) -> bool:
+def accurate(candidate: Candidate, spec: DeviceClassSpec) -> bool:
     """Whether it agrees with the float model as the class wants, and loses no more accuracy than it allows."""
-    return not trial.died and not quality.inaccuracies(trial.figures, spec.accuracy)
+    return not candidate.died and not quality.inaccuracies(candidate.figures, spec.accuracy)
 
 
-def answers_as_float(trial: Trial) -> bool:
+def answers_as_float(candidate: Candidate) -> bool:
     """Whether it gives the float model's answers, but for what engines differ by in float."""
-    return trial.recipe.exact or (trial.figures.sqnr_db or 0.0) >= quality.AS_FLOAT_DB
+    return candidate.recipe.exact or (candidate.figures.sqnr_db or 0.0) >= quality.AS_FLOAT_DB
 
 
-def base_of_ladder(trials: Sequence[Trial]) -> Trial:
-    """The int8 trial with the least noise on the outputs, among those whose layers can be left in float; of several with about as little, the one that
+def base_of_ladder(candidates: Sequence[Candidate]) -> Candidate:
+    """The int8 candidate with the least noise on the outputs, among those whose layers can be left in float; of several with about as little, the one that
     changes fewest answers."""
     possible = [
-        t for t in trials
+        t for t in candidates
         if t.recipe.precision == "int8" and not t.recipe.pruned and t.recipe.quantizer != TENSORFLOW and not t.died
     ]  # fmt: skip
     quietest = max(t.figures.sqnr_db or 0.0 for t in possible)
@@ -233,7 +239,7 @@ def base_of_ladder(trials: Sequence[Trial]) -> Trial:
     return max(quiet, key=lambda t: (t.figures.agreement or 0.0, t.figures.sqnr_db or 0.0))
 
 
-def float_trial(measured: Trial, spec: DeviceClassSpec) -> Trial:
+def float_candidate(measured: Candidate, spec: DeviceClassSpec) -> Candidate:
     """The float model, from what was measured of it beside ``measured``."""
     f = measured.figures
     figures = msgspec.structs.replace(
@@ -241,59 +247,59 @@ def float_trial(measured: Trial, spec: DeviceClassSpec) -> Trial:
         cosine=1.0, sqnr_db=quality.EXACT_DB, p50_ms=f.float_p50_ms, p95_ms=f.float_p95_ms, peak_memory_bytes=None, shares={},
         by_label={}, sqnr_db_by_output={},
     )  # fmt: skip
-    return Trial(recipe=FLOAT, figures=figures, misses=tuple(quality.misses(figures, spec, FLOAT)))
+    return Candidate(recipe=FLOAT, figures=figures, misses=tuple(quality.misses(figures, spec, FLOAT)))
 
 
 def choose(
-    trials: Sequence[Trial], spec: DeviceClassSpec, units: Sequence[Unit] = (), fallen: Sequence[Recipe] = ()
+    candidates: Sequence[Candidate], spec: DeviceClassSpec, units: Sequence[Unit] = (), fallen: Sequence[Recipe] = ()
 ) -> Choice:
-    """The best trial that misses no budget, by what the class prefers. Args: ``fallen``: what was tried besides, and is none any more."""
-    fitting = [trial for trial in trials if not trial.misses]
+    """The best candidate that misses no budget, by what the class prefers. Args: ``fallen``: what was tried besides, and is none any more."""
+    fitting = [candidate for candidate in candidates if not candidate.misses]
     nearest = max(
-        [t for t in trials if t.recipe.precision == spec.precision] or trials, key=lambda t: _nearness(t, spec)
+        [t for t in candidates if t.recipe.precision == spec.precision] or candidates, key=lambda t: _nearness(t, spec)
     )
     if not fitting:
-        return Choice(trials=tuple(trials), chosen=None, nearest=nearest, why=NOTHING, sensitivity=tuple(units))
+        return Choice(candidates=tuple(candidates), chosen=None, nearest=nearest, why=NOTHING, sensitivity=tuple(units))
     chosen = _best(fitting, spec.search.prefer)
     return Choice(
-        trials=tuple(trials),
+        candidates=tuple(candidates),
         chosen=chosen,
         nearest=nearest,
-        why=_why(chosen, trials, spec, fallen),
+        why=_why(chosen, candidates, spec, fallen),
         sensitivity=tuple(units),
     )
 
 
-def _nearness(trial: Trial, spec: DeviceClassSpec) -> tuple[bool, bool, float, float, float, float]:
-    """How close a trial comes to the budgets: of those accurate enough the one that is least too large, then least too slow, else the most accurate one.
+def _nearness(candidate: Candidate, spec: DeviceClassSpec) -> tuple[bool, bool, float, float, float, float]:
+    """How close a candidate comes to the budgets: of those accurate enough the one that is least too large, then least too slow, else the most accurate one.
     Times within the budget, which differ from run to run, don't count."""
-    figures, most = trial.figures, spec.budgets.size_bytes
-    good = accurate(trial, spec)
+    figures, most = candidate.figures, spec.budgets.size_bytes
+    good = accurate(candidate, spec)
     too_large = max(1.0, figures.compiled_bytes / most) if good and most is not None else 1.0
     too_slow = max(1.0, (figures.p50_ms or 0.0) / spec.budgets.latency_p95_ms) if good else 1.0
-    return not trial.died, good, -too_large, -too_slow, figures.agreement or 0.0, figures.sqnr_db or 0.0
+    return not candidate.died, good, -too_large, -too_slow, figures.agreement or 0.0, figures.sqnr_db or 0.0
 
 
 def without(choice: Choice, fallen: Sequence[Recipe], spec: DeviceClassSpec) -> Choice:
     """The choice when these, measured alone and on all samples, missed a budget after all."""
-    left = choose([t for t in choice.trials if t.recipe not in fallen], spec, choice.sensitivity, fallen)
+    left = choose([t for t in choice.candidates if t.recipe not in fallen], spec, choice.sensitivity, fallen)
     return msgspec.structs.replace(left, pruning=choice.pruning, left_out=choice.left_out, tfmot=choice.tfmot)
 
 
-def gainless(alone: Trial, choice: Choice, spec: DeviceClassSpec) -> tuple[str, ...]:
+def gainless(alone: Candidate, choice: Choice, spec: DeviceClassSpec) -> tuple[str, ...]:
     """Why a candidate that was chosen for its speed gives way when it is measured alone, or nothing. Of several that are timed side by side the luckiest
     wins; where in truth it takes as long as float, which fits too, other answers were bought for nothing."""
     time, figures = alone.figures.relative_time, alone.figures
     if spec.search.prefer != "latency" or answers_as_float(alone) or time is None or time <= 1:
         return ()
-    if not any(trial.recipe.exact and not trial.misses for trial in choice.trials):
+    if not any(candidate.recipe.exact and not candidate.misses for candidate in choice.candidates):
         return ()
     return (
         f"no faster than float when it is measured alone: p50 {figures.p50_ms:.2f} ms, float {figures.float_p50_ms:.2f}",
     )
 
 
-def told_of(choice: Choice, trials: Sequence[Trial], fallen: Mapping[Recipe, Trial]) -> Choice:
+def told_of(choice: Choice, candidates: Sequence[Candidate], fallen: Mapping[Recipe, Candidate]) -> Choice:
     """The choice with all that was tried in it, and why those that were better until they were measured alone are not taken.
 
     Args:
@@ -303,13 +309,13 @@ def told_of(choice: Choice, trials: Sequence[Trial], fallen: Mapping[Recipe, Tri
     last = fallen if choice.chosen is None else {**fallen, choice.chosen.recipe: choice.chosen}
     reasons = [f"not {recipe.told()}, which fits but for this: {', '.join(t.misses)}" for recipe, t in fallen.items()]
     return msgspec.structs.replace(
-        choice, trials=tuple(last.get(t.recipe, t) for t in trials), why="; ".join([choice.why, *reasons])
+        choice, candidates=tuple(last.get(t.recipe, t) for t in candidates), why="; ".join([choice.why, *reasons])
     )
 
 
-def _best(fitting: Sequence[Trial], prefer: str) -> Trial:
-    def quiet(trial: Trial) -> tuple[float, int]:
-        return (-(trial.figures.sqnr_db or 0.0), trial.figures.compiled_bytes)
+def _best(fitting: Sequence[Candidate], prefer: str) -> Candidate:
+    def quiet(candidate: Candidate) -> tuple[float, int]:
+        return (-(candidate.figures.sqnr_db or 0.0), candidate.figures.compiled_bytes)
 
     match prefer:
         case "accuracy":
@@ -321,7 +327,7 @@ def _best(fitting: Sequence[Trial], prefer: str) -> Trial:
             least = min(sizes.values())
             return min((t for t in fitting if sizes[t.recipe] <= least * ALIKE), key=quiet)
         case _:
-            timed = {trial.recipe: trial.figures.relative_time for trial in fitting}
+            timed = {candidate.recipe: candidate.figures.relative_time for candidate in fitting}
             known = [time for time in timed.values() if time is not None]
             if not known:  # a class that can't run here: fewest bytes stand for speed, and the board decides
                 return _best(fitting, "size")
@@ -337,10 +343,10 @@ def _best(fitting: Sequence[Trial], prefer: str) -> Trial:
 _LOSES = {"latency": "not faster", "size": "not smaller", "transfer": "no fewer bytes sent", "accuracy": "not as exact"}
 
 
-def _why(chosen: Trial, trials: Sequence[Trial], spec: DeviceClassSpec, fallen: Sequence[Recipe]) -> str:
+def _why(chosen: Candidate, candidates: Sequence[Candidate], spec: DeviceClassSpec, fallen: Sequence[Recipe]) -> str:
     if chosen.recipe.precision == spec.precision:
-        return f"{chosen.recipe.told()}: best of {len(trials)} tried for {spec.search.prefer}"
-    lost = [t for t in trials if t.recipe.precision == spec.precision]
+        return f"{chosen.recipe.told()}: best of {len(candidates)} tried for {spec.search.prefer}"
+    lost = [t for t in candidates if t.recipe.precision == spec.precision]
     if not lost and any(recipe.precision == spec.precision for recipe in fallen):
         return f"{chosen.recipe.precision} is shipped, because no {spec.precision} candidate held at last"
     if not lost:

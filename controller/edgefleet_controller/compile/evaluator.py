@@ -1,4 +1,4 @@
-"""Stage 2, compile: the measuring of candidates. Receives compiled models, hands on trials: figures, what they miss, and the outputs behind them.
+"""Stage 2, compile: the measuring of candidates. Receives compiled models, hands on figures, what they miss, and the outputs behind them.
 
 On this host, where it could be a board of the class, or runs what stands in for one; on a builder board of the class, where there is
 one; else what is not known is told as unmeasured, and the boards' acceptance decides.
@@ -22,7 +22,7 @@ from edgefleet_controller.compile.cache import content_key
 from edgefleet_controller.compile.host import cpu_features
 from edgefleet_controller.compile.port import HOST, Figures, Target, engine_version
 from edgefleet_controller.compile.recipe import Recipe
-from edgefleet_controller.compile.search import Trial
+from edgefleet_controller.compile.search import Candidate
 from edgefleet_controller.compile.steps import Steps, stands_in
 from edgefleet_controller.compile.toolchains import Toolchain
 from edgefleet_controller.compile.watching import ChildDied, ChildKilled, EngineFailed
@@ -34,15 +34,15 @@ MOST_FOR_SEVERAL = 100  # held-out samples that candidates of one round are told
 
 
 class Measured(NamedTuple):
-    """One trial with the outputs it was judged by (empty where the engine died) and the samples that got another answer."""
+    """One candidate with the outputs it was judged by (empty where the engine died) and the samples that got another answer."""
 
-    trial: Trial
+    candidate: Candidate
     outputs: dict[str, Any]
     changed: tuple[int, ...]
 
 
-class Trials:
-    """The trials of one compile.
+class Evaluator:
+    """Measures the candidates of one compile.
 
     Args:
         toolchain: the target's.
@@ -82,7 +82,7 @@ class Trials:
         if not self._target.runs_here:
             unheard = [self._unmeasured(*one, float_model) for one in tried]
             return [
-                one._replace(trial=self._on_board(one.trial, path, alone=alone))
+                one._replace(candidate=self._on_board(one.candidate, path, alone=alone))
                 for one, (_, path) in zip(unheard, tried, strict=True)
             ]
         count = self._version.holdout.count if alone else min(MOST_FOR_SEVERAL, self._version.holdout.count)
@@ -117,8 +117,8 @@ class Trials:
                 stand_in=self._target.stand_in if stood_in else "",
             )  # fmt: skip
             misses = tuple(quality.misses(figures, self._class.spec, recipe))
-            trial = Trial(recipe=recipe, figures=figures, misses=misses, key=self._steps.key(recipe))
-            measured.append(Measured(self._on_board(trial, path, alone=alone), answered, compared.changed))
+            candidate = Candidate(recipe=recipe, figures=figures, misses=misses, key=self._steps.key(recipe))
+            measured.append(Measured(self._on_board(candidate, path, alone=alone), answered, compared.changed))
         return measured
 
     def golden(self, path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -131,17 +131,17 @@ class Trials:
         self._steps.run({path: file}, self._version.golden, self._version.golden.count)
         return load_file(file), load_file(self._steps.prepare() / "golden.safetensors")
 
-    def _on_board(self, trial: Trial, path: Path, *, alone: bool) -> Trial:
-        """The trial with a builder board's figures, where one has to tell them and is there."""
+    def _on_board(self, candidate: Candidate, path: Path, *, alone: bool) -> Candidate:
+        """The candidate with a builder board's figures, where one has to tell them and is there."""
         if self.here or self._measure is None:
-            return trial
+            return candidate
         if self._board is None:
             self._board = BuilderBoard(
                 self._version, self._class, self._target, self._toolchain, self._layout, self._measure,
                 self._steps.prepare() / "golden.safetensors",
             )  # fmt: skip
         recipe, float_model = self._steps.compiled_float()
-        return self._board.measured(trial, path, float_model, self._steps.key(recipe), alone=alone)
+        return self._board.measured(candidate, path, float_model, self._steps.key(recipe), alone=alone)
 
     def _figures(self, path: Path, float_model: Path) -> Figures:
         return Figures(
@@ -168,7 +168,7 @@ class Trials:
         figures = msgspec.structs.replace(self._figures(path, float_model), unmeasured=missing)
         misses = (how, *quality.misses(figures, self._class.spec, recipe))
         return Measured(
-            Trial(recipe=recipe, figures=figures, misses=misses, key=self._steps.key(recipe), died=True), {}, ()
+            Candidate(recipe=recipe, figures=figures, misses=misses, key=self._steps.key(recipe), died=True), {}, ()
         )
 
     def _unmeasured(self, recipe: Recipe, path: Path, float_model: Path) -> Measured:
@@ -176,4 +176,4 @@ class Trials:
             self._figures(path, float_model), unmeasured=("agreement", "latency", "memory")
         )
         misses = tuple(quality.misses(figures, self._class.spec, recipe))
-        return Measured(Trial(recipe=recipe, figures=figures, misses=misses, key=self._steps.key(recipe)), {}, ())
+        return Measured(Candidate(recipe=recipe, figures=figures, misses=misses, key=self._steps.key(recipe)), {}, ())
