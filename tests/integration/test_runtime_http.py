@@ -113,18 +113,21 @@ def test_tritonclient_learns_from_the_configuration_whether_it_may_send_batches(
 
 
 @pytest.mark.parametrize(
-    "ask",
+    ("ask", "why"),
     [
-        lambda c: c.load_model("toy"),
-        lambda c: c.unload_model("toy"),
-        lambda c: c.get_trace_settings("toy"),
-        lambda c: c.get_log_settings(),
-        lambda c: c.register_cuda_shared_memory("r", b"AAAA", 0, 64),
-        lambda c: c.get_model_config("other"),
+        (lambda c: c.load_model("toy"), "agent alone decides"),
+        (lambda c: c.unload_model("toy"), "agent alone decides"),
+        (lambda c: c.get_trace_settings("toy"), "no tracing"),
+        (lambda c: c.get_trace_settings(), "no tracing"),
+        (lambda c: c.update_trace_settings("toy", {}), "no tracing"),
+        (lambda c: c.get_log_settings(), "no log settings"),
+        (lambda c: c.update_log_settings({}), "no log settings"),
+        (lambda c: c.register_cuda_shared_memory("r", b"AAAA", 0, 64), "use system shared memory"),
+        (lambda c: c.get_model_config("other"), "not served here"),
     ],
 )
-def test_tritonclient_is_told_what_is_not_served(client: triton.InferenceServerClient, ask: Any) -> None:
-    with pytest.raises(InferenceServerException, match="served"):
+def test_tritonclient_is_told_what_is_not_served(client: triton.InferenceServerClient, ask: Any, why: str) -> None:
+    with pytest.raises(InferenceServerException, match=why):
         ask(client)
 
 

@@ -19,7 +19,7 @@ import msgspec
 from edgefleet_shared import __version__
 
 from edgefleet_agent.runtime import answer as answers
-from edgefleet_agent.runtime import content_encoding, metrics, protocol, turns
+from edgefleet_agent.runtime import content_encoding, metrics, protocol, turns, unserved
 from edgefleet_agent.runtime.control import VersionState
 from edgefleet_agent.runtime.exchange import BINARY, JSON, TEXT, Place, Reply, Request
 from edgefleet_agent.runtime.head import Head, Refused
@@ -167,7 +167,7 @@ class Front:
         match = _CUDA_REGIONS.fullmatch(path)
         if match is not None:
             return _cuda_region(request, match["what"])
-        raise RequestError(404, f"nothing is served at {path[:200]!r}")
+        raise RequestError(404, unserved.why(path) or f"nothing is served at {path[:200]!r}")
 
     def _region(self, request: Request, name: str | None, what: str) -> tuple[int, bytes, bytes]:
         if what == "status":
@@ -398,7 +398,7 @@ def _cuda_region(request: Request, what: str) -> tuple[int, bytes, bytes]:
     """There are none: nothing can be registered, and all have been forgotten already."""
     _only(request, "GET" if what == "status" else "POST")
     if what == "register":
-        raise RequestError(400, "no CUDA shared memory is served here; use system shared memory")
+        raise RequestError(400, unserved.CUDA)
     return _json([]) if what == "status" else (200, b"", JSON)
 
 

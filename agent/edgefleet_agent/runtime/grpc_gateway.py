@@ -28,7 +28,7 @@ from edgefleet_shared.errors import EdgefleetError, EnvironmentProblem
 from google.protobuf.message import DecodeError, Message
 
 from edgefleet_agent import notify
-from edgefleet_agent.runtime import activation, grpc_health
+from edgefleet_agent.runtime import activation, grpc_health, unserved
 from edgefleet_agent.runtime import grpc_messages as messages
 from edgefleet_agent.runtime.grpc_bounds import CALLS_AT_ONCE, IDLE_LIMIT_S, LARGE_BYTES, MAX_CALLS, MESSAGE_LIMIT_S
 from edgefleet_agent.runtime.grpc_carrier import Carrier
@@ -43,14 +43,13 @@ SERVICE = "inference.GRPCInferenceService"
 LOOK_S = 1.0  # how often silent calls are looked at
 GRACE_S = 10.0
 
-# What Triton has beside these, and why it is not here.
 REFUSED = {
-    "ModelStreamInfer": "streams are not served; a model that answers once is asked by ModelInfer",
-    "RepositoryModelLoad": "the board's agent alone decides what is loaded",
-    "RepositoryModelUnload": "the board's agent alone decides what is loaded",
-    "CudaSharedMemoryRegister": "no CUDA shared memory is served here; use system shared memory",
-    "TraceSetting": "there is no tracing here",
-    "LogSettings": "there are no log settings here",
+    "ModelStreamInfer": unserved.STREAMS,
+    "RepositoryModelLoad": unserved.LOADING,
+    "RepositoryModelUnload": unserved.LOADING,
+    "CudaSharedMemoryRegister": unserved.CUDA,
+    "TraceSetting": unserved.TRACING,
+    "LogSettings": unserved.LOGGING,
 }
 
 
