@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 from edgefleet_shared.artifact import ModelConfig
 from edgefleet_shared.contract import TensorSpec
-from edgefleet_shared.errors import EngineError, from_dict
+from edgefleet_shared.errors import EngineError, StarvedError, from_dict
 
 from edgefleet_agent import out_of_memory
 from edgefleet_agent.runtime import channel, protocol, shm
@@ -436,7 +436,8 @@ class WorkerProcess:
             problem += f": the board is out of memory; it held {ended.peak_bytes >> 20} of the {limit_bytes >> 20} MiB that it may"
         if not self._ready.done():
             said = self._child.output.last_words() if self._child is not None else ""
-            self._ready.set_exception(EngineError(f"the worker {problem or 'ended'} while loading the model{said}"))
+            kind = StarvedError if self.starved else EngineError
+            self._ready.set_exception(kind(f"the worker {problem or 'ended'} while loading the model{said}"))
             self._ready.exception()  # seen: start() may have given up waiting
         unanswered, self._jobs = [job for job, _ in self._jobs.values()], {}
         self._free.clear()
