@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import subprocess
 import sys
 import threading
@@ -202,6 +203,24 @@ def test_a_candidate_that_has_to_go_for_others_each_time_is_not_held_against_the
     assert "the board is out of memory" in report.reason
     assert report.reason in why
     assert loading.infer(np.full((1, 8, 8, 3), 0.5, np.float32))[0] == 200
+
+
+def test_a_candidate_that_the_board_refuses_memory_is_loaded_once_it_grants_that(tmp_path: Path) -> None:
+    """What a process may write is limited from outside, as a kernel that promises no more than it has limits it."""
+    with running(tmp_path) as runtime:
+        runtime.install(runtime.add("1"))
+        runtime.start()
+        assert runtime.process is not None
+        (nursery,) = _children(runtime.process.pid)
+        before = resource.prlimit(nursery, resource.RLIMIT_DATA, (200 << 20, resource.RLIM_INFINITY))
+        stop = Waiting(lambda: _grant(nursery, before))
+        candidate = runtime.add("2", content=artifacts.onnx_model(2, padding_bytes=100 << 20))
+        event, why, report = told(swap.swap, runtime, candidate, stop)
+    assert (event, stop.waits, report.verdict) == (Event.SWAPPED, 1, Verdict.PASSED), why
+
+
+def _grant(pid: int, data_bytes: tuple[int, int]) -> None:
+    resource.prlimit(pid, resource.RLIMIT_DATA, data_bytes)
 
 
 def test_a_candidate_that_dies_while_it_loads_is_loaded_once(tmp_path: Path) -> None:

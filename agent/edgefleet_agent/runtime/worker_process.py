@@ -80,7 +80,7 @@ class WorkerProcess:
         self._stopping = False
         self._verdict = ""  # why this side killed it, if it did
         self._kills_before = 0
-        self.starved = False  # the kernel ended it for want of memory, of which it had taken no more than it may
+        self.starved = False  # the kernel ended it for want of memory, or refused it some, of which it had taken no more than it may
         self.shadow: Shadow | None = None  # follows what this worker is asked
 
     @property
@@ -399,7 +399,9 @@ class WorkerProcess:
                 if isinstance(message, Ready):
                     self._ready.set_result(message)
                 else:
-                    self._ready.set_exception(from_dict(message.error))
+                    problem = from_dict(message.error)
+                    self.starved = isinstance(problem, StarvedError)
+                    self._ready.set_exception(problem)
 
     def _outputs(self, index: int, shapes: list[tuple[int, ...]]) -> list[OutputTensor]:
         """Copy the outputs out of a slot, so that it is free at once; a worker's numbers are not trusted."""
