@@ -12,6 +12,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from edgefleet_agent import fetch_http
 from edgefleet_agent.fetch_http import fetch_chunks
 from edgefleet_controller.demo.boards import Board
 from edgefleet_shared.artifact import Layout, digest_of, parse_manifest
@@ -189,6 +190,26 @@ def test_what_is_not_wanted_any_more_is_left_also_by_a_controller_that_drips(tmp
         hung_up.set()
     assert taken == {0: CONTENT[:4096]}
     assert 8192 not in asked
+
+
+def test_a_head_that_drips_is_not_waited_for_without_end(served, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fetch_http, "TIMEOUT_S", 0.5)
+    hung_up = threading.Event()
+
+    def drip(to: BaseHTTPRequestHandler, first: int, last: int) -> None:
+        to.wfile.write(b"HTTP/1.1 206 Partial Content\r\nX: ")
+        with suppress(OSError):
+            while not hung_up.wait(0.05):
+                to.wfile.write(b"x")
+        to.close_connection = True
+
+    patience = threading.Timer(10.0, hung_up.set)
+    patience.start()
+    with pytest.raises(TransportError):
+        served(drip)([0], {})
+    assert not hung_up.is_set()
+    patience.cancel()
+    hung_up.set()
 
 
 def test_whoever_has_no_certificate_of_the_fleet_is_not_asked(tmp_path: Path, served) -> None:
