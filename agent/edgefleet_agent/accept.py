@@ -32,13 +32,14 @@ MEMORY_SLACK_BYTES = 64 * 1024 * 1024
 
 
 class AcceptRequest(msgspec.Struct, frozen=True, kw_only=True):
-    """parent -> child, on its stdin. ``address_space_bytes`` is what it may map beyond the engine's libraries, ``most_mhz`` the clock that
-    the board may have now, 0 for no limit."""
+    """parent -> child, on its stdin. ``memory_bytes`` is what it may hold, ``address_space_bytes`` what it may map beyond the engine's libraries,
+    ``most_mhz`` the clock that the board may have now, 0 for no limit."""
 
     layout: str
     manifest: str
     engine: str
     threads: int
+    memory_bytes: int
     address_space_bytes: int
     most_mhz: int = 0
 
@@ -62,13 +63,14 @@ class Measured(msgspec.Struct, frozen=True, tag="measured"):
 
 
 class Broke(msgspec.Struct, frozen=True, tag="broke"):
-    """child -> parent: an error, and whether the artifact or the measuring is to blame."""
+    """child -> parent: an error, and what is to blame: the artifact, the measuring, or a board without the memory that the artifact may take."""
 
-    blame: Literal["model", "measuring"]
+    blame: Literal["model", "measuring", "board"]
     message: str
 
 
 ChildReport = Stage | Confined | Measured | Broke
+_BLAMED = {"model": Verdict.FAILED, "measuring": Verdict.ERROR, "board": Verdict.INCONCLUSIVE}
 _decode = msgspec.json.Decoder(ChildReport).decode
 
 
@@ -99,6 +101,7 @@ def accept(state: Path, manifest_digest: str, *, threads: int = 1) -> Acceptance
         manifest=manifest_digest,
         engine=config.engine,
         threads=threads,
+        memory_bytes=limits.memory_bytes,
         # Allocators reserve more than they touch; resident memory is watched by the parent, this only bounds a burst.
         address_space_bytes=limits.memory_bytes * 2 + (512 << 20),
         most_mhz=power_profile.asked_mhz(state),
@@ -138,8 +141,9 @@ def _report_on(contract: AcceptanceContract, ended: Ended, throttled: bool | Non
             verdict=Verdict.ERROR, reason=f"the accepting child reported nonsense: {exc}", unconfined=missing
         )
     if broke is not None:
-        verdict = Verdict.FAILED if broke.blame == "model" else Verdict.ERROR
-        return AcceptanceReport(verdict=verdict, reason=f"{broke.message} (while {doing})", unconfined=missing)
+        return AcceptanceReport(
+            verdict=_BLAMED[broke.blame], reason=f"{broke.message} (while {doing})", unconfined=missing
+        )
     if ended.problem:
         verdict = _blame(ended, doing, throttled)
         busy = ""

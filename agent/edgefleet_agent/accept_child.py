@@ -54,10 +54,14 @@ def main() -> int:
 
     try:
         report(Measured(measure(request, lambda doing: report(Stage(doing)), unconfined)))
-    except (EngineError, ArtifactError, NotFoundError) as exc:
+    except (EngineError, MemoryError) as exc:
+        problem = exc.message if isinstance(exc, EngineError) else "out of memory"
+        if confinement.is_refused_memory(request.memory_bytes):
+            report(Broke("board", f"the board has no memory that the model may take: {problem}"))
+        else:
+            report(Broke("model", problem))
+    except (ArtifactError, NotFoundError) as exc:
         report(Broke("model", exc.message))
-    except MemoryError:
-        report(Broke("model", "out of memory"))
     except (_MeasuringBrokeError, EdgefleetError) as exc:
         report(Broke("measuring", str(exc)))
     return 0

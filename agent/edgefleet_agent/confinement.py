@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import mmap
 import os
 import platform
 import resource
@@ -31,6 +32,7 @@ _LANDLOCK_CREATE, _LANDLOCK_ADD, _LANDLOCK_RESTRICT = 444, 445, 446  # the same 
 # Landlock file rights by ABI: 13 bits in ABI 1, then REFER, TRUNCATE, (network), IOCTL_DEV.
 _FS_EXECUTE, _FS_WRITE_FILE, _FS_READ_FILE, _FS_READ_DIR = 1, 2, 4, 8
 _FS_TRUNCATE, _FS_IOCTL_DEV = 1 << 14, 1 << 15
+_ASKED_BYTES = 4 << 20  # in one piece; a kernel refuses a single one that is larger than all it has, whoever asks
 _FS_ON_FILES = _FS_EXECUTE | _FS_WRITE_FILE | _FS_READ_FILE | _FS_TRUNCATE | _FS_IOCTL_DEV
 _FS_ALL_BY_ABI = {1: (1 << 13) - 1, 2: (1 << 14) - 1, 3: (1 << 15) - 1, 4: (1 << 15) - 1, 5: (1 << 16) - 1}
 
@@ -95,13 +97,42 @@ def limit_address_space(more_bytes: int) -> tuple[str, ...]:
     Returns:
         as :func:`confine`: an emulator takes the limit and does not keep it.
     """
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
     # In 32 bits the address space itself is the smaller limit.
-    limit = min(pages * resource.getpagesize() + more_bytes, sys.maxsize)
+    limit = min(_mapped_bytes()[0] + more_bytes, sys.maxsize)
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     if resource.getrlimit(resource.RLIMIT_AS)[0] != limit:
         return (f"address space: a limit of {limit} bytes was taken and not kept",)
     return ()
+
+
+def is_refused_memory(may_hold_bytes: int) -> bool:
+    """Whether the board refuses this process memory that it may have: all that is free is promised already (``vm.overcommit_memory`` 2), or a
+    limit of the service's is smaller. False where its own limit (:func:`limit_address_space`) is in the way.
+
+    Args:
+        may_hold_bytes: what it may hold in all. It is asked for, piece by piece and untouched, and given back.
+    """
+    asked: list[mmap.mmap] = []
+    try:
+        mapped_bytes, written_bytes = _mapped_bytes()
+        limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+        for _ in range((may_hold_bytes - written_bytes) // _ASKED_BYTES):
+            mapped_bytes += _ASKED_BYTES
+            if limit != resource.RLIM_INFINITY and mapped_bytes > limit:
+                return False
+            asked.append(mmap.mmap(-1, _ASKED_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
+    except (OSError, MemoryError):
+        return True
+    finally:
+        for piece in asked:
+            piece.close()
+    return False
+
+
+def _mapped_bytes() -> tuple[int, int]:
+    """The address space of this process, and how much of it is its own to write (proc(5), ``statm``)."""
+    fields = [int(field) for field in Path("/proc/self/statm").read_text().split()]
+    return fields[0] * resource.getpagesize(), fields[5] * resource.getpagesize()
 
 
 def _libc() -> ctypes.CDLL:

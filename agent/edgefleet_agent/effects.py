@@ -91,7 +91,7 @@ class Effects:
             case Effect.SHADOW:
                 return lambda stop: self._shadow(journal, stop)
             case Effect.SWAP:
-                return lambda stop: Result(*swap.swap(state, ports, at_work(journal), stop))
+                return lambda stop: Result(*swap.swap(state, ports, at_work(journal), _report(journal), stop))
             case Effect.SOAK:
                 return lambda stop: Result(*swap.soak(ports, at_work(journal), stop, journal.soaked_s))
             case Effect.COMMIT:
@@ -137,8 +137,7 @@ class Effects:
                 return Result(Event.NOT_ACCEPTED, f"acceptance {report.verdict.value}: {report.reason}", report)
 
     def _shadow(self, journal: Journal, stop: threading.Event) -> Result:
-        report = journal.acceptance or AcceptanceReport(verdict=Verdict.PASSED)
-        return Result(*shadow.shadow(self._state, self._ports, at_work(journal), report, stop))
+        return Result(*shadow.shadow(self._state, self._ports, at_work(journal), _report(journal), stop))
 
     def _serve(self, stop: threading.Event) -> Result:
         try:
@@ -164,3 +163,8 @@ def at_work(journal: Journal) -> Assignment:
     """The assignment that the effects are about."""
     assert journal.assignment is not None
     return journal.assignment
+
+
+def _report(journal: Journal) -> AcceptanceReport:
+    """Of its acceptance, which it has passed."""
+    return journal.acceptance or AcceptanceReport(verdict=Verdict.PASSED)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
+import socket
+import threading
 from collections.abc import Callable
 
 from edgefleet_shared.errors import TransportError
@@ -38,7 +41,7 @@ def fetch_chunks(
             first = number * chunk_bytes
             last = min(first + chunk_bytes, size) - 1
             link.request("GET", f"/v1/blobs/{digest}", headers={"Range": f"bytes={first}-{last}"})
-            answer = link.getresponse()
+            answer = _head(link)
             # As it comes: a sender that drips would hold this way for whoever wants something else now.
             piece = b""
             while len(piece) <= chunk_bytes and (more := answer.read1(chunk_bytes + 1 - len(piece))):
@@ -53,3 +56,24 @@ def fetch_chunks(
         raise TransportError(f"can't fetch from {host}:{port}: {exc}") from exc
     finally:
         link.close()
+
+
+def _head(link: http.client.HTTPSConnection) -> http.client.HTTPResponse:
+    """The head of the answer. The connection's own limit is on each piece of it: one that drips would never be done, nor ask whether it is wanted.
+
+    Raises:
+        OSError, http.client.HTTPException: it did not come within TIMEOUT_S, or is none.
+    """
+    assert link.sock is not None
+    too_late = threading.Timer(TIMEOUT_S, _cut, (link.sock,))
+    too_late.daemon = True
+    too_late.start()
+    try:
+        return link.getresponse()
+    finally:
+        too_late.cancel()
+
+
+def _cut(link: socket.socket) -> None:
+    with contextlib.suppress(OSError):  # it has ended just now
+        socket.socket.shutdown(link, socket.SHUT_RDWR)  # the TLS socket's own would go on in clear

@@ -3,7 +3,7 @@
 The kernel ends the process with the highest score: the memory that it holds, plus its ``oom_score_adj`` in thousandths of all there is.
 What is only tried, or loads, must go before what serves, which as a rule holds more. To raise the adjustment needs no right, and neither does
 to lower it again to what a process was started with.
-What had kept to its own limit was ended for others' sake, and that says nothing against it.
+What had kept to its own limit was ended for others' sake, and that says nothing against it: it is tried again a little later.
 Source: proc(5), ``/proc/pid/oom_score_adj``, and ``oom_kill`` in ``/proc/vmstat`` (Linux 4.13).
 """
 
@@ -11,12 +11,19 @@ from __future__ import annotations
 
 import contextlib
 import signal
+import threading
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import TypeVar
+
+from edgefleet_shared.errors import StarvedError
 
 from edgefleet_agent import sysfs
 
 VMSTAT = Path("/proc/vmstat")
+ATTEMPTS, PAUSE_S = 3, 5.0
+_T = TypeVar("_T")
 _BEFORE_ALL_OTHERS = 1000
 
 
@@ -48,6 +55,23 @@ def is_starved(code: int, peak_bytes: int, limit_bytes: int, kills_before: int) 
         kills_before: :func:`kills` when it was started.
     """
     return code == -signal.SIGKILL and 0 < peak_bytes <= limit_bytes and kills() > kills_before
+
+
+def outlast(work: Callable[[], _T], stop: threading.Event) -> _T:
+    """What ``work`` returns. While a process has to go for others in it, it is done again: they may have gone meanwhile.
+
+    Raises:
+        StarvedError: each time, or until ``stop``.
+        Whatever else ``work`` raises.
+    """
+    attempt = 1
+    while True:
+        try:
+            return work()
+        except StarvedError:
+            if attempt >= ATTEMPTS or stop.wait(PAUSE_S):
+                raise
+            attempt += 1
 
 
 @cache

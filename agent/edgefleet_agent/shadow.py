@@ -13,11 +13,11 @@ from typing import cast
 
 import msgspec
 from edgefleet_shared.assignment import Assignment
-from edgefleet_shared.contract import AcceptanceReport, ShadowFigures, Verdict, judge_shadow
-from edgefleet_shared.errors import EdgefleetError
+from edgefleet_shared.contract import AcceptanceReport, ShadowFigures, Verdict, doubted, judge_shadow
+from edgefleet_shared.errors import EdgefleetError, StarvedError
 from edgefleet_shared.lifecycle import Event
 
-from edgefleet_agent import slots
+from edgefleet_agent import out_of_memory, slots
 from edgefleet_agent.ports import Ports
 from edgefleet_agent.runtime.control import SwapMode
 
@@ -44,8 +44,11 @@ def shadow(
         return Event.AGREED, "the class asks for no shadow", report
     if ports.runtime.status().serving is None:
         return _without(report, "nothing serves that it could be compared with")
+    mode = cast(SwapMode, assignment.swap)
     try:
-        loaded = ports.runtime.load(assignment.manifest, cast(SwapMode, assignment.swap))
+        loaded = out_of_memory.outlast(lambda: ports.runtime.load(assignment.manifest, mode), stop)
+    except StarvedError as exc:
+        return Event.DISAGREED, str(exc), doubted(report, exc.message)
     except EdgefleetError as exc:
         return Event.DISAGREED, str(exc), report
     if loaded.mode != "blue-green":
@@ -57,7 +60,7 @@ def shadow(
         figures = status.shadow
         if figures is None or figures.manifest != assignment.manifest:
             # The runtime was restarted, and has forgotten both.
-            ports.runtime.load(assignment.manifest, cast(SwapMode, assignment.swap))
+            ports.runtime.load(assignment.manifest, mode)
             ports.runtime.shadow(assignment.manifest)
             figures = ShadowFigures(manifest=assignment.manifest)
         version = next((v for v in status.versions if v.manifest == assignment.manifest), None)

@@ -17,10 +17,11 @@ from typing import cast
 
 import msgspec
 from edgefleet_shared.assignment import Assignment
-from edgefleet_shared.errors import EdgefleetError, EnvironmentProblem, TransportError
+from edgefleet_shared.contract import AcceptanceReport, doubted
+from edgefleet_shared.errors import EdgefleetError, EnvironmentProblem, StarvedError, TransportError
 from edgefleet_shared.lifecycle import Event
 
-from edgefleet_agent import slots
+from edgefleet_agent import out_of_memory, slots
 from edgefleet_agent.ports import Ports
 from edgefleet_agent.runtime.control import StatusReport, SwapMode, VersionStatus
 from edgefleet_agent.slots import SlotStatus
@@ -46,28 +47,41 @@ def _patiently(ports: Ports, stop: threading.Event) -> StatusReport:
                 raise
 
 
-def swap(state: Path, ports: Ports, assignment: Assignment, stop: threading.Event) -> tuple[Event, str]:
-    """Load the candidate, flip the slots, switch."""
+def swap(
+    state: Path, ports: Ports, assignment: Assignment, report: AcceptanceReport, stop: threading.Event
+) -> tuple[Event, str, AcceptanceReport]:
+    """Load the candidate, flip the slots, switch.
+
+    Args:
+        report: of its acceptance.
+
+    Returns:
+        the event, why, and the report: in doubt where the board had no memory to load what it had accepted.
+    """
     now = slots.read(state, files=ports.files)
     flipped = now.active is not None and now.active.manifest == assignment.manifest
     if not flipped and (now.candidate is None or now.candidate.manifest != assignment.manifest):
-        return Event.LOAD_FAILED, "the slots do not name it as candidate any more"
+        return Event.LOAD_FAILED, "the slots do not name it as candidate any more", report
+    wanted = None if flipped else now.flipped()
     try:
         _patiently(ports, stop)
-        loaded = ports.runtime.load(assignment.manifest, cast(SwapMode, assignment.swap))
-        if not flipped:
-            slots.write(state, now.flipped(), files=ports.files)
+        how = out_of_memory.outlast(lambda: _swap(state, ports, assignment, wanted), stop)
+        return Event.SWAPPED, how, report
     except EdgefleetError as exc:
         # A write that failed may have come through: what the disk says now decides whether there is something to undo.
         after = slots.read(state, files=ports.files).active
         if after is not None and after.manifest == assignment.manifest:
-            return Event.SWAP_FAILED, str(exc)
-        return Event.LOAD_FAILED, str(exc)
-    try:
-        switched = ports.runtime.switch(assignment.manifest)
-    except EdgefleetError as exc:
-        return Event.SWAP_FAILED, str(exc)
-    return Event.SWAPPED, f"{loaded.mode}: {loaded.why}; requests waited {switched.parked_ms:.0f} ms"
+            return Event.SWAP_FAILED, str(exc), report
+        return Event.LOAD_FAILED, str(exc), doubted(report, exc.message) if isinstance(exc, StarvedError) else report
+
+
+def _swap(state: Path, ports: Ports, assignment: Assignment, flipped: slots.Slots | None) -> str:
+    """One try of it; returns how it went. ``flipped`` None: the slots are already."""
+    loaded = ports.runtime.load(assignment.manifest, cast(SwapMode, assignment.swap))
+    if flipped is not None:
+        slots.write(state, flipped, files=ports.files)
+    switched = ports.runtime.switch(assignment.manifest)
+    return f"{loaded.mode}: {loaded.why}; requests waited {switched.parked_ms:.0f} ms"
 
 
 def soak(ports: Ports, assignment: Assignment, stop: threading.Event, soaked_s: float = 0.0) -> tuple[Event, str]:
@@ -175,9 +189,13 @@ def _make_serve(ports: Ports, now: slots.Slots, stop: threading.Event) -> None:
         return
     status = _patiently(ports, stop)
     if status.serving != wanted.manifest:
-        ports.runtime.load(wanted.manifest)
-        ports.runtime.switch(wanted.manifest)
+        out_of_memory.outlast(lambda: _load_and_switch(ports, wanted.manifest), stop)
     _retire_others(ports, wanted.manifest)
+
+
+def _load_and_switch(ports: Ports, manifest: str) -> None:
+    ports.runtime.load(manifest)
+    ports.runtime.switch(manifest)
 
 
 def discard(state: Path, ports: Ports) -> None:

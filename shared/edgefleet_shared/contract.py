@@ -334,6 +334,11 @@ def judge_shadow(plan: ShadowPlan, figures: ShadowFigures, report: AcceptanceRep
     return _judged(msgspec.structs.replace(report, shadow=figures), (*report.measurements, *rows))
 
 
+def doubted(report: AcceptanceReport, reason: str) -> AcceptanceReport:
+    """The report of a candidate that had passed, on a board that then could not tell whether it serves."""
+    return msgspec.structs.replace(report, verdict=Verdict.INCONCLUSIVE, reason=reason)
+
+
 def _judged(report: AcceptanceReport, rows: tuple[Measurement, ...]) -> AcceptanceReport:
     """The report with these measurements, and with the gravest of their verdicts."""
     verdict = next(v for v in _GRAVITY if any(r.verdict is v for r in rows))

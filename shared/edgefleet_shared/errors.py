@@ -13,6 +13,7 @@
     ├── ArtifactError                   an artifact that is not what its digest or its layout says
     ├── IncompatibleError               a sound artifact that this board can't run
     ├── EngineError                     an inference engine refused, failed or died
+    │   └── StarvedError                it had to go for what else is on the board; later it may have room
     ├── ToolchainError                  a compile toolchain failed
     │   └── ToolchainUnusable           it is missing or broken on this machine; another may have it
     ├── QualityError                    a compiled model misses a budget
@@ -96,6 +97,10 @@ class IncompatibleError(EdgefleetError):
 
 class EngineError(EdgefleetError):
     code = "engine_failed"
+
+
+class StarvedError(EngineError):
+    code = "starved"
 
 
 class ToolchainError(EdgefleetError):

@@ -95,9 +95,9 @@ def adopt_without_folder_sync(temporary: Path, path: Path, *, files: Any) -> Non
 _swap, _carry_out, _write_slots, _collect = swap.swap, effects.Effects.carry_out, slots.write, slots.collect_garbage
 
 
-def collect_at_the_flip(state: Path, ports: Any, assignment: Any, stop: Any) -> Any:
+def collect_at_the_flip(state: Path, ports: Any, assignment: Any, report: Any, stop: Any) -> Any:
     """The old artifact goes before the new one is committed."""
-    done = _swap(state, ports, assignment, stop)
+    done = _swap(state, ports, assignment, report, stop)
     now = slots.read(state, files=ports.files)
     _collect(state, slots.Slots(active=now.active), files=ports.files)
     return done

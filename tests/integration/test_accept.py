@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -125,6 +126,37 @@ def test_time_that_runs_out_on_a_crowded_core_is_inconclusive(tmp_path: Path, cr
     report = accept(tmp_path, made.digest)
     assert report.verdict is Verdict.INCONCLUSIVE, report.reason
     assert "over its time limit of 30 s while timing inferences: the board was busy" in report.reason
+
+
+ACCEPT = """
+import sys
+from pathlib import Path
+from edgefleet_agent.accept import accept
+report = accept(Path(sys.argv[1]), sys.argv[2])
+print(report.verdict.value, report.reason)
+"""
+
+
+@pytest.mark.parametrize(
+    ("behaviour", "granted_mib", "said"),
+    [
+        ("good", 200, "inconclusive the board has no memory that the model may take"),
+        ("corrupt", 4000, "failed onnxruntime can't load the model"),
+    ],
+    ids=["refused", "granted"],
+)
+def test_a_board_that_refuses_the_memory_that_a_model_may_take_can_not_tell(
+    tmp_path: Path, behaviour: artifacts.Behaviour, granted_mib: int, said: str
+) -> None:
+    """What a process may write is limited from outside, as a kernel that promises no more than it has limits it."""
+    large = artifacts.onnx_model(1, padding_bytes=100 << 20) if behaviour == "good" else None
+    made = artifacts.make_artifact(slots.artifacts(tmp_path), behaviour=behaviour, content=large)
+    limit = (granted_mib << 20, granted_mib << 20)
+    ended = subprocess.run(
+        [sys.executable, "-c", ACCEPT, str(tmp_path), made.digest], capture_output=True, text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_DATA, limit),
+    )  # fmt: skip
+    assert ended.stdout.startswith(said), ended.stdout + ended.stderr
 
 
 def test_a_temperature_ceiling_on_a_board_without_sensor_is_inconclusive(tmp_path: Path) -> None:

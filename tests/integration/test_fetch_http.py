@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import ssl
 import threading
@@ -11,6 +12,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from edgefleet_agent import fetch_http
 from edgefleet_agent.fetch_http import fetch_chunks
 from edgefleet_controller.demo.boards import Board
 from edgefleet_shared.artifact import Layout, digest_of, parse_manifest
@@ -54,7 +56,7 @@ def test_a_board_whom_the_broker_brings_no_chunk_gets_the_artifact_by_https(tmp_
         fleet.close()
 
 
-# Chunk numbers, where the received chunks go, and whether they are wanted still.
+# Chunk numbers, where the received chunks go, whether they are wanted still, and whose certificates the board trusts.
 Fetch = Callable[..., None]
 Answer = Callable[[BaseHTTPRequestHandler, int, int], None]
 
@@ -85,9 +87,15 @@ def served(tmp_path: Path) -> Iterator[Callable[[Answer], Fetch]]:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         running.append(server)
 
-        def fetch(numbers: list[int], taken: dict[int, bytes], wanted: Callable[[], bool] = lambda: True) -> None:
+        def fetch(
+            numbers: list[int],
+            taken: dict[int, bytes],
+            wanted: Callable[[], bool] = lambda: True,
+            *,
+            trusts: TestBroker = pki,
+        ) -> None:
             fetch_chunks(
-                pki.endpoint("board"), "127.0.0.1", server.server_port, digest_of(CONTENT), len(CONTENT), CHUNK_BYTES,
+                trusts.endpoint("board"), "127.0.0.1", server.server_port, digest_of(CONTENT), len(CONTENT), CHUNK_BYTES,
                 numbers, lambda digest, number, piece: taken.update({number: piece}), wanted,
             )  # fmt: skip
 
@@ -104,6 +112,13 @@ def reply(to: BaseHTTPRequestHandler, status: int, body: bytes, length: int | No
     to.send_header("Content-Length", str(len(body) if length is None else length))
     to.end_headers()
     to.wfile.write(body)
+
+
+def sent_away(to: BaseHTTPRequestHandler) -> None:
+    to.send_response(302)
+    to.send_header("Location", "https://portal.example/")
+    to.send_header("Content-Length", "0")
+    to.end_headers()
 
 
 def honest(to: BaseHTTPRequestHandler, first: int, last: int) -> None:
@@ -130,6 +145,10 @@ def test_only_the_missing_chunks_are_asked_for_and_the_last_one_is_shorter(serve
         pytest.param(lambda to, first, last: reply(to, 206, CONTENT), id="more than was asked for"),
         pytest.param(lambda to, first, last: reply(to, 206, CONTENT[first:last]), id="a byte too few"),
         pytest.param(lambda to, first, last: reply(to, 206, b"x", length=4096), id="cut in the middle"),
+        pytest.param(lambda to, first, last: reply(to, 200, b"<html>Log in</html>"), id="a page to log in"),
+        pytest.param(lambda to, first, last: reply(to, 200, CONTENT[first : last + 1]), id="its length by chance"),
+        pytest.param(lambda to, first, last: sent_away(to), id="sent to another host"),
+        pytest.param(lambda to, first, last: reply(to, 206, gzip.compress(CONTENT[first : last + 1])), id="packed"),
         pytest.param(lambda to, first, last: reply(to, 403, json.dumps({"code": "refused"}).encode()), id="refused"),
         pytest.param(lambda to, first, last: to.wfile.write(b"\x00\xff\r\n\r\n"), id="no HTTP"),
         pytest.param(lambda to, first, last: None, id="hangs up"),
@@ -171,6 +190,35 @@ def test_what_is_not_wanted_any_more_is_left_also_by_a_controller_that_drips(tmp
         hung_up.set()
     assert taken == {0: CONTENT[:4096]}
     assert 8192 not in asked
+
+
+def test_a_head_that_drips_is_not_waited_for_without_end(served, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fetch_http, "TIMEOUT_S", 0.5)
+    hung_up = threading.Event()
+
+    def drip(to: BaseHTTPRequestHandler, first: int, last: int) -> None:
+        to.wfile.write(b"HTTP/1.1 206 Partial Content\r\nX: ")
+        with suppress(OSError):
+            while not hung_up.wait(0.05):
+                to.wfile.write(b"x")
+        to.close_connection = True
+
+    patience = threading.Timer(10.0, hung_up.set)
+    patience.start()
+    with pytest.raises(TransportError):
+        served(drip)([0], {})
+    assert not hung_up.is_set()
+    patience.cancel()
+    hung_up.set()
+
+
+def test_whoever_has_no_certificate_of_the_fleet_is_not_asked(tmp_path: Path, served) -> None:
+    """A captive portal answers every name, by a certificate of its own."""
+    asked: list[int] = []
+    fetch = served(lambda to, first, last: asked.append(first))
+    with pytest.raises(TransportError, match="CERTIFICATE_VERIFY_FAILED"):
+        fetch([0], {}, trusts=TestBroker(tmp_path / "another"))
+    assert asked == []
 
 
 def test_a_controller_that_is_not_there_is_a_transport_error(tmp_path: Path) -> None:

@@ -6,6 +6,8 @@ import json
 import os
 import platform
 import resource
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -79,6 +81,17 @@ def test_a_single_huge_allocation_is_refused_before_any_page_is_touched(misbehav
     said = reports(misbehave("reserve_memory"))
     assert "small: done" in said
     assert "large: MemoryError" in said
+
+
+@pytest.mark.parametrize(("limited", "refused"), [("RLIMIT_AS", "False"), ("RLIMIT_DATA", "True")])
+def test_memory_that_its_own_limit_keeps_from_a_process_is_not_refused_by_the_board(limited: str, refused: str) -> None:
+    code = (
+        "import resource; from edgefleet_agent import confinement;"
+        f"resource.setrlimit(resource.{limited}, (256 << 20, 256 << 20));"
+        "print(confinement.is_refused_memory(100 << 20), confinement.is_refused_memory(1 << 30))"
+    )
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert told.split() == ["False", refused]
 
 
 def test_a_child_that_floods_its_parent_is_ended(misbehave) -> None:

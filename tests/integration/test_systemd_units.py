@@ -53,6 +53,25 @@ def test_systemd_reads_the_unit_without_a_word(installed, name):
     assert complaints == ""
 
 
+GUIDES = "".join(guide.read_text() for guide in sorted((ROOT / "docs/guides").glob("*.md")))
+DROP_INS = [block for block in re.findall(r"^```\n(.*?)^```", GUIDES, flags=re.M | re.S) if "\n[Service]\n" in block]
+
+
+def test_the_guides_hold_a_drop_in():
+    assert DROP_INS
+
+
+@pytest.mark.parametrize("block", DROP_INS)
+def test_systemd_reads_a_guides_drop_in_without_a_word(installed, block):
+    places = re.findall(r"(fleet-[a-z-]+\.service)\.d/([a-z-]+\.conf)", block)
+    assert places
+    for unit, name in places:
+        (installed / f"{unit}.d").mkdir()
+        (installed / f"{unit}.d" / name).write_text(block)
+        _, complaints = analyze("verify", "--man=no", installed / unit)
+        assert complaints == ""
+
+
 def test_a_misspelt_key_would_be_noticed(installed):
     unit = installed / "fleet-agent.service"
     unit.write_text(unit.read_text().replace("WatchdogSec=", "WatchDogSec="))

@@ -7,7 +7,10 @@ import re
 import sys
 from pathlib import Path
 
+import click
 import pytest
+from edgefleet_agent.cli import main as fleet_agent
+from edgefleet_controller.cli.main import main as fleet
 
 ROOT = Path(__file__).resolve().parents[2]
 _spec = importlib.util.spec_from_file_location("docs_generate", ROOT / "docs" / "generate.py")
@@ -91,6 +94,29 @@ def test_every_place_that_the_flow_names_exists():
     assert [place for place in named if not (ROOT / place).exists()] == []
 
 
+GUIDES = sorted((ROOT / "docs/guides").glob("*.md"))
+
+
+def commands_of(guide):
+    """Every command line of ours, from blocks and from sentences, without what a block says about it."""
+    text = guide.read_text()
+    blocks = "\n".join(re.findall(r"^```\n(.*?)^```", text, re.MULTILINE | re.DOTALL))
+    sentences = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
+    lines = re.findall(r"^(fleet(?:-agent)? .*)", blocks, re.MULTILINE)
+    return [line.split("  #")[0] for line in lines] + re.findall(r"`(fleet(?:-agent)? [^`]+)`", sentences)
+
+
+@pytest.mark.parametrize("guide", GUIDES, ids=lambda guide: guide.stem)
+def test_a_guides_commands_and_their_options_are_there(guide):
+    for line in commands_of(guide):
+        program, *words = line.split()
+        command = {"fleet": fleet, "fleet-agent": fleet_agent}[program]
+        while isinstance(command, click.Group):
+            command = command.commands[words.pop(0)]
+        known = {option for parameter in command.params for option in parameter.opts} | {"--help"}
+        assert {word for word in words if word.startswith("--")} <= known, line
+
+
 def test_units_that_are_put_in_by_hand_find_their_programs():
     """What the guide copies to systemd starts programs that the guide links to where the units look for them."""
     guide = (ROOT / "docs/guides/enrol-a-board.md").read_text()
@@ -102,3 +128,14 @@ def test_units_that_are_put_in_by_hand_find_their_programs():
     assert {"fleet-agent.service", "fleet-runtime.service", "fleet-power.service"} <= set(units)
     assert wanted
     assert wanted <= linked
+
+
+def test_a_guide_enables_no_unit_that_it_has_not_copied():
+    """One that systemd does not find keeps it from enabling the others."""
+    blocks = re.findall(r"^```\n(.*?)^```", (ROOT / "docs/guides/enrol-a-board.md").read_text(), flags=re.M | re.S)
+    enabling = [block for block in blocks if "systemctl enable" in block]
+    assert enabling
+    for block in enabling:
+        copied = set(" ".join(re.findall(r"^cp (.*) /etc/systemd/system/$", block, re.MULTILINE)).split())
+        enabled = " ".join(re.findall(r"^systemctl enable --now (.*)$", block, re.MULTILINE)).split()
+        assert {unit if "." in unit else f"{unit}.service" for unit in enabled} <= copied

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import msgspec
 from edgefleet_shared.artifact import Descriptor, Layout, ModelConfig
-from edgefleet_shared.errors import EdgefleetError, EngineError
+from edgefleet_shared.errors import EdgefleetError, EngineError, StarvedError
 
 from edgefleet_agent import confinement
 from edgefleet_agent.runtime import channel
@@ -48,11 +48,11 @@ def main(link: socket.socket, arenas: tuple[int, int]) -> int:
         from edgefleet_agent.runtime.serving import Serving
 
         serving = Serving(link, (inputs, answers), start, config, layout)
-    except EdgefleetError as exc:
-        link.send(channel.encode(channel.failed(exc)))
-        return 1
-    except MemoryError:
-        link.send(channel.encode(channel.failed(EngineError("out of memory while loading the model"))))
+    except (EdgefleetError, MemoryError) as exc:
+        problem = exc if isinstance(exc, EdgefleetError) else EngineError("out of memory while loading the model")
+        if isinstance(problem, EngineError) and confinement.is_refused_memory(start.memory_bytes):
+            problem = StarvedError(f"the board has no memory that the model may take: {problem.message}")
+        link.send(channel.encode(channel.failed(problem)))
         return 1
     unconfined = (*missing, *serving.unconfined)
     link.send(channel.encode(Ready(serving.session.providers, serving.load_ms, serving.first_ms, unconfined)))

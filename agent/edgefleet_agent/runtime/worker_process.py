@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 from edgefleet_shared.artifact import ModelConfig
 from edgefleet_shared.contract import TensorSpec
-from edgefleet_shared.errors import EngineError, from_dict
+from edgefleet_shared.errors import EngineError, StarvedError, from_dict
 
 from edgefleet_agent import out_of_memory
 from edgefleet_agent.runtime import channel, protocol, shm
@@ -80,7 +80,7 @@ class WorkerProcess:
         self._stopping = False
         self._verdict = ""  # why this side killed it, if it did
         self._kills_before = 0
-        self.starved = False  # the kernel ended it for want of memory, of which it had taken no more than it may
+        self.starved = False  # the kernel ended it for want of memory, or refused it some, of which it had taken no more than it may
         self.shadow: Shadow | None = None  # follows what this worker is asked
 
     @property
@@ -399,7 +399,9 @@ class WorkerProcess:
                 if isinstance(message, Ready):
                     self._ready.set_result(message)
                 else:
-                    self._ready.set_exception(from_dict(message.error))
+                    problem = from_dict(message.error)
+                    self.starved = isinstance(problem, StarvedError)
+                    self._ready.set_exception(problem)
 
     def _outputs(self, index: int, shapes: list[tuple[int, ...]]) -> list[OutputTensor]:
         """Copy the outputs out of a slot, so that it is free at once; a worker's numbers are not trusted."""
@@ -436,7 +438,8 @@ class WorkerProcess:
             problem += f": the board is out of memory; it held {ended.peak_bytes >> 20} of the {limit_bytes >> 20} MiB that it may"
         if not self._ready.done():
             said = self._child.output.last_words() if self._child is not None else ""
-            self._ready.set_exception(EngineError(f"the worker {problem or 'ended'} while loading the model{said}"))
+            kind = StarvedError if self.starved else EngineError
+            self._ready.set_exception(kind(f"the worker {problem or 'ended'} while loading the model{said}"))
             self._ready.exception()  # seen: start() may have given up waiting
         unanswered, self._jobs = [job for job, _ in self._jobs.values()], {}
         self._free.clear()
