@@ -276,6 +276,25 @@ def test_a_normalisation_of_each_picture_loses_the_channels_that_it_scales(bench
     assert report["left_out"] == []
 
 
+def test_a_normalisation_of_a_layer_loses_the_values_that_it_scales(bench: Bench) -> None:
+    net = Net(1)
+    net.conv(3, 32, stride=2)
+    net.add("Relu")
+    net.conv(32, 64, stride=2)
+    net.add("Relu")
+    net.add("AveragePool", kernel_shape=[4, 4], strides=[4, 4])
+    net.add("Reshape", net.constant(np.array([1, 256], np.int64)))
+    ones, zeros = (net.constant(np.full(256, value, np.float32)) for value in (1.0, 0.0))
+    net.add("LayerNormalization", ones, zeros)
+    features = net.last
+    net.dense(256, CLASSES)
+    model = net.model([1, CLASSES], opset=17)
+    fitted(model, features)
+    result = bench.compile(bench.version(model, {"structured": 0.4}))
+    assert bench.report(result)["recipe"]["pruned"]
+    assert weights(bench.network(result)) <= 0.65 * weights(model)
+
+
 def test_a_network_that_can_not_be_pruned_is_compiled_whole_and_the_report_says_why(bench: Bench) -> None:
     model = seer()
     (scores,) = model.graph.output

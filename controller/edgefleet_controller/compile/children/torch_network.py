@@ -26,6 +26,7 @@ _PLACES = {
     "Gemm": {1: "weight", 2: "bias"},
     "BatchNormalization": {1: "weight", 2: "bias", 3: "running_mean", 4: "running_var"},
     "InstanceNormalization": {1: "weight", 2: "bias"},
+    "LayerNormalization": {1: "weight", 2: "bias"},
     "PRelu": {1: "weight"},
 }
 _REDUCTIONS = (
