@@ -429,6 +429,16 @@ def test_a_file_that_is_no_safetensors_is_refused(tmp_path: Path) -> None:
         run(tmp_path, manifest)
 
 
+def test_a_safetensors_file_that_was_cut_off_is_told_as_that(tmp_path: Path) -> None:
+    manifest = project(tmp_path, classifier(), calibration={"path": "c.safetensors"})
+    path = tmp_path / "c.safetensors"
+    save_file({"image": np.zeros((20, 3, 8, 8), np.float32)}, path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:9000])
+    with pytest.raises(DataError, match=f"is cut off: 9000 of {len(whole)} bytes are there"):
+        run(tmp_path, manifest)
+
+
 def test_a_folder_of_pictures_needs_a_picture_input(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="describes no picture input"):
         imported(tmp_path, classifier(), inputs=[])

@@ -8,6 +8,7 @@ meaningless without anybody noticing is an error here: too few, unreadable, too 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import warnings
 from collections.abc import Callable, Sequence
@@ -39,6 +40,7 @@ TYPES = {
 }  # fmt: skip
 SAMPLE = {False: "picture", True: "sample"}  # by whether inputs are plain tensors
 ONE_SPLIT = "each may be in one of calibration, holdout and golden only, and of training in calibration only"
+HEADER_LENGTH_BYTES, MAX_HEADER_BYTES = 8, 16 * 1024**2  # of a safetensors file
 MIN_COUNT = 8  # fewer pictures than this can't calibrate, nor tell a damaged model from a sound one
 
 
@@ -133,6 +135,20 @@ def read_folder(
     return Samples(split, str(folder), {input_name: np.stack(arrays)}, [f.name for f in files[:wanted]])
 
 
+def _told_length(file: Path) -> int:
+    """How long a safetensors file is by its own header; 0 where that can't be read."""
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(HEADER_LENGTH_BYTES), "little")
+        if length > MAX_HEADER_BYTES:
+            return 0
+        try:
+            header = json.loads(stream.read(length))
+            ends = [int(told["data_offsets"][1]) for name, told in header.items() if name != "__metadata__"]
+        except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError):  # any JSON at all
+            return 0
+    return HEADER_LENGTH_BYTES + length + max(ends, default=0)
+
+
 def read_tensors(
     split: str,
     file: Path,
@@ -157,6 +173,8 @@ def read_tensors(
     try:
         found = load_file(file)
     except (SafetensorError, ValueError, KeyError, OSError) as exc:
+        if isinstance(exc, SafetensorError) and (told := _told_length(file)) > (there := file.stat().st_size):
+            raise DataError(f"{split}: {origin} is cut off: {there} of {told} bytes are there") from exc
         raise DataError(f"{split}: {origin} is not a safetensors file: {exc}") from exc
     wanted_names = sorted(spec.name for spec in inputs)
     if sorted(found) != wanted_names:

@@ -15,7 +15,7 @@ import torch_pruning
 from torch.nn import functional
 
 from . import job
-from .torch_network import Network
+from .torch_network import Misfit, Network
 from .training_samples import Samples, batches
 
 TEMPERATURE = 2.0  # of distillation; softer answers say more than the largest one
@@ -45,6 +45,12 @@ def prune(request: job.Request, progress: job.Progress) -> dict[str, Any]:
         _take_channels(
             student, round(of * (1 - request["structured"])), [torch.from_numpy(x) for x in samples.batch(np.arange(2))]
         )
+        if student.size() == teacher.size():
+            raise job.Refused(
+                "bad_model",
+                f"no channels of this network can be taken: all layers' reach outputs or what counts them ({student.counting() or 'none'})",
+                "prune.unstructured takes single weights",
+            )
     masks = _take_weights(student, request["unstructured"]) if request["unstructured"] else []
     progress("pruning", 1, 1)
     _tune(teacher, student, samples, masks, request, progress)
@@ -56,7 +62,7 @@ def _take_channels(network: Network, keep: int, example: list[Any]) -> None:
     """Take channels until at most ``keep`` weights are left."""
     try:
         fits = _without_channels(network, keep, example)
-    except (RuntimeError, ValueError, IndexError) as exc:  # torch's and torch-pruning's own, of shapes that don't meet
+    except (Misfit, RuntimeError, ValueError, IndexError) as exc:  # torch-pruning's own, of shapes that don't meet
         raise job.Refused(
             "bad_model",
             f"channels of this network can't be taken: {str(exc).splitlines()[0]}",
@@ -71,10 +77,10 @@ def _without_channels(network: Network, keep: int, example: list[Any]) -> bool:
     layers, module = network.pruned_layers(), network.module
     widest = max(layer.weight.shape[0] for layer in layers)
     module.eval()
-    shapes = [tuple(output.shape) for output in _called(network, example)]
+    shapes = [tuple(output.shape) for output in network.run(example)]
     pruner = torch_pruning.pruner.MetaPruner(
         module, tuple(example), importance=torch_pruning.importance.GroupMagnitudeImportance(p=2), global_pruning=False,
-        pruning_ratio=MOST_OF_A_LAYER, max_pruning_ratio=MOST_OF_A_LAYER, iterative_steps=FINEST, ignored_layers=network.last_layers(),
+        pruning_ratio=MOST_OF_A_LAYER, max_pruning_ratio=MOST_OF_A_LAYER, iterative_steps=FINEST, ignored_layers=network.fixed_layers(),
         round_to=WIDE if widest >= 128 else NARROW,
     )  # fmt: skip
     left = sum(layer.weight.numel() for layer in layers)
@@ -87,7 +93,7 @@ def _without_channels(network: Network, keep: int, example: list[Any]) -> bool:
             left = sum(layer.weight.numel() for layer in layers)
             if left <= keep:
                 break
-    return [tuple(output.shape) for output in _called(network, example)] == shapes
+    return [tuple(output.shape) for output in network.run(example)] == shapes
 
 
 def _take_weights(network: Network, share: float) -> list[tuple[Any, Any]]:

@@ -26,6 +26,7 @@ _PLACES = {
     "Gemm": {1: "weight", 2: "bias"},
     "BatchNormalization": {1: "weight", 2: "bias", 3: "running_mean", 4: "running_var"},
     "InstanceNormalization": {1: "weight", 2: "bias"},
+    "LayerNormalization": {1: "weight", 2: "bias"},
     "PRelu": {1: "weight"},
 }
 _REDUCTIONS = (
@@ -41,6 +42,11 @@ _REDUCTIONS = (
 )
 _OF_FEW_BITS = {"saturate", "round_mode"}  # attributes that concern numbers of 8 bits and less alone
 PRUNED = ("Conv", "ConvTranspose", "Gemm")  # whose weights are counted, and go
+# Operators that take as many channels as they always did, or behind which torch-pruning would look for them in the wrong places: a dense layer
+# behind a Transpose has those of each pixel side by side, as Keras has them.
+_COUNTING = ("Transpose", "Gather", "MatMul", "DepthToSpace")
+_CHANNELS = {1, -3}  # their axis
+MOST_NAMED = 3  # nodes in an error
 
 
 def _torchvision_stubs() -> dict[str, types.ModuleType]:
@@ -96,6 +102,20 @@ def _as_before(converter: Any, schema: Any, before: Any) -> Any:
     return convert
 
 
+class Misfit(Exception):
+    """A node does not take what it is given; which and why, in words."""
+
+
+class _Watched(torch.fx.Interpreter):  # type: ignore[misc]
+    """Runs a module node by node; ``at`` is the one that runs, by its name in torch."""
+
+    at = ""
+
+    def run_node(self, n: Any) -> Any:
+        self.at = str(n.target)
+        return super().run_node(n)
+
+
 class Network:
     """One network in both forms. ``module`` takes and gives tensors with a first axis of any size."""
 
@@ -141,11 +161,13 @@ class Network:
         """The modules whose weights may go."""
         return [module for node, module in self._layers() if node.op_type in PRUNED]
 
-    def last_layers(self) -> list[Any]:
-        """The modules whose outputs reach an output of the network through no other one with weights: their outputs must all stay."""
+    def fixed_layers(self) -> list[Any]:
+        """The modules whose outputs must all stay: they reach, through no other one with weights, an output of the network or a node that counts channels."""
         made = {name: node for node in self._model.graph.node for name in node.output}
         modules = {node.output[0]: module for node, module in self._layers() if node.op_type in PRUNED}
         found, todo, seen = [], list(self.outputs), set[str]()
+        for node in self._counting():
+            todo += node.input
         while todo:
             name = todo.pop()
             if name in seen or name not in made:
@@ -157,6 +179,48 @@ class Network:
                 todo += made[name].input
         return found
 
+    def _counting(self) -> list[Any]:
+        return [node for node in self._model.graph.node if self._counts(node)]
+
+    def counting(self) -> str:
+        """The nodes that work only on as many channels as there are, in words."""
+        found = [_told(node) for node in self._counting()]
+        return ", ".join(found[:MOST_NAMED]) + (f" and {len(found) - MOST_NAMED} more" if found[MOST_NAMED:] else "")
+
+    def run(self, inputs: list[Any]) -> list[Any]:
+        """The outputs.
+
+        Raises:
+            Misfit: a node does not take what it is given.
+        """
+        watched = _Watched(self.module)
+        try:
+            found = watched.run(*inputs)
+        except (RuntimeError, ValueError, IndexError) as exc:  # torch's own, of shapes that don't meet
+            nodes = {self._names[node.output[0]]: node for node in self._model.graph.node}
+            at = nodes.get(watched.at)
+            raise Misfit(f"{_told(at)}: {_first_line(exc)}" if at else _first_line(exc)) from exc
+        return list(found) if isinstance(found, (tuple, list)) else [found]
+
+    def _counts(self, node: Any) -> bool:
+        """Whether a node works only on as many channels as there are, in their order."""
+        constants = {i.name: i for i in self._model.graph.initializer}
+        match node.op_type:
+            case "Reshape":  # free are those that leave one axis beside that of the samples
+                rest = (
+                    numpy_helper.to_array(constants[node.input[1]])[1:].tolist() if node.input[1] in constants else []
+                )
+                return rest.count(-1) != 1 or any(size not in (-1, 1) for size in rest)
+            case "Split":
+                return any(a.name == "axis" and a.i in _CHANNELS for a in node.attribute)
+            case "Slice":
+                axes = constants.get(node.input[3]) if len(node.input) > 3 else None
+                return axes is None or not _CHANNELS.isdisjoint(numpy_helper.to_array(axes).tolist())
+            case "Add" | "Sub" | "Mul" | "Div":
+                return any(int(np.prod(constants[name].dims)) > 1 for name in node.input if name in constants)
+            case other:
+                return other in _COUNTING
+
     @property
     def softmax(self) -> list[bool]:
         """Of each output, whether it comes out of a softmax."""
@@ -166,6 +230,10 @@ class Network:
     def weights(self) -> int:
         """How many weights there are in what may be pruned, zeros left out."""
         return sum(int(torch.count_nonzero(module.weight)) for module in self.pruned_layers())
+
+    def size(self) -> int:
+        """How many weights there are, zeros and all."""
+        return sum(module.weight.numel() for module in self.pruned_layers())
 
     def save(self, path: str) -> None:
         """Write the network with its present weights."""
@@ -216,8 +284,9 @@ def _fed(model: onnx.ModelProto) -> list[Any]:
 
 def _free_batch(model: onnx.ModelProto) -> None:
     """Shapes written into Reshape that hold for a batch of 1, or for all channels, become such that hold for any: the first axis is copied,
-    and where no other axis is inferred, the last one is."""
+    and where no other axis is inferred, the only one longer than 1 is, else the last."""
     constants = {i.name: i for i in model.graph.initializer}
+    one_sample = _of_one_sample(model)
     for node in model.graph.node:
         if node.op_type == "Constant":
             continue
@@ -226,10 +295,26 @@ def _free_batch(model: onnx.ModelProto) -> None:
         shape = numpy_helper.to_array(constants[node.input[1]]).copy()
         if len(shape) < 2:
             continue
-        if shape[0] == 1:
+        if shape[0] == 1 or (shape[0] == -1 and {node.input[0], node.output[0]} <= one_sample):
             shape[0] = 0
         if not (shape == -1).any():
-            shape[-1] = -1
+            longer = np.flatnonzero(shape[1:] != 1) + 1
+            shape[longer[0] if len(longer) == 1 else -1] = -1
         name = f"{node.input[1]}/{node.output[0]}/any"
         model.graph.initializer.append(numpy_helper.from_array(shape.astype(np.int64), name))
         node.input[1] = name
+
+
+def _of_one_sample(model: onnx.ModelProto) -> set[str]:
+    """Values whose first axis is 1 long: that of samples, as the network is given one at a time."""
+    graph = onnx.shape_inference.infer_shapes(model).graph
+    sized = [*graph.value_info, *graph.input, *graph.output]
+    return {v.name for v in sized if v.type.tensor_type.shape.dim and v.type.tensor_type.shape.dim[0].dim_value == 1}
+
+
+def _told(node: Any) -> str:
+    return f"{node.op_type} {node.name or node.output[0]!r}"
+
+
+def _first_line(exc: Exception) -> str:
+    return (str(exc).splitlines() or [type(exc).__name__])[0]
