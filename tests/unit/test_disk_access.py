@@ -29,7 +29,7 @@ ALLOWED = {
     "edgefleet_agent/out_of_memory.py": {".write_text"},  # procfs, as well
     "edgefleet_agent/runtime/shm.py": {"import mmap", "os.ftruncate", "os.open"},  # memory, no file of the board
     "edgefleet_agent/runtime/body_room.py": {"import mmap"},  # memory of no file
-    "edgefleet_agent/confinement.py": {"os.open"},  # O_PATH
+    "edgefleet_agent/confinement.py": {"import mmap", "os.open"},  # memory of no file, O_PATH
     "edgefleet_agent/runtime/regions.py": {"os.open"},  # a client's shared memory, which it has made
     "edgefleet_agent/runtime/serving.py": {".touch"},  # pages of shared memory
 }
