@@ -13,6 +13,7 @@
 from __future__ import annotations
 
 import os
+from ipaddress import ip_address
 from pathlib import Path
 from urllib.parse import quote, urlsplit
 
@@ -76,7 +77,21 @@ class Settings(BaseModel):
         url = urlsplit(value)
         if url.scheme != "https" or not url.hostname:
             raise ValueError(f"{value!r} is not an https address")
+        cls._reached(url.hostname)
         return value.rstrip("/")
+
+    @field_validator("broker_host")
+    @classmethod
+    def _reached(cls, value: str) -> str:
+        try:
+            everywhere = ip_address(value).is_unspecified
+        except ValueError:
+            return value  # a name
+        if everywhere:
+            raise ValueError(
+                f"{value} is where to listen, no address at which a board finds this machine: give its name or address"
+            )
+        return value
 
     @property
     def listen_host(self) -> str:

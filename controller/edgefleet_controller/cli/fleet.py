@@ -27,7 +27,7 @@ from edgefleet_controller.cli.output import document, home_option, json_option, 
     envvar="EDGEFLEET_PUBLIC_URL",
     default="",
     show_envvar=True,
-    help="How boards reach the API; default https://LISTEN.",
+    help="How boards reach the API; default https://LISTEN, where that names this machine.",
 )
 @click.option(
     "--broker",
