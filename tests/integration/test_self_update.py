@@ -226,7 +226,7 @@ def test_a_version_that_can_not_reach_the_broker_returns_by_itself_and_the_one_b
     ("file", "old", "new", "why"),
     [
         ("edgefleet_agent/cli.py", "import os\n", "import nothing_of_that_name\n", "nothing_of_that_name"),
-        ("edgefleet_agent/journal.py", "    path = state / \"journal.json\"\n    try:", "    raise ValueError('unreadable')\n    path = state\n    try:", "unreadable"),
+        ("edgefleet_agent/journal.py", "    path = state / \"journal.json\"\n", "    raise ValueError('unreadable')\n    path = state\n", "unreadable"),
         ("edgefleet_agent/__init__.py", "__version__ = ", "__version__ = 'another' + ", "it calls itself another"),
     ],
     ids=["import", "state", "name"],
