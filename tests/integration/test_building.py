@@ -423,7 +423,7 @@ def test_a_rollback_finds_the_plan_of_what_it_returns_to(workshop: Workshop) -> 
     with Load(workshop.board.runtime) as load:
         load.seen(serving)
         assignment = workshop.controller.assign("b1", made, version, soak_s=600)
-        until(lambda: workshop.controller.reports["b1"].state is State.SOAKING, "the new version soaks")
+        until(lambda: workshop.controller.reports["b1"].state is State.SOAKING, "the new version soaks", 60)
         victim = next(v for v in workshop.board.runtime.client.status().versions if v.version == version)
         os.kill(victim.pid, 9)
         assert workshop.controller.outcome("b1", assignment) is Outcome.FAILED_ROLLED_BACK
