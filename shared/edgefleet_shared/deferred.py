@@ -11,6 +11,8 @@ import importlib
 import importlib.util
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 from typing import Any
@@ -82,3 +84,26 @@ def _find(name: str) -> ModuleSpec | None:
 def without(name: str) -> None:
     """Let ``import name`` fail in this process, for a library that does without where there is none. Does nothing when it was imported already."""
     sys.modules.setdefault(name, None)  # type: ignore[arg-type]
+
+
+@contextmanager
+def stand_in(name: str, wanted: str) -> Iterator[None]:
+    """Let a library that is imported within have a class that it wants only to recognise its objects, and of which this process makes none.
+
+    The library keeps the stand-in, which nothing is an instance of; afterwards the module is imported as ever by whoever wants it.
+    Does nothing when the module was imported already.
+
+    Args:
+        name: the module.
+        wanted: the class in it.
+    """
+    if name in sys.modules:
+        yield
+        return
+    module = ModuleType(name)
+    setattr(module, wanted, type(wanted, (), {}))
+    sys.modules[name] = module
+    try:
+        yield
+    finally:
+        del sys.modules[name]

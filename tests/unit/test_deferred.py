@@ -105,10 +105,38 @@ def test_what_is_there_already_is_not_taken_away() -> None:
     assert run(program) == "True"
 
 
+STAND_IN = "import sys; from edgefleet_shared.deferred import stand_in\n"
+
+
+def test_a_library_gets_a_class_that_stands_in_and_the_module_comes_when_it_is_wanted() -> None:
+    program = STAND_IN + (
+        "with stand_in('decimal', 'Decimal'):\n    import msgspec\n"
+        "print('_decimal' in sys.modules, msgspec.json.decode(b'[1.5]'), end=' ')\n"
+        "from decimal import Decimal; print(Decimal('1.50'))"
+    )
+    assert run(program) == "False [1.5] 1.50"
+
+
+def test_nothing_stands_in_for_a_module_that_is_there_already() -> None:
+    program = STAND_IN + (
+        "import decimal\nwith stand_in('decimal', 'Decimal'):\n    import msgspec\n"
+        "print(msgspec.json.encode(decimal.Decimal('1.50')), sys.modules['decimal'] is decimal)"
+    )
+    assert run(program) == "b'\"1.50\"' True"
+
+
+def test_a_stand_in_goes_where_the_import_fails() -> None:
+    program = STAND_IN + (
+        "try:\n    with stand_in('decimal', 'Decimal'):\n        import no_such_module\n"
+        "except ImportError: print('decimal' in sys.modules)"
+    )
+    assert run(program) == "False"
+
+
 def test_the_resident_agent_carries_nothing_that_it_does_not_use() -> None:
     heavy = (
         "'http.client', 'email.message', 'tempfile', 'lzma', 'random', 'inspect', 'ast', 'click', "
-        "'pydantic', 'cryptography', 'numpy', 'tuf'"
+        "'decimal', 'numbers', 'pydantic', 'cryptography', 'numpy', 'tuf'"
     )
     # Without a state folder it ends, but only after all has been imported.
     program = (
@@ -116,6 +144,6 @@ def test_the_resident_agent_carries_nothing_that_it_does_not_use() -> None:
         "from edgefleet_agent import resident\n"
         "try: resident.main()\nexcept SystemExit: pass\n"
         f"print('edgefleet_agent.app' in sys.modules, [m for m in ({heavy}) if m in sys.modules],\n"
-        "      [m for m in ('ipaddress', 'locale', 'base64') if type(sys.modules[m]).__name__ != '_Deferred'])"
+        "      [m for m in ('ipaddress', 'locale', 'base64', 'traceback') if type(sys.modules[m]).__name__ != '_Deferred'])"
     )
     assert run(program) == "True [] []"
