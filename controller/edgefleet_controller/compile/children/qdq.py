@@ -51,6 +51,7 @@ def quantize(
     own = onnx.ModelProto()
     own.CopyFrom(model)
     own_weights(own, set(recipe["in_float"]))
+    _fold_factors(own)
     _flatten_biases(own)
     scales = _weight_scales(own, ranges, recipe)
     (settling or Settling(statistics)).settle(own, scales, recipe)
@@ -103,25 +104,39 @@ def quantize(
     return quantized
 
 
+def _fold_factors(model: onnx.ModelProto) -> None:
+    """Gemm's factors go into what they multiply: the QDQ writer forgets the summand's, and onnxruntime up to 1.23 computes the product's wrongly in int8."""
+    constants = {i.name: i for i in model.graph.initializer}
+    for node in model.graph.node:
+        if node.op_type != "Gemm" or node.input[1] not in constants:
+            continue
+        for place, name in ((1, "alpha"), (2, "beta")):
+            factor = next((a for a in node.attribute if a.name == name), None)
+            if factor is None or factor.f == 1.0 or len(node.input) <= place or node.input[place] not in constants:
+                continue
+            folded = f"{node.input[place]}/times{factor.f}"
+            if folded not in constants:
+                values = numpy_helper.to_array(constants[node.input[place]]) * np.float32(factor.f)
+                constants[folded] = numpy_helper.from_array(values, folded)
+                model.graph.initializer.append(constants[folded])
+            node.input[place] = folded
+            factor.f = 1.0
+
+
 def _flatten_biases(model: onnx.ModelProto) -> None:
-    """Gemm's bias may be a row, 1 x N, or one number for all, and have a factor; a scale per channel needs one for each, in a row of one axis, and
-    it means the same."""
+    """Gemm's bias may be a row, 1 x N, or one number for all; a scale per channel needs one for each, in a row of one axis, and it means the same."""
     constants = {i.name: i for i in model.graph.initializer}
     for node in model.graph.node:
         if node.op_type != "Gemm" or len(node.input) < 3 or not {node.input[1], node.input[2]} <= constants.keys():
             continue
         weight, bias = constants[node.input[1]], constants[node.input[2]]
-        channels = weight.dims[axis_of(node)]
-        size, beta = int(np.prod(bias.dims)), next((a for a in node.attribute if a.name == "beta"), None)
-        factor = 1.0 if beta is None else beta.f
-        flat = list(bias.dims) == [channels] and factor == 1.0
+        channels, size = weight.dims[axis_of(node)], int(np.prod(bias.dims))
+        flat = list(bias.dims) == [channels]
         if flat or size not in (1, channels) or (size > 1 and bias.dims[-1] != channels):
             continue
-        if beta is not None:  # which the QDQ writer forgets
-            beta.f = 1.0
-        name = f"{bias.name}/flat{channels}" if factor == 1.0 else f"{bias.name}/flat{channels}/{factor}"
+        name = f"{bias.name}/flat{channels}"
         if name not in constants:
-            values = np.broadcast_to(numpy_helper.to_array(bias).reshape(-1) * np.float32(factor), (channels,))
+            values = np.broadcast_to(numpy_helper.to_array(bias).reshape(-1), (channels,))
             constants[name] = numpy_helper.from_array(np.ascontiguousarray(values), name)
             model.graph.initializer.append(constants[name])
         node.input[2] = name
@@ -210,11 +225,17 @@ def _keep_float(model: onnx.ModelProto, in_float: set[str], source: onnx.ModelPr
 
 
 def _swept(model: onnx.ModelProto) -> None:
-    """Take away what nothing reads, and zero points that are zero anyway: five bytes per channel."""
+    """Take away what nothing reads, and zero points that are zero anyway: five bytes per channel.
+
+    A Gemm's stay: onnxruntime up to 1.23 refuses such a product as it runs when its weights have many scales and no zero points.
+    """
     graph = model.graph
     constants = {i.name: i for i in graph.initializer}
+    of_products = {name for node in graph.node if node.op_type == "Gemm" for name in node.input[1:2]}
     for node in graph.node:
         if node.op_type == "DequantizeLinear" and node.input[0] in constants and len(node.input) == 3:
+            if node.output[0] in of_products:
+                continue
             zero = numpy_helper.to_array(constants[node.input[2]])
             if not zero.any() and zero.dtype in (np.int8, np.int32):
                 del node.input[2]
