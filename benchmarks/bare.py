@@ -12,8 +12,10 @@ import mmap
 import os
 import socket
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from board import PICTURE, raw_session
 
 ANSWER = b"HTTP/1.1 200 OK\r\nContent-Length: 200\r\n\r\n" + bytes(200)
@@ -67,7 +69,7 @@ def _fork(run: Callable[[], None], *others: socket.socket) -> int:
 
 def _work(link: socket.socket, memory: mmap.mmap, content: bytes) -> None:
     session = raw_session(content)
-    picture: np.ndarray = np.ndarray(PICTURE.shape, PICTURE.dtype, memory)
+    picture: npt.NDArray[Any] = np.ndarray(PICTURE.shape, PICTURE.dtype, memory)
     while link.recv(1):
         session.run(None, {"x": picture})
         link.send(GO)

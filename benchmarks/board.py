@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # read when the library is loaded
 import onnxruntime
@@ -49,7 +50,7 @@ class Model:
 
     digest: str
     content: bytes
-    answer: np.ndarray
+    answer: npt.NDArray[Any]
 
 
 def build(
@@ -58,7 +59,7 @@ def build(
     version: str,
     content: bytes,
     *,
-    answer: np.ndarray | None = None,
+    answer: npt.NDArray[Any] | None = None,
     peak_memory_bytes: int = 1 << 30,
 ) -> Model:
     """The signed artifact's unsigned twin on the board's disk.
@@ -131,7 +132,7 @@ class Client:
         return received
 
 
-def understood(response: bytes) -> tuple[str, np.ndarray] | None:
+def understood(response: bytes) -> tuple[str, npt.NDArray[Any]] | None:
     """(version, answer), or None when the request failed."""
     head, _, body = response.partition(b"\r\n\r\n")
     if not head.startswith(b"HTTP/1.1 200"):
@@ -183,7 +184,7 @@ class Sample:
 class Load:
     """Requests without a pause, from a process of its own, so that nothing that the benchmark does meanwhile is felt in them."""
 
-    def __init__(self, path: Path, model: str, answers: dict[str, np.ndarray]) -> None:
+    def __init__(self, path: Path, model: str, answers: dict[str, npt.NDArray[Any]]) -> None:
         here = multiprocessing.get_context("spawn")
         self._halt, self._samples = here.Event(), here.SimpleQueue()
         begun = here.Event()
@@ -200,7 +201,7 @@ class Load:
         return samples
 
 
-def _send(path: Path, model: str, answers: dict[str, np.ndarray], begun: Any, halt: Any, result: Any) -> None:
+def _send(path: Path, model: str, answers: dict[str, npt.NDArray[Any]], begun: Any, halt: Any, result: Any) -> None:
     rows: list[tuple[float, float, str | None]] = []
     client = Client(path, model)
     for _ in range(50):

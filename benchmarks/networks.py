@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import onnx
 from onnx import TensorProto as T
 from onnx import helper as h
@@ -75,7 +77,7 @@ def lite0(seed: int = 0) -> bytes:
             random = np.random.default_rng(0)
             self._left = [random.integers(0, 256, (1, SIDE, SIDE, 3), dtype=np.uint8) for _ in range(8)]
 
-        def get_next(self) -> dict[str, np.ndarray] | None:
+        def get_next(self) -> dict[str, npt.NDArray[Any]] | None:
             return {"x": self._left.pop()} if self._left else None
 
     network = onnx.load_from_string(efficientnet_lite.fetch(CACHE))

@@ -14,9 +14,11 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import grpc
 import numpy as np
+import numpy.typing as npt
 from tritonclient.grpc import service_pb2
 
 HERE = Path(__file__).resolve().parent
@@ -51,7 +53,7 @@ class Peer:
         self._call = bare_call(self._channel)
         self._model = model
 
-    def infer(self, picture: np.ndarray) -> Callable[[], bytes]:
+    def infer(self, picture: npt.NDArray[Any]) -> Callable[[], bytes]:
         """What sends the picture once and returns the answer, once the peer has answered rightly for the first time."""
         request = infer_request(self._model, picture)
         deadline = time.monotonic() + START_LIMIT_S
@@ -83,14 +85,14 @@ def bare_call(channel: grpc.Channel) -> Callable[..., bytes]:
     return channel.unary_unary("/inference.GRPCInferenceService/ModelInfer", None, None)  # type: ignore[no-any-return]
 
 
-def infer_request(model: str, picture: np.ndarray) -> bytes:
+def infer_request(model: str, picture: npt.NDArray[Any]) -> bytes:
     request = service_pb2.ModelInferRequest(model_name=model)
     request.inputs.add(name="x", datatype="UINT8", shape=list(picture.shape))
     request.raw_input_contents.append(picture.tobytes())
     return bytes(request.SerializeToString())
 
 
-def answer_of(response: bytes) -> np.ndarray:
+def answer_of(response: bytes) -> npt.NDArray[Any]:
     """The first output's values."""
     found = service_pb2.ModelInferResponse.FromString(response)
     if found.raw_output_contents:

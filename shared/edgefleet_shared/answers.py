@@ -178,7 +178,7 @@ def _pairs(have: list[Box], want: list[Box], least_iou: float) -> list[tuple[int
         if not near.size:
             continue
         overlaps = _iou(np.array([box[:4]]), corners[near])
-        best = int(overlaps.argmax())
+        best = int(np.argmax(overlaps))
         if overlaps[best] >= least_iou:
             free[near[best]] = False
             found.append((number, int(near[best])))

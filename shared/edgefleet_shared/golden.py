@@ -144,7 +144,7 @@ def statistics(inputs: dict[str, Array], references: dict[str, Array], *, classi
         scores = next(iter(references.values())).reshape(samples, -1)
         if samples >= MIN_GOLDEN_PER_CLASS * scores.shape[1]:
             counts = np.bincount(scores.argmax(axis=1), minlength=scores.shape[1])
-            classes = tuple(_short(count / samples) for count in counts)
+            classes = tuple(_short(int(count) / samples) for count in counts)
     asked, answered = _normal(inputs, QUESTION_LEVELS), _normal(references, ANSWER_LEVELS)
     return Statistics(samples=samples, inputs=asked, outputs=answered, classes=classes)
 
@@ -155,8 +155,8 @@ def _normal(tensors: dict[str, Array], levels: int) -> tuple[TensorStatistics, .
 
 def _tensor(name: str, values: Array, levels: int) -> TensorStatistics:
     shape = values.shape[1:]
-    rows = values.reshape(len(values), -1)
-    places = np.arange(rows.shape[1])
+    rows: Array = values.reshape(len(values), -1)
+    places: Array = np.arange(rows.shape[1])
     if len(places) > MAX_VALUES:
         places = np.sort(np.random.default_rng(0).choice(len(places), MAX_VALUES, replace=False))
     rows = rows[:, places].astype(np.float64)
@@ -187,7 +187,7 @@ def _part(rows: Array, edges: tuple[float, ...], step: float) -> ChannelStatisti
     means = np.array([row[np.isfinite(row)].mean() for row in rows if np.isfinite(row).any()] or [0.0])
     spread = means.std() if means.std() > step / 2 else 0.0
     return ChannelStatistics(
-        shares=tuple(_short(count / max(1, finite.size)) for count in counts),
+        shares=tuple(_short(int(count) / max(1, finite.size)) for count in counts),
         mean=_short(means.mean()), spread=_short(spread),
     )  # fmt: skip
 

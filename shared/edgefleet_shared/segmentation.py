@@ -64,7 +64,7 @@ def pixels(values: Array, output: TensorSpec, reading: MaskReading) -> Array:
     axis = class_axis(output, reading)
     if axis is not None:
         finite = np.isfinite(values).all(axis=axis)
-        found = np.argmax(np.nan_to_num(values), axis=axis)
+        found: Array = np.argmax(np.nan_to_num(values), axis=axis)
     else:
         finite = np.isfinite(values)
         known = np.nan_to_num(values)

@@ -33,9 +33,9 @@ def certificate(folder: Path, begins: datetime.datetime, ends: datetime.datetime
 @pytest.mark.parametrize(
     "begins",
     [
-        datetime.datetime(1970, 1, 2, tzinfo=datetime.UTC),
-        datetime.datetime(2026, 2, 28, 23, 59, 59, tzinfo=datetime.UTC),
-        datetime.datetime(2049, 12, 31, tzinfo=datetime.UTC),
+        datetime.datetime(1970, 1, 2, tzinfo=datetime.timezone.utc),
+        datetime.datetime(2026, 2, 28, 23, 59, 59, tzinfo=datetime.timezone.utc),
+        datetime.datetime(2049, 12, 31, tzinfo=datetime.timezone.utc),
     ],
 )
 @pytest.mark.parametrize("life", [DAY, 365 * DAY, 40 * 365 * DAY])
@@ -49,7 +49,7 @@ def test_times_are_those_that_openssl_reads(
 
 
 def test_of_a_chain_the_first_counts(tmp_path: Path) -> None:
-    begins = datetime.datetime(2026, 1, 1, tzinfo=datetime.UTC)
+    begins = datetime.datetime(2026, 1, 1, tzinfo=datetime.timezone.utc)
     other = certificate(tmp_path, begins, begins + 900 * DAY).read_text()
     path = certificate(tmp_path, begins, begins + DAY)
     path.write_text(path.read_text() + other)
@@ -58,7 +58,7 @@ def test_of_a_chain_the_first_counts(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("damage", ["empty", "zeros", "half", "no certificate", "folder", "another structure"])
 def test_a_damaged_one_is_told(tmp_path: Path, damage: str) -> None:
-    begins = datetime.datetime(2026, 1, 1, tzinfo=datetime.UTC)
+    begins = datetime.datetime(2026, 1, 1, tzinfo=datetime.timezone.utc)
     path = certificate(tmp_path, begins, begins + DAY)
     der = ssl.PEM_cert_to_DER_cert(path.read_text())
     match damage:

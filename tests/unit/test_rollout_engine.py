@@ -16,7 +16,7 @@ from edgefleet_controller.rollout.views import (
 )
 from edgefleet_shared.contract import Verdict
 from edgefleet_shared.outcomes import Outcome
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.simulated_boards import Does, World, board, fleet_of, manifest, random_world, spec
 
@@ -472,7 +472,7 @@ def test_a_word_that_does_not_apply_is_heard_once_and_changes_nothing() -> None:
 # ------------------------------------------------------------------------------------------------- what always holds
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=100)
 @given(seed=st.integers(0, 10**9), boards=st.integers(1, 40))
 def test_whatever_boards_do_the_rules_hold(seed: int, boards: int) -> None:
     world = random_world(seed, boards)
@@ -503,7 +503,7 @@ def test_whatever_boards_do_the_rules_hold(seed: int, boards: int) -> None:
     assert all(len(g.rows) >= 3 for g in rollout.gates)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(seed=st.integers(0, 10**9))
 def test_when_every_board_comes_back_and_works_every_rollout_succeeds(seed: int) -> None:
     world = random_world(seed, 25)

@@ -75,11 +75,11 @@ def _values(text: bytes, dtype: np.dtype[Any]) -> Array:
     if dtype.kind != "b" and any(word in text for word in _TRUTHS):
         raise ValueError("true and false are no numbers")
     try:
-        values = np.asarray(_decode(text))
+        values: Array = np.asarray(_decode(text))
         if dtype == np.uint64 and values.dtype.kind == "f":
             # Such as have both small values and ones above half their range: numpy takes those for fractions.
             whole = _decode_whole(b"[%s]" % text.translate(None, b"[]"))
-            return np.array(whole, np.uint64).reshape(values.shape)
+            values = np.array(whole, np.uint64).reshape(values.shape)
         return values
     except (msgspec.DecodeError, ValueError, OverflowError, RecursionError) as exc:
         raise ValueError(f"data is no rectangular list of numbers: {exc}") from exc

@@ -61,7 +61,7 @@ class Observer:
         if self._normal.classes:
             scores = outputs[self._normal.outputs[0].name][:1]
             # The largest of scores among which one is no number is none.
-            self._answer = int(scores.argmax()) if scores.size and np.isfinite(scores).all() else -1
+            self._answer = int(np.argmax(scores)) if scores.size and np.isfinite(scores).all() else -1
 
     def _pick(self, tensor: Array | None, axis: int) -> tuple[Array, Array]:
         """Values of the first sample, and the channel of each where the tensor's lie along ``axis``."""

@@ -104,7 +104,8 @@ class Serving:
         compute_ns = time.perf_counter_ns() - began
         if self._observer.is_due():
             self._observer.look(inputs, outputs)
-        slot, at, targets = self._answers[message.slot], 0, {}
+        slot, at = self._answers[message.slot], 0
+        targets: dict[str, Array] = {}
         for name, dtype in self._gives:
             value = outputs[name]
             if value.dtype != dtype:
@@ -113,8 +114,8 @@ class Serving:
                 is_batch = any(shape[:1] > (1,) for _, shape in message.tensors)
                 problem = UnservedBatchError if is_batch else EngineError
                 raise problem(f"the answer does not fit the {len(slot)} bytes of one request's memory")
-            targets[name] = target = np.ndarray(value.shape, dtype, slot, at)
-            np.copyto(target, value)
+            targets[name] = np.ndarray(value.shape, dtype, slot, at)
+            np.copyto(targets[name], value)
             at = aligned(at + value.nbytes)
         if in_slot:
             self._bound.learn(message, inputs, targets)

@@ -101,7 +101,7 @@ def _agreement(
     shares = dict[str, Share]()
     if version.output_kind == "raw":
         within = _within(outputs, references, version)
-        same = np.logical_and.reduce([one.all(axis=1) for one in within.values()])
+        same = np.all([one.all(axis=1) for one in within.values()], axis=0)
         for name, one in within.items():
             # Values of one sample hang together: it is samples that the interval counts.
             value = float(one.mean())

@@ -66,7 +66,7 @@ def _distance(a: Floats, b: Floats) -> float:
     """The largest difference, relative to the spread of the scores."""
     if a.shape != b.shape:
         return 1.0
-    return float(np.abs(a - b).max()) / (float(a.max() - a.min()) or 1.0)
+    return float(np.max(np.abs(a - b))) / (float(np.ptp(a)) or 1.0)
 
 
 @dataclass

@@ -126,7 +126,7 @@ class _Reader:
             rounded, scale, zero = node.output
             self._constant(scale, np.float32(1))
             self._constant(zero, np.uint8(0))
-            self._integers[rounded] = Integers(inputs[0], None, np.uint8(0))
+            self._integers[rounded] = Integers(inputs[0], None, np.array(0, np.uint8))
         elif op in OF_INTEGERS:
             self._compute(node)
         elif self._products & _read_by(node):

@@ -79,10 +79,10 @@ def _priors(given: Priors | None, base: Path) -> PriorBoxes | None:
     boxes = np.array(rows, np.float32)
     unlikely = ~np.isfinite(boxes).all(axis=1) | (boxes[:, 2:] <= 0).any(axis=1)
     if unlikely.any():
-        line = int(unlikely.argmax())
+        line = int(np.argmax(unlikely))
         raise DataError(f"{path}: prior {line + 1} is {boxes[line].tolist()}, which is no box", hint=_ONE_PRIOR)
     if np.median(boxes) > 1:
-        raise DataError(f"{path} has priors up to {boxes.max():g}: are they in pixels?", hint=_ONE_PRIOR)
+        raise DataError(f"{path} has priors up to {np.max(boxes):g}: are they in pixels?", hint=_ONE_PRIOR)
     return PriorBoxes(
         boxes=boxes.astype("<f4").tobytes(), variances=tuple(given.variances), order=given.order, sides=given.sides
     )

@@ -213,7 +213,7 @@ def _check(where: str, array: Array, spec: TensorSpec, pictures: tuple[int, int,
     elif not np.isfinite(array).all():
         raise DataError(f"{where} holds values that are not finite")
     flat = array.reshape(len(array), -1)
-    if array.min() == array.max() and not beside:
+    if np.min(array) == np.max(array) and not beside:
         raise DataError(f"{where} is constant, {float(array.min())} everywhere")
     blank = np.flatnonzero(flat.min(axis=1) == flat.max(axis=1))
     if len(blank) and pictures is not None:
@@ -304,7 +304,7 @@ def _read(split: str, file: Path, height: int, width: int, grey: bool, fit: Fit)
     ) as exc:
         raise DataError(f"{split}: can't read the picture {file}: {exc}") from exc
     array = np.asarray(_fitted(picture, height, width, fit, f"{split}: {file}"), np.uint8)
-    if array.min() == array.max():
+    if np.min(array) == np.max(array):
         raise DataError(f"{split}: {file} is blank: every pixel is {int(array.flat[0])}")
     return array[..., None] if grey else array
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import msgspec
 from edgefleet_shared.assignment import Subject, subject_of
 from edgefleet_shared.errors import ConflictError, NotFoundError
-from sqlalchemy import text, tuple_
+from sqlalchemy import literal, text, tuple_
 from sqlmodel import Session, col, select
 
 from edgefleet_controller import versions
@@ -275,7 +275,7 @@ def signed_before(
     query = (
         select(Assignment, Device.reported)
         .join(Device, name.in_([col(Device.assignment), col(Device.agent_assignment)]))
-        .where(signed < before, tuple_(signed, name) > tuple_(*beyond), col(Device.revoked).is_(False))
+        .where(signed < before, tuple_(signed, name) > tuple_(*map(literal, beyond)), col(Device.revoked).is_(False))
         .where(col(Device.reported_at) >= heard_since)
         .order_by(signed, name)
         .limit(limit)

@@ -172,7 +172,7 @@ def _pack(path: str, network: str, settings: dict[str, Any], samples: SampleFile
             for value in (sample[name] for name in inputs):
                 row.append(f"{index:04}-{len(row)}.npy")
                 with archive.open(zipfile.ZipInfo(row[-1], _EPOCH), "w") as stream:
-                    np.lib.format.write_array(stream, value, allow_pickle=False)
+                    np.save(stream, value, allow_pickle=False)
             names.append(" ".join(row))
         archive.writestr(zipfile.ZipInfo("dataset.txt", _EPOCH), "\n".join(names) + "\n")
 

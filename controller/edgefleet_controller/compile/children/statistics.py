@@ -130,7 +130,7 @@ def _counted(value: Array, axis: int | None) -> Array:
 
 
 def _histogram(value: Array, extremes: list[float]) -> Array:
-    flat = value.ravel()
+    flat: Array = value.ravel()
     flat = flat[:: max(1, flat.size // MOST_VALUES)]
     low, high = extremes
     if high <= low:

@@ -121,7 +121,7 @@ def wide_enough(scales: Array, bias: Array | None, input_scale: float) -> Array:
     if bias is None:
         return scales
     least = np.abs(bias.reshape(-1)) / (input_scale * BIAS_LEVELS)
-    found: Array = np.maximum(scales, least if scales.size > 1 else least.max()).astype(np.float32)
+    found: Array = np.maximum(scales, least if scales.size > 1 else np.max(least)).astype(np.float32)
     return found
 
 

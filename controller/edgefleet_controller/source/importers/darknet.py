@@ -147,8 +147,8 @@ def _convolutional(writer: _Writer, options: Section) -> None:
     source, stem = writer.last, writer.stem
     filters, size, stride = int(options["filters"]), int(options["size"]), int(options.get("stride", 1))
     pad = size // 2 if int(options.get("pad", 0)) else 0
-    bias = writer.weights.take(filters)
-    scale = np.ones(filters, np.float32)
+    bias: npt.NDArray[Any] = writer.weights.take(filters)
+    scale: npt.NDArray[Any] = np.ones(filters, np.float32)
     if int(options.get("batch_normalize", 0)):
         gamma, mean, variance = (writer.weights.take(filters) for _ in range(3))
         scale = gamma / np.sqrt(variance + BN_EPSILON)

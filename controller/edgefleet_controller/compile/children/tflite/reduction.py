@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from ..measure import Array
 from .elementwise import NUMBER, combined, shifted
 from .layout import Value, plain
 from .node import Node
@@ -126,7 +127,7 @@ def _cumulated(writer: Writer, node: Node) -> None:
 # --- normalisations ---------------------------------------------------------------------------------------------------
 
 
-def _channelwise(writer: Writer, name: str, x: Value, factor: np.ndarray, term: np.ndarray) -> None:
+def _channelwise(writer: Writer, name: str, x: Value, factor: Array, term: Array) -> None:
     """``x * factor + term``, one number of each for every channel."""
     wide = (-1, *(1,) * (len(x.shape) - 2))
     x = combined(
