@@ -28,14 +28,15 @@ from edgefleet_shared.errors import EdgefleetError, EnvironmentProblem
 from google.protobuf.message import DecodeError, Message
 
 from edgefleet_agent import notify
-from edgefleet_agent.runtime import activation, grpc_health, unserved
+from edgefleet_agent.runtime import activation, grpc_bounds, grpc_health, unserved
 from edgefleet_agent.runtime import grpc_messages as messages
-from edgefleet_agent.runtime.grpc_bounds import CALLS_AT_ONCE, IDLE_LIMIT_S, LARGE_BYTES, MAX_CALLS, MESSAGE_LIMIT_S
+from edgefleet_agent.runtime.body_room import room
+from edgefleet_agent.runtime.grpc_bounds import IDLE_LIMIT_S, LARGE_BYTES, LOOKAHEAD_BYTES, MAX_CALLS, MESSAGE_LIMIT_S
 from edgefleet_agent.runtime.grpc_carrier import Carrier
 from edgefleet_agent.runtime.grpc_messages import Bytes, CallError, pb
 from edgefleet_agent.runtime.grpc_runtime import Call, Runtime
-from edgefleet_agent.runtime.head import MAX_BODY_BYTES
 from edgefleet_agent.runtime.heap import Heap
+from edgefleet_agent.runtime.memory import available_memory_bytes
 from edgefleet_agent.runtime.protocol import RegionUse, RequestError
 from edgefleet_agent.runtime.regions import Regions
 
@@ -93,10 +94,14 @@ class SharedMemory:
 
 
 class Gateway:
-    """The calls."""
+    """The calls.
 
-    def __init__(self, runtime: Runtime, memory: SharedMemory) -> None:
-        self._runtime, self._memory = runtime, memory
+    Args:
+        request_bytes: how long a request may be, with what it has in regions.
+    """
+
+    def __init__(self, runtime: Runtime, memory: SharedMemory, request_bytes: int) -> None:
+        self._runtime, self._memory, self._request_bytes = runtime, memory, request_bytes
 
     def server_live(self, request: Any, call: Call) -> Message:
         return pb.ServerLiveResponse(live=self._is("/v2/health/live", call))
@@ -154,7 +159,7 @@ class Gateway:
 
     def model_infer(self, request: Any, call: Call) -> Message:
         regions = messages.wanted_regions(request)
-        header, tensors = messages.to_http(request, lambda use: self._memory.read(call, use))
+        header, tensors = messages.to_http(request, lambda use: self._memory.read(call, use), self._request_bytes)
         status, body, length = self._runtime.ask(
             call, "POST", _path(request.model_name, request.model_version) + "/infer", (header, *tensors), len(header)
         )
@@ -218,7 +223,8 @@ def serve(runtime: Runtime, address: str) -> tuple[grpc.Server, int]:
         EnvironmentProblem: the address can't be taken.
     """
     memory, heap = SharedMemory(), runtime.heap
-    gateway, silence = Gateway(runtime, memory), Silence(memory, heap)
+    calls_at_once, message_bytes = grpc_bounds.messages(room(available_memory_bytes()))
+    gateway, silence = Gateway(runtime, memory, message_bytes), Silence(memory, heap)
     calls: dict[str, Callable[[Any, Call], Message]] = {
         "ServerLive": gateway.server_live,
         "ServerReady": gateway.server_ready,
@@ -236,13 +242,18 @@ def serve(runtime: Runtime, address: str) -> tuple[grpc.Server, int]:
         "CudaSharedMemoryUnregister": gateway.cuda_unregister,
     }
     limits = [
-        ("grpc.max_receive_message_length", MAX_BODY_BYTES),
+        ("grpc.max_receive_message_length", message_bytes),
+        (
+            "grpc.http2.bdp_probe",
+            0,
+        ),  # else on a fast line megabytes of each message come before there is a thread for it
+        ("grpc.http2.lookahead_bytes", LOOKAHEAD_BYTES),
         ("grpc.max_send_message_length", -1),
         ("grpc.so_reuseport", 0),
         ("grpc.server_handshake_timeout_ms", int(MESSAGE_LIMIT_S * 1000)),
         ("grpc.max_connection_idle_ms", int(IDLE_LIMIT_S * 1000)),
     ]
-    server = grpc.server(ThreadPoolExecutor(CALLS_AT_ONCE), options=limits, maximum_concurrent_rpcs=MAX_CALLS)
+    server = grpc.server(ThreadPoolExecutor(calls_at_once), options=limits, maximum_concurrent_rpcs=MAX_CALLS)
     try:
         port = server.add_insecure_port(address)
     except RuntimeError as exc:

@@ -15,7 +15,6 @@ from google.protobuf.json_format import ParseDict
 from google.protobuf.message import Message
 
 from edgefleet_agent.runtime import open_inference_pb2
-from edgefleet_agent.runtime.head import MAX_BODY_BYTES
 from edgefleet_agent.runtime.json_data import MAX_PIECES
 from edgefleet_agent.runtime.protocol import MAX_RANK, RegionUse, region_use
 from edgefleet_agent.runtime.tensors import NUMPY, element_count
@@ -60,11 +59,12 @@ def failed(status: int, body: bytes) -> CallError:
     return CallError(CODES.get(status, "INTERNAL"), message)
 
 
-def to_http(request: Any, read: Read) -> tuple[bytes, list[Bytes]]:
+def to_http(request: Any, read: Read, most_bytes: int) -> tuple[bytes, list[Bytes]]:
     """An infer request as the HTTP face takes it: its JSON header, and each input's bytes.
 
     Args:
         read: what lies in a region. May raise RequestError.
+        most_bytes: how long it may be.
 
     Raises:
         CallError: raw and typed contents do not fit the inputs, or all are too large.
@@ -75,7 +75,7 @@ def to_http(request: Any, read: Read) -> tuple[bytes, list[Bytes]]:
     given = sum(use is None for use in uses)
     if raw and len(raw) != given:
         raise CallError("INVALID_ARGUMENT", f"{len(raw)} raw contents for {given} inputs")
-    _bounded(sum(map(len, raw)) + sum(use.size for use in uses if use is not None))
+    _bounded(sum(map(len, raw)) + sum(use.size for use in uses if use is not None), most_bytes)
     inputs: list[dict[str, Any]] = []
     tensors: list[Bytes] = []
     left = iter(raw)
@@ -110,13 +110,13 @@ def to_http(request: Any, read: Read) -> tuple[bytes, list[Bytes]]:
             for output in request.outputs
         ]
     encoded = msgspec.json.encode(header)
-    _bounded(len(encoded) + sum(map(len, tensors)))
+    _bounded(len(encoded) + sum(map(len, tensors)), most_bytes)
     return encoded, tensors
 
 
-def _bounded(body_bytes: int) -> None:
-    if body_bytes > MAX_BODY_BYTES:
-        raise CallError("RESOURCE_EXHAUSTED", f"the request has {body_bytes} bytes, {MAX_BODY_BYTES} are allowed")
+def _bounded(body_bytes: int, most_bytes: int) -> None:
+    if body_bytes > most_bytes:
+        raise CallError("RESOURCE_EXHAUSTED", f"the request has {body_bytes} bytes, {most_bytes} are allowed")
 
 
 def wanted_regions(request: Any) -> dict[str, RegionUse]:
