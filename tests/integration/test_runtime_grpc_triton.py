@@ -12,7 +12,7 @@ import threading
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from edgefleet_agent.runtime.grpc_carrier import MAX_CONNECTIONS
 from edgefleet_agent.runtime.head import MAX_BODY_BYTES
 from edgefleet_agent.runtime.regions import MAX_OF_ONE_USER
 from support import artifacts, control_group
-from support.runtimes import Runtime, running, start_holding, until
+from support.runtimes import Runtime, gateway, running, start_holding, until
 from tritonclient.grpc import service_pb2
 from tritonclient.utils import InferenceServerException
 
@@ -40,23 +40,6 @@ def runtime(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runtime]:
     with running(tmp_path_factory.mktemp("board")) as made:
         made.install(made.add("1"))
         yield made.start()
-
-
-@contextmanager
-def gateway(
-    runtime: Runtime, listen: str = "127.0.0.1:0", held: tuple[socket.socket, ...] = (), **options: Any
-) -> Iterator[tuple[str, subprocess.Popen[str]]]:
-    process = start_holding(
-        held,
-        [sys.executable, "-m", "edgefleet_agent.runtime.grpc_gateway", "--state", str(runtime.state), "--listen", listen],
-        stdout=subprocess.PIPE, text=True, **options,
-    )  # fmt: skip
-    assert process.stdout is not None
-    try:
-        yield process.stdout.readline().removeprefix("listening at ").strip(), process
-    finally:
-        process.terminate()
-        assert process.wait(20) in (0, -signal.SIGKILL)  # SIGKILL comes from tests only
 
 
 @pytest.fixture(scope="module")

@@ -231,7 +231,6 @@ def serve(runtime: Runtime, address: str) -> tuple[grpc.Server, int]:
         "ModelReady": gateway.model_ready,
         "ServerMetadata": gateway.server_metadata,
         "ModelMetadata": gateway.model_metadata,
-        "ModelInfer": gateway.model_infer,
         "ModelConfig": gateway.model_config,
         "ModelStatistics": gateway.model_statistics,
         "RepositoryIndex": gateway.repository_index,
@@ -267,10 +266,14 @@ def serve(runtime: Runtime, address: str) -> tuple[grpc.Server, int]:
             _answering(call, parse, large, silence, heap, ours), response_serializer=lambda m: m.SerializeToString()
         )
 
-    inference = {name: handler(call, getattr(pb, f"{name}Request").FromString) for name, call in calls.items()}
+    def question(call: Callable[[Any, Call], Message], parse: Callable[[bytes], Any]) -> grpc.RpcMethodHandler:
+        return handler(call, lambda message: messages.parse_question(message, parse))
+
+    inference = {name: question(call, getattr(pb, f"{name}Request").FromString) for name, call in calls.items()}
+    inference["ModelInfer"] = handler(gateway.model_infer, lambda m: messages.parse_request(m, message_bytes))
     for service, handlers, refused in (
         (SERVICE, inference, REFUSED),
-        (grpc_health.SERVICE, {"Check": handler(gateway.health, grpc_health.parse)}, grpc_health.REFUSED),
+        (grpc_health.SERVICE, {"Check": question(gateway.health, grpc_health.parse)}, grpc_health.REFUSED),
     ):
         handlers |= {name: grpc.stream_unary_rpc_method_handler(_refusing(why)) for name, why in refused.items()}
         server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, handlers),))

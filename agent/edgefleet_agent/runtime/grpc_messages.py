@@ -6,7 +6,8 @@ are. Refused with a reason: BYTES and BF16 tensors. Not handled here: connection
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import msgspec
@@ -14,7 +15,7 @@ import numpy as np
 from google.protobuf.json_format import ParseDict
 from google.protobuf.message import Message
 
-from edgefleet_agent.runtime import open_inference_pb2
+from edgefleet_agent.runtime import grpc_wire, open_inference_pb2
 from edgefleet_agent.runtime.json_data import MAX_PIECES
 from edgefleet_agent.runtime.protocol import MAX_RANK, RegionUse, region_use
 from edgefleet_agent.runtime.tensors import NUMPY, element_count
@@ -57,6 +58,37 @@ def failed(status: int, body: bytes) -> CallError:
     except (msgspec.DecodeError, KeyError, TypeError):
         message = f"the runtime answered with status {status}"
     return CallError(CODES.get(status, "INTERNAL"), message)
+
+
+def parse_request(message: bytes, most_bytes: int) -> Any:
+    """An infer request, once it is known to become no more than it is.
+
+    Args:
+        most_bytes: how many its typed values may take.
+
+    Raises:
+        CallError: it is none, or would become too much. DecodeError: it is none.
+    """
+    with _refused():
+        grpc_wire.check_request(message, most_bytes)
+    return pb.ModelInferRequest.FromString(message)
+
+
+def parse_question(message: bytes, parse: Callable[[bytes], Any]) -> Any:
+    """A message that has no tensors. Raises like :func:`parse_request`."""
+    with _refused():
+        grpc_wire.check_question(message)
+    return parse(message)
+
+
+@contextmanager
+def _refused() -> Iterator[None]:
+    try:
+        yield
+    except grpc_wire.NotAMessage as exc:
+        raise CallError("INTERNAL", f"not a message of this call: {exc}") from exc
+    except grpc_wire.TooLarge as exc:
+        raise CallError("RESOURCE_EXHAUSTED", str(exc)) from exc
 
 
 def to_http(request: Any, read: Read, most_bytes: int) -> tuple[bytes, list[Bytes]]:
