@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -63,9 +64,8 @@ class Group:
 def made() -> Iterator[Group]:
     """A group of :data:`LIMIT_BYTES`; empty again when it goes. The test is skipped where none can be made."""
     old = (GROUPS / "memory").is_dir()
-    folder = (GROUPS / "memory" if old else GROUPS) / f"edgefleet-test-{os.getpid()}"
     try:
-        folder.mkdir()
+        folder = Path(tempfile.mkdtemp(prefix="edgefleet-test-", dir=GROUPS / "memory" if old else GROUPS))
     except OSError as exc:
         pytest.skip(f"no control group can be made here: {exc.strerror}")
     try:

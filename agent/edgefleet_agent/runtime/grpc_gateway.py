@@ -31,6 +31,7 @@ from edgefleet_agent import notify
 from edgefleet_agent.runtime import activation, grpc_bounds, grpc_health, unserved
 from edgefleet_agent.runtime import grpc_messages as messages
 from edgefleet_agent.runtime.body_room import room
+from edgefleet_agent.runtime.grpc_answers import Answers
 from edgefleet_agent.runtime.grpc_bounds import IDLE_LIMIT_S, LARGE_BYTES, LOOKAHEAD_BYTES, MAX_CALLS, MESSAGE_LIMIT_S
 from edgefleet_agent.runtime.grpc_carrier import Carrier
 from edgefleet_agent.runtime.grpc_messages import Bytes, CallError, pb
@@ -180,11 +181,12 @@ class Gateway:
 
 
 class Silence(threading.Thread):
-    """Ends calls whose message does not come: each has a thread, and a few of them would have them all."""
+    """Ends calls whose message does not come: each has a thread, and a few of them would have them all. Ticks for all others, too."""
 
-    def __init__(self, memory: SharedMemory, heap: Heap) -> None:
+    def __init__(self, memory: SharedMemory, answers: Answers, heap: Heap) -> None:
         super().__init__(name="silence", daemon=True)
-        self._memory, self._heap, self._began = memory, heap, dict[grpc.ServicerContext, float]()
+        self._memory, self._answers, self._heap = memory, answers, heap
+        self._began = dict[grpc.ServicerContext, float]()
 
     def message(self, sent: Iterator[bytes], context: grpc.ServicerContext) -> bytes:
         """The call's message, as it came.
@@ -208,6 +210,7 @@ class Silence(threading.Thread):
                 if began < horizon:
                     context.cancel()
             self._memory.tick()
+            self._answers.tick()
             self._heap.tick()
 
 
@@ -222,9 +225,11 @@ def serve(runtime: Runtime, address: str) -> tuple[grpc.Server, int]:
     Raises:
         EnvironmentProblem: the address can't be taken.
     """
+    room_bytes = room(available_memory_bytes())
+    calls_at_once, message_bytes = grpc_bounds.messages(room_bytes)
     memory, heap = SharedMemory(), runtime.heap
-    calls_at_once, message_bytes = grpc_bounds.messages(room(available_memory_bytes()))
-    gateway, silence = Gateway(runtime, memory, message_bytes), Silence(memory, heap)
+    answers = Answers(room_bytes, heap)
+    gateway, silence = Gateway(runtime, memory, message_bytes), Silence(memory, answers, heap)
     calls: dict[str, Callable[[Any, Call], Message]] = {
         "ServerLive": gateway.server_live,
         "ServerReady": gateway.server_ready,
@@ -242,10 +247,8 @@ def serve(runtime: Runtime, address: str) -> tuple[grpc.Server, int]:
     }
     limits = [
         ("grpc.max_receive_message_length", message_bytes),
-        (
-            "grpc.http2.bdp_probe",
-            0,
-        ),  # else on a fast line megabytes of each message come before there is a thread for it
+        # Else on a fast line megabytes of each message come before there is a thread for it.
+        ("grpc.http2.bdp_probe", 0),
         ("grpc.http2.lookahead_bytes", LOOKAHEAD_BYTES),
         ("grpc.max_send_message_length", -1),
         ("grpc.so_reuseport", 0),
@@ -263,7 +266,8 @@ def serve(runtime: Runtime, address: str) -> tuple[grpc.Server, int]:
 
     def handler(call: Callable[[Any, Call], Message], parse: Callable[[bytes], Any]) -> grpc.RpcMethodHandler:
         return grpc.stream_unary_rpc_method_handler(
-            _answering(call, parse, large, silence, heap, ours), response_serializer=lambda m: m.SerializeToString()
+            _answering(call, parse, large, silence, answers, heap, ours),
+            response_serializer=lambda m: m.SerializeToString(),
         )
 
     def question(call: Callable[[Any, Call], Message], parse: Callable[[bytes], Any]) -> grpc.RpcMethodHandler:
@@ -287,6 +291,7 @@ def _answering(
     parse: Callable[[bytes], Any],
     large: threading.Lock,
     silence: Silence,
+    answers: Answers,
     heap: Heap,
     ours: tuple[str, int] | None,
 ) -> Callable[[Iterator[bytes], grpc.ServicerContext], Message]:
@@ -298,7 +303,9 @@ def _answering(
             with _alone(large, call) if size > LARGE_BYTES else contextlib.nullcontext():
                 request = parse(message)
                 del message  # as large as the request, which is large
-                return carry_out(request, call)
+                made = carry_out(request, call)
+            answers.hold(call, made.ByteSize())
+            return made
         except DecodeError as exc:
             code, why = "INTERNAL", f"not a message of this call: {exc}"
         except RequestError as exc:
