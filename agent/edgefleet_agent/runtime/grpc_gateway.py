@@ -36,6 +36,7 @@ from edgefleet_agent.runtime.grpc_bounds import IDLE_LIMIT_S, LARGE_BYTES, LOOKA
 from edgefleet_agent.runtime.grpc_carrier import Carrier
 from edgefleet_agent.runtime.grpc_messages import Bytes, CallError, pb
 from edgefleet_agent.runtime.grpc_runtime import Call, Runtime
+from edgefleet_agent.runtime.head import MAX_URL_BYTES
 from edgefleet_agent.runtime.heap import Heap
 from edgefleet_agent.runtime.memory import available_memory_bytes
 from edgefleet_agent.runtime.protocol import RegionUse, RequestError
@@ -44,6 +45,7 @@ from edgefleet_agent.runtime.regions import Regions
 SERVICE = "inference.GRPCInferenceService"
 LOOK_S = 1.0  # how often silent calls are looked at
 GRACE_S = 10.0
+MAX_PATH_CHARACTERS = MAX_URL_BYTES // 2  # what is asked of the model comes behind it
 
 REFUSED = {
     "ModelStreamInfer": unserved.STREAMS,
@@ -215,8 +217,12 @@ class Silence(threading.Thread):
 
 
 def _path(model: str, version: str) -> str:
+    """Where the HTTP face has a model. Raises CallError: it would take no such path."""
     path = f"/v2/models/{quote(model, safe='')}"
-    return f"{path}/versions/{quote(version, safe='')}" if version else path
+    path += f"/versions/{quote(version, safe='')}" if version else ""
+    if len(path) > MAX_PATH_CHARACTERS:
+        raise CallError("NOT_FOUND", f"no model here has a name as long as {model[:40]!r}... or such a version")
+    return path
 
 
 def serve(runtime: Runtime, address: str) -> tuple[grpc.Server, int]:
