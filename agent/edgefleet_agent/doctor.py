@@ -156,8 +156,12 @@ def _runtime(state: Path) -> str:
 
 def _broker(state: Path) -> str:
     endpoint = board_settings.endpoint(state, board_settings.read(state))
-    with (
-        socket.create_connection((endpoint.host, endpoint.port), CONNECT_TIMEOUT_S) as plain,
-        endpoint.tls().wrap_socket(plain, server_hostname=endpoint.host) as secured,
-    ):
-        return f"{endpoint.host}:{endpoint.port}, {secured.version()}"
+    where = f"{endpoint.host}:{endpoint.port}"
+    try:
+        with (
+            socket.create_connection((endpoint.host, endpoint.port), CONNECT_TIMEOUT_S) as plain,
+            endpoint.tls().wrap_socket(plain, server_hostname=endpoint.host) as secured,
+        ):
+            return f"{where}, {secured.version()}"
+    except OSError as exc:
+        raise OSError(f"can't reach {where}: {exc}") from exc

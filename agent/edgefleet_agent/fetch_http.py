@@ -6,12 +6,15 @@ import contextlib
 import http.client
 import socket
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 
 from edgefleet_shared.errors import TransportError
 from edgefleet_shared.mqtt import Endpoint
 
 TIMEOUT_S = 15.0
+# A sender that brings less in a window is left for a connection that may do better. The slowest lines that boards have bring three times as much.
+LEAST_BYTES, WINDOW_S = 8 * 1024, 30.0
 
 
 def fetch_chunks(
@@ -42,9 +45,8 @@ def fetch_chunks(
             last = min(first + chunk_bytes, size) - 1
             link.request("GET", f"/v1/blobs/{digest}", headers={"Range": f"bytes={first}-{last}"})
             answer = _head(link)
-            # As it comes: a sender that drips would hold this way for whoever wants something else now.
             piece = b""
-            while len(piece) <= chunk_bytes and (more := answer.read1(chunk_bytes + 1 - len(piece))):
+            for more in _body(answer, chunk_bytes + 1):
                 piece += more
                 if not wanted():
                     return
@@ -72,6 +74,22 @@ def _head(link: http.client.HTTPSConnection) -> http.client.HTTPResponse:
         return link.getresponse()
     finally:
         too_late.cancel()
+
+
+def _body(answer: http.client.HTTPResponse, most_bytes: int) -> Iterator[bytes]:
+    """The body up to so many bytes, as it comes: a sender that drips would hold this way for whoever wants something else now.
+
+    Raises:
+        OSError, http.client.HTTPException: it comes too slowly, or was cut off.
+    """
+    left, came, began = most_bytes, 0, time.monotonic()
+    while left and (more := answer.read1(left)):
+        yield more
+        left, came = left - len(more), came + len(more)
+        if time.monotonic() - began > WINDOW_S:
+            if came < LEAST_BYTES:
+                raise TimeoutError(f"{came} bytes came in {WINDOW_S:g} s")
+            came, began = 0, time.monotonic()
 
 
 def _cut(link: socket.socket) -> None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -74,16 +75,28 @@ def apply(profile: PowerProfile, sys_root: Path = Path("/sys"), kept: Path = KEP
         what was changed, for people; empty when all is as it should be.
 
     Raises:
-        EnvironmentProblem: the kernel offers no such governor, clock or limit (then nothing was changed), or refuses to be written.
+        EnvironmentProblem: the kernel offers no such governor, clock or limit (then nothing was changed), or refuses to be written (then
+            all is as it was before any profile, as far as it lets).
     """
-    # All is held against the kernel's limits before the first is written: never half a profile.
-    plan = [*_clocks(profile, sys_root, kept), *_wakes(profile, sys_root, kept.with_name(_WAKES_KEPT))]
-    changed = []
-    for owner, path, value in plan:
-        if sysfs.text(path) != value:
+    # All is held against the kernel's limits before the first is written, and what is refused all the same is undone: never half a profile.
+    plan = _plan(profile, sys_root, kept)
+    try:
+        return [f"{owner}: {path.name} {value}" for owner, path, value in plan if _set(path, value)]
+    except EnvironmentProblem:
+        _undo(sys_root, kept)
+        raise
+
+
+def _undo(sys_root: Path, kept: Path) -> None:
+    """Put back what was there before any profile, but for what the kernel refuses."""
+    for _, path, value in _plan(PowerProfile(), sys_root, kept):
+        with suppress(EnvironmentProblem):
             _set(path, value)
-            changed.append(f"{owner}: {path.name} {value}")
-    return changed
+
+
+def _plan(profile: PowerProfile, sys_root: Path, kept: Path) -> list[tuple[str, Path, str]]:
+    """(owner, file, value) of all that the profile needs."""
+    return [*_clocks(profile, sys_root, kept), *_wakes(profile, sys_root, kept.with_name(_WAKES_KEPT))]
 
 
 def _clocks(profile: PowerProfile, sys_root: Path, kept: Path) -> list[tuple[str, Path, str]]:
@@ -186,12 +199,16 @@ def _target(policy: Path, profile: PowerProfile, before: Before) -> Before:
     return Before(profile.governor or before.governor, ceiling, min(before.min_khz, ceiling))
 
 
-def _set(path: Path, value: str) -> None:
+def _set(path: Path, value: str) -> bool:
+    """Returns whether it was another before."""
+    if sysfs.text(path) == value:
+        return False
     try:
         path.write_text(value)  # sysfs: neither renamed nor synced
     except OSError as exc:
         hint = "this needs root" if isinstance(exc, PermissionError) else "the kernel refused it"
         raise EnvironmentProblem(f"can't set {path} to {value}: {exc.strerror}", hint=hint) from exc
+    return True
 
 
 def _khz(path: Path) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import socket
 import ssl
 import threading
 from collections.abc import Callable, Iterator
@@ -192,24 +193,80 @@ def test_what_is_not_wanted_any_more_is_left_also_by_a_controller_that_drips(tmp
     assert 8192 not in asked
 
 
-def test_a_head_that_drips_is_not_waited_for_without_end(served, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def patience() -> Iterator[threading.Event]:
+    """Set when what drips has done so for long enough."""
+    over = threading.Event()
+    timer = threading.Timer(10.0, over.set)
+    timer.start()
+    yield over
+    timer.cancel()
+    over.set()
+
+
+@pytest.mark.parametrize(
+    "begun",
+    [
+        pytest.param(b"HTTP/1.1 206 Partial Content\r\nX: ", id="head"),
+        pytest.param(b"HTTP/1.1 206 Partial Content\r\nContent-Length: 4096\r\n\r\n", id="body"),
+    ],
+)
+def test_an_answer_that_drips_is_not_waited_for_without_end(
+    served, begun: bytes, patience: threading.Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(fetch_http, "TIMEOUT_S", 0.5)
-    hung_up = threading.Event()
+    monkeypatch.setattr(fetch_http, "WINDOW_S", 0.5)
 
     def drip(to: BaseHTTPRequestHandler, first: int, last: int) -> None:
-        to.wfile.write(b"HTTP/1.1 206 Partial Content\r\nX: ")
+        to.wfile.write(begun)
         with suppress(OSError):
-            while not hung_up.wait(0.05):
+            while not patience.wait(0.05):
                 to.wfile.write(b"x")
         to.close_connection = True
 
-    patience = threading.Timer(10.0, hung_up.set)
-    patience.start()
     with pytest.raises(TransportError):
         served(drip)([0], {})
-    assert not hung_up.is_set()
-    patience.cancel()
-    hung_up.set()
+    assert not patience.is_set()
+
+
+def test_a_handshake_that_drips_is_not_waited_for_without_end(
+    tmp_path: Path, patience: threading.Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fetch_http, "TIMEOUT_S", 0.5)
+    pki = TestBroker(tmp_path)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def drip() -> None:
+            link, _ = listener.accept()
+            with link, suppress(OSError):
+                link.sendall(b"\x16\x03\x03\x40\x00")  # a record of 16 KiB
+                while not patience.wait(0.05):
+                    link.sendall(b"x")
+
+        threading.Thread(target=drip, daemon=True).start()
+        with pytest.raises(TransportError):
+            fetch_chunks(
+                pki.endpoint("board"), "127.0.0.1", listener.getsockname()[1], digest_of(CONTENT), len(CONTENT),
+                CHUNK_BYTES, [0], lambda *_: None,
+            )  # fmt: skip
+    assert not patience.is_set()
+
+
+def test_a_line_that_is_slow_gets_its_chunks(served, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fetch_http, "WINDOW_S", 0.2)
+    monkeypatch.setattr(fetch_http, "LEAST_BYTES", 64)
+
+    def trickle(to: BaseHTTPRequestHandler, first: int, last: int) -> None:
+        to.send_response(206)
+        to.send_header("Content-Length", str(last - first + 1))
+        to.end_headers()
+        for at in range(first, last + 1, 128):
+            to.wfile.write(CONTENT[at : min(at + 128, last + 1)])
+            threading.Event().wait(0.03)
+
+    taken: dict[int, bytes] = {}
+    served(trickle)([0], taken)
+    assert taken == {0: CONTENT[:4096]}
 
 
 def test_whoever_has_no_certificate_of_the_fleet_is_not_asked(tmp_path: Path, served) -> None:

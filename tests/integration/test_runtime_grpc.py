@@ -199,6 +199,7 @@ HOSTILE = {
     "no input": (lambda: service_pb2.ModelInferRequest(model_name="toy"), "INVALID_ARGUMENT"),
     "no model": (lambda: request(model=""), "NOT_FOUND"),
     "a model outside": (lambda: request(model="../../../metrics"), "NOT_FOUND"),
+    "a model whose name has no end": (lambda: request(model="a" * 10_000), "NOT_FOUND"),
     "raw and typed": (lambda: request(raw=1), "INVALID_ARGUMENT"),
     "more contents than inputs": (lambda: request(raw=2, typed=False), "INVALID_ARGUMENT"),
     "no contents": (lambda: request(typed=False), "INVALID_ARGUMENT"),

@@ -11,7 +11,8 @@ import sys
 import threading
 import uuid
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,8 @@ from edgefleet_agent.runtime.grpc_bounds import CALLS_AT_ONCE, MAX_CALLS, MESSAG
 from edgefleet_agent.runtime.grpc_carrier import MAX_CONNECTIONS
 from edgefleet_agent.runtime.head import MAX_BODY_BYTES
 from edgefleet_agent.runtime.regions import MAX_OF_ONE_USER
-from support import artifacts
-from support.runtimes import Runtime, running, start_holding, until
+from support import artifacts, control_group
+from support.runtimes import Runtime, gateway, running, start_holding, until
 from tritonclient.grpc import service_pb2
 from tritonclient.utils import InferenceServerException
 
@@ -39,23 +40,6 @@ def runtime(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runtime]:
     with running(tmp_path_factory.mktemp("board")) as made:
         made.install(made.add("1"))
         yield made.start()
-
-
-@contextmanager
-def gateway(
-    runtime: Runtime, listen: str = "127.0.0.1:0", held: tuple[socket.socket, ...] = ()
-) -> Iterator[tuple[str, subprocess.Popen[str]]]:
-    process = start_holding(
-        held,
-        [sys.executable, "-m", "edgefleet_agent.runtime.grpc_gateway", "--state", str(runtime.state), "--listen", listen],
-        stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    assert process.stdout is not None
-    try:
-        yield process.stdout.readline().removeprefix("listening at ").strip(), process
-    finally:
-        process.terminate()
-        assert process.wait(20) in (0, -signal.SIGKILL)  # SIGKILL comes from tests only
 
 
 @pytest.fixture(scope="module")
@@ -349,21 +333,42 @@ def test_a_client_finds_the_gateway_again_that_was_killed_and_started_again(runt
             client.close()
 
 
+def refused_at_once(found: str, clients: int, size: int) -> list[grpc.RpcError]:
+    """How messages of ``size`` bytes end that so many clients send at once; they are too large for the toy's slots."""
+    made = service_pb2.ModelInferRequest(model_name="toy")
+    rows = size // (192 * 4)
+    made.inputs.add(name="x", datatype="FP32", shape=[rows, 8, 8, 3])
+    made.raw_input_contents.append(bytes(rows * 192 * 4))
+    options = [("grpc.max_send_message_length", -1), ("grpc.use_local_subchannel_pool", 1)]
+
+    def ask(_: int) -> grpc.RpcError:
+        with grpc.insecure_channel(found, options) as channel, pytest.raises(grpc.RpcError) as caught:
+            infer_of(channel)(made, timeout=120)
+        return caught.value
+
+    with ThreadPoolExecutor(clients) as pool:
+        return list(pool.map(ask, range(clients)))
+
+
+@pytest.mark.parametrize("size", [28 << 20, 60 << 20])
+def test_many_large_messages_at_once_are_not_the_end_of_the_gateway_of_a_small_board(
+    runtime: Runtime, size: int
+) -> None:
+    with (
+        control_group.made() as group,
+        gateway(runtime, preexec_fn=group.join) as (found, process),
+    ):
+        refused = {error.code().name for error in refused_at_once(found, 12, size)}
+        assert process.poll() is None
+        assert refused == {"RESOURCE_EXHAUSTED"}
+        client = triton.InferenceServerClient(found)
+        assert answers(client)
+        client.close()
+
+
 def test_many_large_messages_at_once_take_no_multiple_of_their_size_and_leave_nothing(runtime: Runtime) -> None:
     """They are taken apart one at a time, what is refused is let go at once, and what they took goes back to the kernel."""
     clients = 12
-    made = service_pb2.ModelInferRequest(model_name="toy")
-    rows = MAX_BODY_BYTES // (192 * 4) - 100
-    made.inputs.add(name="x", datatype="FP32", shape=[rows, 8, 8, 3])
-    made.raw_input_contents.append(bytes(rows * 192 * 4))
-    refused: list[str] = []
-
-    def ask(found: str) -> None:
-        options = [("grpc.max_send_message_length", -1), ("grpc.use_local_subchannel_pool", 1)]
-        with grpc.insecure_channel(found, options) as channel, pytest.raises(grpc.RpcError) as caught:
-            infer_of(channel)(made, timeout=120)
-        refused.append(caught.value.code().name)
-
     with gateway(runtime) as (found, process):
 
         def kibibytes(name: str) -> int:
@@ -371,12 +376,8 @@ def test_many_large_messages_at_once_take_no_multiple_of_their_size_and_leave_no
             return int(status[name].split()[0])
 
         before = kibibytes("VmRSS")
-        asking = [threading.Thread(target=ask, args=(found,)) for _ in range(clients)]
-        for thread in asking:
-            thread.start()
-        for thread in asking:
-            thread.join(150)
-        assert refused == ["RESOURCE_EXHAUSTED"] * clients
+        refused = refused_at_once(found, clients, MAX_BODY_BYTES - (1 << 17))
+        assert [error.code().name for error in refused] == ["RESOURCE_EXHAUSTED"] * clients
         assert kibibytes("VmHWM") * 1024 < 2 * clients * MAX_BODY_BYTES
         until(lambda: kibibytes("VmRSS") - before < MAX_BODY_BYTES >> 10, what="the memory being given back")
 

@@ -265,3 +265,21 @@ class UnixConnection(http.client.HTTPConnection):
         self.sock.settimeout(90)
         with short_path(self._path) as address:
             self.sock.connect(address)
+
+
+@contextmanager
+def gateway(
+    runtime: Runtime, listen: str = "127.0.0.1:0", held: tuple[socket.socket, ...] = (), **options: Any
+) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+    """``fleet-runtime-grpc`` before a runtime: where it listens, and its process. Arguments as of :func:`start_holding`."""
+    process = start_holding(
+        held,
+        [sys.executable, "-m", "edgefleet_agent.runtime.grpc_gateway", "--state", str(runtime.state), "--listen", listen],
+        stdout=subprocess.PIPE, text=True, **options,
+    )  # fmt: skip
+    assert process.stdout is not None
+    try:
+        yield process.stdout.readline().removeprefix("listening at ").strip(), process
+    finally:
+        process.terminate()
+        assert process.wait(20) in (0, -signal.SIGKILL)  # SIGKILL comes from tests only

@@ -7,10 +7,12 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 from chaos.board import STATE
 from chaos.stories import came_to
 from edgefleet_agent import board, doctor, journal, launcher
+from edgefleet_agent import settings as board_settings
 from edgefleet_agent.journal import Journal
 
 REMEMBERED = {"enrolment", "trust", "journal", "active artifact", "agent's versions"}
@@ -71,3 +73,10 @@ def test_a_disk_that_has_room_but_takes_no_more_files_is_found(disk_of_few_files
     (found,) = (finding for finding in doctor.examine(disk_of_few_files) if finding.what == "disk")
     assert not found.ok
     assert "df -i" in found.detail
+
+
+def test_a_broker_that_is_not_reached_is_named(state: Path) -> None:
+    settings = msgspec.structs.replace(board_settings.read(state), broker_host="127.0.0.1", broker_port=1)
+    board_settings.write(state, settings)
+    (found,) = [finding for finding in doctor.examine(state) if finding.what == "broker"]
+    assert (found.ok, "can't reach 127.0.0.1:1: " in found.detail) == (False, True), found

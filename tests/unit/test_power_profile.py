@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -126,6 +128,37 @@ def test_what_the_kernel_does_not_offer_changes_nothing(cpus: Cpus, profile: dic
     with pytest.raises(EnvironmentProblem, match=words):
         cpus.apply(**profile)
     assert cpus.now() == AS_IT_WAS
+
+
+@pytest.fixture
+def refusing(cpus: Cpus) -> Iterator[Cpus]:
+    """The second cluster's governor reads as it is and can't be written, by root neither."""
+    governor = cpus.root / "devices/system/cpu/cpufreq/policy4/scaling_governor"
+    fd = os.memfd_create("governor", os.MFD_ALLOW_SEALING)
+    try:
+        os.write(fd, governor.read_bytes())
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SHRINK)
+        governor.unlink()
+        governor.symlink_to(f"/proc/{os.getpid()}/fd/{fd}")
+        yield cpus
+    finally:
+        os.close(fd)
+
+
+def test_a_profile_that_the_kernel_refuses_half_way_is_undone_at_once(refusing: Cpus) -> None:
+    with pytest.raises(EnvironmentProblem, match=r"policy4/scaling_governor to powersave"):
+        refusing.apply(governor="powersave", max_clock_mhz=1200, max_wake_us=50)
+    assert refusing.now() == AS_IT_WAS
+    assert refusing.wakes() == ["0", "0"]
+
+
+def test_one_that_is_refused_half_way_takes_the_one_before_it_with_it(refusing: Cpus) -> None:
+    """Whose model does not serve any more."""
+    refusing.apply(max_clock_mhz=1500, max_wake_us=50)
+    with pytest.raises(EnvironmentProblem, match=r"policy4/scaling_governor to powersave"):
+        refusing.apply(governor="powersave", max_clock_mhz=1200)
+    assert refusing.now() == AS_IT_WAS
+    assert refusing.wakes() == ["0", "0"]
 
 
 def test_a_limit_of_one_cluster_alone_changes_none(cpus: Cpus) -> None:

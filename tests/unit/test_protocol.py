@@ -260,3 +260,17 @@ def test_the_answer_holds_the_wanted_outputs_each_as_wanted() -> None:
     assert header["outputs"][1]["parameters"] == {"binary_data_size": 8}
     assert [o["name"] for o in header["outputs"]] == ["y", "z"]
     assert body[length:] == np.array([7], "<i8").tobytes()
+
+
+@pytest.mark.parametrize("more", ["", ',"parameters":{"a":{}}'])
+def test_inputs_by_the_hundred_thousand_are_refused_before_anything_is_made_of_them(more: str) -> None:
+    entry = f'{{"name":"","datatype":"","shape":0{more}}}'.encode()
+    body = b'{"inputs":[%s]}' % b",".join([entry] * 100_000)
+    tracemalloc.start()
+    try:
+        with pytest.raises(RequestError, match="1 to 256 inputs"):
+            protocol.parse_infer(body, None)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 2 * len(body)

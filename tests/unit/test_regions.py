@@ -9,6 +9,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
+from edgefleet_agent.runtime.protocol import RegionUse, RequestError
 from edgefleet_agent.runtime.regions import Regions
 
 
@@ -56,3 +57,14 @@ def test_who_asks_is_found_once_however_many_regions_there_are(
     ask(regions, client, key)
     assert client.asked == 1
     regions.unregister(Client(), None)
+
+
+def test_what_is_unregistered_while_a_request_waits_is_told_as_that(key: str) -> None:
+    regions, use = Regions(), RegionUse("mine", 0, 64)
+    register(regions, Client(), "mine", key)
+    region = regions.find(Client(), use)
+    regions.unregister(Client(), "mine")
+    with pytest.raises(RequestError, match="'mine' was unregistered before the request had its turn"):
+        region.read_into(use, memoryview(bytearray(64)))
+    with pytest.raises(RequestError, match="'mine' was unregistered before the request had its turn"):
+        region.write(use, bytes(64))

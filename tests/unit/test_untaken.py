@@ -42,3 +42,11 @@ def test_several_answers_to_one_client_count_together() -> None:
     assert untaken.held_bytes == 200
     untaken.remove("one")
     assert untaken.held_bytes == 0
+
+
+def test_where_nobody_tells_what_is_left_the_time_since_the_answer_counts() -> None:
+    untaken = Untaken[str](ROOM_BYTES)
+    untaken.add("first", 10, 10, 0.0)
+    untaken.add("second", 10, 10, 1.0)
+    assert untaken.overdue(TAKE_LIMIT_S) == []
+    assert untaken.overdue(TAKE_LIMIT_S + 0.5) == ["first"]

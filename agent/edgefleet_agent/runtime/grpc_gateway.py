@@ -28,20 +28,24 @@ from edgefleet_shared.errors import EdgefleetError, EnvironmentProblem
 from google.protobuf.message import DecodeError, Message
 
 from edgefleet_agent import notify
-from edgefleet_agent.runtime import activation, grpc_health, unserved
+from edgefleet_agent.runtime import activation, grpc_bounds, grpc_health, unserved
 from edgefleet_agent.runtime import grpc_messages as messages
-from edgefleet_agent.runtime.grpc_bounds import CALLS_AT_ONCE, IDLE_LIMIT_S, LARGE_BYTES, MAX_CALLS, MESSAGE_LIMIT_S
+from edgefleet_agent.runtime.body_room import room
+from edgefleet_agent.runtime.grpc_answers import Answers
+from edgefleet_agent.runtime.grpc_bounds import IDLE_LIMIT_S, LARGE_BYTES, LOOKAHEAD_BYTES, MAX_CALLS, MESSAGE_LIMIT_S
 from edgefleet_agent.runtime.grpc_carrier import Carrier
 from edgefleet_agent.runtime.grpc_messages import Bytes, CallError, pb
 from edgefleet_agent.runtime.grpc_runtime import Call, Runtime
-from edgefleet_agent.runtime.head import MAX_BODY_BYTES
+from edgefleet_agent.runtime.head import MAX_URL_BYTES
 from edgefleet_agent.runtime.heap import Heap
+from edgefleet_agent.runtime.memory import available_memory_bytes
 from edgefleet_agent.runtime.protocol import RegionUse, RequestError
 from edgefleet_agent.runtime.regions import Regions
 
 SERVICE = "inference.GRPCInferenceService"
 LOOK_S = 1.0  # how often silent calls are looked at
 GRACE_S = 10.0
+MAX_PATH_CHARACTERS = MAX_URL_BYTES // 2  # what is asked of the model comes behind it
 
 REFUSED = {
     "ModelStreamInfer": unserved.STREAMS,
@@ -93,10 +97,14 @@ class SharedMemory:
 
 
 class Gateway:
-    """The calls."""
+    """The calls.
 
-    def __init__(self, runtime: Runtime, memory: SharedMemory) -> None:
-        self._runtime, self._memory = runtime, memory
+    Args:
+        request_bytes: how long a request may be, with what it has in regions.
+    """
+
+    def __init__(self, runtime: Runtime, memory: SharedMemory, request_bytes: int) -> None:
+        self._runtime, self._memory, self._request_bytes = runtime, memory, request_bytes
 
     def server_live(self, request: Any, call: Call) -> Message:
         return pb.ServerLiveResponse(live=self._is("/v2/health/live", call))
@@ -154,7 +162,7 @@ class Gateway:
 
     def model_infer(self, request: Any, call: Call) -> Message:
         regions = messages.wanted_regions(request)
-        header, tensors = messages.to_http(request, lambda use: self._memory.read(call, use))
+        header, tensors = messages.to_http(request, lambda use: self._memory.read(call, use), self._request_bytes)
         status, body, length = self._runtime.ask(
             call, "POST", _path(request.model_name, request.model_version) + "/infer", (header, *tensors), len(header)
         )
@@ -175,11 +183,12 @@ class Gateway:
 
 
 class Silence(threading.Thread):
-    """Ends calls whose message does not come: each has a thread, and a few of them would have them all."""
+    """Ends calls whose message does not come: each has a thread, and a few of them would have them all. Ticks for all others, too."""
 
-    def __init__(self, memory: SharedMemory, heap: Heap) -> None:
+    def __init__(self, memory: SharedMemory, answers: Answers, heap: Heap) -> None:
         super().__init__(name="silence", daemon=True)
-        self._memory, self._heap, self._began = memory, heap, dict[grpc.ServicerContext, float]()
+        self._memory, self._answers, self._heap = memory, answers, heap
+        self._began = dict[grpc.ServicerContext, float]()
 
     def message(self, sent: Iterator[bytes], context: grpc.ServicerContext) -> bytes:
         """The call's message, as it came.
@@ -203,12 +212,17 @@ class Silence(threading.Thread):
                 if began < horizon:
                     context.cancel()
             self._memory.tick()
+            self._answers.tick()
             self._heap.tick()
 
 
 def _path(model: str, version: str) -> str:
+    """Where the HTTP face has a model. Raises CallError: it would take no such path."""
     path = f"/v2/models/{quote(model, safe='')}"
-    return f"{path}/versions/{quote(version, safe='')}" if version else path
+    path += f"/versions/{quote(version, safe='')}" if version else ""
+    if len(path) > MAX_PATH_CHARACTERS:
+        raise CallError("NOT_FOUND", f"no model here has a name as long as {model[:40]!r}... or such a version")
+    return path
 
 
 def serve(runtime: Runtime, address: str) -> tuple[grpc.Server, int]:
@@ -217,15 +231,17 @@ def serve(runtime: Runtime, address: str) -> tuple[grpc.Server, int]:
     Raises:
         EnvironmentProblem: the address can't be taken.
     """
+    room_bytes = room(available_memory_bytes())
+    calls_at_once, message_bytes = grpc_bounds.messages(room_bytes)
     memory, heap = SharedMemory(), runtime.heap
-    gateway, silence = Gateway(runtime, memory), Silence(memory, heap)
+    answers = Answers(room_bytes, heap)
+    gateway, silence = Gateway(runtime, memory, message_bytes), Silence(memory, answers, heap)
     calls: dict[str, Callable[[Any, Call], Message]] = {
         "ServerLive": gateway.server_live,
         "ServerReady": gateway.server_ready,
         "ModelReady": gateway.model_ready,
         "ServerMetadata": gateway.server_metadata,
         "ModelMetadata": gateway.model_metadata,
-        "ModelInfer": gateway.model_infer,
         "ModelConfig": gateway.model_config,
         "ModelStatistics": gateway.model_statistics,
         "RepositoryIndex": gateway.repository_index,
@@ -236,13 +252,16 @@ def serve(runtime: Runtime, address: str) -> tuple[grpc.Server, int]:
         "CudaSharedMemoryUnregister": gateway.cuda_unregister,
     }
     limits = [
-        ("grpc.max_receive_message_length", MAX_BODY_BYTES),
+        ("grpc.max_receive_message_length", message_bytes),
+        # Else on a fast line megabytes of each message come before there is a thread for it.
+        ("grpc.http2.bdp_probe", 0),
+        ("grpc.http2.lookahead_bytes", LOOKAHEAD_BYTES),
         ("grpc.max_send_message_length", -1),
         ("grpc.so_reuseport", 0),
         ("grpc.server_handshake_timeout_ms", int(MESSAGE_LIMIT_S * 1000)),
         ("grpc.max_connection_idle_ms", int(IDLE_LIMIT_S * 1000)),
     ]
-    server = grpc.server(ThreadPoolExecutor(CALLS_AT_ONCE), options=limits, maximum_concurrent_rpcs=MAX_CALLS)
+    server = grpc.server(ThreadPoolExecutor(calls_at_once), options=limits, maximum_concurrent_rpcs=MAX_CALLS)
     try:
         port = server.add_insecure_port(address)
     except RuntimeError as exc:
@@ -253,13 +272,18 @@ def serve(runtime: Runtime, address: str) -> tuple[grpc.Server, int]:
 
     def handler(call: Callable[[Any, Call], Message], parse: Callable[[bytes], Any]) -> grpc.RpcMethodHandler:
         return grpc.stream_unary_rpc_method_handler(
-            _answering(call, parse, large, silence, heap, ours), response_serializer=lambda m: m.SerializeToString()
+            _answering(call, parse, large, silence, answers, heap, ours),
+            response_serializer=lambda m: m.SerializeToString(),
         )
 
-    inference = {name: handler(call, getattr(pb, f"{name}Request").FromString) for name, call in calls.items()}
+    def question(call: Callable[[Any, Call], Message], parse: Callable[[bytes], Any]) -> grpc.RpcMethodHandler:
+        return handler(call, lambda message: messages.parse_question(message, parse))
+
+    inference = {name: question(call, getattr(pb, f"{name}Request").FromString) for name, call in calls.items()}
+    inference["ModelInfer"] = handler(gateway.model_infer, lambda m: messages.parse_request(m, message_bytes))
     for service, handlers, refused in (
         (SERVICE, inference, REFUSED),
-        (grpc_health.SERVICE, {"Check": handler(gateway.health, grpc_health.parse)}, grpc_health.REFUSED),
+        (grpc_health.SERVICE, {"Check": question(gateway.health, grpc_health.parse)}, grpc_health.REFUSED),
     ):
         handlers |= {name: grpc.stream_unary_rpc_method_handler(_refusing(why)) for name, why in refused.items()}
         server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, handlers),))
@@ -273,6 +297,7 @@ def _answering(
     parse: Callable[[bytes], Any],
     large: threading.Lock,
     silence: Silence,
+    answers: Answers,
     heap: Heap,
     ours: tuple[str, int] | None,
 ) -> Callable[[Iterator[bytes], grpc.ServicerContext], Message]:
@@ -284,7 +309,9 @@ def _answering(
             with _alone(large, call) if size > LARGE_BYTES else contextlib.nullcontext():
                 request = parse(message)
                 del message  # as large as the request, which is large
-                return carry_out(request, call)
+                made = carry_out(request, call)
+            answers.hold(call, made.ByteSize())
+            return made
         except DecodeError as exc:
             code, why = "INTERNAL", f"not a message of this call: {exc}"
         except RequestError as exc:

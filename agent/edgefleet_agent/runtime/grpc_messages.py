@@ -6,7 +6,8 @@ are. Refused with a reason: BYTES and BF16 tensors. Not handled here: connection
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import msgspec
@@ -14,8 +15,7 @@ import numpy as np
 from google.protobuf.json_format import ParseDict
 from google.protobuf.message import Message
 
-from edgefleet_agent.runtime import open_inference_pb2
-from edgefleet_agent.runtime.head import MAX_BODY_BYTES
+from edgefleet_agent.runtime import grpc_wire, open_inference_pb2
 from edgefleet_agent.runtime.json_data import MAX_PIECES
 from edgefleet_agent.runtime.protocol import MAX_RANK, RegionUse, region_use
 from edgefleet_agent.runtime.tensors import NUMPY, element_count
@@ -60,11 +60,43 @@ def failed(status: int, body: bytes) -> CallError:
     return CallError(CODES.get(status, "INTERNAL"), message)
 
 
-def to_http(request: Any, read: Read) -> tuple[bytes, list[Bytes]]:
+def parse_request(message: bytes, most_bytes: int) -> Any:
+    """An infer request, once it is known to become no more than it is.
+
+    Args:
+        most_bytes: how many its typed values may take.
+
+    Raises:
+        CallError: it is none, or would become too much. DecodeError: it is none.
+    """
+    with _refused():
+        grpc_wire.check_request(message, most_bytes)
+    return pb.ModelInferRequest.FromString(message)
+
+
+def parse_question(message: bytes, parse: Callable[[bytes], Any]) -> Any:
+    """A message that has no tensors. Raises like :func:`parse_request`."""
+    with _refused():
+        grpc_wire.check_question(message)
+    return parse(message)
+
+
+@contextmanager
+def _refused() -> Iterator[None]:
+    try:
+        yield
+    except grpc_wire.NotAMessage as exc:
+        raise CallError("INTERNAL", f"not a message of this call: {exc}") from exc
+    except grpc_wire.TooLarge as exc:
+        raise CallError("RESOURCE_EXHAUSTED", str(exc)) from exc
+
+
+def to_http(request: Any, read: Read, most_bytes: int) -> tuple[bytes, list[Bytes]]:
     """An infer request as the HTTP face takes it: its JSON header, and each input's bytes.
 
     Args:
         read: what lies in a region. May raise RequestError.
+        most_bytes: how long it may be.
 
     Raises:
         CallError: raw and typed contents do not fit the inputs, or all are too large.
@@ -75,7 +107,7 @@ def to_http(request: Any, read: Read) -> tuple[bytes, list[Bytes]]:
     given = sum(use is None for use in uses)
     if raw and len(raw) != given:
         raise CallError("INVALID_ARGUMENT", f"{len(raw)} raw contents for {given} inputs")
-    _bounded(sum(map(len, raw)) + sum(use.size for use in uses if use is not None))
+    _bounded(sum(map(len, raw)) + sum(use.size for use in uses if use is not None), most_bytes)
     inputs: list[dict[str, Any]] = []
     tensors: list[Bytes] = []
     left = iter(raw)
@@ -110,13 +142,13 @@ def to_http(request: Any, read: Read) -> tuple[bytes, list[Bytes]]:
             for output in request.outputs
         ]
     encoded = msgspec.json.encode(header)
-    _bounded(len(encoded) + sum(map(len, tensors)))
+    _bounded(len(encoded) + sum(map(len, tensors)), most_bytes)
     return encoded, tensors
 
 
-def _bounded(body_bytes: int) -> None:
-    if body_bytes > MAX_BODY_BYTES:
-        raise CallError("RESOURCE_EXHAUSTED", f"the request has {body_bytes} bytes, {MAX_BODY_BYTES} are allowed")
+def _bounded(body_bytes: int, most_bytes: int) -> None:
+    if body_bytes > most_bytes:
+        raise CallError("RESOURCE_EXHAUSTED", f"the request has {body_bytes} bytes, {most_bytes} are allowed")
 
 
 def wanted_regions(request: Any) -> dict[str, RegionUse]:

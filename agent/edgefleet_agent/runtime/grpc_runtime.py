@@ -7,7 +7,7 @@ import functools
 import http.client
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -42,7 +42,7 @@ class Call:
     """
 
     def __init__(self, context: grpc.ServicerContext, ours: tuple[str, int] | None) -> None:
-        self._theirs, self._ours = context.peer(), ours
+        self._context, self._theirs, self._ours = context, context.peer(), ours
         self._lock = threading.Lock()
         self._asked: socket.socket | None = None
         self._over = not context.add_callback(self._end)
@@ -76,6 +76,15 @@ class Call:
     @property
     def is_over(self) -> bool:
         return self._over
+
+    def when_over(self, do: Callable[[], None]) -> None:
+        """Have it done once the client has all of the answer, or will never take it; at once where that is so already."""
+        if not self._context.add_callback(do):
+            do()
+
+    def give_up(self) -> None:
+        """Its client does not take the answer."""
+        self._context.cancel()
 
     def _end(self) -> None:
         """It was answered or cancelled, its client is gone, or its time has run out."""

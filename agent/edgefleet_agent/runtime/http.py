@@ -23,7 +23,7 @@ from edgefleet_agent.runtime.exchange import JSON, Handler, Place, Request
 from edgefleet_agent.runtime.head import Head, Refused
 from edgefleet_agent.runtime.job import NO_MEMORY
 from edgefleet_agent.runtime.peer import Peer
-from edgefleet_agent.runtime.untaken import SMALL_BYTES, Untaken
+from edgefleet_agent.runtime.untaken import SMALL_BYTES, UNREAD, Untaken
 
 MAX_PIPELINED = 16
 MAX_CONNECTIONS = 1024
@@ -34,8 +34,6 @@ LAST_CALL_S = 0.3  # how long a client that was let in may stay silent when the 
 LOOK_S = 0.01  # how often a server that ends looks whether its clients are gone
 JOINED_BYTES = 64 * 1024  # an answer up to this is written in one piece; a larger one is not copied for it
 FIRST_READ_BYTES = 2 * 1024  # enough for a head and a small body; what is beyond goes where the body belongs
-
-UNREAD = "too many large answers wait for clients that do not read them"
 
 
 class Server:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator
 from functools import lru_cache
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import msgspec
 import numpy as np
@@ -23,6 +23,7 @@ from edgefleet_agent.runtime import json_data
 from edgefleet_agent.runtime.tensors import NUMPY, element_count
 
 MAX_TENSORS = 256
+MAX_OBJECTS = 64 * MAX_TENSORS  # of a header; each input is made before anybody can count them
 MAX_RANK = 16
 MAX_ID_CHARACTERS = 1024
 MAX_PART_BYTES = (
@@ -170,6 +171,10 @@ class _Wanted(msgspec.Struct):
     parameters: dict[str, Any] | None = None
 
 
+class _Parts(msgspec.Struct):
+    outputs: msgspec.Raw = msgspec.Raw(b"[]")
+
+
 class _Header(msgspec.Struct):
     inputs: list[_Input]
     id: str | None = None
@@ -254,7 +259,7 @@ def _form(raw: bytes) -> Form:
 def _form_in_pieces(raw: bytes) -> Generator[None, None, Form]:
     """Raises: RequestError."""
     try:
-        header = _decode_header(raw)
+        header = _decode_header(raw) if raw.count(b"{") <= MAX_OBJECTS else _crowded(raw)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
         raise RequestError(400, f"the request is not an inference request: {exc}") from exc
     outputs = _small(header.outputs, _Outputs, "outputs")
@@ -272,6 +277,12 @@ def _form_in_pieces(raw: bytes) -> Generator[None, None, Form]:
         raise RequestError(400, "an input is given twice")
     binary = _flag(_small(header.parameters, _Parameters, "parameters"), "binary_data_output", False)
     return Form(name, inputs, offset, _outputs(outputs, binary), binary)
+
+
+def _crowded(raw: bytes) -> NoReturn:
+    """Say what there is too much of in a header. Raises RequestError, msgspec.DecodeError."""
+    _small(msgspec.json.decode(raw, type=_Parts).outputs, _Outputs, "outputs")
+    raise RequestError(400, f"a request has 1 to {MAX_TENSORS} inputs, and no objects or texts among their data")
 
 
 def _small(raw: msgspec.Raw, kind: type[_PartT], what: str) -> _PartT:

@@ -67,7 +67,7 @@ class Region:
         """Fill ``target``, which is as long as ``use`` says.
 
         Raises:
-            RequestError: 400, the use lies outside the region, or the object became smaller.
+            RequestError: 400, the use lies outside the region, that was unregistered, or the object became smaller.
         """
         self._check(use)
         done = self._io(os.preadv, target, self.offset + use.offset)
@@ -85,13 +85,17 @@ class Region:
                 400, f"shared memory region {self.name!r}: the answer has {len(data)} bytes, room is for {use.size}"
             )
         # Writing behind its end would make it larger again; between this look and the write only its own client can shrink it.
-        if self._descriptor < 0 or os.fstat(self._descriptor).st_size < self.offset + use.offset + len(data):
+        if os.fstat(self._descriptor).st_size < self.offset + use.offset + len(data):
             raise RequestError(400, f"shared memory region {self.name!r} became smaller than it was registered")
         done = 0
         while done < len(data):
             done += self._io(os.pwritev, memoryview(data)[done:], self.offset + use.offset + done)
 
     def _check(self, use: RegionUse) -> None:
+        if self._descriptor < 0:
+            raise RequestError(
+                400, f"shared memory region {self.name!r} was unregistered before the request had its turn"
+            )
         if use.offset + use.size > self.size:
             raise RequestError(
                 400, f"shared memory region {self.name!r} has {self.size} bytes, {use.offset + use.size} are asked for"

@@ -11,6 +11,7 @@ from typing import Generic, TypeVar
 SMALL_BYTES = 64 * 1024  # what is no larger always has room, a body too: one for each connection fills no memory
 STALLED_S = 1.0  # a client that has read nothing for so long makes room for the answer to another
 TAKE_LIMIT_S = 30.0  # and after that its connection is closed in any case
+UNREAD = "too many large answers wait for clients that do not read them"
 
 _Who = TypeVar("_Who")
 
@@ -59,6 +60,10 @@ class Untaken(Generic[_Who]):
     def fits(self, size: int) -> bool:
         """Whether there is room for another answer."""
         return size <= SMALL_BYTES or not self._rest or self.held_bytes + size <= self._room_bytes
+
+    def overdue(self, now: float) -> list[_Who]:
+        """Those of whom that is so where nobody tells what is left."""
+        return [who for who, rest in self._rest.items() if self.is_overdue(who, rest.left, now)]
 
     def stalled(self, now: float) -> list[_Who]:
         """Whose clients have read nothing for a while, the longest first."""
