@@ -225,7 +225,9 @@ def test_a_small_picture_with_hard_edges_that_was_saved_again_is_the_same_pictur
         with Image.open(tmp_path / "calibration" / f"p{number:03}.png") as picture:
             picture.save(tmp_path / "golden" / f"p{number:03}.jpg", quality=40)
         (tmp_path / "golden" / f"p{number:03}.png").unlink()
-    with pytest.raises(DataError, match=r"4 of 8 pictures of golden are in calibration too but for their encoding or size"):
+    with pytest.raises(
+        DataError, match=r"4 of 8 pictures of golden are in calibration too but for their encoding or size"
+    ):
         run(tmp_path, manifest)
 
 
