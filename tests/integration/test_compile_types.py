@@ -209,6 +209,35 @@ def test_weights_that_came_in_half_precision_are_quantized(bench: Bench, engine:
     assert result.figures.sqnr_db > 20
 
 
+@pytest.mark.parametrize("engine", ENGINES)
+def test_what_only_moves_values_in_half_precision_moves_them_in_float(bench: Bench, engine: str) -> None:
+    """onnxruntime computes a network of halves in float here, but for a shuffle of channels, which int8 then stopped at, and TFLite refused."""
+    net = Net(5)
+    net.add("Cast", to=HALF)
+    net.conv(3, 32, stride=4)
+    left = net.add("Relu")
+    ends = [net.constant(np.array(value, np.int64)) for value in ([0], [16], [32], [1])]
+    first = net.add("Slice", ends[0], ends[1], ends[3], first=left)
+    net.add("Slice", ends[1], ends[2], ends[3], first=left)
+    net.add("Concat", first, axis=1)
+    net.add("Reshape", net.constant(np.array([1, 2, 16, 8, 8], np.int64)))
+    net.add("Transpose", perm=[0, 2, 1, 3, 4])
+    net.add("Reshape", net.constant(np.array([1, 32, 8, 8], np.int64)))
+    net.conv(32, 64, stride=2)
+    net.add("AveragePool", kernel_shape=[4, 4], strides=[4, 4])
+    net.add("Flatten")
+    net.dense(64, 10)
+    net.add("Cast", to=FLOAT)
+    for tensor in net.constants:
+        if tensor.data_type == FLOAT:
+            values = onnx.numpy_helper.to_array(tensor).astype(np.float16)
+            tensor.CopyFrom(onnx.numpy_helper.from_array(values, tensor.name))
+    target = class_here(engine, search={"effort": "fixed", "prefer": "size"})
+    result = bench.compile(bench.version(project(bench.folder, net.model([1, 10]))), target)
+    assert result.precision == "int8"
+    assert result.figures.sqnr_db > 20
+
+
 def test_what_the_engine_raises_over_a_sample_is_told_as_the_candidates_fault(bench: Bench) -> None:
     """ONNX counts an index below zero from the end; TFLite's kernel takes none."""
     table = helper.make_tensor("table", FLOAT, [16, 4], np.random.default_rng(0).normal(size=64).astype(np.float32))

@@ -382,7 +382,8 @@ def test_budgets_that_only_a_pruned_network_could_meet_are_missed_with_why_it_is
         bench.compile(bench.version(model, {"structured": 0.5}), budgets=small)
 
 
-def test_of_a_network_that_takes_one_sample_only_is_told_what_can_be_taken(bench: Bench) -> None:
+def of_one_sample() -> onnx.ModelProto:
+    """A network with a constant beside its channels, which stands there for one sample."""
     net = Net(1)
     net.conv(3, 16, stride=4)
     net.add("Relu")
@@ -390,8 +391,66 @@ def test_of_a_network_that_takes_one_sample_only_is_told_what_can_be_taken(bench
     net.conv(20, 16)
     net.add("Flatten")
     net.dense(1024, CLASSES)
-    version = bench.version(net.model([1, CLASSES]), {"structured": 0.5}, holdout={"path": "holdout.safetensors"})
+    return net.model([1, CLASSES])
+
+
+@pytest.mark.parametrize("prune", [{"structured": 0.5}, {"unstructured": 0.5}])
+def test_a_network_that_takes_one_sample_only_is_compiled_whole_and_what_would_tune_it_is_told(
+    bench: Bench, prune: dict[str, Any]
+) -> None:
+    version = bench.version(of_one_sample(), prune, holdout={"path": "holdout.safetensors"})
     result = bench.compile(version, accuracy={"min_agreement": 0.01}, precision="fp32")
+    assert result.recipe == "fp32"
     (left,) = bench.report(result)["left_out"]
-    assert "channels of this network can't be taken: Concat 'n2': " in left["reason"]
-    assert "prune.unstructured" in left["reason"]
+    assert "takes one sample at a time: Concat 'n2': " in left["reason"]
+    assert "prune.batch: 1" in left["reason"]
+
+
+def test_a_network_that_takes_one_sample_only_is_pruned_one_at_a_time(bench: Bench) -> None:
+    prune = {"unstructured": 0.5, "batch": 1, "epochs": 1, "steps": 1, "learning_rate": 1e-5}
+    version = bench.version(of_one_sample(), prune, holdout={"path": "holdout.safetensors"})
+    result = bench.compile(version, accuracy={"min_agreement": 0.01}, precision="fp32")
+    report = bench.report(result)
+    assert report["left_out"] == []
+    assert report["pruning"]["steps"][-1]["sparsity"] >= 0.49
+
+
+@pytest.mark.parametrize("slope", [(32, 1, 1), (1, 32, 1, 1)])
+def test_a_slope_of_each_channel_goes_with_it(bench: Bench, slope: tuple[int, ...]) -> None:
+    net = Net(1)
+    net.conv(3, 32, stride=4)
+    net.add("PRelu", net.constant(net.rng.uniform(0.1, 0.3, slope).astype(np.float32)))
+    up = (net.rng.normal(size=(32, 32, 2, 2)) / 8).astype(np.float32)
+    net.add("ConvTranspose", net.constant(up), kernel_shape=[2, 2], strides=[2, 2])
+    net.add("PRelu", net.constant(np.full((1, 1, 1), 0.2, np.float32)))
+    net.conv(32, 64, stride=2)
+    net.add("Relu")
+    net.add("AveragePool", kernel_shape=[4, 4], strides=[4, 4])
+    net.add("Reshape", net.constant(np.array([1, 256], np.int64)))
+    features = net.last
+    net.dense(256, CLASSES)
+    model = net.model([1, CLASSES])
+    fitted(model, features)
+    result = bench.compile(bench.version(model, {"structured": 0.4, "steps": 1}), precision="fp32")
+    report = bench.report(result)
+    assert report["left_out"] == []
+    assert report["recipe"]["pruned"]
+    assert result.figures.agreement >= 0.8
+
+
+def test_slopes_that_differ_within_a_channel_stay_and_others_channels_go(bench: Bench) -> None:
+    net = Net(1)
+    net.conv(3, 32, stride=2)
+    net.add("Relu")
+    net.conv(32, 64, stride=2)
+    net.add("PRelu", net.constant(net.rng.uniform(0.1, 0.3, (64, 8, 8)).astype(np.float32)))
+    net.add("AveragePool", kernel_shape=[4, 4], strides=[4, 4])
+    net.add("Reshape", net.constant(np.array([1, 256], np.int64)))
+    features = net.last
+    net.dense(256, CLASSES)
+    model = net.model([1, CLASSES])
+    fitted(model, features)
+    result = bench.compile(bench.version(model, {"structured": 0.3, "steps": 1}), precision="fp32")
+    report = bench.report(result)
+    assert report["left_out"] == []
+    assert report["recipe"]["pruned"]

@@ -48,8 +48,23 @@ def test_a_class_that_is_rare_may_not_be_seen_everywhere() -> None:
 
 
 def test_what_is_too_rare_to_tell_damage_from_chance_is_left_to_the_whole() -> None:
-    want, have = scores(*[0] * 190, *[2] * (ENOUGH - 1)), scores(*[0] * (189 + ENOUGH))
+    want, have = scores(*[0] * 190, *[2] * (ENOUGH - 1)), scores(*[0] * (188 + ENOUGH), 2)
     assert missed(have, want, classifier(), Accuracy(min_agreement=0.9)) == []
+
+
+def test_a_model_that_gives_one_answer_to_everything_is_told_by_the_few_that_get_another() -> None:
+    want, have = scores(*[0] * 93, 1, 2, 2), scores(*[0] * 96)
+    (miss,) = missed(have, want, classifier(), Accuracy(min_agreement=0.95))
+    assert miss == "agreement by label: 'rare ones together' 0.000 of 3, budget 0.500 for each"
+    want = scores(*[0] * 94, 1, 2)
+    assert missed(have, want, classifier(), Accuracy(min_agreement=0.95)) == [], "two may be chance"
+
+
+def test_labels_that_are_rare_each_are_judged_together() -> None:
+    want = scores(*[0] * 188, *[1] * 6, *[2] * 6)
+    have = scores(*[0] * 188, *[0] * 5, 1, *[0] * 4, 2, 2)
+    (miss,) = missed(have, want, classifier(), Accuracy(min_agreement=0.95))
+    assert "'rare ones together' 0.250 of 12" in miss
 
 
 def test_the_class_says_how_much_of_a_label_must_be_kept() -> None:

@@ -78,6 +78,22 @@ def test_a_missing_network_is_named(tmp_path: Path) -> None:
         run(tmp_path, manifest)
 
 
+def test_nodes_in_another_order_than_they_run_in_are_put_in_that(tmp_path: Path) -> None:
+    """As converters to half precision leave them, which put casts at the end; engines don't mind."""
+    ordered, turned = classifier(), classifier()
+    del turned.graph.node[:]
+    turned.graph.node.extend(reversed(ordered.graph.node))
+    version = imported(tmp_path, turned)
+    assert version.network == imported(tmp_path, ordered).network
+
+
+def test_nodes_that_wait_for_each_other_are_refused(tmp_path: Path) -> None:
+    model = classifier()
+    model.graph.node[0].input[0] = model.graph.node[1].output[0]
+    with pytest.raises(ModelError, match="not valid ONNX"):
+        imported(tmp_path, model)
+
+
 def test_an_invalid_graph_is_refused(tmp_path: Path) -> None:
     model = classifier()
     model.graph.node[3].input[0] = "nowhere"

@@ -212,6 +212,25 @@ def test_a_picture_that_was_saved_again_is_the_same_picture(tmp_path: Path, endi
         run(tmp_path, manifest)
 
 
+def test_a_small_picture_with_hard_edges_that_was_saved_again_is_the_same_picture(tmp_path: Path) -> None:
+    """JPEG blurs what is drawn in few pixels, and moves its averages further than a photo's."""
+    manifest = project(tmp_path, classifier())
+    chance = np.random.default_rng(0)
+    for file in sorted(tmp_path.glob("*/p*.png")):
+        drawn = np.zeros((SIDE, SIDE), np.uint8)
+        for row, column in chance.integers(2, SIDE - 4, (12, 2)):
+            drawn[row : row + 2, column : column + 3] = chance.integers(120, 256)
+        Image.fromarray(drawn).save(file)
+    for number in range(4):
+        with Image.open(tmp_path / "calibration" / f"p{number:03}.png") as picture:
+            picture.save(tmp_path / "golden" / f"p{number:03}.jpg", quality=40)
+        (tmp_path / "golden" / f"p{number:03}.png").unlink()
+    with pytest.raises(
+        DataError, match=r"4 of 8 pictures of golden are in calibration too but for their encoding or size"
+    ):
+        run(tmp_path, manifest)
+
+
 def test_frames_of_a_camera_that_stands_still_are_different_pictures(tmp_path: Path) -> None:
     """All of them are as near each other as one that was saved again is to itself."""
     manifest = project(tmp_path, classifier())

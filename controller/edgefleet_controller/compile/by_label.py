@@ -1,12 +1,13 @@
 """Stage 2, compile: quality label by label. Pure: receives outputs of both models, hands on how much of each label's answers is kept.
 
 One share over all answers does not miss what is rare: of a thousand parts ten have the defect that the network is there to find, and a compiled model that
-finds none of them agrees on 99 in a hundred. A label is looked at where it is given often enough to tell that from chance.
+finds none of them agrees on 99 in a hundred. A label is looked at where it is given often enough to tell that from chance. The others are looked at together: a
+model that gives everything one answer would pass where nothing else is given often.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,6 +19,8 @@ from edgefleet_controller.model_version import ModelVersion
 
 Array = npt.NDArray[Any]
 ENOUGH = 8  # answers, boxes, or pictures with more than a speck of it: of fewer, chance may take half
+VANISHED = 3  # rare ones, of which not one is kept, are no chance
+TOGETHER = "rare ones together"
 MOST_TOLD = 20  # labels, the worst
 
 
@@ -47,8 +50,18 @@ def kept(outputs: dict[str, Array], references: dict[str, Array], version: Model
             found = _of_pixels(outputs, references, version)
         case _:
             return {}
-    shares = {label: one.share for label, one in found if one.often}
+    labels = dict(found)
+    shares = {label: one.share for label, one in labels.items() if one.often}
+    if version.output_kind != "segmentation":  # whose pixels hang together: what is in few pictures is judged by these
+        rare = _together([one for one in labels.values() if not one.often])
+        shares |= {TOGETHER: rare.share} if rare.often else {}
     return dict(sorted(shares.items(), key=lambda pair: (pair[1].value, pair[0]))[:MOST_TOLD])
+
+
+def _together(rare: Sequence[Kept]) -> Kept:
+    """Labels that are given too seldom to be looked at one by one."""
+    both, compiled, real = (sum(getattr(one, side) for one in rare) for side in ("both", "compiled", "float"))
+    return Kept(both, compiled, real, max(compiled, real) >= ENOUGH or (not both and real >= VANISHED))
 
 
 def _named(version: ModelVersion, kind: int) -> str:

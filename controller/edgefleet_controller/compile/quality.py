@@ -222,7 +222,7 @@ def inaccuracies(figures: Figures, budget: Accuracy) -> list[str]:
         counted = " of boxes" if "box_recall" in figures.shares else " of all values of a sample" if values else ""
         found.append(
             f"agreement{counted} with the float model {figures.agreement:.3f} (95 % interval {figures.agreement_low:.3f} to "
-            f"{figures.agreement_high:.3f}, {figures.samples} pictures), budget {budget.min_agreement:.3f}"
+            f"{figures.agreement_high:.3f}, {figures.samples} samples), budget {budget.min_agreement:.3f}"
         )
         if values:  # what a tolerance would have to be told of
             worst = sorted(values.items(), key=lambda pair: pair[1])[:MOST_LABELS]

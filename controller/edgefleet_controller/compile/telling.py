@@ -18,6 +18,7 @@ Array = npt.NDArray[Any]
 ENOUGH = 32  # labelled samples that tell chance from skill
 NEAR_CHANCE = 1.5  # times what guessing gets
 MOST_SCORE = 1.01  # of a box; a sigmoid's rounding apart, no share is more than the whole
+FEWEST_BOXES = 8  # of fewer, as of fewer samples, half may change by chance
 CROWDED = 100  # boxes in a picture, overlaps included, from which half of all places being boxes is no chance
 IN_A_CORNER = 2.0  # pixels, which coordinates that are shares of a picture reach at most
 
@@ -118,6 +119,11 @@ def _misread(boxes: list[answers.Box], n: int, version: ModelVersion) -> str:
     told, (height, width) = version.detection, version.reading.size
     if not boxes:
         return f"the float model finds no box in any of {n} held-out pictures at the threshold {told.threshold}"
+    if len(boxes) < FEWEST_BOXES:
+        return (
+            f"all that the float model finds in {n} held-out pictures is {len(boxes)} of {FEWEST_BOXES} boxes that would tell it from a damaged "
+            "one: hold out more pictures with something to find"
+        )
     best = max(box.score for box in boxes)
     if best > MOST_SCORE and told.decoder != "boxes":  # whose scores are the network's own, in whatever unit
         return f"the float model's boxes have scores up to {best:.4g}, which are shares: is the decoder, or the order of the output's axes, another one?"

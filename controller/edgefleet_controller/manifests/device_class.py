@@ -24,7 +24,7 @@ class Budgets(Strict):
 class Accuracy(Strict):
     """``min_agreement``: smallest share of held-out pictures with the float model's answer (of boxes, for a detector: both recall and
     precision). ``min_per_label``: smallest share of each label's answers, boxes or pixels that both models give, of what either gives, where
-    that is often enough to tell; so that nothing rare vanishes among the rest. ``max_loss``: how much less accurate than the float model it may be, where the held-out pictures are labelled."""
+    that is often enough to tell; so that nothing rare vanishes among the rest. Labels that are rarer still count together. ``max_loss``: how much less accurate than the float model it may be, where the held-out pictures are labelled."""
 
     min_agreement: Share = 0.9
     min_per_label: Annotated[float, Field(ge=0, le=1)] = 0.5

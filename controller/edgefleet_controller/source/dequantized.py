@@ -14,6 +14,8 @@ import numpy.typing as npt
 import onnx
 from onnx import helper, numpy_helper
 
+from edgefleet_controller.source.network import read_by
+
 Array = npt.NDArray[Any]
 ROUNDINGS = ("QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear")
 OF_ONE = {
@@ -129,7 +131,7 @@ class _Reader:
             self._integers[rounded] = Integers(inputs[0], None, np.array(0, np.uint8))
         elif op in OF_INTEGERS:
             self._compute(node)
-        elif self._products & _read_by(node):
+        elif self._products & read_by(node):
             self._follow(node)
         elif op in MOVING and inputs[0] in self._integers and not set(inputs[1:]) & self._integers.keys():
             self._move(node)
@@ -137,7 +139,7 @@ class _Reader:
             self._leave(node)
 
     def _leave(self, node: onnx.NodeProto) -> None:
-        if _read_by(node) & self._integers.keys():
+        if read_by(node) & self._integers.keys():
             raise Untold
         self._nodes.append(node)
         self._note_unrounded(node)
@@ -387,12 +389,6 @@ def _attribute(node: onnx.NodeProto, name: str, default: int) -> int:
     return next((a.i for a in node.attribute if a.name == name), default)
 
 
-def _read_by(node: onnx.NodeProto) -> set[str]:
-    """What a node and the graphs inside it read."""
-    inside = [attribute.g for attribute in node.attribute if attribute.HasField("g")]
-    return {*node.input, *(name for graph in inside for one in graph.node for name in _read_by(one))}
-
-
 def _swept(graph: onnx.GraphProto) -> None:
     """Take away what nothing reads any more."""
     read = {output.name for output in graph.output}
@@ -400,7 +396,7 @@ def _swept(graph: onnx.GraphProto) -> None:
     for node in reversed(graph.node):
         if read & set(node.output):
             kept.append(node)
-            read |= _read_by(node)
+            read |= read_by(node)
     nodes = [onnx.NodeProto.FromString(node.SerializeToString()) for node in reversed(kept)]
     del graph.node[:]
     graph.node.extend(nodes)

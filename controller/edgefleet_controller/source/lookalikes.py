@@ -1,7 +1,8 @@
 """Stage 1, source: one picture in two files. Receives splits of pictures, hands on which are the same but for encoding or size.
 
 A photo that was saved again has other bytes, and a network is judged by what it was tuned on all the same. Small averages of the two are less than 3 grey levels
-apart (JPEG of quality 30, WebP, two thirds of the size); those of different photos, or of lines of text, 20 and more. A camera that stands still makes frames
+apart (JPEG of quality 30, WebP, two thirds of the size); those of different photos, or of lines of text, 20 and more. Of drawings of few pixels, such as digits,
+JPEG moves averages further: twice as far, but still a small part of what the next picture is away. A camera that stands still makes frames
 that are as near as that and are different ones: where pictures of one split lie near each other, nothing is said.
 """
 
@@ -17,6 +18,8 @@ Array = npt.NDArray[Any]
 
 GRID = 16  # averages along each side
 ALIKE = 4.0  # grey levels, root mean square, between averages of one picture
+NEARLY = 8.0  # likewise, between those of one picture that is much nearer than any other ...
+MUCH = 1 / 3  # ... at this share of the second's distance
 UNLIKE = 16.0  # likewise, to the nearest other picture of its split, at the median, from which different pictures are never alike by chance
 BY_CHANCE = 0.02  # share of a split's pictures: among tens of thousands of small ones some are nearly the same
 LOOKED_AT = 256  # of a split's pictures for that median
@@ -48,11 +51,18 @@ def across(splits: Sequence[Array]) -> Overlap | None:
             pairs = [
                 (start + int(row), int(apart[row].argmin()))
                 for start, apart in _distances(own, small[earlier])
-                for row in np.flatnonzero(apart.min(axis=1) <= ALIKE)
+                for row in np.flatnonzero(_alike(apart))
             ]
             if len(pairs) > BY_CHANCE * len(own):
                 return Overlap(earlier, later, len(pairs), *pairs[0])
     return None
+
+
+def _alike(apart: Array) -> Array:
+    """Of some rows, by their distances to all of another split's, whether each has its like there."""
+    nearest, second = np.partition(apart, 1, axis=1)[:, :2].T
+    found: Array = (nearest <= ALIKE) | ((nearest <= NEARLY) & (nearest <= MUCH * second))
+    return found
 
 
 def _averages(pictures: Array) -> Array:

@@ -6,6 +6,7 @@ external data), and may leave sizes open. Operators are not judged here: which o
 
 from __future__ import annotations
 
+import heapq
 import math
 from collections.abc import Iterable, Iterator, Mapping
 
@@ -65,6 +66,7 @@ def load(content: bytes, origin: str) -> onnx.ModelProto:
             f"{origin} has operator set {opset}, which no tool here knows; the newest known is {newest}",
             hint="export it with an older one: torch.onnx.export(..., opset_version=18)",
         )
+    _in_order(model.graph)
     _tell_outputs(model, origin)
     try:
         onnx.checker.check_model(model.SerializeToString())
@@ -78,6 +80,36 @@ def load(content: bytes, origin: str) -> onnx.ModelProto:
             hint="leave it away: who asked has it",
         )
     return model
+
+
+def read_by(node: onnx.NodeProto) -> set[str]:
+    """What a node and the graphs inside it read."""
+    inside = [attribute.g for attribute in node.attribute if attribute.HasField("g")]
+    return {*node.input, *(name for graph in inside for one in graph.node for name in read_by(one))}
+
+
+def _in_order(graph: onnx.GraphProto) -> None:
+    """Put each node behind those that make what it reads, as ONNX wants it and some converters don't leave it; as it is where nodes wait for each other."""
+    nodes = list(graph.node)
+    makers = {name: number for number, node in enumerate(nodes) for name in node.output if name}
+    waits = [{makers[name] for name in read_by(node) if name in makers} for node in nodes]
+    if all(not of or max(of) < number for number, of in enumerate(waits)):
+        return
+    readers: dict[int, list[int]] = {}
+    for number, of in enumerate(waits):
+        for maker in of:
+            readers.setdefault(maker, []).append(number)
+    ready, order = [number for number, of in enumerate(waits) if not of], list[int]()
+    while ready:
+        order.append(heapq.heappop(ready))
+        for number in readers.get(order[-1], []):
+            waits[number].discard(order[-1])
+            if not waits[number]:
+                heapq.heappush(ready, number)
+    if len(order) == len(nodes):
+        ordered = [onnx.NodeProto.FromString(nodes[number].SerializeToString()) for number in order]
+        del graph.node[:]
+        graph.node.extend(ordered)
 
 
 def _tell_outputs(model: onnx.ModelProto, origin: str) -> None:

@@ -6,6 +6,7 @@ can be compared. Samples are read one by one, so that the peak of memory is the 
 
 from __future__ import annotations
 
+import re
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,6 +25,9 @@ Run = Callable[[dict[str, Array]], dict[str, Array]]
 Load = Callable[[str], Run]
 
 TIMED_SAMPLES = 4
+PLACE = re.compile(r"Exception from \S+:\d+:")  # before what OpenVINO has to say
+# How engines say that they got no memory, or no thread for want of it.
+USED_UP = ("bad_alloc", "bad allocation", "failed to allocate", "cannot allocate", "resource temporarily unavailable")
 
 
 class SampleFile:
@@ -78,7 +82,10 @@ def _engine() -> Iterator[None]:
         raise
     except Exception as exc:  # engines have classes of their own, which share no base but this
         traceback.print_exc()
-        told = next((line.strip() for line in str(exc).splitlines() if line.strip()), "no reason given")
+        lines = [line.strip() for line in str(exc).splitlines() if line.strip()]
+        told = next((line for line in lines if not PLACE.fullmatch(line)), "no reason given")
+        if any(words in told.lower() for words in USED_UP):
+            raise MemoryError(told[:300]) from exc
         raise Refused("compiled_model_failed", f"{type(exc).__name__}: {told[:300]}") from exc
 
 

@@ -19,6 +19,7 @@ from safetensors.numpy import save_file
 from . import gathered, half, job, opset, qdq, sensitivity, statistics
 from .int8_weights import Settling
 from .measure import Array, Run, SampleFile, measure, run_all
+from .moved_halves import move_in_float
 from .readings import pools_first
 from .tidy import tidy
 from .typed import write_types
@@ -64,6 +65,7 @@ def prepare(request: job.Request, progress: job.Progress) -> dict[str, Any]:
         job.need_room(tempfile.gettempdir(), COPIES * os.path.getsize(source))
         quant_pre_process(source, request["simplified"], skip_symbolic_shape=True)
     tidy(request["simplified"])
+    move_in_float(request["simplified"])
     write_types(request["simplified"])
     progress("simplifying", 1, 1)
     _repeats(run, request["network"], SampleFile(request["samples"][0], LOOKED_AT), progress)

@@ -41,10 +41,10 @@ def prune(request: job.Request, progress: job.Progress) -> dict[str, Any]:
     samples = Samples(request, student.inputs)
     of = teacher.weights()
     progress("pruning", 0, 1)
+    example = [torch.from_numpy(x) for x in samples.batch(np.arange(min(2, request["batch"])))]
+    _look(teacher, example)
     if request["structured"]:
-        _take_channels(
-            student, round(of * (1 - request["structured"])), [torch.from_numpy(x) for x in samples.batch(np.arange(2))]
-        )
+        _take_channels(student, round(of * (1 - request["structured"])), example)
         if student.size() == teacher.size():
             raise job.Refused(
                 "bad_model",
@@ -56,6 +56,23 @@ def prune(request: job.Request, progress: job.Progress) -> dict[str, Any]:
     _tune(teacher, student, samples, masks, request, progress)
     student.save(request["pruned"])
     return {"weights": student.weights(), "of": of}
+
+
+def _look(network: Network, example: list[Any]) -> None:
+    """See that the network takes as many samples at once as it will be shown.
+
+    Raises:
+        job.Refused: it does not.
+    """
+    try:
+        network.run(example)
+    except Misfit as exc:
+        one = "it takes one sample at a time: " if len(example[0]) > 1 else ""
+        raise job.Refused(
+            "bad_model",
+            f"this network can't be tuned, so not pruned: {one}{exc}",
+            "prune.batch: 1 tunes it by one sample at a time" if one else "leave spec.prune away",
+        ) from exc
 
 
 def _take_channels(network: Network, keep: int, example: list[Any]) -> None:

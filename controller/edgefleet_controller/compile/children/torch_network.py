@@ -60,10 +60,14 @@ def _torchvision_stubs() -> dict[str, types.ModuleType]:
 @functools.cache
 def _teach_newer_operators() -> None:
     """onnx2torch 1.5 ends at operator set 17. Later versions of an operator that take what the last one it knows takes are converted like that one (most only
-    compute in more types), and reductions, whose axes have become an input, by their axes there."""
+    compute in more types), and reductions, whose axes have become an input, by their axes there. Slopes that are one channel's each become weights of a layer:
+    onnx2torch hands them to a function, where torch-pruning does not see them."""
     from onnx2torch.node_converters import reduce, registry
     from onnx2torch.utils.common import OnnxMapping, OperationConverterResult, get_const_value
 
+    for version in (7, 9, 16):
+        of_slopes = registry.OperationDescription("", "PRelu", version)
+        registry._CONVERTER_REGISTRY[of_slopes] = _sloped(registry._CONVERTER_REGISTRY[of_slopes])
     known = dict(registry._CONVERTER_REGISTRY)
     newest: dict[str, int] = {}
     for told in known:
@@ -98,6 +102,25 @@ def _as_before(converter: Any, schema: Any, before: Any) -> Any:
         if said := sorted(new & set(node.attributes)):
             raise NotImplementedError(f"{schema.name} with {', '.join(said)}")
         return converter(node, graph)
+
+    return convert
+
+
+def _sloped(converter: Any) -> Any:
+    """A converter for PRelu that makes a layer with weights of it where slopes are constant and one channel's each."""
+    from onnx2torch.utils.common import OnnxMapping, OperationConverterResult
+
+    def convert(node: Any, graph: Any) -> Any:
+        values, slopes = node.input_values
+        if slopes not in graph.initializers or values not in graph.value_info:
+            return converter(node, graph)
+        slope, axes = graph.initializers[slopes].to_torch(), len(graph.value_info[values].type.tensor_type.shape.dim)
+        channels = [axis for axis, size in enumerate(slope.shape, axes - slope.dim()) if size > 1]
+        if channels not in ([], [1]):
+            return converter(node, graph)
+        layer = torch.nn.PReLU(slope.numel())
+        layer.weight = torch.nn.Parameter(slope.reshape(-1).clone())
+        return OperationConverterResult(layer, OnnxMapping((values,), node.output_values))
 
     return convert
 
@@ -218,6 +241,8 @@ class Network:
                 return axes is None or not _CHANNELS.isdisjoint(numpy_helper.to_array(axes).tolist())
             case "Add" | "Sub" | "Mul" | "Div":
                 return any(int(np.prod(constants[name].dims)) > 1 for name in node.input if name in constants)
+            case "PRelu":  # slopes that are one channel's each are weights, and go with it
+                return not isinstance(self.module.get_submodule(self._names[node.output[0]]), torch.nn.PReLU)
             case other:
                 return other in _COUNTING
 
@@ -270,7 +295,7 @@ class Network:
         rank = len(before.dims)
         if array.ndim < rank:
             array = (
-                array.reshape(-1, *[1] * (rank - 1))
+                array.reshape([-1 if size > 1 else 1 for size in before.dims])
                 if node.op_type == "PRelu"
                 else array.reshape([1] * (rank - array.ndim) + [*array.shape])
             )
