@@ -60,8 +60,10 @@ def across(splits: Sequence[Array]) -> Overlap | None:
 
 def _alike(apart: Array) -> Array:
     """Of some rows, by their distances to all of another split's, whether each has its like there."""
-    nearest, second = np.partition(apart, 1, axis=1)[:, :2].T
-    found: Array = (nearest <= ALIKE) | ((nearest <= NEARLY) & (nearest <= MUCH * second))
+    found: Array = apart.min(axis=1) <= ALIKE
+    if apart.shape[1] > 1:  # else there is no second
+        nearest, second = np.partition(apart, 1, axis=1)[:, :2].T
+        found |= (nearest <= NEARLY) & (nearest <= MUCH * second)
     return found
 
 
