@@ -28,36 +28,65 @@ def fetch_chunks(
     take: Callable[[str, int, bytes], None],
     wanted: Callable[[], bool] = lambda: True,
 ) -> None:
-    """Fetch chunks of one blob over one connection, in order, each handed to ``take`` as it is complete.
+    """Fetch chunks of one blob, in order, each handed to ``take`` as it is complete. A line that is cut is made anew, and goes on where it was cut: such as
+    a vehicle has may never hold for a whole chunk.
 
     Args:
         wanted: asked whenever something came; once it says no, the rest is left.
 
     Raises:
-        TransportError: the controller can't be reached, refuses, or sends something else.
+        TransportError: the controller can't be reached, refuses, sends something else, or too little before the line is cut.
     """
     link = http.client.HTTPSConnection(host, port, timeout=TIMEOUT_S, context=endpoint.tls())
+    brought = 0  # by this connection
     try:
         for number in numbers:
-            if not wanted():
-                return
             first = number * chunk_bytes
             last = min(first + chunk_bytes, size) - 1
-            link.request("GET", f"/v1/blobs/{digest}", headers={"Range": f"bytes={first}-{last}"})
-            answer = _head(link)
-            piece = b""
-            for more in _body(answer, chunk_bytes + 1):
-                piece += more
+            piece = bytearray()
+            while first + len(piece) <= last:
                 if not wanted():
                     return
-            answer.close()  # read1 leaves that to us, and the connection takes no other request before
-            if answer.status != 206 or len(piece) != last - first + 1:
-                raise TransportError(f"the controller answered {answer.status} to a range of {digest}")
-            take(digest, number, piece)
+                try:
+                    for more in _range(link, digest, first + len(piece), last):
+                        piece += more
+                        brought += len(more)
+                        if not wanted():
+                            return
+                except (OSError, http.client.HTTPException):
+                    if brought < LEAST_BYTES:
+                        raise
+                    link.close()  # the next request connects
+                    brought = 0
+            take(digest, number, bytes(piece))
     except (OSError, http.client.HTTPException) as exc:
         raise TransportError(f"can't fetch from {host}:{port}: {exc}") from exc
     finally:
         link.close()
+
+
+def _range(link: http.client.HTTPSConnection, digest: str, first: int, last: int) -> Iterator[bytes]:
+    """Bytes of a blob, as they come.
+
+    Raises:
+        OSError, http.client.HTTPException: they come too slowly, or not all.
+        TransportError: the controller refuses, or sends something else.
+    """
+    link.request("GET", f"/v1/blobs/{digest}", headers={"Range": f"bytes={first}-{last}"})
+    answer, wanted = _head(link), last - first + 1
+    if answer.status != 206 or answer.length not in (None, wanted):
+        raise TransportError(
+            f"the controller answered {answer.status} to a range of {digest}, with {answer.length} bytes"
+        )
+    came = 0
+    for more in _body(answer, wanted + 1):
+        came += len(more)
+        if came > wanted:
+            raise TransportError(f"the controller answered more than a range of {digest}")
+        yield more
+    answer.close()  # read1 leaves that to us, and the connection takes no other request before
+    if came < wanted:
+        raise http.client.IncompleteRead(b"", wanted - came)
 
 
 def _head(link: http.client.HTTPSConnection) -> http.client.HTTPResponse:

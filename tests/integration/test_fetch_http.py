@@ -269,6 +269,64 @@ def test_a_line_that_is_slow_gets_its_chunks(served, monkeypatch: pytest.MonkeyP
     assert taken == {0: CONTENT[:4096]}
 
 
+def test_a_line_that_is_cut_again_and_again_goes_on_where_it_was_cut(served, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fetch_http, "LEAST_BYTES", 256)
+    asked: list[int] = []
+
+    def cut(to: BaseHTTPRequestHandler, first: int, last: int) -> None:
+        asked.append(first)
+        reply(to, 206, CONTENT[first : min(first + 1500, last + 1)], length=last - first + 1)
+        to.close_connection = True
+
+    taken: dict[int, bytes] = {}
+    served(cut)([1, 2], taken)
+    assert taken == {1: CONTENT[4096:8192], 2: CONTENT[8192:]}
+    assert asked == [4096, 5596, 7096, 8192, 9692]
+
+
+def test_a_line_that_is_cut_between_two_chunks_is_made_anew(served, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fetch_http, "LEAST_BYTES", 256)
+
+    def hang_up_after(to: BaseHTTPRequestHandler, first: int, last: int) -> None:
+        honest(to, first, last)
+        to.close_connection = True
+
+    taken: dict[int, bytes] = {}
+    served(hang_up_after)([0, 2], taken)
+    assert taken == {0: CONTENT[:4096], 2: CONTENT[8192:]}
+
+
+def test_a_line_that_is_cut_before_it_brought_much_is_left(served, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fetch_http, "LEAST_BYTES", 256)
+    asked: list[int] = []
+
+    def cut(to: BaseHTTPRequestHandler, first: int, last: int) -> None:
+        asked.append(first)
+        reply(to, 206, CONTENT[first : first + (1500 if first == 4096 else 200)], length=last - first + 1)
+        to.close_connection = True
+
+    taken: dict[int, bytes] = {}
+    with pytest.raises(TransportError, match="can't fetch from"):
+        served(cut)([1], taken)
+    assert (taken, asked) == ({}, [4096, 5596])
+
+
+def test_a_piece_that_is_no_range_is_not_taken_after_a_cut(served, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fetch_http, "LEAST_BYTES", 256)
+
+    def cut(to: BaseHTTPRequestHandler, first: int, last: int) -> None:
+        if first == 4096:
+            reply(to, 206, CONTENT[first : first + 1500], length=last - first + 1)
+        else:
+            reply(to, 200, CONTENT)
+        to.close_connection = True
+
+    taken: dict[int, bytes] = {}
+    with pytest.raises(TransportError, match="answered 200"):
+        served(cut)([1], taken)
+    assert taken == {}
+
+
 def test_whoever_has_no_certificate_of_the_fleet_is_not_asked(tmp_path: Path, served) -> None:
     """A captive portal answers every name, by a certificate of its own."""
     asked: list[int] = []
