@@ -20,7 +20,7 @@ from edgefleet_shared.errors import ArtifactError, EdgefleetError, EnvironmentPr
 from edgefleet_agent import notify, slots
 from edgefleet_agent.runtime import activation, control
 from edgefleet_agent.runtime.body_room import room
-from edgefleet_agent.runtime.control_server import bind_unix, serve_control
+from edgefleet_agent.runtime.control_server import KEEPS_FILE, bind_unix, serve_control
 from edgefleet_agent.runtime.front import Front
 from edgefleet_agent.runtime.http import MAX_CONNECTIONS, Server
 from edgefleet_agent.runtime.memory import available_memory_bytes
@@ -112,7 +112,9 @@ async def serve(state: Path, address: tuple[str, int] | None, socket_path: Path,
     for listener in _listeners(address, socket_path):
         listener.setblocking(False)
         if listener.family == socket.AF_UNIX:
-            servers.append(await loop.create_unix_server(server.connection, sock=listener, backlog=MAX_CONNECTIONS))
+            servers.append(
+                await loop.create_unix_server(server.connection, sock=listener, backlog=MAX_CONNECTIONS, **KEEPS_FILE)
+            )
             bound = str(listener.getsockname())
             where.append(str(socket_path) if bound.startswith("/proc/self/") else bound)  # see control.short_path
             continue

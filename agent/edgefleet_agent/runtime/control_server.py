@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
+import sys
 from pathlib import Path
+from typing import Any
 
 import msgspec
 from edgefleet_shared.errors import EdgefleetError, InputError
@@ -13,6 +15,10 @@ from edgefleet_shared.errors import EdgefleetError, InputError
 from edgefleet_agent.runtime import control
 from edgefleet_agent.runtime.control import Load, Ping, Pong, Refused, Reply, Request, Retire, Shadow, Status, Switch
 from edgefleet_agent.runtime.orders import Orders
+
+# From Python 3.13 on a loop removes a Unix socket's file when its server ends. Some are systemd's, and outlive it; the others are replaced by whoever
+# binds next, and can't be looked at by their addresses, see control.short_path.
+KEEPS_FILE: dict[str, Any] = {"cleanup_socket": False} if sys.version_info >= (3, 13) else {}
 
 
 def bind_unix(path: Path, mode: int) -> socket.socket:
@@ -47,7 +53,7 @@ async def serve_control(listener: socket.socket, orders: Orders) -> asyncio.Abst
         finally:
             writer.close()
 
-    return await asyncio.start_unix_server(talk, sock=listener, limit=control.MAX_LINE_BYTES)
+    return await asyncio.start_unix_server(talk, sock=listener, limit=control.MAX_LINE_BYTES, **KEEPS_FILE)
 
 
 async def _answer(line: bytes, orders: Orders) -> Reply:
