@@ -81,6 +81,17 @@ def bench(tmp_path: Path) -> Bench:
     return Bench(tmp_path)
 
 
+def classifying(net: Net) -> onnx.ModelProto:
+    """The network with a trained layer behind its 64 x 8 x 8 features."""
+    net.add("AveragePool", kernel_shape=[4, 4], strides=[4, 4])
+    net.add("Reshape", net.constant(np.array([1, 256], np.int64)))
+    features = net.last
+    net.dense(256, CLASSES)
+    model = net.model([1, CLASSES])
+    fitted(model, features)
+    return model
+
+
 def seer(pads: list[int] | None = None, middle: int = 0) -> onnx.ModelProto:
     """A network that sees the quarter with the bright spot: random convolutions, and a last layer fitted to their outputs.
 
@@ -102,13 +113,7 @@ def seer(pads: list[int] | None = None, middle: int = 0) -> onnx.ModelProto:
         net.add("Relu")
     net.conv(12 if middle else 32, 64, stride=2, pads=pads)
     net.add("Relu")
-    net.add("AveragePool", kernel_shape=[4, 4], strides=[4, 4])
-    net.add("Reshape", net.constant(np.array([1, 256], np.int64)))
-    features = net.last
-    net.dense(256, CLASSES)
-    model = net.model([1, CLASSES])
-    fitted(model, features)
-    return model
+    return classifying(net)
 
 
 def fitted(model: onnx.ModelProto, features: str) -> None:
@@ -264,12 +269,7 @@ def test_a_normalisation_of_each_picture_loses_the_channels_that_it_scales(bench
     net.add("Relu")
     net.conv(32, 64, stride=2)
     net.add("Relu")
-    net.add("AveragePool", kernel_shape=[4, 4], strides=[4, 4])
-    net.add("Reshape", net.constant(np.array([1, 256], np.int64)))
-    features = net.last
-    net.dense(256, CLASSES)
-    model = net.model([1, CLASSES])
-    fitted(model, features)
+    model = classifying(net)
     result = bench.compile(bench.version(model, {"structured": 0.4}))
     report = bench.report(result)
     assert report["recipe"]["pruned"]
@@ -425,13 +425,7 @@ def test_a_slope_of_each_channel_goes_with_it(bench: Bench, slope: tuple[int, ..
     net.add("PRelu", net.constant(np.full((1, 1, 1), 0.2, np.float32)))
     net.conv(32, 64, stride=2)
     net.add("Relu")
-    net.add("AveragePool", kernel_shape=[4, 4], strides=[4, 4])
-    net.add("Reshape", net.constant(np.array([1, 256], np.int64)))
-    features = net.last
-    net.dense(256, CLASSES)
-    model = net.model([1, CLASSES])
-    fitted(model, features)
-    result = bench.compile(bench.version(model, {"structured": 0.4, "steps": 1}), precision="fp32")
+    result = bench.compile(bench.version(classifying(net), {"structured": 0.4, "steps": 1}), precision="fp32")
     report = bench.report(result)
     assert report["left_out"] == []
     assert report["recipe"]["pruned"]
@@ -444,13 +438,7 @@ def test_slopes_that_differ_within_a_channel_stay_and_others_channels_go(bench: 
     net.add("Relu")
     net.conv(32, 64, stride=2)
     net.add("PRelu", net.constant(net.rng.uniform(0.1, 0.3, (64, 8, 8)).astype(np.float32)))
-    net.add("AveragePool", kernel_shape=[4, 4], strides=[4, 4])
-    net.add("Reshape", net.constant(np.array([1, 256], np.int64)))
-    features = net.last
-    net.dense(256, CLASSES)
-    model = net.model([1, CLASSES])
-    fitted(model, features)
-    result = bench.compile(bench.version(model, {"structured": 0.3, "steps": 1}), precision="fp32")
+    result = bench.compile(bench.version(classifying(net), {"structured": 0.3, "steps": 1}), precision="fp32")
     report = bench.report(result)
     assert report["left_out"] == []
     assert report["recipe"]["pruned"]

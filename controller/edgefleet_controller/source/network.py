@@ -6,9 +6,9 @@ external data), and may leave sizes open. Operators are not judged here: which o
 
 from __future__ import annotations
 
-import heapq
 import math
 from collections.abc import Iterable, Iterator, Mapping
+from graphlib import CycleError, TopologicalSorter
 
 import onnx
 from edgefleet_shared.contract import TensorSpec
@@ -95,21 +95,13 @@ def _in_order(graph: onnx.GraphProto) -> None:
     waits = [{makers[name] for name in read_by(node) if name in makers} for node in nodes]
     if all(not of or max(of) < number for number, of in enumerate(waits)):
         return
-    readers: dict[int, list[int]] = {}
-    for number, of in enumerate(waits):
-        for maker in of:
-            readers.setdefault(maker, []).append(number)
-    ready, order = [number for number, of in enumerate(waits) if not of], list[int]()
-    while ready:
-        order.append(heapq.heappop(ready))
-        for number in readers.get(order[-1], []):
-            waits[number].discard(order[-1])
-            if not waits[number]:
-                heapq.heappush(ready, number)
-    if len(order) == len(nodes):
-        ordered = [onnx.NodeProto.FromString(nodes[number].SerializeToString()) for number in order]
-        del graph.node[:]
-        graph.node.extend(ordered)
+    try:
+        order = list(TopologicalSorter(dict(enumerate(waits))).static_order())
+    except CycleError:
+        return
+    ordered = [onnx.NodeProto.FromString(nodes[number].SerializeToString()) for number in order]
+    del graph.node[:]
+    graph.node.extend(ordered)
 
 
 def _tell_outputs(model: onnx.ModelProto, origin: str) -> None:
