@@ -7,9 +7,8 @@ from edgefleet_agent.runtime.head import MAX_BODY_BYTES
 
 LEAST_CALLS_AT_ONCE, CALLS_AT_ONCE = 2, 3  # one is computed, the others come meanwhile
 LARGE_BYTES = 1 << 20  # messages above are taken apart and handed on one at a time: that takes four times their size
-LOOKAHEAD_BYTES = (
-    256 * 1024
-)  # of a message that come before there is a thread for it: a picture costs no waiting for the rest
+# Of a message that come before there is a thread for it: a picture costs no waiting for the rest.
+LOOKAHEAD_BYTES = 256 * 1024
 MAX_CALLS = 1024  # of all clients, waiting ones too; as many as the runtime lets wait
 MESSAGE_LIMIT_S = 10.0  # from a call's beginning to its message's last byte: meanwhile it has one of the few threads
 IDLE_LIMIT_S = 15.0  # without a call, then a connection is taken leave of: programs forget theirs, and gRPC makes a new one for the next call
