@@ -99,6 +99,15 @@ def test_the_runtime_alone_is_told_to_stop_so_that_its_workers_answer_what_they_
     assert re.search("^KillMode=mixed$", text, flags=re.M)
 
 
+@pytest.mark.parametrize(
+    "name", ["fleet-controller.service", "fleet-worker.service", "fleet-agent.service", "fleet-runtime.service"]
+)
+def test_a_child_that_the_kernel_ends_for_want_of_memory_does_not_end_the_service(name):
+    """systemd's own choice is to stop the whole unit."""
+    text = next(unit for unit in UNITS if unit.name == name).read_text()
+    assert re.search("^OOMPolicy=continue$", text, flags=re.M)
+
+
 def test_what_serves_is_not_the_first_to_be_ended_when_memory_ends():
     score = {unit.name: re.search(r"^OOMScoreAdjust=(-?\d+)$", unit.read_text(), flags=re.M) for unit in UNITS}
     runtime, agent = score["fleet-runtime.service"], score["fleet-agent.service"]

@@ -16,6 +16,7 @@ from edgefleet_controller.compile import watching
 from edgefleet_controller.compile.toolchains import Toolchains
 from edgefleet_controller.compile.watching import Cancelled, ChildDied, ChildKilled
 from edgefleet_shared.errors import EnvironmentProblem, ModelError, ToolchainError
+from support import control_group
 from support.processes import alive, assert_ends
 from support.toolchains import TINY
 
@@ -201,13 +202,16 @@ toolchains.run(toolchain, str(here / "target.py"), {"action": "try"}, here / "wo
 """
 
 
-def worker(cache: Path, tmp_path: Path, body: str) -> subprocess.Popen[str]:
+HOLDING = "held = b'x' * (220 << 20)\n"  # of a control group's 400 MiB
+
+
+def worker(cache: Path, tmp_path: Path, body: str, *, before: str = "", **more: Any) -> subprocess.Popen[str]:
     """Another process that does that job."""
     (tmp_path / "target.py").write_text(CHILD.replace("BODY", body.replace("\n", "\n    ")))
-    text = KILLED_WORKER
+    text = before + KILLED_WORKER
     for name, value in {"HERE": tmp_path, "CACHE": cache, "NAME": TINY.name, "TEXT": TINY.text}.items():
         text = text.replace(name, repr(str(value)))
-    return subprocess.Popen([sys.executable, "-c", text], stdout=subprocess.PIPE, text=True)
+    return subprocess.Popen([sys.executable, "-c", text], stdout=subprocess.PIPE, text=True, **more)
 
 
 def test_a_child_and_what_it_started_end_with_the_worker_that_was_killed(pristine: Path, tmp_path: Path) -> None:
@@ -222,6 +226,15 @@ def test_a_child_and_what_it_started_end_with_the_worker_that_was_killed(pristin
         process.communicate()
     assert_ends(int((tmp_path / "work" / "pid").read_text()), "the child, for hours and for nobody,")
     assert_nothing_is_left(tmp_path / "work")
+
+
+def test_when_memory_ends_a_child_goes_before_who_started_it_and_holds_more(pristine: Path, tmp_path: Path) -> None:
+    with control_group.made() as group:
+        body = "held = []\nwhile True: held.append(b'x' * (1 << 20))"
+        process = worker(pristine, tmp_path, body, before=HOLDING, stderr=subprocess.PIPE, preexec_fn=group.join)
+        _, said = process.communicate(timeout=60)
+    assert process.returncode == 1, f"ended by {process.returncode}"
+    assert "SIGKILL, as when this machine runs out of memory" in said
 
 
 def test_an_installation_ends_with_the_worker_that_was_killed_and_the_next_one_is_alone(

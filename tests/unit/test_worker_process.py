@@ -65,3 +65,13 @@ def test_one_that_the_kernel_killed_is_told_with_what_to_do(request_of_nothing: 
         with pytest.raises(EnvironmentProblem, match="SIGKILL, as when this machine runs out of memory") as told:
             attempt.run(Killer())
     assert "compile_workers" in told.value.hint
+
+
+def test_when_memory_ends_one_goes_before_who_asked_it(request_of_nothing: JobRequest) -> None:
+    def adjustment(pid: int | str) -> int:
+        return int(Path(f"/proc/{pid}/oom_score_adj").read_text())
+
+    with Attempt(request_of_nothing):
+        until(lambda: bool(workers_of(os.getpid())), "it has started")
+        (worker,) = workers_of(os.getpid())
+        until(lambda: adjustment(worker) > adjustment("self"), "the kernel being told to end it first")

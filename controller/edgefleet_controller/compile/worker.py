@@ -23,6 +23,7 @@ from edgefleet_shared.errors import EdgefleetError, EnvironmentProblem
 from edgefleet_shared.work import Answer, Progress
 
 from edgefleet_controller import model_version
+from edgefleet_controller.compile import guard
 from edgefleet_controller.compile.cache_limit import keep_within
 from edgefleet_controller.compile.pipeline import compile_version
 from edgefleet_controller.compile.port import CompileResult
@@ -75,6 +76,7 @@ Line = Progress | Wanted | Said | Finished | Failed
 
 
 def main() -> int:
+    guard.go_first()
     asked = sys.stdin.buffer.readline()
     if not asked.endswith(b"\n"):  # who asked died over it
         return 0
