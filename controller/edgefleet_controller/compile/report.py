@@ -144,11 +144,7 @@ def _changed(version: ModelVersion, final: Measured, references: dict[str, Any])
 def _right(version: ModelVersion, row: int) -> str:
     """The right answer to a sample, in the words of :func:`_said`."""
     truth = version.truth[row]
-    return _label(version, int(truth)) if version.output_kind == "classification" else truth
-
-
-def _label(version: ModelVersion, number: int) -> str:
-    return version.labels[number] if 0 <= number < len(version.labels) else str(number)
+    return version.label(int(truth)) if version.output_kind == "classification" else truth
 
 
 def _said(outputs: dict[str, Any], version: ModelVersion) -> list[str]:
@@ -157,12 +153,12 @@ def _said(outputs: dict[str, Any], version: ModelVersion) -> list[str]:
     name = version.outputs[0].name
     match version.output_kind:
         case "classification":
-            return [" ".join(_label(version, int(c)) for c in row[:16]) for row in answers.classes(outputs[name])]
+            return [" ".join(version.label(int(c)) for c in row[:16]) for row in answers.classes(outputs[name])]
         case "text":
             return version.lines(outputs[name])
         case "detection":
             found = answers.boxes(outputs, version.reading)
-            return [", ".join(f"{_label(version, b.kind)} {b.score:.2f}" for b in one) or "nothing" for one in found]
+            return [", ".join(f"{version.label(b.kind)} {b.score:.2f}" for b in one) or "nothing" for one in found]
         case _:
             return []
 
