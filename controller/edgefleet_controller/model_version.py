@@ -103,6 +103,13 @@ class ModelVersion(msgspec.Struct, frozen=True, kw_only=True):
         spaces = tuple(number for number, character in enumerate(self.characters, 1) if character.isspace())
         return Reading(self.output_kind, self.outputs, size, self.detection, self.masks, TextReading(spaces=spaces))
 
+    def label(self, kind: int) -> str:
+        """What a class is called: by its number too where another has the same label, as ImageNet has two cranes; by that alone where it has none."""
+        if not 0 <= kind < len(self.labels):
+            return str(kind)
+        label = self.labels[kind]
+        return label if self.labels.count(label) == 1 else f"{label} ({kind})"
+
     def lines(self, outputs: Array) -> list[str]:
         """The lines of text that outputs (N x steps x classes) are."""
         found = answers.lines(outputs, self.reading.text)

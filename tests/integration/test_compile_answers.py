@@ -19,7 +19,7 @@ from onnx import TensorProto, helper
 from PIL import Image
 from safetensors.numpy import save_file
 from support.compiling import Bench, class_here
-from support.networks import Net, project
+from support.networks import Net, classifier, project
 
 
 @pytest.fixture
@@ -105,6 +105,21 @@ def test_a_detector_that_drops_boxes_itself_is_judged_by_those_it_hands_on(bench
     shutil.copytree(bench.layout.root, slots.artifacts(bench.folder / "board").root, dirs_exist_ok=True)
     report = accept(bench.folder / "board", result.artifact.digest)
     assert report.verdict is Verdict.PASSED, report.reason
+
+
+def test_golden_pictures_that_are_all_but_one_are_cautioned_of_and_others_are_not(bench: Bench) -> None:
+    manifest = project(bench.folder, classifier())
+    first, *others = sorted((bench.folder / "golden").iterdir())
+    shown, chance = np.asarray(Image.open(first)), np.random.default_rng(0)
+    for other in others:
+        noisy = np.clip(shown + chance.normal(0, 2, shown.shape), 0, 255).astype(np.uint8)
+        Image.fromarray(noisy).save(other)
+    result = bench.compile(bench.version(manifest), class_here(search={"effort": "fixed", "prefer": "size"}))
+    (told,) = result.cautions
+    assert "golden samples: 8 pictures are 1 but for noise" in told
+    written = json.loads(bench.layout.read(result.report, 10**7))
+    assert written["cautions"] == [told]
+    assert told in bench.layout.read(result.page, 10**7).decode()
 
 
 def test_golden_pictures_with_nothing_to_find_are_refused(bench: Bench) -> None:

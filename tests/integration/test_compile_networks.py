@@ -459,3 +459,22 @@ def test_an_auto_encoder_whose_decoder_has_the_encoders_weights_is_quantized_for
     result = bench.compile(version, class_here("tflite", search={"effort": "fixed", "prefer": "size"}))
     assert result.precision == "int8"
     assert result.figures.sqnr_db > 25
+
+
+@pytest.mark.parametrize("op", ["InstanceNormalization", "LayerNormalization"])
+def test_a_normalisation_that_tflite_computes_in_pieces_keeps_its_variances(bench: Bench, op: str) -> None:
+    """Of channels, or pixels, whose spreads lie ten times apart 8 bits hold the values, not their squares."""
+    net = Net()
+    net.conv(3, 16, stride=2)
+    net.add("Mul", net.constant(np.geomspace(0.2, 2, 16).astype(np.float32)[:, None, None]))
+    layer = op == "LayerNormalization"
+    if layer:
+        net.add("Reshape", net.constant(np.array([1, 16, 256], np.int64)))
+    size = 256 if layer else 16
+    net.add(op, net.constant(np.ones(size, np.float32)), net.constant(np.zeros(size, np.float32)))
+    net.add("Relu")
+    net.add("Reshape", net.constant(np.array([1, 4096], np.int64)))
+    net.dense(4096, 6)
+    manifest = project(bench.folder, net.model([1, 6], opset=17))
+    target = class_here("tflite", search={"effort": "fixed", "prefer": "size"}, accuracy={"min_agreement": 0.1})
+    assert (bench.compile(bench.version(manifest), target, ship_despite_quality=True).figures.sqnr_db or 0) > 18

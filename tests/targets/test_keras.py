@@ -145,8 +145,15 @@ class Served(tf.Module):
     @tf.function(input_signature=[tf.TensorSpec([1, 32, 32, 3], tf.float32, name="image")])
     def scores(self, image):
         return {"scores": tf.matmul(tf.reduce_mean(image, [1, 2]), self.weight)}
+    @tf.function(input_signature=[tf.TensorSpec([1, 32, 32, 3], tf.float32, name="image")])
+    def colour(self, image):
+        return {"colour": tf.reduce_mean(image, [1, 2])}
 served = Served()
-scores = served.scores.get_concrete_function()
+scores, colour = served.scores.get_concrete_function(), served.colour.get_concrete_function()
+for name, others in {"first": {"train": colour}, "behind": {"explain": colour}}.items():  # TensorFlow's converter writes them by name
+    tf.saved_model.save(served, f"{folder}/{name}.saved", signatures={"serving_default": scores, **others})
+    lite = tf.lite.TFLiteConverter.from_saved_model(f"{folder}/{name}.saved", signature_keys=["serving_default", *others])
+    open(f"{folder}/signed-{name}.tflite", "wb").write(lite.convert())
 tf.saved_model.save(served, f"{folder}/named.saved", signatures={"predict": scores})
 tf.saved_model.save(served, f"{folder}/several.saved", signatures={"predict": scores, "explain": scores})
 unsigned = tf.Module()
@@ -357,6 +364,18 @@ def test_of_a_saved_model_the_only_signature_is_taken_and_others_are_told(made: 
         with pytest.raises(ModelError, match=told) as caught:
             imported(made, Layout(tmp_path / "layout"), f"{name}.saved")
         assert "signatures=" in caught.value.hint
+
+
+def test_of_a_tflite_file_with_several_signatures_only_the_one_that_boards_would_run_is_served(
+    made: Path, tmp_path: Path
+) -> None:
+    (output,) = imported(
+        made, Layout(tmp_path / "layout"), "signed-first.tflite", name="serving_default_image:0"
+    ).outputs
+    assert output.shape == (1, 4)
+    with pytest.raises(ModelError, match=r"signatures explain, serving_default; .* run the first, explain") as caught:
+        imported(made, Layout(tmp_path / "layout"), "signed-behind.tflite", name="explain_image:0")
+    assert "signature_keys" in caught.value.hint
 
 
 def test_a_saved_model_that_reads_files_is_refused(made: Path, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 from edgefleet_controller.compile.packing import contract
 from edgefleet_controller.compile.port import target_named
 from edgefleet_controller.compile.quality import compare, unlike
-from edgefleet_controller.compile.telling import untold_on_boards, vacuous
+from edgefleet_controller.compile.telling import caution, untold_on_boards, vacuous
 from edgefleet_controller.model_version import AcceptanceLimits, ModelVersion, Split
 from edgefleet_shared import answers
 from edgefleet_shared.contract import AcceptanceContract, TensorSpec
@@ -244,6 +244,24 @@ def test_golden_samples_that_could_tell_boards_nothing_are_named() -> None:
     assert told(steps(0, 1, 0), text) == ""
     mask = masks(TensorSpec("y", "FP32", (1, 1, 10, 10)), threshold=0.5)
     assert "one and the same class to every pixel" in told(np.zeros((4, 1, 10, 10), np.float32), mask)
+
+
+def test_samples_that_prove_less_than_their_number_seems_to_are_cautioned_of() -> None:
+    rng = np.random.default_rng(0)
+    plain = version("classification", TensorSpec("y", "FP32", (1, 3)))
+    answered = {"y": np.eye(3, dtype=np.float32)[[0, 1, 0, 2, 0, 1, 0, 2]]}
+    different = rng.integers(0, 256, (8, 24, 24, 3)).astype(np.uint8).repeat(4, axis=1).repeat(4, axis=2)
+    assert caution("golden", answered, different, plain) == ""
+    assert caution("golden", answered, None, plain) == "", "tensors may be alike and mean other things"
+    of_one = caution("golden", {"y": answered["y"][[0] * 8]}, None, plain)
+    assert of_one == "golden samples: the float model gives all 8 one and the same answer, as a damaged one may"
+    frames = np.clip(different[[0, 0, 0, 0, 0, 0, 0, 1]] + rng.normal(0, 4, (8, 96, 96, 3)), 0, 255).astype(np.uint8)
+    told = caution("held-out", {"y": answered["y"][[0] * 7 + [1]]}, frames, plain)
+    assert told.startswith("held-out samples: 8 pictures are 2 but for noise")
+    assert caution("held-out", answered, frames, plain) == "", "each of three answers to what is nearly one picture"
+    assert "pictures are 2 but" in caution("golden", {"head": head((0, 0, 0, 5.0), count=8)}, frames, HEAD)
+    moving = {"head": np.concatenate([head((0, row % 2, row // 2, 5.0)) for row in range(4)] * 2)}
+    assert caution("golden", moving, frames, HEAD) == "", "what is found moves, which small averages may not show"
 
 
 def test_boards_read_answers_unless_a_tolerance_has_them_compare_values() -> None:

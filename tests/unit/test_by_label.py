@@ -47,6 +47,14 @@ def test_a_class_that_is_rare_may_not_be_seen_everywhere() -> None:
     assert "'2' 0.286 of 35" in miss
 
 
+def test_a_class_that_vanishes_is_not_hidden_by_another_of_the_same_label() -> None:
+    """ImageNet's labels have two cranes, the bird and the machine."""
+    want, have = scores(*[0] * 180, *[1] * 10, *[2] * 10), scores(*[0] * 190, *[2] * 10)
+    told = msgspec.structs.replace(classifier(), labels=("sparrow", "crane", "crane"))
+    (miss,) = missed(have, want, told, Accuracy(min_agreement=0.9))
+    assert miss == "agreement by label: 'crane (1)' 0.000 of 10, budget 0.500 for each"
+
+
 def test_what_is_too_rare_to_tell_damage_from_chance_is_left_to_the_whole() -> None:
     want, have = scores(*[0] * 190, *[2] * (ENOUGH - 1)), scores(*[0] * (188 + ENOUGH), 2)
     assert missed(have, want, classifier(), Accuracy(min_agreement=0.9)) == []

@@ -175,3 +175,11 @@ def test_a_job_leaves_the_cache_within_its_limit_also_when_it_fails(cache: Cache
     )  # fmt: skip
     assert msgspec.json.decode(ended.stdout.splitlines()[-1])["type"] == "failed"
     assert not folder.exists()
+
+
+def test_what_is_being_filled_stays_when_the_clock_is_set_ahead(cache: Cache) -> None:
+    def fill(folder: Path) -> None:
+        cache_limit.keep_within(cache.folder, 0, time.time() + 3 * cache_limit.IN_USE_S)
+        (folder / "made").write_bytes(b"whole")
+
+    assert (cache.once("compiled", "one", fill) / "made").read_bytes() == b"whole"

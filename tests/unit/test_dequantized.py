@@ -143,6 +143,28 @@ def test_limits_of_activations_are_found_again_and_what_can_not_reach_an_end_get
     assert [[float(constants[name]) for name in clip.input[1:]] for clip in clips] == [[0.0, 6.0]]
 
 
+@pytest.mark.parametrize("op", ["Concat", "Add", "Resize", "Relu"])
+def test_what_is_made_of_values_that_end_gets_no_end_of_its_own_unless_it_is_a_nearer_one(op: str) -> None:
+    def clips(scale: float) -> int:
+        net = Net()
+        net.conv(3, 8)
+        rounding(net, 0.01, np.int8(-28))
+        if op == "Resize":
+            roi, sides = net.constant(np.zeros(0, np.float32)), net.constant(np.array([1, 1, 2, 2], np.float32))
+            net.add(op, roi, sides, mode="linear")
+        else:
+            net.add(op, *[net.last] * (op in ("Concat", "Add")), **({"axis": 1} if op == "Concat" else {}))
+        rounding(net, scale, np.int8(-28))
+        model = net.model([1, None, None, None])
+        samples = pictures(2)
+        want = answers(model, samples)
+        assert dequantized.in_floats(model)
+        assert np.abs(want - answers(model, samples)).max() <= 2.1 * max(scale, 0.01)
+        return sum(node.op_type == "Clip" for node in model.graph.node)
+
+    assert (clips(0.021), clips(0.005)) == (1, 2)
+
+
 def test_an_input_and_an_output_of_integers_stay_these() -> None:
     integer, scale, zero = TensorProto.UINT8, "scale", "zero"
     nodes = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -49,11 +50,11 @@ def network(activation: list[tuple[str, list[str]]]) -> onnx.ModelProto:
     return onnx.shape_inference.infer_shapes(model)
 
 
-def units(model: onnx.ModelProto, tmp_path: Path, **recipe: str) -> dict[tuple[str, ...], float]:
+def units(model: onnx.ModelProto, tmp_path: Path, parts: Any = PARTS, **recipe: str) -> dict[tuple[str, ...], float]:
     save_file({"x": PICTURES}, tmp_path / "samples.safetensors")
     samples = SampleFile(str(tmp_path / "samples.safetensors"))
     known = statistics.collect(model, samples, lambda *_: None, histograms=False)
-    found = sensitivity.measure(model, known, [samples[0]], RECIPE | recipe, PARTS, lambda *_: None)
+    found = sensitivity.measure(model, known, [samples[0]], RECIPE | recipe, parts, lambda *_: None)
     return {tuple(one["nodes"]): one["noise"] for one in found}
 
 
@@ -120,3 +121,38 @@ def test_a_layer_is_as_loud_as_the_recipes_scales_make_it(tmp_path: Path) -> Non
     weight.CopyFrom(numpy_helper.from_array((numpy_helper.to_array(weight) * spread).astype(np.float32), "w0"))
     by_channel, by_tensor = (units(model, tmp_path, granularity=told)["conv0",] for told in ("channel", "tensor"))
     assert by_tensor > 1.2 * by_channel
+
+
+def test_boxes_that_only_change_places_are_no_noise(tmp_path: Path) -> None:
+    """16 boxes of one class in the order of scores that differ by less than a step of int8."""
+    weights = {
+        "wb": RNG.normal(size=(4, 3, 4, 4)), "ws": 0.01 * RNG.normal(size=(1, 3, 4, 4)), "bs": np.array([0.9]), "one": np.array(0.0),
+    }  # fmt: skip
+    whole = {"by4": [1, 4, 16], "by1": [1, 16], "16": [16], "2": [2], "rows": [1, 16, 4], "seen": [1, 3, 16, 16]}
+    nodes = [
+        helper.make_node("Conv", ["x", "wb"], ["b"], name="boxes", strides=[4, 4]),
+        helper.make_node("Conv", ["x", "ws", "bs"], ["s"], name="scores", strides=[4, 4]),
+        helper.make_node("Reshape", ["b", "by4"], ["b4"], name="r0"),
+        helper.make_node("Transpose", ["b4"], ["bt"], name="t", perm=[0, 2, 1]),
+        helper.make_node("Reshape", ["s", "by1"], ["s1"], name="r1"),
+        helper.make_node("TopK", ["s1", "16"], ["best", "places"], name="top", axis=1),
+        helper.make_node("Unsqueeze", ["places", "2"], ["p"], name="u0"),
+        helper.make_node("Expand", ["p", "rows"], ["p4"], name="e"),
+        helper.make_node("GatherElements", ["bt", "p4"], ["found"], name="g", axis=1),
+        helper.make_node("Unsqueeze", ["best", "2"], ["score"], name="u1"),
+        helper.make_node("Mul", ["score", "one"], ["kind"], name="k"),
+        helper.make_node("Concat", ["found", "score", "kind"], ["y"], name="c", axis=2),
+    ]
+    graph = helper.make_graph(
+        nodes, "g", [helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, whole["seen"])],
+        [helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, [1, 16, 6])],
+        [numpy_helper.from_array(v.astype(np.float32), n) for n, v in weights.items()]
+        + [numpy_helper.from_array(np.array(v, np.int64), n) for n, v in whole.items()],
+    )  # fmt: skip
+    model = onnx.shape_inference.infer_shapes(
+        helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8)
+    )
+    places = {"output": "y", "axis": 2, "begin": 0, "end": 4}
+    by_place, as_boxes = (units(model, tmp_path, parts=[{**places, **more}]) for more in ({}, {"found_from": 0.5}))
+    assert by_place["top",] > 1000 * by_place["boxes",]
+    assert as_boxes["top",] == 0 < as_boxes["boxes",]

@@ -22,6 +22,7 @@ from edgefleet_shared.errors import DataError
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image, TiffImagePlugin
 from safetensors.numpy import load_file, save_file
+from support.broker import until
 from support.networks import SIDE, classifier, project, write_pictures
 from support.processes import assert_ends
 
@@ -410,6 +411,33 @@ def test_a_function_that_hangs_is_stopped_with_what_it_started(tmp_path: Path) -
     with pytest.raises(DataError, match="ran past its limit of 3 s and was stopped"):
         samples_entry.write("calibration", tmp_path, "own.py:hangs", None, tmp_path / "x.safetensors", limit_s=3.0)
     assert_ends(int((tmp_path / "child").read_text()), "what it started")
+
+
+def test_an_archive_of_another_kind_is_told_as_a_file_not_as_a_folder_that_is_missing(tmp_path: Path) -> None:
+    (tmp_path / "samples.tar").write_bytes(b"x" * 512)
+    with pytest.raises(DataError, match=r"samples\.tar is a file; .* \.safetensors file"):
+        run(tmp_path, project(tmp_path, classifier(), calibration={"path": "samples.tar"}))
+
+
+def test_a_function_without_an_end_is_stopped_before_it_takes_all_memory(tmp_path: Path) -> None:
+    endless = "import numpy as np\ndef endless():\n    while True: yield {'image': np.zeros((32, 32, 3), np.uint8)}\n"
+    (tmp_path / "own.py").write_text(endless)
+    target = tmp_path / "x.safetensors"
+    with pytest.raises(DataError, match=r"first 4 samples take more than the 10,000 bytes .* by count"):
+        samples_entry.write("calibration", tmp_path, "own.py:endless", None, target, limit_s=20.0, most_bytes=10_000)
+    samples_entry.write("calibration", tmp_path, "own.py:endless", 3, target, most_bytes=10_000)
+
+
+def test_a_function_ends_with_the_program_that_runs_it(tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text(
+        "import os, time\ndef hangs():\n    open('new', 'w').write(str(os.getpid()))\n    os.rename('new', 'child')\n    time.sleep(600)\n"
+    )
+    said = f"write('holdout', Path({str(tmp_path)!r}), 'own.py:hangs', None, Path('x'))"
+    program = f"from pathlib import Path\nfrom edgefleet_controller.source.samples_entry import write\n{said}"
+    with subprocess.Popen([sys.executable, "-c", program]) as adding:
+        until((tmp_path / "child").exists, "the function runs")
+        adding.kill()
+    assert_ends(int((tmp_path / "child").read_text()), "the function")
 
 
 def test_a_function_in_a_file_that_is_not_there_is_told(tmp_path: Path) -> None:

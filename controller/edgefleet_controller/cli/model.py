@@ -208,3 +208,5 @@ def _artifacts(title: str, artifacts: list[dict[str, Any]]) -> None:
         state = "; ".join(filter(None, [a["state"], q.get("recipe"), *q["misses"]]))
         rows.append((a["class"], a["engine"], a["arch"], size, agreement, latency, state))
     table(title, ("class", "engine", "arch", "size", "agreement (95 %)", "p50 / p95 ms", "state"), rows)
+    for caution in dict.fromkeys(caution for a in artifacts for caution in a["quality"].get("cautions", [])):
+        say(f"caution: {caution}")

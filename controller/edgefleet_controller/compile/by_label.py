@@ -64,10 +64,6 @@ def _together(rare: Sequence[Kept]) -> Kept:
     return Kept(both, compiled, real, max(compiled, real) >= ENOUGH or (not both and real >= VANISHED))
 
 
-def _named(version: ModelVersion, kind: int) -> str:
-    return version.labels[kind] if kind < len(version.labels) else str(kind)
-
-
 def _of_classes(
     outputs: dict[str, Array], references: dict[str, Array], version: ModelVersion
 ) -> Iterator[tuple[str, Kept]]:
@@ -76,7 +72,7 @@ def _of_classes(
         if kind >= 0:  # not a number
             mine, theirs = have == kind, want == kind
             both, compiled, real = (int(one.sum()) for one in (mine & theirs, mine, theirs))
-            yield _named(version, int(kind)), Kept(both, compiled, real, max(compiled, real) >= ENOUGH)
+            yield version.label(int(kind)), Kept(both, compiled, real, max(compiled, real) >= ENOUGH)
 
 
 def _of_boxes(
@@ -88,7 +84,7 @@ def _of_boxes(
         have, want = ([[box for box in found if box.kind == kind] for found in side] for side in sides)
         both = sum(answers.matched(a, b, least) for a, b in zip(have, want, strict=True))
         compiled, real = sum(map(len, have)), sum(map(len, want))
-        yield _named(version, kind), Kept(both, compiled, real, max(compiled, real) >= ENOUGH)
+        yield version.label(kind), Kept(both, compiled, real, max(compiled, real) >= ENOUGH)
 
 
 def _of_pixels(
@@ -103,7 +99,7 @@ def _of_pixels(
         for place, kind in enumerate(kinds):
             if kind == segmentation.NO_CLASS:
                 continue
-            label = _named(version, int(kind))
+            label = version.label(int(kind))
             same, compiled, real = (int(one[:, place].sum()) for one in (both, mine, theirs))
             title = f"{spec.name}, {label}" if len(version.outputs) > 1 else label
             yield title, Kept(same, compiled, real, bool(often[place]))

@@ -15,7 +15,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -92,18 +92,20 @@ class Cache:
         """All are staged beside their places, and each gets its name in one step."""
         staged: dict[Path, Path] = {}
         try:
-            for folder in missing:
-                folder.parent.mkdir(parents=True, exist_ok=True)
-                staged[folder] = Path(tempfile.mkdtemp(dir=folder.parent, prefix=cache_limit.UNFINISHED))
-            if staged:
-                fill({staged[folder]: what for folder, what in missing.items()})
-            for folder, path in staged.items():
-                _seal(path)
-                try:
-                    os.replace(path, folder)
-                except OSError:
-                    if not folder.is_dir():  # else another process was faster, with the same content
-                        raise
+            with ExitStack() as held:
+                for folder in missing:
+                    folder.parent.mkdir(parents=True, exist_ok=True)
+                    staged[folder] = Path(tempfile.mkdtemp(dir=folder.parent, prefix=cache_limit.UNFINISHED))
+                    held.enter_context(cache_limit.filling(staged[folder]))
+                if staged:
+                    fill({staged[folder]: what for folder, what in missing.items()})
+                for folder, path in staged.items():
+                    _seal(path)
+                    try:
+                        os.replace(path, folder)
+                    except OSError:
+                        if not folder.is_dir():  # else another process was faster, with the same content
+                            raise
         finally:
             for path in staged.values():
                 shutil.rmtree(path, ignore_errors=True)

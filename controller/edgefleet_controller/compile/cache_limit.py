@@ -1,7 +1,7 @@
 """Stage 2, compile: how large the cache may become. Receives its folder and a limit, removes what was used longest ago.
 
 What was used within a day may be in use by a job, here or in another process, and stays whatever the limit says; no job is that long between two
-looks at one thing. Also removed: what writers that were killed left behind. Not counted: toolchains, packages, pictures; searches' results and seals, which are
+looks at one thing. Also removed: what writers that were killed left behind, which no lock holds: a clock that is set ahead makes everything old. Not counted: toolchains, packages, pictures; searches' results and seals, which are
 small.
 """
 
@@ -61,6 +61,32 @@ def mark_used(path: Path) -> bool:
     return True
 
 
+@contextmanager
+def filling(path: Path) -> Iterator[None]:
+    """The folder is somebody's who lives; the kernel lets go of it with the process."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)
+
+
+def _clear_unfinished(path: Path) -> None:
+    """Remove what is being filled by nobody any more."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        shutil.rmtree(path, ignore_errors=True)
+    except BlockingIOError:
+        pass
+    finally:
+        os.close(fd)
+
+
 def keep_within(cache: Path, limit_bytes: int, now: float) -> int:
     """Remove the longest unused until the rest has ``limit_bytes``, or was used within :data:`IN_USE_S`.
 
@@ -78,7 +104,7 @@ def keep_within(cache: Path, limit_bytes: int, now: float) -> int:
         for path in (cache / kind).glob("*"):
             if path.name.startswith(UNFINISHED):
                 if now - _used_at(path, now) > IN_USE_S:
-                    shutil.rmtree(path, ignore_errors=True)
+                    _clear_unfinished(path)
             else:
                 entries.append(_Entry(_used_at(path, now), _size_bytes(path), path))
     left = sum(entry.size_bytes for entry in entries)

@@ -129,7 +129,7 @@ def _row(
     timings |= told
     quality = figures | {
         "verdict": result.quality, "misses": list(result.misses), "key": result.key, "recipe": result.recipe,
-        "precision": result.precision, "why": result.why, "candidates": result.candidates, "report": result.report,
+        "precision": result.precision, "why": result.why, "cautions": list(result.cautions), "candidates": result.candidates, "report": result.report,
         "page": result.page,
     }  # fmt: skip
     return Artifact(

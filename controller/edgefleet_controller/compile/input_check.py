@@ -15,11 +15,11 @@ import numpy as np
 import numpy.typing as npt
 from edgefleet_shared import answers, golden
 from edgefleet_shared.contract import PictureEncoding
-from safetensors.numpy import load, load_file
+from safetensors.numpy import load_file
 
 from edgefleet_controller.compile import quality, writing
 from edgefleet_controller.compile.cache import content_key
-from edgefleet_controller.compile.port import MAX_BLOB_BYTES
+from edgefleet_controller.compile.shown import pictures_of
 from edgefleet_controller.compile.steps import Steps
 from edgefleet_controller.model_version import ModelVersion
 
@@ -60,10 +60,10 @@ def better_description(steps: Steps, version: ModelVersion) -> str:
     count = min(MOST, len(version.truth))
     if version.output_kind != "classification" or version.encoding is None or count < ENOUGH:
         return ""
-    pictures = load(steps.layout.read(version.holdout.digest, MAX_BLOB_BYTES))
-    ((name, array),) = pictures.items()
-    if array.dtype != "uint8":
+    array = pictures_of(version, version.holdout, steps.layout)
+    if array is None:
         return ""
+    name = version.inputs[0].name
     ways = {"": version.encoding, **alternatives(version.encoding)}
 
     def fill(staged: Path) -> None:

@@ -31,6 +31,7 @@ from edgefleet_controller.compile.input_check import better_description
 from edgefleet_controller.compile.packing import contract, pack
 from edgefleet_controller.compile.port import CompileResult, Options, Target, check_class, target_named
 from edgefleet_controller.compile.search import Candidate, Choice
+from edgefleet_controller.compile.shown import pictures_of
 from edgefleet_controller.compile.steps import Limits, Progress, Steps
 from edgefleet_controller.compile.toolchains import Toolchains
 from edgefleet_controller.compile.workplace import work_folder
@@ -73,16 +74,20 @@ def compile_version(
             version, device_class, target, options, toolchain, layout, toolchains, cache, work, progress, limits
         )
         evaluator = Evaluator(steps, version, device_class, target, toolchain, layout, measure)
+        answered = load_file(steps.prepare() / "golden.safetensors")
         blind = telling.vacuous(steps.references(), version)
-        untold = telling.untold_on_boards(
-            load_file(steps.prepare() / "golden.safetensors"), version, contract(version, device_class, target)
-        )
+        untold = telling.untold_on_boards(answered, version, contract(version, device_class, target))
         blind = "; ".join(told for told in (blind, untold, better_description(steps, version)) if told)
         if blind and not ship_despite_quality:
             raise QualityError(
                 f"{version.model} {version.version} for {device_class.name}: {blind}",
                 hint="check the manifest's inputs and output against how the network was trained, or take other held-out samples",
             )
+        told = (
+            telling.caution("held-out", steps.references(), pictures_of(version, version.holdout, layout), version),
+            telling.caution("golden", answered, pictures_of(version, version.golden, layout), version),
+        )
+        cautions = tuple(one for one in told if one)
         finder = Finder(steps, evaluator, version, device_class, target, options)
         choice = finder.choice(cache)
         choice, final, cached = finder.final(choice)
@@ -92,7 +97,9 @@ def compile_version(
             )
         misses = final.candidate.misses
         shipped = ship_despite_quality or not misses
-        written = report.write(version, device_class, choice, final, steps.references(), layout, shipped=shipped)
+        written = report.write(
+            version, device_class, choice, final, steps.references(), layout, shipped=shipped, cautions=cautions
+        )
         if not shipped:
             raise _missed(version, device_class, choice, final.candidate, written)
         model, answers = steps.compile([final.candidate.recipe])[0][0], steps.prepare() / "golden.safetensors"
@@ -121,6 +128,7 @@ def compile_version(
         recipe=final.candidate.recipe.told(),
         precision=final.candidate.recipe.precision,
         why=choice.why,
+        cautions=cautions,
         candidates=len(choice.candidates),
         report=written.report,
         page=written.page,

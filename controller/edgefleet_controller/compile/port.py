@@ -144,7 +144,7 @@ class CompileResult(msgspec.Struct, frozen=True, kw_only=True):
     """One compiled, judged and packed model.
 
     ``quality`` is ``passed``, or ``forced`` where it missed what ``misses`` says and was shipped by an explicit flag. ``recipe`` and
-    ``why`` tell in words what was chosen; ``report`` and ``page`` are the report's blobs, as JSON and as HTML.
+    ``why`` tell in words what was chosen, ``cautions`` why the figures prove less than they seem to; ``report`` and ``page`` are the report's blobs, as JSON and as HTML.
     """
 
     artifact: Descriptor
@@ -161,6 +161,7 @@ class CompileResult(msgspec.Struct, frozen=True, kw_only=True):
     recipe: str = ""
     precision: str = ""
     why: str = ""
+    cautions: tuple[str, ...] = ()
     candidates: int = 1
     report: str = ""
     page: str = ""

@@ -169,10 +169,11 @@ def _sqnr_db(have: Array, want: Array) -> float:
 
 
 class OutputPart(NamedTuple):
-    """An output, or values of one meaning in it."""
+    """An output, or values of one meaning in it. ``found_from``: the score from which a row of it is a box, where rows come in the order of their scores."""
 
     output: str
     part: Part | None
+    found_from: float | None = None
 
     def of(self, side: dict[str, Array]) -> Array:
         """The values, by output name in ``side``."""
@@ -185,16 +186,19 @@ class OutputPart(NamedTuple):
     def told(self) -> dict[str, Any]:
         """As a child process hears it."""
         place = {} if self.part is None else {"axis": self.part.axis, "begin": self.part.begin, "end": self.part.end}
-        return {"output": self.output, **place}
+        rows = {} if self.found_from is None else {"found_from": self.found_from}
+        return {"output": self.output, **place, **rows}
 
 
 def parts(version: ModelVersion) -> dict[str, OutputPart]:
     """What noise is measured of, each against its own power, by title: the outputs, or what they are made of."""
     names = [spec.name for spec in version.outputs]
-    inside = HEADS[version.detection.decoder].parts if version.detection is not None else ()
-    if not inside:
+    told = version.detection
+    if told is None or not HEADS[told.decoder].parts:
         return {name: OutputPart(name, None) for name in names}
-    return {f"{name}, {part.title}": OutputPart(name, part) for name in names for part in inside}
+    head = HEADS[told.decoder]
+    found_from = told.threshold if head.suppressed else None
+    return {f"{name}, {part.title}": OutputPart(name, part, found_from) for name in names for part in head.parts}
 
 
 def unlike(calibration: dict[str, Array], holdout: dict[str, Array]) -> str:

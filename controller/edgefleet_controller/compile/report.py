@@ -14,12 +14,12 @@ from typing import Any, NamedTuple
 import msgspec
 from edgefleet_shared import answers
 from edgefleet_shared.artifact import Layout
-from safetensors.numpy import load
 
 from edgefleet_controller.compile import report_page
 from edgefleet_controller.compile.evaluator import Measured
-from edgefleet_controller.compile.port import MAX_BLOB_BYTES, Figures
+from edgefleet_controller.compile.port import Figures
 from edgefleet_controller.compile.search import Candidate, Choice
+from edgefleet_controller.compile.shown import pictures_of
 from edgefleet_controller.compile.steps import calibrating
 from edgefleet_controller.manifests import DeviceClass
 from edgefleet_controller.model_version import ModelVersion
@@ -37,7 +37,7 @@ class Written(NamedTuple):
 
 def write(
     version: ModelVersion, device_class: DeviceClass, choice: Choice, final: Measured, references: dict[str, Any],
-    layout: Layout, *, shipped: bool = True,
+    layout: Layout, *, shipped: bool = True, cautions: tuple[str, ...] = (),
 ) -> Written:  # fmt: skip
     """Store both forms.
 
@@ -45,8 +45,9 @@ def write(
         final: what was chosen, or came closest, measured alone, with its outputs.
         references: the float model's outputs for the held-out samples.
         shipped: whether there is an artifact; else the report tells how far the candidates were from the budgets.
+        cautions: why the samples prove less than they seem to.
     """
-    report = build(version, device_class, choice, final, references, shipped=shipped)
+    report = build(version, device_class, choice, final, references, shipped=shipped, cautions=cautions)
     pictures = _pictures(version, layout, [c["sample"] for c in report["changed"]["samples"]])
     return Written(
         layout.put(json.dumps(report, sort_keys=True).encode()).digest,
@@ -56,7 +57,7 @@ def write(
 
 def build(
     version: ModelVersion, device_class: DeviceClass, choice: Choice, final: Measured, references: dict[str, Any],
-    *, shipped: bool,
+    *, shipped: bool, cautions: tuple[str, ...] = (),
 ) -> dict[str, Any]:  # fmt: skip
     """The report as JSON holds it."""
     candidate = final.candidate
@@ -76,6 +77,7 @@ def build(
         "fits": choice.chosen is not None and not candidate.misses,
         "shipped": shipped,
         "misses": list(candidate.misses),
+        "cautions": list(cautions),
         "budgets": {
             "min_agreement": device_class.spec.accuracy.min_agreement,
             "min_per_label": device_class.spec.accuracy.min_per_label,
@@ -142,11 +144,7 @@ def _changed(version: ModelVersion, final: Measured, references: dict[str, Any])
 def _right(version: ModelVersion, row: int) -> str:
     """The right answer to a sample, in the words of :func:`_said`."""
     truth = version.truth[row]
-    return _label(version, int(truth)) if version.output_kind == "classification" else truth
-
-
-def _label(version: ModelVersion, number: int) -> str:
-    return version.labels[number] if 0 <= number < len(version.labels) else str(number)
+    return version.label(int(truth)) if version.output_kind == "classification" else truth
 
 
 def _said(outputs: dict[str, Any], version: ModelVersion) -> list[str]:
@@ -155,21 +153,19 @@ def _said(outputs: dict[str, Any], version: ModelVersion) -> list[str]:
     name = version.outputs[0].name
     match version.output_kind:
         case "classification":
-            return [" ".join(_label(version, int(c)) for c in row[:16]) for row in answers.classes(outputs[name])]
+            return [" ".join(version.label(int(c)) for c in row[:16]) for row in answers.classes(outputs[name])]
         case "text":
             return version.lines(outputs[name])
         case "detection":
             found = answers.boxes(outputs, version.reading)
-            return [", ".join(f"{_label(version, b.kind)} {b.score:.2f}" for b in one) or "nothing" for one in found]
+            return [", ".join(f"{version.label(b.kind)} {b.score:.2f}" for b in one) or "nothing" for one in found]
         case _:
             return []
 
 
 def _pictures(version: ModelVersion, layout: Layout, rows: list[int]) -> dict[int, Any]:
     """The held-out pictures of these rows, uint8 H x W x C; none where the samples are tensors."""
-    if version.encoding is None or not rows:
-        return {}
-    (array,) = load(layout.read(version.holdout.digest, MAX_BLOB_BYTES)).values()
-    if array.dtype != "uint8" or array.ndim != 4:
+    array = pictures_of(version, version.holdout, layout) if rows else None
+    if array is None:
         return {}
     return {row: array[row] for row in rows[: report_page.MOST_PICTURES]}

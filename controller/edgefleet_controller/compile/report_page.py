@@ -47,6 +47,7 @@ def render(report: dict[str, Any], pictures: dict[int, Any]) -> str:
         f"<!doctype html><html lang=en><meta charset=utf-8><title>{escape(title)}</title><style>{_STYLE}</style>",
         f"<h1>{escape(title)}</h1><p>{escape(report['engine'])} {escape(report['engine_version'])} · {verdict}<br>",
         f"<span class=mute>{escape(report['why'])}</span></p>",
+        "".join(f"<p class=bad>{escape(one)}</p>" for one in report["cautions"]),
         "<h2>Figures</h2>" + _figures(report),
         "<h2>Candidates: accuracy, latency, bytes</h2>" + _front_plot(report) + _candidates(report),
         "<h2>Noise of each layer in int8</h2>" + _layers(report),

@@ -1,5 +1,5 @@
-"""Stage 2, compile: what held-out samples can tell. Pure: receives the float model's answers to them, hands on why these could not tell a sound compiled model
-from a damaged one: agreement with what is wrong, or always the same, says nothing."""
+"""Stage 2, compile: what held-out and golden samples can tell. Pure: receives the float model's answers to them, hands on why these could not tell a sound
+compiled model from a damaged one, or tell less than their number seems to: agreement with what is wrong, or always the same, says nothing."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from edgefleet_shared.segmentation import pixels
 
 from edgefleet_controller.compile import quality
 from edgefleet_controller.model_version import ModelVersion
+from edgefleet_controller.source import lookalikes
 
 Array = npt.NDArray[Any]
 ENOUGH = 32  # labelled samples that tell chance from skill
@@ -20,6 +21,8 @@ NEAR_CHANCE = 1.5  # times what guessing gets
 MOST_SCORE = 1.01  # of a box; a sigmoid's rounding apart, no share is more than the whole
 FEWEST_BOXES = 8  # of fewer, as of fewer samples, half may change by chance
 CROWDED = 100  # boxes in a picture, overlaps included, from which half of all places being boxes is no chance
+REPEATED = 0.5  # of a split's pictures, above which its number says little of what they prove
+MOST_LOOKED_AT = 512  # pictures of a split, evenly spread
 IN_A_CORNER = 2.0  # pixels, which coordinates that are shares of a picture reach at most
 
 
@@ -44,17 +47,13 @@ def vacuous(references: dict[str, Array], version: ModelVersion) -> str:
                 "(output.detection.background), are scores still to be made shares (output.detection.scores), or is the decoder another one?"
             )
         return _misread([box for found in answers.boxes(references, version.reading) for box in found], n, version)
-    if version.output_kind == "classification":
-        said = {row.tobytes() for row in answers.classes(references[name])}
-    elif version.output_kind == "text":
-        said = {line.encode() for line in version.lines(references[name])}
-    elif version.output_kind == "segmentation":
+    if version.output_kind == "segmentation":
         if _one_class(references, version):
             return f"the float model gives every pixel of all {n} held-out samples one and the same class"
         return ""
-    else:
+    if version.output_kind == "raw":
         return _told_apart(references, version)
-    if len(said) == 1:
+    if len(set(_words(references, version))) == 1:
         return f"the float model gives all {n} held-out samples one and the same answer"
     if version.truth and version.output_kind == "classification":
         if counted := _counted_otherwise(answers.classes(references[name])[:, 0], version.truth):
@@ -86,6 +85,43 @@ def untold_on_boards(references: dict[str, Array], version: ModelVersion, contra
         case _:
             return ""
     return f"the float model {what} of the {n} golden samples: boards could tell it from no damaged one; give others (golden)"
+
+
+def caution(split: str, references: dict[str, Array], pictures: Array | None, version: ModelVersion) -> str:
+    """Why the samples of a split prove less than as many others would, or nothing.
+
+    Args:
+        references: the float model's outputs for them.
+        pictures: they themselves, uint8 N x H x W x C; None where they are tensors, which may be alike and mean other things.
+    """
+    said, found = _words(references, version), list[str]()
+    if len(set(said)) == 1 and len(said) > 1:
+        found.append(f"the float model gives all {len(said)} one and the same answer, as a damaged one may")
+    if pictures is not None:
+        rows = np.unique(np.linspace(0, len(pictures) - 1, min(MOST_LOOKED_AT, len(pictures))).astype(int))
+        likes = lookalikes.first_likes(pictures[rows])
+        # One picture that is answered in two ways lies where a damaged model shows first.
+        kinds = len({(like, said[row] if said else b"") for like, row in zip(likes, rows, strict=True)})
+        if kinds < REPEATED * len(rows):
+            of = "" if len(rows) == len(pictures) else f" looked at, of {len(pictures)},"
+            found.append(f"{len(rows)} pictures{of} are {kinds} but for noise, and prove no more than {kinds} would")
+    return f"{split} samples: {'; '.join(found)}" if found else ""
+
+
+def _words(references: dict[str, Array], version: ModelVersion) -> list[bytes]:
+    """The answer to each sample, of kinds that have one."""
+    output = references[version.outputs[0].name]
+    match version.output_kind:
+        case "classification":
+            return [row.tobytes() for row in answers.classes(output)]
+        case "text":
+            return [line.encode() for line in version.lines(output)]
+        case "detection":
+            cells = [size / lookalikes.GRID for size in version.reading.size]
+            found = answers.boxes(references, version.reading)
+            return [str(sorted((b.kind, b.top // cells[0], b.left // cells[1]) for b in one)).encode() for one in found]
+        case _:
+            return []
 
 
 def _one_class(references: dict[str, Array], version: ModelVersion) -> bool:

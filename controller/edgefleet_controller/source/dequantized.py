@@ -38,7 +38,6 @@ ENDS = {
     "HardSigmoid": (0.0, 1.0),
     "Softmax": (0.0, 1.0),
     "Tanh": (-1.0, 1.0),
-    "Relu": (0.0, np.inf),
 }
 USUAL = (
     0.0,
@@ -143,13 +142,30 @@ class _Reader:
             raise Untold
         self._nodes.append(node)
         self._note_unrounded(node)
-        known = self._ends.get(node.input[0] if node.input else "")
-        if node.op_type in ENDS:
-            self._ends[node.output[0]] = ENDS[node.op_type]
-        elif node.op_type in KEEPING and known is not None:
-            self._ends[node.output[0]] = known
-        elif node.op_type == "Clip" and len(node.input) == 3 and {*node.input[1:]} <= self._constants.keys():
+        if node.op_type == "Clip" and len(node.input) == 3 and {*node.input[1:]} <= self._constants.keys():
             self._ends[node.output[0]] = tuple(float(self._constants[name]) for name in node.input[1:])  # type: ignore[assignment]
+        else:
+            self._note_ends(node)
+
+    def _note_ends(self, node: onnx.NodeProto) -> None:
+        """Note between which ends an operator's output lies whatever comes, by those of what it reads."""
+        read = [self._ends.get(name, (-np.inf, np.inf)) for name in node.input]
+        match node.op_type:
+            case "Relu":
+                found = (0.0, max(0.0, read[0][1]))
+            case "Concat":
+                found = min(low for low, _ in read), max(high for _, high in read)
+            case "Add":
+                found = sum(low for low, _ in read), sum(high for _, high in read)
+            case "Resize" if _mode(node) != "cubic":  # which overshoots
+                found = read[0]
+            case op if op in ENDS:
+                found = ENDS[op]
+            case op if op in KEEPING and read:
+                found = read[0]
+            case _:
+                return
+        self._ends[node.output[0]] = found
 
     def _move(self, node: onnx.NodeProto) -> None:
         known = self._integers[node.input[0]]
@@ -361,10 +377,7 @@ class _Reader:
         self, op: str, inputs: list[str], output: str, name: str = "", attributes: dict[str, Any] | None = None
     ) -> None:
         self._nodes.append(helper.make_node(op, inputs, [output], name=name or output, **(attributes or {})))
-        if op in ENDS:
-            self._ends[output] = ENDS[op]
-        elif op in KEEPING and inputs[0] in self._ends:
-            self._ends[output] = self._ends[inputs[0]]
+        self._note_ends(self._nodes[-1])
 
 
 def _usual(end: float, step: float) -> float:
@@ -387,6 +400,10 @@ def _at(inputs: list[str], place: int) -> str:
 
 def _attribute(node: onnx.NodeProto, name: str, default: int) -> int:
     return next((a.i for a in node.attribute if a.name == name), default)
+
+
+def _mode(node: onnx.NodeProto) -> str:
+    return next((a.s.decode() for a in node.attribute if a.name == "mode"), "nearest")
 
 
 def _swept(graph: onnx.GraphProto) -> None:

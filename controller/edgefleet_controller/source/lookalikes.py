@@ -1,4 +1,4 @@
-"""Stage 1, source: one picture in two files. Receives splits of pictures, hands on which are the same but for encoding or size.
+"""Stage 1, source: one picture in two files. Receives splits of pictures, hands on which are the same but for encoding, size or a camera's noise.
 
 A photo that was saved again has other bytes, and a network is judged by what it was tuned on all the same. Small averages of the two are less than 3 grey levels
 apart (JPEG of quality 30, WebP, two thirds of the size); those of different photos, or of lines of text, 20 and more. Of drawings of few pixels, such as digits,
@@ -22,6 +22,7 @@ NEARLY = 8.0  # likewise, between those of one picture that is much nearer than 
 MUCH = 1 / 3  # ... at this share of the second's distance
 UNLIKE = 16.0  # likewise, to the nearest other picture of its split, at the median, from which different pictures are never alike by chance
 BY_CHANCE = 0.02  # share of a split's pictures: among tens of thousands of small ones some are nearly the same
+NOISE = 16.0  # likewise, between whole pictures: what encoding and a camera's noise come to, and a pattern that averages hide does not
 LOOKED_AT = 256  # of a split's pictures for that median
 ROWS = 512  # compared at a time: 10,000 pictures by 10,000 are 400 MB
 
@@ -56,6 +57,31 @@ def across(splits: Sequence[Array]) -> Overlap | None:
             if len(pairs) > BY_CHANCE * len(own):
                 return Overlap(earlier, later, len(pairs), *pairs[0])
     return None
+
+
+def first_likes(pictures: Array) -> Array:
+    """For each picture the number of the first that it is but for encoding, size or noise: often its own.
+
+    Args:
+        pictures: uint8, N x H x W x C.
+    """
+    small, found = _averages(pictures), np.arange(len(pictures))
+    left = found.copy()
+    while len(left):
+        first, left = left[0], left[1:]
+        near = left[_far(small[left], small[first]) <= ALIKE]
+        like = [
+            one for one in near if _far(pictures[one : one + 1].reshape(1, -1), pictures[first].reshape(-1)) <= NOISE
+        ]
+        found[like] = first
+        left = left[~np.isin(left, like)]
+    return found
+
+
+def _far(rows: Array, one: Array) -> Array:
+    """Root mean square between each row and one."""
+    distances: Array = np.sqrt(np.square(rows.astype(np.float32) - one).mean(axis=1))
+    return distances
 
 
 def _alike(apart: Array) -> Array:

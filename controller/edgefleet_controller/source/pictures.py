@@ -105,6 +105,11 @@ def read_folder(
     Raises:
         DataError: the folder is missing or has too few; a picture can't be read, is too small, or is blank.
     """
+    if folder.is_file():
+        raise DataError(
+            f"{split}: {folder} is a file; samples are a folder of pictures, or a .safetensors file",
+            hint="unpack an archive first",
+        )
     if not folder.is_dir():
         raise DataError(f"{split}: no folder {folder}", hint="paths are relative to the manifest's file")
     shown = sorted(f for f in folder.iterdir() if not f.name.startswith("."))

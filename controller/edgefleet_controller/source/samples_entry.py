@@ -1,38 +1,39 @@
 """Stage 1, source: samples from a Python function of the operator's. Receives ``file.py:function``, hands on a safetensors file that it wrote.
 
-The function runs in a child process, with the interpreter and the packages of this program, in the folder of its file: it may crash, hang or print, and
-leaves nothing behind here. It is the operator's own code on the operator's own machine, run with the operator's rights; a controller never runs one.
+The function runs in a child process, with the interpreter and the packages of this program, in the folder of its file: it may crash, hang, print or go on
+for ever, and leaves nothing behind here, however this program ends. It is the operator's own code on the operator's own machine, run with the operator's rights; a controller never runs one.
 """
 
 from __future__ import annotations
 
 import os
 import re
-import signal
 import subprocess
 import sys
 import tempfile
-from contextlib import suppress
 from pathlib import Path
 
 from edgefleet_shared.errors import DataError
 
+from edgefleet_controller.compile import guard
+from edgefleet_controller.compile.port import MAX_BLOB_BYTES
+
 ENTRY = re.compile(r"^(?P<file>[^:]+\.py):(?P<function>[A-Za-z_][A-Za-z0-9_]*)$")
 LIMIT_S = 1800.0
 
-# What runs in the child: file, function, how many (or 0) and the file to write are its arguments.
+# What runs in the child: file, function, how many (or 0), how many bytes at most and the file to write are its arguments.
 _CHILD = """
 import importlib.util, itertools, sys
 import numpy as np
 from safetensors.numpy import save_file
 
-file, function, count, target = sys.argv[1:]
+file, function, count, most_bytes, target = sys.argv[1:]
 spec = importlib.util.spec_from_file_location("edgefleet_entry", file)
 module = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(module)
 if not callable(getattr(module, function, None)):
     sys.exit(f"there is no function {function}")
-rows = {}
+rows, held_bytes = {}, 0
 given = getattr(module, function)()
 for number, sample in enumerate(itertools.islice(given, int(count) or None)):
     if not isinstance(sample, dict) or not sample:
@@ -46,13 +47,25 @@ for number, sample in enumerate(itertools.islice(given, int(count) or None)):
         if name in rows and (value.shape, value.dtype) != (rows[name][0].shape, rows[name][0].dtype):
             sys.exit(f"sample {number}: {name} is {value.dtype} {value.shape}, the first one {rows[name][0].dtype} {rows[name][0].shape}")
         rows.setdefault(name, []).append(value)
+        held_bytes += value.nbytes
+    if held_bytes > int(most_bytes):
+        sys.exit(f"its first {number + 1} samples take more than the {int(most_bytes):,} bytes that there is room for; where it has no end, say how many by count")
 if not rows:
     sys.exit("it yields no sample")
 save_file({name: np.stack(values) for name, values in rows.items()}, target)
 """
 
 
-def write(split: str, base: Path, entry: str, count: int | None, target: Path, *, limit_s: float = LIMIT_S) -> None:
+def write(
+    split: str,
+    base: Path,
+    entry: str,
+    count: int | None,
+    target: Path,
+    *,
+    limit_s: float = LIMIT_S,
+    most_bytes: int = MAX_BLOB_BYTES,
+) -> None:
     """Run an entry point and have its samples written.
 
     The function takes no argument and yields samples: dicts of one array per input, without a batch axis, uint8 pictures (height x width x channels,
@@ -63,7 +76,7 @@ def write(split: str, base: Path, entry: str, count: int | None, target: Path, *
         count: how many samples to take; None for all.
 
     Raises:
-        DataError: no such file or function; it raised, yields something else, or takes longer than ``limit_s``.
+        DataError: no such file or function; it raised, yields something else, more than ``most_bytes``, or takes longer than ``limit_s``.
     """
     found = ENTRY.match(entry)
     if found is None:
@@ -71,10 +84,11 @@ def write(split: str, base: Path, entry: str, count: int | None, target: Path, *
     file = (base / found["file"]).resolve()
     if not file.is_file():
         raise DataError(f"{split}: no file {file}", hint="paths are relative to the manifest's file")
-    command = [sys.executable, "-c", _CHILD, str(file), found["function"], str(count or 0), str(target)]
+    asked = [str(file), found["function"], str(count or 0), str(most_bytes), str(target)]
+    guarded = [sys.executable, "-I", "-S", guard.__file__, str(os.getpid())]
     with tempfile.TemporaryFile() as said:
         child = subprocess.Popen(
-            command, cwd=file.parent, stdin=subprocess.DEVNULL, stdout=said, stderr=said, env={**os.environ, "PYTHONHASHSEED": "0"},
+            [*guarded, sys.executable, "-c", _CHILD, *asked], cwd=file.parent, stdin=subprocess.DEVNULL, stdout=said, stderr=said, env={**os.environ, "PYTHONHASHSEED": "0"},
             start_new_session=True,
         )  # fmt: skip
         try:
@@ -82,8 +96,7 @@ def write(split: str, base: Path, entry: str, count: int | None, target: Path, *
         except subprocess.TimeoutExpired as exc:
             raise DataError(f"{split}: {entry} ran past its limit of {limit_s:.0f} s and was stopped") from exc
         finally:
-            with suppress(ProcessLookupError):  # with whatever it started
-                os.killpg(child.pid, signal.SIGKILL)
+            child.terminate()  # with whatever it started
             child.wait()
         if status != 0 or not target.is_file():
             said.seek(0)

@@ -26,6 +26,8 @@ from .tflite.islands import joined
 from .tflite.onnx_to_tflite import Converted, convert
 from .weights import WEIGHTED, axis_of, channel_scales, own_weights
 
+NORMALISATIONS = ("InstanceNormalization", "LayerNormalization", "GroupNormalization")
+
 
 def load(path: str) -> Run:
     """An interpreter on one thread."""
@@ -111,7 +113,8 @@ class _Quantizer:
             self._found = self._calibrate(samples, len(samples))
 
     def quantize(self, recipe: dict[str, Any]) -> bytes:
-        left = with_passages(self._model, {*recipe["in_float"], *outside(self._model, recipe["scope"])})
+        left = {*recipe["in_float"], *outside(self._model, recipe["scope"]), *_in_pieces(self._model)}
+        left = with_passages(self._model, left)
         converted = self._plain
         if recipe["correct_bias"] or recipe["fit_weights"]:
             settled = onnx.ModelProto()
@@ -150,6 +153,11 @@ class _Quantizer:
             low, high = methods[method]
             out[name] = own | {"min": np.full_like(own["min"], low), "max": np.full_like(own["max"], high)}
         return out
+
+
+def _in_pieces(model: onnx.ModelProto) -> set[str]:
+    """The names of normalisations, which TFLite computes in pieces: their variance, a mean of squares, spans more than 8 bits tell apart."""
+    return {node.name for node in model.graph.node if node.op_type in NORMALISATIONS}
 
 
 def quantizer_of(content: bytes, in_float: list[str]) -> Any:

@@ -49,15 +49,17 @@ def measure(
     most, relative to the part's), ``weight_bytes`` (that stay when it stays float).
 
     Args:
-        parts: each the name of an ``output``, or of it what lies on ``axis`` from ``begin`` to ``end``.
+        parts: each the name of an ``output``, or of it what lies on ``axis`` from ``begin`` to ``end``. With ``found_from`` the output's rows are boxes (corners, score,
+            class) in the order of their scores, and are compared wherever they stand, from that score on.
         with_makers: the engine's int8 operators write int8.
     """
-    references = _parts(_outputs(model, feeds), parts)
+    exact = _outputs(model, feeds)
+    references = _parts(exact, exact, parts)
     power = [float(np.sum(value**2)) or 1.0 for value in references]
     constants = {i.name: i for i in model.graph.initializer}
 
     def noise(rounded: onnx.ModelProto) -> float:
-        outputs = _parts(_outputs(rounded, feeds), parts)
+        outputs = _parts(_outputs(rounded, feeds), exact, parts)
         powers = [float(np.sum((a - b) ** 2)) for a, b in zip(outputs, references, strict=True)]
         relative = max(n / p for n, p in zip(powers, power, strict=True))
         return relative if np.isfinite(relative) else 1e9
@@ -254,13 +256,33 @@ class _Rounder:
             )
 
 
-def _parts(outputs: dict[str, list[Array]], parts: list[dict[str, Any]]) -> list[Array]:
-    """Each part's values over all samples, in one row, float64."""
+def _parts(
+    outputs: dict[str, list[Array]], references: dict[str, list[Array]], parts: list[dict[str, Any]]
+) -> list[Array]:
+    """Each part's values over all samples, in one row, float64; of rows in the order of their scores those that are beside the reference's."""
     found = []
     for part in parts:
-        axis = part.get("axis", 0)
+        axis, samples = part.get("axis", 0), outputs[part["output"]]
+        if "found_from" in part:
+            samples = _side_by_side(samples, references[part["output"]], part["found_from"])
         place = (slice(None),) * axis + (slice(part.get("begin"), part.get("end")),)
-        found.append(np.concatenate([sample[place].astype(np.float64).ravel() for sample in outputs[part["output"]]]))
+        found.append(np.concatenate([sample[place].astype(np.float64).ravel() for sample in samples]))
+    return found
+
+
+def _side_by_side(outputs: list[Array], references: list[Array], found_from: float) -> list[Array]:
+    """For each of the reference's boxes the nearest of the same class, zeros where there is none. Of samples of 1 x N x 6: two boxes that change places, which
+    a hair's breadth of their scores does, are no noise, and what is no box is none either."""
+    found = []
+    least = min(found_from, max(float(want[..., 4].max()) for want in references))
+    for have, want in zip(outputs, references, strict=True):
+        rows = want[0][want[0][:, 4] >= least]
+        beside = np.zeros_like(rows)
+        for row, box in zip(beside, rows, strict=True):
+            own = have[0][np.rint(have[0][:, 5]) == np.rint(box[5])]
+            if len(own):
+                row[:] = own[np.square(own[:, :4] - box[:4]).sum(axis=1).argmin()]
+        found.append(beside[None])
     return found
 
 

@@ -175,6 +175,7 @@ def _from_tflite(request: job.Request, progress: job.Progress) -> dict[str, Any]
         interpreter.allocate_tensors()
     except (RuntimeError, ValueError) as exc:
         raise job.Refused("bad_model", f"this .tflite can't be loaded: {str(exc).splitlines()[0]}") from exc
+    _of_one_signature(request["path"])
     found = sorted({operator["op_name"] for operator in interpreter._get_ops_details()} & set(STATE))
     if found:
         raise job.Refused(
@@ -223,6 +224,23 @@ def _of_tflite_alone(operators: list[str]) -> None:
             "convert the network again with TFLite's built-in operators alone, or export it as ONNX; what picks boxes out at its end "
             "(TFLite_Detection_PostProcess), leave to the application",
         )
+
+
+def _of_one_signature(path: str) -> None:
+    """Refuse a file of several networks where the one that engines run, its first, is not the one that is served: converters sort them by name."""
+    from tensorflow.lite.python import schema_py_generated as schema
+
+    with open(path, "rb") as stream:
+        model = schema.Model.GetRootAs(stream.read(), 0)
+    signatures = [model.SignatureDefs(number) for number in range(model.SignatureDefsLength())]
+    graphs = {signature.SignatureKey().decode(): signature.SubgraphIndex() for signature in signatures}
+    if len(graphs) <= 1 or graphs.get("serving_default") == 0:
+        return
+    first = ", ".join(name for name, graph in graphs.items() if graph == 0)
+    raise job.Refused(
+        "bad_model", f"this .tflite has the signatures {', '.join(graphs)}; boards run the first, {first}, which may not be the one that is meant",
+        "convert it again with that one alone: TFLiteConverter.from_saved_model(path, signature_keys=[...])",
+    )  # fmt: skip
 
 
 def _made_dense(path: str, dense: str) -> str:
