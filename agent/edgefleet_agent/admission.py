@@ -176,7 +176,11 @@ class Admissions:
                 return
             self._put(AdmissionDone(digest, result))
 
-        self._ports.spawn("admit", ask)
+        try:
+            self._ports.spawn("admit", ask)
+        except EnvironmentProblem as exc:
+            self._asking = False
+            self._wait(exc)
 
     def _admit(self, desired: bytes) -> Admission:
         with self._deciding:

@@ -19,6 +19,8 @@ import resource
 import signal
 import struct
 import sys
+import threading
+import time
 from pathlib import Path
 
 import msgspec
@@ -126,6 +128,26 @@ def is_refused_memory(may_hold_bytes: int) -> bool:
     finally:
         for piece in asked:
             piece.close()
+    return False
+
+
+def is_refused_threads(count: int) -> bool:
+    """Whether the board refuses this process so many threads, which it may have. They are started, and ended again: an engine that gets only some of
+    those that it asks for says no more than that it failed, or waits for the others for ever. Call while the process has one thread."""
+    held, started = threading.Event(), list[threading.Thread]()
+    try:
+        for _ in range(count):
+            thread = threading.Thread(target=held.wait)
+            thread.start()
+            started.append(thread)
+    except RuntimeError:
+        return True
+    finally:
+        held.set()
+        for thread in started:
+            thread.join()
+        while len(os.listdir("/proc/self/task")) > 1:  # until then the kernel counts them
+            time.sleep(0.001)
     return False
 
 
