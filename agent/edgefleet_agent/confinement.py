@@ -223,7 +223,9 @@ def _allow(libc: ctypes.CDLL, ruleset: int, path: str, rights: int) -> None:
         if libc.syscall(_LANDLOCK_ADD, ruleset, 1, rule, 0) != 0:
             raise OSError(ctypes.get_errno(), f"{path} could not be allowed")
     finally:
-        os.close(fd)
+        # Of procfs it stays open: a file that the kernel forgets there, to have room for others, comes back as one that no rule is about.
+        if not path.startswith("/proc/"):
+            os.close(fd)
 
 
 def _code_folders() -> list[str]:
