@@ -52,6 +52,9 @@ def main() -> int:
     def unconfined(more: tuple[str, ...]) -> None:
         report(Confined((*missing, *more)))
 
+    if confinement.is_refused_threads(request.threads):
+        report(Broke("board", f"the board has no room for the threads of an inference, {request.threads}"))
+        return 0
     try:
         report(Measured(measure(request, lambda doing: report(Stage(doing)), unconfined)))
     except (EngineError, MemoryError) as exc:

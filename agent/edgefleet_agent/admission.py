@@ -72,7 +72,8 @@ class Admissions:
         self._subject, self._deciding = subject, deciding
         self._desired: bytes | None = None
         self._unkept: dict[str, bytes] = {}
-        self._begun = self._asking = self._fresh = self._waits_for_fresh = False
+        self._begun = self._fresh = self._waits_for_fresh = False
+        self._asking = ""  # the digest of the message that is being verified
         self._look_again = True  # at what was refused
         self._asked_by_s = 0.0  # by what the clock was ahead of the monotonic one then
         self._ask_again_at: float | None = None
@@ -107,12 +108,21 @@ class Admissions:
     def desire(self, desired: bytes) -> None:
         """A ``desired`` message came: the newest one counts. An empty one says that nothing is wanted of the board any more: it stays as it
         is, and what is at work goes on."""
+        if self._is_old(desired):
+            return
         self._desired = desired
         if desired:
             self._consider()
         elif self._begun and self._keeper.now.refusal:
             with suppress(EnvironmentProblem):  # it is old news, then, until something else is wanted
                 self._keeper.keep(desired_seen="", refusal="")
+
+    def _is_old(self, desired: bytes) -> bool:
+        """Whether another one came after it, which waits for its decision: versions only rise, so it was sent again."""
+        decided, digest = self._keeper.now, digest_of(desired)
+        newest = digest_of(self._desired) if self._desired else decided.desired_seen
+        before = {self._asking, "" if decided.refusal else decided.desired_seen}
+        return newest not in (digest, decided.desired_seen) and digest in before
 
     def take_metadata(self, name: str, content: bytes) -> None:
         """A metadata file came: what could not be decided before may be now. One that nobody asked for would only fill the disk."""
@@ -163,7 +173,7 @@ class Admissions:
         self._waits_for_fresh = not self._fresh or bool(self._unkept)
         if self._waits_for_fresh:
             return
-        self._asking, self._look_again, self._asked_by_s = True, False, self._ahead_s()
+        self._asking, self._look_again, self._asked_by_s = digest, False, self._ahead_s()
 
         def ask() -> None:
             result: Admission | verify.Refusal | EdgefleetError
@@ -176,7 +186,11 @@ class Admissions:
                 return
             self._put(AdmissionDone(digest, result))
 
-        self._ports.spawn("admit", ask)
+        try:
+            self._ports.spawn("admit", ask)
+        except EnvironmentProblem as exc:
+            self._asking = ""
+            self._wait(exc)
 
     def _admit(self, desired: bytes) -> Admission:
         with self._deciding:
@@ -204,7 +218,7 @@ class Admissions:
 
     def done(self, done: AdmissionDone) -> bool:
         """The verifying child has answered. Returns whether a decision was made, which is to be reported."""
-        self._asking = False
+        self._asking = ""
         try:
             match done.result:
                 case Admission() if self._overtaken(done.digest):

@@ -11,7 +11,7 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
-from edgefleet_shared import atomic, logs
+from edgefleet_shared import atomic, logs, threads
 from edgefleet_shared.assignment import Subject
 from edgefleet_shared.clock import SystemClock
 from edgefleet_shared.errors import EnvironmentProblem
@@ -24,7 +24,7 @@ from edgefleet_agent import settings as board_settings
 from edgefleet_agent.examiner import SandboxedExaminer
 from edgefleet_agent.inbox import Item
 from edgefleet_agent.line import Line
-from edgefleet_agent.ports import Ports, spawn_thread
+from edgefleet_agent.ports import Ports
 from edgefleet_agent.rehearse import AgentExaminer
 from edgefleet_agent.renewal import ChildRenewer, Renewal
 from edgefleet_agent.results import ChildSigner
@@ -66,7 +66,7 @@ class Agent:
             signer=ChildSigner(state / "identity", settings.signing_key),
             clock=SystemClock(),
             files=DISK,
-            spawn=spawn_thread,
+            spawn=threads.spawn,
         )
         self._state, self._manifest, self._clock = state, manifest or "", ports.clock
         deciding, kernel_boot = threading.Lock(), board.kernel_boot()
@@ -102,10 +102,15 @@ class Agent:
         )
 
     def run(self) -> None:
-        """Until :meth:`stop`."""
+        """Until :meth:`stop`.
+
+        Raises:
+            EnvironmentProblem: the board has no room for the threads. No start is counted then, which would be held against what is tried.
+        """
         self._settles_at = self._clock.monotonic() + launcher.SETTLED_S
         self._uplink.start()
         try:
+            self._models.watch_health()
             self._own.turn(None)  # first: the model's line asks whether this start is its doing
             self._models.run(beside=self._turn_own)
         finally:
@@ -129,13 +134,6 @@ class Agent:
             self._settles_at = self._clock.monotonic() + launcher.SETTLED_S
             with suppress(EnvironmentProblem):  # a disk that refuses is asked again
                 launcher.settle(self._state, self._manifest)
-
-
-def _end(broken: threading.ExceptHookArgs) -> None:
-    """A thread of ours has broken: a bug, or memory that was not there. Without it the agent would look alive and, as a rule, hear nothing any more.
-    The next start counts against what it was at (lifecycle.py)."""
-    sys.excepthook(broken.exc_type, broken.exc_value or broken.exc_type(), broken.exc_traceback)
-    os._exit(1)
 
 
 def _disarm() -> None:
@@ -163,7 +161,8 @@ def run(state: Path) -> None:
         )
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: agent.stop())
-        threading.excepthook = _end
+        # Memory that was not there, or a bug: the next start counts against what it was at (lifecycle.py).
+        threading.excepthook = threads.end_with
         agent.run()
 
 

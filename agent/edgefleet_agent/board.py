@@ -7,6 +7,7 @@ Engines are proven by loading each in a process of its own: an installed library
 from __future__ import annotations
 
 import logging
+import os
 import platform
 import struct
 import subprocess
@@ -14,7 +15,9 @@ import sys
 from pathlib import Path
 
 import msgspec
+from edgefleet_shared.errors import EnvironmentProblem
 from edgefleet_shared.fingerprint import Fingerprint, architecture
+from edgefleet_shared.threads import ROOM_HINT
 
 from edgefleet_agent import __version__, sysfs
 from edgefleet_agent.sandbox import child_environment, describe_exit
@@ -34,7 +37,11 @@ class EngineProbe(msgspec.Struct, frozen=True):
 
 
 def read_fingerprint() -> Fingerprint:
-    """What this board is. Takes about half a second per installed engine: call once per start, not per message."""
+    """What this board is. Takes about half a second per installed engine: call once per start, not per message.
+
+    Raises:
+        EnvironmentProblem: the board has no room for the processes that find out.
+    """
     probes = probe_engines()
     return Fingerprint(
         arch=architecture(platform.machine(), 8 * struct.calcsize("P")),
@@ -49,14 +56,7 @@ def read_fingerprint() -> Fingerprint:
 
 def provided() -> dict[str, str]:
     """What the package brings for agents of other versions (:mod:`edgefleet_agent.provided`); empty when it can't be told."""
-    child = subprocess.run(
-        [sys.executable, "-m", "edgefleet_agent.provided"],
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        cwd="/",
-        env=child_environment(),
-        check=False,
-    )
+    child = _asked("edgefleet_agent.provided")
     try:
         return msgspec.json.decode(child.stdout, type=dict[str, str])
     except msgspec.DecodeError:
@@ -64,6 +64,21 @@ def provided() -> dict[str, str]:
             "what the package provides is not known", extra={"reason": child.stderr[-300:].decode(errors="replace")}
         )
         return {}
+
+
+def _asked(module: str, *arguments: str) -> subprocess.CompletedProcess[bytes]:
+    """A module's answer, from a process of its own. Raises EnvironmentProblem: it can't be started."""
+    try:
+        return subprocess.run(
+            [sys.executable, "-m", module, *arguments],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            cwd="/",
+            env=child_environment(),
+            check=False,
+        )
+    except OSError as exc:
+        raise EnvironmentProblem(f"can't run {module} as a child: {exc.strerror or exc}", hint=ROOM_HINT) from exc
 
 
 def cpu_features(cpuinfo: Path = Path("/proc/cpuinfo")) -> tuple[str, ...]:
@@ -95,15 +110,14 @@ def kernel_boot(source: Path = Path("/proc/sys/kernel/random/boot_id")) -> str:
 
 
 def probe_engines() -> tuple[EngineProbe, ...]:
-    """Every engine that an adapter is installed for, each loaded once in a process of its own."""
-    child = subprocess.run(
-        [sys.executable, "-m", "edgefleet_agent.runtime.engines.probe", str(PROBE_LIMIT_S)],
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        cwd="/",
-        env=child_environment(),
-        check=False,
-    )
+    """Every engine that an adapter is installed for, each loaded once in a process of its own.
+
+    Raises:
+        EnvironmentProblem: the board has no room for the processes. What it can't look for, it would tell as missing.
+    """
+    child = _asked("edgefleet_agent.runtime.engines.probe", str(PROBE_LIMIT_S))
+    if child.returncode == os.EX_TEMPFAIL:
+        raise EnvironmentProblem("this board has no room for the processes that find out its engines", hint=ROOM_HINT)
     found = []
     for line in child.stdout.splitlines():
         try:

@@ -19,6 +19,8 @@ import resource
 import signal
 import struct
 import sys
+import threading
+import time
 from pathlib import Path
 
 import msgspec
@@ -129,6 +131,26 @@ def is_refused_memory(may_hold_bytes: int) -> bool:
     return False
 
 
+def is_refused_threads(count: int) -> bool:
+    """Whether the board refuses this process so many threads, which it may have. They are started, and ended again: an engine that gets only some of
+    those that it asks for says no more than that it failed, or waits for the others for ever. Call while the process has one thread."""
+    held, started = threading.Event(), list[threading.Thread]()
+    try:
+        for _ in range(count):
+            thread = threading.Thread(target=held.wait)
+            thread.start()
+            started.append(thread)
+    except RuntimeError:
+        return True
+    finally:
+        held.set()
+        for thread in started:
+            thread.join()
+        while len(os.listdir("/proc/self/task")) > 1:  # until then the kernel counts them
+            time.sleep(0.001)
+    return False
+
+
 def _mapped_bytes() -> tuple[int, int]:
     """The address space of this process, and how much of it is its own to write (proc(5), ``statm``)."""
     fields = [int(field) for field in Path("/proc/self/statm").read_text().split()]
@@ -201,7 +223,9 @@ def _allow(libc: ctypes.CDLL, ruleset: int, path: str, rights: int) -> None:
         if libc.syscall(_LANDLOCK_ADD, ruleset, 1, rule, 0) != 0:
             raise OSError(ctypes.get_errno(), f"{path} could not be allowed")
     finally:
-        os.close(fd)
+        # Of procfs it stays open: a file that the kernel forgets there, to have room for others, comes back as one that no rule is about.
+        if not path.startswith("/proc/"):
+            os.close(fd)
 
 
 def _code_folders() -> list[str]:

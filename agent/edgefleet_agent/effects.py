@@ -129,7 +129,10 @@ class Effects:
         attempt = 0
         while True:
             attempt += 1
-            report = self._ports.examiner.accept(self._state, assignment.manifest, self._threads)
+            try:
+                report = self._ports.examiner.accept(self._state, assignment.manifest, self._threads)
+            except EnvironmentProblem as exc:
+                report = AcceptanceReport(verdict=Verdict.INCONCLUSIVE, reason=str(exc))
             if report.verdict is Verdict.PASSED:
                 return Result(Event.ACCEPTED, "", report)
             # Inconclusive is the board's state now, and an error is ours: both deserve another try, a failed model does not.

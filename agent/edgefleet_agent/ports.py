@@ -88,12 +88,12 @@ class Signer(Protocol):
         ...
 
 
-Spawn = Callable[[str, Callable[[], None]], None]
+class Spawn(Protocol):
+    """A thread of a name that does work beside the loop."""
 
-
-def spawn_thread(name: str, work: Callable[[], None]) -> None:
-    """Do ``work`` beside the loop, on a thread that does not keep the process alive."""
-    threading.Thread(target=work, name=name, daemon=True).start()
+    def __call__(self, name: str, work: Callable[[], None]) -> None:
+        """Raises EnvironmentProblem when the board has no room for one: then the work is not done."""
+        ...
 
 
 class Ports(NamedTuple):

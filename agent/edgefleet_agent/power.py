@@ -25,6 +25,7 @@ from edgefleet_agent import sysfs
 Scope = Literal["board", "package"]
 
 FIND_AGAIN_S = 60.0
+COUNTED_EVERY_S = 0.1  # or oftener, by every counter
 MOST_WATTS = 2000.0  # no board draws as much; a counter that says so was reset
 # Labels of the channel through which everything on the board is fed; the other channels are parts of it.
 _INPUT = re.compile(r"^(vdd_in|pom_5v_in|.*_in|input|total|vin)$", re.IGNORECASE)
@@ -166,11 +167,11 @@ class _Counters:
 
 
 def _counted(before: float, value: float, limit: int, passed_s: float) -> float | None:
-    """Joules between two looks at a counter; None when it began anew without having come to its limit: after a sleep, or with its driver."""
-    if value >= before:
-        return (value - before) / 1e6
-    around = (value - before + limit) / 1e6
-    return around if 0 <= around <= MOST_WATTS * passed_s else None
+    """Joules between two looks at a counter; None when they are more than any board draws: it leapt, or began anew without having come to its limit,
+    after a sleep or with its driver."""
+    joules = (value - before if value >= before else value - before + limit) / 1e6
+    # Two looks may lie closer together than what it is counted in.
+    return joules if 0 <= joules <= MOST_WATTS * max(passed_s, COUNTED_EVERY_S) else None
 
 
 class _Channel(NamedTuple):
@@ -181,6 +182,7 @@ class _Channel(NamedTuple):
 def _supply_monitor(sys_root: Path, now_s: float) -> Source | None:
     kinds: dict[str, list[_Channel]] = {}
     for chip in sysfs.found(sys_root, "class/hwmon/hwmon*"):
+        chip = chip.resolve()  # as its device: who has which number may change with its driver
         name = sysfs.text(chip / "name")
         if _MONITORS.match(name):
             # A channel that nothing is connected to has files, and no value.

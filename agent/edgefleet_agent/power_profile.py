@@ -103,7 +103,7 @@ def _clocks(profile: PowerProfile, sys_root: Path, kept: Path) -> list[tuple[str
     """(policy, file, value) of all that clocks need."""
     # A cluster whose cores are switched off answers nothing (EBUSY), and has no clock to be set.
     policies = [
-        p for p in sorted((sys_root / _POLICIES).glob("policy*")) if sysfs.text(p / _GOVERNOR) and _khz(p / _CLOCK)
+        p for p in sysfs.found(sys_root / _POLICIES, "policy*") if sysfs.text(p / _GOVERNOR) and _khz(p / _CLOCK)
     ]
     if not policies:
         if profile.governor or profile.max_clock_mhz:

@@ -111,7 +111,10 @@ class Renewal:
             return
         if due:
             self._asking = True
-            self._spawn("renew", self._ask)
+            try:
+                self._spawn("renew", self._ask)
+            except EnvironmentProblem as exc:
+                self._done(exc)
         elif self._told:  # it could not be read, or the clock was wrong, until now
             self._tell("")
 

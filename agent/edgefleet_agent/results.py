@@ -129,7 +129,10 @@ class Results:
                 return
             put(SigningDone(ended, result))
 
-        self._ports.spawn("sign", work)
+        try:
+            self._ports.spawn("sign", work)
+        except EnvironmentProblem as exc:
+            self.done(SigningDone(ended, exc))
 
     def done(self, done: SigningDone) -> None:
         """The child has answered."""

@@ -130,7 +130,6 @@ class Runner:
         """Until :meth:`stop`. ``beside`` is what else this thread turns, after each turn of its own."""
         self.turn(None)
         beside()
-        threading.Thread(target=self._watch_health, name="health", daemon=True).start()
         notify.ready(f"{self._settings.device}: {self._keeper.now.life.state.value}")
         while not self._stopping:
             item: Item | None
@@ -382,6 +381,10 @@ class Runner:
         self._happen(Event.FETCH_FAILED, str(error))
 
     # -- health --------------------------------------------------------------------------------------------------------
+
+    def watch_health(self) -> None:
+        """Look at it beside the loop from now on. Raises EnvironmentProblem: the board has no room for the thread."""
+        self._ports.spawn("health", self._watch_health)
 
     def _watch_health(self) -> None:
         meters = health.Meters()

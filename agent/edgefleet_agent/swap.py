@@ -23,7 +23,7 @@ from edgefleet_shared.lifecycle import Event
 
 from edgefleet_agent import out_of_memory, slots
 from edgefleet_agent.ports import Ports
-from edgefleet_agent.runtime.control import StatusReport, SwapMode, VersionStatus
+from edgefleet_agent.runtime.control import StatusReport, SwapMode, VersionState, VersionStatus
 from edgefleet_agent.slots import SlotStatus
 
 log = logging.getLogger(__name__)
@@ -87,8 +87,8 @@ def _swap(state: Path, ports: Ports, assignment: Assignment, flipped: slots.Slot
 def soak(ports: Ports, assignment: Assignment, stop: threading.Event, soaked_s: float = 0.0) -> tuple[Event, str]:
     """Watch the new model serve for what is left of ``soak_s`` when it has soaked for ``soaked_s``.
 
-    Unhealthy: its worker crashed, or found no memory too often; it does not serve any more, the runtime is gone, or more than a hundredth of the
-    requests failed.
+    Unhealthy: its worker crashed, or found no memory too often, or does not come back; it does not serve any more, the runtime is gone, or more
+    than a hundredth of the requests failed.
     """
     end = ports.clock.monotonic() + assignment.soak_s - soaked_s
     at_start: VersionStatus | None = None
@@ -115,8 +115,11 @@ def soak(ports: Ports, assignment: Assignment, stop: threading.Event, soaked_s: 
         requests, failed = version.requests - at_start.requests, version.failed - at_start.failed
         if failed > requests * MAX_FAILED_SHARE:
             return Event.UNHEALTHY, f"{failed} of {requests} requests failed: {version.last_problem}"
-        if ports.clock.monotonic() >= end:
+        late_s = ports.clock.monotonic() - end
+        if late_s >= 0 and version.state == VersionState.READY:
             return Event.HEALTHY, f"served {requests} requests, {failed} failed"
+        if late_s >= RUNTIME_WAIT_S:
+            return Event.UNHEALTHY, f"it does not come back: {version.last_problem}"
         if stop.wait(LOOK_S):
             return Event.UNHEALTHY, "superseded"
 

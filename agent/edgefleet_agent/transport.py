@@ -8,9 +8,9 @@ from collections.abc import Callable
 from typing import Protocol
 
 import msgspec
-from edgefleet_shared import topics
+from edgefleet_shared import threads, topics
 from edgefleet_shared.assignment import Subject
-from edgefleet_shared.errors import TransportError
+from edgefleet_shared.errors import EnvironmentProblem, TransportError
 from edgefleet_shared.messages import Ack, AgentReport, Presence, Reported, Want, decode, encode
 from edgefleet_shared.mqtt import Endpoint, Link, Will
 from edgefleet_shared.topics import Kind
@@ -209,7 +209,11 @@ class MqttUplink:
             finally:
                 self._fetching.release()
 
-        threading.Thread(target=run, name="fetch-http", daemon=True).start()
+        try:
+            threads.spawn("fetch-http", run)
+        except EnvironmentProblem as exc:  # asked again, as where nothing came
+            self._fetching.release()
+            log.warning("HTTP fallback failed", extra={"digest": digest, "reason": str(exc)})
 
     def _take(self, topic: str, payload: bytes) -> None:
         match topics.parse(topic):

@@ -10,7 +10,8 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from edgefleet_shared.errors import EdgefleetError
+from edgefleet_shared.contract import AcceptanceReport, Verdict, doubted
+from edgefleet_shared.errors import EdgefleetError, EnvironmentProblem
 from edgefleet_shared.lifecycle import TABLE, Effect, Event, State
 
 from edgefleet_agent.effects import Effects, Job
@@ -105,11 +106,18 @@ class Work:
         self._teller.note("serve" if serving else "work", item.reason)
         state = self._keeper.now.life.state
         if self._tries >= TRIES and (state, Event.BROKE) in TABLE:
-            return Happened(self.transition, Event.BROKE, item.reason)
+            return Happened(self.transition, Event.BROKE, item.reason, self._in_doubt(item.reason))
         self._again += tuple(effect for effect in item.effects if effect not in self._again)
         pause_s = AT_REST_AGAIN_S if state is State.IDLE and self._tries >= TRIES else AGAIN_S
         self._again_at = self._ports.clock.monotonic() + pause_s
         return None
+
+    def _in_doubt(self, reason: str) -> dict[str, Any]:
+        """What the journal tells of a board that could not do its part: nothing was learnt about what it was to take."""
+        journal = self._keeper.now
+        if journal.assignment is None or journal.life.state is State.REBUILDING:
+            return {}
+        return {"acceptance": doubted(journal.acceptance or AcceptanceReport(verdict=Verdict.INCONCLUSIVE), reason)}
 
     def _carry_out(self, effects: Sequence[Effect]) -> None:
         """Do the quick effects, start the slow ones; what could not be done is left for another try."""
@@ -132,12 +140,18 @@ class Work:
                 self._fetched()
             if effect is Effect.BUILD:
                 self._set_deadline(journal)
+        if jobs:
+            try:
+                self._start(jobs)
+            except EnvironmentProblem as exc:  # of the board alone: no job was tried
+                undone += [effect for effect, _ in jobs]
+                self._teller.note("room", str(exc))
+            else:
+                self._teller.note("room")
         if undone:
             self._again, self._again_at = tuple(undone), self._ports.clock.monotonic() + AGAIN_S
         elif not jobs:
             self._teller.note("work")
-        if jobs:
-            self._start(jobs)
 
     def _set_deadline(self, journal: Journal) -> None:
         """The assignment's time runs, from now unless it does already: an agent that restarts does not know for how long it was at it."""
@@ -146,6 +160,7 @@ class Work:
             self._deadline = self._ports.clock.monotonic() + timeout
 
     def _start(self, jobs: list[tuple[Effect, Job]]) -> None:
+        """Raises EnvironmentProblem: the board has no room for their thread."""
         transition, stop = self.transition, self._stop_job
 
         def run() -> None:

@@ -335,7 +335,7 @@ def judge_shadow(plan: ShadowPlan, figures: ShadowFigures, report: AcceptanceRep
 
 
 def doubted(report: AcceptanceReport, reason: str) -> AcceptanceReport:
-    """The report of a candidate that had passed, on a board that then could not tell whether it serves."""
+    """The report of a candidate on a board that could not tell whether it serves, or go on telling."""
     return msgspec.structs.replace(report, verdict=Verdict.INCONCLUSIVE, reason=reason)
 
 

@@ -23,6 +23,7 @@ from typing import Any
 
 import msgspec
 
+from edgefleet_shared import threads
 from edgefleet_shared.certificates import mind_clock, validity
 from edgefleet_shared.deferred import defer
 from edgefleet_shared.errors import EnvironmentProblem, TransportError
@@ -164,7 +165,8 @@ class Link:
         self._client = client
 
     def start(self) -> None:
-        self._thread.start()
+        """Raises EnvironmentProblem: this machine has no room for the link's thread."""
+        threads.start(self._thread)
 
     def stop(self, farewell: Iterable[tuple[str, bytes, bool]] = (), timeout_s: float = 5.0) -> None:
         """Publish last words (topic, payload, retained), wait until they are out, disconnect, end the thread."""

@@ -119,8 +119,8 @@ def test_a_worker_holds_nothing_of_what_started_it(runtime: Runtime) -> None:
     for version in ("1", "2"):
         folder = Path(f"/proc/{runtime.version(version).pid}/fd")
         held = sorted(os.readlink(folder / fd).partition(":")[0] for fd in os.listdir(folder) if int(fd) > 2)
-        # Its channel, and the memory that it shares with the front.
-        assert held == ["/memfd", "/memfd", "socket"]
+        # Its channel, the memory that it shares with the front, and what its own confinement lets it read of the kernel.
+        assert [name for name in held if not name.startswith("/proc/")] == ["/memfd", "/memfd", "socket"]
 
 
 def test_requests_that_stand_behind_slow_ones_do_not_count_as_hanging(

@@ -9,6 +9,7 @@ import resource
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -28,15 +29,20 @@ def misbehave(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     scratch.mkdir()
     (scratch / "kept").write_text("kept")
 
-    def run(deed: str, memory_bytes: int = 256 * MB, time_s: float = 20.0, user: int = 0) -> Ended:
+    def run(
+        deed: str,
+        memory_bytes: int = 256 * MB,
+        time_s: float = 20.0,
+        user: int = 0,
+        on_report: Callable[[bytes], None] | None = None,
+    ) -> Ended:
         request = {
             "deed": deed, "readable": [str(inside)], "writable": [str(scratch)], "file_bytes": 8 * MB,
             "outside": str(outside), "inside": str(inside), "scratch": str(scratch),
             "user": user,
         }  # fmt: skip
-        return sandbox.run(
-            "support.misbehaving", json.dumps(request).encode(), Limits(memory_bytes=memory_bytes, time_s=time_s)
-        )
+        limits = Limits(memory_bytes=memory_bytes, time_s=time_s)
+        return sandbox.run("support.misbehaving", json.dumps(request).encode(), limits, on_report)
 
     return run
 
@@ -54,6 +60,25 @@ def test_a_child_that_dies_is_told_by_its_signal(misbehave, deed: str, problem: 
     assert ended.problem == problem
     assert not ended.over_limit
     assert "survived" not in reports(ended)
+
+
+def test_what_a_child_may_read_of_the_kernel_it_may_read_after_that_has_dropped_its_caches(
+    misbehave, tmp_path: Path
+) -> None:
+    """As it does by itself where memory is short or many files are looked at: procfs then makes what Landlock's rules are about anew."""
+    if not os.access("/proc/sys/vm/drop_caches", os.W_OK):
+        pytest.skip("the kernel can't be told to drop its caches here")
+
+    def drop(report: bytes) -> None:
+        if json.loads(report) == "confined":
+            Path("/proc/sys/vm/drop_caches").write_text("2")
+            (tmp_path / "artifact").write_text("look")
+
+    _, _, *looked, _ = reports(misbehave("look_around", on_report=drop))
+    assert looked == [
+        f"{path}: done"
+        for path in ("/proc/self/statm", "/proc/cpuinfo", "/proc/meminfo", "/proc/stat", "/proc/self/task")
+    ]
 
 
 def test_a_child_that_hangs_and_ignores_signals_is_ended_at_its_time_limit(misbehave) -> None:

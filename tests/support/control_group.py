@@ -1,4 +1,4 @@
-"""A control group with little memory: receives processes, and has the kernel choose among them as on a board that has no more."""
+"""Control groups as on a board that has no more: of memory, where the kernel chooses among the processes in it, or of tasks, where it refuses new ones."""
 
 from __future__ import annotations
 
@@ -60,22 +60,65 @@ class Group:
         self.take_in(os.getpid())
 
 
+class Tasks(Group):
+    """A control group with so many processes and threads, which the kernel calls tasks."""
+
+    def leave(self, spare: int) -> None:
+        """Room for so many more than there are, and no others."""
+        now = int((self._folder / "pids.current").read_text())
+        (self._folder / "pids.max").write_text(str(now + spare))
+
+    def open(self) -> None:
+        """Room for all."""
+        (self._folder / "pids.max").write_text("max")
+
+    @contextmanager
+    def around(self, *pids: int, spare: int) -> Iterator[None]:
+        """These processes have room for so many more tasks than they are; let go again where they live on."""
+        for pid in pids:
+            self.take_in(pid)
+        self.leave(spare)
+        try:
+            yield
+        finally:
+            self.open()
+            for pid in (self._folder / "cgroup.procs").read_text().split():
+                (self._folder.parent / "cgroup.procs").write_text(pid)
+
+
 @contextmanager
 def made() -> Iterator[Group]:
     """A group of :data:`LIMIT_BYTES`; empty again when it goes. The test is skipped where none can be made."""
-    old = (GROUPS / "memory").is_dir()
-    try:
-        folder = Path(tempfile.mkdtemp(prefix="edgefleet-test-", dir=GROUPS / "memory" if old else GROUPS))
-    except OSError as exc:
-        pytest.skip(f"no control group can be made here: {exc.strerror}")
-    try:
+    with _folder("memory") as folder:
         try:
-            (folder / ("memory.limit_in_bytes" if old else "memory.max")).write_text(str(LIMIT_BYTES))
+            name = "memory.limit_in_bytes" if folder.parent.name == "memory" else "memory.max"
+            (folder / name).write_text(str(LIMIT_BYTES))
         except OSError as exc:
             pytest.skip(f"no memory limit can be set here: {exc.strerror}")
         if not out_of_memory.kills() and "oom_kill" not in out_of_memory.VMSTAT.read_text():
             pytest.skip("this kernel does not count whom it ends")
         yield Group(folder)
+
+
+@contextmanager
+def made_for_tasks() -> Iterator[Tasks]:
+    """A group of tasks, with room for all; empty again when it goes. The test is skipped where none can be made."""
+    with _folder("pids") as folder:
+        if not (folder / "pids.max").exists():
+            pytest.skip("no limit of tasks can be set here")
+        yield Tasks(folder)
+
+
+@contextmanager
+def _folder(controller: str) -> Iterator[Path]:
+    """A new group, of this controller where each has groups of its own (version 1)."""
+    old = GROUPS / controller
+    try:
+        folder = Path(tempfile.mkdtemp(prefix="edgefleet-test-", dir=old if old.is_dir() else GROUPS))
+    except OSError as exc:
+        pytest.skip(f"no control group can be made here: {exc.strerror}")
+    try:
+        yield folder
     finally:
         until(lambda: not (folder / "cgroup.procs").read_text(), what="the group being empty")
         folder.rmdir()

@@ -61,6 +61,16 @@ def tell_place(report: Callable[[str], None], request: dict[str, object]) -> Non
     attempt(report, "leave it", lambda: Path("/proc/self/oom_score_adj").write_text("0"))
 
 
+def look_around(report: Callable[[str], None], request: dict[str, object]) -> None:
+    """Once the parent says so: read what the kernel tells of the machine and of this process."""
+    report("confined")
+    while Path(str(request["inside"])).read_text() != "look":
+        time.sleep(0.01)
+    for path in ("/proc/self/statm", "/proc/cpuinfo", "/proc/meminfo", "/proc/stat"):
+        attempt(report, path, Path(path).read_bytes)
+    attempt(report, "/proc/self/task", lambda: os.listdir("/proc/self/task"))
+
+
 def segfault(report: Callable[[str], None], request: dict[str, object]) -> None:
     ctypes.string_at(1)
 
@@ -182,6 +192,7 @@ DEEDS: dict[str, Callable[[Callable[[str], None], dict[str, object]], None]] = {
     deed.__name__: deed
     for deed in (
         tell_place,
+        look_around,
         segfault,
         illegal_instruction,
         abort,

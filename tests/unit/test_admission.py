@@ -238,3 +238,19 @@ def test_what_was_admitted_is_not_looked_at_again(board: Board) -> None:
     board.start()
     board.desire()
     assert board.asked == 1
+
+
+def test_what_was_admitted_before_and_comes_once_more_does_not_take_the_place_of_what_is_verified(board: Board) -> None:
+    board.says = None
+    board.desire(b"the first")
+    board.admissions.desire(b"the second")
+    board.desire(b"the first")  # by a relay, or a broker that sends again what was acknowledged
+    assert board.keeper.now.desired_seen == digest_of(b"the second")
+
+
+def test_what_is_verified_and_comes_once_more_does_not_take_the_place_of_what_came_after_it(board: Board) -> None:
+    board.says = None
+    board.admissions.desire(b"the first")
+    board.admissions.desire(b"the second")
+    board.desire(b"the first")
+    assert board.keeper.now.desired_seen == digest_of(b"the second")

@@ -229,6 +229,44 @@ def test_a_sensor_that_came_back_under_another_number_is_found(board: Board) -> 
     assert mean(board, meter, 1.0) == pytest.approx(2.0)
 
 
+def test_a_number_that_another_chip_has_by_now_is_not_read_in_place_of_the_first(board: Board) -> None:
+    """The kernel's class is links into its tree of devices; drivers that are loaded anew in another order get each other's number."""
+
+    def load(**numbers: int) -> None:
+        shutil.rmtree(board.root / "class", ignore_errors=True)
+        shutil.rmtree(board.root / "devices", ignore_errors=True)
+        (board.root / "class/hwmon").mkdir(parents=True)
+        for device, (kind, watts_now) in {"supply": ("ina226", 9), "rail": ("ina219", 1)}.items():
+            chip = f"devices/{device}/hwmon/hwmon{numbers[device]}"
+            board.write(**{f"{chip}/name": kind, f"{chip}/power1_input": watts_now * 1_000_000})
+            if device == "supply":
+                board.write(**{f"{chip}/power1_label": "VDD_IN"})
+            (board.root / f"class/hwmon/hwmon{numbers[device]}").symlink_to(board.root / chip)
+
+    load(supply=0, rail=1)
+    meter = board.meter()
+    assert mean(board, meter, 1.0) == pytest.approx(9.0)
+    load(supply=1, rail=0)
+    assert meter.look() is None
+    board.now += FIND_AGAIN_S
+    meter.look()
+    assert mean(board, meter, 1.0) == pytest.approx(9.0)
+
+
+def test_a_counter_that_leaps_is_no_burst_of_energy(board: Board) -> None:
+    rapl = "powercap/intel-rapl:0"
+    board.put(rapl, name="psys", energy_uj=0, max_energy_range_uj=262_143_328_850)
+    meter = board.meter()
+    board.put(rapl, energy_uj=2**37)
+    board.now = 60.0
+    assert meter.look() is None, "no board draws as much"
+    board.put(rapl, energy_uj=2**37 + 120_000_000)
+    board.now = 120.0
+    after = meter.look()
+    assert after is not None
+    assert after.joules == 120.0
+
+
 def test_a_cable_that_is_pulled_out_makes_the_battery_tell_for_the_board_and_what_each_told_is_not_mixed(
     board: Board,
 ) -> None:

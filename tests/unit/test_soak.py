@@ -81,6 +81,17 @@ def test_a_model_that_serves_well_until_the_end_is_healthy() -> None:
     assert soak(status(10), status(20), status(200, 1)) == (Event.HEALTHY, "served 190 requests, 1 failed")
 
 
+def test_a_model_whose_worker_is_away_at_the_end_is_committed_once_it_is_back() -> None:
+    away = [status(state="restarting", starved=1)] * (2 + int(ASSIGNMENT.soak_s / swap.LOOK_S))
+    assert soak(*away, status(30, starved=1)) == (Event.HEALTHY, "served 30 requests, 0 failed")
+
+
+def test_a_model_whose_worker_does_not_come_back_is_unhealthy() -> None:
+    assert soak(status(state="restarting", starved=1)) == (
+        Event.UNHEALTHY, "it does not come back: killed by SIGSEGV",
+    )  # fmt: skip
+
+
 def test_a_model_without_requests_is_healthy_when_it_serves() -> None:
     assert soak(status()) == (Event.HEALTHY, "served 0 requests, 0 failed")
 

@@ -23,7 +23,7 @@ from urllib.parse import quote
 import click
 import grpc
 import msgspec
-from edgefleet_shared import logs
+from edgefleet_shared import logs, threads
 from edgefleet_shared.errors import EdgefleetError, EnvironmentProblem
 from google.protobuf.message import DecodeError, Message
 
@@ -229,7 +229,7 @@ def serve(runtime: Runtime, address: str) -> tuple[grpc.Server, int]:
     """Start serving at ``address`` (``HOST:PORT`` or ``unix:PATH``); the server and its port.
 
     Raises:
-        EnvironmentProblem: the address can't be taken.
+        EnvironmentProblem: the address can't be taken, or the board has no room for the threads.
     """
     room_bytes = room(available_memory_bytes())
     calls_at_once, message_bytes = grpc_bounds.messages(room_bytes)
@@ -261,7 +261,7 @@ def serve(runtime: Runtime, address: str) -> tuple[grpc.Server, int]:
         ("grpc.server_handshake_timeout_ms", int(MESSAGE_LIMIT_S * 1000)),
         ("grpc.max_connection_idle_ms", int(IDLE_LIMIT_S * 1000)),
     ]
-    server = grpc.server(ThreadPoolExecutor(calls_at_once), options=limits, maximum_concurrent_rpcs=MAX_CALLS)
+    server = grpc.server(_threads(calls_at_once), options=limits, maximum_concurrent_rpcs=MAX_CALLS)
     try:
         port = server.add_insecure_port(address)
     except RuntimeError as exc:
@@ -287,9 +287,26 @@ def serve(runtime: Runtime, address: str) -> tuple[grpc.Server, int]:
     ):
         handlers |= {name: grpc.stream_unary_rpc_method_handler(_refusing(why)) for name, why in refused.items()}
         server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, handlers),))
-    silence.start()
+    threads.start(silence)
     server.start()
     return server, port
+
+
+def _threads(count: int) -> ThreadPoolExecutor:
+    """So many threads, all started: one that is refused when a call needs it would end the thread that hears of calls.
+
+    Raises:
+        EnvironmentProblem: the board has no room for them.
+    """
+    pool, all_there = ThreadPoolExecutor(count), threading.Barrier(count + 1)
+    try:
+        for _ in range(count):
+            pool.submit(all_there.wait)
+    except RuntimeError as exc:
+        all_there.abort()
+        raise EnvironmentProblem(f"this machine has no room for {count} threads", hint=threads.ROOM_HINT) from exc
+    all_there.wait()
+    return pool
 
 
 def _answering(
@@ -381,6 +398,7 @@ def _host_and_port(listen: str) -> str:
 def main(state: Path, socket_path: Path | None, listen: str) -> None:
     """Serve the board's model over the Open Inference Protocol's gRPC face. The runtime must run beside it."""
     logs.configure()
+    threading.excepthook = threads.end_with
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
@@ -403,7 +421,7 @@ def main(state: Path, socket_path: Path | None, listen: str) -> None:
         sys.exit(exc.exit_status)
     carrier = Carrier(held, Path(listen.removeprefix("unix:"))) if held else None
     if carrier is not None:
-        carrier.start()
+        threads.start(carrier)
     click.echo(f"listening at {shown}")
     notify.ready(f"listening at {shown}")
     stop.wait()
@@ -411,7 +429,10 @@ def main(state: Path, socket_path: Path | None, listen: str) -> None:
     if carrier is not None:
         carrier.stop()
         carrier.join(GRACE_S)
-    server.stop(GRACE_S).wait()
+    try:
+        server.stop(GRACE_S).wait()
+    except RuntimeError:  # of the thread that would cut them off after the grace; it takes no more calls from here on
+        server.wait_for_termination(GRACE_S)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable
 from typing import NamedTuple
 
-from edgefleet_shared.errors import EngineError
+from edgefleet_shared.errors import EngineError, StarvedError
 
 from edgefleet_agent.runtime import spawner
 from edgefleet_agent.runtime.output import Output
@@ -86,12 +86,12 @@ class Nursery:
         """Start the spawner.
 
         Raises:
-            EngineError: it can't be started.
+            StarvedError: the board has no room for it.
         """
         try:
             ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         except OSError as exc:
-            raise EngineError(f"no channel to what starts workers: {exc}") from exc
+            raise StarvedError(f"no channel to what starts workers: {exc}") from exc
         try:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "edgefleet_agent.runtime.spawner", str(theirs.fileno())],
@@ -99,7 +99,7 @@ class Nursery:
             )  # fmt: skip
         except OSError as exc:
             ours.close()
-            raise EngineError(f"no worker can be started: {exc}") from exc
+            raise StarvedError(f"no worker can be started: {exc}") from exc
         finally:
             theirs.close()
         self._precedence.join(self._process.pid, aside=False)
@@ -115,7 +115,7 @@ class Nursery:
             aside: others serve and must not feel it.
 
         Raises:
-            EngineError: it could not be started.
+            EngineError: it could not be started; StarvedError when the board has no room for it.
         """
         if self._link is None:
             self.open()
@@ -123,7 +123,7 @@ class Nursery:
         try:
             output = Output()
         except OSError as exc:
-            raise EngineError(f"the worker could not be started: {exc}") from exc
+            raise StarvedError(f"the worker could not be started: {exc}") from exc
         self._outputs.add(output)
         try:
             # Forking takes milliseconds, in which the kernel lets nobody else onto that processor.
@@ -212,7 +212,7 @@ class Nursery:
                     if not pid:
                         self._ended.pop(number)
                         if not awaited.cancelled():
-                            awaited.set_exception(EngineError(f"the worker could not be started: {problem}"))
+                            awaited.set_exception(StarvedError(f"the worker could not be started: {problem}"))
                     elif not awaited.cancelled():
                         awaited.set_result(pid)
                 case Ended(number, code, peak_bytes):

@@ -12,12 +12,13 @@ import asyncio
 import logging
 import os
 import time
+from functools import partial
 from typing import Literal
 
 from edgefleet_shared.artifact import MODEL_LAYER, Layout, Manifest, ModelConfig
 from edgefleet_shared.errors import ConflictError, EdgefleetError, NotFoundError
 
-from edgefleet_agent.runtime import swap_mode
+from edgefleet_agent.runtime import swap_mode, turns
 from edgefleet_agent.runtime.control import Loaded, Retired, Shadowing, StatusReport, SwapMode, Switched, VersionState
 from edgefleet_agent.runtime.nursery import Nursery
 from edgefleet_agent.runtime.shadow import Shadow
@@ -69,7 +70,7 @@ class Orders:
             version = await self._open(manifest)
             chosen, why = swap_mode.choose(version.config, mode, self._board.serving is not None)
             if chosen == "in-place":
-                await asyncio.to_thread(self._layout.check, self._layout.manifest(manifest).layer(MODEL_LAYER))
+                await turns.beside(partial(self._layout.check, self._layout.manifest(manifest).layer(MODEL_LAYER)))
                 version.state = VersionState.PREPARED
                 self._board.put(version)
                 return Loaded(manifest=manifest, mode="in-place", why=why)

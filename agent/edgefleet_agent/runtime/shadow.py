@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Awaitable, Callable, Generator
+from functools import partial
 from statistics import median
 from typing import Protocol
 
@@ -16,6 +17,7 @@ import numpy as np
 from edgefleet_shared import answers
 from edgefleet_shared.artifact import ModelConfig
 from edgefleet_shared.contract import AcceptanceContract, ShadowFigures
+from edgefleet_shared.errors import StarvedError
 
 from edgefleet_agent.runtime import turns
 from edgefleet_agent.runtime.job import Job
@@ -96,13 +98,13 @@ class Shadow:
         if config.contract.kind in IN_PIECES:
             comparison: Awaitable[float] = turns.through(agree(config.contract, given, wanted))
         else:  # boxes and lines are not found piece by piece
-            comparison = asyncio.to_thread(alike, config, given, wanted)
+            comparison = turns.beside(partial(alike, config, given, wanted))
         self._comparing = asyncio.get_running_loop().create_task(self._compare(comparison, compute_ns))
 
     async def _compare(self, comparison: Awaitable[float], compute_ns: int) -> None:
         try:
             share = await comparison
-        except MemoryError:
+        except (MemoryError, StarvedError):
             return  # that says nothing of the candidate
         finally:
             self._busy = False

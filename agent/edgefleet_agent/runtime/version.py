@@ -391,8 +391,8 @@ class Version:
             try:
                 self.ready = await self._launch(worker)
             except EdgefleetError as exc:
-                # A plan that the agent is still building is nothing that died.
-                if not isinstance(exc, NotFoundError):
+                # What the board had no room to start is nothing that died, nor is a plan that the agent is still building.
+                if worker.pid and not isinstance(exc, NotFoundError):
                     self._count(worker)
                 self.last_problem = exc.message
                 log.error("worker_restart_failed", extra={"digest": self.manifest, "problem": exc.message})

@@ -44,6 +44,8 @@ def main(link: socket.socket, arenas: tuple[int, int]) -> int:
         layout.check(Descriptor("", start.model_digest, start.model_size))
         policy = confinement.Policy(readable=(start.layout,), writable=devices.of(config.engine))
         missing = confinement.confine(policy)
+        if confinement.is_refused_threads(start.threads):
+            raise StarvedError(f"the board has no room for the threads of an inference, {start.threads}")
         # numpy and the engine are imported behind the confinement: their code runs with no more rights than the model's.
         from edgefleet_agent.runtime.serving import Serving
 

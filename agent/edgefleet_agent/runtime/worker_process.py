@@ -113,12 +113,12 @@ class WorkerProcess:
             aside: others serve meanwhile and must not feel it.
 
         Raises:
-            EngineError or another EdgefleetError: how it failed; the process is gone.
+            EngineError or another EdgefleetError: how it failed; the process is gone. StarvedError: the board had no room for it.
         """
         try:
             ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         except OSError as exc:
-            raise EngineError(f"no channel to a worker: {exc}") from exc
+            raise StarvedError(f"no channel to a worker: {exc}") from exc
         given = [theirs.fileno()]
         self._kills_before = out_of_memory.kills()
         try:
@@ -126,7 +126,7 @@ class WorkerProcess:
             self._child = await self._nursery.spawn(given, aside=aside)
         except OSError as exc:
             ours.close()
-            raise EngineError(f"no memory to share with a worker: {exc}") from exc
+            raise StarvedError(f"no memory to share with a worker: {exc}") from exc
         except EngineError:
             ours.close()
             raise

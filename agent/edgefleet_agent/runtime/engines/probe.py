@@ -60,7 +60,10 @@ def main(limit_s: int) -> None:
     while waiting or running:
         now = time.monotonic()
         if waiting and (not running or now - last_begun >= NEXT_AFTER_S):
-            running.append(_begin(waiting.pop(0), limit_s))
+            try:
+                running.append(_begin(waiting.pop(0), limit_s))
+            except BlockingIOError:  # the kernel has no room for another process: that says nothing of an engine
+                sys.exit(os.EX_TEMPFAIL)
             last_begun = now
         for load in list(running):
             found = _ended(load)
