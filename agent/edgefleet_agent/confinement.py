@@ -45,6 +45,8 @@ _SYSTEM_READABLE = (
     "/dev/urandom", "/dev/random", "/dev/zero",
 )  # fmt: skip
 
+_TASKS = "/proc/self/task"  # has a folder for each thread
+
 
 class Policy(msgspec.Struct, frozen=True, kw_only=True):
     """What a confined process may still do.
@@ -133,8 +135,8 @@ def is_refused_memory(may_hold_bytes: int) -> bool:
 
 def is_refused_threads(count: int) -> bool:
     """Whether the board refuses this process so many threads, which it may have. They are started, and ended again: an engine that gets only some of
-    those that it asks for says no more than that it failed, or waits for the others for ever. Call while the process has one thread."""
-    held, started = threading.Event(), list[threading.Thread]()
+    those that it asks for says no more than that it failed, or waits for the others for ever."""
+    held, started, before = threading.Event(), list[threading.Thread](), len(os.listdir(_TASKS))
     try:
         for _ in range(count):
             thread = threading.Thread(target=held.wait)
@@ -146,7 +148,7 @@ def is_refused_threads(count: int) -> bool:
         held.set()
         for thread in started:
             thread.join()
-        while len(os.listdir("/proc/self/task")) > 1:  # until then the kernel counts them
+        while len(os.listdir(_TASKS)) > before:  # until then the kernel counts them
             time.sleep(0.001)
     return False
 
