@@ -95,14 +95,19 @@ def starting() -> Iterator[Callable[[Process], Process]]:
 
 
 def worker(fleet: Fleet, name: str) -> Process:
-    """``fleet worker run`` on what is another machine but for its processor: no home, folder and cache of its own."""
+    """``fleet worker run`` on what is another machine but for its processor: no home, folder and cache of its own. The controller has heard of it."""
     folder = fleet.folder / name
     token = fleet.run("worker", "token", "--name", name).stdout.strip()
     url = f"https://127.0.0.1:{fleet.api_port}"
     command = [*FLEET, "worker", "run", "--controller", url, "--token", token, "--folder", str(folder)]
     cache = own_cache(fleet.folder / f"{name}-cache")
     environment = {"EDGEFLEET_CACHE": str(cache), "EDGEFLEET_HOME": "/nonexistent"}
-    return Process(command, fleet.folder / f"{name}.log", **environment).until_ready()
+    process = Process(command, fleet.folder / f"{name}.log", **environment).until_ready()
+    until(
+        lambda: any(w["name"] == name and w["last_seen"] for w in fleet.json("worker", "list")),
+        f"{name} has asked for work",
+    )
+    return process
 
 
 def builder(fleet: Fleet, name: str, device_class: str) -> Process:
