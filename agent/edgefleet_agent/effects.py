@@ -129,10 +129,7 @@ class Effects:
         attempt = 0
         while True:
             attempt += 1
-            try:
-                report = self._ports.examiner.accept(self._state, assignment.manifest, self._threads)
-            except EnvironmentProblem as exc:
-                report = AcceptanceReport(verdict=Verdict.INCONCLUSIVE, reason=str(exc))
+            report = self._ports.examiner.accept(self._state, assignment.manifest, self._threads)
             if report.verdict is Verdict.PASSED:
                 return Result(Event.ACCEPTED, "", report)
             # Inconclusive is the board's state now, and an error is ours: both deserve another try, a failed model does not.
