@@ -65,8 +65,9 @@ def first_likes(pictures: Array) -> Array:
     Args:
         pictures: uint8, N x H x W x C.
     """
-    small, found = _averages(pictures), np.arange(len(pictures))
-    left = found.copy()
+    small = _averages(pictures)
+    found: Array = np.arange(len(pictures))
+    left: Array = found.copy()
     while len(left):
         first, left = left[0], left[1:]
         near = left[_far(small[left], small[first]) <= ALIKE]
