@@ -84,6 +84,11 @@ def bench(tmp_path: Path) -> Bench:
 def classifying(net: Net) -> onnx.ModelProto:
     """The network with a trained layer behind its 64 x 8 x 8 features."""
     net.add("AveragePool", kernel_shape=[4, 4], strides=[4, 4])
+    return answering(net)
+
+
+def answering(net: Net) -> onnx.ModelProto:
+    """The network with a trained layer behind its 256 features."""
     net.add("Reshape", net.constant(np.array([1, 256], np.int64)))
     features = net.last
     net.dense(256, CLASSES)
@@ -314,12 +319,7 @@ def flattened(before: str) -> onnx.ModelProto:
             net.add("Concat", "second half", axis=1)
         case "each by its own factor":
             net.add("Mul", net.constant(net.rng.uniform(0.5, 1.5, (1, 64, 1, 1)).astype(np.float32)))
-    net.add("Reshape", net.constant(np.array([1, 256], np.int64)))
-    features = net.last
-    net.dense(256, CLASSES)
-    model = net.model([1, CLASSES])
-    fitted(model, features)
-    return model
+    return answering(net)
 
 
 @pytest.mark.parametrize("before", ["each by its own factor", "in two halves"])

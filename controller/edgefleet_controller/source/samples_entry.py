@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
 import sys
 import tempfile
+import threading
 from pathlib import Path
 
-from edgefleet_shared.errors import DataError
+from edgefleet_shared.errors import DataError, ToolchainError
 
-from edgefleet_controller.compile import guard
 from edgefleet_controller.compile.port import MAX_BLOB_BYTES
+from edgefleet_controller.compile.watching import Child, last_line, watch
 
 ENTRY = re.compile(r"^(?P<file>[^:]+\.py):(?P<function>[A-Za-z_][A-Za-z0-9_]*)$")
 LIMIT_S = 1800.0
@@ -85,21 +85,18 @@ def write(
     if not file.is_file():
         raise DataError(f"{split}: no file {file}", hint="paths are relative to the manifest's file")
     asked = [str(file), found["function"], str(count or 0), str(most_bytes), str(target)]
-    guarded = [sys.executable, "-I", "-S", guard.__file__, str(os.getpid())]
-    with tempfile.TemporaryFile() as said:
-        child = subprocess.Popen(
-            [*guarded, sys.executable, "-c", _CHILD, *asked], cwd=file.parent, stdin=subprocess.DEVNULL, stdout=said, stderr=said, env={**os.environ, "PYTHONHASHSEED": "0"},
-            start_new_session=True,
+    with tempfile.TemporaryDirectory() as folder:
+        child = Child(
+            name=f"{split}: {entry}", command=[sys.executable, "-c", _CHILD, *asked], environment={**os.environ, "PYTHONHASHSEED": "0"},
+            folder=file.parent, log=Path(folder) / "log", limit_s=limit_s,
         )  # fmt: skip
         try:
-            status = child.wait(limit_s)
-        except subprocess.TimeoutExpired as exc:
-            raise DataError(f"{split}: {entry} ran past its limit of {limit_s:.0f} s and was stopped") from exc
-        finally:
-            child.terminate()  # with whatever it started
-            child.wait()
-        if status != 0 or not target.is_file():
-            said.seek(0)
-            lines = said.read().decode(errors="replace").strip().splitlines()
-            ended = "it ended the process before it had given all samples" if status == 0 else f"status {status}"
-            raise DataError(f"{split}: {entry} failed: {lines[-1] if status and lines else ended}")
+            status = watch(child, lambda _: None, threading.Event())
+        except ToolchainError as exc:
+            raise DataError(exc.message) from exc
+        if status > 0:
+            raise DataError(f"{child.name} failed: {last_line(child.log)}")
+        if status < 0:
+            raise DataError(f"{child.name} failed: status {status}")
+        if not target.is_file():
+            raise DataError(f"{child.name} failed: it ended the process before it had given all samples")
