@@ -18,7 +18,7 @@ from support.networks import Net
 
 RECIPE = {
     "ranges": "minmax", "weights": "pairs", "granularity": "channel", "activations": "uint8", "scope": "all", "correct_bias": True, "in_float": [],
-    "fit_weights": True, "fused_activations": False, "gates_in_int8": True,
+    "fit_weights": True, "fused_activations": False, "gates_in_int8": True, "aligned_channels": False,
 }  # fmt: skip
 PICTURES = np.random.default_rng(1).normal(size=(8, 3, 32, 32)).astype(np.float32)
 

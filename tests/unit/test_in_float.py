@@ -16,7 +16,7 @@ from safetensors.numpy import save_file
 RNG = np.random.default_rng(3)
 PICTURES = RNG.normal(size=(4, 8, 16, 16)).astype(np.float32)
 RECIPE = {
-    "ranges": "minmax", "weights": "full", "granularity": "channel", "activations": "uint8", "scope": "all", "correct_bias": True, "fit_weights": True, "fused_activations": False, "gates_in_int8": False,
+    "ranges": "minmax", "weights": "full", "granularity": "channel", "activations": "uint8", "scope": "all", "correct_bias": True, "fit_weights": True, "fused_activations": False, "gates_in_int8": False, "aligned_channels": False,
 }  # fmt: skip
 
 

@@ -17,7 +17,7 @@ from safetensors.numpy import save_file
 from support.networks import Net
 
 PLAIN = {
-    "ranges": "minmax", "weights": "full", "granularity": "channel", "activations": "uint8", "scope": "all", "correct_bias": True, "fit_weights": True, "fused_activations": False, "gates_in_int8": False,
+    "ranges": "minmax", "weights": "full", "granularity": "channel", "activations": "uint8", "scope": "all", "correct_bias": True, "fit_weights": True, "fused_activations": False, "gates_in_int8": False, "aligned_channels": False,
 }  # fmt: skip
 PICTURES = np.random.default_rng(1).normal(size=(8, 3, 32, 32)).astype(np.float32)
 

@@ -17,7 +17,7 @@ from support.networks import Net
 
 RECIPE = {
     "ranges": "mse", "weights": "full", "granularity": "channel", "activations": "uint8", "scope": "all", "correct_bias": True, "in_float": [],
-    "fit_weights": True, "fused_activations": False, "gates_in_int8": False,
+    "fit_weights": True, "fused_activations": False, "gates_in_int8": False, "aligned_channels": False,
 }  # fmt: skip
 PICTURES = np.random.default_rng(1).normal(size=(12, 3, 32, 32)).astype(np.float32)
 

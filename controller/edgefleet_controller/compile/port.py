@@ -33,6 +33,7 @@ RECIPE_OPTIONS = frozenset(
         "fit_weights",
         "fused_activations",
         "gates_in_int8",
+        "aligned_channels",
         "quantizer",
         "float_first",
         "activations",

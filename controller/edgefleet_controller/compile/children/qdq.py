@@ -19,6 +19,7 @@ from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
 from onnxruntime.quantization.registry import QDQRegistry
 
 from . import fused
+from .aligned import align
 from .gates import PIECES, Pieces, in_pieces, read_by_factor
 from .gathered import Statistics
 from .in_float import ACTIVATIONS, outside, with_passages
@@ -101,6 +102,10 @@ def quantize(
     _swept(quantized)
     fused.round_before_pools(quantized, whole)
     _sorted(quantized.graph)
+    if recipe["aligned_channels"]:
+        align(quantized)
+        _swept(quantized)
+        _sorted(quantized.graph)
     return quantized
 
 

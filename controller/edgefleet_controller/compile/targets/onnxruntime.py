@@ -28,7 +28,7 @@ class OnnxruntimeTarget:
     providers = ("CPUExecutionProvider",)
 
     def options(self, device_class: DeviceClassSpec, version: ModelVersion) -> Options:
-        """``gates_in_int8``: other engines that read QDQ have such operators, or fuse them."""
-        return chosen_options(
-            self.name, device_class, version, quantizing_options(device_class) | {"gates_in_int8": True}
-        )
+        """``gates_in_int8``: other engines that read QDQ have such operators, or fuse them. ``aligned_channels``: others lay channels out in blocks
+        of their own."""
+        defaults = quantizing_options(device_class) | {"gates_in_int8": True, "aligned_channels": True}
+        return chosen_options(self.name, device_class, version, defaults)
