@@ -109,6 +109,52 @@ def test_the_engine_computes_all_of_them_in_int8(tmp_path: Path, pieces: bool) -
     assert not {"Mul", "Add", "HardSigmoid", "HardSwish"} & {*ran}
 
 
+def weighing(net: Net, *, gate_read: bool = False) -> None:
+    """Convolutions with SiLU, and channels weighed by a Sigmoid, as EfficientNet and YOLOv5 have them."""
+    before = net.conv(3, 16)
+    gate = net.add("Sigmoid")
+    features = net.add("Mul", gate, first=before)
+    net.add("GlobalAveragePool")
+    net.conv(16, 16, 1, pads=[0, 0, 0, 0])
+    gate = net.add("Sigmoid")
+    weighed = net.add("Mul", gate, first=features)
+    net.conv(16, 16)
+    if gate_read:
+        net.add("Add", gate)
+    net.add("Add", weighed)
+    net.conv(16, 8)
+
+
+def test_gates_by_sigmoid_are_computed_in_int8_and_answer_as_in_float(tmp_path: Path) -> None:
+    net = Net(3)
+    weighing(net)
+    model = onnx.shape_inference.infer_shapes(net.model([1, 8, 32, 32], opset=14))
+    known, wanted = known_of(model, tmp_path), answers(model)
+    quantized = qdq.quantize(model, known, RECIPE)
+    onnx.checker.check_model(quantized)
+    in_float = db(answers(qdq.quantize(model, known, RECIPE | {"gates_in_int8": False})), wanted)
+    assert in_float > 20
+    assert db(answers(quantized), wanted) > in_float - 2
+    running = session(quantized, tmp_path)
+    running.run(None, {"image": PICTURES[:1]})
+    events = json.loads(Path(running.end_profiling()).read_text())
+    names = [event["args"]["op_name"] for event in events if event.get("name", "").endswith("_kernel_time")]
+    assert (names.count("QLinearSigmoid"), names.count("QLinearMul")) == (2, 2)
+    assert not {"Sigmoid", "Mul"} & {*names}
+
+
+def test_a_sigmoid_that_is_no_gate_is_not_rounded(tmp_path: Path) -> None:
+    """What is served, a detector's scores, and what others read too."""
+    net = Net(3)
+    weighing(net, gate_read=True)
+    net.add("Sigmoid")
+    model = onnx.shape_inference.infer_shapes(net.model([1, 8, 32, 32], opset=14))
+    quantized = qdq.quantize(model, known_of(model, tmp_path), RECIPE)
+    rounded = {node.input[0] for node in quantized.graph.node if node.op_type == "QuantizeLinear"}
+    made = [node.output[0] for node in model.graph.node if node.op_type == "Sigmoid"]
+    assert [name in rounded for name in made] == [True, False, False]
+
+
 @pytest.mark.parametrize("why", ["in float", "read in float", "read in a branch", "served", "falls", "no range"])
 def test_a_gate_stays_whole_where_it_must(why: str) -> None:
     net = Net(3)

@@ -2,7 +2,7 @@
 
 onnxruntime has no HardSigmoid in int8, so that every HardSwish of a MobileNetV3 is computed in float, between two roundings. A sum has one, and int8 saturates
 where its range ends: clip(a * x + b, 0, 1) is a * (x + b / a) within the range from 0 to 1 / a. The factor costs nothing: who reads the rounded sum reads it by another
-scale.
+scale. A Sigmoid it has, but the QDQ writer rounds what weighted operators read, and leaves a SiLU's two pieces in float between two roundings.
 """
 
 from __future__ import annotations
@@ -17,17 +17,18 @@ from onnx import helper, numpy_helper
 from .in_float import ACTIVATIONS
 from .tidy import read_by
 
-PIECES = ("Add", "Mul")  # operators that gates become, and that multiply by them
+PIECES = ("Add", "Mul", "Sigmoid")  # operators that gates become or are, and that multiply by them
 GATES = ("HardSigmoid", "HardSwish")
 DEFAULTS = {"HardSigmoid": (0.2, 0.5), "HardSwish": (1 / 6, 0.5)}  # alpha and beta
 
 
 class Pieces(NamedTuple):
     """``factors``: per sum the factor that its readers are still to read it by (:func:`read_by_factor`). ``others``: names of nodes of the same operators that
-    have nothing to do with gates."""
+    have nothing to do with gates. ``any``: whether there are gates that are to be rounded."""
 
     factors: dict[str, float]
     others: set[str]
+    any: bool
 
 
 def in_pieces(model: onnx.ModelProto, in_float: Collection[str], ranges: dict[str, list[float]]) -> Pieces:
@@ -45,6 +46,15 @@ def in_pieces(model: onnx.ModelProto, in_float: Collection[str], ranges: dict[st
     # The QDQ writer takes an activation away where a range stands for it, and its name for what is before it: the factor would be lost.
     active = {node.input[0] for node in graph.node if node.op_type in ACTIVATIONS}
     nodes = [onnx.NodeProto.FromString(node.SerializeToString()) for node in graph.node]
+    readers: dict[str, list[onnx.NodeProto]] = {}
+    for node in nodes:
+        for name in read_by(node):
+            readers.setdefault(name, []).append(node)
+    sigmoids = {
+        node.output[0] for node in nodes
+        if node.op_type == "Sigmoid" and node.name not in in_float and {node.input[0], node.output[0]} <= ranges.keys()
+        and node.output[0] not in served | float_reads and all(one.op_type == "Mul" for one in readers.get(node.output[0], []))
+    }  # fmt: skip
     graph.ClearField("node")
     for node in nodes:
         alpha, beta = _factors(node)
@@ -61,11 +71,12 @@ def in_pieces(model: onnx.ModelProto, in_float: Collection[str], ranges: dict[st
             graph.node.append(helper.make_node("Mul", [x, total], [y], name=node.name))
         ranges[total] = [0.0, 1 / alpha]
         factors[total] = alpha
+    gates = factors.keys() | sigmoids
     others = {
         node.name for node in graph.node
-        if node.op_type in PIECES and factors.keys().isdisjoint(node.output) and not (node.op_type == "Mul" and factors.keys() & {*node.input})
+        if node.op_type in PIECES and gates.isdisjoint(node.output) and not (node.op_type == "Mul" and gates & {*node.input} and served.isdisjoint(node.output))
     }  # fmt: skip
-    return Pieces(factors, others)
+    return Pieces(factors, others, bool(gates))
 
 
 def _factors(node: onnx.NodeProto) -> tuple[float, float]:

@@ -24,6 +24,7 @@ from .gates import PIECES, Pieces, in_pieces, read_by_factor
 from .gathered import Statistics
 from .in_float import ACTIVATIONS, outside, with_passages
 from .int8_weights import Settling
+from .moves import FAR, settle_moves
 from .tidy import read_by, read_inside
 from .weights import (
     LEVELS,
@@ -37,7 +38,6 @@ from .weights import (
 )
 
 Recipe = dict[str, Any]
-FAR = 1e30  # a limit that no activation reaches
 
 
 def quantize(
@@ -70,7 +70,7 @@ def quantize(
     }
     out_of_scope = outside(own, recipe["scope"])
     in_float = with_passages(own, {*recipe["in_float"], *out_of_scope}) | _unlike_a_range(own) | _read_unrounded(own)
-    pieces = in_pieces(own, in_float, ranges) if recipe["gates_in_int8"] else Pieces({}, set())
+    pieces = in_pieces(own, in_float, ranges) if recipe["gates_in_int8"] else Pieces({}, set(), any=False)
     operators = {op for op in QDQRegistry if recipe["scope"] == "all" or op in WEIGHTED or op in PASSIVE}
     # Its warnings are about biases that _weight_scales has made room for.
     logging.getLogger().setLevel(logging.ERROR)
@@ -84,7 +84,7 @@ def quantize(
         _tensors(ranges),
         [],
         sorted(in_float | pieces.others),
-        sorted(operators.union(PIECES) if pieces.factors else operators),
+        sorted(operators.union(PIECES) if pieces.any else operators),
         {
             "QDQDisableWeightAdjustForInt32Bias": True,
             "TensorQuantOverrides": overrides,
@@ -102,6 +102,9 @@ def quantize(
     _swept(quantized)
     fused.round_before_pools(quantized, whole)
     _sorted(quantized.graph)
+    if not recipe["fused_activations"]:
+        settle_moves(quantized)
+        _sorted(quantized.graph)
     if recipe["aligned_channels"]:
         align(quantized)
         _swept(quantized)
