@@ -14,7 +14,8 @@ from typing import NamedTuple
 
 WARMUP_RUNS = 5
 TIMED_RUNS = 40
-TIMED_RUNS_OF_SEVERAL = 15  # to rank candidates; the one that is chosen is timed again, alone with float
+TIMED_RUNS_OF_SEVERAL = 16  # to rank candidates; the one that is chosen is timed again, alone with float
+IN_A_ROW = 4  # timed runs of one model before the next has its turn; one more goes before them
 UNDISTURBED = 0.02  # share of a run's time that threads may have waited for a processor in it
 MOST_ROUNDS = 5  # times as many rounds as are asked for, in search of such runs
 MOST_EXTRA_S = 10.0  # for those beyond what was asked for
@@ -47,7 +48,8 @@ def interleaved(
 ) -> list[list[float]]:
     """Times in ms of each call: of as many runs as are asked for, those in which threads waited least for a processor.
 
-    Each second round goes backwards, so that none is always the one behind another. A machine on which nothing waits sees no round more than are
+    A board runs one model over and over. So each has some runs in a row behind one that is not timed, which brings its weights into the processor's caches: with another model's
+    run before each, what has fewer bytes lost more of what it gained by them. Each second round goes backwards, so that none is always the one behind another. A machine on which nothing waits sees no round more than are
     asked for; where it is never quiet, the least disturbed runs are told.
 
     Args:
@@ -60,18 +62,21 @@ def interleaved(
         for call in calls:
             call(number)
     until = float("inf")
-    for number in range(MOST_ROUNDS * wanted):
-        progress("timing", WARMUP_RUNS + min(number, wanted), WARMUP_RUNS + wanted)
+    rounds = wanted // IN_A_ROW
+    for number in range(MOST_ROUNDS * rounds):
+        progress("timing", WARMUP_RUNS + min(number * IN_A_ROW, wanted), WARMUP_RUNS + wanted)
         order = list(zip(calls, taken, strict=True))
         for call, kept in order if number % 2 else reversed(order):
-            waited, began = clocks.waited(), clocks.now()
-            call(number)
-            took = clocks.now() - began
-            kept.append(((clocks.waited() - waited) / max(took, 1e-9), took))
-        if number + 1 == wanted:
+            call(number * IN_A_ROW)
+            for sample in range(number * IN_A_ROW, (number + 1) * IN_A_ROW):
+                waited, began = clocks.waited(), clocks.now()
+                call(sample)
+                took = clocks.now() - began
+                kept.append(((clocks.waited() - waited) / max(took, 1e-9), took))
+        if number + 1 == rounds:
             until = clocks.now() + MOST_EXTRA_S
         quiet = min(sum(share <= UNDISTURBED for share, _ in kept) for kept in taken)
-        if number + 1 >= wanted and (quiet >= wanted or clocks.now() > until):
+        if number + 1 >= rounds and (quiet >= wanted or clocks.now() > until):
             break
     return [[took * 1e3 for _, took in _least_disturbed(kept, wanted)] for kept in taken]
 
