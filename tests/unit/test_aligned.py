@@ -119,6 +119,72 @@ def test_a_picture_gets_a_fourth_channel_once_for_all_who_read_it(tmp_path: Path
     assert [node.op_type for node in aligned.graph.node].count("Pad") == 1
 
 
+def widened(net: Net, more: int) -> str:
+    return net.add("Pad", net.constant(np.array([0, 0, 0, 0, 0, more, 0, 0], np.int64)))
+
+
+@pytest.mark.parametrize(("narrow", "wide"), [(24, 28), (28, 36), (16, 24), (24, 32), (10, 44)])
+def test_a_shortcut_with_channels_of_zeros_behind_it_is_as_wide_as_what_it_is_added_to(
+    tmp_path: Path, narrow: int, wide: int
+) -> None:
+    """As face detectors have it."""
+    net = Net(3)
+    net.conv(3, narrow)
+    before = net.add("Relu")
+    depthwise(net, narrow)
+    made = net.conv(narrow, wide, 1, pads=[0] * 4)
+    net.last = before
+    widened(net, wide - narrow)
+    net.add("Add", made)
+    net.add("Relu")
+    depthwise(net, wide)
+    net.conv(wide, 8)
+    plain, aligned = quantized(net, tmp_path)
+    assert np.array_equal(answers(aligned), answers(plain))
+    whole = [-(-count // 16) * 16 for count in (narrow, wide)]
+    assert channels(aligned) == [(1, 4), (whole[0], 1), (1, whole[0]), (whole[1], 1), (1, whole[1])]
+
+
+def test_a_shortcut_that_can_not_grow_holds_what_is_before_it(tmp_path: Path) -> None:
+    """28 channels that are read apart stay 28, so that the 24 may not become 32."""
+    net = Net(3)
+    net.conv(3, 24)
+    depthwise(net, 24)
+    before = net.last
+    net.conv(24, 28, 1, pads=[0] * 4)
+    made = net.last
+    net.last = before
+    widened(net, 4)
+    net.add("Add", made)
+    depthwise(net, 28)
+    net.add("Reshape", net.constant(np.array([1, 28, 32, 32], np.int64)))
+    net.conv(28, 8)
+    plain, aligned = quantized(net, tmp_path)
+    assert np.array_equal(answers(aligned), answers(plain))
+    assert channels(aligned) == [(1, 4), (24, 1), (1, 24), (28, 1), (1, 28)]
+
+
+@pytest.mark.parametrize("pads", [[0, 0, 0, 0, 0, 4, 1, 1], [0, 4, 0, 0, 0, 0, 0, 0], [0, 0, 0, 0, 0, -4, 0, 0]])
+def test_what_pads_otherwise_counts_the_channels(tmp_path: Path, pads: list[int]) -> None:
+    net = Net(3)
+    net.conv(3, 24)
+    depthwise(net, 24)
+    net.add("Pad", net.constant(np.array(pads, np.int64)))
+    net.conv(24 + pads[1] + pads[5], 8)
+    plain, aligned = quantized(net, tmp_path)
+    assert channels(aligned)[1] == (24, 1)
+    assert np.array_equal(answers(aligned), answers(plain))
+
+
+def test_three_channels_inside_a_network_become_four_once(tmp_path: Path) -> None:
+    net = Net(3)
+    net.conv(3, 3)
+    net.conv(3, 8)
+    plain, aligned = quantized(net, tmp_path)
+    assert channels(aligned) == [(1, 4), (1, 4)]
+    assert np.array_equal(answers(aligned), answers(plain))
+
+
 def per_channel(net: Net, values: Any) -> str:
     return net.constant(np.asarray(values, np.float32).reshape(1, -1, 1, 1))
 
@@ -230,7 +296,7 @@ STEPS = (
 )
 
 
-@pytest.mark.parametrize("seed", range(24))
+@pytest.mark.parametrize("seed", range(32))
 def test_networks_of_any_make_answer_the_same(tmp_path: Path, seed: int) -> None:
     chance = np.random.default_rng(seed)
     net = Net(seed)
@@ -262,6 +328,10 @@ def test_networks_of_any_make_answer_the_same(tmp_path: Path, seed: int) -> None
             case "spread":
                 net.conv(count, 1, 1, pads=[0] * 4)
                 net.add("Mul", before)
+            case "widen":
+                more = int(chance.choice([1, 4, 8, 20]))
+                widened(net, more)
+                count += more
             case "Resize":
                 net.add("Resize", "", net.constant(np.ones(4, np.float32)), mode="nearest")
             case op:

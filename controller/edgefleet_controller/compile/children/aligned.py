@@ -35,10 +35,12 @@ def align(model: onnx.ModelProto) -> None:
         model: sorted; new nodes are put at its end.
     """
     network = _Network(model)
-    growth = {name: more for name, more in network.growth().items() if more}
+    growth = network.growth()
     for node in network.convolutions:
         network.grow(node, growth)
-    network.grow_pictures()
+    for node in network.widening:
+        network.widen(node, growth)
+    network.grow_pictures(growth)
 
 
 class _Network:
@@ -60,6 +62,7 @@ class _Network:
         self._parent: dict[str, str] = {}
         self._fixed: set[str] = set()
         self.convolutions = [node for node in self._graph.node if node.op_type == "Conv"]
+        self.widening: list[onnx.NodeProto] = []  # what puts channels of zeros behind those that it reads
         self._fix([v.name for v in (*self._graph.input, *self._graph.output)])
         for node in self._graph.node:
             self._fix(read_inside(node))
@@ -79,8 +82,19 @@ class _Network:
         for whole, at_once in wanted.items():
             channels = self._channels(whole)
             more = -channels % at_once
-            found[whole] = more if whole not in fixed and channels + more <= MOST_GROWTH * channels else 0
+            if more and whole not in fixed and channels + more <= MOST_GROWTH * channels:
+                found[whole] = more
+        # What is widened can't have more channels than what becomes of it.
+        while too_many := [node for node in self.widening if self._widened(node, found) < 0]:
+            for node in too_many:
+                found.pop(self._find(node.input[0]), None)
         return found
+
+    def _widened(self, node: onnx.NodeProto, growth: dict[str, int]) -> int:
+        """By how many channels a node widens what it reads, all grown."""
+        read, made = node.input[0], node.output[0]
+        added = growth.get(self._find(made), 0) - growth.get(self._find(read), 0)
+        return self._channels(made) - self._channels(read) + added
 
     def grow(self, node: onnx.NodeProto, growth: dict[str, int]) -> None:
         """Give a convolution's weights what the channels that it makes and reads grow by."""
@@ -92,7 +106,21 @@ class _Network:
         elif read:
             next(a for a in node.attribute if a.name == "group").i += read
 
-    def grow_pictures(self) -> None:
+    def widen(self, node: onnx.NodeProto, growth: dict[str, int]) -> None:
+        """Let a node put as many zeros behind what it reads as what it makes is wider now; those that were added are zeros as well."""
+        if {self._find(node.input[0]), self._find(node.output[0])}.isdisjoint(growth):
+            return
+        more = self._widened(node, growth)
+        if not more:
+            node.op_type = "Identity"
+            del node.input[1:], node.attribute[:]
+            return
+        pads = self._values(node.input[1]).copy()
+        pads[pads.size // 2 + 1] = more
+        node.input[1] = f"{node.output[0]}/pads"
+        self._graph.initializer.append(numpy_helper.from_array(pads, node.input[1]))
+
+    def grow_pictures(self, growth: dict[str, int]) -> None:
         """Add channels to pictures behind their rounding, for convolutions in int8."""
         opset = next((entry.version for entry in self._model.opset_import if entry.domain in ("", "ai.onnx")), 0)
         if opset < PAD_OPSET:
@@ -101,6 +129,8 @@ class _Network:
         for node in self.convolutions:
             read = self._maker.get(node.input[0])
             if not self._is_int8(node) or _groups(node) != 1 or read is None or read.op_type != "DequantizeLinear":
+                continue
+            if self._find(node.input[0]) in growth:
                 continue
             rounded = self._maker.get(read.input[0])
             shape = self._shape.get(node.input[0], [])
@@ -163,6 +193,9 @@ class _Network:
                     if _groups(node) == self._channels(read[0]) == self._channels(node.output[0]):
                         self._join(read[0], node.output[0])
                         return
+                case "Pad" if len(read) == 1 and self._is_widening(node):
+                    self.widening.append(node)
+                    return
                 case op if op in _UNARY and len(read) == 1 and self._alike(node):
                     self._join(read[0], node.output[0])
                     return
@@ -186,6 +219,23 @@ class _Network:
             elif len(self._shape.get(name, [])) != rank or self._channels(name) not in (1, channels):
                 return False
         return node.op_type in _BINARY or self._channels(node.input[0]) == channels
+
+    def _is_widening(self, node: onnx.NodeProto) -> bool:
+        """Whether a node puts channels of zeros behind those that it reads, and does nothing else."""
+        mode = next((a.s for a in node.attribute if a.name == "mode"), b"constant")
+        given = [*node.input, "", ""]
+        if mode != b"constant" or given[1] not in self._constants or given[3] or not self._channels(node.input[0]):
+            return False
+        if given[2] and not (
+            self._is_constant(given[2]) and self._values(given[2]).size == 1 and not self._values(given[2]).any()
+        ):
+            return False
+        pads = self._values(given[1])
+        others = np.delete(pads, pads.size // 2 + 1)
+        return (
+            not others.any()
+            and int(pads[pads.size // 2 + 1]) == self._channels(node.output[0]) - self._channels(node.input[0]) > 0
+        )
 
     def _owns_weights(self, node: onnx.NodeProto) -> bool:
         """Whether nobody else reads a convolution's weights, or what they are rounded to."""
