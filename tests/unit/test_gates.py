@@ -109,6 +109,51 @@ def test_the_engine_computes_all_of_them_in_int8(tmp_path: Path, pieces: bool) -
     assert not {"Mul", "Add", "HardSigmoid", "HardSwish"} & {*ran}
 
 
+@pytest.mark.parametrize("swish", [True, False])
+@pytest.mark.parametrize("scale", [0.5, 2.0, 20.0])
+def test_levels_that_say_exactly_where_a_gate_begins_are_clipped_themselves(
+    tmp_path: Path, swish: bool, scale: float
+) -> None:
+    """And are rounded no second time: the answers come nearer to those in float."""
+    net = Net(3)
+    net.conv(3, 16)
+    net.constants[-2].CopyFrom(
+        onnx.numpy_helper.from_array(
+            onnx.numpy_helper.to_array(net.constants[-2]) * np.float32(scale), net.constants[-2].name
+        )
+    )
+    before = net.last
+    if swish:
+        hard_swish(net, pieces=False)
+    else:
+        net.add("HardSigmoid", alpha=0.2, beta=0.5)
+        net.add("Mul", net.last, first=before)
+    net.conv(16, 8)
+    model = onnx.shape_inference.infer_shapes(net.model([1, 8, 32, 32], opset=14))
+    known, wanted = known_of(model, tmp_path), answers(model)
+    quantized = qdq.quantize(model, known, RECIPE)
+    onnx.checker.check_model(quantized, full_check=True)
+    operators = [node.op_type for node in quantized.graph.node]
+    # A step that is a good part of what is added says nothing exactly.
+    assert ("Clip" in operators, "Add" in operators) == ((False, True) if scale == 20 else (True, False))
+    in_float = db(answers(qdq.quantize(model, known, RECIPE | {"gates_in_int8": False})), wanted)
+    assert db(answers(quantized), wanted) > in_float - 1
+
+
+def test_a_range_that_ends_above_where_a_gate_begins_has_its_sum(tmp_path: Path) -> None:
+    net = Net(3)
+    net.conv(3, 16)
+    net.add("LeakyRelu", alpha=0.01)
+    hard_swish(net, pieces=False)
+    net.conv(16, 8)
+    model = onnx.shape_inference.infer_shapes(net.model([1, 8, 32, 32], opset=14))
+    known, wanted = known_of(model, tmp_path), answers(model)
+    quantized = qdq.quantize(model, known, RECIPE)
+    assert "Add" in [node.op_type for node in quantized.graph.node]
+    in_float = db(answers(qdq.quantize(model, known, RECIPE | {"gates_in_int8": False})), wanted)
+    assert db(answers(quantized), wanted) > in_float - 2
+
+
 def weighing(net: Net, *, gate_read: bool = False) -> None:
     """Convolutions with SiLU, and channels weighed by a Sigmoid, as EfficientNet and YOLOv5 have them."""
     before = net.conv(3, 16)
@@ -177,7 +222,7 @@ def test_a_gate_stays_whole_where_it_must(why: str) -> None:
         model.graph.node.append(onnx.helper.make_node("If", ["yes"], ["chosen"], name="if", **branches))
     ranges = {} if why == "no range" else {before: [-1.0, 1.0]}
     found = in_pieces(model, {"in float": {gate}, "read in float": {product}}.get(why, set()), ranges)
-    assert found.factors == {}
+    assert found.sums == {}
     assert [node.op_type for node in model.graph.node][:3] == ["Conv", "HardSigmoid", "Mul"]
 
 

@@ -20,7 +20,7 @@ from onnxruntime.quantization.registry import QDQRegistry
 
 from . import fused
 from .aligned import align
-from .gates import PIECES, Pieces, in_pieces, read_by_factor
+from .gates import PIECES, Pieces, by_levels, in_pieces, read_by_factor
 from .gathered import Statistics
 from .in_float import ACTIVATIONS, outside, with_passages
 from .int8_weights import Settling
@@ -95,7 +95,8 @@ def quantize(
     )
     writer.quantize_model()
     quantized: onnx.ModelProto = writer.model.model
-    read_by_factor(quantized, pieces.factors)
+    read_by_factor(quantized, pieces.sums)
+    by_levels(quantized, pieces.sums)
     whole = fused.sums(own, in_float) if recipe["fused_activations"] else set()
     fused.unrounded(quantized, whole)
     _keep_float(quantized, in_float - out_of_scope | set(recipe["in_float"]), model)

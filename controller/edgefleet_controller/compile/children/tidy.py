@@ -6,6 +6,8 @@ import numpy as np
 import onnx
 from onnx import numpy_helper
 
+from .assembled import gates_whole
+
 ROUNDINGS = ("QuantizeLinear", "DequantizeLinear")
 GIVEN = "given/"  # before the names of roundings that a network came with
 LOWEST = np.float32(-1e4)  # of what masks add; scores differ by hundreds at most, and float32 holds no e^-104
@@ -13,7 +15,7 @@ LOWEST = np.float32(-1e4)  # of what masks add; scores differ by hundreds at mos
 
 def tidy(path: str) -> None:
     """Change a simplified network's file, in place: every node has a name, by what it makes (recipes speak of nodes by name), weights are float32, no product
-    adds a matrix, and each operator set is named once."""
+    adds a matrix, gates are whole, and each operator set is named once."""
     model = onnx.load(path)
     _named_once(model)
     seen: set[str] = set()
@@ -28,6 +30,11 @@ def tidy(path: str) -> None:
     _masks_no_lower(model.graph)
     _weights_in_float(model.graph)
     _summands_apart(model.graph)
+    readers: dict[str, list[onnx.NodeProto]] = {}
+    for node in model.graph.node:
+        for name in read_by(node):
+            readers.setdefault(name, []).append(node)
+    gates_whole(model.graph, readers)
     onnx.save(model, path)
 
 
