@@ -105,6 +105,15 @@ def test_layers_in_float_between_them_answer_the_same(tmp_path: Path) -> None:
         np.testing.assert_allclose(answers(aligned), answers(plain), atol=1e-4)
 
 
+@pytest.mark.parametrize("weights", ["full", "reduced"])
+def test_weights_with_one_scale_for_all_keep_it(tmp_path: Path, weights: str) -> None:
+    net = Net(3)
+    mobile(net)
+    plain, aligned = quantized(net, tmp_path, granularity="tensor", weights=weights)
+    assert np.array_equal(answers(aligned), answers(plain))
+    assert channels(aligned)[2] == (32, 1)
+
+
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_a_picture_gets_a_fourth_channel_once_for_all_who_read_it(tmp_path: Path, symmetric: bool) -> None:
     net = Net(3)

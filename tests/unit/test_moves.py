@@ -149,3 +149,28 @@ def test_a_pool_behind_a_convolution_in_float_is_in_float(
     assert np.array_equal(answers(settled), answers(left))
     assert ("MaxPool", "uint8") in ran(left, tmp_path)
     assert ("MaxPool", "float") in ran(settled, tmp_path)
+
+
+def summed(net: Net) -> None:
+    one = net.last
+    net.conv(16, 16)
+    net.add("Add", one)
+
+
+def summed_and_cut(net: Net) -> None:
+    summed(net)
+    net.add("Relu")
+
+
+@pytest.mark.parametrize("make", [summed, summed_and_cut])
+def test_a_pool_behind_what_is_made_of_rounded_values_stays_in_int8(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make: Callable[[Net], None]
+) -> None:
+    net = Net(3)
+    net.conv(3, 16)
+    make(net)
+    net.add("MaxPool", kernel_shape=[2, 2], strides=[2, 2])
+    net.conv(16, 8)
+    left, settled = both(net, tmp_path, monkeypatch)
+    assert np.array_equal(answers(settled), answers(left))
+    assert "NhwcMaxPool" in {op for op, _ in ran(settled, tmp_path)}

@@ -13,8 +13,7 @@ from edgefleet_controller.compile.children.measure import SampleFile
 from onnx import helper, numpy_helper
 from safetensors.numpy import save_file
 
-RNG = np.random.default_rng(5)
-PICTURES = RNG.normal(size=(4, 3, 16, 16)).astype(np.float32)
+PICTURES = np.random.default_rng(5).normal(size=(4, 3, 16, 16)).astype(np.float32)
 RECIPE = {
     "ranges": "minmax",
     "weights": "full",
@@ -29,8 +28,9 @@ PARTS = [{"output": "y"}]
 def network(activation: list[tuple[str, list[str]]]) -> onnx.ModelProto:
     """conv0, then ``activation`` (operators with what they read: ``v`` is the convolution's output, ``2`` a constant, ``n`` the n-th operator's
     output), then conv1, then an addition of both convolutions' outputs."""
+    own = np.random.default_rng(6)  # whichever tests ran before
     constants = {
-        "w0": RNG.normal(size=(8, 3, 3, 3)), "w1": RNG.normal(size=(8, 8, 3, 3)), "2": np.array(2.0),
+        "w0": own.normal(size=(8, 3, 3, 3)), "w1": own.normal(size=(8, 8, 3, 3)), "2": np.array(2.0),
     }  # fmt: skip
     nodes = [helper.make_node("Conv", ["x", "w0"], ["v"], name="conv0", pads=[1] * 4)]
     last = "v"
@@ -125,8 +125,9 @@ def test_a_layer_is_as_loud_as_the_recipes_scales_make_it(tmp_path: Path) -> Non
 
 def test_boxes_that_only_change_places_are_no_noise(tmp_path: Path) -> None:
     """16 boxes of one class in the order of scores that differ by less than a step of int8."""
+    own = np.random.default_rng(7)  # whichever tests ran before
     weights = {
-        "wb": RNG.normal(size=(4, 3, 4, 4)), "ws": 0.01 * RNG.normal(size=(1, 3, 4, 4)), "bs": np.array([0.9]), "one": np.array(0.0),
+        "wb": own.normal(size=(4, 3, 4, 4)), "ws": 0.01 * own.normal(size=(1, 3, 4, 4)), "bs": np.array([0.9]), "one": np.array(0.0),
     }  # fmt: skip
     whole = {"by4": [1, 4, 16], "by1": [1, 16], "16": [16], "2": [2], "rows": [1, 16, 4], "seen": [1, 3, 16, 16]}
     nodes = [

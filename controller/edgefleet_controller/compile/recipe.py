@@ -19,7 +19,8 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True):
     ``channel`` or per ``tensor``. ``activations``: ``uint8``, or ``symmetric`` (int8 without a zero point, biases in float). ``scope``: ``all`` operators that the engine has in int8, or ``weighted`` ones only (convolutions
     and matrix products). ``correct_bias``: biases take up what rounding takes from the mean; ``fit_weights``: weights are rounded so that their errors make up for
     each other, not each to the nearest. ``fused_activations``: what a weighted operator makes for an
-    activation is not rounded on its way: engines that compute the two in one. ``gates_in_int8``: HardSigmoid and HardSwish in pieces that have int8 operators. ``aligned_channels``: channels of zeros are added where int8
+    activation is not rounded on its way: engines that compute the two in one. ``gates_in_int8``: HardSigmoid and HardSwish in pieces that have int8 operators, Sigmoids that gate
+    rounded. ``aligned_channels``: channels of zeros are added where int8
     kernels are slow at the number that there is. ``in_float``: nodes that stay in float, by name. ``pruned``: the pruned network that it starts from, by its key
     (empty: the network as it came), of whose weights the share ``sparsity`` is gone.
     """

@@ -14,7 +14,7 @@ import onnx
 from onnx import helper, numpy_helper
 
 from .measure import Array
-from .tidy import read_inside
+from .tidy import read_inside, readers_of
 
 AT_ONCE_DEPTHWISE, AT_ONCE = 16, 4  # channels
 MOST_GROWTH = 2  # times the channels
@@ -55,10 +55,7 @@ class _Network:
         }
         self._constants = {i.name: i for i in self._graph.initializer}
         self._maker = {name: node for node in self._graph.node for name in node.output}
-        self._readers: dict[str, int] = {}
-        for node in self._graph.node:
-            for name in node.input:
-                self._readers[name] = self._readers.get(name, 0) + 1
+        self._readers = readers_of(self._graph)
         self._parent: dict[str, str] = {}
         self._fixed: set[str] = set()
         self.convolutions = [node for node in self._graph.node if node.op_type == "Conv"]
@@ -239,7 +236,7 @@ class _Network:
 
     def _owns_weights(self, node: onnx.NodeProto) -> bool:
         """Whether nobody else reads a convolution's weights, or what they are rounded to."""
-        return all(self._readers[name] == 1 for name in node.input[1:])
+        return all(len(self._readers[name]) == 1 for name in node.input[1:])
 
     def _is_int8(self, node: onnx.NodeProto) -> bool:
         return all(

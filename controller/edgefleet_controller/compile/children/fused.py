@@ -14,7 +14,7 @@ from collections.abc import Collection
 import onnx
 
 from .readings import readings
-from .tidy import read_by
+from .tidy import read_by, readers_of
 from .weights import WEIGHTED
 
 
@@ -54,10 +54,7 @@ def unrounded(quantized: onnx.ModelProto, tensors: Collection[str]) -> None:
 def round_before_pools(quantized: onnx.ModelProto, tensors: Collection[str]) -> None:
     """Let the rounding of a maximum over neighbours change places with it, in place, where it reads what becomes of these tensors. Call once nothing is left without a
     reader: a reader in float may not round at all."""
-    readers: dict[str, list[onnx.NodeProto]] = {}
-    for node in quantized.graph.node:
-        for name in read_by(node):
-            readers.setdefault(name, []).append(node)
+    readers = readers_of(quantized.graph)
     activated = {name for tensor in tensors for node in readers.get(tensor, []) for name in node.output}
     served = {output.name for output in quantized.graph.output}
     for pool in quantized.graph.node:

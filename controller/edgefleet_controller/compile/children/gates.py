@@ -16,7 +16,7 @@ import onnx
 from onnx import helper, numpy_helper
 
 from .in_float import ACTIVATIONS
-from .tidy import read_by
+from .tidy import read_by, readers_of
 from .weights import LEVELS
 
 PIECES = ("Add", "Mul", "Sigmoid")  # operators that gates become or are, and that multiply by them
@@ -54,13 +54,10 @@ def in_pieces(model: onnx.ModelProto, in_float: Collection[str], ranges: dict[st
     float_reads = {name for node in graph.node if node.name in in_float for name in node.input}
     # A branch of an If reads what is there, not what is rounded.
     float_reads |= {name for node in graph.node for name in read_by(node) - {*node.input}}
+    readers = readers_of(graph)
     # The QDQ writer takes an activation away where a range stands for it, and its name for what is before it: the factor would be lost.
     active = {node.input[0] for node in graph.node if node.op_type in ACTIVATIONS}
     nodes = [onnx.NodeProto.FromString(node.SerializeToString()) for node in graph.node]
-    readers: dict[str, list[onnx.NodeProto]] = {}
-    for node in nodes:
-        for name in read_by(node):
-            readers.setdefault(name, []).append(node)
     sigmoids = {
         node.output[0] for node in nodes
         if node.op_type == "Sigmoid" and node.name not in in_float and {node.input[0], node.output[0]} <= ranges.keys()
@@ -132,10 +129,7 @@ def by_levels(model: onnx.ModelProto, sums: dict[str, Gate]) -> None:
     graph = model.graph
     constants = {i.name: i for i in graph.initializer}
     maker = {name: node for node in graph.node for name in node.output}
-    readers: dict[str, list[onnx.NodeProto]] = {}
-    for node in graph.node:
-        for name in read_by(node):
-            readers.setdefault(name, []).append(node)
+    readers = readers_of(graph)
     for node in [one for one in graph.node if one.op_type == "Add" and one.output[0] in sums]:
         gate, value = sums[node.output[0]], maker.get(node.input[0])
         rounding = readers.get(node.output[0], [])

@@ -7,11 +7,14 @@ it takes more: rounded largest values are found fast only where channels come la
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
-from .tidy import read_by
+from .tidy import readers_of
+from .weights import WEIGHTED
 
 FAR = 1e30  # a limit that no activation reaches
 
@@ -24,16 +27,14 @@ def settle_moves(model: onnx.ModelProto) -> None:
     """
     graph = model.graph
     served = {output.name for output in graph.output}
+    constants = {i.name for i in graph.initializer}
     maker = {name: node for node in graph.node for name in node.output}
-    readers: dict[str, list[onnx.NodeProto]] = {}
-    for node in graph.node:
-        for name in read_by(node):
-            readers.setdefault(name, []).append(node)
+    readers = readers_of(graph)
     for node in reversed(list(graph.node)):
         reading = readers.get(node.output[0], []) if len(node.output) == 1 else []
         if len(reading) != 1 or reading[0].op_type != "QuantizeLinear" or node.output[0] in served:
             continue
-        if node.op_type == "MaxPool" and not _is_behind_int8(node, maker):
+        if node.op_type == "MaxPool" and not _is_behind_int8(node, maker, constants):
             _hold_back(graph, reading[0])
         elif node.op_type in ("Concat", "MaxPool") or _takes_nearest(node):
             for place in range(len(node.input) if node.op_type == "Concat" else 1):
@@ -46,13 +47,20 @@ def _takes_nearest(node: onnx.NodeProto) -> bool:
     )
 
 
-def _is_behind_int8(pool: onnx.NodeProto, maker: dict[str, onnx.NodeProto]) -> bool:
-    """Whether what a pool reads is rounded, or made of one rounded value as an activation does."""
-    made = maker.get(pool.input[0])
-    if made is None or made.op_type == "DequantizeLinear":
-        return made is not None
-    before = maker.get(made.input[0]) if len(made.input) == 1 else None
-    return before is not None and before.op_type == "DequantizeLinear"
+def _is_behind_int8(pool: onnx.NodeProto, maker: dict[str, onnx.NodeProto], constants: Collection[str]) -> bool:
+    """Whether what a pool reads is rounded, or made of nothing but rounded values without a weighted operator in float."""
+    todo, seen = [pool.input[0]], set[str]()
+    while todo:
+        name = todo.pop()
+        if name in seen or name in constants:
+            continue
+        seen.add(name)
+        made = maker.get(name)
+        if made is None or made.op_type in WEIGHTED:
+            return False
+        if made.op_type != "DequantizeLinear":
+            todo += filter(None, made.input)
+    return True
 
 
 def _hold_back(graph: onnx.GraphProto, rounding: onnx.NodeProto) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 import onnx
 
 from .measure import Array
-from .tidy import read_by
+from .tidy import readers_of
 
 Function = Callable[[Array], Array]
 
@@ -50,7 +50,7 @@ _RISING = ("Elu", "HardSigmoid", "LeakyRelu", "Sigmoid", "Softplus", "Tanh")
 
 def readings(model: onnx.ModelProto) -> dict[str, Reading]:
     """By the tensors that are read by one known function, or by a maximum over neighbours, and by nothing else."""
-    readers, served = _readers(model.graph), {output.name for output in model.graph.output}
+    readers, served = readers_of(model.graph), {output.name for output in model.graph.output}
     found = {}
     for node in model.graph.node:
         for name in node.output:
@@ -67,7 +67,7 @@ def readings(model: onnx.ModelProto) -> dict[str, Reading]:
 def weighed(model: onnx.ModelProto) -> dict[str, int]:
     """By the tensors that nothing but a Softmax reads, the axis along which it weighs their values against each other: what lies far below the largest
     of them counts as nothing, however far. Masks put it there."""
-    readers, served = _readers(model.graph), {output.name for output in model.graph.output}
+    readers, served = readers_of(model.graph), {output.name for output in model.graph.output}
     found = {}
     for node in model.graph.node:
         if node.op_type == "Softmax" and readers[node.input[0]] == [node] and node.input[0] not in served:
@@ -105,7 +105,7 @@ def _of(node: onnx.NodeProto) -> Function:
 def pools_first(model: onnx.ModelProto) -> None:
     """Let rising activations that only a MaxPool reads change places with it, in place. The answers stay the same; so do the nodes' names, only what
     lies between the two has another."""
-    readers, served = _readers(model.graph), {output.name for output in model.graph.output}
+    readers, served = readers_of(model.graph), {output.name for output in model.graph.output}
     order = {node.name: number for number, node in enumerate(model.graph.node)}
     nodes = list(model.graph.node)
     for number, activation in enumerate(nodes):
@@ -132,12 +132,3 @@ def _rises(node: onnx.NodeProto) -> bool:
     """Whether a larger value never makes a smaller one."""
     alpha = next((a.f for a in node.attribute if a.name == "alpha"), 0.0)
     return node.op_type in _RISING and alpha >= 0
-
-
-def _readers(graph: onnx.GraphProto) -> dict[str, list[onnx.NodeProto]]:
-    """Who reads a value, itself or in graphs inside it."""
-    found: dict[str, list[onnx.NodeProto]] = {}
-    for node in graph.node:
-        for name in read_by(node):
-            found.setdefault(name, []).append(node)
-    return found

@@ -30,11 +30,7 @@ def tidy(path: str) -> None:
     _masks_no_lower(model.graph)
     _weights_in_float(model.graph)
     _summands_apart(model.graph)
-    readers: dict[str, list[onnx.NodeProto]] = {}
-    for node in model.graph.node:
-        for name in read_by(node):
-            readers.setdefault(name, []).append(node)
-    gates_whole(model.graph, readers)
+    gates_whole(model.graph, readers_of(model.graph))
     onnx.save(model, path)
 
 
@@ -48,6 +44,15 @@ def _named_once(model: onnx.ModelProto) -> None:
 def read_by(node: onnx.NodeProto) -> set[str]:
     """What a node and the graphs inside it read."""
     return {*node.input, *read_inside(node)}
+
+
+def readers_of(graph: onnx.GraphProto) -> dict[str, list[onnx.NodeProto]]:
+    """Who reads a value, itself or in graphs inside it, by the value's name."""
+    found: dict[str, list[onnx.NodeProto]] = {}
+    for node in graph.node:
+        for name in read_by(node):
+            found.setdefault(name, []).append(node)
+    return found
 
 
 def read_inside(node: onnx.NodeProto) -> set[str]:
