@@ -7,6 +7,7 @@ import onnx
 from onnx import numpy_helper
 
 from .assembled import gates_whole
+from .folded import fold_affine
 
 ROUNDINGS = ("QuantizeLinear", "DequantizeLinear")
 GIVEN = "given/"  # before the names of roundings that a network came with
@@ -15,7 +16,7 @@ LOWEST = np.float32(-1e4)  # of what masks add; scores differ by hundreds at mos
 
 def tidy(path: str) -> None:
     """Change a simplified network's file, in place: every node has a name, by what it makes (recipes speak of nodes by name), weights are float32, no product
-    adds a matrix, gates are whole, and each operator set is named once."""
+    adds a matrix, gates are whole, what is one number for all values is in weights, and each operator set is named once."""
     model = onnx.load(path)
     _named_once(model)
     seen: set[str] = set()
@@ -31,6 +32,8 @@ def tidy(path: str) -> None:
     _weights_in_float(model.graph)
     _summands_apart(model.graph)
     gates_whole(model.graph, readers_of(model.graph))
+    fold_affine(model.graph, readers_of(model.graph))
+    _swept(model.graph)
     onnx.save(model, path)
 
 
@@ -74,7 +77,11 @@ def _weights_in_float(graph: onnx.GraphProto) -> None:
             values = numpy_helper.to_array(constants[node.input[0]]).astype(np.float32)
             graph.initializer.append(numpy_helper.from_array(values, node.output[0]))
             graph.node.remove(node)
-    read = {name for node in graph.node for name in read_by(node)} | served
+
+
+def _swept(graph: onnx.GraphProto) -> None:
+    """Take away constants that nothing reads any more."""
+    read = {name for node in graph.node for name in read_by(node)} | {output.name for output in graph.output}
     kept = [i for i in graph.initializer if i.name in read]
     del graph.initializer[:]
     graph.initializer.extend(kept)
