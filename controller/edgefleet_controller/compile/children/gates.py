@@ -8,7 +8,7 @@ scale. Where a value's own levels say so exactly, not even the sum is computed: 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -51,41 +51,51 @@ def in_pieces(model: onnx.ModelProto, in_float: Collection[str], ranges: dict[st
     """
     graph, sums = model.graph, dict[str, Gate]()
     served = {output.name for output in graph.output}
-    float_reads = {name for node in graph.node if node.name in in_float for name in node.input}
     # A branch of an If reads what is there, not what is rounded.
-    float_reads |= {name for node in graph.node for name in read_by(node) - {*node.input}}
+    exact = {name for node in graph.node for name in read_by(node) if node.name in in_float or name not in node.input}
+    rounded = [node for node in graph.node if node.name not in in_float and served.union(exact).isdisjoint(node.output)]
     readers = readers_of(graph)
+    sigmoids = {
+        node.output[0] for node in rounded
+        if node.op_type == "Sigmoid" and {node.input[0], node.output[0]} <= ranges.keys()
+        and all(one.op_type == "Mul" for one in readers.get(node.output[0], []))
+    }  # fmt: skip
     # The QDQ writer takes an activation away where a range stands for it, and its name for what is before it: the factor would be lost.
     active = {node.input[0] for node in graph.node if node.op_type in ACTIVATIONS}
-    nodes = [onnx.NodeProto.FromString(node.SerializeToString()) for node in graph.node]
-    sigmoids = {
-        node.output[0] for node in nodes
-        if node.op_type == "Sigmoid" and node.name not in in_float and {node.input[0], node.output[0]} <= ranges.keys()
-        and node.output[0] not in served | float_reads and all(one.op_type == "Mul" for one in readers.get(node.output[0], []))
-    }  # fmt: skip
-    graph.ClearField("node")
-    for node in nodes:
+    pieces: dict[str, list[onnx.NodeProto]] = {}
+    for node in rounded:
         alpha, beta = _factors(node)
-        whole = node.op_type not in GATES or node.name in in_float or node.input[0] not in ranges or alpha <= 0
-        if whole or node.output[0] in served | float_reads | active:
-            graph.node.append(node)
+        if node.op_type not in GATES or alpha <= 0 or node.input[0] not in ranges or node.output[0] in active:
             continue
         x, y = node.input[0], node.output[0]
         swish = node.op_type == "HardSwish"
         total, summand = (f"{y}/gate" if swish else y), f"{y}/summand"
         graph.initializer.append(numpy_helper.from_array(np.float32(beta / alpha), summand))
-        graph.node.append(helper.make_node("Add", [x, summand], [total], name=f"{node.name}/sum"))
+        pieces[y] = [helper.make_node("Add", [x, summand], [total], name=f"{node.name}/sum")]
         if swish:
-            graph.node.append(helper.make_node("Mul", [x, total], [y], name=node.name))
+            pieces[y].append(helper.make_node("Mul", [x, total], [y], name=node.name))
         ranges[total] = [0.0, 1 / alpha]
         ranges[x] = _stretched(ranges[x], beta / alpha)
         sums[total] = Gate(alpha, beta / alpha)
-    gates = sums.keys() | sigmoids
-    others = {
+    _replace(graph, pieces)
+    return Pieces(sums, _others(graph, sums.keys() | sigmoids, served), bool(sums or sigmoids))
+
+
+def _replace(graph: onnx.GraphProto, pieces: Mapping[str, list[onnx.NodeProto]]) -> None:
+    """Put nodes in place of others, by the first of what those make."""
+    nodes = [piece for node in graph.node for piece in pieces.get(node.output[0], [node])]
+    copies = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
+    graph.ClearField("node")
+    graph.node.extend(copies)
+
+
+def _others(graph: onnx.GraphProto, gates: Collection[str], served: Collection[str]) -> set[str]:
+    """The names of nodes of the same operators as gates' pieces that neither make a gate nor multiply by one."""
+    return {
         node.name for node in graph.node
-        if node.op_type in PIECES and gates.isdisjoint(node.output) and not (node.op_type == "Mul" and gates & {*node.input} and served.isdisjoint(node.output))
+        if node.op_type in PIECES and not any(name in gates for name in node.output)
+        and not (node.op_type == "Mul" and any(name in gates for name in node.input) and node.output[0] not in served)
     }  # fmt: skip
-    return Pieces(sums, others, bool(gates))
 
 
 def _stretched(within: Sequence[float], summand: float) -> list[float]:
