@@ -20,7 +20,7 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True):
     and matrix products). ``correct_bias``: biases take up what rounding takes from the mean; ``fit_weights``: weights are rounded so that their errors make up for
     each other, not each to the nearest. ``fused_activations``: what a weighted operator makes for an
     activation is not rounded on its way: engines that compute the two in one. ``gates_in_int8``: HardSigmoid and HardSwish in pieces that have int8 operators, Sigmoids that gate
-    rounded. ``aligned_channels``: channels of zeros are added where int8
+    rounded, factors and summands for all values in scales and zero points. ``aligned_channels``: channels of zeros are added where int8
     kernels are slow at the number that there is. ``in_float``: nodes that stay in float, by name. ``pruned``: the pruned network that it starts from, by its key
     (empty: the network as it came), of whose weights the share ``sparsity`` is gone.
     """

@@ -28,6 +28,39 @@ class Affine(NamedTuple):
     summand: float
 
 
+def numbers_of(graph: onnx.GraphProto) -> dict[str, float]:
+    """The float32 constants that are one number for all values of a picture, by name."""
+    found = {}
+    for tensor in graph.initializer:
+        if (
+            tensor.data_type == onnx.TensorProto.FLOAT
+            and len(tensor.dims) <= LEAST_RANK
+            and all(size == 1 for size in tensor.dims)
+        ):
+            value = float(numpy_helper.to_array(tensor).reshape(-1)[0])
+            if np.isfinite(value):
+                found[tensor.name] = value
+    return found
+
+
+def affine_of(node: onnx.NodeProto, numbers: Mapping[str, float]) -> Affine | None:
+    """What a node does, where it multiplies by one number for all values, or adds one; None for what else it does, and where it takes all away."""
+    if node.op_type not in ("Mul", "Div", "Add", "Sub"):
+        return None
+    first, second = node.input
+    if second in numbers and first not in numbers:
+        value, number = first, numbers[second]
+    elif first in numbers and second not in numbers and node.op_type in ("Mul", "Add"):
+        value, number = second, numbers[first]
+    else:
+        return None
+    if node.op_type in ("Add", "Sub"):
+        return Affine(value, 1.0, number if node.op_type == "Add" else -number)
+    if not number:
+        return None
+    return Affine(value, number if node.op_type == "Mul" else 1 / number, 0.0)
+
+
 def fold_affine(graph: onnx.GraphProto, readers: Mapping[str, Sequence[onnx.NodeProto]]) -> None:
     """Put factors and summands into the weights of the convolution before them, else of all those behind them, in place.
 
@@ -52,32 +85,17 @@ class _Folding:
     def __init__(self, graph: onnx.GraphProto, readers: Mapping[str, Sequence[onnx.NodeProto]]) -> None:
         self._graph = graph
         self._constants = {i.name: i for i in graph.initializer}
+        self._numbers = numbers_of(graph)
         self._maker = {name: node for node in graph.node for name in node.output}
         self._readers = {name: list(nodes) for name, nodes in readers.items()}
         self._served = {output.name for output in graph.output}
 
     def affine_of(self, node: onnx.NodeProto) -> Affine | None:
-        """None for what is more than one number for all, or too large or small a factor."""
-        if node.op_type not in ("Mul", "Div", "Add", "Sub") or len(node.input) != 2:
+        """None also for what is too much for weights."""
+        affine = affine_of(node, self._numbers)
+        if affine is None or abs(affine.summand) > MOST_SUMMAND:
             return None
-        numbers = [self._number(name) for name in node.input]
-        place = 0 if numbers[1] is not None else 1
-        number = numbers[1 - place]
-        if number is None or numbers[place] is not None or (place and node.op_type in ("Div", "Sub")):
-            return None
-        value = node.input[place]
-        if node.op_type in ("Add", "Sub"):
-            summand = number if node.op_type == "Add" else -number
-            return Affine(value, 1.0, summand) if abs(summand) <= MOST_SUMMAND else None
-        factor = number if node.op_type == "Mul" else 1 / number if number else 0.0
-        return Affine(value, factor, 0.0) if 1 / MOST_FACTOR <= abs(factor) <= MOST_FACTOR else None
-
-    def _number(self, name: str) -> float | None:
-        tensor = self._constants.get(name)
-        if tensor is None or tensor.data_type != onnx.TensorProto.FLOAT or len(tensor.dims) > LEAST_RANK:
-            return None
-        values = numpy_helper.to_array(tensor).reshape(-1)
-        return float(values[0]) if values.size == 1 and np.isfinite(values[0]) else None
+        return affine if 1 / MOST_FACTOR <= abs(affine.factor) <= MOST_FACTOR else None
 
     def into_maker(self, node: onnx.NodeProto, affine: Affine) -> bool:
         """Whether the weights of what makes the value have it now."""
@@ -116,6 +134,7 @@ class _Folding:
         for one in reading:
             self._set(one, self._weight(one) * np.float32(affine.factor), self._bias(one))
         summand = self._constant(f"{behind[0].name}/summand", np.float32(stays.summand / affine.factor))
+        self._numbers[summand] = stays.summand / affine.factor
         behind[0].op_type, behind[0].input[:] = "Add", [affine.value, summand]
         self._read_by(affine.value, node, behind)
         return True

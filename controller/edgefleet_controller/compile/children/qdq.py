@@ -25,6 +25,7 @@ from .gathered import Statistics
 from .in_float import ACTIVATIONS, outside, with_passages
 from .int8_weights import Settling
 from .moves import FAR, settle_moves
+from .rescaled import by_readings, settle_ranges
 from .tidy import read_by, read_inside
 from .weights import (
     LEVELS,
@@ -70,11 +71,12 @@ def quantize(
     }
     out_of_scope = outside(own, recipe["scope"])
     in_float = with_passages(own, {*recipe["in_float"], *out_of_scope}) | _unlike_a_range(own) | _read_unrounded(own)
+    symmetric = recipe["activations"] == "symmetric"
+    readings = settle_ranges(own, in_float, ranges) if recipe["gates_in_int8"] and not symmetric else {}
     pieces = in_pieces(own, in_float, ranges) if recipe["gates_in_int8"] else Pieces({}, set(), any=False)
     operators = {op for op in QDQRegistry if recipe["scope"] == "all" or op in WEIGHTED or op in PASSIVE}
     # Its warnings are about biases that _weight_scales has made room for.
     logging.getLogger().setLevel(logging.ERROR)
-    symmetric = recipe["activations"] == "symmetric"
     writer = QDQQuantizer(
         own,
         True,
@@ -100,6 +102,7 @@ def quantize(
     whole = fused.sums(own, in_float) if recipe["fused_activations"] else set()
     fused.unrounded(quantized, whole)
     _keep_float(quantized, in_float - out_of_scope | set(recipe["in_float"]), model)
+    by_readings(quantized, readings)
     _swept(quantized)
     fused.round_before_pools(quantized, whole)
     _sorted(quantized.graph)
