@@ -200,6 +200,17 @@ def test_the_first_layer_is_left_in_float_alone_too() -> None:
     assert search.leading(candidate(), heavy) == []
 
 
+def test_leading_layers_in_float_end_where_fewest_values_pass() -> None:
+    passing = (900, 400, 100, 400, 100, 300)
+    units = [
+        Unit(nodes=(f"conv{i}",), kind="Conv", noise=0.1, weight_bytes=10, passing=values)
+        for i, values in enumerate(passing)
+    ]
+    units.append(Unit(nodes=("dense",), kind="Gemm", noise=0.1, weight_bytes=1_000_000))
+    rungs = [rung.in_float for rung in search.leading(candidate(), units)]
+    assert rungs == [("conv0",), tuple(f"conv{i}" for i in range(5))]
+
+
 def test_the_ladder_starts_where_fewest_answers_change_among_the_quietest() -> None:
     quietest = candidate(msgspec.structs.replace(PLAIN, ranges="percentile"), sqnr_db=27.5, agreement=0.91)
     steadier = candidate(msgspec.structs.replace(PLAIN, ranges="mse"), sqnr_db=27.3, agreement=0.94)

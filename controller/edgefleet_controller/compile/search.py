@@ -31,7 +31,7 @@ FLOAT_WEIGHT_COST, HALF_WEIGHT_COST = (
     0.75,
     0.25,
 )  # of a float weight's bytes is what keeping it costs, in full or in half precision: int8 keeps a quarter
-LEADING = (0.001, 0.01, 0.05)  # shares of the weights' bytes that leading layers in float may have
+LEADING = (0.0003, 0.001, 0.003, 0.01, 0.05)  # shares of the weights' bytes that leading layers in float may have
 AS_QUIET_DB = 1.0  # candidates whose noise differs by less are told apart by how many answers they change
 MOST_BYTES = 1.3  # a rung may grow to so many times the plain candidate
 ALIKE = 1.05  # times in time or bytes: candidates that differ by less are told apart by accuracy
@@ -39,13 +39,14 @@ MOST_BYTES_AT_LAST = 2.0  # where nothing smaller is accurate enough
 
 
 class Unit(msgspec.Struct, frozen=True, kw_only=True):
-    """A layer, or all operators of one kind: its nodes, the noise that int8 in it puts on the outputs (relative to their power), and
-    the bytes of its weights in float."""
+    """A layer, or all operators of one kind: its nodes, the noise that int8 in it puts on the outputs (relative to their power), the bytes of its weights in
+    float, and of a layer how many values pass from what is up to it to what is behind."""
 
     nodes: tuple[str, ...]
     kind: str
     noise: float
     weight_bytes: int
+    passing: int = 0
 
 
 class Candidate(msgspec.Struct, frozen=True, kw_only=True):
@@ -171,23 +172,23 @@ def _rounds(recipe: Recipe, units: Sequence[Unit]) -> bool:
 
 def leading(best: Candidate, units: Sequence[Unit]) -> list[Recipe]:
     """The recipe of ``best`` with the leading layers in float, the first alone and then ever more: there pictures are large and weights few, so that they cost
-    few bytes, and engines are often slower in int8 (a first layer reads three channels, where their int8 kernels want sixteen)."""
+    few bytes, and engines are often slower in int8 (a first layer reads three channels, where their int8 kernels want sixteen). Within each share of the bytes
+    they end where fewest values pass, each of which is rounded there."""
     weighted = [unit for unit in units if unit.weight_bytes]
     total = sum(unit.weight_bytes for unit in weighted)
-    rungs, taken, size = [], set(best.recipe.in_float), 0
-    goals = list(LEADING)
+    known = set(best.recipe.in_float)
+    rungs, taken, size = dict[float, tuple[int, set[str]]](), set(known), 0
     for number, unit in enumerate(weighted):
-        if number == 1 and size <= LEADING[-1] * total:
-            rungs.append(msgspec.structs.replace(best.recipe, in_float=tuple(sorted(taken))))
-        while goals and size + unit.weight_bytes > goals[0] * total:
-            goals.pop(0)
-            if taken - set(best.recipe.in_float):
-                rungs.append(msgspec.structs.replace(best.recipe, in_float=tuple(sorted(taken))))
-        if not goals:
+        size += unit.weight_bytes
+        goal = next((goal for goal in LEADING if size <= goal * total), None)
+        if goal is None:
             break
         taken |= set(unit.nodes)
-        size += unit.weight_bytes
-    return list(dict.fromkeys(rungs))
+        rung = goal if number else 0.0
+        if taken > known and (rung not in rungs or unit.passing <= rungs[rung][0]):
+            rungs[rung] = unit.passing, set(taken)
+    found = [msgspec.structs.replace(best.recipe, in_float=tuple(sorted(names))) for _, names in rungs.values()]
+    return list(dict.fromkeys(found))
 
 
 def pruned(

@@ -20,7 +20,7 @@ import onnx
 import onnxruntime
 from onnx import helper, numpy_helper
 
-from . import fused, job
+from . import cuts, fused, job
 from .gathered import Statistics
 from .int8_weights import Settling
 from .measure import Array
@@ -75,7 +75,7 @@ def measure(
         }  # fmt: skip
 
     units, settling = _units(model), Settling(statistics)
-    found = []
+    found: list[dict[str, Any]] = []
     for number, (kind, nodes) in enumerate(units):
         progress("sensitivity of layers", number, len(units))
         found.append(unit(kind, nodes))
@@ -95,6 +95,9 @@ def measure(
                 if read > MOSTLY * one["noise"]:
                     nodes = makers.with_makers(nodes)
                     one |= {"nodes": [node.name for node in nodes], "weight_bytes": size(nodes)}
+    weighted = [one for one in found if one["weight_bytes"]]
+    for one, passing in zip(weighted, cuts.passing(model, [one["nodes"] for one in weighted]), strict=True):
+        one["passing"] = passing
     progress("sensitivity of layers", len(units), len(units))
     return found
 
