@@ -182,6 +182,14 @@ def test_neighbouring_weights_keep_from_overflow_on_x86_unless_the_class_promise
         assert target.options(spec, version())["weights"] == weights
 
 
+@pytest.mark.parametrize(
+    ("prefer", "aligned"), [("latency", True), ("accuracy", True), ("size", False), ("transfer", False)]
+)
+def test_a_class_that_wants_few_bytes_gets_no_channels_of_zeros(prefer: str, aligned: bool) -> None:
+    spec = device_class(search={"prefer": prefer}).spec
+    assert target_named("onnxruntime").options(spec, version())["aligned_channels"] == aligned
+
+
 def test_the_models_options_for_a_target_win_over_the_class() -> None:
     spec = device_class(options={"float_first": 2}).spec
     defaults = {"float_first": 0}

@@ -169,8 +169,11 @@ def _signature(signatures: Any) -> Any:
 def _from_tflite(request: job.Request, progress: job.Progress) -> dict[str, Any]:
     import tensorflow as tf
 
+    # Read, not mapped: behind the end of a mapped file that was cut a process dies as it does of a disk that gives nothing back.
+    with open(request["path"], "rb") as stream:
+        content = stream.read()
     try:
-        interpreter = tf.lite.Interpreter(request["path"])
+        interpreter = tf.lite.Interpreter(model_content=content)
         _of_tflite_alone([operator["op_name"] for operator in interpreter._get_ops_details()])
         interpreter.allocate_tensors()
     except (RuntimeError, ValueError) as exc:

@@ -29,6 +29,7 @@ class OnnxruntimeTarget:
 
     def options(self, device_class: DeviceClassSpec, version: ModelVersion) -> Options:
         """``gates_in_int8``: other engines that read QDQ have such operators, or fuse them. ``aligned_channels``: others lay channels out in blocks
-        of their own."""
-        defaults = quantizing_options(device_class) | {"gates_in_int8": True, "aligned_channels": True}
+        of their own; it costs bytes."""
+        aligned = device_class.search.prefer not in ("size", "transfer")
+        defaults = quantizing_options(device_class) | {"gates_in_int8": True, "aligned_channels": aligned}
         return chosen_options(self.name, device_class, version, defaults)
