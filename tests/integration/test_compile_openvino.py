@@ -11,7 +11,9 @@ import numpy as np
 import onnx
 import openvino
 import pytest
+from edgefleet_controller.manifests import Model
 from edgefleet_shared import artifact
+from safetensors.numpy import save_file
 from support.compiling import Bench, class_here
 from support.networks import Net, project
 
@@ -101,3 +103,29 @@ def test_what_is_summed_for_an_activation_goes_there_unrounded_and_pools_are_beh
     assert sorted(readers["Add"]) == ["FakeQuantize", "HSwish", "PReLU"]  # the dense layer's sum is what comes out
     assert set(readers["PReLU"]) == {"FakeQuantize"}
     assert set(readers["MaxPool"]) == {"Convolution"}
+
+
+def test_an_input_that_nothing_reads_is_there_in_int8_too(bench: Bench) -> None:
+    net = Net(6)
+    net.conv(3, 16, stride=2)
+    net.add("LeakyRelu", alpha=0.3)
+    net.add("Pad", net.constant(np.array([0, 0, 0, 0, 0, 16, 0, 0])))  # what OpenVINO reads is changed for it
+    net.conv(32, 64, stride=2)
+    net.add("GlobalAveragePool")
+    net.add("Flatten")
+    net.dense(64, 10)
+    model = net.model([1, 10])
+    model.graph.input.append(onnx.helper.make_tensor_value_info("length", onnx.TensorProto.INT64, [1]))
+    (bench.folder / "net.onnx").write_bytes(model.SerializeToString())
+    spec: dict[str, Any] = {"version": "1", "source": {"path": "net.onnx"}, "acceptance": {"min_agreement": 0.5}}
+    for seed, (split, count) in enumerate({"calibration": 8, "holdout": 32, "golden": 8}.items()):
+        chance = np.random.default_rng(seed)
+        samples = {"image": chance.normal(size=(count, 3, 32, 32)).astype(np.float32), "length": np.arange(count)}
+        save_file(samples, bench.folder / f"{split}.safetensors")
+        spec[split] = {"path": f"{split}.safetensors"}
+    version = bench.version(Model.model_validate({"kind": "Model", "metadata": {"name": "net"}, "spec": spec}))
+    asked = {"accuracy": {"min_agreement": 0.5}, "search": {"effort": "fixed", "prefer": "size"}}
+    result = bench.compile(version, class_here("openvino", **asked))
+    assert result.precision == "int8"
+    compiled = topology(bench, result.artifact.digest)[2]
+    assert sorted(port.get_any_name() for port in compiled.inputs) == ["image", "length"]

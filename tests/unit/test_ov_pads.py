@@ -75,6 +75,19 @@ def test_what_is_padded_in_int8_answers_as_in_float(
     assert db(model, by_openvino(quantized)) > 25
 
 
+@pytest.mark.parametrize("pads", [[1, 1, 1, 1], [0, 1, 2, 1]])
+def test_a_mean_that_counts_its_borders_answers_as_in_float(tmp_path: Any, pads: list[int]) -> None:
+    net = Net(3)
+    net.conv(3, 16)  # on both sides of zero
+    net.add("AveragePool", kernel_shape=[3, 3], strides=[2, 2], pads=pads, count_include_pad=1)
+    net.conv(16, 8)
+    model = onnx.shape_inference.infer_shapes(net.model([1, 8, None, None]))
+    quantized = in_int8(model, tmp_path)
+    pad_in_float(quantized)
+    onnx.checker.check_model(quantized)
+    assert db(model, by_openvino(quantized)) > 25
+
+
 def test_pads_by_another_value_and_networks_in_float_are_left_as_they_are(tmp_path: Any) -> None:
     for model in (in_int8(padded(CHANNELS, 1.5), tmp_path), padded(CHANNELS)):
         before = model.SerializeToString(deterministic=True)

@@ -23,7 +23,7 @@ from onnx import TensorProto, helper
 from PIL import Image
 from pydantic import ValidationError
 from safetensors.numpy import load_file
-from support.networks import SIDE, Net, classifier, project, write_pictures
+from support.networks import SIDE, Net, classifier, project, project_of_numbers, resize_input, write_pictures
 
 
 def run(folder: Path, manifest: Model) -> ModelVersion:
@@ -196,6 +196,18 @@ def test_an_output_of_which_only_the_name_stands_there_gets_its_shape(tmp_path: 
     assert [(o.name, o.datatype, o.shape) for o in version.outputs] == [
         ("scores", "FP32", (1, 10)), ("n5", "FP32", (1, 16, 16, 16)),
     ]  # fmt: skip
+
+
+def test_a_spectrum_that_does_not_say_how_many_of_its_sides_it_has_is_taken(tmp_path: Path) -> None:
+    """One side is the default, as engines have it."""
+    net = Net()
+    net.add("STFT", net.constant(np.array(64)), net.constant(np.hanning(128).astype(np.float32)))
+    net.add("ReduceSumSquare", axes=[3], keepdims=0)
+    net.add("MatMul", net.constant(net.rng.normal(size=(65, 6)).astype(np.float32)))
+    model = net.model([1, 7, 6], opset=17)
+    resize_input(model, 1, 512)
+    version = run(tmp_path, project_of_numbers(tmp_path, model))
+    assert version.outputs[0].shape == (1, 7, 6)
 
 
 def test_an_output_of_which_nothing_tells_the_shape_is_named(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import onnx
 import onnxruntime
 import pytest
 from edgefleet_controller.compile.children.tidy import tidy
+from onnx import helper
 from support.networks import Net
 
 
@@ -27,6 +28,29 @@ def test_a_limit_that_is_left_away_at_the_end_has_no_name(tmp_path: Path) -> Non
     net.add("Clip", net.constant(np.float32(1e-12)), "")
     (clip, _) = tidied(net.model([1, 3, 32, 32]), tmp_path).graph.node
     assert len(clip.input) == 2
+
+
+def test_what_exporters_remark_goes_and_what_is_said_of_the_model_stays(tmp_path: Path) -> None:
+    """Torch writes to each node where in its source files it came from."""
+    remark = "File /home/somebody/net.py, line 3"
+    net = Net()
+    net.conv(3, 8)
+    model = net.model([1, 8, 32, 32], ir_version=10)
+    inside = helper.make_node("Identity", ["n0"], ["same"], doc_string=remark)
+    same = helper.make_tensor_value_info("same", onnx.TensorProto.FLOAT, [1, 8, 32, 32], doc_string=remark)
+    branch = helper.make_graph([inside], "branch", [], [same], doc_string=remark)
+    always = net.constant(np.array(True))
+    model.graph.initializer.append(net.constants[-1])
+    model.graph.node.append(helper.make_node("If", [always], ["chosen"], then_branch=branch, else_branch=branch))
+    for part in (model.graph, *model.graph.node, *model.graph.initializer, *model.graph.input, *model.graph.output):
+        part.doc_string = remark
+        part.metadata_props.add(key="pkg.torch.onnx.stack_trace", value=remark)
+    model.doc_string = "MIT"
+    model.metadata_props.add(key="author", value="somebody")
+    found = tidied(model, tmp_path)
+    assert remark.encode() not in found.SerializeToString()
+    assert found.doc_string == "MIT"
+    assert [(one.key, one.value) for one in found.metadata_props] == [("author", "somebody")]
 
 
 def test_a_limit_that_is_left_away_before_another_stays_so(tmp_path: Path) -> None:

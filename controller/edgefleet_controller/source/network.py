@@ -67,6 +67,7 @@ def load(content: bytes, origin: str) -> onnx.ModelProto:
             hint="export it with an older one: torch.onnx.export(..., opset_version=18)",
         )
     _in_order(model.graph)
+    _tell_sides(model.graph)
     _tell_outputs(model, origin)
     try:
         onnx.checker.check_model(model.SerializeToString())
@@ -102,6 +103,16 @@ def _in_order(graph: onnx.GraphProto) -> None:
     ordered = [onnx.NodeProto.FromString(nodes[number].SerializeToString()) for number in order]
     del graph.node[:]
     graph.node.extend(ordered)
+
+
+def _tell_sides(graph: onnx.GraphProto) -> None:
+    """Write the default of STFT's ``onesided`` where it is left away: ONNX's shape inference (1.23) then takes both sides, and refuses what is right."""
+    for node in graph.node:
+        if node.op_type == "STFT" and not any(attribute.name == "onesided" for attribute in node.attribute):
+            node.attribute.append(onnx.helper.make_attribute("onesided", 1))
+        for attribute in node.attribute:
+            if attribute.HasField("g"):
+                _tell_sides(attribute.g)
 
 
 def _tell_outputs(model: onnx.ModelProto, origin: str) -> None:

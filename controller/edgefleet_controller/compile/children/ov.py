@@ -59,7 +59,7 @@ def compile_model(request: job.Request, progress: job.Progress) -> dict[str, Any
     for number, one in enumerate(request["jobs"]):
         progress("converting", number, len(request["jobs"]))
         try:
-            model = core.read_model(_padding_rightly(one["network"]))
+            model = _read(core, one["network"])
         except RuntimeError as exc:
             raise _refusal(exc, one["network"]) from exc
         fusible(model)
@@ -72,13 +72,15 @@ def compile_model(request: job.Request, progress: job.Progress) -> dict[str, Any
     return {}
 
 
-def _padding_rightly(network: str) -> str | bytes:
-    """What the engine reads: the file, or a network in place of it."""
+def _read(core: Any, network: str) -> Any:
+    """The network as the engine reads it, its paddings such as are computed rightly; from a file, for of bytes it drops the inputs that nothing reads."""
     model = onnx.load(network)
     if not pad_in_float(model):
-        return network
-    content: bytes = model.SerializeToString()
-    return content
+        return core.read_model(network)
+    with tempfile.TemporaryDirectory() as folder:
+        padding_rightly = os.path.join(folder, "network.onnx")
+        onnx.save(model, padding_rightly)
+        return core.read_model(padding_rightly)
 
 
 def _by_nncf(model: Any, samples: SampleFile, recipe: dict[str, Any]) -> Any:

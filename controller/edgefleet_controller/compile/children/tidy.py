@@ -16,9 +16,10 @@ LOWEST = np.float32(-1e4)  # of what masks add; scores differ by hundreds at mos
 
 def tidy(path: str) -> None:
     """Change a simplified network's file, in place: every node has a name, by what it makes (recipes speak of nodes by name), weights are float32, no product
-    adds a matrix, gates are whole, what is one number for all values is in weights, and each operator set is named once."""
+    adds a matrix, gates are whole, what is one number for all values is in weights, each operator set is named once, and nothing is remarked."""
     model = onnx.load(path)
     _named_once(model)
+    _without_remarks(model.graph)
     seen: set[str] = set()
     for node in model.graph.node:
         if not node.name or node.name in seen:
@@ -42,6 +43,19 @@ def _named_once(model: onnx.ModelProto) -> None:
     sets = {entry.domain: entry.version for entry in model.opset_import}
     del model.opset_import[:]
     model.opset_import.extend(onnx.helper.make_opsetid(domain, version) for domain, version in sets.items())
+
+
+def _without_remarks(graph: onnx.GraphProto) -> None:
+    """Take away what exporters write to nodes and tensors for people: torch's notes, by each node, where in whose source files it came from, which can be as much
+    as the weights. What the model itself is told of stays: its licence may stand there."""
+    parts = (graph, *graph.node, *graph.initializer, *graph.input, *graph.output, *graph.value_info)
+    for part in (*parts, *(a for node in graph.node for a in node.attribute)):
+        part.ClearField("doc_string")
+    for part in parts:
+        part.ClearField("metadata_props")
+    for attribute in (a for node in graph.node for a in node.attribute):
+        for inside in (*attribute.graphs, *([attribute.g] if attribute.HasField("g") else [])):
+            _without_remarks(inside)
 
 
 def read_by(node: onnx.NodeProto) -> set[str]:
