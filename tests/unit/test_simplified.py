@@ -18,9 +18,8 @@ def prepare(net: Net, folder: Path) -> dict[str, Any]:
     onnx.save(net.model([1, 8, 32, 32]), folder / "network.onnx")
     pictures = np.random.default_rng(1).normal(scale=0.1, size=(4, 3, 32, 32)).astype(np.float32)
     save_file({"image": pictures}, folder / "samples.safetensors")
-    told = {"network": "network.onnx", "simplified": "simplified.onnx", "samples": "samples", "references": "answers"}
-    paths = {key: str(folder / name) for key, name in told.items()}
-    request = paths | {"samples": [f"{paths['samples']}.safetensors"], "references": [paths["references"]]}
+    request: dict[str, Any] = {key: str(folder / f"{key}.onnx") for key in ("network", "simplified", "formed")}
+    request |= {"samples": [str(folder / "samples.safetensors")], "references": [str(folder / "answers")]}
     return ort.prepare(request, lambda *_: None)
 
 

@@ -3,6 +3,7 @@
 ::
 
     prepare     simplified network, float answers to held-out and golden samples   once per network and samples
+    form        pruned networks as onnxruntime is fast at them (prepare: the whole)  once per network
     statistics  ranges and means of activations                                    once per network and calibration
     rank        noise that int8 in each layer puts on the outputs                   once per statistics
     prune       smaller networks, one per step (:mod:`.pruner`)                     once per network, training samples and step
@@ -45,6 +46,7 @@ from edgefleet_controller.model_version import ModelVersion, Split
 Progress = Callable[[str, int, int], None]
 
 PREPARE = ("onnxruntime", "ort")  # toolchain and module that simplify, answer in float, gather statistics and write QDQ
+FORMED = "formed.onnx"  # in the cache, the network in another form
 COMPILED = "compiled"  # file of a compiled model in the cache
 STAND_IN = "stand-in"  # beside it, what this host runs in its place
 MOST_CALIBRATION = 512  # samples that ranges are taken from: each costs time in every gathering and compiling
@@ -142,7 +144,8 @@ class Steps:
         return content_key("compile", data, self._preparing.lock_hash, recipe.as_dict(), *self._target_key, *own)
 
     def prepare(self) -> Path:
-        """Folder with ``simplified.onnx`` and the float model's answers: ``holdout.safetensors``, ``golden.safetensors``."""
+        """Folder with ``simplified.onnx``, :data:`FORMED` where onnxruntime is faster at another form, and the float model's answers: ``holdout.safetensors``,
+        ``golden.safetensors``."""
         version = self._version
 
         def fill(staged: Path) -> None:
@@ -151,6 +154,7 @@ class Steps:
                 "action": "prepare",
                 "network": str(self._layout.checked_path(version.network)),
                 "simplified": str(staged / "simplified.onnx"),
+                "formed": str(staged / FORMED),
                 "samples": [self.samples(version.holdout), self.samples(version.golden)],
                 "references": [str(staged / "holdout.safetensors"), str(staged / "golden.safetensors")],
             })  # fmt: skip
@@ -160,6 +164,25 @@ class Steps:
     def simplified(self, pruned: str = "") -> Path:
         """The network in float: as it came, or as pruning left it (the key of a pruned one in the cache)."""
         return self._cache.path("pruned", pruned) / "network.onnx" if pruned else self.prepare() / "simplified.onnx"
+
+    def formed(self, pruned: str = "") -> Path:
+        """The network in float as the target's engine is fast at it."""
+        simplified = self.simplified(pruned)
+        if not self._formed():
+            return simplified
+        if not pruned:
+            return self.prepare() / FORMED
+
+        def fill(staged: Path) -> None:
+            self._child(self._preparing, PREPARE[1], self._limits.prepare_s, {
+                "action": "form", "network": str(simplified), "formed": str(staged / FORMED),
+            })  # fmt: skip
+
+        formed = self._cache.once("formed", content_key("form", pruned, _code()), fill) / FORMED
+        return formed if formed.exists() else simplified
+
+    def _formed(self) -> bool:
+        return self._target.ships_onnx and (self.prepare() / FORMED).exists()
 
     def references(self, count: int | None = None) -> dict[str, Any]:
         """The float model's outputs for the (first ``count``) held-out samples, by name."""
@@ -179,7 +202,7 @@ class Steps:
         def fill(staged: Path) -> None:
             found = self._child(self._preparing, PREPARE[1], self._limits.compile_s, {
                 "action": "rank",
-                "simplified": str(self.prepare() / "simplified.onnx"),
+                "simplified": str(self.formed()),
                 "statistics": self._statistics("", [recipe]),
                 "samples": self.calibration(),
                 "count": RANKED_SAMPLES,
@@ -189,7 +212,7 @@ class Steps:
             })  # fmt: skip
             (staged / "units.json").write_text(json.dumps(found["units"]))
 
-        folder = self._cache.once("ranked", content_key("rank", self._gathered_key, asked, parts, with_makers), fill)
+        folder = self._cache.once("ranked", content_key("rank", self._gathered(""), asked, parts, with_makers), fill)
         return msgspec.json.decode((folder / "units.json").read_bytes(), type=list[Unit])
 
     def compile(self, recipes: Sequence[Recipe]) -> list[tuple[Path, bool]]:
@@ -221,7 +244,7 @@ class Steps:
 
     def float_model(self) -> Path:
         """The float model as this host measures it."""
-        return self.prepare() / "simplified.onnx" if self._target.measures_onnx else self.compiled_float()[1]
+        return self.formed() if self._target.measures_onnx else self.compiled_float()[1]
 
     def compiled_float(self) -> tuple[Recipe, Path]:
         """The float model as the class's engine runs it; in half precision where there is no other."""
@@ -256,7 +279,8 @@ class Steps:
 
     def _gathered(self, pruned: str) -> str:
         """Key of what calibration tells of a network."""
-        return content_key(self._gathered_key, pruned) if pruned else self._gathered_key
+        key = content_key(self._gathered_key, pruned) if pruned else self._gathered_key
+        return content_key(key, FORMED) if self._formed() else key
 
     def _statistics(self, pruned: str, recipes: Sequence[Recipe]) -> str:
         """The file that :mod:`.children.statistics` writes; without histograms where no recipe needs them, in half the time."""
@@ -266,7 +290,7 @@ class Steps:
         def fill(staged: Path) -> None:
             self._child(self._preparing, PREPARE[1], self._limits.compile_s, {
                 "action": "gather",
-                "simplified": str(self.simplified(pruned)),
+                "simplified": str(self.formed(pruned)),
                 "calibration": self.calibration(),
                 "statistics": str(staged / "statistics.json"),
                 "histograms": histograms,
@@ -284,7 +308,7 @@ class Steps:
         def fill(wanted: dict[Path, Recipe]) -> None:
             self._child(self._preparing, PREPARE[1], self._limits.compile_s, {
                 "action": "quantize",
-                "simplified": str(self.simplified(pruned)),
+                "simplified": str(self.formed(pruned)),
                 "statistics": self._statistics(pruned, list(wanted.values())),
                 "jobs": [{"recipe": r.as_dict(), "quantized": str(s / "network.onnx")} for s, r in wanted.items()],
             })  # fmt: skip
@@ -326,7 +350,7 @@ class Steps:
         wanted = {staged: recipe for staged, recipe in wanted.items() if staged not in by_tensorflow}
         if not wanted:
             return
-        simplified = self.simplified(pruned)
+        simplified = self.formed(pruned)
         int8 = [r for r in wanted.values() if r.precision == "int8" and r.quantizer == OWN]
         quantized = self._quantized(pruned, int8) if self._target.reads_qdq and int8 else {}
         networks = {staged: quantized.get(recipe, simplified) for staged, recipe in wanted.items()}

@@ -20,6 +20,7 @@ from onnxruntime.quantization.registry import QDQRegistry
 
 from . import fused
 from .aligned import align
+from .clipped import clip_levels
 from .gates import PIECES, Pieces, by_levels, in_pieces, read_by_factor
 from .gathered import Statistics
 from .in_float import ACTIVATIONS, outside, with_passages
@@ -103,6 +104,8 @@ def quantize(
     fused.unrounded(quantized, whole)
     _keep_float(quantized, in_float - out_of_scope | set(recipe["in_float"]), model)
     by_readings(quantized, readings)
+    if recipe["gates_in_int8"]:
+        clip_levels(quantized)
     _swept(quantized)
     fused.round_before_pools(quantized, whole)
     _sorted(quantized.graph)

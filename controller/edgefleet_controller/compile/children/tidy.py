@@ -32,6 +32,7 @@ def tidy(path: str) -> None:
     _masks_no_lower(model.graph)
     _weights_in_float(model.graph)
     _summands_apart(model.graph)
+    _slopes_in_common(model.graph)
     gates_whole(model.graph, readers_of(model.graph))
     fold_affine(model.graph, readers_of(model.graph))
     _swept(model.graph)
@@ -126,6 +127,18 @@ def _summands_apart(graph: onnx.GraphProto) -> None:
             )
             added = f"{output}/summand"
         graph.node.append(onnx.helper.make_node("Add", [product.output[0], added], [output], name=name))
+
+
+def _slopes_in_common(graph: onnx.GraphProto) -> None:
+    """Make PRelus with one slope for all LeakyRelus: engines have int8 for these, and onnxruntime computes them with the convolution before."""
+    constants = {i.name: i for i in graph.initializer}
+    for node in graph.node:
+        if node.op_type == "PRelu" and node.input[1] in constants:
+            slopes = numpy_helper.to_array(constants[node.input[1]]).reshape(-1)
+            if slopes.size and np.isfinite(slopes).all() and (slopes == slopes[0]).all():
+                node.op_type = "LeakyRelu"
+                del node.input[1:]
+                node.attribute.append(onnx.helper.make_attribute("alpha", float(slopes[0])))
 
 
 def _masks_no_lower(graph: onnx.GraphProto) -> None:
