@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +119,30 @@ def test_attention_behind_a_causal_mask_is_quantized_as_it_is_without_one(bench:
         assert (result.precision, result.quality) == ("int8", "passed"), engine
         assert result.figures.sqnr_db is not None
         assert result.figures.sqnr_db > 12, engine
+
+
+def test_prelus_are_shipped_to_each_engine_as_it_is_fast_at_them(bench: Bench) -> None:
+    net = Net(3)
+    for inputs in (3, 8):
+        net.conv(inputs, 8, stride=2)
+        net.add("PRelu", net.constant(net.rng.uniform(0.05, 0.4, (8, 1, 1)).astype(np.float32)))
+    net.conv(8, 8, 1)
+    raw = {"output": {"kind": "raw"}, "acceptance": {"tolerance_abs": 0.5}}
+    version = bench.version(project(bench.folder, net.model([1, 8, 8, 8]), **raw))
+    shipped = dict[tuple[str, str], bytes]()
+    for engine in ENGINES:
+        for precision in ("fp32", "int8"):
+            target = class_here(engine, precision=precision, search={"effort": "fixed", "prefer": "size"})
+            result = bench.compile(version, target)
+            assert (result.precision, result.quality) == (precision, "passed"), engine
+            assert (result.figures.sqnr_db or 0) > 25, engine
+            layer = bench.layout.manifest(result.artifact.digest).layer(artifact.MODEL_LAYER)
+            shipped[engine, precision] = bench.layout.read(layer.digest, 10**7)
+    for precision in ("fp32", "int8"):
+        graph = onnx.ModelProto.FromString(shipped["onnxruntime", precision]).graph
+        assert "PRelu" not in [node.op_type for node in graph.node]
+        with zipfile.ZipFile(io.BytesIO(shipped["openvino", precision])) as archive:
+            assert b"PReLU" in archive.read("model.xml")
 
 
 @pytest.mark.parametrize("opset", [7, 9])

@@ -23,6 +23,7 @@ KINDS = (
     "answers",
     "statistics",
     "quantized",
+    "formed",
     "halved",
     "ranked",
     "compiled",
