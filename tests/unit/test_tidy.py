@@ -32,7 +32,7 @@ def test_a_limit_that_is_left_away_at_the_end_has_no_name(tmp_path: Path) -> Non
 
 def test_what_exporters_remark_goes_and_what_is_said_of_the_model_stays(tmp_path: Path) -> None:
     """Torch writes to each node where in its source files it came from."""
-    remark = "File /home/somebody/net.py, line 3"
+    remark = "File src/net.py, line 3"
     net = Net()
     net.conv(3, 8)
     model = net.model([1, 8, 32, 32], ir_version=10)
