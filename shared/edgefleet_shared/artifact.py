@@ -24,6 +24,7 @@ from edgefleet_shared.drift import Statistics
 from edgefleet_shared.errors import ArtifactError, NotFoundError
 from edgefleet_shared.files import DISK, FileSystem
 from edgefleet_shared.fingerprint import Requirement
+from edgefleet_shared.malformed import MALFORMED
 
 ARTIFACT_TYPE = "application/vnd.edgefleet.model.v1+json"
 AGENT_TYPE = "application/vnd.edgefleet.agent.v1+json"
@@ -323,7 +324,7 @@ def parse_manifest(content: bytes) -> Manifest:
     """
     try:
         manifest = msgspec.json.decode(content, type=Manifest)
-    except msgspec.DecodeError as exc:
+    except MALFORMED as exc:
         raise ArtifactError(f"not an OCI manifest: {exc}") from exc
     if manifest.artifact_type not in _LAYERS or manifest.schema_version != 2:
         raise ArtifactError(f"artifact type {manifest.artifact_type!r} is not one of {', '.join(_LAYERS)}")
@@ -354,7 +355,7 @@ def parse_config(content: bytes) -> ModelConfig:
     """
     try:
         config = msgspec.json.decode(content, type=ModelConfig)
-    except msgspec.DecodeError as exc:
+    except MALFORMED as exc:
         raise ArtifactError(f"not a model config: {exc}") from exc
     _check_chunked(config)
     if not config.inputs or not config.outputs:
@@ -371,7 +372,7 @@ def parse_agent_config(content: bytes) -> AgentConfig:
     """
     try:
         config = msgspec.json.decode(content, type=AgentConfig)
-    except msgspec.DecodeError as exc:
+    except MALFORMED as exc:
         raise ArtifactError(f"not an agent's config: {exc}") from exc
     _check_chunked(config)
     return config
