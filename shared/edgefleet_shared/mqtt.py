@@ -11,6 +11,7 @@ Not handled here: durability. A PUBACK is none; outboxes and acknowledgements ar
 from __future__ import annotations
 
 import collections
+import math
 import os
 import selectors
 import socket
@@ -100,12 +101,16 @@ class _Client(paho.Client):
 
     largest_bytes = 0
     oversized_bytes = 0  # what the broker began to send all the same
+    piece_at = -math.inf  # when a part of a packet came that was not its end, in monotonic seconds
 
     def _sock_recv(self, bufsize: int) -> bytes:
         if bufsize > self.largest_bytes:
             self.oversized_bytes = bufsize
             raise ConnectionAbortedError(f"a packet of {bufsize} bytes")
-        return super()._sock_recv(bufsize)
+        piece = super()._sock_recv(bufsize)
+        if 0 < len(piece) < bufsize:
+            self.piece_at = time.monotonic()
+        return piece
 
 
 class Link:
@@ -182,6 +187,11 @@ class Link:
     def backlog(self) -> int:
         """Messages that the broker has not acknowledged yet, queued ones included."""
         return len(self._work) + len(self._awaited)
+
+    @property
+    def quiet_s(self) -> float:
+        """For how long nothing has come of a message that is still under way; infinite when nothing ever did."""
+        return time.monotonic() - self._client.piece_at
 
     @property
     def reason(self) -> str:
