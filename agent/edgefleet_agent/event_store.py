@@ -268,6 +268,8 @@ class EventStore:
                 atomic.remove(path, files=self._files)
             except EnvironmentProblem as exc:
                 log.warning("segment not removed", extra={"reason": str(exc)})
+                self._waste.remove(path)
+                self._waste.append(path)  # what stands behind it has its turn next time: it would outgrow the bound
                 return
             self._waste.remove(path)
 

@@ -153,9 +153,13 @@ def hex_of(digest: str) -> str:
         ArtifactError: not a sha256 digest.
     """
     algorithm, _, value = digest.partition(":")
-    if algorithm != "sha256" or len(value) != 64 or not set(value) <= set("0123456789abcdef"):
+    if algorithm != "sha256" or not _is_hex(value):
         raise ArtifactError(f"not a sha256 digest: {digest[:80]!r}")
     return value
+
+
+def _is_hex(value: str) -> bool:
+    return len(value) == 64 and set(value) <= set("0123456789abcdef")
 
 
 def chunk_count(size: int, chunk_bytes: int = CHUNK_BYTES) -> int:
@@ -280,16 +284,18 @@ class Layout:
         return parse_agent_config(self.read(manifest.config.digest, MAX_CONFIG_BYTES))
 
     def digests(self) -> Iterator[str]:
-        """Every blob that is here."""
+        """Every blob that is here. What else lies among them is nobody's business: a disk's ``lost+found``, a note of an operator's."""
         for name in self._names():
-            if not name.startswith("."):
+            if _is_hex(name):
                 yield f"sha256:{name}"
 
     def unfinished(self) -> Iterator[Path]:
         """Files that are no blob: what an interrupted fetch or copy left behind, and what it knew about that."""
-        for name in self._names():
-            if name.startswith("."):
-                yield self._blobs / name
+        for path in (self._blobs / name for name in self._names() if name.startswith(".")):
+            with atomic.disk_errors(path, "read"):
+                is_folder = self.files.is_folder(path)
+            if not is_folder:
+                yield path
 
     def _names(self) -> list[str]:
         with atomic.disk_errors(self._blobs, "read"):
