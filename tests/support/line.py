@@ -14,7 +14,7 @@ from edgefleet_shared.mqtt import Endpoint
 
 from support.broker import TestBroker
 
-CONNECT, CONNACK, PUBLISH, PUBACK = 1, 2, 3, 4
+PUBLISH, PUBACK, SUBSCRIBE = 3, 4, 8
 PIECE_BYTES = 1024
 
 
