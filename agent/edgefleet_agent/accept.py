@@ -21,6 +21,7 @@ from edgefleet_shared.contract import (
     judge,
 )
 from edgefleet_shared.errors import ArtifactError, NotFoundError
+from edgefleet_shared.malformed import MALFORMED
 from edgefleet_shared.results import MAX_REASON
 
 from edgefleet_agent import power_profile, sandbox, sensors, slots
@@ -136,7 +137,7 @@ def _report_on(contract: AcceptanceContract, ended: Ended, throttled: bool | Non
                     pass
                 case Broke() as broke:
                     pass
-    except msgspec.DecodeError as exc:
+    except MALFORMED as exc:
         return AcceptanceReport(
             verdict=Verdict.ERROR, reason=f"the accepting child reported nonsense: {exc}", unconfined=missing
         )

@@ -17,6 +17,7 @@ from pathlib import Path
 import msgspec
 from edgefleet_shared.errors import EnvironmentProblem
 from edgefleet_shared.fingerprint import Fingerprint, architecture
+from edgefleet_shared.malformed import MALFORMED
 from edgefleet_shared.threads import ROOM_HINT
 
 from edgefleet_agent import __version__, sysfs
@@ -59,7 +60,7 @@ def provided() -> dict[str, str]:
     child = _asked("edgefleet_agent.provided")
     try:
         return msgspec.json.decode(child.stdout, type=dict[str, str])
-    except msgspec.DecodeError:
+    except MALFORMED:
         log.error(
             "what the package provides is not known", extra={"reason": child.stderr[-300:].decode(errors="replace")}
         )
@@ -122,7 +123,7 @@ def probe_engines() -> tuple[EngineProbe, ...]:
     for line in child.stdout.splitlines():
         try:
             found.append(msgspec.json.decode(line, type=EngineProbe))
-        except msgspec.DecodeError:
+        except MALFORMED:
             log.error("the probe reported nonsense", extra={"reason": line[:200].decode(errors="replace")})
     if child.returncode:
         last = child.stderr.decode(errors="replace").strip().rpartition("\n")[2][:300]

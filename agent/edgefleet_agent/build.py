@@ -21,6 +21,7 @@ from edgefleet_shared.artifact import ModelConfig
 from edgefleet_shared.errors import ArtifactError, EnvironmentProblem, NotFoundError
 from edgefleet_shared.files import FileSystem
 from edgefleet_shared.lifecycle import Event
+from edgefleet_shared.malformed import MALFORMED
 
 from edgefleet_agent import plans, sandbox, slots
 from edgefleet_agent.ports import BuildOrder, BuildReport, Examiner
@@ -161,7 +162,7 @@ class _Watch:
     def hear(self, line: bytes) -> None:
         try:
             message = _decode(line)
-        except msgspec.DecodeError as exc:
+        except MALFORMED as exc:
             self._nonsense = f"the building child reported nonsense: {exc}"
             return
         match message:

@@ -15,6 +15,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from edgefleet_shared import atomic, enrolling
 from edgefleet_shared.errors import ConflictError, EnvironmentProblem
 from edgefleet_shared.files import DISK, FileSystem
+from edgefleet_shared.malformed import MALFORMED
 from edgefleet_shared.messages import Enrolled
 
 from edgefleet_agent import settings as board_settings
@@ -73,7 +74,7 @@ def _enrolled(state: Path) -> Settings | None:
     except EnvironmentProblem as exc:
         if isinstance(exc.__cause__, msgspec.ValidationError):
             raise
-        if isinstance(exc.__cause__, FileNotFoundError | msgspec.DecodeError):
+        if isinstance(exc.__cause__, (FileNotFoundError, *MALFORMED)):
             return None
         raise
 

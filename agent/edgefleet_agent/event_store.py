@@ -27,6 +27,7 @@ import msgspec
 from edgefleet_shared import atomic
 from edgefleet_shared.errors import EnvironmentProblem
 from edgefleet_shared.files import FileSystem
+from edgefleet_shared.malformed import MALFORMED
 
 from edgefleet_agent.event_records import RECORD, Hole, find, header, record, record_at, unmarked
 
@@ -267,6 +268,8 @@ class EventStore:
                 atomic.remove(path, files=self._files)
             except EnvironmentProblem as exc:
                 log.warning("segment not removed", extra={"reason": str(exc)})
+                self._waste.remove(path)
+                self._waste.append(path)  # what stands behind it has its turn next time: it would outgrow the bound
                 return
             self._waste.remove(path)
 
@@ -368,7 +371,7 @@ class EventStore:
             return msgspec.json.decode(atomic.read(path, files=self._files), type=GivenUp)
         except FileNotFoundError:
             return GivenUp()
-        except msgspec.DecodeError as exc:
+        except MALFORMED as exc:
             log.error(
                 "dropped.json damaged",
                 extra={"reason": str(exc), "kept_as": str(atomic.set_aside(path, files=self._files))},

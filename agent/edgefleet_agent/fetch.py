@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 from collections.abc import Callable
 from contextlib import suppress
 
@@ -172,6 +173,8 @@ class Fetcher:
         fallback: (digest, size, chunk_bytes, missing chunk numbers): fetch these another way; None where there is none. Results come
             in through :meth:`chunk` too.
         alive: called once a second while what lies on the disk is hashed: of a gigabyte a slow one takes longer than a watchdog waits.
+        quiet_s: for how long nothing has come of a message that is still under way. On a slow line one takes longer than silence is borne, and
+            who asked again meanwhile would have all that is on its way sent a second time, before whatever comes next.
     """
 
     def __init__(
@@ -184,9 +187,10 @@ class Fetcher:
         fallback: Callable[[str, int, int, list[int]], None] | None,
         clock: Clock,
         alive: Callable[[], object] = lambda: None,
+        quiet_s: Callable[[], float] = lambda: math.inf,
     ) -> None:
         self._layout, self._want, self._listen, self._unlisten = layout, want, listen, unlisten
-        self._fallback, self._clock = fallback, clock
+        self._fallback, self._clock, self._quiet_s = fallback, clock, quiet_s
         self._say_alive, self._alive_at = alive, 0.0
         self._target: Descriptor | None = None
         self._blobs: dict[str, _Blob] = {}
@@ -258,7 +262,7 @@ class Fetcher:
         if now - self._made_safe_at >= SAFE_EVERY_S:
             self._made_safe_at = now
             self.make_safe()
-        if now - max(self._heard_at, self._asked_at) >= self._pause_s:
+        if min(now - max(self._heard_at, self._asked_at), self._quiet_s()) >= self._pause_s:
             self._pause_s = min(self._pause_s * 1.5, WANT_AGAIN_LAST_S)
             self._ask()
         if self._fallback is not None and now - max(self._heard_at, self._fell_back_at) >= FALLBACK_S:

@@ -13,6 +13,7 @@ from edgefleet_shared.contract import AcceptanceReport
 from edgefleet_shared.errors import ArtifactError
 from edgefleet_shared.files import DISK, FileSystem
 from edgefleet_shared.lifecycle import Life
+from edgefleet_shared.malformed import MALFORMED
 from edgefleet_shared.messages import Ended, SignedResult
 from edgefleet_shared.open_enum import is_known
 
@@ -74,14 +75,14 @@ def read(state: Path, *, files: FileSystem = DISK, given_up: bool = False) -> Jo
         told = msgspec.json.decode(atomic.read_or_damaged(path, given_up, files=files), type=dict[str, msgspec.Raw])
     except FileNotFoundError:
         return Journal()
-    except msgspec.DecodeError as exc:
+    except MALFORMED as exc:
         raise ArtifactError(f"{path} is damaged: {exc}", hint=hint) from exc
     understood: dict[str, Any] = {}
     for field in msgspec.structs.fields(Journal):
         try:
             if field.name in told:
                 understood[field.name] = msgspec.json.decode(told[field.name], type=field.type)
-        except msgspec.DecodeError as exc:
+        except MALFORMED as exc:
             if field.name in NEEDED:
                 raise ArtifactError(f"{path} is damaged, or of a newer agent: {field.name}: {exc}", hint=hint) from exc
             log.warning("journal not understood", extra={"field": field.name, "reason": str(exc)})

@@ -23,6 +23,7 @@ import msgspec
 from edgefleet_shared import atomic
 from edgefleet_shared.artifact import Descriptor, Layout, hex_of
 from edgefleet_shared.errors import ArtifactError, EdgefleetError, EnvironmentProblem, NotFoundError
+from edgefleet_shared.malformed import MALFORMED
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +54,7 @@ def read(layout: Layout) -> dict[str, Plan]:
             hex_of(record.digest)  # becomes a file's name
     except FileNotFoundError:
         return {}
-    except (msgspec.DecodeError, ArtifactError) as exc:
+    except (*MALFORMED, ArtifactError) as exc:
         log.error("plans damaged", extra={"reason": f"{path}: {exc}"})
         return {}
     return {record.artifact: record for record in records}

@@ -22,6 +22,7 @@ import msgspec
 from edgefleet_shared import atomic
 from edgefleet_shared.artifact import PowerProfile
 from edgefleet_shared.errors import EdgefleetError, EnvironmentProblem
+from edgefleet_shared.malformed import MALFORMED
 
 from edgefleet_agent import slots, sysfs
 
@@ -174,7 +175,7 @@ def _before(policies: list[Path], kept: Path, *, is_cooled: bool) -> dict[str, B
 def _kept(kept: Path, kind: type[dict[str, _BeforeT]]) -> dict[str, _BeforeT]:
     try:
         return msgspec.json.decode(kept.read_bytes(), type=kind)
-    except (OSError, msgspec.DecodeError):
+    except (OSError, *MALFORMED):
         return {}
 
 

@@ -12,6 +12,7 @@ import msgspec
 from edgefleet_shared.artifact import CODE_LAYER
 from edgefleet_shared.contract import AcceptanceReport, Verdict
 from edgefleet_shared.errors import ArtifactError, NotFoundError
+from edgefleet_shared.malformed import MALFORMED
 
 from edgefleet_agent import launcher, sandbox, slots, verify
 from edgefleet_agent.ports import BuildOrder, BuildReport
@@ -69,7 +70,7 @@ def rehearse(home: Path, manifest_digest: str) -> AcceptanceReport:
     ended = sandbox.run("edgefleet_agent.rehearse_child", msgspec.json.encode(request), LIMITS)
     try:
         told = [msgspec.json.decode(line, type=Rehearsed).version for line in ended.reports]
-    except msgspec.DecodeError as exc:
+    except MALFORMED as exc:
         return AcceptanceReport(verdict=Verdict.FAILED, reason=f"its rehearsal reported nonsense: {exc}")
     if ended.problem or not told:
         lines = [line.strip() for line in ended.output.splitlines() if line.strip()]

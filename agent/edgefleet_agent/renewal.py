@@ -21,6 +21,7 @@ from edgefleet_shared import atomic
 from edgefleet_shared.certificates import AGAIN_LAST_S, LOOK_S, is_due, validity
 from edgefleet_shared.clock import iso
 from edgefleet_shared.errors import EdgefleetError, EnvironmentProblem, from_dict
+from edgefleet_shared.malformed import MALFORMED
 from edgefleet_shared.messages import Renewed
 
 from edgefleet_agent import sandbox, verify
@@ -65,7 +66,7 @@ class ChildRenewer:
         if not self._request.settings.api_host:
             raise EnvironmentProblem("this board knows no address of the controller's API", hint="enrol it again")
         ended = sandbox.run("edgefleet_agent.renew_child", msgspec.json.encode(self._request), LIMITS)
-        with suppress(msgspec.DecodeError, ValueError):
+        with suppress(*MALFORMED, ValueError):
             (line,) = ended.reports
             answer = msgspec.json.decode(line)
             if "error" in answer:

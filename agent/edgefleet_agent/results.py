@@ -16,6 +16,7 @@ import msgspec
 from edgefleet_shared import results
 from edgefleet_shared.assignment import Subject
 from edgefleet_shared.errors import EdgefleetError, EnvironmentProblem
+from edgefleet_shared.malformed import MALFORMED
 from edgefleet_shared.messages import Body, Ended, OutcomeTold, SignedResult
 
 from edgefleet_agent import sandbox
@@ -61,7 +62,7 @@ class ChildSigner:
         try:
             if len(ended.reports) == 1:
                 return msgspec.json.decode(ended.reports[0], type=SignedResult)
-        except msgspec.DecodeError as exc:
+        except MALFORMED as exc:
             raise EnvironmentProblem(f"the signing child answered nonsense: {exc}") from exc
         raise EnvironmentProblem(
             f"the board's key could not sign: {ended.problem or 'no answer'} {ended.output[-300:]}".rstrip()

@@ -97,6 +97,7 @@ class Runner:
             fallback=uplink.fetch if settings.api_host else None,
             clock=clock,
             alive=notify.alive,
+            quiet_s=uplink.quiet_s,
         )
         self._teller = reporting.Teller(state, settings, board, boot, self._keeper, ports, self._spool, self._fetcher)
         self._results = Results(

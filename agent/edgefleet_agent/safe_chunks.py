@@ -17,6 +17,7 @@ import msgspec
 from edgefleet_shared import atomic
 from edgefleet_shared.errors import EnvironmentProblem
 from edgefleet_shared.files import FileSystem
+from edgefleet_shared.malformed import MALFORMED
 
 
 class _Record(msgspec.Struct, frozen=True):
@@ -46,7 +47,7 @@ def read(blob: Path, count: int, chunk_bytes: int, *, files: FileSystem) -> set[
     try:
         content = atomic.unless_lost(lambda: atomic.read(_path(blob), files=files))
         record = msgspec.json.decode(content or b"", type=_Record)
-    except (FileNotFoundError, msgspec.DecodeError):
+    except (FileNotFoundError, *MALFORMED):
         return None
     if record.chunk_bytes != chunk_bytes or len(record.bits) != -(-count // 8):
         return None

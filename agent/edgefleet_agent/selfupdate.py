@@ -281,6 +281,9 @@ class AgentUplink:
     def want(self, want: Want) -> None:
         self._uplink.want(want)
 
+    def quiet_s(self) -> float:
+        return self._uplink.quiet_s()
+
     def report(self, reported: Reported) -> None:
         self._tell(
             AgentReport(

@@ -23,6 +23,7 @@ import msgspec
 from edgefleet_shared import atomic
 from edgefleet_shared.errors import EnvironmentProblem
 from edgefleet_shared.files import DISK, FileSystem
+from edgefleet_shared.malformed import MALFORMED
 from edgefleet_shared.mqtt import Endpoint
 
 
@@ -60,7 +61,7 @@ def read(state: Path, *, files: FileSystem = DISK) -> Settings:
         ) from exc
     except msgspec.ValidationError as exc:
         raise EnvironmentProblem(f"{path} can't be followed: {exc}", hint="correct it there") from exc
-    except msgspec.DecodeError as exc:
+    except MALFORMED as exc:
         raise EnvironmentProblem(
             f"{path} is damaged: {exc}", hint="fleet device revoke, then fleet-agent enroll with a new token"
         ) from exc

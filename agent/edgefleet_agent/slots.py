@@ -22,6 +22,7 @@ from edgefleet_shared import atomic
 from edgefleet_shared.artifact import Layout, Manifest
 from edgefleet_shared.errors import ArtifactError, NotFoundError
 from edgefleet_shared.files import DISK, FileSystem
+from edgefleet_shared.malformed import MALFORMED
 
 from edgefleet_agent import plans
 
@@ -89,7 +90,7 @@ def read(state: Path, *, files: FileSystem = DISK, given_up: bool = False) -> Sl
         return msgspec.json.decode(atomic.read_or_damaged(path, given_up, files=files), type=Slots)
     except FileNotFoundError:
         return Slots()
-    except msgspec.DecodeError as exc:
+    except MALFORMED as exc:
         raise ArtifactError(f"{path} is damaged: {exc}", hint="the agent mends it when it starts") from exc
 
 

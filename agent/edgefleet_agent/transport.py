@@ -87,6 +87,10 @@ class Uplink(Protocol):
 
     def want(self, want: Want) -> None: ...
 
+    def quiet_s(self) -> float:
+        """For how long nothing has come of a message that is still under way; infinite when nothing ever did."""
+        ...
+
     def report(self, reported: Reported) -> None: ...
 
     def event(self, content: bytes) -> None: ...
@@ -168,6 +172,9 @@ class MqttUplink:
     def want(self, want: Want) -> None:
         if self._link.connected.is_set():  # a want that waits for the line would be stale when it goes out
             self._link.publish(topics.of_device(self._device, Kind.WANT), encode(want))
+
+    def quiet_s(self) -> float:
+        return self._link.quiet_s
 
     def report(self, reported: Reported) -> None:
         self._reported = reported

@@ -31,6 +31,7 @@ from edgefleet_shared.errors import (
 )
 from edgefleet_shared.files import DISK, FileSystem
 from edgefleet_shared.fingerprint import Fingerprint
+from edgefleet_shared.malformed import MALFORMED
 
 from edgefleet_agent import sandbox, slots
 from edgefleet_agent.sandbox import Limits
@@ -197,7 +198,7 @@ def _ask(request: AdmitRequest | CheckRequest, limits: Limits, expected: type[_A
     for line in ended.reports:
         try:
             answers.append(msgspec.json.decode(line, type=Answer))
-        except msgspec.DecodeError as exc:
+        except MALFORMED as exc:
             raise EnvironmentProblem(f"the verifying child answered nonsense: {exc}") from exc
     match answers:
         case [expected() as answer]:
@@ -234,7 +235,7 @@ def root_version(state: Path, *, files: FileSystem = DISK) -> int:
     """
     try:
         return msgspec.json.decode(read_root(state, files=files), type=_RootFile).signed.version
-    except msgspec.DecodeError as exc:
+    except MALFORMED as exc:
         raise TrustError("root_chain", f"the trusted root is damaged: {exc}", hint="enrol the board again") from exc
 
 
@@ -252,7 +253,7 @@ def read_floors(state: Path, *, files: FileSystem = DISK) -> Floors:
             found.append(msgspec.json.decode(atomic.read(state / "trust" / name, files=files), type=Floors))
         except FileNotFoundError:
             pass
-        except msgspec.DecodeError:
+        except MALFORMED:
             damaged = True
         except EnvironmentProblem as exc:
             unreadable = exc

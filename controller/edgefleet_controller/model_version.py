@@ -10,6 +10,7 @@ from edgefleet_shared.answers import Array, Reading
 from edgefleet_shared.artifact import Descriptor, Layout, digest_of
 from edgefleet_shared.contract import OutputTolerance, PictureEncoding, TensorSpec, picture_size
 from edgefleet_shared.errors import ArtifactError
+from edgefleet_shared.malformed import MALFORMED
 from edgefleet_shared.reading import AnswerKind, BoxDecoding, MaskReading, TextReading
 
 SCHEMA = 1
@@ -124,7 +125,7 @@ def decode(content: bytes) -> ModelVersion:
     """
     try:
         version = msgspec.json.decode(content, type=ModelVersion)
-    except msgspec.DecodeError as exc:
+    except MALFORMED as exc:
         raise ArtifactError(f"not a model version: {exc}") from exc
     if version.schema != SCHEMA:
         raise ArtifactError(f"model version schema {version.schema} is not known here, this program knows {SCHEMA}")

@@ -24,6 +24,7 @@ from edgefleet_shared.drift import Statistics
 from edgefleet_shared.errors import ArtifactError, NotFoundError
 from edgefleet_shared.files import DISK, FileSystem
 from edgefleet_shared.fingerprint import Requirement
+from edgefleet_shared.malformed import MALFORMED
 
 ARTIFACT_TYPE = "application/vnd.edgefleet.model.v1+json"
 AGENT_TYPE = "application/vnd.edgefleet.agent.v1+json"
@@ -152,9 +153,13 @@ def hex_of(digest: str) -> str:
         ArtifactError: not a sha256 digest.
     """
     algorithm, _, value = digest.partition(":")
-    if algorithm != "sha256" or len(value) != 64 or not set(value) <= set("0123456789abcdef"):
+    if algorithm != "sha256" or not _is_hex(value):
         raise ArtifactError(f"not a sha256 digest: {digest[:80]!r}")
     return value
+
+
+def _is_hex(value: str) -> bool:
+    return len(value) == 64 and set(value) <= set("0123456789abcdef")
 
 
 def chunk_count(size: int, chunk_bytes: int = CHUNK_BYTES) -> int:
@@ -279,16 +284,18 @@ class Layout:
         return parse_agent_config(self.read(manifest.config.digest, MAX_CONFIG_BYTES))
 
     def digests(self) -> Iterator[str]:
-        """Every blob that is here."""
+        """Every blob that is here. What else lies among them is nobody's business: a disk's ``lost+found``, a note of an operator's."""
         for name in self._names():
-            if not name.startswith("."):
+            if _is_hex(name):
                 yield f"sha256:{name}"
 
     def unfinished(self) -> Iterator[Path]:
         """Files that are no blob: what an interrupted fetch or copy left behind, and what it knew about that."""
-        for name in self._names():
-            if name.startswith("."):
-                yield self._blobs / name
+        for path in (self._blobs / name for name in self._names() if name.startswith(".")):
+            with atomic.disk_errors(path, "read"):
+                is_folder = self.files.is_folder(path)
+            if not is_folder:
+                yield path
 
     def _names(self) -> list[str]:
         with atomic.disk_errors(self._blobs, "read"):
@@ -323,7 +330,7 @@ def parse_manifest(content: bytes) -> Manifest:
     """
     try:
         manifest = msgspec.json.decode(content, type=Manifest)
-    except msgspec.DecodeError as exc:
+    except MALFORMED as exc:
         raise ArtifactError(f"not an OCI manifest: {exc}") from exc
     if manifest.artifact_type not in _LAYERS or manifest.schema_version != 2:
         raise ArtifactError(f"artifact type {manifest.artifact_type!r} is not one of {', '.join(_LAYERS)}")
@@ -354,7 +361,7 @@ def parse_config(content: bytes) -> ModelConfig:
     """
     try:
         config = msgspec.json.decode(content, type=ModelConfig)
-    except msgspec.DecodeError as exc:
+    except MALFORMED as exc:
         raise ArtifactError(f"not a model config: {exc}") from exc
     _check_chunked(config)
     if not config.inputs or not config.outputs:
@@ -371,7 +378,7 @@ def parse_agent_config(content: bytes) -> AgentConfig:
     """
     try:
         config = msgspec.json.decode(content, type=AgentConfig)
-    except msgspec.DecodeError as exc:
+    except MALFORMED as exc:
         raise ArtifactError(f"not an agent's config: {exc}") from exc
     _check_chunked(config)
     return config

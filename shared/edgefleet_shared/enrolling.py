@@ -24,6 +24,7 @@ from edgefleet_shared import __version__, atomic
 from edgefleet_shared.certificates import mind_clock
 from edgefleet_shared.errors import EnvironmentProblem, InputError, TransportError, TrustError, from_dict
 from edgefleet_shared.files import DISK, FileSystem
+from edgefleet_shared.malformed import MALFORMED
 from edgefleet_shared.messages import Enrolled, EnrolRequest, Renewed
 from edgefleet_shared.work import AGENT
 
@@ -79,7 +80,7 @@ def ask(url: str, token: str, name: str, make_key: Callable[[], ec.EllipticCurve
     answer = _call(host, port, context, "POST", "/v1/enroll", msgspec.json.encode(question))
     try:
         return msgspec.json.decode(answer, type=Enrolled), ca
-    except msgspec.DecodeError as exc:
+    except MALFORMED as exc:
         raise TransportError(f"the controller's answer can't be read: {exc}") from exc
 
 
@@ -98,7 +99,7 @@ def renew(host: str, port: int, context: ssl.SSLContext, certificate: bytes, ca:
         given = x509.load_pem_x509_certificate(msgspec.json.decode(answer, type=Renewed).certificate.encode())
         shown = x509.load_pem_x509_certificate(certificate)
         given.verify_directly_issued_by(x509.load_pem_x509_certificate(ca))
-    except (msgspec.DecodeError, ValueError, TypeError, InvalidSignature) as exc:
+    except (*MALFORMED, ValueError, TypeError, InvalidSignature) as exc:
         raise TransportError(f"the controller's answer is no certificate of this fleet: {exc}") from exc
     if (given.subject, given.public_key()) != (shown.subject, shown.public_key()):
         raise TrustError("certificate", "the controller gave another's certificate")
@@ -166,6 +167,6 @@ def _call(host: str, port: int, context: ssl.SSLContext, method: str, path: str,
     if answer.status != 200:
         try:
             raise from_dict(msgspec.json.decode(content, type=dict[str, str]))
-        except msgspec.DecodeError as exc:
+        except MALFORMED as exc:
             raise TransportError(f"the controller answered {answer.status}") from exc
     return content

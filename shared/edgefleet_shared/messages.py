@@ -15,6 +15,7 @@ from edgefleet_shared.drift import Drift
 from edgefleet_shared.errors import TransportError
 from edgefleet_shared.fingerprint import Fingerprint
 from edgefleet_shared.lifecycle import State
+from edgefleet_shared.malformed import MALFORMED
 from edgefleet_shared.outcomes import Outcome
 
 MAX_MESSAGE_BYTES = 256 * 1024
@@ -250,7 +251,7 @@ def decode(content: bytes, kind: type[M]) -> M:
         raise TransportError(f"a message of {len(content)} bytes is larger than the {MAX_MESSAGE_BYTES} allowed")
     try:
         return msgspec.json.decode(content, type=kind)
-    except (msgspec.DecodeError, RecursionError) as exc:
+    except MALFORMED as exc:
         raise TransportError(f"not a {kind.__name__} message: {exc}") from exc
 
 

@@ -11,6 +11,7 @@ Not handled here: durability. A PUBACK is none; outboxes and acknowledgements ar
 from __future__ import annotations
 
 import collections
+import math
 import os
 import selectors
 import socket
@@ -44,6 +45,7 @@ CONNECT_TIMEOUT_S = 10.0
 BACKOFF_FIRST_S = 0.5
 BACKOFF_LAST_S = 60.0
 STEADY_S = 10.0  # a connection that ends sooner is as one that never was: two boards with one identity end each other's
+ACKNOWLEDGED_S = 300.0  # what the broker has not acknowledged by then was lost, and goes out again
 OUTBOX_LIMIT = 20_000
 IN_FLIGHT = 64
 
@@ -100,12 +102,16 @@ class _Client(paho.Client):
 
     largest_bytes = 0
     oversized_bytes = 0  # what the broker began to send all the same
+    piece_at = -math.inf  # when a part of a packet came that was not its end, in monotonic seconds
 
     def _sock_recv(self, bufsize: int) -> bytes:
         if bufsize > self.largest_bytes:
             self.oversized_bytes = bufsize
             raise ConnectionAbortedError(f"a packet of {bufsize} bytes")
-        return super()._sock_recv(bufsize)
+        piece = super()._sock_recv(bufsize)
+        if 0 < len(piece) < bufsize:
+            self.piece_at = time.monotonic()
+        return piece
 
 
 class Link:
@@ -135,7 +141,8 @@ class Link:
         self._on_message, self._on_up, self._on_down = on_message, on_up, on_down
         self._work: collections.deque[Callable[[], None]] = collections.deque()
         self._filters: dict[str, int] = {}
-        self._awaited: set[int] = set()
+        self._awaited: dict[int, float] = {}  # messages by number, in order, and since when (monotonic seconds)
+        self._asked: dict[int, float] = {}  # the same of subscriptions, which are made anew with each connection
         self._wake_r, self._wake_w = socket.socketpair()
         self._wake_r.setblocking(False)
         self._wake_w.setblocking(False)
@@ -161,7 +168,8 @@ class Link:
         client.on_connect = self._connected
         client.on_disconnect = self._disconnected
         client.on_message = lambda c, u, m: self._on_message(m.topic, bytes(m.payload))
-        client.on_publish = lambda c, u, mid, code, props: self._awaited.discard(mid)
+        client.on_publish = self._acknowledged
+        client.on_subscribe = self._subscribed
         self._client = client
 
     def start(self) -> None:
@@ -182,6 +190,11 @@ class Link:
     def backlog(self) -> int:
         """Messages that the broker has not acknowledged yet, queued ones included."""
         return len(self._work) + len(self._awaited)
+
+    @property
+    def quiet_s(self) -> float:
+        """For how long nothing has come of a message that is still under way; infinite when nothing ever did."""
+        return time.monotonic() - self._client.piece_at
 
     @property
     def reason(self) -> str:
@@ -210,7 +223,7 @@ class Link:
             info = self._client.publish(topic, payload, qos=qos, retain=retain)
             self.sent_bytes += len(payload)
             if qos:
-                self._awaited.add(info.mid)
+                self._awaited[info.mid] = time.monotonic()
 
         self._work.append(go)
         self._wake()
@@ -233,7 +246,9 @@ class Link:
     def _send_subscribe(self, filters: Iterable[str], qos: int) -> None:
         wanted = [(one, SubscribeOptions(qos=qos)) for one in filters if one in self._filters]
         if wanted and self.connected.is_set():
-            self._client.subscribe(wanted)
+            _, number = self._client.subscribe(wanted)
+            if number is not None:
+                self._asked[number] = time.monotonic()
 
     def _send_unsubscribe(self, filters: list[str]) -> None:
         gone = [one for one in filters if one not in self._filters]
@@ -251,10 +266,18 @@ class Link:
             self._reason = f"the broker refused the connection: {code}"
             return
         self._up_at = time.monotonic()
+        self._awaited = dict.fromkeys(self._awaited, self._up_at)
+        self._asked.clear()
         self.connected.set()
         for qos in sorted(set(self._filters.values())):
             self._send_subscribe([one for one, level in self._filters.items() if level == qos], qos)
         self._on_up()
+
+    def _acknowledged(self, client: Any, userdata: Any, number: int, code: Any, properties: Any) -> None:
+        self._awaited.pop(number, None)
+
+    def _subscribed(self, client: Any, userdata: Any, number: int, codes: Any, properties: Any) -> None:
+        self._asked.pop(number, None)
 
     def _disconnected(self, client: Any, userdata: Any, flags: Any, code: Any, properties: Any) -> None:
         if self.connected.is_set():
@@ -292,6 +315,12 @@ class Link:
         self._wake_r.close()
         self._wake_w.close()
 
+    def _is_unheard(self) -> bool:
+        """Whether something that was sent was lost on a connection that seems to be well. An acknowledgement may wait behind what is under
+        way: on a slow line for minutes."""
+        oldest = min((next(iter(sent.values())) for sent in (self._awaited, self._asked) if sent), default=math.inf)
+        return time.monotonic() - oldest > ACKNOWLEDGED_S and self.quiet_s > KEEPALIVE_S
+
     def _serve(self) -> None:
         """Until the connection is gone: read, write, do queued work."""
         with selectors.DefaultSelector() as selector:
@@ -316,6 +345,9 @@ class Link:
                 if (sock in ready or _pending(sock)) and self._client.loop_read() != MQTTErrorCode.MQTT_ERR_SUCCESS:
                     break
                 if self.connected.is_set():
+                    if self._is_unheard():
+                        self._reason = "the broker does not acknowledge what it is told"
+                        break
                     while self._work and len(self._awaited) < 4 * IN_FLIGHT:
                         self._work.popleft()()
                 elif time.monotonic() - begun > CONNECT_TIMEOUT_S:

@@ -15,6 +15,7 @@ import msgspec
 
 from edgefleet_shared.assignment import Subject
 from edgefleet_shared.errors import TrustError
+from edgefleet_shared.malformed import MALFORMED
 from edgefleet_shared.messages import Ended, Envelope
 
 PAYLOAD_TYPE = "application/vnd.edgefleet.result.v1+json"
@@ -69,5 +70,5 @@ def decode(content: bytes) -> Result:
     """
     try:
         return msgspec.json.decode(content, type=Result)
-    except (msgspec.DecodeError, RecursionError) as exc:
+    except MALFORMED as exc:
         raise TrustError("result", f"the signed bytes are not a result: {exc}") from exc

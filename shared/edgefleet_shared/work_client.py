@@ -27,6 +27,7 @@ from edgefleet_shared.errors import (
     TrustError,
     from_dict,
 )
+from edgefleet_shared.malformed import MALFORMED
 
 T = TypeVar("T")
 TIMEOUT_S = 60.0
@@ -193,7 +194,7 @@ class WorkClient:
             raise self._unreachable(exc) from exc
         try:
             raise from_dict(msgspec.json.decode(content, type=dict[str, str]))
-        except msgspec.DecodeError as exc:
+        except MALFORMED as exc:
             raise TransportError(f"the controller answered {answer.status}") from exc
 
     def _hear_time(self, date: str) -> None:
@@ -214,5 +215,5 @@ def _piece(answer: http.client.HTTPResponse) -> bytes:
 def _decoded(content: bytes, decoder: msgspec.json.Decoder[T]) -> T:
     try:
         return decoder.decode(content)
-    except msgspec.DecodeError as exc:
+    except MALFORMED as exc:
         raise TransportError(f"the controller's answer can't be read: {exc}") from exc

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import functools
+import math
 import platform
 import queue
 from collections.abc import Callable
@@ -328,6 +329,9 @@ class Wire:
                         return
                     self.carries[want.digest] -= 1
                 self.put(Chunk(want.digest, number, self.depot.chunk(want.digest, number, want.chunk_bytes)))
+
+    def quiet_s(self) -> float:
+        return math.inf
 
     def report(self, reported: Reported) -> None:
         self.reported = reported

@@ -18,13 +18,14 @@ DAMAGE = {
     "zero-filled": lambda content: bytes(len(content)),
     "torn": lambda c: c[: len(c) // 2],
 }
+TEXT_DAMAGE = DAMAGE | {"no text": lambda content: content.replace(b'":"', b'":"\xff')}
 
 
 def damaged(tree: Tree, name: str, how: str) -> MemoryDisk:
     path = f"{STATE}/{name}"
     content = tree[path]
     assert content is not None
-    return MemoryDisk(tree | {path: DAMAGE[how](content)})
+    return MemoryDisk(tree | {path: TEXT_DAMAGE[how](content)})
 
 
 def start(disk: MemoryDisk, desired: bytes, ends: str, published: str = "4") -> Agent:
@@ -32,7 +33,7 @@ def start(disk: MemoryDisk, desired: bytes, ends: str, published: str = "4") -> 
     return Agent(depot(), story, disk, SimulatedRuntime(depot(), disk, frozenset()))
 
 
-@pytest.mark.parametrize("how", DAMAGE)
+@pytest.mark.parametrize("how", TEXT_DAMAGE)
 def test_a_damaged_journal_is_kept_for_people_and_begun_anew(how: str) -> None:
     disk = damaged(came_to("1", "2"), "journal.json", how)
     agent = start(disk, depot().assign("3"), "3")
@@ -41,7 +42,7 @@ def test_a_damaged_journal_is_kept_for_people_and_begun_anew(how: str) -> None:
     assert f"{STATE}/journal.json.damaged" in disk.tree()
 
 
-@pytest.mark.parametrize("how", DAMAGE)
+@pytest.mark.parametrize("how", TEXT_DAMAGE)
 def test_damaged_slots_are_mended_from_what_the_journal_knows_without_a_controller(how: str) -> None:
     disk = damaged(came_to("1", "2"), "slots.json", how)
     agent = start(disk, depot().assign("2"), "2")
@@ -62,10 +63,11 @@ def test_when_slots_and_journal_are_both_damaged_the_assignment_is_taken_anew() 
     check_end(agent)
 
 
-def test_one_damaged_copy_of_the_floors_is_made_good_by_the_other() -> None:
+@pytest.mark.parametrize("how", TEXT_DAMAGE)
+def test_one_damaged_copy_of_the_floors_is_made_good_by_the_other(how: str) -> None:
     tree = came_to("1", "2")
     for name in ("floors-a.json", "floors-b.json"):
-        disk = damaged(tree, f"trust/{name}", "torn")
+        disk = damaged(tree, f"trust/{name}", how)
         agent = start(disk, depot().assign("3"), "3")
         agent.run()
         check_end(agent)
@@ -118,7 +120,7 @@ def test_a_plan_that_rotted_under_the_model_that_serves_is_built_again(how: str)
     assert disk.tree()[path] == content
 
 
-@pytest.mark.parametrize("how", DAMAGE)
+@pytest.mark.parametrize("how", TEXT_DAMAGE)
 def test_damaged_records_of_plans_cost_a_build(how: str) -> None:
     disk = damaged(came_to("5", "6"), "artifacts/plans.json", how)
     agent = start(disk, depot().assign("6"), "6", "7")

@@ -15,7 +15,7 @@ import pytest
 from edgefleet_agent import slots
 from edgefleet_agent.slots import SlotStatus
 from edgefleet_controller.results import Holder, ResultVerifier, Standing
-from edgefleet_shared.artifact import MODEL_LAYER, Descriptor
+from edgefleet_shared.artifact import MODEL_LAYER, Descriptor, digest_of
 from edgefleet_shared.assignment import Subject
 from edgefleet_shared.contract import AcceptanceContract, ShadowPlan, Verdict
 from edgefleet_shared.fingerprint import Requirement
@@ -148,6 +148,26 @@ def test_a_model_that_answers_wrongly_changes_nothing_and_says_why(
     assert served(board) == serving
     assert slots.read(board.state).candidate is None
     assert not board.runtime.layout.has(wrong.digest), "what no slot names is collected"
+
+
+def test_what_others_left_among_the_blobs_keeps_no_version_from_being_committed(
+    workshop: Workshop, controller: Controller, board: Board, serving: str
+) -> None:
+    """A disk's own folder, one with a name that we would give a file, a note of an operator's."""
+    blobs = board.runtime.layout.path(digest_of(b"")).parent
+    left = [blobs / "lost+found", blobs / ".part-folder", blobs / "README"]
+    left[0].mkdir()
+    left[1].mkdir()
+    left[2].write_text("moved here from the old card")
+    version, made = workshop.release()
+    try:
+        assert controller.outcome(board.name, controller.assign(board.name, made, version)) is Outcome.SUCCEEDED
+        assert controller.reports[board.name].problem == ""
+        assert all(path.exists() for path in left)
+    finally:
+        left[0].rmdir()
+        left[1].rmdir()
+        left[2].unlink()
 
 
 def test_a_release_for_another_engine_is_refused_before_download(

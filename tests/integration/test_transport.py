@@ -155,13 +155,14 @@ def test_events_are_acknowledged_after_they_are_stored_and_liars_and_rubbish_are
     for body in (
         b"{",
         b"[" * 50_000,
+        encode(Event(device="b2", boot="x", sequence=1, at=0.0, body=Health())).replace(b'"x"', b'"\xff"'),
         encode(Event(device="b9", boot="x", sequence=1, at=0.0, body=Health())),
         encode(Event(device="b2", boot="x", sequence=1, at=0.0, body=Health())),
     ):
         link.publish(topic, body)
     until(lambda: bool(acks.messages), "the acknowledgement")
     assert [(e.device, e.sequence) for e in sink.stored] == [("b2", 1)]
-    assert gateway.malformed == 3
+    assert gateway.malformed == 4
     link.stop()
     gateway.stop()
 

@@ -214,6 +214,16 @@ def test_a_child_that_says_too_much_is_heard_as_far_as_anybody_reads(said: Broke
     assert 1000 < len(report.reason) <= MAX_REASON
 
 
+def test_a_child_that_says_what_is_no_text_is_not_believed_and_ends_nobody() -> None:
+    said = msgspec.json.encode(Stage("x")).replace(b'"x"', b'"\xff"')
+    ended = Ended(
+        problem="", signal=0, over_limit=False, reports=(said,), output="", peak_memory_bytes=1, seconds=2.0
+    )  # fmt: skip
+    report = report_on(CONTRACT, ended, throttled=False)
+    assert report.verdict is Verdict.ERROR
+    assert "nonsense" in report.reason
+
+
 def compare(
     contract: AcceptanceContract, answers: list[dict[str, np.ndarray]], wanted: dict[str, np.ndarray]
 ) -> tuple[float, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from itertools import pairwise
 from pathlib import Path
 
@@ -57,6 +58,7 @@ class Board:
         self.listened: set[str] = set()
         self.layout = Layout(folder / "board", files=self.files)
         self.beats: list[float] = []
+        self.quiet_s = math.inf
         self.fetcher = self.fetcher_of_a_start(by_http)
 
     def fetcher_of_a_start(self, by_http: bool = True) -> Fetcher:
@@ -68,6 +70,7 @@ class Board:
             fallback=(lambda digest, *_: self.fallbacks.append((self.clock.monotonic(), digest))) if by_http else None,
             clock=self.clock,
             alive=self.beat,
+            quiet_s=lambda: self.quiet_s,
         )
 
     def beat(self) -> None:
@@ -108,6 +111,17 @@ def test_it_asks_for_what_is_missing_for_as_long_as_it_is_whatever_https_does(bo
     pauses = [after - before for before, after in pairwise(asked)]
     assert board.clock.monotonic() - asked[-1] <= WANT_AGAIN_LAST_S + TICK_S
     assert max(pauses) <= WANT_AGAIN_LAST_S + TICK_S
+
+
+def test_what_is_on_its_way_is_not_asked_for_again(board: Board) -> None:
+    board.begin()
+    board.quiet_s = 1.0
+    board.silence(120)
+    assert len(board.wants) == 1
+    assert board.fallbacks, "who knows whether it ever comes to an end"
+    board.quiet_s = 60.0
+    board.silence(TICK_S)
+    assert len(board.wants) == 2
 
 
 def test_https_is_tried_after_silence_and_not_at_once(board: Board) -> None:

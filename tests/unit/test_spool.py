@@ -12,11 +12,13 @@ from pathlib import Path
 import pytest
 from chaos.spooling import FOLDER, LIMIT_BYTES, Board, Receiver, given_up_on_disk, kinds
 from edgefleet_agent.event_records import RECORD, record_at
+from edgefleet_agent.event_store import EventStore
 from edgefleet_agent.spool import AGAIN_S, MEMORY_BYTES, READ_AGAIN_S, RESEND_LAST_S, RESEND_S, WINDOW, Spool
 from edgefleet_controller.store import events
 from edgefleet_controller.store.database import Database
 from edgefleet_shared import atomic
 from edgefleet_shared.clock import ManualClock
+from edgefleet_shared.files import DISK
 from edgefleet_shared.messages import Ack, Ended, Event, Health, OutcomeTold, decode
 from edgefleet_shared.outcomes import Outcome
 from support.disk import MemoryDisk
@@ -82,6 +84,17 @@ def test_a_day_without_a_line_is_an_append_a_minute() -> None:
     assert len(synced) <= DAY_S / FLUSH_S
     assert len(synced) >= DAY_S / FLUSH_S / 2
     assert len(spool) <= FLUSH_S / PERIOD_S, "no more than a minute of it is in memory"
+
+
+def test_a_file_that_can_not_be_removed_keeps_none_of_the_others(tmp_path: Path) -> None:
+    (tmp_path / "folder.tmp").mkdir()
+    store = EventStore(tmp_path, "boot-1", 1 << 20, DISK)
+    store.load()
+    for sequence in (1, 2):
+        store.append("other", [(sequence, b"{}")])
+        store.acknowledge("boot-1", sequence)
+    store.collect()
+    assert [path.name for path in tmp_path.iterdir()] == ["folder.tmp"]
 
 
 def test_the_bound_holds_and_health_goes_before_outcomes() -> None:

@@ -21,6 +21,7 @@ import msgspec
 from edgefleet_shared.contract import ShadowFigures
 from edgefleet_shared.drift import Drift
 from edgefleet_shared.errors import EnvironmentProblem, TransportError, from_dict
+from edgefleet_shared.malformed import MALFORMED
 
 MAX_LINE_BYTES = 1 << 20
 SwapMode = Literal["auto", "blue-green", "in-place"]
@@ -226,7 +227,7 @@ class RuntimeClient:
             raise TransportError(f"the runtime at {self._path} did not answer: {exc}") from exc
         try:
             reply = msgspec.json.decode(line, type=Reply)
-        except msgspec.DecodeError as exc:
+        except MALFORMED as exc:
             raise TransportError(f"the runtime's answer can't be read: {exc}") from exc
         if isinstance(reply, Refused):
             raise from_dict(reply.error)

@@ -11,6 +11,7 @@ from typing import Any
 
 import msgspec
 from edgefleet_shared.errors import EdgefleetError, InputError
+from edgefleet_shared.malformed import MALFORMED
 
 from edgefleet_agent.runtime import control
 from edgefleet_agent.runtime.control import Load, Ping, Pong, Refused, Reply, Request, Retire, Shadow, Status, Switch
@@ -59,7 +60,7 @@ async def serve_control(listener: socket.socket, orders: Orders) -> asyncio.Abst
 async def _answer(line: bytes, orders: Orders) -> Reply:
     try:
         request = msgspec.json.decode(line, type=Request)
-    except msgspec.DecodeError as exc:
+    except MALFORMED as exc:
         return Refused(InputError(f"not a control request: {exc}").as_dict())
     try:
         return await _carry_out(request, orders)

@@ -12,6 +12,7 @@ from typing import Any
 
 import msgspec
 import numpy as np
+from edgefleet_shared.malformed import MALFORMED
 from google.protobuf.json_format import ParseDict
 from google.protobuf.message import Message
 
@@ -55,7 +56,7 @@ def failed(status: int, body: bytes) -> CallError:
     """The HTTP face's refusal as the call's end."""
     try:
         message = str(msgspec.json.decode(body)["error"])
-    except (msgspec.DecodeError, KeyError, TypeError):
+    except (*MALFORMED, KeyError, TypeError):
         message = f"the runtime answered with status {status}"
     return CallError(CODES.get(status, "INTERNAL"), message)
 

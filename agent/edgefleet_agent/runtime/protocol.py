@@ -18,6 +18,7 @@ import msgspec
 import numpy as np
 from edgefleet_shared.artifact import ModelConfig
 from edgefleet_shared.contract import TensorSpec
+from edgefleet_shared.malformed import MALFORMED
 
 from edgefleet_agent.runtime import json_data
 from edgefleet_agent.runtime.tensors import NUMPY, element_count
@@ -260,7 +261,7 @@ def _form_in_pieces(raw: bytes) -> Generator[None, None, Form]:
     """Raises: RequestError."""
     try:
         header = _decode_header(raw) if raw.count(b"{") <= MAX_OBJECTS else _crowded(raw)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
+    except MALFORMED as exc:
         raise RequestError(400, f"the request is not an inference request: {exc}") from exc
     outputs = _small(header.outputs, _Outputs, "outputs")
     if not header.inputs or len(header.inputs) > MAX_TENSORS or len(outputs) > MAX_TENSORS:
@@ -297,7 +298,7 @@ def _small(raw: msgspec.Raw, kind: type[_PartT], what: str) -> _PartT:
         return kind()
     try:
         return msgspec.json.decode(raw, type=kind)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
+    except MALFORMED as exc:
         raise RequestError(400, f"the request is not an inference request: {what}: {exc}") from exc
 
 

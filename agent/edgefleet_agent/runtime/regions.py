@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Protocol
 
 import msgspec
+from edgefleet_shared.malformed import MALFORMED
 
 from edgefleet_agent.runtime.protocol import RegionUse, RequestError
 
@@ -126,7 +127,7 @@ class Regions:
         """
         try:
             request = msgspec.json.decode(body, type=Register)
-        except (msgspec.DecodeError, UnicodeDecodeError) as exc:
+        except MALFORMED as exc:
             raise RequestError(400, f"not a registration: {exc}") from exc
         if not 0 < len(name) <= MAX_NAME_CHARACTERS:
             raise RequestError(400, f"a region's name has 1 to {MAX_NAME_CHARACTERS} characters")

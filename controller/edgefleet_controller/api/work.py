@@ -13,6 +13,7 @@ import msgspec
 from edgefleet_shared import work
 from edgefleet_shared.contract import AcceptanceReport
 from edgefleet_shared.errors import InputError, NotFoundError, from_dict
+from edgefleet_shared.malformed import MALFORMED
 from edgefleet_shared.work import IDENTITY_PREFIX, Failure, Going, Log, Progress, Wish, Wished
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import FileResponse, Response
@@ -123,5 +124,5 @@ def _json(value: Any) -> Response:
 def _decoded(content: bytes, kind: type[T]) -> T:
     try:
         return msgspec.json.decode(content, type=kind)
-    except msgspec.DecodeError as exc:
+    except MALFORMED as exc:
         raise InputError(f"not a {kind.__name__}: {exc}") from exc

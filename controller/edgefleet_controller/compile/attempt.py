@@ -14,6 +14,7 @@ from typing import Protocol
 
 import msgspec
 from edgefleet_shared.errors import EdgefleetError, EnvironmentProblem, ToolchainError, from_dict
+from edgefleet_shared.malformed import MALFORMED
 from edgefleet_shared.work import Answer, Progress
 
 from edgefleet_controller.compile.port import CompileResult
@@ -84,7 +85,7 @@ class Attempt:
         """
         try:
             return self._converse(listener)
-        except (msgspec.DecodeError, BrokenPipeError) as exc:
+        except (*MALFORMED, BrokenPipeError) as exc:
             # A process that was killed leaves half a line, or a pipe that nobody reads.
             raise self._ended() from exc
 

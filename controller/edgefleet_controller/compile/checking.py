@@ -14,6 +14,7 @@ import numpy as np
 from edgefleet_shared import golden
 from edgefleet_shared.artifact import GOLDEN_LAYER, MODEL_LAYER, QUALITY_LAYER, Layout, Manifest, ModelConfig
 from edgefleet_shared.errors import ArtifactError, TrustError
+from edgefleet_shared.malformed import MALFORMED
 from safetensors.numpy import load
 
 from edgefleet_controller.compile import packing, quality
@@ -109,7 +110,7 @@ def _same_pictures(manifest: Manifest, config: ModelConfig, version: ModelVersio
 def _same_figures(manifest: Manifest, result: CompileResult, layout: Layout) -> None:
     try:
         told = _QUALITY.decode(layout.read(manifest.layer(QUALITY_LAYER).digest, MAX_QUALITY_BYTES))
-    except msgspec.DecodeError as exc:
+    except MALFORMED as exc:
         raise ArtifactError(f"the artifact's quality layer can't be read: {exc}") from exc
     differing = [name for name in _REPEATED if told.get(name) != getattr(result.figures, name)]
     if differing or result.figures.compiled_bytes != manifest.layer(MODEL_LAYER).size:

@@ -27,6 +27,7 @@ import msgspec
 from edgefleet_shared import atomic
 from edgefleet_shared.artifact import digest_file
 from edgefleet_shared.errors import EnvironmentProblem, ToolchainUnusable
+from edgefleet_shared.malformed import MALFORMED
 
 from edgefleet_controller.compile.watching import Child, last_line, last_words, watch
 
@@ -279,7 +280,7 @@ def _quick_problem(folder: Path) -> str:
         return "its Python is gone"
     try:
         wanted = msgspec.json.decode((folder / MARKER).read_bytes(), type=dict[str, str])
-    except (OSError, msgspec.DecodeError) as exc:
+    except (OSError, *MALFORMED) as exc:
         return f"{MARKER} can't be read: {exc}"
     found = packages_of(folder)
     for name, version in wanted.items():

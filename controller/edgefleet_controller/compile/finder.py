@@ -12,6 +12,7 @@ import msgspec
 import onnx
 from edgefleet_shared import answers, atomic, detection, segmentation
 from edgefleet_shared.errors import EnvironmentProblem, ModelError, ToolchainError
+from edgefleet_shared.malformed import MALFORMED
 from safetensors.numpy import load_file
 
 from edgefleet_controller.compile import by_label, originals, pruning, quality, search
@@ -369,7 +370,7 @@ def _known(file: Path) -> Choice | None:
     """What an earlier search ended in; None where there was none, or nothing that can be read is left of it."""
     try:
         return msgspec.json.decode(file.read_bytes(), type=Choice)
-    except (FileNotFoundError, msgspec.DecodeError):
+    except (FileNotFoundError, *MALFORMED):
         return None
 
 

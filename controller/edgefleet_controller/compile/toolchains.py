@@ -21,6 +21,7 @@ from typing import Any
 import msgspec
 from edgefleet_shared import atomic, errors
 from edgefleet_shared.errors import ToolchainError, ToolchainUnusable
+from edgefleet_shared.malformed import MALFORMED
 
 from edgefleet_controller.compile import environments, tools
 from edgefleet_controller.compile.environments import Lock, Progress
@@ -152,7 +153,7 @@ class Toolchains:
         def line(text: bytes) -> None:
             try:
                 message = msgspec.json.decode(text, type=_Line, strict=False)
-            except msgspec.DecodeError as exc:
+            except MALFORMED as exc:
                 said = text[:200].decode(errors="replace")
                 raise ToolchainError(f"{name} answered what is no answer: {said!r}", hint=f"see {log_file}") from exc
             if message.progress is not None:

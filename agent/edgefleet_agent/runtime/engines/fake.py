@@ -13,6 +13,7 @@ import msgspec
 import numpy as np
 from edgefleet_shared.artifact import ModelConfig
 from edgefleet_shared.errors import EngineError
+from edgefleet_shared.malformed import MALFORMED
 
 from edgefleet_agent.runtime.tensors import NUMPY, Array
 
@@ -40,7 +41,7 @@ class FakeEngine:
     def load(self, path: Path, config: ModelConfig, threads: int) -> FakeSession:
         try:
             model = msgspec.json.decode(path.read_bytes(), type=FakeModel)
-        except (OSError, msgspec.DecodeError) as exc:
+        except (OSError, *MALFORMED) as exc:
             raise EngineError(f"not a fake model: {exc}") from exc
         return FakeSession(model, config)
 

@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import msgspec
 from edgefleet_shared.errors import EngineError
+from edgefleet_shared.malformed import MALFORMED
 
 from edgefleet_agent.board import EngineProbe
 from edgefleet_agent.runtime import engines
@@ -99,7 +100,7 @@ def _ended(load: _Load) -> EngineProbe | None:
     if pid == 0:
         return None
     code = os.waitstatus_to_exitcode(status)
-    with suppress(BlockingIOError, msgspec.DecodeError):
+    with suppress(BlockingIOError, *MALFORMED):
         return msgspec.json.decode(os.read(load.told, MOST_TOLD_BYTES), type=EngineProbe)
     return _died(load.name, describe_exit(code))
 
