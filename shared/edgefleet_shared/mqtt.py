@@ -316,10 +316,11 @@ class Link:
         self._wake_w.close()
 
     def _is_unheard(self) -> bool:
-        """Whether something that was sent was lost on a connection that seems to be well. An acknowledgement may wait behind what is under
-        way: on a slow line for minutes."""
+        """Whether something that was sent was lost on a connection that seems to be well. On a slow line it may wait for minutes behind what goes
+        out before it, and its acknowledgement behind what is under way."""
         oldest = min((next(iter(sent.values())) for sent in (self._awaited, self._asked) if sent), default=math.inf)
-        return time.monotonic() - oldest > ACKNOWLEDGED_S and self.quiet_s > KEEPALIVE_S
+        late = time.monotonic() - oldest > ACKNOWLEDGED_S
+        return late and self.quiet_s > KEEPALIVE_S and not self._client.want_write()
 
     def _serve(self) -> None:
         """Until the connection is gone: read, write, do queued work."""
