@@ -124,3 +124,38 @@ def test_a_mask_of_the_lowest_float_becomes_one_that_int8_can_add(tmp_path: Path
 )
 def test_other_masks_stay(tmp_path: Path, model: onnx.ModelProto) -> None:
     assert tidied(model, tmp_path).graph.node[0].input[1] == "mask"
+
+
+def answers(model: onnx.ModelProto) -> Any:
+    picture = np.random.default_rng(1).normal(size=(1, 3, 32, 32)).astype(np.float32)
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    return session.run(None, {"image": picture})[0]
+
+
+@pytest.mark.parametrize("kept", [True, False])
+@pytest.mark.parametrize("opset", [13, 18])
+@pytest.mark.parametrize("axes", [[2, 3], [-1, -2], [3, -2]])
+def test_a_mean_over_all_places_is_one_that_engines_have_in_int8(
+    tmp_path: Path, axes: list[int], opset: int, kept: bool
+) -> None:
+    net = Net(3)
+    net.conv(3, 8)
+    if opset == 18:
+        net.add("ReduceMean", net.constant(np.array(axes)), keepdims=int(kept))
+    else:
+        net.add("ReduceMean", axes=axes, keepdims=int(kept))
+    before = onnx.shape_inference.infer_shapes(net.model([1, 8, 1, 1] if kept else [1, 8], opset=opset))
+    after = tidied(before, tmp_path)
+    operators = [node.op_type for node in after.graph.node]
+    assert operators == ["Conv", "GlobalAveragePool", *([] if kept else ["Flatten"]), "Identity"]
+    np.testing.assert_allclose(answers(after), answers(before), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("axes", [[1, 2, 3], [2], [1], [3]])
+def test_another_mean_stays(tmp_path: Path, axes: list[int]) -> None:
+    net = Net(3)
+    net.conv(3, 8)
+    net.add("ReduceMean", axes=axes)
+    shape = [1 if axis in axes else size for axis, size in enumerate((1, 8, 32, 32))]
+    after = tidied(onnx.shape_inference.infer_shapes(net.model(shape)), tmp_path)
+    assert [node.op_type for node in after.graph.node] == ["Conv", "ReduceMean", "Identity"]

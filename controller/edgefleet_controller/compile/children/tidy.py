@@ -33,6 +33,7 @@ def tidy(path: str) -> None:
     _weights_in_float(model.graph)
     _summands_apart(model.graph)
     _slopes_in_common(model.graph)
+    _means_of_pictures(model.graph)
     gates_whole(model.graph, readers_of(model.graph))
     fold_affine(model.graph, readers_of(model.graph))
     _swept(model.graph)
@@ -139,6 +140,34 @@ def _slopes_in_common(graph: onnx.GraphProto) -> None:
                 node.op_type = "LeakyRelu"
                 del node.input[1:]
                 node.attribute.append(onnx.helper.make_attribute("alpha", float(slopes[0])))
+
+
+def _means_of_pictures(graph: onnx.GraphProto) -> None:
+    """Make means over all places of a picture GlobalAveragePools, as which engines have them in int8: torch's mean((2, 3)) is a ReduceMean."""
+    constants = {i.name: i for i in graph.initializer}
+    ranks = {
+        value.name: len(value.type.tensor_type.shape.dim) for value in (*graph.input, *graph.value_info)
+        if value.type.tensor_type.elem_type == onnx.TensorProto.FLOAT
+    }  # fmt: skip
+    nodes = list(graph.node)
+    graph.ClearField("node")
+    for node in nodes:
+        graph.node.append(node)
+        rank = ranks.get(node.input[0], 0) if node.op_type == "ReduceMean" else 0
+        told = {a.name: a for a in node.attribute}
+        axes = list(told["axes"].ints) if "axes" in told else []
+        if len(node.input) > 1 and node.input[1] in constants:
+            axes = numpy_helper.to_array(constants[node.input[1]]).reshape(-1).tolist()
+        if rank < 3 or sorted(axis % rank for axis in axes) != list(range(2, rank)):
+            continue
+        mean, output = graph.node[-1], node.output[0]
+        mean.op_type = "GlobalAveragePool"
+        del mean.input[1:], mean.attribute[:]
+        if "keepdims" in told and not told["keepdims"].i:
+            mean.output[0] = f"{output}/places"
+            graph.node.append(
+                onnx.helper.make_node("Flatten", [mean.output[0]], [output], name=f"{node.name}/row", axis=1)
+            )
 
 
 def _masks_no_lower(graph: onnx.GraphProto) -> None:
