@@ -128,6 +128,21 @@ def test_a_picture_gets_a_fourth_channel_once_for_all_who_read_it(tmp_path: Path
     assert [node.op_type for node in aligned.graph.node].count("Pad") == 1
 
 
+@pytest.mark.parametrize("normalized", [False, True])
+def test_a_picture_whose_channels_came_last_stays_as_it_is(tmp_path: Path, normalized: bool) -> None:
+    """Its pixels would be padded one by one."""
+    net = Net(3)
+    net.add("Reshape", net.constant(np.array([1, 32, 32, 3])))
+    net.add("Transpose", perm=[0, 3, 1, 2])
+    if normalized:
+        net.add("Sub", net.constant(np.linspace(0.1, 0.3, 3, dtype=np.float32).reshape(1, 3, 1, 1)))
+        net.add("Mul", net.constant(np.linspace(0.5, 2, 3, dtype=np.float32).reshape(1, 3, 1, 1)))
+    net.conv(3, 8)
+    net.conv(8, 8)
+    plain, aligned = quantized(net, tmp_path)
+    assert channels(aligned) == channels(plain)
+
+
 def widened(net: Net, more: int) -> str:
     return net.add("Pad", net.constant(np.array([0, 0, 0, 0, 0, more, 0, 0], np.int64)))
 

@@ -117,6 +117,15 @@ class _Network:
         node.input[1] = f"{node.output[0]}/pads"
         self._graph.initializer.append(numpy_helper.from_array(pads, node.input[1]))
 
+    def _came_last(self, name: str) -> bool:
+        """Whether a picture's channels came last, as TensorFlow has them: onnxruntime pads it as it came, pixel by pixel, which takes longer than is won."""
+        while (made := self._maker.get(name)) is not None and made.op_type in _UNARY | _BINARY | {"Cast", "Div"}:
+            name = next((read for read in made.input if read not in self._constants), "")
+        if made is None or made.op_type != "Transpose":
+            return False
+        order = next((list(a.ints) for a in made.attribute if a.name == "perm"), [])
+        return len(order) > 1 and order[1] == len(order) - 1
+
     def grow_pictures(self, growth: dict[str, int]) -> None:
         """Add channels to pictures behind their rounding, for convolutions in int8."""
         opset = next((entry.version for entry in self._model.opset_import if entry.domain in ("", "ai.onnx")), 0)
@@ -132,6 +141,8 @@ class _Network:
             rounded = self._maker.get(read.input[0])
             shape = self._shape.get(node.input[0], [])
             if rounded is None or len(shape) < 3 or not 0 < shape[1] < AT_ONCE or len(read.input) < 3:
+                continue
+            if self._came_last(rounded.input[0]):
                 continue
             more = AT_ONCE - shape[1]
             if read.output[0] not in padded:
