@@ -21,6 +21,7 @@ from .int8_weights import Settling
 from .measure import Array, Run, SampleFile, measure, run_all
 from .moved_halves import move_in_float
 from .readings import pools_first
+from .scaled import scale_by_convolutions
 from .slopes import slopes_apart
 from .tidy import tidy
 from .typed import write_types
@@ -84,12 +85,12 @@ def prepare(request: job.Request, progress: job.Progress) -> dict[str, Any]:
 
 def form(request: job.Request, progress: job.Progress) -> dict[str, Any]:
     """Write a network as onnxruntime is fast at it, unless that is as it is. Request: ``network``, ``formed`` (file to write). Returns: ``formed``, whether it is written."""
-    model = onnx.load(request["network"])
-    formed = slopes_apart(model.graph)
-    if formed:
+    model = onnx.shape_inference.infer_shapes(onnx.load(request["network"]))
+    formed = [slopes_apart(model.graph), scale_by_convolutions(model)]
+    if any(formed):
         onnx.save(model, request["formed"])
         tidy(request["formed"])
-    return {"formed": formed}
+    return {"formed": any(formed)}
 
 
 def _answers(run: Run, network: str, samples: SampleFile, progress: job.Progress) -> dict[str, Array]:
