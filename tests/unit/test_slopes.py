@@ -79,7 +79,14 @@ def by_place(net: Net) -> None:
     prelu(net, np.random.default_rng(2).uniform(0, 0.5, (8, 32, 32)))
 
 
-@pytest.mark.parametrize("make", [too_steep, read_by_others, behind_a_sum, by_column, by_place])
+def falling(net: Net) -> None:
+    """A channel that is never below zero has any slope, and all of it would get lost among millions of times as much."""
+    net.conv(3, 8)
+    net.constants[-1] = onnx.numpy_helper.from_array(np.full(8, 50, np.float32), net.nodes[-1].input[2])
+    prelu(net, np.array([-1e6] + [0.1] * 7).reshape(8, 1, 1))
+
+
+@pytest.mark.parametrize("make", [too_steep, falling, read_by_others, behind_a_sum, by_column, by_place])
 def test_others_stay(make: Callable[[Net], None]) -> None:
     net = Net(3)
     make(net)

@@ -14,7 +14,8 @@ from onnx import helper, numpy_helper
 
 from .tidy import readers_of
 
-STEEPEST = 0.8  # beyond, what is scaled by 1 - s gets lost among what is not
+# Beyond, what is scaled by 1 - s gets lost among what is not, or the other way round: from a fifth to five times.
+STEEPEST, FALLING = 0.8, -4.0
 
 
 def slopes_apart(graph: onnx.GraphProto) -> bool:
@@ -35,7 +36,7 @@ def slopes_apart(graph: onnx.GraphProto) -> bool:
             continue
         weight = numpy_helper.to_array(constants[made.input[1]])
         slopes = _by_channel(numpy_helper.to_array(constants[node.input[1]]), weight)
-        if slopes is None or weight.dtype != np.float32 or slopes.max() > STEEPEST:
+        if slopes is None or weight.dtype != np.float32 or not FALLING <= slopes.min() <= slopes.max() <= STEEPEST:
             continue
         scale = (1 - slopes).astype(np.float32)
         ones = [1] * (weight.ndim - 1)
