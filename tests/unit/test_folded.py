@@ -53,6 +53,17 @@ def test_a_factor_and_a_summand_behind_a_convolution(tmp_path: Path, shape: tupl
     assert operators(net, tmp_path) == ["Conv", "Relu"]
 
 
+def test_names_that_the_network_has_already_stay_its_own(tmp_path: Path) -> None:
+    net = Net(3)
+    net.conv(3, 8)
+    net.nodes[-1].input.pop()
+    net.add("Add", number(net, 0.3))
+    net.add("Relu")
+    net.nodes[-1].output[0] = net.last = "n0/bias"
+    net.add("Sigmoid")
+    assert operators(net, tmp_path) == ["Conv", "Relu", "Sigmoid"]
+
+
 def test_differences_and_quotients_too_and_where_there_was_no_bias(tmp_path: Path) -> None:
     net = Net(3)
     net.conv(3, 8)

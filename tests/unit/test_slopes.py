@@ -94,6 +94,25 @@ def test_others_stay(make: Callable[[Net], None]) -> None:
     assert apart(net) == (False, expected)
 
 
+@pytest.mark.parametrize("taken", ["weight", "slopes", "bias"])
+def test_names_that_the_network_has_already_stay_its_own(taken: str) -> None:
+    """Two PRelus read one constant, which is named as what replaces the first would be."""
+    net = Net(3)
+    net.conv(3, 8)
+    slopes = net.constant(SLOPES.reshape(8, 1, 1), f"n1/{taken}")
+    net.add("PRelu", slopes)
+    net.add("Sigmoid")
+    net.add("PRelu", slopes)
+    assert apart(net) == (True, ["Conv", "Relu", "Conv", "Add", "Sigmoid", "PRelu"])
+
+
+def test_what_reads_nothing_is_no_hindrance() -> None:
+    """Such as random numbers, for which a network is refused in words further on."""
+    drawn = onnx.helper.make_node("RandomNormal", [], ["drawn"], name="drawn", shape=[1, 3, 32, 32])
+    drawing = onnx.helper.make_graph([drawn], "drawing", [], [])
+    assert not slopes_apart(drawing)
+
+
 @pytest.mark.parametrize("slopes", [[0.2], np.full((8, 1, 1), 0.2), np.full((1, 1, 1), -0.3)])
 def test_one_slope_for_all_is_a_leaky_relu(tmp_path: Path, slopes: Any) -> None:
     net = Net(3)

@@ -14,6 +14,8 @@ import numpy.typing as npt
 import onnx
 from onnx import numpy_helper
 
+from .names import Names
+
 Array = npt.NDArray[Any]
 CONVOLUTIONS = ("Conv", "ConvTranspose")
 LEAST_RANK = 3  # of what a convolution reads and makes: a number of no more axes adds none
@@ -85,7 +87,7 @@ class _Folding:
     def __init__(self, graph: onnx.GraphProto, readers: Mapping[str, Sequence[onnx.NodeProto]]) -> None:
         self._graph = graph
         self._constants = {i.name: i for i in graph.initializer}
-        self._numbers = numbers_of(graph)
+        self._names, self._numbers = Names(graph), numbers_of(graph)
         self._maker = {name: node for node in graph.node for name in node.output}
         self._readers = {name: list(nodes) for name, nodes in readers.items()}
         self._served = {output.name for output in graph.output}
@@ -182,8 +184,7 @@ class _Folding:
 
     def _constant(self, name: str, values: Array) -> str:
         """The name of a constant of these values: this one, or where others have it already one like it."""
-        while name in self._constants:
-            name += "/folded"
+        name = self._names.free(name)
         self._graph.initializer.append(numpy_helper.from_array(np.asarray(values), name))
         self._constants[name] = self._graph.initializer[-1]
         return name
