@@ -293,6 +293,19 @@ def test_weights_that_two_read_stay_and_both_answer_the_same(tmp_path: Path) -> 
     assert np.array_equal(answers(aligned), answers(plain))
 
 
+@pytest.mark.parametrize("pictures", [1, 2])
+def test_a_weight_that_reads_pictures_twice_gets_no_channel_from_either(tmp_path: Path, pictures: int) -> None:
+    """As networks have it that compare two pictures."""
+    net = Net(3)
+    first = net.conv(3, 8)
+    weights = net.nodes[-1].input[1:]
+    other = "image" if pictures == 1 else net.add("Relu", first="image")
+    net.add("Conv", *weights, first=other, kernel_shape=[3, 3], pads=[2, 2, 2, 2], dilations=[2, 2])
+    net.add("Add", first)
+    plain, aligned = quantized(net, tmp_path)
+    np.testing.assert_array_equal(answers(aligned), answers(plain))
+
+
 def test_few_channels_do_not_become_many(tmp_path: Path) -> None:
     net = Net(3)
     net.conv(3, 7)

@@ -53,6 +53,54 @@ def test_a_factor_and_a_summand_behind_a_convolution(tmp_path: Path, shape: tupl
     assert operators(net, tmp_path) == ["Conv", "Relu"]
 
 
+def test_names_that_the_network_has_already_stay_its_own(tmp_path: Path) -> None:
+    net = Net(3)
+    net.conv(3, 8)
+    net.nodes[-1].input.pop()
+    net.add("Add", number(net, 0.3))
+    net.add("Relu")
+    net.nodes[-1].output[0] = net.last = "n0/bias"
+    net.add("Sigmoid")
+    assert operators(net, tmp_path) == ["Conv", "Relu", "Sigmoid"]
+
+
+def over_lines(folder: Path, steps: list[tuple[str, tuple[int, ...]]], pads: int) -> list[str]:
+    """The operators of a network that makes two axes three, where it does, and convolves over a line; its answers stay."""
+    weight = np.random.default_rng(2).normal(size=(2, 3, 3)).astype(np.float32)
+    constants, nodes, last = [onnx.numpy_helper.from_array(weight, "weight")], [], "image"
+    for place, (op, shape) in enumerate(steps):
+        constants.append(onnx.numpy_helper.from_array(np.full(shape, 2, np.float32), f"number{place}"))
+        nodes.append(onnx.helper.make_node(op, [last, f"number{place}"], [f"step{place}"]))
+        last = f"step{place}"
+    nodes.append(onnx.helper.make_node("Conv", [last, "weight"], ["out"], pads=[pads, pads]))
+    line, out = (onnx.helper.make_tensor_value_info(n, 1, s) for n, s in (("image", [3, 8]), ("out", [1, 2, None])))
+    graph = onnx.helper.make_graph(nodes, "lines", [line], [out], constants)
+    before = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=8)
+    path = str(folder / "network.onnx")
+    onnx.save(before, path)
+    tidy(path)
+    after = onnx.load(path)
+    picture = {"image": PICTURE[0, 0, :3, :8]}
+    have, want = (
+        onnxruntime.InferenceSession(one.SerializeToString(), providers=["CPUExecutionProvider"]).run(None, picture)[0]
+        for one in (after, before)
+    )
+    np.testing.assert_allclose(have, want, rtol=1e-4, atol=1e-5)
+    return [node.op_type for node in after.graph.node]
+
+
+@pytest.mark.parametrize(
+    ("steps", "pads"),
+    [
+        ([("Mul", (1, 1, 1))], 0),
+        ([("Mul", (1, 1, 1)), ("Add", ())], 1),
+        ([("Mul", ()), ("Add", (1, 1, 1))], 1),
+    ],
+)
+def test_a_number_that_adds_an_axis_stays(tmp_path: Path, steps: list[tuple[str, tuple[int, ...]]], pads: int) -> None:
+    assert over_lines(tmp_path, steps, pads) == [*(op for op, _ in steps), "Conv"]
+
+
 def test_differences_and_quotients_too_and_where_there_was_no_bias(tmp_path: Path) -> None:
     net = Net(3)
     net.conv(3, 8)

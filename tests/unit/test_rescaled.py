@@ -211,3 +211,18 @@ def test_both_ranges_have_the_same_levels(seed: int) -> None:
     assert zero_read == pytest.approx(zero - summand / factor / scale, abs=1e-4)
     assert ranges[value][0] <= low + 0.021 * (high - low) + 1.1 * scale
     assert ranges[value][1] >= high - 0.021 * (high - low) - 1.1 * scale
+
+
+@pytest.mark.parametrize("behind", ["Relu", "Sigmoid"])
+def test_a_number_that_adds_an_axis_stays(tmp_path: Path, behind: str) -> None:
+    net = Net(3)
+    net.conv(3, 16)
+    net.add("Flatten")
+    net.add(behind)
+    net.add("Add", net.constant(np.full((1, 1, 1), 0.3, np.float32)))
+    net.add("MatMul", net.constant((net.rng.normal(size=(16 * 32 * 32, 8)) / 128).astype(np.float32)))
+    model = onnx.shape_inference.infer_shapes(net.model([1, 1, 8], opset=14))
+    known, wanted = known_of(model, tmp_path), answers(model)
+    have = answers(qdq.quantize(model, known, RECIPE))
+    assert have.shape == wanted.shape
+    assert db(have, wanted) > 25

@@ -8,7 +8,7 @@ from edgefleet_controller.compile import search
 from edgefleet_controller.compile.port import Figures, target_named
 from edgefleet_controller.compile.pruning import Step, Tried
 from edgefleet_controller.compile.quality import misses
-from edgefleet_controller.compile.recipe import FLOAT, HALF, PLAIN_TENSORFLOW, TENSORFLOW, Recipe
+from edgefleet_controller.compile.recipe import CAME, FLOAT, HALF, PLAIN_TENSORFLOW, TENSORFLOW, Recipe
 from edgefleet_controller.compile.search import Candidate, LeftOut, Unit
 from support.networks import device_class
 
@@ -119,6 +119,33 @@ def test_what_fell_at_last_is_not_told_as_what_can_not_be_made() -> None:
     assert left.chosen == exact
     assert left.why == "fp32 is shipped, because no int8 candidate held at last"
     assert search.choose([exact], spec).why == "fp32 is shipped, because int8 can't be made"
+
+
+@pytest.mark.parametrize("prefer", ["latency", "size", "transfer", "accuracy"])
+@pytest.mark.parametrize("compiled_bytes", [4_000_000, 4_000_100])
+def test_int8_in_which_nothing_is_rounded_is_told_as_float(prefer: str, compiled_bytes: int) -> None:
+    """A network of operators that no engine has in int8 is the float model under another name."""
+    spec = device_class(search={"prefer": prefer}).spec
+    named = candidate(
+        spec=spec,
+        compiled_bytes=compiled_bytes,
+        wire_bytes=1,
+        float_wire_bytes=2,
+        sqnr_db=200.0,
+        agreement=1.0,
+        p50_ms=9.0,
+    )
+    chosen = search.choose([named, search.float_candidate(named, spec)], spec).chosen
+    assert chosen is not None
+    assert chosen.recipe == FLOAT
+    smaller = candidate(spec=spec, sqnr_db=200.0, agreement=1.0, p50_ms=9.0)
+    assert search.choose([smaller, search.float_candidate(smaller, spec)], spec).chosen == smaller
+
+
+def test_what_came_in_int8_is_told_as_such_though_it_answers_as_it_came() -> None:
+    spec = device_class(search={"prefer": "size"}).spec
+    came = candidate(CAME, spec, compiled_bytes=4_000_000, sqnr_db=200.0, agreement=1.0)
+    assert search.choose([came, search.float_candidate(came, spec)], spec).chosen == came
 
 
 def test_rounds_timed_in_busy_and_quiet_moments_compare_by_their_share_of_float() -> None:

@@ -79,12 +79,38 @@ def by_place(net: Net) -> None:
     prelu(net, np.random.default_rng(2).uniform(0, 0.5, (8, 32, 32)))
 
 
-@pytest.mark.parametrize("make", [too_steep, read_by_others, behind_a_sum, by_column, by_place])
+def falling(net: Net) -> None:
+    """A channel that is never below zero has any slope, and all of it would get lost among millions of times as much."""
+    net.conv(3, 8)
+    net.constants[-1] = onnx.numpy_helper.from_array(np.full(8, 50, np.float32), net.nodes[-1].input[2])
+    prelu(net, np.array([-1e6] + [0.1] * 7).reshape(8, 1, 1))
+
+
+@pytest.mark.parametrize("make", [too_steep, falling, read_by_others, behind_a_sum, by_column, by_place])
 def test_others_stay(make: Callable[[Net], None]) -> None:
     net = Net(3)
     make(net)
     expected = [node.op_type for node in net.nodes]
     assert apart(net) == (False, expected)
+
+
+@pytest.mark.parametrize("taken", ["weight", "slopes", "bias"])
+def test_names_that_the_network_has_already_stay_its_own(taken: str) -> None:
+    """Two PRelus read one constant, which is named as what replaces the first would be."""
+    net = Net(3)
+    net.conv(3, 8)
+    slopes = net.constant(SLOPES.reshape(8, 1, 1), f"n1/{taken}")
+    net.add("PRelu", slopes)
+    net.add("Sigmoid")
+    net.add("PRelu", slopes)
+    assert apart(net) == (True, ["Conv", "Relu", "Conv", "Add", "Sigmoid", "PRelu"])
+
+
+def test_what_reads_nothing_is_no_hindrance() -> None:
+    """Such as random numbers, for which a network is refused in words further on."""
+    drawn = onnx.helper.make_node("RandomNormal", [], ["drawn"], name="drawn", shape=[1, 3, 32, 32])
+    drawing = onnx.helper.make_graph([drawn], "drawing", [], [])
+    assert not slopes_apart(drawing)
 
 
 @pytest.mark.parametrize("slopes", [[0.2], np.full((8, 1, 1), 0.2), np.full((1, 1, 1), -0.3)])

@@ -30,6 +30,17 @@ def test_a_limit_that_is_left_away_at_the_end_has_no_name(tmp_path: Path) -> Non
     assert len(clip.input) == 2
 
 
+@pytest.mark.parametrize("read", [True, False])
+def test_a_pool_tells_where_its_maxima_were_where_anything_asks(tmp_path: Path, read: bool) -> None:
+    net = Net()
+    net.add("MaxPool", kernel_shape=[2, 2], strides=[2, 2])
+    net.nodes[-1].output.append("places")
+    if read:
+        net.add("Cast", first="places", to=onnx.TensorProto.FLOAT)
+    (pool, *_) = tidied(net.model([1, 3, 16, 16]), tmp_path).graph.node
+    assert len(pool.output) == 1 + read
+
+
 def test_what_exporters_remark_goes_and_what_is_said_of_the_model_stays(tmp_path: Path) -> None:
     """Torch writes to each node where in its source files it came from."""
     remark = "File src/net.py, line 3"

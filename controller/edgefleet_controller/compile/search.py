@@ -261,7 +261,7 @@ def choose(
     )
     if not fitting:
         return Choice(candidates=tuple(candidates), chosen=None, nearest=nearest, why=NOTHING, sensitivity=tuple(units))
-    chosen = _best(fitting, spec.search.prefer)
+    chosen = _best(_by_their_names(fitting), spec.search.prefer)
     return Choice(
         candidates=tuple(candidates),
         chosen=chosen,
@@ -312,6 +312,17 @@ def told_of(choice: Choice, candidates: Sequence[Candidate], fallen: Mapping[Rec
     return msgspec.structs.replace(
         choice, candidates=tuple(last.get(t.recipe, t) for t in candidates), why="; ".join([choice.why, *reasons])
     )
+
+
+def _by_their_names(fitting: Sequence[Candidate]) -> list[Candidate]:
+    """Without those that are called int8, answer as float and are no smaller than float that fits too: nothing is rounded in them."""
+    least = min((t.figures.compiled_bytes for t in fitting if t.recipe.exact), default=math.inf)
+
+    def named_wrongly(candidate: Candidate) -> bool:
+        called = candidate.recipe.precision == "int8" and candidate.recipe.quantizer != AS_IS
+        return called and answers_as_float(candidate) and candidate.figures.compiled_bytes >= least
+
+    return [candidate for candidate in fitting if not named_wrongly(candidate)]
 
 
 def _best(fitting: Sequence[Candidate], prefer: str) -> Candidate:

@@ -136,7 +136,7 @@ class _Network:
             read = self._maker.get(node.input[0])
             if not self._is_int8(node) or _groups(node) != 1 or read is None or read.op_type != "DequantizeLinear":
                 continue
-            if self._find(node.input[0]) in growth:
+            if self._find(node.input[0]) in growth or len(self._readers[node.input[1]]) > 1:
                 continue
             rounded = self._maker.get(read.input[0])
             shape = self._shape.get(node.input[0], [])

@@ -14,9 +14,11 @@ import numpy.typing as npt
 import onnx
 from onnx import numpy_helper
 
+from .names import Names
+
 Array = npt.NDArray[Any]
 CONVOLUTIONS = ("Conv", "ConvTranspose")
-LEAST_RANK = 3  # of what a convolution reads and makes: a number of no more axes adds none
+LEAST_RANK = 3  # of what a convolution makes: a number of no more axes adds none
 MOST_FACTOR, MOST_SUMMAND = 16.0, 1e4  # beyond, half precision may not hold weights or biases
 
 
@@ -85,7 +87,7 @@ class _Folding:
     def __init__(self, graph: onnx.GraphProto, readers: Mapping[str, Sequence[onnx.NodeProto]]) -> None:
         self._graph = graph
         self._constants = {i.name: i for i in graph.initializer}
-        self._numbers = numbers_of(graph)
+        self._names, self._numbers = Names(graph), numbers_of(graph)
         self._maker = {name: node for node in graph.node for name in node.output}
         self._readers = {name: list(nodes) for name, nodes in readers.items()}
         self._served = {output.name for output in graph.output}
@@ -114,7 +116,11 @@ class _Folding:
     def into_readers(self, node: onnx.NodeProto, affine: Affine) -> bool:
         """Whether the weights of all that read what a node makes have it now. A summand can't be put behind a frame of zeros."""
         reading = self._all_convolutions(node.output[0])
-        if not reading or (affine.summand and any(_has_frame(one) for one in reading)):
+        if (
+            not reading
+            or self._adds_axes(node, reading)
+            or (affine.summand and any(_has_frame(one) for one in reading))
+        ):
             return False
         for one in reading:
             weight, bias = self._weight(one), self._bias(one)
@@ -129,7 +135,7 @@ class _Folding:
         behind = self._readers.get(node.output[0], [])
         stays = self.affine_of(behind[0]) if len(behind) == 1 and node.output[0] not in self._served else None
         reading = self._all_convolutions(behind[0].output[0]) if stays is not None and stays.summand else []
-        if affine.summand or stays is None or not reading:
+        if affine.summand or stays is None or not reading or any(self._adds_axes(n, reading) for n in (node, *behind)):
             return False
         for one in reading:
             self._set(one, self._weight(one) * np.float32(affine.factor), self._bias(one))
@@ -144,6 +150,11 @@ class _Folding:
         reading = self._readers.get(name, [])
         alone = all(self._takes(one) and one.op_type == "Conv" and one.input[0] == name for one in reading)
         return reading if alone and name not in self._served else []
+
+    def _adds_axes(self, node: onnx.NodeProto, reading: Sequence[onnx.NodeProto]) -> bool:
+        """Whether the number of a node may have axes that its value has not: as many as who reads it then."""
+        axes = min(len(self._constants[one.input[1]].dims) for one in reading)
+        return any(len(self._constants[name].dims) >= axes for name in node.input if name in self._constants)
 
     def _read_by(self, value: str, gone: onnx.NodeProto, instead: list[onnx.NodeProto]) -> None:
         self._readers[value] = [one for one in self._readers[value] if one is not gone] + instead
@@ -182,8 +193,7 @@ class _Folding:
 
     def _constant(self, name: str, values: Array) -> str:
         """The name of a constant of these values: this one, or where others have it already one like it."""
-        while name in self._constants:
-            name += "/folded"
+        name = self._names.free(name)
         self._graph.initializer.append(numpy_helper.from_array(np.asarray(values), name))
         self._constants[name] = self._graph.initializer[-1]
         return name

@@ -49,6 +49,17 @@ def settle_ranges(
     served = {output.name for output in model.graph.output}
     maker = {name: node for node in model.graph.node for name in node.output}
 
+    inferred = (*model.graph.input, *model.graph.value_info, *model.graph.output)
+    axes = {i.name: len(i.dims) for i in model.graph.initializer}
+    axes |= {value.name: len(value.type.tensor_type.shape.dim) for value in inferred}
+
+    def step_of(node: onnx.NodeProto | None) -> Affine | None:
+        step = affine_of(node, numbers) if node is not None else None
+        if node is None or step is None or step.value not in ranges:
+            return None
+        # A number of more axes than its value has adds some.
+        return step if all(axes[name] <= axes.get(step.value, 1) for name in node.input if name in numbers) else None
+
     def only_reader(name: str) -> bool:
         return len(readers.get(name, [])) == 1 and name not in served
 
@@ -57,7 +68,7 @@ def settle_ranges(
         read = node.input[0] if node.op_type in IN_INT8 and node.name not in in_float else ""
         first, affine = "", Affine(read, 1.0, 0.0)
         made = maker.get(read)
-        while made is not None and (step := affine_of(made, numbers)) is not None and step.value in ranges:
+        while made is not None and (step := step_of(made)) is not None:
             summed = affine.summand + affine.factor * step.summand
             first, affine = made.name, Affine(step.value, affine.factor * step.factor, summed)
             made = maker.get(step.value)

@@ -12,9 +12,11 @@ import numpy.typing as npt
 import onnx
 from onnx import helper, numpy_helper
 
+from .names import Names
 from .tidy import readers_of
 
-STEEPEST = 0.8  # beyond, what is scaled by 1 - s gets lost among what is not
+# Beyond, what is scaled by 1 - s gets lost among what is not, or the other way round: from a fifth to five times.
+STEEPEST, FALLING = 0.8, -4.0
 
 
 def slopes_apart(graph: onnx.GraphProto) -> bool:
@@ -22,9 +24,9 @@ def slopes_apart(graph: onnx.GraphProto) -> bool:
     constants = {i.name: i for i in graph.initializer}
     maker = {name: node for node in graph.node for name in node.output}
     readers, served = readers_of(graph), {output.name for output in graph.output}
-    new: dict[str, list[onnx.NodeProto]] = {}
-    for node in graph.node:
-        made = maker.get(node.input[0]) if node.op_type == "PRelu" else None
+    names, new = Names(graph), dict[str, list[onnx.NodeProto]]()
+    for node in [one for one in graph.node if one.op_type == "PRelu"]:
+        made = maker.get(node.input[0])
         alone = len(readers.get(node.input[0], [])) == 1 and node.input[0] not in served
         if (
             made is None
@@ -35,26 +37,27 @@ def slopes_apart(graph: onnx.GraphProto) -> bool:
             continue
         weight = numpy_helper.to_array(constants[made.input[1]])
         slopes = _by_channel(numpy_helper.to_array(constants[node.input[1]]), weight)
-        if slopes is None or weight.dtype != np.float32 or slopes.max() > STEEPEST:
+        if slopes is None or weight.dtype != np.float32 or not FALLING <= slopes.min() <= slopes.max() <= STEEPEST:
             continue
         scale = (1 - slopes).astype(np.float32)
         ones = [1] * (weight.ndim - 1)
-        values = {
-            f"{node.name}/weight": weight * scale.reshape(-1, *ones),
-            f"{node.name}/slopes": (slopes / scale).astype(np.float32).reshape(-1, *ones),
-        }
-        made.input[1] = f"{node.name}/weight"
+        ramp = names.free(f"{node.name}/slopes")
+        values = {ramp: (slopes / scale).astype(np.float32).reshape(-1, *ones)}
+        made.input[1] = names.free(f"{node.name}/weight")
+        values[made.input[1]] = weight * scale.reshape(-1, *ones)
         if len(made.input) > 2:
-            values[f"{node.name}/bias"] = numpy_helper.to_array(constants[made.input[2]]) * scale
-            made.input[2] = f"{node.name}/bias"
+            bias = numpy_helper.to_array(constants[made.input[2]]) * scale
+            made.input[2] = names.free(f"{node.name}/bias")
+            values[made.input[2]] = bias
         graph.initializer.extend(numpy_helper.from_array(value, name) for name, value in values.items())
         x, y = node.input[0], node.output[0]
+        above, sloping = (names.free(f"{y}/{part}") for part in ("above", "sloping"))
         new[node.name] = [
-            helper.make_node("Relu", [x], [f"{y}/above"], name=f"{node.name}/above"),
+            helper.make_node("Relu", [x], [above], name=f"{node.name}/above"),
             helper.make_node(
-                "Conv", [x, f"{node.name}/slopes"], [f"{y}/sloping"], name=f"{node.name}/sloping", group=len(slopes), kernel_shape=ones[1:],
+                "Conv", [x, ramp], [sloping], name=f"{node.name}/sloping", group=len(slopes), kernel_shape=ones[1:],
             ),
-            helper.make_node("Add", [f"{y}/above", f"{y}/sloping"], [y], name=node.name),
+            helper.make_node("Add", [above, sloping], [y], name=node.name),
         ]  # fmt: skip
     nodes = [one for node in graph.node for one in new.get(node.name, [node])]
     copies = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]

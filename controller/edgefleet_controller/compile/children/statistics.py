@@ -135,6 +135,8 @@ def _histogram(value: Array, extremes: list[float]) -> Array:
     low, high = extremes
     if high <= low:
         return np.zeros(BINS)
+    if high - low > float(np.finfo(np.float32).max):
+        flat = flat.astype(np.float64)
     places = np.minimum(((flat - low) * (BINS / (high - low))).astype(np.int64), BINS - 1)
     found: Array = np.bincount(places, minlength=BINS).astype(np.float64)
     return found

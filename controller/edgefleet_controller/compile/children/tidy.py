@@ -28,6 +28,7 @@ def tidy(path: str) -> None:
         # A limit that is left away: torch writes an empty name for it, and onnx2torch looks for that one.
         while node.input and not node.input[-1]:
             del node.input[-1]
+    _without_places(model.graph)
     _stand_aside(model.graph)
     _masks_no_lower(model.graph)
     _weights_in_float(model.graph)
@@ -45,6 +46,14 @@ def _named_once(model: onnx.ModelProto) -> None:
     sets = {entry.domain: entry.version for entry in model.opset_import}
     del model.opset_import[:]
     model.opset_import.extend(onnx.helper.make_opsetid(domain, version) for domain, version in sets.items())
+
+
+def _without_places(graph: onnx.GraphProto) -> None:
+    """Let pools tell the places of their maxima no more where nothing reads these: engines have pools that can't."""
+    read = {name for node in graph.node for name in read_by(node)} | {output.name for output in graph.output}
+    for node in graph.node:
+        if node.op_type == "MaxPool" and read.isdisjoint(node.output[1:]):
+            del node.output[1:]
 
 
 def _without_remarks(graph: onnx.GraphProto) -> None:
