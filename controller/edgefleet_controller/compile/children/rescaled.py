@@ -20,7 +20,7 @@ from .tidy import readers_of
 from .weights import LEVELS, WEIGHTED
 
 IN_INT8 = (*WEIGHTED, "AveragePool", "GlobalAveragePool")  # operators that what they read is rounded for
-SLACK = 1e-3  # of a scale or a level, that a reading may be off by
+SLACK, LEVEL_SLACK = 1e-3, 0.02  # of a scale and of a level, that a reading may be off by
 STRETCH = (
     0.98,
     1.2,
@@ -126,14 +126,14 @@ def by_readings(model: onnx.ModelProto, readings: dict[str, Reading]) -> None:
                 continue
             scale, zero = after[0] / factor, after[1] + summand / after[0]
             if read == value:
-                if abs(zero - round(zero)) > SLACK * LEVELS or not 0 <= round(zero) <= LEVELS:
+                if abs(zero - round(zero)) > LEVEL_SLACK or not 0 <= round(zero) <= LEVELS:
                     continue
                 told = {f"{name}/before/scale": np.float32(scale), f"{name}/before/zero": np.uint8(round(zero))}
                 graph.initializer.extend(numpy_helper.from_array(np.asarray(n), key) for key, n in told.items())
                 rounding.input[:] = [value, *told]
                 continue
             before = levels(maker[read])
-            if before is None or abs(before[0] / scale - 1) > SLACK or abs(before[1] - zero) > SLACK * LEVELS:
+            if before is None or abs(before[0] / scale - 1) > SLACK or abs(before[1] - zero) > LEVEL_SLACK:
                 continue
             for one in readers.get(rounding.output[0], []):
                 one.input[0] = maker[read].input[0]

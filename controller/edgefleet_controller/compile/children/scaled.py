@@ -14,6 +14,7 @@ import numpy.typing as npt
 import onnx
 from onnx import helper, numpy_helper
 
+from .names import Names
 from .tidy import readers_of
 from .weights import WEIGHTED
 
@@ -34,7 +35,7 @@ def scale_by_convolutions(model: onnx.ModelProto) -> bool:
         for value in graph.value_info if value.type.tensor_type.elem_type == onnx.TensorProto.FLOAT
     }  # fmt: skip
     readers, served = readers_of(graph), {output.name for output in graph.output}
-    computed = _computed(graph)
+    computed, names = _computed(graph), Names(graph)
     new: dict[str, onnx.NodeProto | None] = {}
     for node in graph.node:
         read = next((name for name in node.input if name not in constants), "")
@@ -51,7 +52,7 @@ def scale_by_convolutions(model: onnx.ModelProto) -> bool:
             if more is not None:
                 last, new[node.name] = behind[0], None
                 factors, summands = factors * more[0], summands * more[0] + more[1]
-        weight, bias = f"{last.name}/factors", f"{last.name}/summands"
+        weight, bias = names.free(f"{last.name}/factors"), names.free(f"{last.name}/summands")
         ones = [1] * (len(shape) - 2)
         graph.initializer.append(numpy_helper.from_array(factors.astype(np.float32).reshape(-1, 1, *ones), weight))
         graph.initializer.append(numpy_helper.from_array(summands.astype(np.float32), bias))
