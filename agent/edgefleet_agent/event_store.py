@@ -25,7 +25,7 @@ from typing import Literal
 
 import msgspec
 from edgefleet_shared import atomic
-from edgefleet_shared.errors import EnvironmentProblem
+from edgefleet_shared.errors import ArtifactError, EnvironmentProblem
 from edgefleet_shared.files import FileSystem
 from edgefleet_shared.malformed import MALFORMED
 
@@ -368,10 +368,10 @@ class EventStore:
     def _read_given_up(self) -> GivenUp:
         path = self._folder / "dropped.json"
         try:
-            return msgspec.json.decode(atomic.read(path, files=self._files), type=GivenUp)
+            return msgspec.json.decode(atomic.read_or_damaged(path, False, files=self._files), type=GivenUp)
         except FileNotFoundError:
             return GivenUp()
-        except MALFORMED as exc:
+        except (ArtifactError, *MALFORMED) as exc:
             log.error(
                 "dropped.json damaged",
                 extra={"reason": str(exc), "kept_as": str(atomic.set_aside(path, files=self._files))},

@@ -284,18 +284,21 @@ class Layout:
         return parse_agent_config(self.read(manifest.config.digest, MAX_CONFIG_BYTES))
 
     def digests(self) -> Iterator[str]:
-        """Every blob that is here. What else lies among them is nobody's business: a disk's ``lost+found``, a note of an operator's."""
+        """Every blob that is here. What else lies among them is nobody's business: a disk's ``lost+found``, a note of an operator's, a folder
+        whatever its name."""
         for name in self._names():
-            if _is_hex(name):
+            if _is_hex(name) and not self._is_folder(self._blobs / name):
                 yield f"sha256:{name}"
 
     def unfinished(self) -> Iterator[Path]:
         """Files that are no blob: what an interrupted fetch or copy left behind, and what it knew about that."""
         for path in (self._blobs / name for name in self._names() if name.startswith(".")):
-            with atomic.disk_errors(path, "read"):
-                is_folder = self.files.is_folder(path)
-            if not is_folder:
+            if not self._is_folder(path):
                 yield path
+
+    def _is_folder(self, path: Path) -> bool:
+        with atomic.disk_errors(path, "read"):
+            return self.files.is_folder(path)
 
     def _names(self) -> list[str]:
         with atomic.disk_errors(self._blobs, "read"):

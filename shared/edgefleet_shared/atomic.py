@@ -54,8 +54,21 @@ def is_broken(error: EnvironmentProblem) -> bool:
     return isinstance(error.__cause__, OSError) and error.__cause__.errno in _BROKEN
 
 
+# What is answered where a folder, a pipe, a device or a link to itself lies under a file's name.
+_NO_FILE = frozenset({errno.EISDIR, errno.ENXIO, errno.ELOOP})
+# What is answered where a name can't be given because a folder, or a file in a folder's way, has it.
+_TAKEN = frozenset({errno.EISDIR, errno.ENOTDIR, errno.ENOTEMPTY, errno.EEXIST})
+ASIDES = 8  # of one name that are kept, where they can't take each other's place
+
+
+def is_no_file(error: EnvironmentProblem) -> bool:
+    """Whether something else than a file lies there: no other try helps."""
+    return isinstance(error.__cause__, OSError) and error.__cause__.errno in _NO_FILE
+
+
 def unless_lost(read: Callable[[], T]) -> T | None:
-    """What ``read`` returns; None when the disk broke over it, and over it again: for what can be done without, or made anew.
+    """What ``read`` returns; None when the disk broke over it, and over it again, or no file lies there: for what can be done without, or made
+    anew.
 
     Raises:
         whatever else ``read`` does.
@@ -64,7 +77,7 @@ def unless_lost(read: Callable[[], T]) -> T | None:
         try:
             return read()
         except EnvironmentProblem as exc:
-            if not is_broken(exc):
+            if not is_broken(exc) and not is_no_file(exc):
                 raise
     return None
 
@@ -79,11 +92,11 @@ def read(path: Path, *, files: FileSystem = DISK) -> bytes:
 
 
 def read_or_damaged(path: Path, given_up: bool, *, files: FileSystem = DISK) -> bytes:
-    """A file's bytes. Raises like :func:`read`, but ArtifactError where the disk broke over it and was ``given_up``."""
+    """A file's bytes. Raises like :func:`read`, but ArtifactError where no file lies there, or the disk broke over it and was ``given_up``."""
     try:
         return read(path, files=files)
     except EnvironmentProblem as exc:
-        if not given_up or not is_broken(exc):
+        if not is_no_file(exc) and not (given_up and is_broken(exc)):
             raise
         raise ArtifactError(f"{exc.message}, however often", hint="the agent begins a new one") from exc
 
@@ -134,8 +147,14 @@ def write(path: Path, content: bytes, mode: int = 0o644, *, files: FileSystem = 
     temporary = path.with_name(f".{path.name}.tmp")
     with disk_errors(path):
         try:
-            _fill(temporary, content, mode, files)
-            files.replace(temporary, path)
+            try:
+                _fill(temporary, content, mode, files)
+            except OSError as exc:
+                if exc.errno not in _NO_FILE | {errno.EACCES}:
+                    raise
+                _clear(temporary, files)
+                _fill(temporary, content, mode, files)
+            _name(temporary, path, files)
         except BaseException:
             with suppress(OSError):
                 files.unlink(temporary)
@@ -175,8 +194,25 @@ def incoming(folder: Path, *, files: FileSystem = DISK) -> Iterator[Path]:
         raise
 
 
+def _clear(path: Path, files: FileSystem) -> None:
+    """Remove what is in a temporary file's way; a folder is kept for people."""
+    try:
+        files.unlink(path)
+    except IsADirectoryError:
+        set_aside(path, files=files)
+
+
+def _name(temporary: Path, path: Path, files: FileSystem) -> None:
+    """Give a file its name. A folder that has it is none of ours, and is kept for people."""
+    try:
+        files.replace(temporary, path)
+    except IsADirectoryError:
+        set_aside(path, files=files)
+        files.replace(temporary, path)
+
+
 def _fill(path: Path, content: bytes, mode: int, files: FileSystem) -> None:
-    fd = files.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
+    fd = files.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, mode)
     try:
         files.fchmod(fd, mode)
         _write_all(fd, content, 0, files)
@@ -258,7 +294,7 @@ def adopt(temporary: Path, path: Path, *, files: FileSystem = DISK) -> None:
     with disk_errors(path):
         try:
             _sync_file(temporary, files)
-            files.replace(temporary, path)
+            _name(temporary, path, files)
         except BaseException:
             with suppress(OSError):
                 files.unlink(temporary)
@@ -275,10 +311,17 @@ def remove(path: Path, *, files: FileSystem = DISK) -> None:
 
 
 def set_aside(path: Path, *, files: FileSystem = DISK) -> Path:
-    """Keep a damaged file for people under ``<name>.damaged``, durably, so that its place is free. Returns where it is."""
-    aside = path.with_name(f"{path.name}.damaged")
+    """Keep what is damaged, or no file, for people under ``<name>.damaged``, durably, so that its place is free. Returns where it is: folders that
+    can't take each other's place are numbered."""
     with disk_errors(path, "set aside"):
-        files.replace(path, aside)
+        for number in range(1, ASIDES + 1):
+            aside = path.with_name(f"{path.name}.damaged{f'-{number}' if number > 1 else ''}")
+            try:
+                files.replace(path, aside)
+                break
+            except OSError as exc:
+                if exc.errno not in _TAKEN or number == ASIDES:
+                    raise
         sync_folder(path.parent, files=files)
     return aside
 
@@ -297,11 +340,11 @@ def lock(folder: Path, owner: str) -> Iterator[None]:
     path = folder / ".lock"
     with disk_errors(path, "lock"):
         try:
-            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK, 0o644)
         except OSError as exc:
-            if exc.errno not in (errno.EROFS, errno.ENOSPC, errno.EDQUOT):
+            if exc.errno not in _NO_FILE | {errno.EROFS, errno.ENOSPC, errno.EDQUOT}:
                 raise
-            # The file from the last start will do, and the folder itself where there never was one.
+            # What is there will do, whatever it is, and the folder itself where nothing is.
             fd = os.open(path if path.exists() else folder, os.O_RDONLY | os.O_CLOEXEC)
     try:
         try:

@@ -7,6 +7,7 @@ method raises ``OSError`` as ``os`` does.
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from pathlib import Path
@@ -17,7 +18,8 @@ class FileSystem(Protocol):
     """The operations, named after the system calls."""
 
     def open(self, path: Path, flags: int, mode: int = 0o644) -> int:
-        """A descriptor of this port; ``flags`` are those of ``os.open``."""
+        """A descriptor of this port; ``flags`` are those of ``os.open``. Raises OSError with EISDIR for a folder, unless they ask for one, and with
+        ENXIO for what is neither: nobody waits for the other end of a pipe."""
         ...
 
     def close(self, fd: int) -> None: ...
@@ -61,7 +63,13 @@ class Disk:
     """The real one."""
 
     def open(self, path: Path, flags: int, mode: int = 0o644) -> int:
-        return os.open(path, flags | os.O_CLOEXEC, mode)
+        fd = os.open(path, flags | os.O_CLOEXEC | os.O_NONBLOCK, mode)
+        kind = os.fstat(fd).st_mode
+        if stat.S_ISREG(kind) or (stat.S_ISDIR(kind) and flags & os.O_DIRECTORY):
+            return fd
+        os.close(fd)
+        refused = errno.EISDIR if stat.S_ISDIR(kind) else errno.ENXIO
+        raise OSError(refused, os.strerror(refused) if refused == errno.EISDIR else "it is no file", str(path))
 
     def close(self, fd: int) -> None:
         os.close(fd)

@@ -66,6 +66,7 @@ class Endpoint(msgspec.Struct, frozen=True, kw_only=True):
             TransportError: a file is missing or no PEM.
         """
         try:
+            _need_files(self.ca)
             context = ssl.create_default_context(ssl.Purpose.SERVER_AUTH, cafile=str(self.ca))
         except (OSError, ssl.SSLError) as exc:
             raise TransportError(f"the certificates for {self.host} can't be used: {exc}") from exc
@@ -81,6 +82,7 @@ class Endpoint(msgspec.Struct, frozen=True, kw_only=True):
             TransportError: a file is missing or no PEM.
         """
         try:
+            _need_files(self.certificate, self.key)
             context.load_cert_chain(str(self.certificate), str(self.key))
             begins, _ = validity(self.certificate)
         except (OSError, ssl.SSLError) as exc:
@@ -367,6 +369,13 @@ class Link:
             leftover = self._client.socket()
             if leftover is not None and not self._stopping.is_set():
                 leftover.close()
+
+
+def _need_files(*paths: Path) -> None:
+    """Raises OSError: one is a pipe or the like, at which OpenSSL would wait for ever."""
+    for path in paths:
+        if path.exists() and not path.is_file():
+            raise OSError(f"{path} is no file")
 
 
 def _address(host: str) -> Any:

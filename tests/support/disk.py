@@ -137,6 +137,11 @@ class MemoryDisk:
         node = parent.names.get(old)
         if node is None:
             raise self._error(errno.ENOENT, source)
+        there = parent.names.get(new)
+        if there is not None and there.names is not None and (node.names is None or there.names):
+            raise self._error(errno.EISDIR if node.names is None else errno.ENOTEMPTY, target)
+        if there is not None and there.names is None and node.names is not None:
+            raise self._error(errno.ENOTDIR, target)
         del parent.names[old]
         parent.names[new] = node
         parent.changes.append(((old, None), (new, node)))
@@ -147,6 +152,8 @@ class MemoryDisk:
         parent, name = self._parent(str(path))
         if name not in parent.names:
             raise self._error(errno.ENOENT, path)
+        if parent.names[name].names is not None:
+            raise self._error(errno.EISDIR, path)
         del parent.names[name]
         parent.changes.append(((name, None),))
         self._end("unlink", path)

@@ -86,3 +86,10 @@ def test_what_a_killed_writer_left_is_no_part_of_a_later_blob(tmp_path: Path, fr
         stored = layout.put(content)
     layout.check(stored)
     assert not left.exists()
+
+
+def test_a_folder_that_is_named_like_a_blob_is_nobodys_blob(tmp_path: Path) -> None:
+    layout = Layout(tmp_path)
+    kept = layout.put(b"a blob").digest
+    layout.path(digest_of(b"something else")).mkdir()
+    assert list(layout.digests()) == [kept]
