@@ -21,10 +21,8 @@ from .weights import LEVELS, WEIGHTED
 
 IN_INT8 = (*WEIGHTED, "AveragePool", "GlobalAveragePool")  # operators that what they read is rounded for
 SLACK, LEVEL_SLACK = 1e-3, 0.02  # of a scale and of a level, that a reading may be off by
-STRETCH = (
-    0.98,
-    1.2,
-)  # times a range may become as wide, so that a summand is a whole number of its levels: a second rounding costs more
+# Times that a range may become as wide, so that a summand is a whole number of its levels: a second rounding costs more.
+STRETCH = (0.98, 1.2)
 
 
 class Reading(NamedTuple):
