@@ -2,26 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
-from edgefleet_controller.compile.children import qdq, statistics
-from edgefleet_controller.compile.children.measure import SampleFile
+from edgefleet_controller.compile.children import qdq
 from edgefleet_controller.compile.children.slopes import slopes_apart
-from safetensors.numpy import save_file
+from support.int8 import RECIPE, answers, db, kernels, known_of
 from support.networks import Net
-
-RECIPE = {
-    "ranges": "minmax", "weights": "pairs", "granularity": "channel", "activations": "uint8", "scope": "all", "correct_bias": True, "in_float": [],
-    "fit_weights": True, "fused_activations": False, "gates_in_int8": True, "aligned_channels": False,
-}  # fmt: skip
-PICTURES = np.random.default_rng(1).normal(size=(8, 3, 32, 32)).astype(np.float32)
 
 
 def relu(net: Net) -> str:
@@ -47,20 +37,6 @@ def before_it_is_activated(activate: Callable[[Net], str]) -> onnx.ModelProto:
     net.conv(8, 8)
     net.add("Add", value)
     return onnx.shape_inference.infer_shapes(net.model([1, 8, 32, 32]))
-
-
-def known_of(model: onnx.ModelProto, folder: Path) -> Any:
-    save_file({"image": PICTURES}, folder / "samples")
-    return statistics.collect(model, SampleFile(str(folder / "samples")), lambda *_: None, histograms=False)
-
-
-def answers(model: onnx.ModelProto) -> Any:
-    running = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-    return np.concatenate([running.run(None, {"image": one[None]})[0] for one in PICTURES])
-
-
-def db(have: Any, want: Any) -> float:
-    return float(10 * np.log10(np.sum(want**2) / np.sum((have - want) ** 2)))
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
@@ -91,13 +67,7 @@ def test_the_engine_goes_to_float_no_more(tmp_path: Path) -> None:
     model = onnx.shape_inference.infer_shapes(model)
     quantized = qdq.quantize(model, known_of(model, tmp_path), RECIPE)
     assert db(answers(quantized), answers(model)) > 25
-    options = onnxruntime.SessionOptions()
-    options.enable_profiling = True
-    options.profile_file_prefix = str(tmp_path / "profile")
-    running = onnxruntime.InferenceSession(quantized.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    running.run(None, {"image": PICTURES[:1]})
-    events = json.loads(Path(running.end_profiling()).read_text())
-    ran = [event["args"]["op_name"] for event in events if event.get("name", "").endswith("_kernel_time")]
+    ran = kernels(quantized, tmp_path)
     assert ran.count("Clip") == 2
     assert ran.count("QuantizeLinear") == ran.count("DequantizeLinear") == 1
 

@@ -2,25 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
-from edgefleet_controller.compile.children import qdq, statistics
+from edgefleet_controller.compile.children import qdq
 from edgefleet_controller.compile.children.gates import in_pieces
-from edgefleet_controller.compile.children.measure import SampleFile
-from safetensors.numpy import save_file
+from support.int8 import RECIPE, answers, db, kernels, known_of
 from support.networks import Net
-
-RECIPE = {
-    "ranges": "minmax", "weights": "pairs", "granularity": "channel", "activations": "uint8", "scope": "all", "correct_bias": True, "in_float": [],
-    "fit_weights": True, "fused_activations": False, "gates_in_int8": True, "aligned_channels": False,
-}  # fmt: skip
-PICTURES = np.random.default_rng(1).normal(size=(8, 3, 32, 32)).astype(np.float32)
 
 
 def hard_swish(net: Net, *, pieces: bool) -> None:
@@ -46,28 +36,6 @@ def mobile(*, pieces: bool, alpha: float = 0.2, beta: float = 0.5) -> onnx.Model
     net.add("Add", weighed)
     net.conv(16, 8)
     return onnx.shape_inference.infer_shapes(net.model([1, 8, 32, 32], opset=14))
-
-
-def session(model: onnx.ModelProto, folder: Path | None = None) -> onnxruntime.InferenceSession:
-    options = onnxruntime.SessionOptions()
-    if folder is not None:
-        options.enable_profiling = True
-        options.profile_file_prefix = str(folder / "profile")
-    return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-
-
-def answers(model: onnx.ModelProto) -> Any:
-    running = session(model)
-    return np.concatenate([running.run(None, {"image": one[None]})[0] for one in PICTURES])
-
-
-def known_of(model: onnx.ModelProto, folder: Path) -> Any:
-    save_file({"image": PICTURES}, folder / "samples")
-    return statistics.collect(model, SampleFile(str(folder / "samples")), lambda *_: None, histograms=False)
-
-
-def db(have: Any, want: Any) -> float:
-    return float(10 * np.log10(np.sum(want**2) / np.sum((have - want) ** 2)))
 
 
 @pytest.mark.parametrize("pieces", [True, False])
@@ -101,10 +69,7 @@ def test_a_gate_behind_which_an_activation_ends_it_again_answers_as_in_float(tmp
 @pytest.mark.parametrize("pieces", [True, False])
 def test_the_engine_computes_all_of_them_in_int8(tmp_path: Path, pieces: bool) -> None:
     model = mobile(pieces=pieces)
-    running = session(qdq.quantize(model, known_of(model, tmp_path), RECIPE), tmp_path)
-    running.run(None, {"image": PICTURES[:1]})
-    events = json.loads(Path(running.end_profiling()).read_text())
-    ran = [event["args"]["op_name"] for event in events if event.get("name", "").endswith("_kernel_time")]
+    ran = kernels(qdq.quantize(model, known_of(model, tmp_path), RECIPE), tmp_path)
     assert ran.count("QLinearMul") == 2
     assert not {"Mul", "Add", "HardSigmoid", "HardSwish"} & {*ran}
 
@@ -180,10 +145,7 @@ def test_gates_by_sigmoid_are_computed_in_int8_and_answer_as_in_float(tmp_path: 
     in_float = db(answers(qdq.quantize(model, known, RECIPE | {"gates_in_int8": False})), wanted)
     assert in_float > 20
     assert db(answers(quantized), wanted) > in_float - 2
-    running = session(quantized, tmp_path)
-    running.run(None, {"image": PICTURES[:1]})
-    events = json.loads(Path(running.end_profiling()).read_text())
-    names = [event["args"]["op_name"] for event in events if event.get("name", "").endswith("_kernel_time")]
+    names = kernels(quantized, tmp_path)
     assert (names.count("QLinearSigmoid"), names.count("QLinearMul")) == (2, 2)
     assert not {"Sigmoid", "Mul"} & {*names}
 

@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
-from edgefleet_controller.compile.children import qdq, statistics
-from edgefleet_controller.compile.children.measure import SampleFile
+from edgefleet_controller.compile.children import qdq
 from edgefleet_controller.compile.children.rescaled import settle_ranges
-from safetensors.numpy import save_file
+from support.int8 import RECIPE, answers, db, kernels, known_of
 from support.networks import Net
 
-RECIPE = {
-    "ranges": "minmax", "weights": "pairs", "granularity": "channel", "activations": "uint8", "scope": "all", "correct_bias": True, "in_float": [],
-    "fit_weights": True, "fused_activations": False, "gates_in_int8": True, "aligned_channels": True,
-}  # fmt: skip
-PICTURES = np.random.default_rng(1).normal(size=(8, 3, 32, 32)).astype(np.float32)
+ALIGNED = RECIPE | {"aligned_channels": True}
 STEPS = ("Add", "Sub", "Mul", "Div")
 
 
@@ -33,27 +26,13 @@ def inferred(net: Net) -> onnx.ModelProto:
     return onnx.shape_inference.infer_shapes(net.model([1, 8, 32, 32], opset=14))
 
 
-def known_of(model: onnx.ModelProto, folder: Path) -> Any:
-    save_file({"image": PICTURES}, folder / "samples")
-    return statistics.collect(model, SampleFile(str(folder / "samples")), lambda *_: None, histograms=False)
-
-
-def answers(model: onnx.ModelProto) -> Any:
-    running = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-    return np.concatenate([running.run(None, {"image": one[None]})[0] for one in PICTURES])
-
-
-def db(have: Any, want: Any) -> float:
-    return float(10 * np.log10(np.sum(want**2) / np.sum((have - want) ** 2)))
-
-
 def quantized(net: Net, folder: Path, **told: Any) -> tuple[onnx.ModelProto, float, float]:
     """(the network in int8, its signal to noise, that of the same with a second rounding)."""
     model = inferred(net)
     known, wanted = known_of(model, folder), answers(model)
-    one = qdq.quantize(model, known, RECIPE | told)
+    one = qdq.quantize(model, known, ALIGNED | told)
     onnx.checker.check_model(one, full_check=True)
-    twice = qdq.quantize(model, known, RECIPE | told | {"gates_in_int8": False})
+    twice = qdq.quantize(model, known, ALIGNED | told | {"gates_in_int8": False})
     return one, db(answers(one), wanted), db(answers(twice), wanted)
 
 
@@ -103,13 +82,7 @@ def test_the_engine_goes_to_float_no_more(tmp_path: Path) -> None:
     learned(net, 1.2, -0.3)
     net.conv(16, 8)
     model, _, _ = quantized(net, tmp_path)
-    options = onnxruntime.SessionOptions()
-    options.enable_profiling = True
-    options.profile_file_prefix = str(tmp_path / "profile")
-    running = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    running.run(None, {"image": PICTURES[:1]})
-    events = json.loads(Path(running.end_profiling()).read_text())
-    ran = [event["args"]["op_name"] for event in events if event.get("name", "").endswith("_kernel_time")]
+    ran = kernels(model, tmp_path)
     assert ran.count("QLinearConv") == 3
     assert ran.count("QuantizeLinear") == ran.count("DequantizeLinear") == 1
 

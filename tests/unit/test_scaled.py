@@ -2,37 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
-from edgefleet_controller.compile.children import qdq, statistics
-from edgefleet_controller.compile.children.measure import SampleFile
+from edgefleet_controller.compile.children import qdq
 from edgefleet_controller.compile.children.scaled import scale_by_convolutions
-from safetensors.numpy import save_file
+from support.int8 import RECIPE, answers, db, kernels, known_of
 from support.networks import Net
 
-RECIPE = {
-    "ranges": "minmax", "weights": "pairs", "granularity": "channel", "activations": "uint8", "scope": "all", "correct_bias": True, "in_float": [],
-    "fit_weights": True, "fused_activations": False, "gates_in_int8": True, "aligned_channels": False,
-}  # fmt: skip
-PICTURES = np.random.default_rng(1).normal(size=(8, 3, 32, 32)).astype(np.float32)
 FACTORS = np.linspace(0.5, 2, 8, dtype=np.float32)
 SUMMANDS = np.linspace(-1, 1, 8, dtype=np.float32)
-
-
-def answers(model: onnx.ModelProto) -> Any:
-    running = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-    return np.concatenate([running.run(None, {"image": one[None]})[0] for one in PICTURES])
-
-
-def db(have: Any, want: Any) -> float:
-    return float(10 * np.log10(np.sum(want**2) / np.sum((have - want) ** 2)))
 
 
 def normalized(net: Net) -> None:
@@ -142,20 +124,10 @@ def test_they_are_in_int8_and_as_exact(tmp_path: Path, make: Callable[[Net], Non
     before = model_of(make)
     after = onnx.ModelProto.FromString(before.SerializeToString())
     assert scale_by_convolutions(after)
-    save_file({"image": PICTURES}, tmp_path / "samples")
-    found = []
-    for model in (before, onnx.shape_inference.infer_shapes(after)):
-        samples = SampleFile(str(tmp_path / "samples"))
-        known = statistics.collect(model, samples, lambda *_: None, histograms=False)
-        found.append(qdq.quantize(model, known, RECIPE))
+    models = (before, onnx.shape_inference.infer_shapes(after))
+    found = [qdq.quantize(model, known_of(model, tmp_path), RECIPE) for model in models]
     in_float, in_int8 = (db(answers(one), answers(before)) for one in found)
     assert in_int8 > max(in_float - 1, 25)
-    options = onnxruntime.SessionOptions()
-    options.enable_profiling = True
-    options.profile_file_prefix = str(tmp_path / "profile")
-    running = onnxruntime.InferenceSession(found[1].SerializeToString(), options, providers=["CPUExecutionProvider"])
-    running.run(None, {"image": PICTURES[:1]})
-    events = json.loads(Path(running.end_profiling()).read_text())
-    ran = [event["args"]["op_name"] for event in events if event.get("name", "").endswith("_kernel_time")]
+    ran = kernels(found[1], tmp_path)
     assert ran.count("QLinearConv") == 3
     assert ran.count("QuantizeLinear") == ran.count("DequantizeLinear") == 1
