@@ -16,6 +16,7 @@ from edgefleet_agent.runtime import control
 from edgefleet_agent.runtime.nursery import Nursery
 from edgefleet_agent.runtime.orders import Orders
 from edgefleet_agent.runtime.switchboard import Switchboard
+from edgefleet_shared import atomic
 from edgefleet_shared.artifact import Layout
 from support import artifacts
 from support.broker import free_port
@@ -105,8 +106,9 @@ def test_a_disk_that_takes_nothing_keeps_no_client_from_being_served_and_orders_
     """It was full, or had gone read-only, when the board started: the model that is on it did not serve any more."""
     runtime = Runtime(tmp_path / "state")
     runtime.install(runtime.add("1"))
-    # What is in the way refuses a file and a socket their names, to root too.
-    refusing = [runtime.state / "run" / name for name in ("http.addr", "control.sock")]
+    # What is in the way refuses a file and a socket their names, to root too: where a folder can't be put aside either.
+    asides = [f"http.addr.damaged{f'-{number}' if number > 1 else ''}" for number in range(1, atomic.ASIDES + 1)]
+    refusing = [runtime.state / "run" / name for name in ("http.addr", *asides, "control.sock")]
     for name in refusing:
         (name / "in the way").mkdir(parents=True)
     port = free_port()
