@@ -103,7 +103,14 @@ def by_zero(net: Net) -> None:
     net.add("Div", net.constant(np.r_[FACTORS[:-1], 0].astype(np.float32).reshape(1, 8, 1, 1)))
 
 
-@pytest.mark.parametrize("make", [by_place, by_number, by_computed, turned_over, by_zero])
+def in_windows(net: Net) -> None:
+    """More axes than a convolution goes along."""
+    net.add("Reshape", net.constant(np.array([1, 8, 4, 8, 4, 8])))
+    scaled(net, "Mul", shape=(1, 8, 1, 1, 1, 1))
+    net.add("Reshape", net.constant(np.array([1, 8, 32, 32])))
+
+
+@pytest.mark.parametrize("make", [by_place, by_number, by_computed, turned_over, by_zero, in_windows])
 def test_others_stay(make: Callable[[Net], None]) -> None:
     model = model_of(make)
     before = operators(model)

@@ -170,3 +170,14 @@ def test_another_mean_stays(tmp_path: Path, axes: list[int]) -> None:
     shape = [1 if axis in axes else size for axis, size in enumerate((1, 8, 32, 32))]
     after = tidied(onnx.shape_inference.infer_shapes(net.model(shape)), tmp_path)
     assert [node.op_type for node in after.graph.node] == ["Conv", "ReduceMean", "Identity"]
+
+
+def test_a_mean_over_more_axes_than_pools_have_stays(tmp_path: Path) -> None:
+    net = Net(3)
+    net.conv(3, 8)
+    net.add("Reshape", net.constant(np.array([1, 8, 4, 8, 4, 8])))
+    net.add("ReduceMean", axes=[2, 3, 4, 5], keepdims=0)
+    before = onnx.shape_inference.infer_shapes(net.model([1, 8]))
+    after = tidied(before, tmp_path)
+    assert [node.op_type for node in after.graph.node] == ["Conv", "Reshape", "ReduceMean", "Identity"]
+    np.testing.assert_allclose(answers(after), answers(before), rtol=1e-5)

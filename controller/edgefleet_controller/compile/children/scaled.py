@@ -19,6 +19,7 @@ from .tidy import readers_of
 from .weights import WEIGHTED
 
 Array = npt.NDArray[Any]
+RANKS = (3, 4, 5)  # of what convolutions read: along up to three axes
 
 
 def scale_by_convolutions(model: onnx.ModelProto) -> bool:
@@ -40,7 +41,7 @@ def scale_by_convolutions(model: onnx.ModelProto) -> bool:
     for node in graph.node:
         read = next((name for name in node.input if name not in constants), "")
         shape = shapes.get(read, [])
-        if node.name in new or read not in computed or len(shape) < 3:
+        if node.name in new or read not in computed or len(shape) not in RANKS:
             continue
         step = _step(node, constants, shape)
         if step is None:

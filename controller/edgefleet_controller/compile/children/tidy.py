@@ -11,6 +11,7 @@ from .folded import fold_affine
 
 ROUNDINGS = ("QuantizeLinear", "DequantizeLinear")
 GIVEN = "given/"  # before the names of roundings that a network came with
+POOLED = (3, 4, 5)  # axes that a value has which engines pool: up to three of places
 LOWEST = np.float32(-1e4)  # of what masks add; scores differ by hundreds at most, and float32 holds no e^-104
 
 
@@ -167,7 +168,7 @@ def _means_of_pictures(graph: onnx.GraphProto) -> None:
         axes = list(told["axes"].ints) if "axes" in told else []
         if len(node.input) > 1 and node.input[1] in constants:
             axes = numpy_helper.to_array(constants[node.input[1]]).reshape(-1).tolist()
-        if rank < 3 or sorted(axis % rank for axis in axes) != list(range(2, rank)):
+        if rank not in POOLED or sorted(axis % rank for axis in axes) != list(range(2, rank)):
             continue
         mean, output = graph.node[-1], node.output[0]
         mean.op_type = "GlobalAveragePool"
